@@ -1,0 +1,125 @@
+"""The `kwrap` command: verbs in the order of use, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+import kohaku_wrap
+from kohaku_wrap.cli.output import print_error
+from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapError, MissingExtra
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Look around": ("demo", "doctor", "template", "inspect"),
+    "Make a dataset": ("select", "extract", "caption"),
+    "Train": ("plan", "train", "status", "resume", "verify"),
+    "Use the result": ("merge", "publish"),
+    "Set up": ("trainer",),
+}
+"""One module of this folder a verb, in the order in which a person meets them."""
+
+EXTRA_OF_PACKAGE = {
+    "torch": "train",
+    "accelerate": "train",
+    "transformers": "train",
+    "diffusers": "train",
+    "bitsandbytes": "train",
+    "lycoris": "merge",
+    "safetensors": "merge",
+}
+
+
+class Verbs(click.Group):
+    """A group that imports a verb's module only when the verb is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for names in SECTIONS.values() for name in names]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.list_commands(ctx):
+            return None
+        command = importlib.import_module(f"kohaku_wrap.cli.{name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(len(name) for name in self.list_commands(ctx))
+        for section, names in SECTIONS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            rows = [
+                (name.ljust(width), command.get_short_help_str(limit=formatter.width - width - 6))
+                for name, command in commands
+                if command is not None
+            ]
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with `kwrap demo DIR`, or with `make epsilon` in a checkout.",
+)
+@click.version_option(kohaku_wrap.__version__, prog_name="kwrap")
+def program() -> None:
+    """Select, caption, train, resume exactly and merge: large SDXL fine-tunes on kohya sd-scripts."""
+
+
+def run_program(arguments: Sequence[str] | None = None) -> int:
+    """Run one `kwrap` command and return its exit code; every expected failure ends in one message."""
+    try:
+        result: Any = program.main(args=arguments, prog_name="kwrap", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as exit_request:
+        return int(exit_request.exit_code)
+    except click.ClickException as usage:
+        usage.show()
+        return EXIT_USAGE if isinstance(usage, click.UsageError) else EXIT_FAILED
+    except (KeyboardInterrupt, click.Abort):
+        print_error("interrupted", "What was finished is kept; run the same command again to go on.")
+        return EXIT_INTERRUPTED
+    except KwrapError as error:
+        print_error(error.message, error.next_step)
+        return error.exit_code
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").split(".")[0]
+        if package not in EXTRA_OF_PACKAGE:
+            raise
+        error = MissingExtra(f"this command needs {package}, it", EXTRA_OF_PACKAGE[package])
+        print_error(error.message, error.next_step)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        # The reader of our output went away (`kwrap … | head`): not a failure of ours.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        return 0
+    except OSError as error:
+        print_error(*advice_for_os_error(error))
+        return EXIT_FAILED
+
+
+def advice_for_os_error(error: OSError) -> tuple[str, str]:
+    """What a failed system call means to the person, and what to do next."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}the disk is full", "Free some space and run the same command again; nothing is half-written."
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{where}{error.strerror}", "Choose a path that you may write to, or mend its permissions."
+    return f"{where}{error.strerror or error}", "Check the path and run the same command again."
+
+
+def stop_on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """The console script: SIGTERM ends a command as tidily as SIGINT does."""
+    signal.signal(signal.SIGTERM, stop_on_terminate)
+    sys.exit(run_program())

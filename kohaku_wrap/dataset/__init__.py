@@ -1,0 +1,1 @@
+"""Selections, captions, images out of tars, and the folder that kohya reads."""

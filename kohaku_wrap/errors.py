@@ -1,0 +1,78 @@
+"""The failures that a person can act on: what was wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_TRAINER_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+
+class KwrapError(Exception):
+    """An expected failure, shown as one message and never as a traceback.
+
+    Rooms derive one small class per kind of failure from it.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, next_step: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.next_step}" if self.next_step else self.message
+
+
+class UsageError(KwrapError):
+    """What was asked for cannot be meant: a wrong name, option or file."""
+
+    exit_code = EXIT_USAGE
+
+
+class MissingExtra(KwrapError):
+    """A feature needs packages that were not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs packages that are not installed",
+            f"Install them with: pip install 'kohaku-wrap[{extra}]'",
+        )
+
+
+class Interrupted(KwrapError):
+    """The person stopped the work; what was finished is kept."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of a file or of a set of options."""
+
+    where: str
+    """The key, line or option that is at fault."""
+
+    what: str
+    """What is wrong with it, and what was probably meant."""
+
+    layer: str = ""
+    """The file or layer that set it, where that is not the whole report's."""
+
+
+class ProblemsFound(KwrapError):
+    """All faults of a file at once, one line each."""
+
+    def __init__(self, subject: str, problems: Sequence[Problem], next_step: str = "") -> None:
+        width = max((len(problem.where) for problem in problems), default=0)
+        count = f"{len(problems)} problem" + ("" if len(problems) == 1 else "s")
+        lines = [f"{subject}: {count}"]
+        for problem in problems:
+            layer = f"  ({problem.layer})" if problem.layer else ""
+            lines.append(f"  {problem.where:<{width}}  {problem.what}{layer}")
+        super().__init__("\n".join(lines), next_step)
+        self.problems = tuple(problems)

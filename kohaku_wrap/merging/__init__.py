@@ -1,0 +1,1 @@
+"""Merges by formula: exact, streaming, with the recipe inside."""

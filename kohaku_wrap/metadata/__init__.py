@@ -1,0 +1,1 @@
+"""The danbooru2023 sqlite database as arrays: the only room with SQL."""

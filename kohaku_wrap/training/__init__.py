@@ -1,0 +1,1 @@
+"""Launch, supervision, exact resume, states and the ledger of a run."""
