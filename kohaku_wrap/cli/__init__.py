@@ -93,15 +93,16 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         package = (missing.name or "").split(".")[0]
         if package not in EXTRA_OF_PACKAGE:
             raise
-        error = MissingExtra(f"this command needs {package}, it", EXTRA_OF_PACKAGE[package])
-        print_error(error.message, error.next_step)
+        advice = MissingExtra(f"this command ({package})", EXTRA_OF_PACKAGE[package])
+        print_error(advice.message, advice.next_step)
         return EXIT_FAILED
     except BrokenPipeError:
-        # The reader of our output went away (`kwrap … | head`): not a failure of ours.
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        # The reader of our output went away (`kwrap … | head`): not a failure of ours. The interpreter
+        # flushes stdout once more at exit, so it must point at something that takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        print_error(*advice_for_os_error(error))
+    except OSError as failed_call:
+        print_error(*advice_for_os_error(failed_call))
         return EXIT_FAILED
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from kohaku_wrap.files import Progress
 
+if TYPE_CHECKING:
+    import rich.progress
+
 SCHEMA_VERSION = 1
+PLAIN_LINE_EVERY_SECONDS = 10
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,7 +50,9 @@ def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") ->
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+    )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
@@ -59,44 +67,52 @@ def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") ->
 def progress_bar(description: str, unit: str = "", quiet: bool = False) -> Iterator[Progress]:
     """Yield a callback `(done, total)` that draws a bar with rate and ETA on stderr.
 
-    `unit` "bytes" shows sizes. Off a terminal, or with `quiet` (as under `--json`), a plain line
-    is printed at most every ten seconds, or nothing.
+    `unit` "bytes" shows sizes. Off a terminal a plain line is printed every ten seconds; with `quiet`
+    (as under `--json`) nothing is.
     """
-    import sys
-    import time
+    if quiet:
+        yield lambda done, total: None
+    elif sys.stderr.isatty():
+        with live_bar(size=unit == "bytes") as bar:
+            task = bar.add_task(description, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        yield plain_lines(description, unit)
 
-    if quiet or not sys.stderr.isatty():
-        started = last = time.monotonic()
 
-        def report(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if quiet or now - last < 10:
-                return
-            last = now
-            rate = done / max(now - started, 1e-9)
-            eta_seconds = (total - done) / rate if rate else 0
-            print_note(f"{description}: {done:,} of {total:,} {unit}, {rate:,.0f}/s, {eta_seconds:,.0f} s left")
+def plain_lines(description: str, unit: str) -> Progress:
+    """A callback that prints a line of progress at most every ten seconds."""
+    started = last = time.monotonic()
 
-        yield report
-        return
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < PLAIN_LINE_EVERY_SECONDS:
+            return
+        last = now
+        rate = done / max(now - started, 1e-9)
+        left_seconds = (total - done) / rate if rate else 0.0
+        print_note(f"{description}: {done:,} of {total:,} {unit}, {rate:,.0f}/s, {left_seconds:,.0f} s left")
 
+    return report
+
+
+def live_bar(size: bool) -> rich.progress.Progress:
+    """A bar that leaves nothing behind; `size` shows bytes instead of counts."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeRemainingColumn
-    from rich.progress import ProgressColumn, Task, TransferSpeedColumn
+    from rich.text import Text
 
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> str:  # type: ignore[override]
-            return f"{task.speed:,.0f}/s" if task.speed else ""
+    class RateColumn(progress.ProgressColumn):
+        def render(self, task: progress.Task) -> Text:
+            return Text(f"{task.speed:,.0f}/s" if task.speed else "")
 
-    size = unit == "bytes"
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn() if size else MofNCompleteColumn(),
-        TransferSpeedColumn() if size else Rate(),
-        TimeRemainingColumn(),
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=24),
+        progress.DownloadColumn() if size else progress.MofNCompleteColumn(),
+        progress.TransferSpeedColumn() if size else RateColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

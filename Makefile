@@ -1,0 +1,59 @@
+# The front door: `make` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH_INDEX ?=
+SITE ?=
+ENGINE ?= builtin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup epsilon prove prove-upstream test lint bench bench-dataset bench-merge bench-scale package clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv, tested versions (TORCH_INDEX=URL: own torch)
+
+$(READY): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kwrap needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --disable-pip-version-check -q --index-url $(TORCH_INDEX) torch==2.13.0)
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,merge,dev]'
+	@touch $(READY)
+
+epsilon: $(READY)  ## the whole recipe, demo scale (SITE=site.toml: yours)
+	$(BIN)/python -m kohaku_wrap.demo.tour $(if $(SITE),--site $(SITE))
+
+prove: $(READY)  ## train, kill, resume, compare (ENGINE=sd-scripts)
+	$(BIN)/python -m kohaku_wrap.demo.prove --engine $(ENGINE)
+
+prove-upstream: $(READY)  ## the same for plain sd-scripts: why kwrap exists
+	$(BIN)/python -m kohaku_wrap.demo.prove --upstream
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff, mypy and the import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: bench-dataset bench-merge bench-scale  ## every benchmark, each figure beside its bar
+
+bench-dataset: $(READY)  ## selection, captions, tars against HakuBooru
+	$(BIN)/python benchmarks/bench_dataset.py
+
+bench-merge: $(READY)  ## merges against cat + cp and sd-mecha (25 GB of disk)
+	$(BIN)/python benchmarks/bench_merge.py
+
+bench-scale: $(READY)  ## 5.2 million entries: start-up and memory
+	$(BIN)/python benchmarks/bench_scale.py
+
+package: $(READY)  ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build -q
+
+clean:  ## remove all that make made, .venv and the demo too
+	rm -rf $(VENV) build dist *.egg-info epsilon-demo prove .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,169 @@
+"""The whole Epsilon recipe, one `kwrap` command after another: `make epsilon`.
+
+Without `--site` it runs at demo scale on the embedded world; with one, on real data at full scale.
+Every command is printed before it runs, so that it can be repeated by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.config.site import Site, load_site
+from kohaku_wrap.errors import KwrapError, UsageError
+
+DEMO_FOLDER = Path("epsilon-demo")
+RUN_NAME = "epsilon"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the way through."""
+
+    title: str
+    """What the command is for, in a few words."""
+
+    arguments: tuple[str, ...]
+    """What follows `kwrap`."""
+
+    result: Path | None = None
+    """The file or folder that it makes, for the closing table."""
+
+
+class StageFailed(KwrapError):
+    """A command of the tour failed; its own message stands above."""
+
+    def __init__(self, stage: Stage, exit_code: int) -> None:
+        super().__init__(
+            f"`kwrap {shlex.join(stage.arguments)}` ended with exit code {exit_code}",
+            "Mend what its message names and run the same make command again; what is done is kept.",
+        )
+        self.exit_code = exit_code
+
+
+def dataset_stages(site: Site, dataset: str, selection: Path) -> list[Stage]:
+    """Select, extract and caption into the site's image folder."""
+    paths = site.paths
+    database, images = str(paths.db), str(paths.images)
+    return [
+        Stage("selection", ("select", dataset, "--db", database, "--out", str(selection)), selection),
+        Stage("images", ("extract", str(selection), "--tars", str(paths.tars), "--out", images), paths.images),
+        Stage(
+            "captions",
+            ("caption", str(selection), "--db", database, "--out", images, "--dataset", dataset),
+            Path(images, "captions.arrow"),
+        ),
+    ]
+
+
+def training_stages(site: Site, site_file: Path, template: str) -> list[Stage]:
+    """Plan, train (or go on with) the run, prove it from its ledger."""
+    run = site.paths.runs / RUN_NAME
+    at_site = ("--site", str(site_file))
+    if not run.exists():
+        train = [Stage("training", ("train", template, *at_site, "--run", RUN_NAME), run)]
+    elif (run / "checkpoints" / f"{RUN_NAME}.safetensors").exists():
+        train = []
+    else:
+        train = [Stage("training", ("resume", str(run)), run)]
+    return [
+        Stage("plan", ("plan", template, *at_site)),
+        *train,
+        Stage("proof", ("verify", str(run))),
+    ]
+
+
+def result_stages(site: Site) -> list[Stage]:
+    """Bake the network into its base and look at what came out."""
+    run = site.paths.runs / RUN_NAME
+    network = run / "checkpoints" / f"{RUN_NAME}.safetensors"
+    baked = run / f"{RUN_NAME}-baked.safetensors"
+    models = ("-m", f"base={site.paths.base_model}", "-m", f"epsilon={network}")
+    return [
+        Stage("network", ("inspect", str(network)), network),
+        Stage("baked model", ("merge", "base + 1.0 * net(epsilon)", *models, "-o", str(baked)), baked),
+        Stage("inspection", ("inspect", str(baked))),
+    ]
+
+
+def run_stage(stage: Stage) -> float:
+    """Run one command in its own process; seconds taken. Raises StageFailed."""
+    print(f"\n$ kwrap {shlex.join(stage.arguments)}", flush=True)
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "kohaku_wrap", *stage.arguments], check=False)
+    if done.returncode:
+        raise StageFailed(stage, done.returncode)
+    return time.monotonic() - started
+
+
+def take_tour(site_file: Path | None) -> None:
+    """Run the recipe from the database to the baked model, and print what was made."""
+    stages: list[Stage] = []
+    demo = site_file is None
+    if site_file is None:
+        print("This is the Epsilon recipe at demo scale: a made-up database, small pictures, a tiny SDXL.")
+        print("On real data: make epsilon SITE=site.toml (docs/guide.md shows the file).")
+        site_file = DEMO_FOLDER / "site.toml"
+        world = Stage("embedded world", ("demo", str(DEMO_FOLDER)), DEMO_FOLDER)
+        seconds = {world.title: run_stage(world)}
+        stages.append(world)
+    else:
+        seconds = {}
+    site = load_site(site_file)
+    recipe = "demo" if demo else "epsilon"
+    selection = site.paths.images.parent / f"{recipe}.parquet"
+    rest = dataset_stages(site, recipe, selection)
+    if not demo:
+        rest.append(Stage("machine", ("doctor", recipe, "--site", str(site_file))))
+    rest += training_stages(site, site_file, recipe) + result_stages(site)
+    for stage in rest:
+        seconds[stage.title] = run_stage(stage)
+    stages += rest
+    print_results(stages, seconds, demo)
+    print(f"Next: kwrap status {site.paths.runs / RUN_NAME}")
+    if demo:
+        print("At full scale: write a site.toml with your paths and run make epsilon SITE=site.toml")
+
+
+def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) -> None:
+    """Print what was made, where, and how long each took."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="What was made" + (" (demo scale)" if demo else ""), title_justify="left", box=None)
+    table.add_column("what", style="cyan", no_wrap=True)
+    table.add_column("seconds", justify="right")
+    table.add_column("where", overflow="fold")
+    for stage in stages:
+        if stage.result:
+            table.add_row(stage.title, f"{seconds[stage.title]:.0f}", str(stage.result))
+    table.add_row("in all", f"{sum(seconds.values()):.0f}", "")
+    print()
+    Console(highlight=False).print(table)
+
+
+def main() -> int:
+    """Run the tour and turn a failure into an exit code."""
+    parser = argparse.ArgumentParser(prog="make epsilon", description=__doc__)
+    parser.add_argument("--site", type=Path, help="what is true of this machine; without it, the demo")
+    arguments = parser.parse_args()
+    try:
+        if arguments.site is not None and not arguments.site.is_file():
+            raise UsageError(f"{arguments.site}: no such file", "docs/guide.md shows what a site.toml holds.")
+        take_tour(arguments.site)
+    except KwrapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run the same make command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

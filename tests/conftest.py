@@ -1,0 +1,31 @@
+"""What every test gets: a home of its own, quiet colours, and pinned threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty `$KWRAP_HOME`, so that no test reads or writes the person's own."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("KWRAP_HOME", str(folder))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests of the real trainer were skipped, and how to enable them."""
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if "sd_scripts" in getattr(report, "keywords", {})
+    ]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} tests of the real sd-scripts skipped; enable them with "
+            "`kwrap trainer install` or KWRAP_SD_SCRIPTS=CHECKOUT"
+        )

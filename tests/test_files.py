@@ -1,0 +1,64 @@
+"""Atomic files: the final name holds the whole content or what it held before."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kohaku_wrap.files import atomic_write, home_folder, sha256_of_file, shipped_folder, write_text
+
+
+def test_a_failed_write_leaves_the_former_content_and_no_neighbour(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "before")
+    with pytest.raises(RuntimeError), atomic_write(path) as stream:
+        stream.write("half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_killed_write_never_shows_under_the_final_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    code = (
+        "import sys, time; from pathlib import Path; from kohaku_wrap.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1]), 'wb') as stream:\n"
+        "    stream.write(b'x' * 1000000); stream.flush(); print('written', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(signal.SIGKILL)
+    assert not path.exists()
+
+
+def test_sha256_tells_the_bytes_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(os.urandom(10_000_001))
+    seen: list[int] = []
+    assert sha256_of_file(path, seen.append) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sum(seen) == 10_000_001
+
+
+def test_home_is_kwrap_home_where_it_is_set(home: Path) -> None:
+    assert home_folder() == home
+
+
+@pytest.mark.parametrize("name", ["templates", "datasets"])
+def test_shipped_folders_hold_toml(name: str) -> None:
+    assert list(shipped_folder(name).glob("*.toml"))
+
+
+def test_the_help_is_quick_and_free_of_torch() -> None:
+    code = (
+        "import sys; from kohaku_wrap.cli import run_program; run_program(['--help']); "
+        "print('torch' in sys.modules, 'pandas' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.split() == ["False", "False"]
