@@ -61,7 +61,9 @@ class BucketOptions:
             shortest, longest = self.side_limits
             if min(self.resolution) < shortest:
                 problems.append(
-                    Problem("min_bucket_reso", f"{shortest} is above the resolution's short side {min(self.resolution)}")
+                    Problem(
+                        "min_bucket_reso", f"{shortest} is above the resolution's short side {min(self.resolution)}"
+                    )
                 )
             if max(self.resolution) > longest:
                 problems.append(
@@ -191,7 +193,7 @@ def fit_to_predefined(
     bucket_width = np.where(listed, width, chosen[:, 0])
     bucket_height = np.where(listed, height, chosen[:, 1])
     wider = aspect > bucket_width / bucket_height
-    scale = np.where(wider, bucket_height / height, bucket_width / width)
+    scale: Float64Array = np.where(wider, bucket_height / height, bucket_width / width)
     return bucket_width, bucket_height, round_half_up(width * scale), round_half_up(height * scale)
 
 
