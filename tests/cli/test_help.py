@@ -1,0 +1,55 @@
+"""Every command has help, an example, and a row in the README."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kohaku_wrap.cli import SECTIONS, program
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def leaf_commands(group: click.Group, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
+    """Every command that does something, with the words that lead to it."""
+    context = click.Context(group)
+    leaves = []
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        here = (*words, name)
+        leaves += leaf_commands(command, here) if isinstance(command, click.Group) else [(here, command)]
+    return leaves
+
+
+LEAVES = leaf_commands(program)
+
+
+@pytest.mark.parametrize("words,command", LEAVES, ids=[" ".join(words) for words, _ in LEAVES])
+def test_a_command_explains_itself(words: tuple[str, ...], command: click.Command) -> None:
+    help_text = command.help or ""
+    assert help_text.splitlines()[0].endswith("."), "the first line is a sentence"
+    shown = CliRunner().invoke(program, [*words, "--help"])
+    assert shown.exit_code == 0
+    assert "--json" in shown.output
+    assert f"kwrap {' '.join(words)}" in (command.epilog or "") + help_text, "an example stands in the help"
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{parameter.name} has no help"
+
+
+@pytest.mark.parametrize("verb", [verb for verbs in SECTIONS.values() for verb in verbs])
+def test_the_readme_has_a_row_for_every_verb(verb: str) -> None:
+    assert re.search(rf"^\| `kwrap {verb}\b", README.read_text(), re.MULTILINE)
+
+
+def test_the_list_of_commands_fits_a_narrow_terminal() -> None:
+    shown = CliRunner().invoke(program, ["--help"], terminal_width=80)
+    assert max(len(line) for line in shown.output.splitlines()) <= 80
+    for verbs in SECTIONS.values():
+        for verb in verbs:
+            assert re.search(rf"^  {verb}\b", shown.output, re.MULTILINE)
