@@ -1,0 +1,155 @@
+"""What was trained: one fixed-size record a micro-batch and rank, appended as it happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.errors import KwrapError
+
+MAGIC = b"KWRAPLG1"
+HEADER = struct.Struct("<8sIIIIIIq24x")
+"""Magic, record size, attempt, rank, processes, accumulation, batch size, seed; 64 bytes."""
+
+RECORD = np.dtype(
+    [
+        ("attempt", "<u4"),
+        ("optimizer_step", "<u4"),
+        ("epoch", "<u4"),
+        ("rank", "<u2"),
+        ("flags", "<u2"),
+        ("position", "<u8"),
+        ("order_digest", "<u8"),
+        ("content_digest", "<u8"),
+        ("loss", "<f8"),
+        ("learning_rate", "<f8"),
+    ]
+)
+"""`optimizer_step` counts from 1 and is the step that the micro-batch belongs to; 0 marks no record."""
+
+FILL = 1
+"""The position only completes the epoch's last optimizer step."""
+
+SUBSTITUTE = 2
+"""An unreadable image of the batch was replaced (`--allow bad-images`)."""
+
+FILE_NAME = re.compile(r"attempt-(\d+)-rank-(\d+)\.bin")
+
+Records = npt.NDArray[np.void]
+
+
+class BadLedger(KwrapError):
+    """A ledger file is not one, or its header is cut."""
+
+
+@dataclass(frozen=True)
+class LedgerHeader:
+    """The first 64 bytes of a ledger file."""
+
+    attempt: int
+    """Counted from 1."""
+
+    rank: int
+    """Of the process, from 0."""
+
+    processes: int
+    """W of the attempt."""
+
+    accumulation: int
+    """A of the attempt."""
+
+    batch_size: int
+    """Images of one batch."""
+
+    seed: int
+    """Of the run."""
+
+
+def ledger_file(ledger: Path, attempt: int, rank: int) -> Path:
+    """Where one rank of one attempt writes."""
+    return ledger / f"attempt-{attempt:04d}-rank-{rank:03d}.bin"
+
+
+class LedgerWriter:
+    """Appends the records of one rank; each is handed to the system at once, so that SIGKILL loses none."""
+
+    def __init__(self, ledger: Path, header: LedgerHeader) -> None:
+        ledger.mkdir(parents=True, exist_ok=True)
+        self.header = header
+        self.path = ledger_file(ledger, header.attempt, header.rank)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o644)
+        self._record = np.zeros(1, dtype=RECORD)
+        self._record["attempt"], self._record["rank"] = header.attempt, header.rank
+        packed = HEADER.pack(
+            MAGIC, RECORD.itemsize, header.attempt, header.rank, header.processes, header.accumulation,
+            header.batch_size, header.seed,
+        )  # fmt: skip
+        os.write(self._descriptor, packed)
+
+    def append(
+        self,
+        *,
+        optimizer_step: int,
+        epoch: int,
+        position: int,
+        order_digest: int,
+        content_digest: int,
+        loss: float,
+        learning_rate: float,
+        is_fill: bool = False,
+        is_substitute: bool = False,
+    ) -> None:
+        """Record one micro-batch after its backward pass; digests are unsigned 64-bit."""
+        record = self._record
+        record["optimizer_step"], record["epoch"], record["position"] = optimizer_step, epoch, position
+        record["flags"] = FILL * is_fill | SUBSTITUTE * is_substitute
+        record["order_digest"], record["content_digest"] = order_digest, content_digest
+        record["loss"], record["learning_rate"] = loss, learning_rate
+        data = record.tobytes()
+        if os.write(self._descriptor, data) != len(data):
+            raise OSError(28, "No space left on device", str(self.path))
+
+    def sync(self) -> None:
+        """Make the records durable; called on every rank before a state is written."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> LedgerWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def read_ledger_file(path: Path) -> tuple[LedgerHeader, Records]:
+    """Header and whole records of one file; what a crash tore off the end is left out."""
+    data = path.read_bytes()
+    if len(data) < HEADER.size:
+        raise BadLedger(f"{path}: the header is cut", "The crash came before the first record; remove this file.")
+    magic, record_size, attempt, rank, processes, accumulation, batch_size, seed = HEADER.unpack_from(data)
+    if magic != MAGIC or record_size != RECORD.itemsize:
+        raise BadLedger(f"{path}: not a ledger of this kwrap", "Move files that are not kwrap's out of ledger/.")
+    whole = (len(data) - HEADER.size) // RECORD.itemsize
+    records = np.frombuffer(data, dtype=RECORD, count=whole, offset=HEADER.size)
+    # A power cut can leave a grown file whose last blocks were never written: they read as zeros.
+    written = np.flatnonzero(records["optimizer_step"])
+    records = records[: written[-1] + 1] if len(written) else records[:0]
+    return LedgerHeader(attempt, rank, processes, accumulation, batch_size, seed), records
+
+
+def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:
+    """Attempt, rank and path of each file, in that order."""
+    if not ledger.is_dir():
+        return []
+    found = [(FILE_NAME.fullmatch(path.name), path) for path in ledger.iterdir()]
+    return sorted((int(match.group(1)), int(match.group(2)), path) for match, path in found if match)

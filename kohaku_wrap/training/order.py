@@ -1,0 +1,224 @@
+"""Which images each global batch position of an epoch holds: a function of the seed and the epoch alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.streams import draws, permutation, stream_key
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+UInt64Array = npt.NDArray[np.uint64]
+
+EPOCHS_KEPT = 2
+"""Orders held in memory: an epoch's last batches are still loading when the next one's are dealt."""
+
+NO_IMAGE = -1
+"""Fills the rows of short batches in tables of images."""
+
+
+class BadOrder(KwrapError):
+    """The numbers given do not make an order of batches."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands after some optimizer steps."""
+
+    epoch: int
+    """Counted from 0."""
+
+    micro_batch: int
+    """Micro-batches that each process has done in this epoch."""
+
+    global_position: int
+    """Global batch positions of this epoch that all processes together have done."""
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """The arithmetic of epochs, positions and optimizer steps; independent of the number of processes."""
+
+    batches: int
+    """Batches of one epoch, all buckets together."""
+
+    group: int
+    """Batches in one optimizer step: processes times accumulation."""
+
+    def __post_init__(self) -> None:
+        if self.batches < 1 or self.group < 1:
+            raise BadOrder(
+                f"{self.batches} batches in groups of {self.group} cannot be trained",
+                "Check that the dataset holds images and that the effective batch is at least the batch per GPU.",
+            )
+
+    @property
+    def optimizer_steps_per_epoch(self) -> int:
+        return -(-self.batches // self.group)
+
+    @property
+    def positions_per_epoch(self) -> int:
+        """Batches and the fills that complete the last optimizer step."""
+        return self.optimizer_steps_per_epoch * self.group
+
+    def accumulation(self, processes: int) -> int:
+        """Micro-batches of one process in an optimizer step; raises BadOrder where they do not divide."""
+        if processes < 1 or self.group % processes:
+            raise BadOrder(
+                f"{processes} processes do not divide the {self.group} batches of an optimizer step",
+                f"Choose a number of processes that divides {self.group}.",
+            )
+        return self.group // processes
+
+    def micro_batches_per_process(self, processes: int) -> int:
+        """Micro-batches of one process in an epoch; always whole optimizer steps."""
+        return self.optimizer_steps_per_epoch * self.accumulation(processes)
+
+    def position_of(self, optimizer_steps_done: int, processes: int) -> Position:
+        """The position at which the step after `optimizer_steps_done` starts."""
+        epoch, steps_in_epoch = divmod(optimizer_steps_done, self.optimizer_steps_per_epoch)
+        return Position(
+            epoch=epoch,
+            micro_batch=steps_in_epoch * self.accumulation(processes),
+            global_position=steps_in_epoch * self.group,
+        )
+
+    def optimizer_step_of(self, epoch: int, position: int) -> int:
+        """The optimizer step, counted from 1 over the whole run, that trains this global position."""
+        return epoch * self.optimizer_steps_per_epoch + position // self.group + 1
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """One epoch, laid out: entries in batches, batches at positions."""
+
+    epoch: int
+    """Counted from 0."""
+
+    entries: Int32Array
+    """(entries,) indices into the dataset, batch after batch."""
+
+    batch_starts: Int64Array
+    """(batches + 1,) where each batch begins in `entries`."""
+
+    batch_of_position: Int32Array
+    """(positions,) the batch at each global position; fills last."""
+
+    def __len__(self) -> int:
+        return len(self.batch_of_position)
+
+    @property
+    def batches(self) -> int:
+        return len(self.batch_starts) - 1
+
+    def is_fill(self, position: int) -> bool:
+        """Whether the position repeats a batch only to complete the epoch's last optimizer step."""
+        return position >= self.batches
+
+    def images_of_batch(self, batch: int) -> Int32Array:
+        """(n,) the dataset indices of a batch; all of one bucket."""
+        return self.entries[self.batch_starts[batch] : self.batch_starts[batch + 1]]
+
+    def images_at(self, position: int) -> Int32Array:
+        """(n,) the dataset indices at a global position."""
+        return self.images_of_batch(int(self.batch_of_position[position]))
+
+    def image_table(self, positions: Int64Array, batch_size: int) -> Int64Array:
+        """(positions, batch_size) the dataset indices at many positions, short batches filled with NO_IMAGE."""
+        batches = self.batch_of_position[positions]
+        starts = self.batch_starts[batches]
+        sizes = self.batch_starts[batches + 1] - starts
+        slots = np.arange(batch_size)
+        inside = slots < sizes[:, None]
+        index = np.where(inside, starts[:, None] + slots, 0)
+        return np.where(inside, self.entries[index], NO_IMAGE).astype(np.int64)
+
+
+class BatchOrder:
+    """The order of all epochs of a run.
+
+    In each epoch the images are permuted inside their buckets and cut into batches (the last of a bucket may be
+    short, as in sd-scripts), and the batches are permuted. The positions up to a multiple of `group` are filled
+    from a second permutation, so that every optimizer step is whole on any number of processes.
+    """
+
+    def __init__(self, bucket_of_image: npt.ArrayLike, batch_size: int, seed: int, group: int) -> None:
+        """`bucket_of_image`: (entries,) integers from 0; an image repeated n times stands there n times."""
+        buckets = np.asarray(bucket_of_image, dtype=np.int32)
+        if buckets.ndim != 1 or not len(buckets) or batch_size < 1:
+            raise BadOrder(
+                f"{buckets.size} images in batches of {batch_size} cannot be ordered",
+                "Check that the dataset holds images and that batch_per_gpu is at least 1.",
+            )
+        sizes = np.bincount(buckets)
+        # Numpy sorts 16-bit integers by radix, which is ten times faster than its sort of wider ones.
+        narrow = buckets.astype(np.uint16) if len(sizes) <= 1 << 16 else buckets
+        self._by_bucket = np.argsort(narrow, kind="stable").astype(np.int32)
+        self._bucket_edges = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        starts = [
+            np.arange(begin, end, batch_size, dtype=np.int64)
+            for begin, end in zip(self._bucket_edges[:-1], self._bucket_edges[1:], strict=True)
+            if end > begin
+        ]
+        self._batch_starts = np.concatenate([*starts, self._bucket_edges[-1:]])
+        self.count = StepCount(batches=len(self._batch_starts) - 1, group=group)
+        self._keep_epoch = lru_cache(maxsize=EPOCHS_KEPT)(self._lay_out_epoch)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_keep_epoch"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._keep_epoch = lru_cache(maxsize=EPOCHS_KEPT)(self._lay_out_epoch)
+
+    @property
+    def batches(self) -> int:
+        return self.count.batches
+
+    @property
+    def positions_per_epoch(self) -> int:
+        return self.count.positions_per_epoch
+
+    def epoch(self, epoch: int) -> EpochOrder:
+        """The order of one epoch, kept while it is in use."""
+        return self._keep_epoch(epoch)
+
+    def _lay_out_epoch(self, epoch: int) -> EpochOrder:
+        entries = np.empty_like(self._by_bucket)
+        key = stream_key("images", self.seed, epoch)
+        for begin, end in zip(self._bucket_edges[:-1], self._bucket_edges[1:], strict=True):
+            inside = self._by_bucket[begin:end]
+            entries[begin:end] = inside[np.argsort(draws(key, inside), kind="stable")]
+        order = np.empty(self.positions_per_epoch, dtype=np.int32)
+        order[: self.batches] = permutation(stream_key("batches", self.seed, epoch), self.batches)
+        fills = len(order) - self.batches
+        if fills:
+            order[self.batches :] = np.resize(permutation(stream_key("pad", self.seed, epoch), self.batches), fills)
+        return EpochOrder(epoch=epoch, entries=entries, batch_starts=self._batch_starts, batch_of_position=order)
+
+
+ORDER_DIGEST_KEY = stream_key("order-digest")
+
+
+def order_digests(image_ids: npt.NDArray[np.integer]) -> UInt64Array:
+    """(n,) one 64-bit digest a row of `image_ids`, (n, batch) with NO_IMAGE in unused slots; order matters."""
+    table = np.atleast_2d(np.asarray(image_ids)).astype(np.int64)
+    digest = np.zeros(len(table), dtype=np.uint64)
+    for slot in range(table.shape[1]):
+        used = table[:, slot] != NO_IMAGE
+        mixed = draws(ORDER_DIGEST_KEY, digest ^ table[:, slot].astype(np.uint64))
+        digest = np.where(used, mixed, digest)
+    return digest
+
+
+def order_digest(image_ids: npt.ArrayLike) -> int:
+    """The digest of one batch, as the ledger records it; `image_ids` in the order of the batch."""
+    return int(order_digests(np.atleast_2d(np.asarray(image_ids, dtype=np.int64)))[0])
