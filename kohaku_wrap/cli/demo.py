@@ -1,0 +1,55 @@
+"""`kwrap demo`: the embedded world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap demo world
+  kwrap demo world --posts 1000 --seed 7"""
+)
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--posts", type=click.IntRange(min=1), default=240, show_default=True, help="Posts in the database.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed makes another world.")
+@json_option
+def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
+    """Make an embedded world: a small database, image tars and a tiny SDXL.
+
+    DIR then holds danbooru.db, tars/, base/ and site.toml: all that the other commands need to
+    run the whole recipe in minutes, without a GPU or a download. The same posts and seed make the
+    same bytes; a world that is there already is kept.
+    """
+    from kohaku_wrap.demo.world import make_world
+
+    with progress_bar("pictures", "posts", quiet=as_json) as report:
+        world = make_world(folder, posts, seed, on_progress=report)
+    payload = {
+        "folder": str(world.folder),
+        "posts": world.posts,
+        "seed": world.seed,
+        "images": world.images,
+        "tars": world.tars,
+        "size_bytes": world.size_bytes,
+        "kept": world.kept,
+        "site": str(world.folder / "site.toml"),
+    }
+    if as_json:
+        print_json("demo", payload)
+        return
+    rows = [
+        ("folder", world.folder),
+        ("posts", world.posts),
+        ("files in tars", f"{world.images:,} in {world.tars:,} tars"),
+        ("base model", world.folder / "base" / "model.safetensors"),
+        ("size", f"{world.size_bytes / 1e6:.0f} MB"),
+    ]
+    database, selection = world.folder / "danbooru.db", world.folder / "demo.parquet"
+    title = "Embedded world, there already" if world.kept else "Embedded world"
+    print_table(title, rows, f"kwrap select demo --db {database} --out {selection}")

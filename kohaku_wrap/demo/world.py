@@ -1,0 +1,174 @@
+"""Make the embedded world: a metadata database, image tars, a tiny SDXL and the site that names them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import toml
+
+import kohaku_wrap
+from kohaku_wrap.demo.base_model import write_base_model
+from kohaku_wrap.demo.database import write_database
+from kohaku_wrap.demo.pictures import encode_file
+from kohaku_wrap.demo.posts import DemoPost, make_posts
+from kohaku_wrap.demo.shards import write_shards
+from kohaku_wrap.demo.tokenizers import write_tokenizers
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.files import Progress, fsync_folder
+
+DEFAULT_POSTS = 240
+DEFAULT_SEED = 0
+RECORD = "demo.json"
+"""Says what the folder is; given its name last, so that it stands for a whole world."""
+
+ENTRIES = ("danbooru.db", "tars", "base", "site.toml", RECORD)
+"""What is made at the top of the folder, in the order in which it gets its name."""
+
+SITE: dict[str, dict[str, Any]] = {
+    "paths": {
+        "db": "danbooru.db",
+        "tars": "tars",
+        "images": "images",
+        "base_model": "base/model.safetensors",
+        "tokenizers": "base/tokenizers",
+        "runs": "runs",
+    },
+    "machine": {"engine": "builtin", "gpus": 0, "batch_per_gpu": 2, "workers": 2},
+}
+SITE_COMMENT = "# What is true of this machine. The paths are relative to this file; gpus = 0 trains on the CPU.\n"
+
+
+@dataclass(frozen=True)
+class World:
+    """What an embedded world holds."""
+
+    folder: Path
+    """Where it lies."""
+
+    posts: int
+    """Rows of its post table."""
+
+    seed: int
+    """All of it is a function of the posts and this."""
+
+    images: int
+    """Files in its tars."""
+
+    tars: int
+    """Tars that hold them."""
+
+    size_bytes: int
+    """Of all its files."""
+
+    kept: bool
+    """True when it was there already and nothing was written."""
+
+
+class WorldInTheWay(UsageError):
+    """The folder holds something else that a new world would overwrite."""
+
+
+def make_world(
+    folder: Path, posts: int = DEFAULT_POSTS, seed: int = DEFAULT_SEED, on_progress: Progress | None = None
+) -> World:
+    """Make the world in `folder`, or find it there whole; the same bytes for the same posts and seed.
+
+    Raises WorldInTheWay when the folder holds another world or files of the same names.
+    """
+    if posts < 1:
+        raise UsageError(
+            f"a world of {posts} posts has nothing in it", "Ask for at least one: kwrap demo DIR --posts 1"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise WorldInTheWay(f"{folder} is a file", "Name a folder: kwrap demo DIR")
+    if (found := find_world(folder, posts, seed)) is not None:
+        return found
+    if present := [name for name in ENTRIES if (folder / name).exists()]:
+        raise WorldInTheWay(
+            f"{folder} holds {', '.join(present)} already, and not as a whole embedded world",
+            "Choose another folder, or remove them first.",
+        )
+    folder_was_there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / ".demo.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        world = write_world(part, folder, posts, seed, on_progress)
+        for name in ENTRIES:
+            (part / name).rename(folder / name)
+        part.rmdir()
+    except BaseException:
+        for path in (part, *(folder / name for name in ENTRIES)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not folder_was_there:
+            folder.rmdir()
+        raise
+    fsync_folder(folder)
+    return world
+
+
+def find_world(folder: Path, posts: int, seed: int) -> World | None:
+    """The whole world of these posts and this seed in `folder`, or None where there is none.
+
+    Raises WorldInTheWay for another world, and for one whose files are gone or changed in size.
+    """
+    record = folder / RECORD
+    if not record.is_file():
+        return None
+    remove = "Choose another folder, or remove this one first."
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        world, sizes = World(**{**found["world"], "folder": folder, "kept": True}), dict(found["size_bytes"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise WorldInTheWay(f"{record} is not the record of an embedded world", remove) from error
+    if (world.posts, world.seed) != (posts, seed):
+        raise WorldInTheWay(f"{folder} is a world of {world.posts} posts and seed {world.seed}", remove)
+    for name, size_bytes in sizes.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size_bytes:
+            raise WorldInTheWay(f"{path} is gone or was changed since the world was made", remove)
+    return world
+
+
+def write_world(part: Path, folder: Path, posts: int, seed: int, on_progress: Progress | None) -> World:
+    """Write all entries into the empty folder `part`; the record names them as they will lie in `folder`."""
+    made = list(make_posts(posts, seed))
+    files: dict[str, bytes] = {}
+    sizes: dict[int, int] = {}
+    for index, post in enumerate(made):
+        if post.in_tars:
+            content = encode_file(post, seed)
+            files[f"{post.id}.{post.file_ext}"] = content
+            sizes[post.id] = len(content)
+        if on_progress:
+            on_progress(index + 1, posts)
+    tars = write_shards(part / "tars", files)
+    write_database(part / "danbooru.db", made, sizes, seed)
+    write_base_model(part / "base", seed)
+    write_tokenizers(part / "base" / "tokenizers", list_texts(made))
+    (part / "site.toml").write_text(SITE_COMMENT + toml.dumps(SITE), encoding="utf-8")
+    # The site is for people to change; all else stays as it was made.
+    in_record = {
+        str(path.relative_to(part).as_posix()): path.stat().st_size
+        for path in sorted(part.rglob("*"))
+        if path.is_file() and path.name != "site.toml"
+    }
+    world = World(folder, posts, seed, len(files), len(tars), sum(in_record.values()), kept=False)
+    kept = {name: value for name, value in asdict(world).items() if name not in ("folder", "kept")}
+    record = {"kwrap_version": kohaku_wrap.__version__, "world": kept, "size_bytes": in_record}
+    (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return world
+
+
+def list_texts(posts: list[DemoPost]) -> Iterator[str]:
+    """What the tokenizers learn their words from: tags as captions write them, and the recipe's own words."""
+    yield "masterpiece best great good normal low worst quality"
+    yield "old early mid recent newest safe sensitive nsfw explicit"
+    for post in posts:
+        yield " ".join(post.tags).replace("_", " ")
