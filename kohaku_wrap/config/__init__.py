@@ -1,1 +1,1 @@
-"""Template layers, the trainer's options and their check, rendering, and the step plan."""
+"""Template layers, the trainer's options and their check, rendering and the step plan."""

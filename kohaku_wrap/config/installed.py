@@ -1,0 +1,90 @@
+"""What is installed here: the trainer's checkout, its commit, and the versions of packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from kohaku_wrap.config.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import home_folder, write_text
+
+CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
+"""The environment variable that points at an existing sd-scripts checkout."""
+
+TRAINER_SCRIPT = "sdxl_train_network.py"
+READ_TIMEOUT_SECONDS = 300
+
+
+class UnreadableTrainer(KwrapError):
+    """The trainer's own parser could not be asked."""
+
+
+def find_trainer() -> Path | None:
+    """The sd-scripts checkout that kwrap uses, if there is one."""
+    given = os.environ.get(CHECKOUT_VARIABLE)
+    folder = Path(given).expanduser() if given else home_folder() / "sd-scripts"
+    return folder.absolute() if (folder / TRAINER_SCRIPT).is_file() else None
+
+
+def read_commit(folder: Path) -> str:
+    """The git commit of the checkout that holds `folder`; empty where there is none or git is not there."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=20
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def list_versions() -> dict[str, str]:
+    """Every installed package and its version, by name."""
+    found = {
+        dist.metadata["Name"]: dist.version
+        for dist in metadata.distributions()
+        if dist.metadata and dist.metadata["Name"]
+    }
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def find_option_table(*, read_live: bool = True) -> OptionTable:
+    """The options of the installed trainer, asked once per commit; the recorded table where there is none.
+
+    With `read_live` False a commit that was never asked is answered from the recorded table.
+    """
+    checkout = find_trainer()
+    if checkout is None:
+        return load_recorded_table()
+    commit = read_commit(checkout)
+    if not commit or (not read_live and not cached_table_file(commit).is_file()):
+        return load_recorded_table()
+    if not cached_table_file(commit).is_file():
+        write_text(cached_table_file(commit), ask_trainer(checkout))
+    return load_option_table(commit)
+
+
+def ask_trainer(checkout: Path) -> str:
+    """The options of a checkout as JSON, read from its own parser in a process of its own. Raises UnreadableTrainer."""
+    command = [sys.executable, "-m", "kohaku_wrap.training.workers.list_options", str(checkout)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    package_root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=READ_TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise UnreadableTrainer(f"{checkout}: its parser gave no answer", "Run `kwrap doctor`.") from None
+    last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    if result.returncode:
+        raise UnreadableTrainer(
+            f"{checkout}: its parser could not be read: {last_line}",
+            "Run `kwrap doctor --engine sd-scripts`; it names the package that is missing.",
+        )
+    json.loads(result.stdout)
+    return result.stdout

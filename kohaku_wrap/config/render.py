@@ -1,0 +1,273 @@
+"""A run's files from an effective template: trainer.toml, dataset.toml, preset.toml, accelerate.yaml, run.lock.toml."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import toml
+
+import kohaku_wrap
+from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit
+from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.config.plan import StepPlan, read_captions_metadata, shape_batch
+from kohaku_wrap.config.schema import ARGUMENT_TABLES
+from kohaku_wrap.config.site import Site
+from kohaku_wrap.config.trainer_arguments import (
+    describe_accelerate,
+    render_literals,
+    render_network_args,
+    render_prompts,
+    render_yaml,
+    section_of,
+)
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import sha256_of_file, write_text
+
+TRAINER_FILE = "trainer.toml"
+DATASET_FILE = "dataset.toml"
+PRESET_FILE = "preset.toml"
+ACCELERATE_FILE = "accelerate.yaml"
+LOCK_FILE = "run.lock.toml"
+PROMPTS_FILE = "sample_prompts.txt"
+
+SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("model", ("pretrained_model", "vae", "tokenizer_cache", "no_half_vae", "v2", "v_param")),
+    ("network", ("network_", "dim_from_weights", "base_weights", "scale_weight_norms")),
+    ("optimizer", ("optimizer_", "learning_rate", "unet_lr", "text_encoder_lr", "lr_", "max_grad_norm")),
+    ("saving", ("output_", "save_", "metadata_", "no_metadata")),
+    ("logging", ("log", "wandb", "console_log", "sample_")),
+)
+
+
+class MissingInput(KwrapError):
+    """A file that the run needs is not there."""
+
+
+@dataclass(frozen=True)
+class RenderedRun:
+    """A run's files, before or after they are written."""
+
+    folder: Path
+    """The run's folder, absolute."""
+
+    name: str
+    """The run's name."""
+
+    trainer: Mapping[str, Any]
+    """Options of trainer.toml, flat, as they arrive in the trainer's Namespace."""
+
+    dataset: Mapping[str, Any]
+    """dataset.toml."""
+
+    lock: Mapping[str, Any]
+    """run.lock.toml."""
+
+    texts: Mapping[str, str]
+    """Every file by its name in the folder."""
+
+    def write(self) -> None:
+        """Write all files, the lock last: a folder with a lock is whole."""
+        for name, text in self.texts.items():
+            write_text(self.folder / name, text)
+
+
+def render_run(
+    effective: Effective,
+    site: Site,
+    run_folder: Path,
+    run_name: str,
+    plan: StepPlan,
+    inputs: Mapping[str, Any] | None = None,
+    engine: str | None = None,
+) -> RenderedRun:
+    """Compose the run's files and write them. `inputs`: what `hash_inputs` gave; without it only paths are locked."""
+    rendered = compose_run(effective, site, run_folder, run_name, plan, inputs, engine)
+    rendered.write()
+    return rendered
+
+
+def compose_run(
+    effective: Effective,
+    site: Site,
+    run_folder: Path,
+    run_name: str,
+    plan: StepPlan,
+    inputs: Mapping[str, Any] | None = None,
+    engine: str | None = None,
+) -> RenderedRun:
+    """Compose the run's files without touching the disk or hashing anything."""
+    folder = Path(run_folder).absolute()
+    trainer = compose_trainer(effective, folder, run_name)
+    dataset = compose_dataset(effective, site)
+    lock = compose_lock(effective, site, run_name, plan, trainer, inputs or name_inputs(site), engine)
+    machine = site.machine
+    accelerate = describe_accelerate(machine.processes, machine.gpus, trainer.get("mixed_precision", "no"))
+    sectioned: dict[str, dict[str, Any]] = {}
+    for name, value in trainer.items():
+        sectioned.setdefault(section_of(name, SECTIONS), {})[name] = value
+    texts = {
+        TRAINER_FILE: toml.dumps(sectioned),
+        DATASET_FILE: toml.dumps(dataset),
+        PRESET_FILE: toml.dumps(dict(effective.preset)),
+        ACCELERATE_FILE: render_yaml(accelerate),
+    }
+    samples = effective.subtable("samples", with_defaults=True)
+    if samples.get("prompts"):
+        texts[PROMPTS_FILE] = render_prompts(samples)
+    texts[LOCK_FILE] = toml.dumps(lock)
+    return RenderedRun(folder, run_name, trainer, dataset, lock, texts)
+
+
+def compose_trainer(effective: Effective, folder: Path, run_name: str) -> dict[str, Any]:
+    """The options of trainer.toml, flat; they run with plain sd-scripts too."""
+    shape = shape_batch(effective)
+    options = {
+        name: value
+        for name, value in effective.options.items()
+        if value is not None and name not in effective.table.dataset_options
+    }
+    network_args = effective.subtable("network_args")
+    if effective.preset:
+        network_args["preset"] = str(folder / PRESET_FILE)
+    if network_args:
+        options["network_args"] = render_network_args(network_args)
+    for name in ("optimizer_args", "lr_scheduler_args"):
+        if table := effective.subtable(name):
+            options[name] = render_literals(table)
+    if effective.get("samples.prompts"):
+        options["sample_prompts"] = str(folder / PROMPTS_FILE)
+        if every := effective.get("samples.every"):
+            options["sample_every_n_steps"] = every
+    if options.get("log_with"):
+        options.setdefault("logging_dir", str(folder / "logs"))
+    options |= {
+        "output_dir": str(folder / "checkpoints"),
+        "output_name": run_name,
+        "train_batch_size": shape.batch_per_gpu,
+        "gradient_accumulation_steps": shape.accumulation,
+    }
+    return options
+
+
+def compose_dataset(effective: Effective, site: Site) -> dict[str, Any]:
+    """dataset.toml: one dataset, one folder of images."""
+    shape = shape_batch(effective)
+    dataset: dict[str, Any] = {"batch_size": shape.batch_per_gpu}
+    subset: dict[str, Any] = {"image_dir": str(site.paths.images)}
+    for name, value in effective.subtable("dataset_options").items():
+        level = effective.table.dataset_options[name].level
+        (dataset if level == "dataset" else subset)[name] = value
+    return {"datasets": [{**dataset, "subsets": [subset]}]}
+
+
+def compose_lock(
+    effective: Effective,
+    site: Site,
+    run_name: str,
+    plan: StepPlan,
+    trainer: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    engine: str | None,
+) -> dict[str, Any]:
+    """Everything that a run depends on."""
+    shape = shape_batch(effective)
+    engine = engine or site.machine.engine
+    checkout = find_trainer() if engine == "sd-scripts" else None
+    values = {name: value for name, value in effective.defaults.items() if name in effective.table.options}
+    values |= trainer
+    for name in ARGUMENT_TABLES:
+        values.pop(name, None)
+    run = {
+        "name": run_name,
+        "template": effective.name,
+        "template_files": [str(path) for path in effective.files],
+        "template_commit": read_commit(effective.path.parent),
+        "engine": engine,
+        "data": effective.get("kwrap.data"),
+        "dataset": effective.get("kwrap.dataset", ""),
+        "seed": effective.get("seed"),
+        "effective_batch": shape.effective_batch,
+        "batch_per_gpu": shape.batch_per_gpu,
+        "kwrap_version": kohaku_wrap.__version__,
+    }
+    states = {"keep": effective.get("states.keep"), "every": effective.get("states.every")}
+    lock: dict[str, Any] = {
+        "run": run,
+        "plan": {
+            "images": plan.images,
+            "batches": plan.batches,
+            "micro_batches_per_epoch": plan.micro_batches_per_epoch,
+            "optimizer_steps_per_epoch": plan.optimizer_steps_per_epoch,
+            "total_optimizer_steps": plan.total_optimizer_steps,
+            "epochs": plan.epochs,
+            "processes": plan.processes,
+            "accumulation": plan.accumulation,
+        },
+        "states": drop_unset(states),
+        "values": drop_unset(dict(sorted(values.items()))),
+        "dataset": drop_unset(effective.subtable("dataset_options", with_defaults=True))
+        | {"batch_size": shape.batch_per_gpu, "image_dir": str(site.paths.images)},
+        "samples": drop_unset(effective.subtable("samples")),
+    }
+    for name in ARGUMENT_TABLES:
+        lock[name] = effective.subtable(name)
+    lock |= {
+        "preset": dict(effective.preset),
+        "inputs": drop_unset(dict(inputs)),
+        "versions": list_versions(),
+        "trainer": {"path": str(checkout or ""), "commit": read_commit(checkout) if checkout else ""},
+        "machine": {
+            "gpus": site.machine.gpus,
+            "processes": site.machine.processes,
+            "workers": trainer.get("max_data_loader_n_workers", 0),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+        },
+    }
+    return lock
+
+
+def drop_unset(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table without None, which TOML cannot hold."""
+    return {key: value for key, value in table.items() if value is not None}
+
+
+def name_inputs(site: Site) -> dict[str, Any]:
+    """The run's inputs by path, nothing hashed."""
+    paths = {"base_model": site.paths.base_model, "images": site.paths.images}
+    paths |= {name: path for name, path in (("vae", site.paths.vae), ("tokenizers", site.paths.tokenizers)) if path}
+    return {name: str(path) for name, path in paths.items()}
+
+
+def hash_inputs(
+    effective: Effective,
+    site: Site,
+    selection: Path | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """The run's inputs with their sha256; reads the whole base model. Raises MissingInput."""
+    inputs = name_inputs(site)
+    files = {"base_model": site.paths.base_model, "vae": site.paths.vae, "selection": selection}
+    for name, path in files.items():
+        if path is None:
+            continue
+        if not path.is_file():
+            raise MissingInput(f"{path}: no such file ({name})", f"Mend paths.{name} in {site.path}.")
+        inputs[name] = str(path)
+        inputs[f"{name}_sha256"] = sha256_of_file(path, on_bytes)
+    inputs["captions_digest"] = read_captions_metadata(site.paths.images).get("digest", "")
+    for index, path in enumerate(effective.files):
+        inputs[f"template_{index}_sha256"] = sha256_of_file(path)
+    inputs["preset_sha256"] = sha256_of_text(toml.dumps(dict(effective.preset)))
+    return inputs
+
+
+def sha256_of_text(text: str) -> str:
+    """The sha256 of the text's UTF-8, in hex."""
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,177 @@
+"""What is true of one machine: its paths, its GPUs, and the trainer options that only it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.options import suggest
+from kohaku_wrap.config.templates import read_toml
+from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
+
+ENGINES = ("sd-scripts", "builtin")
+
+PATH_DEFAULTS = {
+    "db": "danbooru.db",
+    "tars": "tars",
+    "images": "images",
+    "base_model": "base/model.safetensors",
+    "runs": "runs",
+}
+"""Where each thing lies, relative to the site file, when the file does not say."""
+
+PATH_NAMES = (*PATH_DEFAULTS, "vae", "tokenizers")
+
+MACHINE_TYPES: dict[str, type] = {
+    "engine": str,
+    "gpus": int,
+    "processes": int,
+    "batch_per_gpu": int,
+    "workers": int,
+}
+SMALLEST = {"gpus": 0, "processes": 1, "batch_per_gpu": 1, "workers": 0}
+
+
+class MissingSite(UsageError):
+    """The site file is not there."""
+
+
+@dataclass(frozen=True)
+class SitePaths:
+    """Absolute paths; that they exist is checked by the step that needs them."""
+
+    db: Path
+    """The metadata database."""
+
+    tars: Path
+    """The folder of image tars."""
+
+    images: Path
+    """Where extract and caption write."""
+
+    base_model: Path
+    """The single-file SDXL that training starts from."""
+
+    vae: Path | None
+    """A VAE in place of the base model's own."""
+
+    tokenizers: Path | None
+    """The folder of both CLIP tokenizers; None: the hub's cache."""
+
+    runs: Path
+    """Where runs are kept."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine has and should give."""
+
+    engine: str = "sd-scripts"
+    """The trainer: sd-scripts or builtin."""
+
+    gpus: int = 1
+    """GPUs to train on; 0 trains on the CPU."""
+
+    processes: int = 1
+    """Training processes: one a GPU, unless the file says otherwise."""
+
+    batch_per_gpu: int = 1
+    """Images in one micro-batch of one process."""
+
+    workers: int | None = None
+    """Loader workers per process; None: as the template says."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site.toml."""
+
+    path: Path
+    """The file, absolute."""
+
+    paths: SitePaths
+    """`[paths]`, resolved against the file's folder."""
+
+    machine: Machine
+    """`[machine]`."""
+
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    """`[trainer]`: sd-scripts options that win over the template's."""
+
+
+def load_site(path: Path | str) -> Site:
+    """Read and check a site file. Raises ProblemsFound with every fault of it."""
+    file = Path(path).expanduser().absolute()
+    if not file.is_file():
+        raise MissingSite(f"{path}: no such site file", "`kwrap demo DIR` writes one to look at and to copy.")
+    document = read_toml(file)
+    problems = [
+        Problem(name, f"unknown table{suggest(name, TABLES)}; there are {', '.join(TABLES)}")
+        for name in document
+        if name not in TABLES
+    ]
+    tables: dict[str, dict[str, Any]] = {}
+    for name in TABLES:
+        table = document.get(name, {})
+        if not isinstance(table, dict):
+            problems.append(Problem(name, f"must be a table: [{name}]"))
+            table = {}
+        tables[name] = table
+    paths, path_problems = resolve_paths(tables["paths"], file.parent)
+    machine, machine_problems = read_machine(tables["machine"])
+    problems += path_problems + machine_problems
+    if problems:
+        raise ProblemsFound(
+            str(path), problems, "Mend these keys; `kwrap demo DIR` writes a site.toml to compare with."
+        )
+    return Site(file, paths, machine, tables["trainer"])
+
+
+TABLES = ("paths", "machine", "trainer")
+
+
+def resolve_paths(table: dict[str, Any], folder: Path) -> tuple[SitePaths, list[Problem]]:
+    """`[paths]` as absolute paths, and its faults."""
+    problems: list[Problem] = []
+    values = {name: folder / default for name, default in PATH_DEFAULTS.items()}
+    for name, value in table.items():
+        if name not in PATH_NAMES:
+            problems.append(Problem(f"paths.{name}", f"unknown key{suggest(name, PATH_NAMES)}"))
+        elif not isinstance(value, str) or not value:
+            problems.append(Problem(f"paths.{name}", "must be a path in quotes"))
+        else:
+            values[name] = folder / Path(value).expanduser()
+    paths = SitePaths(
+        db=values["db"],
+        tars=values["tars"],
+        images=values["images"],
+        base_model=values["base_model"],
+        vae=values.get("vae"),
+        tokenizers=values.get("tokenizers"),
+        runs=values["runs"],
+    )
+    return paths, problems
+
+
+def read_machine(table: dict[str, Any]) -> tuple[Machine, list[Problem]]:
+    """`[machine]`, and its faults."""
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        where = f"machine.{name}"
+        if name not in MACHINE_TYPES:
+            problems.append(Problem(where, f"unknown key{suggest(name, MACHINE_TYPES)}"))
+        elif MACHINE_TYPES[name] is int and (not isinstance(value, int) or isinstance(value, bool)):
+            problems.append(Problem(where, f"{value!r} is not a whole number"))
+        elif MACHINE_TYPES[name] is int and value < SMALLEST[name]:
+            problems.append(Problem(where, f"{value} is below {SMALLEST[name]}"))
+        elif name == "engine" and value not in ENGINES:
+            problems.append(
+                Problem(where, f"{value!r} is not one of {', '.join(ENGINES)}{suggest(str(value), ENGINES)}")
+            )
+        else:
+            values[name] = value
+    values.setdefault("processes", max(values.get("gpus", 1), 1))
+    return Machine(**values), problems

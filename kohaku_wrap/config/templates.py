@@ -1,0 +1,104 @@
+"""Where templates and presets are found: a path, then the user's folder, then those that came with kwrap."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.options import suggest
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.files import home_folder, shipped_folder
+
+
+class UnknownTemplate(UsageError):
+    """No template or preset of that name or path."""
+
+
+class UnreadableToml(KwrapError):
+    """A file that is not TOML."""
+
+
+@dataclass(frozen=True)
+class TemplateFile:
+    """One template that can be named."""
+
+    name: str
+    """What to write on the command line."""
+
+    path: Path
+    """The file."""
+
+    origin: str
+    """`yours` or `shipped`."""
+
+    title: str
+    """Its own first words about itself."""
+
+
+def user_templates() -> Path:
+    """The folder of a person's own templates."""
+    return home_folder() / "templates"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file's tables. Raises UnreadableToml with line and column."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise UnreadableToml(f"{path}: {error}", "Mend the file at that place; strings need quotes in TOML.") from None
+    except UnicodeDecodeError as error:
+        raise UnreadableToml(f"{path}: not UTF-8 text at byte {error.start}", "Save the file as UTF-8.") from None
+
+
+def list_names(folders: Iterable[Path]) -> list[str]:
+    """The names in these folders, the first folder's first, each once."""
+    return list(dict.fromkeys(file.stem for folder in folders for file in sorted(folder.glob("*.toml"))))
+
+
+def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | None = None) -> Path:
+    """The file that `name` means. `beside`: the folder against which a relative path resolves.
+
+    A path is what ends in .toml or holds a separator. Raises UnknownTemplate.
+    """
+    text = str(name)
+    if text.endswith(".toml") or "/" in text or "\\" in text:
+        path = Path(text).expanduser()
+        for candidate in [beside / path, path] if beside else [path]:
+            if candidate.is_file():
+                return candidate
+        raise UnknownTemplate(f"{text}: no such {kind} file", "`kwrap template ls` lists those that have a name.")
+    for folder in folders:
+        if (path := folder / f"{text}.toml").is_file():
+            return path
+    known = list_names(folders)
+    raise UnknownTemplate(
+        f"no {kind} is called {text}{suggest(text, known)}",
+        f"There are: {', '.join(known) or 'none'}. A path to a .toml file will do too.",
+    )
+
+
+def find_template(name: str | Path, beside: Path | None = None) -> Path:
+    """The template's file: a path, then the user's folder, then the shipped ones."""
+    folders = [user_templates(), shipped_folder("templates")]
+    # A copy beside the template that extends it comes before the user's own of that name.
+    return find_named(name, "template", [beside, *folders] if beside else folders, beside)
+
+
+def find_preset(name: str | Path, beside: Path | None = None) -> Path:
+    """The LyCORIS preset's file, looked up as templates are, in their `presets` folders."""
+    folders = [user_templates() / "presets", shipped_folder("templates") / "presets"]
+    return find_named(name, "preset", [beside / "presets", *folders] if beside else folders, beside)
+
+
+def list_templates() -> list[TemplateFile]:
+    """All templates that have a name; a person's own hide shipped ones of the same name."""
+    found: dict[str, TemplateFile] = {}
+    for origin, folder in (("yours", user_templates()), ("shipped", shipped_folder("templates"))):
+        for path in sorted(folder.glob("*.toml")):
+            if path.stem not in found:
+                title = str(read_toml(path).get("title", ""))
+                found[path.stem] = TemplateFile(path.stem, path, origin, title)
+    return sorted(found.values(), key=lambda template: template.name)
