@@ -1,0 +1,51 @@
+"""The trainer's own generators, set from stateless seeds: history, worker and rank leave no trace.
+
+Source of the rules: what is random about an item is a function of (seed, epoch, image id), what is random about
+a step of (seed, epoch, global batch position).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from kohaku_wrap.streams import seed_of
+
+
+def item_generator(seed: int, epoch: int, image_id: int) -> random.Random:
+    """The generator behind one image's flip, crop and caption in one epoch."""
+    return random.Random(seed_of("item", seed, epoch, image_id))
+
+
+def step_seed(seed: int, epoch: int, position: int) -> int:
+    """The seed behind the latents' sample, noise and time steps of one batch."""
+    return seed_of("noise", seed, epoch, position)
+
+
+def seed_generators(seed: int) -> None:
+    """Set Python's, numpy's and torch's global generators (every CUDA device too) to `seed`."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def isolated_generators(seed: int) -> Iterator[None]:
+    """Run a block under `seed` and give the caller's CPU generators back untouched.
+
+    For loader workers and the main process alike: CUDA generators are not touched.
+    """
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFF_FFFF)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])

@@ -1,0 +1,207 @@
+"""The single-file SDXL base model as diffusers' and transformers' modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.workers.module_names import UNET_PREFIX, build_named_view, pair_names
+
+Tensors = dict[str, torch.Tensor]
+
+TEXT_ENCODER_PREFIX = "conditioner.embedders.0.transformer."
+TEXT_ENCODER_2_PREFIX = "conditioner.embedders.1.model."
+VAE_PREFIX = "first_stage_model."
+KEYS_SHOWN = 5
+
+CLIP_SIZES = {
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+SDXL_SIZES: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [320, 640, 1280],
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "text_encoder": {
+        **CLIP_SIZES,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+        "hidden_act": "quick_gelu",
+    },
+    "text_encoder_2": {
+        **CLIP_SIZES,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+    "vae": {
+        "sample_size": 256,
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [128, 256, 512, 512],
+        "latent_channels": 4,
+        "layers_per_block": 2,
+    },
+}
+"""The sizes of SDXL 1.0, as diffusers' and transformers' configs name them."""
+
+
+class BadBaseModel(KwrapError):
+    """The base model's file cannot be read or is not an SDXL of the expected sizes."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The four parts of SDXL, frozen, on the CPU, in the file's precision."""
+
+    unet: UNet2DConditionModel
+    """The noise predictor."""
+
+    vae: AutoencoderKL
+    """Images to latents."""
+
+    text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    """OpenAI's CLIP-L and OpenCLIP's bigG."""
+
+    named_unet: nn.Module
+    """The UNet's modules under the checkpoint's names, for creating the network."""
+
+
+def load_base_model(path: Path, vae_path: Path | None) -> BaseModel:
+    """The model of a single file with sgm key names; sizes from `config.json` beside it, else those of SDXL.
+
+    `vae_path` replaces the file's VAE. Raises BadBaseModel with the keys that are missing or too many.
+    """
+    tensors = read_tensors(path)
+    sizes = read_sizes(path)
+    unet_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**sizes["unet"])
+    converted = convert(path, "the UNet", single_file_utils.convert_ldm_unet_checkpoint, unet_tensors, unet.config)
+    fill_module(unet, converted, path, "the UNet")
+
+    with init_empty_weights(include_buffers=False):
+        first = CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"]))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes["text_encoder_2"]))
+        vae = AutoencoderKL(**sizes["vae"])
+    first_tensors = {n: t for n, t in tensors.items() if n.startswith(TEXT_ENCODER_PREFIX)}
+    fill_module(first, single_file_utils.convert_ldm_clip_checkpoint(first_tensors), path, "text encoder 1")
+    fill_module(second, convert_second_encoder(second, tensors, path), path, "text encoder 2")
+
+    vae_file = vae_path or path
+    vae_tensors = read_tensors(vae_path) if vae_path else {n: t for n, t in tensors.items() if n.startswith(VAE_PREFIX)}
+    if not any(name.startswith("encoder.down_blocks.") for name in vae_tensors):
+        vae_tensors = convert(
+            vae_file, "the VAE", single_file_utils.convert_ldm_vae_checkpoint, vae_tensors, vae.config
+        )
+    fill_module(vae, vae_tensors, vae_file, "the VAE")
+
+    for module in (unet, first, second, vae):
+        module.requires_grad_(False)
+        module.eval()
+    view = build_named_view(unet, pair_names(unet_tensors, converted))
+    return BaseModel(unet, vae, (first, second), view)
+
+
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file. Raises BadBaseModel."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadBaseModel(
+            f"{path}: not a safetensors file that can be read ({error})", "Set `base_model` in site.toml."
+        ) from error
+
+
+def read_sizes(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """The configs of the four parts. Raises BadBaseModel where `config.json` lacks one."""
+    config = path.with_name("config.json")
+    if not config.is_file():
+        return SDXL_SIZES
+    try:
+        document = json.loads(config.read_text(encoding="utf-8"))
+        return {part: dict(document[part]) for part in SDXL_SIZES}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadBaseModel(
+            f"{config}: not the sizes of an SDXL ({error!r})", "Restore it, or remove it for a full SDXL."
+        ) from error
+
+
+def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: Any) -> Tensors:
+    """diffusers' conversion of one part; it fails on absent keys with their name alone, which is told in full here."""
+    try:
+        converted: Tensors = conversion(dict(tensors), dict(config))
+    except (KeyError, IndexError, AttributeError) as error:
+        raise BadBaseModel(
+            f"{path}: {part} is not there or incomplete (at {error})", "Set `base_model` in site.toml to a whole SDXL."
+        ) from error
+    return converted
+
+
+def convert_second_encoder(encoder: CLIPTextModelWithProjection, tensors: Tensors, path: Path) -> Tensors:
+    """OpenCLIP's tensors under transformers' names; queries, keys and values are cut apart."""
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_2_PREFIX)}
+    converted: Tensors = convert(
+        path,
+        "text encoder 2",
+        lambda part, _: single_file_utils.convert_open_clip_checkpoint(encoder, part, prefix=TEXT_ENCODER_2_PREFIX),
+        own,
+        {},
+    )
+    return converted
+
+
+def fill_module(module: nn.Module, tensors: Tensors, path: Path, part: str) -> None:
+    """Give `module` the tensors by name, without copying. Raises BadBaseModel unless all fit."""
+    # Older files carry a buffer that is no longer a parameter.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    faults = [f"{len(names)} keys {what} ({', '.join(names[:KEYS_SHOWN])}{', …' if len(names) > KEYS_SHOWN else ''})"
+              for what, names in (("missing", missing), ("unexpected", unexpected), ("of another size", sorted(wrong)))
+              if names]  # fmt: skip
+    if faults:
+        raise BadBaseModel(
+            f"{path}: {part} does not fit: {'; '.join(faults)}", "Set `base_model` in site.toml to a whole SDXL."
+        )
+    module.load_state_dict(tensors, assign=True)

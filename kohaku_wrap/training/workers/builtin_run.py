@@ -1,0 +1,373 @@
+"""The builtin engine's training: one attempt of a run, exact to the bit wherever it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import distributed
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import sha256_of_file
+from kohaku_wrap.streams import seed_of
+from kohaku_wrap.training.attempts import Attempt, Outcome
+from kohaku_wrap.training.columns import (
+    Columns,
+    ColumnsDataset,
+    ItemOptions,
+    content_digest,
+    read_dataset_options,
+)
+from kohaku_wrap.training.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.loader import Example, iterate_examples, make_loader
+from kohaku_wrap.training.loss_average import LossAverage
+from kohaku_wrap.training.metrics import MetricsWriter
+from kohaku_wrap.training.order import order_digest
+from kohaku_wrap.training.sampler import PositionSampler
+from kohaku_wrap.training.saving import save_run_state
+from kohaku_wrap.training.states import check_state_sizes, state_folder
+from kohaku_wrap.training.tokens import CaptionTokenizer
+from kohaku_wrap.training.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.workers.builtin_loss import LossOfBatch
+from kohaku_wrap.training.workers.builtin_models import load_base_model
+from kohaku_wrap.training.workers.builtin_network import (
+    create_network,
+    create_optimizer,
+    create_schedule,
+    describe_groups,
+    describe_training,
+    save_network,
+)
+from kohaku_wrap.training.workers.builtin_options import BuiltinOptions
+from kohaku_wrap.training.workers.builtin_state import Trained
+
+
+class NonFiniteLoss(KwrapError):
+    """The loss of an optimizer step is not a number."""
+
+
+@dataclass
+class StepSums:
+    """What is summed over the micro-batches of one optimizer step, first on this rank, then over all."""
+
+    loss: float = 0.0
+    """Sum of the micro-batches' losses."""
+
+    images: int = 0
+    """Images trained."""
+
+    nan_latents: int = 0
+    """Images whose latents were not numbers."""
+
+    substitutes: int = 0
+    """Unreadable images that were replaced."""
+
+    rates: dict[str, float] = field(default_factory=dict)
+    """The rates of this optimizer step by their names in the metrics."""
+
+    started: float = field(default_factory=time.monotonic)
+    """When the step's first micro-batch was asked for."""
+
+
+class BuiltinRun:
+    """One process of one attempt."""
+
+    def __init__(self, attempt: Attempt, rank: int) -> None:
+        self.attempt = attempt
+        self.rank = rank
+        self.optimizer_steps_done = attempt.start_optimizer_step
+        self.micro_batches_done = 0
+        self.total_optimizer_steps = attempt.lock.total_optimizer_steps
+
+    def prepare(self) -> None:
+        """Load the model, make the network, and take up the attempt's state."""
+        document = tomllib.loads(self.attempt.run.trainer_config.read_text(encoding="utf-8"))
+        options = BuiltinOptions.from_config(document, on_cpu=not torch.cuda.is_available())
+        self.options = options
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=self.attempt.accumulation, mixed_precision=options.mixed_precision
+        )
+        self.make_deterministic()
+        # accelerate and torchrun set handlers of their own.
+        self.attempt.stop_on_signals()
+
+        tokenizer = CaptionTokenizer.load(Path(options.tokenizer_cache_dir), options.max_token_length)
+        self.dataset = self.open_dataset(tokenizer)
+        self.order = self.dataset.order
+        model = load_base_model(Path(options.pretrained_model_name_or_path), Path(options.vae) if options.vae else None)
+        seed_generators(seed_of("network", options.seed))
+        self.network = create_network(model, options)
+        self.loss_of_batch = LossOfBatch(model, options, self.accelerator, tokenizer.end_token_id)
+        self.loss_of_batch.place_model()
+        self.network.to(self.accelerator.device, torch.float32)
+        optimizer = create_optimizer(self.network, options)
+        schedule = create_schedule(optimizer, options, self.total_optimizer_steps)
+        # The network is not prepared: gradients are averaged once an optimizer step, so nothing wraps it.
+        self.network.prepare_grad_etc()
+        optimizer, schedule = self.accelerator.prepare(optimizer, schedule)
+        # One schedule step an optimizer step, on any number of processes.
+        schedule.split_batches = True
+        self.trained = Trained(self.network, optimizer, schedule, self.accelerator.scaler, LossAverage())
+        self.rate_groups = describe_groups(self.network, optimizer)
+        self.take_up_state()
+        self.metadata = self.describe_run() if self.rank == 0 else {}
+        header = LedgerHeader(
+            self.attempt.number,
+            self.rank,
+            self.attempt.processes,
+            self.attempt.accumulation,
+            self.attempt.lock.batch_per_gpu,
+            options.seed,
+        )
+        self.ledger = LedgerWriter(self.attempt.run.ledger, header)
+        self.metrics = MetricsWriter(self.attempt) if self.rank == 0 else None
+
+    def make_deterministic(self) -> None:
+        """Ask torch for the same bits each time; on a GPU only as far as its kernels allow."""
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.use_deterministic_algorithms(True, warn_only=self.accelerator.device.type != "cpu")
+        torch.backends.cudnn.benchmark = False
+
+    def open_dataset(self, tokenizer: CaptionTokenizer) -> ColumnsDataset:
+        """The run's images and captions, set to start where this attempt does."""
+        document = tomllib.loads(self.attempt.run.dataset_config.read_text(encoding="utf-8"))
+        options = read_dataset_options(document)
+        lock = self.attempt.lock
+        position = lock.count.position_of(self.attempt.start_optimizer_step, self.attempt.processes)
+        return ColumnsDataset(
+            Columns.open(Path(options["image_dir"])),
+            ItemOptions.from_dataset_options(options),
+            lock.batch_per_gpu,
+            self.options.seed,
+            self.attempt.group,
+            tokenizer,
+            substitute_bad_images="bad-images" in self.attempt.allow,
+            start=(position.epoch, position.global_position),
+        )
+
+    def take_up_state(self) -> None:
+        """Load the attempt's state, or leave the fresh network as it is."""
+        state = self.attempt.state
+        if state is None:
+            return
+        check_state_sizes(state)
+        self.trained.read(state)
+        print(f"resumed from {state.name}", flush=True)
+
+    def describe_run(self) -> dict[str, str]:
+        """The metadata of every checkpoint of this run."""
+        base = Path(self.options.pretrained_model_name_or_path)
+        inputs = self.attempt.lock.tables.get("inputs", {})
+        facts = {
+            "ss_new_sd_model_hash": inputs.get("base_model_sha256") or sha256_of_file(base),
+            "ss_num_train_images": len(self.dataset.columns),
+            "ss_num_batches_per_epoch": self.order.batches,
+            "ss_batch_size_per_device": self.attempt.lock.batch_per_gpu,
+            "ss_gradient_accumulation_steps": self.attempt.accumulation,
+            "ss_max_train_steps": self.total_optimizer_steps,
+            "kwrap_run": self.attempt.run.name,
+            "kwrap_captions_digest": self.dataset.columns.digest,
+            "kwrap_effective_batch": self.attempt.lock.effective_batch,
+        }
+        return describe_training(self.options, facts)
+
+    def train(self) -> Outcome:
+        """Train to the last optimizer step, or to the one after which a stop was asked for."""
+        count = self.order.count
+        position = count.position_of(self.optimizer_steps_done, self.attempt.processes)
+        sampler = PositionSampler(
+            self.order, position.epoch, position.global_position, self.rank, self.attempt.processes
+        )
+        loader = make_loader(
+            self.dataset,
+            sampler,
+            self.attempt.workers,
+            self.options.persistent_data_loader_workers,
+            self.options.seed,
+        )
+        epoch = position.epoch
+        while self.optimizer_steps_done < self.total_optimizer_steps:
+            sampler.set_epoch(epoch)
+            self.network.train()
+            sums = StepSums()
+            for example in iterate_examples(loader):
+                ends_step = (self.micro_batches_done + 1) % self.attempt.accumulation == 0
+                self.train_micro_batch(example, sums, ends_step)
+                if not ends_step:
+                    continue
+                if self.finish_step(epoch, sums):
+                    return "stopped"
+                sums = StepSums()
+                if self.optimizer_steps_done == self.total_optimizer_steps:
+                    break
+            epoch += 1
+            self.save_epoch(epoch)
+        self.save_end()
+        return "finished"
+
+    def train_micro_batch(self, example: Example, sums: StepSums, ends_step: bool) -> None:
+        """Add one batch's gradients, and step the optimizer where this ends its accumulation."""
+        facts = example["kwrap"]
+        epoch, position = facts["epoch"], facts["position"]
+        optimizer_step = self.order.count.optimizer_step_of(epoch, position)
+        self.accelerator.gradient_state._set_sync_gradients(ends_step)
+        seed_generators(step_seed(self.options.seed, epoch, position))
+        result = self.loss_of_batch(example)
+        self.accelerator.backward(result.loss)
+        rates = self.trained.schedule.get_last_lr()
+        if ends_step:
+            self.average_gradients()
+            if self.options.max_grad_norm:
+                self.accelerator.clip_grad_norm_(self.network.get_trainable_params(), self.options.max_grad_norm)
+        self.trained.optimizer.step()
+        self.trained.schedule.step()
+        self.trained.optimizer.zero_grad(set_to_none=True)
+
+        loss = float(result.loss.detach())
+        self.ledger.append(
+            optimizer_step=optimizer_step,
+            epoch=epoch,
+            position=position,
+            order_digest=order_digest(facts["image_ids"]),
+            content_digest=content_digest(facts["content"], result.timesteps),
+            loss=loss,
+            learning_rate=rates[self.rate_groups.get("lr_unet", 0)],
+            is_fill=facts["is_fill"],
+            is_substitute=bool(facts["substituted"]),
+        )
+        self.micro_batches_done += 1
+        self.attempt.beat(self.rank, "step", self.optimizer_steps_done, self.micro_batches_done)
+        sums.loss += loss
+        sums.images += len(facts["image_ids"])
+        sums.nan_latents += result.nan_latents
+        sums.substitutes += len(facts["substituted"])
+        sums.rates = {name: rates[group] for name, group in self.rate_groups.items()}
+
+    def average_gradients(self) -> None:
+        """Replace each gradient by its mean over the ranks, as sd-scripts' `all_reduce_network` does."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        flat /= self.accelerator.num_processes
+        for gradient, part in zip(gradients, torch.split(flat, [each.numel() for each in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def finish_step(self, epoch: int, sums: StepSums) -> bool:
+        """Count the optimizer step, record it, save what is due; whether a stop was asked for."""
+        self.optimizer_steps_done += 1
+        done = self.optimizer_steps_done
+        loss, images, nan_latents, substitutes, stop = self.sum_over_ranks(sums)
+        loss /= self.attempt.group
+        if not math.isfinite(loss) and "non-finite-loss" not in self.attempt.allow:
+            self.optimizer_steps_done -= 1
+            raise NonFiniteLoss(
+                f"the loss of optimizer step {done} is {loss}",
+                "Resume from an earlier state with a lower rate, or with `--allow non-finite-loss`.",
+            )
+        steps_per_epoch = self.order.count.optimizer_steps_per_epoch
+        average = self.trained.losses.add((done - 1) % steps_per_epoch, loss)
+        if self.metrics is not None:
+            seconds = time.monotonic() - sums.started
+            line: dict[str, Any] = {
+                "optimizer_step": done,
+                "epoch": epoch,
+                "micro_batch": done * self.attempt.accumulation,
+                "loss": loss,
+                "loss_average": average,
+                **sums.rates,
+                "seconds": round(seconds, 4),
+                "images": int(images),
+                "skipped_images_loaded": self.dataset.images_loaded_too_early,
+            }
+            extras = {"nan_latents": int(nan_latents), "substitutes": int(substitutes)}
+            self.metrics.append(line | {name: number for name, number in extras.items() if number})
+        due = bool(self.options.save_every_n_steps) and done % (self.options.save_every_n_steps or 1) == 0
+        if due:
+            self.save_checkpoint(f"{self.options.output_name}-step{done:08d}", done)
+            if self.options.save_state:
+                self.save_state()
+            self.remove_old_checkpoint(
+                "-step{:08d}", done, self.options.save_every_n_steps, self.options.save_last_n_steps
+            )
+        stopping = bool(stop) and done < self.total_optimizer_steps
+        if stopping:
+            self.save_state(scheduled=False)
+        return stopping
+
+    def sum_over_ranks(self, sums: StepSums) -> list[float]:
+        """Loss, images, NaN latents, substitutes and wish to stop, over all ranks; every rank gets the same."""
+        stop = self.rank == 0 and self.attempt.stop_requested()
+        numbers = [sums.loss, float(sums.images), float(sums.nan_latents), float(sums.substitutes), float(stop)]
+        if self.accelerator.num_processes == 1:
+            return numbers
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+        distributed.all_reduce(total)
+        return [float(number) for number in total.tolist()]
+
+    def save_checkpoint(self, name: str, optimizer_step: int) -> None:
+        """Write the network's weights on rank 0."""
+        self.attempt.beat(self.rank, "saving", self.optimizer_steps_done, self.micro_batches_done)
+        if self.rank == 0:
+            epoch = -(-optimizer_step // self.order.count.optimizer_steps_per_epoch)
+            facts = {
+                "ss_steps": str(optimizer_step),
+                "ss_epoch": str(epoch),
+                "ss_training_finished_at": str(time.time()),
+            }
+            path = Path(self.options.output_dir) / f"{name}.safetensors"
+            save_network(self.network, path, self.options, self.metadata | facts)
+            print(f"saved {path.name}", flush=True)
+
+    def remove_old_checkpoint(self, pattern: str, newest: int, every: int | None, span: int | None) -> None:
+        """Remove the checkpoint that sd-scripts would remove after writing the one at `newest`."""
+        if self.rank == 0 and every and span is not None:
+            oldest = newest - span - 1 if "step" in pattern else newest - every * span
+            oldest -= oldest % every
+            if oldest > 0:
+                name = f"{self.options.output_name}{pattern.format(oldest)}.safetensors"
+                (Path(self.options.output_dir) / name).unlink(missing_ok=True)
+
+    def save_state(self, scheduled: bool = True) -> None:
+        """Write a state at the steps done, once."""
+        done = self.optimizer_steps_done
+        if state_folder(self.attempt.run.states, done).exists():
+            return
+        self.attempt.beat(self.rank, "saving", done, self.micro_batches_done)
+        self.ledger.sync()
+        self.accelerator.wait_for_everyone()
+        if self.rank == 0:
+            save_run_state(self.attempt, done, self.trained.write, scheduled=scheduled)
+        self.accelerator.wait_for_everyone()
+
+    def save_epoch(self, epochs_done: int) -> None:
+        """Save what is due after an epoch, except after the last one."""
+        every = self.options.save_every_n_epochs
+        if not every or epochs_done % every or self.optimizer_steps_done >= self.total_optimizer_steps:
+            return
+        self.save_checkpoint(f"{self.options.output_name}-{epochs_done:06d}", self.optimizer_steps_done)
+        if self.options.save_state:
+            self.save_state()
+        self.remove_old_checkpoint("-{:06d}", epochs_done, every, self.options.save_last_n_epochs)
+
+    def save_end(self) -> None:
+        """Save the finished network under the run's name, and its state."""
+        if self.options.save_state or self.options.save_state_on_train_end:
+            self.save_state()
+        self.save_checkpoint(self.options.output_name, self.optimizer_steps_done)
+
+    def close(self) -> None:
+        """Leave the other ranks in peace."""
+        self.ledger.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
