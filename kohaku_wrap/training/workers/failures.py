@@ -1,0 +1,54 @@
+"""How a worker that cannot go on tells the supervisor why."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.attempts import Attempt
+from kohaku_wrap.training.states import is_disk_full
+
+FAILURE_KINDS = {
+    "NonFiniteLoss": "non-finite-loss",
+    "UnreadableImage": "bad-image",
+    "DiskFull": "disk-full",
+    "UnfitState": "bad-state",
+    "DamagedState": "bad-state",
+    "OutOfMemoryError": "out-of-memory",
+    "MemoryError": "out-of-memory",
+}
+"""What the supervisor calls each kind of failure, by the class that was raised."""
+
+
+def report_failures(attempt: Attempt, rank: int, optimizer_steps_done: Callable[[], int]) -> None:
+    """Let whatever ends this process be told in the attempt's folder, then end the process at once."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, KwrapError):
+            message = error.message
+            print(error, file=sys.stderr)
+        else:
+            message = f"{kind.__name__}: {error}"
+            traceback.print_exception(kind, error, trace)
+        attempt.fail(rank, failure_kind(error), message, optimizer_steps_done())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The other ranks may wait for this one inside a collective: a tidy exit would wait for them in turn.
+        os._exit(1)
+
+    sys.excepthook = report
+
+
+def failure_kind(error: BaseException) -> str:
+    """The supervisor's word for a failure."""
+    names = [FAILURE_KINDS[each.__name__] for each in type(error).mro() if each.__name__ in FAILURE_KINDS]
+    if names:
+        return names[0]
+    if is_disk_full(error):
+        return "disk-full"
+    # An expected failure of any other kind would meet the next attempt too.
+    return "refused" if isinstance(error, KwrapError) else "error"

@@ -1,0 +1,147 @@
+"""The sd-scripts engine's worker: `accelerate launch -m kohaku_wrap.training.workers.sd_scripts`, in a run's folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.attempts import Attempt
+from kohaku_wrap.training.requirements import requirement_paths
+from kohaku_wrap.training.trainer import Checkout, find_checkout, require_supported
+from kohaku_wrap.training.workers.failures import report_failures
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.workers.sd_scripts_loop import Loop
+
+DETERMINISTIC_VARIABLE = "KWRAP_DETERMINISTIC"
+"""Set to 1 on a GPU to ask torch for deterministic kernels; slower."""
+
+
+class NotSupportedHere(KwrapError):
+    """An option that this engine cannot resume exactly, or cannot train with."""
+
+
+class EndedEarly(KwrapError):
+    """The trainer came back before the last optimizer step."""
+
+
+def main() -> int:
+    """Train the attempt that KWRAP_RUN and KWRAP_ATTEMPT name; 0 when it finished or was stopped as asked."""
+    rank = int(os.environ.get("RANK", "0"))
+    attempt = Attempt.load()
+    attempt.open_log(rank)
+    attempt.stop_on_signals()
+    attempt.beat(rank, "start-up", attempt.start_optimizer_step)
+    report_failures(attempt, rank, lambda: attempt.start_optimizer_step)
+    checkout = require_supported(find_checkout(attempt.lock.trainer_commit))
+    enter_checkout(checkout)
+    # Only now: the trainer's modules are found, and torch reads what the launch has set.
+    from kohaku_wrap.training.workers.sd_scripts_loop import Loop, StopRequested
+    from kohaku_wrap.training.workers.sd_scripts_seams import KwrapTrainer, install_seams
+
+    loop = Loop(attempt, rank)
+    report_failures(attempt, rank, loop.optimizer_steps_so_far)
+    install_seams(loop, checkout)
+    loop.args = read_arguments(loop)
+    try:
+        KwrapTrainer(loop).train(loop.args)
+    except StopRequested as stopped:
+        print(stopped.message, flush=True)
+        loop.accelerator.end_training()
+        outcome = "stopped"
+    else:
+        outcome = "finished"
+        require_end(loop)
+    loop.close()
+    if rank == 0:
+        attempt.finish("stopped" if outcome == "stopped" else "finished", loop.optimizer_steps)
+    return 0
+
+
+def enter_checkout(checkout: Checkout) -> None:
+    """Put the checkout, and packages that only it needs, on the import path."""
+    sys.path.insert(0, str(checkout.path))
+    sys.path.extend(str(path) for path in requirement_paths())
+    from kohaku_wrap.training.workers.torchvision_on_cpu import import_torchvision
+
+    import_torchvision()
+    ask_for_determinism()
+
+
+def ask_for_determinism() -> None:
+    """The same bits each time: always on a CPU, on a GPU where it was asked for."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get(DETERMINISTIC_VARIABLE) == "1":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def read_arguments(loop: Loop) -> argparse.Namespace:
+    """The run's options as the trainer itself reads them, with what this attempt decides."""
+    import sdxl_train_network
+    from library import train_util
+
+    from kohaku_wrap.training.workers.sd_scripts_dataset import DATASET_CLASS
+    from kohaku_wrap.training.workers.sd_scripts_seams import finish_rotation, remove_leftovers
+    from kohaku_wrap.training.workers.tiny_sizes import change_sizes, read_sizes
+
+    attempt = loop.attempt
+    parser = sdxl_train_network.setup_parser()
+    args = parser.parse_args()
+    train_util.verify_command_line_training_args(args)
+    args = train_util.read_config_from_file(args, parser)
+    refuse_options(args, attempt)
+    args.seed = attempt.lock.seed
+    args.gradient_accumulation_steps = attempt.accumulation
+    args.max_data_loader_n_workers = attempt.workers
+    args.persistent_data_loader_workers = bool(args.persistent_data_loader_workers) and attempt.workers > 0
+    args.resume = None if attempt.state is None else str(attempt.state)
+    args.resume_from_huggingface = False
+    args.initial_step = args.initial_epoch = None
+    if attempt.lock.data == "kwrap":
+        args.dataset_class = DATASET_CLASS
+    sizes = read_sizes(Path(args.pretrained_model_name_or_path))
+    if sizes is not None:
+        change_sizes(sizes)
+    if loop.rank == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(Path(args.output_dir))
+        finish_rotation(args, attempt.start_optimizer_step)
+    parsed: argparse.Namespace = args
+    return parsed
+
+
+def refuse_options(args: argparse.Namespace, attempt: Attempt) -> None:
+    """Raise NotSupportedHere for what would not be trained, or not be resumed, as it says."""
+    columns = attempt.lock.data == "kwrap"
+    faults = {
+        "deepspeed": bool(getattr(args, "deepspeed", False)),
+        "cache_latents": columns and bool(args.cache_latents or args.cache_latents_to_disk),
+        "cache_text_encoder_outputs": columns and bool(args.cache_text_encoder_outputs),
+        "validation_split": columns and bool(args.validation_split),
+    }
+    named = [name for name, is_set in faults.items() if is_set]
+    if named:
+        raise NotSupportedHere(
+            f"not supported by this engine: {', '.join(named)}",
+            'Leave these options out; with data = "sd-scripts" all but deepspeed are the trainer\'s own affair.',
+        )
+
+
+def require_end(loop: Loop) -> None:
+    """Raise EndedEarly unless every step is done and the last checkpoint is there."""
+    if loop.optimizer_steps < loop.total_optimizer_steps:
+        raise EndedEarly(
+            f"the trainer ended after {loop.optimizer_steps:,} of {loop.total_optimizer_steps:,} optimizer steps",
+            "Its log says why; `kwrap status` shows where it lies.",
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""What kwrap does inside the trainer's loop: positions, seeds, ledger, metrics, states, and an end when asked."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.attempts import Attempt
+from kohaku_wrap.training.columns import content_digest
+from kohaku_wrap.training.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.metrics import MetricsWriter
+from kohaku_wrap.training.order import order_digest
+from kohaku_wrap.training.saving import save_run_state
+from kohaku_wrap.training.torch_streams import seed_generators, step_seed
+
+LOSSES_FILE = "kwrap_losses.pt"
+"""The loss average, within a state."""
+
+SEAMS = (
+    "accelerator",
+    "data loader",
+    "sampler",
+    "dataset",
+    "scheduler",
+    "network",
+    "loss recorder",
+    "place in the epochs",
+    "steps already done",
+    "number of the micro-batch",
+    "step hook",
+    "latents of images",
+    "noise and time steps",
+    "loss of a batch",
+    "count of optimizer steps",
+    "end of a micro-batch",
+)
+"""What must have been called by the end of the first optimizer step."""
+
+
+class NonFiniteLoss(KwrapError):
+    """The loss of an optimizer step is not a number."""
+
+
+class SilentSeam(KwrapError):
+    """The trainer did not call what kwrap relies on."""
+
+
+class WrongPlan(KwrapError):
+    """The trainer counts other steps than the run's plan does."""
+
+
+class OutOfOrder(KwrapError):
+    """A batch came at another position than the order says."""
+
+
+class StopRequested(KwrapError):
+    """A stop was asked for, and the state is saved."""
+
+
+@dataclass
+class StepSums:
+    """What is summed over the micro-batches of one optimizer step, first on this rank, then over all."""
+
+    loss: float = 0.0
+    """Sum of the micro-batches' losses."""
+
+    images: int = 0
+    """Images trained."""
+
+    nan_latents: int = 0
+    """Images whose latents were not numbers, which sd-scripts makes zeros."""
+
+    substitutes: int = 0
+    """Unreadable images that were replaced."""
+
+    started: float = field(default_factory=time.monotonic)
+    """When the step began."""
+
+
+@dataclass
+class MicroBatch:
+    """What is known of the micro-batch in work."""
+
+    facts: Mapping[str, Any]
+    """Epoch, position, image ids and content, as the dataset put them."""
+
+    learning_rate: float
+    """The UNet's rate in this optimizer step."""
+
+    timesteps: torch.Tensor | None = None
+    """(images,) noise levels, on the trainer's device."""
+
+    nan_latents: torch.Tensor | None = None
+    """() count, on the trainer's device."""
+
+    loss: torch.Tensor | None = None
+    """() mean loss, on the trainer's device."""
+
+
+class Loop:
+    """One process of one attempt, as the corrected loop sees it."""
+
+    def __init__(self, attempt: Attempt, rank: int) -> None:
+        lock = attempt.lock
+        self.attempt = attempt
+        self.rank = rank
+        self.seed = lock.seed
+        self.count = lock.count
+        self.start = self.count.position_of(attempt.start_optimizer_step, attempt.processes)
+        self.optimizer_steps = attempt.start_optimizer_step
+        self.micro_batches = 0
+        self.total_optimizer_steps = lock.total_optimizer_steps
+        self.fired: set[str] = set()
+        self.args: argparse.Namespace | None = None
+        self.accelerator: Any = None
+        self.optimizer: Any = None
+        self.dataset: Any = None
+        self.rate_names: tuple[str, ...] = ()
+        self.state_bytes = 0
+        self.losses_of_state: list[dict[str, Any]] = []
+        self.loss_recorders: list[Any] = []
+        self.micro_batch: MicroBatch | None = None
+        self.sums = StepSums()
+        self.rates: list[float] = []
+        self.stopping = False
+        self.step_ended = False
+        self.state_after_epoch = False
+        header = LedgerHeader(
+            attempt.number, rank, attempt.processes, attempt.accumulation, lock.batch_per_gpu, lock.seed
+        )
+        self.ledger = LedgerWriter(attempt.run.ledger, header)
+        self.metrics = MetricsWriter(attempt) if rank == 0 else None
+
+    def optimizer_steps_so_far(self) -> int:
+        return self.optimizer_steps
+
+    # What the corrected loop calls, see training/anchors.py.
+
+    def first_epoch(self, micro_batches_per_epoch: int) -> int:
+        """The epoch, from 0, at which the loop starts; past the last one when all is trained.
+
+        Raises WrongPlan when the trainer would count other steps than the plan.
+        """
+        self.fired.add("place in the epochs")
+        planned = self.count.micro_batches_per_process(self.attempt.processes)
+        trainer_total = self.args.max_train_steps if self.args else 0
+        if micro_batches_per_epoch != planned or trainer_total != self.total_optimizer_steps:
+            raise WrongPlan(
+                f"the trainer counts {micro_batches_per_epoch:,} micro-batches an epoch and {trainer_total:,} "
+                f"optimizer steps, the plan {planned:,} and {self.total_optimizer_steps:,}",
+                "The dataset changed after the run was made; start a new run.",
+            )
+        if self.optimizer_steps >= self.total_optimizer_steps:
+            return self.start.epoch + 1
+        return self.start.epoch
+
+    def optimizer_steps_done(self) -> int:
+        """Steps done before this attempt."""
+        self.fired.add("steps already done")
+        return self.optimizer_steps
+
+    def first_micro_batch(self) -> int:
+        """The number, from 0, of the first micro-batch of the epoch that begins now."""
+        self.fired.add("number of the micro-batch")
+        self.micro_batch_of_epoch = 0 if self.micro_batches else self.start.micro_batch
+        return self.micro_batch_of_epoch
+
+    def count_optimizer_step(self, optimizer_steps: int) -> int:
+        """One more step; called after the optimizer's, before anything is saved. Raises NonFiniteLoss."""
+        self.fired.add("count of optimizer steps")
+        self.record_micro_batch()
+        self.agree()
+        loss = self.sums.loss / self.attempt.group
+        skipped = bool(self.accelerator.optimizer_step_was_skipped)
+        if not math.isfinite(loss) and not skipped and "non-finite-loss" not in self.attempt.allow:
+            raise NonFiniteLoss(
+                f"the loss of optimizer step {optimizer_steps + 1} is {loss}",
+                "Resume from an earlier state with a lower rate, or with `--allow non-finite-loss`.",
+            )
+        self.optimizer_steps = optimizer_steps + 1
+        self.step_ended = True
+        self.write_metrics(loss, skipped)
+        if self.saves_checkpoint_now():
+            self.attempt.beat(self.rank, "saving", self.optimizer_steps, self.micro_batches)
+        return self.optimizer_steps
+
+    def end_micro_batch(self, optimizer_steps: int, epoch: int) -> bool:
+        """Whether to leave the epoch; saves a state where one is due. Raises StopRequested."""
+        self.fired.add("end of a micro-batch")
+        if not self.step_ended:
+            self.record_micro_batch()
+            return False
+        self.step_ended = False
+        self.sums = StepSums()
+        self.require_seams()
+        epoch_ends = optimizer_steps % self.count.optimizer_steps_per_epoch == 0
+        if epoch_ends or optimizer_steps >= self.total_optimizer_steps:
+            # The trainer writes an epoch's checkpoint first; a state before it would lose that checkpoint in a crash.
+            self.state_after_epoch = True
+            return False
+        due = self.is_state_due()
+        if due or self.stopping:
+            self.save_state(scheduled=due)
+        if self.stopping:
+            raise StopRequested(f"stopped after optimizer step {optimizer_steps}")
+        return False
+
+    # What the seams call, see sd_scripts_seams.py.
+
+    def begin_micro_batch(self, batch: Any) -> None:
+        """Seed everything that the trainer draws for this batch. Raises OutOfOrder, and what the dataset met."""
+        self.fired.add("step hook")
+        if isinstance(batch, KwrapError):
+            raise batch
+        facts = batch["kwrap"]
+        expected = self.micro_batch_of_epoch * self.attempt.processes + self.rank
+        if facts["position"] != expected:
+            raise OutOfOrder(
+                f"rank {self.rank} got position {facts['position']} of epoch {facts['epoch']}, expected {expected}",
+                "This is a fault of kwrap: please report it with the versions that `kwrap doctor` prints.",
+            )
+        seed_generators(step_seed(self.seed, facts["epoch"], facts["position"]))
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.micro_batch = MicroBatch(facts, self.unet_rate())
+
+    def note_latents(self, latents: torch.Tensor) -> None:
+        """Count the images whose latents are not numbers."""
+        self.fired.add("latents of images")
+        if self.micro_batch is not None:
+            self.micro_batch.nan_latents = torch.isnan(latents).flatten(1).any(dim=1).sum()
+
+    def note_timesteps(self, timesteps: torch.Tensor) -> None:
+        self.fired.add("noise and time steps")
+        if self.micro_batch is not None:
+            self.micro_batch.timesteps = timesteps.detach()
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        self.fired.add("loss of a batch")
+        if self.micro_batch is not None:
+            self.micro_batch.loss = loss.detach()
+
+    def end_epoch(self, epochs_done: int) -> None:
+        """Save the state that waited for the epoch's checkpoint. Raises StopRequested."""
+        if not self.state_after_epoch:
+            return
+        self.state_after_epoch = False
+        args = self.args
+        every = int(getattr(args, "save_every_n_epochs", None) or 0)
+        is_last = self.optimizer_steps >= self.total_optimizer_steps
+        at_epoch = every > 0 and epochs_done % every == 0 and bool(getattr(args, "save_state", False))
+        at_end = is_last and bool(getattr(args, "save_state", False) or getattr(args, "save_state_on_train_end", False))
+        due = self.is_state_due() or at_epoch or at_end
+        if due or (self.stopping and not is_last):
+            self.save_state(scheduled=due)
+        if self.stopping and not is_last:
+            raise StopRequested(f"stopped after optimizer step {self.optimizer_steps}")
+
+    # The loop's own.
+
+    def record_micro_batch(self) -> None:
+        """Append what was trained to the ledger and to the step's sums."""
+        done, self.micro_batch = self.micro_batch, None
+        if done is None:
+            return
+        facts = done.facts
+        # The trainer asks for the loss itself right after; until then the device may work on.
+        loss = float(done.loss) if done.loss is not None else math.nan
+        timesteps = [] if done.timesteps is None else done.timesteps.flatten().tolist()
+        self.ledger.append(
+            optimizer_step=self.count.optimizer_step_of(facts["epoch"], facts["position"]),
+            epoch=facts["epoch"],
+            position=facts["position"],
+            order_digest=order_digest(facts["image_ids"]),
+            content_digest=content_digest(facts["content"], timesteps),
+            loss=loss,
+            learning_rate=done.learning_rate,
+            is_fill=facts["is_fill"],
+            is_substitute=bool(facts["substituted"]),
+        )
+        self.micro_batches += 1
+        self.micro_batch_of_epoch += 1
+        self.attempt.beat(self.rank, "step", self.optimizer_steps, self.micro_batches)
+        self.sums.loss += loss
+        self.sums.images += len(facts["image_ids"])
+        self.sums.nan_latents += int(done.nan_latents) if done.nan_latents is not None else 0
+        self.sums.substitutes += len(facts["substituted"])
+
+    def agree(self) -> None:
+        """Sum over the ranks, and let them all know whether rank 0 was asked to stop."""
+        stop = self.rank == 0 and self.attempt.stop_requested()
+        sums = self.sums
+        numbers = [sums.loss, float(sums.images), float(sums.nan_latents), float(sums.substitutes), float(stop)]
+        if self.attempt.processes > 1:
+            total = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
+            torch.distributed.all_reduce(total)
+            numbers = total.tolist()
+        sums.loss, images, nan_latents, substitutes, stop_sum = numbers
+        sums.images, sums.nan_latents, sums.substitutes = int(images), int(nan_latents), int(substitutes)
+        self.stopping = self.stopping or bool(stop_sum)
+
+    def write_metrics(self, loss: float, skipped: bool) -> None:
+        """One line of metrics.jsonl, on rank 0."""
+        if self.metrics is None:
+            return
+        line: dict[str, Any] = {
+            "optimizer_step": self.optimizer_steps,
+            "epoch": (self.optimizer_steps - 1) // self.count.optimizer_steps_per_epoch,
+            "micro_batch": self.optimizer_steps * self.attempt.accumulation,
+            "loss": loss,
+            **dict(zip(self.rate_names, self.rates, strict=False)),
+            "seconds": round(time.monotonic() - self.sums.started, 4),
+            "images": self.sums.images,
+            "skipped_images_loaded": int(self.dataset.images_loaded_too_early),
+        }
+        extras = {
+            "nan_latents": self.sums.nan_latents,
+            "substitutes": self.sums.substitutes,
+            "optimizer_step_skipped": int(skipped),
+        }
+        self.metrics.append(line | {name: number for name, number in extras.items() if number})
+
+    def unet_rate(self) -> float:
+        """The UNet's learning rate; the first group's where there is no UNet."""
+        for name, rate in zip(self.rate_names, self.rates, strict=False):
+            if name == "lr_unet":
+                return rate
+        return self.rates[0] if self.rates else math.nan
+
+    def require_seams(self) -> None:
+        """Raise SilentSeam unless all that kwrap relies on was called by now."""
+        missing = [seam for seam in SEAMS if seam not in self.fired]
+        if missing:
+            raise SilentSeam(
+                f"sd-scripts never called: {', '.join(missing)}",
+                "Train with a commit that kwrap supports: kwrap trainer show",
+            )
+
+    def saves_checkpoint_now(self) -> bool:
+        """Whether the trainer writes a checkpoint after this optimizer step."""
+        every = int(getattr(self.args, "save_every_n_steps", None) or 0)
+        return every > 0 and self.optimizer_steps % every == 0
+
+    def is_state_due(self) -> bool:
+        return self.saves_checkpoint_now() and bool(getattr(self.args, "save_state", False))
+
+    def save_state(self, scheduled: bool) -> None:
+        """Write a state at the steps done; every rank calls it."""
+        self.attempt.beat(self.rank, "saving", self.optimizer_steps, self.micro_batches)
+        self.ledger.sync()
+        self.accelerator.wait_for_everyone()
+        if self.rank == 0:
+            state = save_run_state(
+                self.attempt,
+                self.optimizer_steps,
+                self.fill_state,
+                scheduled=scheduled,
+                expected_bytes=self.state_bytes,
+            )
+            print(f"saved {state.name}", flush=True)
+        self.accelerator.wait_for_everyone()
+
+    def fill_state(self, folder: Path) -> None:
+        """Let accelerate write network, optimizer, schedule and scaler, and add the loss average."""
+        self.accelerator.save_state(str(folder))
+        lists = [torch.tensor(recorder.loss_list, dtype=torch.float64) for recorder in self.loss_recorders]
+        totals = [float(recorder.loss_total) for recorder in self.loss_recorders]
+        torch.save({"lists": lists, "totals": totals}, folder / LOSSES_FILE)
+
+    def read_losses(self, state: Path) -> None:
+        """Take up the loss average of a state, where it has one."""
+        path = state / LOSSES_FILE
+        if path.is_file():
+            kept = torch.load(path, weights_only=True)
+            self.losses_of_state = [
+                {"loss_list": losses.tolist(), "loss_total": total}
+                for losses, total in zip(kept["lists"], kept["totals"], strict=True)
+            ]
+
+    def close(self) -> None:
+        self.ledger.close()
+        if self.metrics is not None:
+            self.metrics.close()
