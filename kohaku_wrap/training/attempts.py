@@ -204,8 +204,10 @@ class Attempt:
         return found[0] if found else None
 
 
-def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
-    """Make the attempt's folder and `attempt.json`; `environment` is recorded with it."""
+def write_attempt(
+    attempt: Attempt, environment: Mapping[str, str], differences: Mapping[str, str] | None = None
+) -> None:
+    """Make the attempt's folder and `attempt.json`, with its environment and the differences that were accepted."""
     state = attempt.state
     if state is not None and state.is_relative_to(attempt.run.folder):
         state = state.relative_to(attempt.run.folder)
@@ -218,6 +220,7 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
         "state": None if state is None else str(state),
         "foreign": attempt.foreign,
         "allow": sorted(attempt.allow),
+        "accepted_differences": dict(differences or {}),
         "started_unix_seconds": time.time(),
         "environment": dict(environment),
     }

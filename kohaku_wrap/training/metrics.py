@@ -13,8 +13,6 @@ from typing import Any
 from kohaku_wrap.training.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.runs import Run
 
-TAIL_BYTES = 1 << 16
-
 
 class MetricsWriter:
     """Appends to `metrics.jsonl`; used by rank 0 alone."""
@@ -66,15 +64,16 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     return [lines[step] for step in sorted(lines)]
 
 
-def iterate_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines of a metrics file; torn ones are left out."""
+def iterate_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file from byte `start` on; torn ones are left out."""
     try:
-        stream = path.open(encoding="utf-8", errors="replace")
+        stream = path.open("rb")
     except FileNotFoundError:
         return
     with stream:
-        for text in stream:
-            line = parse_line(text)
+        stream.seek(start)
+        for data in stream:
+            line = parse_line(data.decode("utf-8", "replace"))
             if line is not None:
                 yield line
 

@@ -1,0 +1,187 @@
+"""`kwrap resume`: the next attempt of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.train import print_finished, supervisor_options, watch_options, watch_run
+from kohaku_wrap.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.resume import ResumePlan
+    from kohaku_wrap.training.runs import Run
+
+DEFAULT_SITE = Path("site.toml")
+
+
+def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
+    """Where runs are looked for: the site's folder, and `runs` here."""
+    from kohaku_wrap.config.site import load_site
+
+    folders = [Path("runs")]
+    if site_file is not None or DEFAULT_SITE.is_file():
+        folders.insert(0, load_site(site_file or DEFAULT_SITE).paths.runs)
+    return tuple(dict.fromkeys(folder.absolute() for folder in folders))
+
+
+def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
+    """The only unfinished run there is; raises UsageError with the list when there are more, or none."""
+    from kohaku_wrap.training.resume import is_finished
+    from kohaku_wrap.training.runs import list_runs
+
+    unfinished = [run for folder in folders for run in list_runs(folder) if not is_finished(run)]
+    if len(unfinished) == 1:
+        return unfinished[0]
+    where = " or ".join(str(folder) for folder in folders)
+    if not unfinished:
+        raise UsageError(f"no unfinished run in {where}", "Give the path of a run: kwrap resume runs/NAME")
+    names = "\n".join(f"  {run.folder}" for run in unfinished)
+    raise UsageError(f"{len(unfinished)} unfinished runs; which one?\n{names}", "Name it: kwrap resume RUN")
+
+
+site_option = click.option(
+    "--site", "site_file", type=click.Path(path_type=Path), default=None, help="Whose runs folder to look in."
+)
+
+
+@click.command(
+    epilog="Examples: `kwrap resume`; `kwrap resume epsilon --step 13600 --dry-run`; "
+    "`kwrap resume epsilon --processes 3 --restarts 5`."
+)
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--step", type=click.IntRange(0), metavar="N", help="From the state of this optimizer step.")
+@click.option("--processes", "--gpus", "processes", type=click.IntRange(1), metavar="W",
+              help="Train on another number of GPUs; the accumulation follows.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(0), help="Loader workers of each process.")
+@click.option(
+    "--foreign", is_flag=True, help="Take a state of plain sd-scripts; the order is then not provably the same."
+)
+@click.option("--state", "foreign_state", type=click.Path(path_type=Path), metavar="PATH",
+              help="The folder of the plain state, with --foreign.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print the position and the command; change nothing.")
+@site_option
+@supervisor_options
+@json_option
+def command(
+    name: str | None,
+    step: int | None,
+    processes: int | None,
+    workers: int | None,
+    foreign: bool,
+    foreign_state: Path | None,
+    dry_run: bool,
+    site_file: Path | None,
+    restarts: int,
+    restart_pause: float,
+    timeouts: tuple[str, ...],
+    nan_latents_share: float,
+    allow: tuple[str, ...],
+    hook: str,
+    as_json: bool,
+) -> None:
+    """Go on with a run exactly where a state was saved.
+
+    Takes the newest whole state of the run's current line, or that of --step. Later states and checkpoints move to
+    abandoned/. A damaged state is named and the one before it is used. Without RUN: the only unfinished run.
+    """
+    from kohaku_wrap.training.resume import plan_resume
+    from kohaku_wrap.training.runs import find_run
+
+    if foreign_state is not None and not foreign:
+        raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
+    options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, hook)
+    folders = runs_folders(site_file)
+    run = find_run(name, folders) if name else find_unfinished_run(folders)
+
+    def plan() -> ResumePlan:
+        done, total = 0, states_bytes(run, step)
+        with progress_bar("verifying the state", "bytes", quiet=as_json) as report:
+
+            def count(size_bytes: int) -> None:
+                nonlocal done
+                done += size_bytes
+                report(done, max(total, done))
+
+            found = plan_resume(run, step, processes, workers, allow, foreign, foreign_state, count)
+        if not as_json:
+            print_plan(found)
+        return found
+
+    if dry_run:
+        show_dry_run(plan(), as_json)
+        return
+    print_finished("resume", watch_run(run, plan, allow, options, as_json), as_json)
+
+
+def states_bytes(run: Run, step: int | None) -> int:
+    """Bytes of the state that is looked at first."""
+    from kohaku_wrap.training.states import DamagedState, list_states, read_manifest
+
+    states = [path for at, path in list_states(run.states) if step is None or at == step]
+    try:
+        return read_manifest(states[-1]).size_bytes if states else 0
+    except DamagedState:
+        return 0
+
+
+def print_plan(plan: ResumePlan) -> None:
+    """What the resume found and will do, on stderr."""
+    for damaged in plan.damaged:
+        print_note(f"damaged, passed over: {damaged.message}")
+    for problem in plan.accepted:
+        print_note(f"accepted: {problem.where}: {problem.what}")
+    if plan.foreign:
+        print_note("a state of plain sd-scripts: the order is not provably the same as before it")
+    source = "the beginning, as no state is there" if plan.state is None else str(plan.state)
+    print_note(f"attempt {plan.number} of {plan.run.name} from {source}")
+    for path in plan.abandons:
+        print_note(f"to abandoned/: {path.relative_to(plan.run.folder)}")
+
+
+def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
+    """The exact position and the command."""
+    from kohaku_wrap.training.resume import describe_launch
+
+    launch = describe_launch(plan)
+    position = plan.position
+    if as_json:
+        payload = {
+            "run": str(plan.run.folder),
+            "attempt": plan.number,
+            "state": None if plan.state is None else str(plan.state),
+            "optimizer_step": plan.optimizer_step,
+            "epoch": position.epoch,
+            "micro_batch": position.micro_batch,
+            "global_position": position.global_position,
+            "processes": plan.processes,
+            "accumulation": plan.accumulation,
+            "ranks": [
+                {"rank": rank, "micro_batch": position.micro_batch, "global_position": at}
+                for rank, at in enumerate(plan.rank_positions())
+            ],
+            "abandons": [str(path) for path in plan.abandons],
+            "damaged": [damaged.message for damaged in plan.damaged],
+            "argv": list(launch.argv),
+            "environment": dict(launch.environment),
+            "folder": str(launch.folder),
+        }
+        print_json("resume", payload)
+        return
+    rows: list[tuple[str, Any]] = [
+        ("state", plan.state or "none: from the beginning"),
+        ("optimizer steps done", f"{plan.optimizer_step:,} of {plan.run.lock.total_optimizer_steps:,}"),
+        ("epoch", position.epoch),
+        ("micro-batch of each rank", position.micro_batch),
+        *(
+            (f"rank {rank}", f"epoch {position.epoch}, micro-batch {position.micro_batch:,}, global position {at:,}")
+            for rank, at in enumerate(plan.rank_positions())
+        ),
+        ("processes × accumulation", f"{plan.processes} × {plan.accumulation}"),
+        ("to abandoned/", ", ".join(path.name for path in plan.abandons) or "nothing"),
+    ]
+    print_table(f"Resume of {plan.run.name}", rows)
+    click.echo(launch.text())
