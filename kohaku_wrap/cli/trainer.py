@@ -66,7 +66,8 @@ def install(source: str, commit: str, no_requirements: bool, requirements_only: 
 @json_option
 def show(as_json: bool) -> None:
     """Show which sd-scripts a training would use, whether it is supported, and what kwrap corrects in it."""
-    from kohaku_wrap.training.trainer import SUPPORTED, report_trainer
+    from kohaku_wrap.config.trainer_commits import SUPPORTED
+    from kohaku_wrap.training.trainer import report_trainer
 
     report = report_trainer()
     if as_json:

@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 from kohaku_wrap.config.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
+from kohaku_wrap.config.trainer_commits import installed_checkouts
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import home_folder, write_text
+from kohaku_wrap.files import write_text
 
 CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
 """The environment variable that points at an existing sd-scripts checkout."""
@@ -27,8 +28,8 @@ class UnreadableTrainer(KwrapError):
 def find_trainer() -> Path | None:
     """The sd-scripts checkout that kwrap uses, if there is one."""
     given = os.environ.get(CHECKOUT_VARIABLE)
-    folder = Path(given).expanduser() if given else home_folder() / "sd-scripts"
-    return folder.absolute() if (folder / TRAINER_SCRIPT).is_file() else None
+    folders = [Path(given).expanduser()] if given else installed_checkouts()
+    return next((folder.absolute() for folder in folders if (folder / TRAINER_SCRIPT).is_file()), None)
 
 
 def read_commit(folder: Path) -> str:

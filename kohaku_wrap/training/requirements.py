@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_wrap.config.trainer_commits import trainer_folder
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import fsync_folder, home_folder
+from kohaku_wrap.files import fsync_folder
 
 
 class InstallFailed(KwrapError):
@@ -79,11 +80,6 @@ class RequirementState:
     def is_untested(self) -> bool:
         name = self.requirement.distribution
         return bool(self.found) and name in STRICT and self.found != self.requirement.version
-
-
-def trainer_folder() -> Path:
-    """Where checkouts and the trainer's own packages lie."""
-    return home_folder() / "trainer"
 
 
 def torchvision_requirement() -> Requirement:

@@ -11,10 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_wrap.config.trainer_commits import (
+    SUPPORTED,
+    SUPPORTED_TEXT,
+    SupportedCommit,
+    installed_checkouts,
+    trainer_folder,
+)
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.training.corrections import AnchorMatch, match_anchors, require_anchors
-from kohaku_wrap.training.requirements import InstallFailed, RequirementState, check_requirements, trainer_folder
+from kohaku_wrap.training.requirements import InstallFailed, RequirementState, check_requirements
 
 CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
 DEFAULT_SOURCE = "https://github.com/kohya-ss/sd-scripts"
@@ -32,42 +39,6 @@ class TrainerMissing(KwrapError):
 
 class UnsupportedTrainer(KwrapError):
     """The checkout is not at a supported commit, or its files were changed."""
-
-
-@dataclass(frozen=True)
-class SupportedCommit:
-    """A commit whose loop kwrap knows how to correct."""
-
-    name: str
-    """The tag, or the short hash where there is none."""
-
-    commit: str
-    """The full hash."""
-
-    digest: str
-    """`digest_sources` of its files, so that a changed file is seen, and a checkout without git is known."""
-
-
-SUPPORTED = (
-    SupportedCommit(
-        "v0.10.1",
-        "ae72efb92babe89ff8e70f057e42db68440e8d61",
-        "ef7a3291a0c7c464e3178e00176b74b45ff2660799db6cfb527bcbf1ee3a13d0",
-    ),
-    SupportedCommit(
-        "v0.10.0",
-        "966e9d7f6bb4058abbddb815dd40462b35ffb1d2",
-        "6b1957d73a57b059441fe1edd9f83c568201b828236d84c891accc24768174c0",
-    ),
-    SupportedCommit(
-        "48d368f",
-        "48d368fa557731ad0488c07304dfeba8c07910eb",
-        "135dd5368cb7851215d7a8b72a661179968b218ee4647c92330847267a6bc7f7",
-    ),
-)
-"""The default first."""
-
-SUPPORTED_TEXT = ", ".join(f"{each.name} ({each.commit[:10]})" for each in SUPPORTED)
 
 
 @dataclass(frozen=True)
@@ -158,15 +129,8 @@ def read_commit(path: Path) -> str:
 
 
 def list_installed() -> list[Checkout]:
-    """The checkouts under `$KWRAP_HOME`, supported ones first in the order of SUPPORTED."""
-    order = {known.commit: place for place, known in enumerate(SUPPORTED)}
-    folder = trainer_folder()
-    found = [
-        inspect_checkout(path, "kwrap trainer install")
-        for path in (sorted(folder.iterdir()) if folder.is_dir() else [])
-        if not path.name.startswith(".") and (path / SCRIPT).is_file()
-    ]
-    return sorted(found, key=lambda checkout: order.get(checkout.commit, len(order)))
+    """The checkouts under `$KWRAP_HOME`, in the order of SUPPORTED."""
+    return [inspect_checkout(folder, "kwrap trainer install") for folder in installed_checkouts()]
 
 
 def find_checkout(commit: str = "") -> Checkout:

@@ -16,6 +16,7 @@ from library import train_util
 from torch.utils.data import DataLoader, RandomSampler
 
 import kohaku_wrap
+from kohaku_wrap.config.trainer_commits import SUPPORTED_TEXT
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.streams import seed_of
@@ -23,7 +24,7 @@ from kohaku_wrap.training.anchors import LOOP
 from kohaku_wrap.training.corrections import correct_loop
 from kohaku_wrap.training.loader import DeliveredErrors, quieten_worker
 from kohaku_wrap.training.states import check_state_sizes
-from kohaku_wrap.training.trainer import SUPPORTED_TEXT, Checkout
+from kohaku_wrap.training.trainer import Checkout
 from kohaku_wrap.training.workers.sd_scripts_dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.workers.sd_scripts_foreign import convert_schedule
 from kohaku_wrap.training.workers.sd_scripts_loop import Loop
