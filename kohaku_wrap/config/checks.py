@@ -2,10 +2,289 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from kohaku_wrap.config.layers import Effective
-from kohaku_wrap.errors import Problem
+from kohaku_wrap.config.network import LYCORIS, check_network
+from kohaku_wrap.config.optimizers import Signatures, check_optimizer
+from kohaku_wrap.config.plan import BadBatch, StepPlan, shape_batch
+from kohaku_wrap.dataset.buckets import BucketOptions
+from kohaku_wrap.errors import Problem, ProblemsFound
+
+Faults = Iterator[tuple[str, str]]
+"""Key and what is wrong with it."""
+
+TYPICAL_WEIGHT = 0.02
+"""The size of a typical weight of SDXL and of a LoKr factor."""
+
+HALF_ULP_FP16 = 2.0**-17
+"""Half the distance between neighbouring fp16 numbers at TYPICAL_WEIGHT, which lies between 2^-6 and 2^-5."""
 
 
-def check_effective(effective: Effective) -> list[Problem]:
+def check_effective(effective: Effective, ask: Signatures | None = None) -> list[Problem]:
     """Every contradiction of a template, on its site where one is given."""
+    problems = [Problem(key, what, effective.origin(key)) for rule in RULES for key, what in rule(effective)]
+    problems += check_network(effective)
+    problems += check_optimizer(effective, ask)
+    problems += check_buckets(effective)
+    if effective.site and effective.get("effective_batch"):
+        try:
+            shape_batch(effective)
+        except BadBatch as fault:
+            what = f"{fault.message}. {fault.next_step}"
+            problems.append(Problem("effective_batch", what, effective.origin("effective_batch")))
+    return problems
+
+
+def check_plan(effective: Effective, plan: StepPlan) -> list[Problem]:
+    """Contradictions that show only once the steps are counted."""
+    problems = []
+    for key in ("save_every_n_steps", "samples.every", "sample_every_n_steps"):
+        every = effective.get(key)
+        if every and every > plan.total_optimizer_steps:
+            what = f"{every:,} is larger than the whole run of {plan.total_optimizer_steps:,} optimizer steps"
+            problems.append(Problem(key, what, effective.origin(key)))
+    return problems
+
+
+def check_buckets(effective: Effective) -> list[Problem]:
+    """Bucket options that no resolution fits."""
+    options = effective.subtable("dataset_options", with_defaults=True)
+    if options.get("resolution") is None:
+        if not is_complete(effective):
+            return []
+        return [Problem("dataset_options.resolution", "is not set: the trainer has no default", str(effective.path))]
+    try:
+        BucketOptions.from_dataset_options(options)
+    except ProblemsFound as found:
+        return [
+            Problem(f"dataset_options.{fault.where}", fault.what, effective.origin(f"dataset_options.{fault.where}"))
+            for fault in found.problems
+        ]
     return []
+
+
+def is_complete(effective: Effective) -> bool:
+    """Whether the template is one to train with, rather than a base for others."""
+    return bool(effective.get("effective_batch"))
+
+
+def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[str]:
+    """What is worth knowing and no fault."""
+    notes = list(effective.notes)
+    warmup = effective.get("lr_warmup_steps", 0)
+    processes = effective.site.machine.processes if effective.site else 1
+    if isinstance(warmup, int) and warmup and processes > 1:
+        notes.append(
+            f"lr_warmup_steps = {warmup}: {warmup} optimizer steps under kwrap; plain sd-scripts on {processes} "
+            f"processes makes it {-(-warmup // processes)}."
+        )
+    if plan and isinstance(warmup, int) and warmup >= plan.total_optimizer_steps:
+        notes.append(f"lr_warmup_steps = {warmup:,} is the whole run: the rates are never reached.")
+    every, saved = effective.get("states.every"), effective.get("save_every_n_steps")
+    if every and saved and every % saved:
+        notes.append(f"states.every = {every}: only states whose step is a multiple of it and of {saved} are kept.")
+    return notes
+
+
+def dataset(effective: Effective, name: str) -> object:
+    return effective.get(f"dataset_options.{name}")
+
+
+def refuse_cached_latents(effective: Effective) -> Faults:
+    """Cached latents are those of one crop and one colour."""
+    key = next((key for key in ("cache_latents", "cache_latents_to_disk") if effective.get(key)), None)
+    if key is None:
+        return
+    for name in ("random_crop", "color_aug"):
+        if dataset(effective, name):
+            origin = effective.origin(f"dataset_options.{name}")
+            yield key, f"cannot go with {name} ({origin}): cached latents never change"
+
+
+def refuse_cached_captions(effective: Effective) -> Faults:
+    """Cached outputs of the text encoders are those of one caption and of weights that stay."""
+    names = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
+    key = next((key for key in names if effective.get(key)), None)
+    if key is None:
+        return
+    changing = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
+    for name in changing:
+        if dataset(effective, name):
+            origin = effective.origin(f"dataset_options.{name}")
+            yield key, f"cannot go with {name} ({origin}): cached captions never change"
+    if not effective.get("network_train_unet_only"):
+        yield key, "cannot go with text encoder training: set network_train_unet_only = true, or leave it out"
+
+
+def refuse_idle_separator(effective: Effective) -> Faults:
+    """sd-scripts removes the separator only where it has work to do on the caption."""
+    working = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+    if dataset(effective, "keep_tokens_separator") and not any(dataset(effective, name) for name in working):
+        yield (
+            "dataset_options.keep_tokens_separator",
+            "reaches the tokenizer as text: it is only removed with shuffle_caption or caption_tag_dropout_rate",
+        )
+
+
+def refuse_half_vae(effective: Effective) -> Faults:
+    """The SDXL VAE overflows in fp16."""
+    if (effective.get("mixed_precision") == "fp16" or effective.get("full_fp16")) and not effective.get("no_half_vae"):
+        key = "mixed_precision" if effective.get("mixed_precision") == "fp16" else "full_fp16"
+        yield key, "fp16 without no_half_vae = true: the SDXL VAE gives NaN, which the trainer turns into zeros"
+
+
+def refuse_bucket_steps(effective: Effective) -> Faults:
+    steps = dataset(effective, "bucket_reso_steps")
+    if dataset(effective, "enable_bucket") and isinstance(steps, int) and steps % 32:
+        yield "dataset_options.bucket_reso_steps", f"{steps} is no multiple of 32, which SDXL needs"
+
+
+def refuse_short_captions(effective: Effective) -> Faults:
+    """What is too long loses its end, and the end is the rating and quality tags."""
+    if is_complete(effective) and effective.get("max_token_length") is None:
+        yield "max_token_length", "is not set, which means 75 tokens: longer captions lose their end. Write 150 or 225"
+
+
+def refuse_two_lengths(effective: Effective) -> Faults:
+    steps, epochs = effective.is_set("max_train_steps"), effective.is_set("max_train_epochs")
+    if steps and epochs:
+        origin = effective.origin("max_train_epochs")
+        yield "max_train_steps", f"and max_train_epochs ({origin}) are both given: the trainer would ignore the steps"
+    elif is_complete(effective) and not steps and not epochs:
+        yield "max_train_epochs", "is not set, nor max_train_steps: the trainer would stop after 1600 steps"
+    for key in ("max_train_steps", "max_train_epochs"):
+        value = effective.get(key)
+        if effective.is_set(key) and isinstance(value, int) and value < 1:
+            yield key, f"{value} trains nothing"
+
+
+def refuse_rare_saves(effective: Effective) -> Faults:
+    steps = effective.get("max_train_steps")
+    if not effective.is_set("max_train_steps") or not steps or effective.is_set("max_train_epochs"):
+        return
+    for key in ("save_every_n_steps", "samples.every", "sample_every_n_steps"):
+        every = effective.get(key)
+        if every and every > steps:
+            yield key, f"{every:,} is larger than the whole run: max_train_steps = {steps:,}"
+
+
+def refuse_cached_info(effective: Effective) -> Faults:
+    split = dataset(effective, "validation_split")
+    if dataset(effective, "cache_info") and split:
+        origin = effective.origin("dataset_options.validation_split")
+        yield (
+            "dataset_options.cache_info",
+            f"cannot go with validation_split ({origin}): the cache then pairs captions with the wrong images",
+        )
+    if effective.get("kwrap.data") == "sd-scripts" and is_complete(effective) and not dataset(effective, "cache_info"):
+        yield (
+            "dataset_options.cache_info",
+            'must be true with data = "sd-scripts": without it only images directly in the folder are found',
+        )
+
+
+def refuse_token_warmup(effective: Effective) -> Faults:
+    if dataset(effective, "token_warmup_step"):
+        yield (
+            "dataset_options.token_warmup_step",
+            "counts steps in each loader process, ahead of training and from 0 after a resume: leave it out",
+        )
+
+
+def refuse_lost_updates(effective: Effective) -> Faults:
+    """An update below half an ulp leaves an fp16 weight as it was."""
+    if not effective.get("full_fp16"):
+        return
+    fallback = effective.get("learning_rate")
+    rates = {
+        "unet_lr": effective.get("unet_lr", fallback),
+        "text_encoder_lr": effective.get("text_encoder_lr", fallback),
+    }
+    if effective.get("network_train_unet_only"):
+        del rates["text_encoder_lr"]
+    for key, value in rates.items():
+        rate = (value or [fallback])[0] if isinstance(value, list) else value
+        if rate and rate < HALF_ULP_FP16:
+            shown_key = key if effective.is_set(key) else "learning_rate"
+            yield (
+                shown_key,
+                f"{rate:g} is below {HALF_ULP_FP16:.2g}, half an fp16 step at weights of {TYPICAL_WEIGHT}: with "
+                f"full_fp16 ({effective.origin('full_fp16')}) most updates round away. Leave full_fp16 out",
+            )
+
+
+def refuse_full_precision(effective: Effective) -> Faults:
+    for key, wanted in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if effective.get(key) and effective.get("mixed_precision") != wanted:
+            yield key, f'needs mixed_precision = "{wanted}" ({effective.origin("mixed_precision")})'
+
+
+def refuse_two_attentions(effective: Effective) -> Faults:
+    chosen = [key for key in ("sdpa", "xformers", "mem_eff_attn") if effective.get(key)]
+    if len(chosen) > 1:
+        others = ", ".join(f"{key} ({effective.origin(key)})" for key in chosen[1:])
+        yield chosen[0], f"and {others} are both given: choose one attention back end"
+
+
+def refuse_two_network_parts(effective: Effective) -> Faults:
+    if effective.get("network_train_unet_only") and effective.get("network_train_text_encoder_only"):
+        yield "network_train_unet_only", "and network_train_text_encoder_only leave nothing to train"
+    rates = effective.get("text_encoder_lr")
+    if isinstance(rates, list) and len(set(rates)) > 1 and effective.get("network_module") == LYCORIS:
+        yield "text_encoder_lr", "LyCORIS uses only the first rate, for both text encoders: write one"
+
+
+def refuse_missing_partners(effective: Effective) -> Faults:
+    """Options that the trainer stops at, or that do nothing, without another."""
+    partners = (
+        ("adaptive_noise_scale", "noise_offset"),
+        ("noise_offset_random_strength", "noise_offset"),
+        ("ip_noise_gamma_random_strength", "ip_noise_gamma"),
+        ("scale_v_pred_loss_like_noise_pred", "v_parameterization"),
+        ("sample_every_n_steps", "samples.prompts"),
+        ("samples.every", "samples.prompts"),
+    )
+    for key, partner in partners:
+        if effective.get(key) and not effective.get(partner):
+            yield key, f"does nothing without {partner}"
+    if effective.get("samples.prompts") and not any(
+        effective.get(key) for key in ("samples.every", "sample_every_n_steps", "sample_every_n_epochs")
+    ):
+        yield "samples.prompts", "are never drawn: set every = N (optimizer steps) in [samples]"
+    if effective.get("fused_backward_pass"):
+        yield "fused_backward_pass", "does not work with gradient accumulation"
+
+
+def refuse_missing_seed(effective: Effective) -> Faults:
+    if is_complete(effective) and effective.get("seed") is None:
+        yield "seed", "is not set: order, captions and noise follow from it, and a resume needs it"
+
+
+def refuse_bad_states(effective: Effective) -> Faults:
+    for key in ("states.keep", "states.every", "samples.every", "save_every_n_steps", "save_every_n_epochs"):
+        value = effective.get(key)
+        if value is not None and value < 1:
+            yield key, f"{value} is below 1"
+
+
+RULES: tuple[Callable[[Effective], Faults], ...] = (
+    refuse_cached_latents,
+    refuse_cached_captions,
+    refuse_idle_separator,
+    refuse_half_vae,
+    refuse_bucket_steps,
+    refuse_short_captions,
+    refuse_two_lengths,
+    refuse_rare_saves,
+    refuse_cached_info,
+    refuse_token_warmup,
+    refuse_lost_updates,
+    refuse_full_precision,
+    refuse_two_attentions,
+    refuse_two_network_parts,
+    refuse_missing_partners,
+    refuse_missing_seed,
+    refuse_bad_states,
+)
+"""Each looks at the whole and yields what contradicts."""

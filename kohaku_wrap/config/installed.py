@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kohaku_wrap.config.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
-from kohaku_wrap.config.trainer_commits import installed_checkouts
+from kohaku_wrap.config.trainer_commits import SUPPORTED, installed_checkouts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
 
@@ -26,14 +26,21 @@ class UnreadableTrainer(KwrapError):
 
 
 def find_trainer() -> Path | None:
-    """The sd-scripts checkout that kwrap uses, if there is one."""
+    """The sd-scripts checkout that kwrap would train with, if there is one."""
     given = os.environ.get(CHECKOUT_VARIABLE)
     folders = [Path(given).expanduser()] if given else installed_checkouts()
     return next((folder.absolute() for folder in folders if (folder / TRAINER_SCRIPT).is_file()), None)
 
 
+def read_trainer_commit(checkout: Path) -> str:
+    """The commit of the checkout itself, not of a repository around it; its folder's name where git is not there."""
+    commit = read_commit(checkout) if (checkout / ".git").exists() else ""
+    named = checkout.name if checkout.name in {known.commit for known in SUPPORTED} else ""
+    return commit or named
+
+
 def read_commit(folder: Path) -> str:
-    """The git commit of the checkout that holds `folder`; empty where there is none or git is not there."""
+    """The git commit of the repository that holds `folder`; empty where there is none or git is not there."""
     try:
         result = subprocess.run(
             ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=20
@@ -61,7 +68,7 @@ def find_option_table(*, read_live: bool = True) -> OptionTable:
     checkout = find_trainer()
     if checkout is None:
         return load_recorded_table()
-    commit = read_commit(checkout)
+    commit = read_trainer_commit(checkout)
     if not commit or (not read_live and not cached_table_file(commit).is_file()):
         return load_recorded_table()
     if not cached_table_file(commit).is_file():

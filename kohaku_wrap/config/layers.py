@@ -156,6 +156,7 @@ def load_layers(
         reader.entries.update(layer)
         if "preset" in layer:
             reader.preset_source = (layer["preset"].value, "--set", None)
+    settle_length(reader.entries)
     header = read_toml(path)
     notes = header.get("notes", [])
     effective = Effective(
@@ -195,6 +196,17 @@ def resolve_template(
             f"Run `kwrap template show {name_or_path} --why` to see where each value comes from.",
         )
     return effective
+
+
+def settle_length(entries: dict[str, Entry]) -> None:
+    """Steps or epochs: 0 leaves one of them out, and what `--set` gives wins over the other one."""
+    keys = ("max_train_steps", "max_train_epochs")
+    for key, other in (keys, keys[::-1]):
+        if key not in entries or other not in entries:
+            continue
+        given, over = entries[key], entries[other]
+        if over.value == 0 or (given.layer == "--set" and over.layer != "--set"):
+            del entries[other]
 
 
 def order_files(path: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 import toml
 
 import kohaku_wrap
-from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit
+from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit, read_trainer_commit
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.plan import StepPlan, read_captions_metadata, shape_batch
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
@@ -219,7 +219,7 @@ def compose_lock(
         "preset": dict(effective.preset),
         "inputs": drop_unset(dict(inputs)),
         "versions": list_versions(),
-        "trainer": {"path": str(checkout or ""), "commit": read_commit(checkout) if checkout else ""},
+        "trainer": {"path": str(checkout or ""), "commit": read_trainer_commit(checkout) if checkout else ""},
         "machine": {
             "gpus": site.machine.gpus,
             "processes": site.machine.processes,

@@ -1,0 +1,182 @@
+"""The LyCORIS side of a template: arguments that it would drop in silence, and presets that it would not read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.config.options import fits, parse_literal, suggest
+from kohaku_wrap.errors import Problem
+
+LYCORIS = "lycoris.kohya"
+
+NETWORK_ARGS: Mapping[str, str] = {
+    "algo": "str",
+    "block_size": "int",
+    "bypass_mode": "bool",
+    "constraint": "float",
+    "conv_alpha": "float",
+    "conv_dim": "int",
+    "decompose_both": "bool",
+    "dora_wd": "bool",
+    "dropout": "float",
+    "factor": "int",
+    "full_matrix": "bool",
+    "loraplus_lr_ratio": "float",
+    "loraplus_text_encoder_lr_ratio": "float",
+    "loraplus_unet_lr_ratio": "float",
+    "module_dropout": "float",
+    "rank_dropout": "float",
+    "rescaled": "bool",
+    "rs_lora": "bool",
+    "train_norm": "bool",
+    "unbalanced_factorization": "bool",
+    "use_scalar": "bool",
+    "use_tucker": "bool",
+    "wd_on_output": "bool",
+}
+"""What `create_network` of lycoris-lora 4.1.3 looks at, and the kind of each."""
+
+DEPRECATED_ARGS: Mapping[str, str] = {
+    "constrain": "constraint",
+    "disable_conv_cp": "use_tucker",
+    "use_conv_cp": "use_tucker",
+    "use_cp": "use_tucker",
+}
+
+ALGORITHMS = ("lora", "locon", "loha", "lokr", "dylora", "glora", "full", "diag-oft", "boft", "ia3", "tlora")
+
+PRESET_KEYS: Mapping[str, type] = {
+    "enable_conv": bool,
+    "exclude_name": list,
+    "module_algo_map": dict,
+    "name_algo_map": dict,
+    "text_encoder_target_module": list,
+    "text_encoder_target_name": list,
+    "unet_target_module": list,
+    "unet_target_name": list,
+    "use_fnmatch": bool,
+}
+"""What a preset of lycoris-lora 4.1.3 may hold for a kohya network."""
+
+MODULE_ARGS = (
+    "algo",
+    "alpha",
+    "block_size",
+    "bypass_mode",
+    "constraint",
+    "decompose_both",
+    "dim",
+    "dropout",
+    "factor",
+    "full_matrix",
+    "module_dropout",
+    "rank_dropout",
+    "rescaled",
+    "rs_lora",
+    "unbalanced_factorization",
+    "use_scalar",
+    "use_tucker",
+    "wd_on_output",
+    "weight_decompose",
+)
+"""What a preset may say of single classes or names."""
+
+LARGEST_FP16 = 65504
+KIND_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
+
+
+def check_network(effective: Effective) -> list[Problem]:
+    """Faults of `[network_args]`, of the network's sizes and of the preset."""
+    if effective.get("network_module") != LYCORIS:
+        return []
+    return [*check_network_args(effective), *check_alpha(effective), *check_preset(effective)]
+
+
+def check_network_args(effective: Effective) -> list[Problem]:
+    """Arguments that LyCORIS does not know, or whose value it cannot read."""
+    problems = []
+    for name, value in effective.subtable("network_args").items():
+        key = f"network_args.{name}"
+        layer = effective.origin(key)
+        if name == "preset":
+            problems.append(Problem(key, 'write preset = "NAME" at the top of the template', layer))
+        elif name in DEPRECATED_ARGS:
+            problems.append(Problem(key, f"deprecated; write {DEPRECATED_ARGS[name]}", layer))
+        elif name not in NETWORK_ARGS:
+            what = f"unknown; LyCORIS would ignore it in silence{suggest(name, NETWORK_ARGS)}"
+            problems.append(Problem(key, what, layer))
+        elif not fits(NETWORK_ARGS[name], parse_literal(value.lower()) if isinstance(value, str) else value) and not (
+            NETWORK_ARGS[name] == "str" and isinstance(value, str)
+        ):
+            problems.append(Problem(key, f"{value!r} is not {KIND_WORDS[NETWORK_ARGS[name]]}", layer))
+        elif name == "algo" and str(value).lower() not in ALGORITHMS:
+            what = f"{value!r} is not one of {', '.join(ALGORITHMS)}{suggest(str(value), ALGORITHMS)}"
+            problems.append(Problem(key, what, layer))
+    return problems
+
+
+def check_alpha(effective: Effective) -> list[Problem]:
+    """Alphas that overflow in the precision of the file."""
+    if effective.get("save_precision") != "fp16" and not effective.get("full_fp16"):
+        return []
+    problems = []
+    for key in ("network_alpha", "network_args.conv_alpha"):
+        value = effective.get(key)
+        if isinstance(value, (int, float)) and value > LARGEST_FP16:
+            what = f"{value:g} is above {LARGEST_FP16}, fp16's largest number; 10000 means the full matrix just as well"
+            problems.append(Problem(key, what, effective.origin(key)))
+    return problems
+
+
+def check_preset(effective: Effective) -> list[Problem]:
+    """Keys of the preset that LyCORIS refuses or drops, and patterns that are none."""
+    layer = effective.origin("preset")
+    problems = []
+    for key, value in effective.preset.items():
+        where = f"preset.{key}"
+        if key not in PRESET_KEYS:
+            problems.append(Problem(where, f"unknown preset key{suggest(key, PRESET_KEYS)}", layer))
+        elif not isinstance(value, PRESET_KEYS[key]):
+            wanted = {bool: "true or false", list: "a list", dict: "a table"}[PRESET_KEYS[key]]
+            problems.append(Problem(where, f"must be {wanted}", layer))
+        elif key in ("module_algo_map", "name_algo_map") and isinstance(value, dict):
+            problems += check_algo_map(key, value, layer)
+    if not effective.preset.get("use_fnmatch"):
+        problems += check_patterns(effective.preset, layer)
+    return problems
+
+
+def check_algo_map(key: str, table: Mapping[str, Any], layer: str) -> list[Problem]:
+    """Faults of `module_algo_map` or `name_algo_map`."""
+    problems = []
+    for target, settings in table.items():
+        where = f"preset.{key}.{target}"
+        if not isinstance(settings, dict):
+            problems.append(Problem(where, 'must be a table, such as {algo = "lokr", factor = 4}', layer))
+            continue
+        problems += [
+            Problem(f"{where}.{name}", f"unknown{suggest(name, MODULE_ARGS)}", layer)
+            for name in settings
+            if name not in MODULE_ARGS
+        ]
+        algorithm = settings.get("algo", "lokr")
+        if algorithm not in ALGORITHMS:
+            what = f"{algorithm!r} is not one of {', '.join(ALGORITHMS)}{suggest(str(algorithm), ALGORITHMS)}"
+            problems.append(Problem(f"{where}.algo", what, layer))
+    return problems
+
+
+def check_patterns(preset: Mapping[str, Any], layer: str) -> list[Problem]:
+    """Names of the preset that are no regular expressions."""
+    problems = []
+    for key in ("unet_target_name", "text_encoder_target_name", "exclude_name", "name_algo_map"):
+        value = preset.get(key, [])
+        for pattern in value if isinstance(value, (list, dict)) else []:
+            try:
+                re.compile(str(pattern))
+            except re.error as error:
+                problems.append(Problem(f"preset.{key}", f"{pattern!r} is no regular expression: {error}", layer))
+    return problems

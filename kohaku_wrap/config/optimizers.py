@@ -1,0 +1,92 @@
+"""Optimizers and schedules: names that the trainer knows, and arguments against the optimizer's real signature."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.config.options import suggest
+from kohaku_wrap.errors import Problem
+
+RECORDED_SIGNATURES = Path(__file__).with_name("options_optimizers.json")
+"""Written by `training/workers/list_optimizers.py` with the pinned packages."""
+
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "cosine",
+    "cosine_with_min_lr",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "linear",
+    "piecewise_constant",
+    "polynomial",
+    "warmup_stable_decay",
+)
+"""`lr_scheduler` values that sd-scripts at 48d368f can make; `adafactor:RATE` besides."""
+
+Signatures = Callable[[str], list[str] | None]
+"""Asks for the arguments of a class `module.Class`; None where they are not known."""
+
+
+@cache
+def load_signatures() -> dict[str, dict[str, Any]]:
+    """The recorded optimizers by lower-case name; `name` is the trainer's spelling."""
+    document = json.loads(RECORDED_SIGNATURES.read_text(encoding="utf-8"))
+    return {name.lower(): {"name": name, **entry} for name, entry in document.items()}
+
+
+def check_optimizer(effective: Effective, ask: Signatures | None = None) -> list[Problem]:
+    """Faults of the optimizer, its arguments and the schedule. `ask` reads signatures that are not recorded."""
+    problems = [*check_scheduler(effective)]
+    chosen = effective.get("optimizer_type") or "AdamW"
+    layer = effective.origin("optimizer_type")
+    known = load_signatures().get(chosen.lower())
+    arguments: list[str] | None
+    if known:
+        arguments = known["arguments"] or (ask(known["class"]) if ask else None)
+    elif "." in chosen:
+        arguments = ask(chosen) if ask else None
+    else:
+        names = [entry["name"] for entry in load_signatures().values()]
+        what = f'"{chosen}" is no optimizer that the trainer knows{suggest(chosen, names)}'
+        return [*problems, Problem("optimizer_type", what, layer)]
+    if arguments is None:
+        return problems
+    allowed = [*arguments, *extra_arguments(chosen)]
+    for name in effective.subtable("optimizer_args"):
+        if name not in allowed:
+            key = f"optimizer_args.{name}"
+            reason = "the trainer passes it itself: write unet_lr and text_encoder_lr" if name == "lr" else ""
+            what = reason or f"{chosen} takes no such argument{suggest(name, allowed)}"
+            problems.append(Problem(key, what, effective.origin(key)))
+    return problems
+
+
+def extra_arguments(chosen: str) -> tuple[str, ...]:
+    """Arguments that sd-scripts itself takes out before it makes the optimizer."""
+    return ("relative_step", "scale_parameter", "warmup_init") if chosen.lower() == "adafactor" else ()
+
+
+def check_scheduler(effective: Effective) -> list[Problem]:
+    """Faults of the schedule and its warm-up."""
+    if effective.get("lr_scheduler_type"):
+        return []
+    problems = []
+    chosen = effective.get("lr_scheduler", "constant")
+    if chosen not in SCHEDULERS and not chosen.startswith("adafactor"):
+        what = f'"{chosen}" is not one of {", ".join(SCHEDULERS)}{suggest(chosen, SCHEDULERS)}'
+        problems.append(Problem("lr_scheduler", what, effective.origin("lr_scheduler")))
+    warmup = effective.get("lr_warmup_steps", 0)
+    layer = effective.origin("lr_warmup_steps")
+    if isinstance(warmup, float) and warmup >= 1:
+        what = f"{warmup} with a decimal point is a share of the run, not steps: write {int(warmup)}"
+        problems.append(Problem("lr_warmup_steps", what, layer))
+    if warmup and chosen == "constant":
+        what = 'has no effect with lr_scheduler = "constant", which then fails: write "constant_with_warmup"'
+        problems.append(Problem("lr_warmup_steps", what, layer))
+    return problems
