@@ -53,6 +53,16 @@ class NonFiniteLoss(KwrapError):
     """The loss of an optimizer step is not a number."""
 
 
+class WrongProcesses(KwrapError):
+    """accelerate joined another number of processes than the attempt was planned for."""
+
+    def __init__(self, joined: int, planned: int) -> None:
+        super().__init__(
+            f"{joined} processes train together, the attempt is one of {planned}",
+            "Start the run with `kwrap train` or `kwrap resume`, or give accelerate the same number.",
+        )
+
+
 @dataclass
 class StepSums:
     """What is summed over the micro-batches of one optimizer step, first on this rank, then over all."""
@@ -89,11 +99,17 @@ class BuiltinRun:
     def prepare(self) -> None:
         """Load the model, make the network, and take up the attempt's state."""
         document = tomllib.loads(self.attempt.run.trainer_config.read_text(encoding="utf-8"))
-        options = BuiltinOptions.from_config(document, on_cpu=not torch.cuda.is_available())
+        on_cpu = not torch.cuda.is_available()
+        options = BuiltinOptions.from_config(document, on_cpu)
         self.options = options
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=self.attempt.accumulation, mixed_precision=options.mixed_precision
+            gradient_accumulation_steps=self.attempt.accumulation,
+            mixed_precision=options.mixed_precision,
+            # Otherwise accelerate takes several processes without a GPU for several runs.
+            cpu=on_cpu,
         )
+        if self.accelerator.num_processes != self.attempt.processes:
+            raise WrongProcesses(self.accelerator.num_processes, self.attempt.processes)
         self.make_deterministic()
         # accelerate and torchrun set handlers of their own.
         self.attempt.stop_on_signals()
