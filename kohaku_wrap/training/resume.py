@@ -264,8 +264,14 @@ def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run has its final network."""
-    return any(run.checkpoints.glob(f"{run.name}.*")) if run.checkpoints.is_dir() else False
+    """Whether the newest attempt reached the last step and the final network is there.
+
+    The network alone proves nothing: a crash may have cut it while it was written.
+    """
+    attempts = list_attempts(run)
+    result = attempts[-1].result() if attempts else None
+    is_there = any(run.checkpoints.glob(f"{run.name}.*")) if run.checkpoints.is_dir() else False
+    return is_there and result is not None and result["outcome"] == "finished"
 
 
 def is_damaged(state: Path, damaged: Sequence[DamagedState]) -> bool:

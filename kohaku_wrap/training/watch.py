@@ -190,7 +190,9 @@ class AttemptWatch:
         """Tell the progress of one optimizer step; an end if its numbers are bad."""
         self.done = int(line["optimizer_step"])
         loss = number_of(line.get("loss"))
-        if not math.isfinite(loss) and "non-finite-loss" not in self.attempt.allow:
+        # Under fp16 the GradScaler skips such a step and lowers its scale: nothing is lost.
+        skipped = bool(line.get("optimizer_step_skipped", False))
+        if not math.isfinite(loss) and not skipped and "non-finite-loss" not in self.attempt.allow:
             return self.end_now("non-finite-loss", f"the loss of optimizer step {self.done:,} is {loss}")
         self.images.append((int(line.get("nan_latents", 0)), int(line.get("images", 0))))
         nan_latents = sum(nan for nan, _ in self.images)

@@ -1,0 +1,113 @@
+"""`kwrap status`: what a run is doing and what happened to it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_table
+from kohaku_wrap.cli.resume import runs_folders, site_option
+from kohaku_wrap.cli.train import format_duration
+from kohaku_wrap.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.runs import Run
+    from kohaku_wrap.training.status import RunStatus
+
+WATCH_SECONDS = 2.0
+GIB = 1 << 30
+
+
+@click.command(epilog="Examples: `kwrap status`; `kwrap status epsilon --watch`; `kwrap status runs/epsilon --json`.")
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--watch", is_flag=True, help="Show it again every two seconds until Ctrl-C.")
+@site_option
+@json_option
+def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool) -> None:
+    """Show progress, rate, ETA, loss, learning rate, states, disk and the last error of a run.
+
+    Without RUN: one line for each run, or the whole of the only one.
+    """
+    from kohaku_wrap.training.runs import find_run, list_runs
+
+    folders = runs_folders(site_file)
+    runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
+    if not runs:
+        where = " or ".join(str(folder) for folder in folders)
+        raise UsageError(f"no run in {where}", "Start one with `kwrap train`, or give the path of a run.")
+    if watch and as_json:
+        raise UsageError(
+            "--watch and --json do not go together", "Call `kwrap status RUN --json` as often as you like."
+        )
+    while True:
+        if watch and sys.stdout.isatty():
+            click.clear()
+        show(runs, single=name is not None, as_json=as_json)
+        if not watch:
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def show(runs: list[Run], single: bool, as_json: bool) -> None:
+    """Print the state of these runs."""
+    from kohaku_wrap.training.status import read_status
+
+    statuses = [read_status(run) for run in runs]
+    if as_json:
+        print_json("status", describe(statuses[0]) if single else {"runs": [describe(each) for each in statuses]})
+    elif len(statuses) == 1:
+        print_run(statuses[0])
+    else:
+        rows: list[tuple[str, Any]] = [(str(status.run.folder), one_line(status)) for status in statuses]
+        print_table("Runs", rows, "kwrap status RUN")
+
+
+def describe(status: RunStatus) -> dict[str, Any]:
+    """The status as JSON has it."""
+    from dataclasses import asdict
+
+    document = {name: value for name, value in vars(status).items() if name not in ("run", "attempts", "states")}
+    return {
+        "run": status.run.name,
+        "folder": str(status.run.folder),
+        **document,
+        "attempts": [asdict(attempt) for attempt in status.attempts],
+        "states": [asdict(state) for state in status.states],
+    }
+
+
+def one_line(status: RunStatus) -> str:
+    share = 100 * status.optimizer_step / max(status.total_optimizer_steps, 1)
+    steps = f"{status.optimizer_step:,} of {status.total_optimizer_steps:,} ({share:.1f} %)"
+    eta = "" if status.eta_seconds is None else f", {format_duration(status.eta_seconds)} left"
+    return f"{status.condition}, optimizer step {steps}{eta}"
+
+
+def print_run(status: RunStatus) -> None:
+    """One run in full."""
+    rows: list[tuple[str, Any]] = [("progress", one_line(status))]
+    if status.phase:
+        silent = "" if status.silent_seconds is None else f", last sign of life {status.silent_seconds:,.0f} s ago"
+        rows.append(("doing", f"{status.phase}{silent}"))
+    if status.seconds_per_step is not None:
+        rows.append(("rate", f"{status.seconds_per_step:.2f} s per optimizer step"))
+    if status.loss is not None:
+        mean = "" if status.mean_loss is None else f", mean of the last steps {status.mean_loss:.4f}"
+        rows.append(("loss", f"{status.loss:.4f}{mean}"))
+    rows += [(name, f"{rate:.3g}") for name, rate in status.learning_rates.items()]
+    for attempt in status.attempts:
+        steps = f"steps {attempt.start_optimizer_step:,} to {attempt.optimizer_step:,}"
+        shape = f"{attempt.processes} × {attempt.accumulation}"
+        rows.append((f"attempt {attempt.number}", f"{steps}, {shape}, {attempt.end}: {attempt.message}"))
+    marks = [f"{state.optimizer_step:,}" + ("" if state.is_sealed else " (damaged)") for state in status.states]
+    rows.append(("states", ", ".join(marks) or "none"))
+    rows.append(("disk", f"{status.disk_used_bytes / GIB:.2f} GiB used, {status.disk_free_bytes / GIB:,.1f} GiB free"))
+    if status.last_error:
+        rows.append(("last error", status.last_error))
+    folder = status.run.folder
+    following = {"finished": f"kwrap verify {folder}", "running": f"kwrap status {folder} --watch"}
+    print_table(f"Run {status.run.name}", rows, following.get(status.condition, f"kwrap resume {folder}"))

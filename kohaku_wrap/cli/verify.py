@@ -1,0 +1,98 @@
+"""`kwrap verify`: proof from the ledger of what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_error, print_json, print_note, print_table
+from kohaku_wrap.cli.resume import runs_folders, site_option
+from kohaku_wrap.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.verify import Fault, VerifyReport
+
+
+@click.command(epilog="Examples: `kwrap verify epsilon`; `kwrap verify runs/epsilon --deep 100`.")
+@click.argument("name", metavar="RUN")
+@click.option("--deep", "deep_samples", type=click.IntRange(0), default=0, metavar="N",
+              help="Also recompute captions, crops and time steps of N random micro-batches.")  # fmt: skip
+@site_option
+@json_option
+def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool) -> int:
+    """Prove from the ledger that every micro-batch was trained once, in order, across attempts.
+
+    Recomputes the order from seed and dataset, tells what a crash repeated, compares captions, crops, time steps and
+    rates wherever attempts overlap, and names the first place of any divergence. Exit code 1 if there is one.
+    """
+    from kohaku_wrap.training.runs import find_run
+    from kohaku_wrap.training.verify import verify_run
+
+    report = verify_run(find_run(name, runs_folders(site_file)), deep_samples)
+    if as_json:
+        print_json("verify", describe(report))
+    else:
+        print_report(report)
+    return 0 if report.is_proved else EXIT_FAILED
+
+
+def describe(report: VerifyReport) -> dict[str, Any]:
+    """The report as JSON has it."""
+    from dataclasses import asdict
+
+    document = {name: value for name, value in vars(report).items() if name not in ("run", "faults", "repeats")}
+    document["notes"] = list(report.notes)
+    return {
+        "run": str(report.run.folder),
+        "proved": report.is_proved,
+        **document,
+        "repeats": [asdict(repeat) for repeat in report.repeats],
+        "faults": [asdict(fault) for fault in report.faults],
+    }
+
+
+def print_report(report: VerifyReport) -> None:
+    """The report for people."""
+    rows: list[tuple[str, Any]] = [
+        ("optimizer steps", f"{report.optimizer_steps:,} of {report.total_optimizer_steps:,}"),
+        ("positions trained once", f"{report.positions:,}, of which {report.fills:,} fills"),
+        ("attempts", report.attempts),
+        ("records", report.records),
+    ]
+    for repeat in report.repeats:
+        steps = f"optimizer steps {repeat.first_optimizer_step:,} to {repeat.last_optimizer_step:,}"
+        rows.append((f"attempt {repeat.attempt}, left behind", f"{steps} ({repeat.records:,} micro-batches)"))
+    if report.in_progress:
+        rows.append(("step in progress", f"{report.in_progress:,} micro-batches"))
+    if report.substitutes:
+        rows.append(("with substitutes", f"{report.substitutes:,} micro-batches"))
+    order = "recomputed from seed and dataset" if report.order_checked else "compared between attempts"
+    rows.append(("order", f"{order}; {report.compared:,} positions seen by more than one attempt"))
+    if report.deep_samples:
+        rows.append(("recomputed", f"{report.deep_samples:,} micro-batches"))
+    verdict = "proved" if report.is_proved else f"{len(report.faults)} kinds of fault"
+    print_table(f"Ledger of {report.run.name}: {verdict}", rows, "" if report.faults else next_step(report))
+    for note in report.notes:
+        print_note(f"note: {note}")
+    if report.faults:
+        lines = "\n".join(f"  {describe_fault(fault)}" for fault in report.faults)
+        print_error(
+            f"run {report.run.name}: the ledger does not prove the run\n{lines}",
+            f"Resume from a state before the first of these steps: kwrap resume {report.run.folder} --step N",
+        )
+
+
+def next_step(report: VerifyReport) -> str:
+    if not report.is_finished:
+        return f"kwrap resume {report.run.folder}"
+    network = report.run.checkpoints / f"{report.run.name}.safetensors"
+    return f"kwrap inspect {network}"
+
+
+def describe_fault(fault: Fault) -> str:
+    """One line: what, how often, where first."""
+    where = f"optimizer step {fault.optimizer_step:,} (epoch {fault.epoch}, position {fault.position:,}"
+    where += f", attempt {fault.attempt}, rank {fault.rank})" if fault.attempt else ")"
+    return f"{fault.kind}: {fault.count:,} × {fault.what}; first at {where}"
