@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -92,6 +93,9 @@ class LayerReader:
             self.preset_source = (document["preset"], origin, path.parent)
             named = document["preset"] if isinstance(document["preset"], str) else "inline"
             self.entries["preset"] = Entry(named, layer, file)
+        for name in find_misspelled_tables(document, self.table):
+            self.problems.append(Problem(f"[{name}]", f"unknown table{suggest(name, TABLES)}", origin))
+            del document[name]
         self.put(list(list_settings(document, self.table)), layer, file, paths_allowed=False)
 
     def read_dataset(self, name: str) -> None:
@@ -158,6 +162,18 @@ class LayerReader:
         except KwrapError as fault:
             self.problems.append(Problem("preset", fault.message, origin))
             return {}
+
+
+def find_misspelled_tables(document: dict[str, Any], table: OptionTable) -> list[str]:
+    """Sections that are named nearly like a table with a meaning and hold what is no option."""
+    return [
+        name
+        for name, value in document.items()
+        if isinstance(value, dict)
+        and name not in TABLES
+        and difflib.get_close_matches(name, TABLES, n=1, cutoff=0.85)
+        and any(key not in table.options for key in value)
+    ]
 
 
 def list_settings(document: dict[str, Any], table: OptionTable) -> Iterator[Setting]:

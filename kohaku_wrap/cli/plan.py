@@ -1,0 +1,207 @@
+"""`kwrap plan`: what a training will do, counted before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.training_plan import TrainingPlan
+
+BUCKETS_SHOWN = 8
+Path_ = click.Path(path_type=Path)
+
+
+@click.command(
+    "plan",
+    epilog="Examples: kwrap plan epsilon --site site.toml; "
+    "kwrap plan epsilon --site site.toml --images 5210319 --seconds-per-step 49.5",
+)
+@click.argument("template")
+@click.option("--site", "site_file", type=Path_, required=True, help="The machine: paths, GPUs, batch per GPU.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@click.option("--selection", type=Path_, help="Count the database's sizes in SEL.parquet, before any image is there.")
+@click.option("--images", type=click.IntRange(min=1), help="Count so many images of the template's resolution.")
+@click.option(
+    "--seconds-per-step", type=click.FloatRange(min=0, min_open=True), help="For the ETA: one optimizer step."
+)
+@click.option("--measured", type=Path_, metavar="RUN", help="For the ETA: the step time that this run measured.")
+@click.option("--modules/--no-modules", default=True, help="Count LoKr modules and parameters (starts torch once).")
+@json_option
+def command(
+    template: str,
+    site_file: Path,
+    overrides: tuple[str, ...],
+    selection: Path | None,
+    images: int | None,
+    seconds_per_step: float | None,
+    measured: Path | None,
+    modules: bool,
+    as_json: bool,
+) -> None:
+    """Say what a training will do: steps, warm-up, parameters, disk, memory, time.
+
+    Sizes come from the images that extract and caption made ready; steps are exactly those that the trainer will count.
+    Exit code 1 where the plan cannot work, with all reasons at once.
+    """
+    from kohaku_wrap.config.checks import describe_notes
+    from kohaku_wrap.config.installed import find_option_table
+    from kohaku_wrap.config.layers import resolve_template
+    from kohaku_wrap.config.plan import read_folder_sizes, read_selection_sizes, suppose_sizes
+    from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.training.training_plan import plan_training, read_step_seconds
+
+    if selection and images:
+        raise click.UsageError("--selection and --images are two sources of sizes: give one")
+    site = load_site(site_file)
+    effective = resolve_template(template, site, overrides, table=find_option_table(read_live=False))
+    if images:
+        sizes = suppose_sizes(images, effective)
+    else:
+        sizes = read_selection_sizes(selection) if selection else read_folder_sizes(site.paths.images)
+    if measured:
+        seconds_per_step = read_step_seconds(measured)
+    plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules)
+    notes = describe_notes(effective, plan.steps)
+    if not sizes.exact:
+        notes.append(f"Counted from {sizes.source}.")
+    if as_json:
+        print_json("plan", describe_plan(plan, notes))
+    else:
+        print_plan(plan, notes, template, site_file)
+    if plan.problems:
+        raise PlanCannotWork(template, plan.problems)
+
+
+class PlanCannotWork(ProblemsFound, KwrapError):
+    """The plan's numbers contradict the template or the machine."""
+
+    def __init__(self, template: str, problems: tuple[Problem, ...]) -> None:
+        super().__init__(template, problems, "Change these in the template, the site or by --set, and plan again.")
+
+
+def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
+    """The document of `--json`."""
+    from kohaku_wrap.config.sizes import total_of
+    from kohaku_wrap.training.module_counts import count_as_json
+
+    steps, sizes, counts = plan.steps, plan.sizes, plan.counts
+    document: dict[str, Any] = {
+        "template": plan.template,
+        "engine": plan.engine,
+        "data": plan.data,
+        "sizes_from": plan.sizes_from,
+        "sizes_exact": plan.sizes_exact,
+        "images": steps.images,
+        "batches": steps.batches,
+        "micro_batches_per_epoch": steps.micro_batches_per_epoch,
+        "optimizer_steps_per_epoch": steps.optimizer_steps_per_epoch,
+        "total_optimizer_steps": steps.total_optimizer_steps,
+        "epochs": steps.epochs,
+        "batch_per_gpu": steps.batch_size,
+        "processes": steps.processes,
+        "accumulation": steps.accumulation,
+        "effective_batch": steps.effective_batch,
+        "images_per_optimizer_step": steps.images_per_optimizer_step,
+        "fills_per_epoch": steps.fills_per_epoch,
+        "bucket_fill": steps.bucket_fill,
+        "buckets": [vars(bucket) for bucket in steps.buckets],
+        "warmup_optimizer_steps": plan.warmup_optimizer_steps,
+        "warmup_optimizer_steps_plain_sd_scripts": plan.warmup_plain,
+        "seconds_per_step": plan.seconds_per_step,
+        "eta_seconds": plan.eta_seconds,
+        "notes": notes,
+        "problems": [vars(problem) for problem in plan.problems],
+    }
+    if counts:
+        document |= {
+            "unet_modules": counts[0].unet_modules,
+            "text_encoder_modules": counts[0].text_encoder_modules,
+            "unet_parameters": counts[0].unet_parameters,
+            "text_encoder_parameters": counts[0].text_encoder_parameters,
+            "parameters": counts[0].parameters,
+            "module_counts": [count_as_json(each) for each in counts],
+        }
+    if sizes:
+        document |= {
+            "checkpoint_bytes": sizes.checkpoint_bytes,
+            "state_bytes": sizes.state_bytes,
+            "disk_bytes": total_of(sizes.disk),
+            "disk": [vars(part) for part in sizes.disk],
+            "host_memory_bytes": total_of(sizes.host_memory),
+            "host_memory": [vars(part) for part in sizes.host_memory],
+            "gpu_memory_bytes": total_of(sizes.gpu_memory) or None,
+            "gpu_memory": [vars(part) for part in sizes.gpu_memory],
+        }
+    return document
+
+
+def print_plan(plan: TrainingPlan, notes: list[str], template: str, site_file: Path) -> None:
+    """The plan for people."""
+    from kohaku_wrap.config.sizes import show_bytes, total_of
+
+    steps = plan.steps
+    largest = sorted(steps.buckets, key=lambda bucket: -bucket.images)
+    shown = ", ".join(f"{each.width}x{each.height}: {each.images:,}" for each in largest[:BUCKETS_SHOWN])
+    rest = len(largest) - BUCKETS_SHOWN
+    rows: list[tuple[str, Any]] = [
+        ("images", f"{steps.images:,} from {plan.sizes_from}"),
+        ("buckets", f"{len(steps.buckets)}; {shown}" + (f", and {rest} more" if rest > 0 else "")),
+        ("batches", f"{steps.batches:,} of {steps.batch_size}, {steps.bucket_fill:.2%} full"),
+        (
+            "effective batch",
+            f"{steps.effective_batch} = {steps.batch_size} images x {steps.accumulation} accumulation x "
+            f"{steps.processes} processes ({steps.images_per_optimizer_step:.1f} images on average)",
+        ),
+        ("micro-batches per process", f"{steps.micro_batches_per_epoch:,} in an epoch"),
+        ("optimizer steps", f"{steps.total_optimizer_steps:,} = {steps.epochs} x {steps.optimizer_steps_per_epoch:,}"),
+        (
+            "warm-up",
+            f"{plan.warmup_optimizer_steps:,} optimizer steps; under plain sd-scripts {plan.warmup_plain:,}",
+        ),
+    ]
+    rows += [
+        (
+            "network",
+            f"{counts.unet_modules:,} UNet + {counts.text_encoder_modules:,} text encoder modules, "
+            f"{counts.parameters:,} parameters = {counts.unet_parameters:,} + {counts.text_encoder_parameters:,} "
+            f"(the UNet of {counts.counted_on})",
+        )
+        for counts in plan.counts
+    ]
+    if plan.sizes:
+        rows += [
+            ("checkpoint", show_bytes(plan.sizes.checkpoint_bytes)),
+            ("state", show_bytes(plan.sizes.state_bytes)),
+        ]
+        for title, parts in (
+            ("disk over the run", plan.sizes.disk),
+            ("host memory", plan.sizes.host_memory),
+            ("GPU memory, estimated", plan.sizes.gpu_memory),
+        ):
+            if parts:
+                listed = ", ".join(f"{part.name} {show_bytes(part.size_bytes)}" for part in parts)
+                rows.append((title, f"{show_bytes(total_of(parts))}: {listed}"))
+    if plan.eta_seconds is not None:
+        rows.append(("time", f"{show_duration(plan.eta_seconds)} at {plan.seconds_per_step:.3g} s a step"))
+    else:
+        rows.append(("time", "unknown; add --seconds-per-step S, or --measured RUN"))
+    print_table(f"Plan of {plan.template}", rows, f"kwrap train {template} --site {site_file} --dry-run")
+    for note in notes:
+        print_note(f"note: {note}")
+    if plan.not_counted:
+        print_note(f"note: {plan.not_counted}")
+
+
+def show_duration(seconds: float) -> str:
+    """Days, hours or minutes, whichever says most."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,234 @@
+"""`kwrap template`: list, show, check, copy and compare templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_table
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
+
+if TYPE_CHECKING:
+    from kohaku_wrap.config.layers import Effective
+
+Path_ = click.Path(path_type=Path)
+
+
+class TemplateExists(UsageError):
+    """The copy's name is taken."""
+
+
+@click.group(
+    "template",
+    epilog="Start with `kwrap template ls`, then `kwrap template show epsilon --why`.",
+)
+def command() -> None:
+    """Look at, check and copy training templates.
+
+    A template says what is true of a training: rates, schedule, network, captions, effective batch. It holds no path
+    and no number of GPUs, so it can be copied between people. NAME is a path, else a name in your own folder
+    ($KWRAP_HOME/templates), else one that came with kwrap.
+    """
+
+
+@command.command("ls", epilog="Example: kwrap template ls")
+@json_option
+def list_command(as_json: bool) -> None:
+    """List the templates that have a name, yours first."""
+    from kohaku_wrap.config.templates import list_templates, user_templates
+
+    templates = list_templates()
+    if as_json:
+        rows = [{"name": t.name, "path": str(t.path), "origin": t.origin, "title": t.title} for t in templates]
+        print_json("template ls", {"templates": rows, "user_folder": str(user_templates())})
+        return
+    rows_for_people = [(t.name, t.title + (" (yours)" if t.origin == "yours" else "")) for t in templates]
+    print_table("Templates", rows_for_people, "kwrap template show epsilon --why")
+
+
+@command.command("show", epilog="Examples: kwrap template show epsilon --why; kwrap template show epsilon --set seed=7")
+@click.argument("name")
+@click.option("--site", type=Path_, help="Show the values on this machine, too.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@click.option("--why", is_flag=True, help="Name the layer and file that set each value.")
+@click.option("--all", "with_defaults", is_flag=True, help="Show the trainer's own defaults, too.")
+@json_option
+def show_command(
+    name: str, site: Path | None, overrides: tuple[str, ...], why: bool, with_defaults: bool, as_json: bool
+) -> None:
+    """Print the effective values of a template, and with --why where each comes from."""
+    from kohaku_wrap.config.checks import check_effective, describe_notes
+    from kohaku_wrap.config.installed import find_option_table
+    from kohaku_wrap.config.layers import load_layers
+    from kohaku_wrap.config.site import load_site
+
+    table = find_option_table(read_live=False)
+    effective, problems = load_layers(name, load_site(site) if site else None, overrides, table)
+    problems += check_effective(effective)
+    values = effective.values if with_defaults else {key: entry.value for key, entry in effective.entries.items()}
+    if as_json:
+        print_json(
+            "template show",
+            {
+                "name": effective.name,
+                "path": str(effective.path),
+                "title": effective.title,
+                "notes": describe_notes(effective),
+                "values": values,
+                "origins": {key: effective.origin(key) for key in values},
+                "preset": dict(effective.preset),
+                "options_from": table.source,
+                "problems": [vars(problem) for problem in problems],
+            },
+        )
+    else:
+        print_values(effective, values, why)
+    if problems:
+        raise ProblemsFound(str(effective.path), problems, "Mend these and look again.")
+
+
+def print_values(effective: Effective, values: dict[str, Any], why: bool) -> None:
+    """Aligned `key = value` lines, with the layer behind each."""
+    click.echo(click.style(f"{effective.name}: {effective.title}", bold=True))
+    for note in effective.notes:
+        click.echo(f"  {note}")
+    shown = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in values.items()}
+    width = max((len(key) for key in shown), default=0)
+    value_width = min(max((len(text) for text in shown.values()), default=0), 48)
+    for key, text in sorted(shown.items(), key=lambda item: ("." in item[0], item[0])):
+        line = f"{key:<{width}}  {text:<{value_width}}  {effective.origin(key)}" if why else f"{key:<{width}}  {text}"
+        click.echo(line.rstrip())
+    if not why:
+        click.echo(f"Next: kwrap template show {effective.name} --why")
+
+
+@command.command("check", epilog="Examples: kwrap template check mine.toml; kwrap template check templates/")
+@click.argument("files", nargs=-1, required=True)
+@click.option("--site", type=Path_, help="Check on this machine, too: does the batch divide?")
+@click.option("--modules/--no-modules", default=False, help="Also count the preset's modules (starts torch).")
+@json_option
+def check_command(files: tuple[str, ...], site: Path | None, modules: bool, as_json: bool) -> None:
+    """Find every fault of template files or folders: names, types, choices, contradictions.
+
+    Exit code 1 if any has one. A folder means its *.toml files, and its presets/*.toml as presets.
+    """
+    from kohaku_wrap.config.check_files import check_files
+    from kohaku_wrap.config.installed import find_option_table
+    from kohaku_wrap.config.site import load_site
+
+    table = find_option_table()
+    reports = check_files(files, load_site(site) if site else None, table)
+    if modules:
+        reports = [(path, [*problems, *check_modules(path, site, problems)]) for path, problems in reports]
+    faulty = [(path, problems) for path, problems in reports if problems]
+    if as_json:
+        print_json(
+            "template check",
+            {
+                "options_from": table.source,
+                "checked": [str(path) for path, _ in reports],
+                "problems": [
+                    {"file": str(path), "where": p.where, "what": p.what, "layer": p.layer}
+                    for path, problems in faulty
+                    for p in problems
+                ],
+            },
+        )
+        if faulty:
+            raise click.exceptions.Exit(1)
+        return
+    for path, problems in faulty:
+        click.echo(ProblemsFound(str(path), problems).message)
+    if faulty:
+        count = sum(len(problems) for _, problems in faulty)
+        raise FaultyTemplates(
+            f"{count} problems in {len(faulty)} of {len(reports)} files",
+            f"Run `kwrap template show {faulty[0][0]} --why` to see where each value comes from.",
+        )
+    checked = "1 file" if len(reports) == 1 else f"{len(reports)} files"
+    click.echo(f"{checked}, no problems (options of {table.source}).")
+    click.echo(f"Next: kwrap plan {reports[0][0] if len(reports) == 1 else 'TEMPLATE'} --site site.toml")
+
+
+class FaultyTemplates(KwrapError):
+    """At least one template has a fault."""
+
+
+def check_modules(path: Path, site: Path | None, problems: list[Problem]) -> list[Problem]:
+    """Patterns of the template's preset that match no module; nothing where the file has other faults."""
+    from kohaku_wrap.config.layers import load_layers
+    from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.training.module_counts import check_unmatched, count_network
+
+    if problems or path.parent.name == "presets":
+        return []
+    effective, _ = load_layers(path, load_site(site) if site else None)
+    return check_unmatched(effective, count_network(effective))
+
+
+@command.command("cp", epilog="Examples: kwrap template cp epsilon mine.toml; kwrap template cp epsilon mine")
+@click.argument("name")
+@click.argument("destination")
+@click.option("--force", is_flag=True, help="Replace a file of that name.")
+@json_option
+def copy_command(name: str, destination: str, force: bool, as_json: bool) -> None:
+    """Copy a template to change it: to a path, or under a name into your own folder.
+
+    What it extends is found by name as before, so the copy holds only the differences.
+    """
+    from kohaku_wrap.config.templates import find_template, user_templates
+    from kohaku_wrap.files import write_text
+
+    source = find_template(name)
+    target = Path(destination).expanduser()
+    if target.is_dir():
+        target = target / source.name
+    elif target.suffix != ".toml":
+        target = user_templates() / f"{destination}.toml" if "/" not in destination else Path(f"{destination}.toml")
+    if target.exists() and not force:
+        raise TemplateExists(f"{target}: already there", "Choose another name, or add --force.")
+    write_text(target, source.read_text(encoding="utf-8"))
+    if as_json:
+        print_json("template cp", {"source": str(source), "path": str(target)})
+        return
+    print_table("", [("copied", source), ("to", target)], f"edit it, then kwrap template check {target}")
+
+
+@command.command("diff", epilog="Example: kwrap template diff epsilon delta")
+@click.argument("first")
+@click.argument("second")
+@json_option
+def diff_command(first: str, second: str, as_json: bool) -> None:
+    """Print the effective values in which two templates differ."""
+    from kohaku_wrap.config.layers import load_layers
+
+    left, _ = load_layers(first)
+    right, _ = load_layers(second)
+    left_values, right_values = flatten_values(left), flatten_values(right)
+    keys = sorted(left_values.keys() | right_values.keys(), key=lambda key: ("." in key, key))
+    changed = {
+        key: (left_values.get(key), right_values.get(key))
+        for key in keys
+        if left_values.get(key) != right_values.get(key)
+    }
+    if as_json:
+        rows = [{"key": key, "first": pair[0], "second": pair[1]} for key, pair in changed.items()]
+        print_json("template diff", {"first": left.name, "second": right.name, "differences": rows})
+        return
+    if not changed:
+        click.echo(f"{left.name} and {right.name} are the same in effect.")
+        return
+    rows_for_people = [(key, f"{show_value(pair[0])} → {show_value(pair[1])}") for key, pair in changed.items()]
+    print_table(f"{left.name} → {right.name}", rows_for_people, f"kwrap template show {right.name} --why")
+
+
+def flatten_values(effective: Effective) -> dict[str, Any]:
+    """All effective values, the preset's keys among them."""
+    return {**effective.values, **{f"preset.{key}": value for key, value in effective.preset.items()}}
+
+
+def show_value(value: Any) -> str:
+    return "unset" if value is None else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,72 @@
+"""Whole files and folders of templates and presets checked, none of their faults hiding another's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from kohaku_wrap.config.checks import check_effective
+from kohaku_wrap.config.layers import Effective, load_layers
+from kohaku_wrap.config.network import check_preset
+from kohaku_wrap.config.optimizers import Signatures
+from kohaku_wrap.config.options import OptionTable
+from kohaku_wrap.config.reading import Entry, shorten_path
+from kohaku_wrap.config.site import Site
+from kohaku_wrap.config.templates import UnknownTemplate, find_template, read_toml
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+
+NOT_TEMPLATES = ("merges",)
+"""Folders beside templates whose files are something else."""
+
+
+def list_files(names: Iterable[str]) -> list[Path]:
+    """The template and preset files that names, files and folders mean. Raises UnknownTemplate."""
+    files: list[Path] = []
+    for name in names:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            files.append(find_template(name))
+            continue
+        found = [
+            path
+            for path in sorted(folder.rglob("*.toml"))
+            if not set(path.relative_to(folder).parts[:-1]) & set(NOT_TEMPLATES)
+        ]
+        if not found:
+            raise UnknownTemplate(f"{name}: no .toml file in this folder", "Name a folder of templates, or a file.")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def check_files(
+    names: Sequence[str], site: Site | None, table: OptionTable, ask: Signatures | None = None
+) -> list[tuple[Path, list[Problem]]]:
+    """Every file and its faults, in order; files under `presets` are checked as presets."""
+    return [
+        (
+            path,
+            check_preset_file(path, table) if path.parent.name == "presets" else check_template(path, site, table, ask),
+        )
+        for path in list_files(names)
+    ]
+
+
+def check_template(path: Path, site: Site | None, table: OptionTable, ask: Signatures | None) -> list[Problem]:
+    """All faults of one template, of its layers and of what they make together."""
+    try:
+        effective, problems = load_layers(path, site, (), table)
+        return problems + check_effective(effective, ask)
+    except ProblemsFound as found:
+        return list(found.problems)
+    except KwrapError as fault:
+        return [Problem(path.name, fault.message, f"template {shorten_path(path)}")]
+
+
+def check_preset_file(path: Path, table: OptionTable) -> list[Problem]:
+    """All faults of one preset file."""
+    try:
+        preset = read_toml(path)
+    except KwrapError as fault:
+        return [Problem(path.name, fault.message, f"preset {shorten_path(path)}")]
+    entry = Entry(path.stem, "preset", shorten_path(path))
+    return check_preset(Effective(path.stem, path, "", (), {"preset": entry}, preset, table))
