@@ -79,7 +79,7 @@ def plan_launch(
         RUN_VARIABLE: str(run_folder),
         ATTEMPT_VARIABLE: str(attempt_number),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads or default_threads(processes)),
+        "OMP_NUM_THREADS": str(threads or default_threads(processes, on_cpu)),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_SECONDS),
@@ -112,14 +112,17 @@ def accelerate_command() -> tuple[str, ...]:
     return (sys.executable, "-m", "accelerate.commands.accelerate_cli")
 
 
-def default_threads(processes: int) -> int:
-    """Threads of each process: the caller's OMP_NUM_THREADS, else the cores shared out.
+def default_threads(processes: int, on_cpu: bool) -> int:
+    """Threads of each process: the caller's OMP_NUM_THREADS, else one on a CPU, else the cores shared out.
 
-    Their number changes the last bits of sums, so an attempt keeps that of the one before.
+    Their number changes the last bits of sums, so an attempt keeps that of the one before. What is trained on a CPU
+    is a tiny model, and threads that wait for each other on busy cores make it twenty times slower.
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given):
         return int(given)
+    if on_cpu:
+        return 1
     return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // processes))
 
 
