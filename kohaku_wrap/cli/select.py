@@ -1,0 +1,70 @@
+"""`kwrap select`: the seeded sample of posts and its filters."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from kohaku_wrap.dataset.selection import SelectionReport
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap select epsilon --db danbooru2023.db --out epsilon.parquet
+  kwrap select my-dataset.toml --db danbooru2023.db --out mine.parquet --json"""
+)
+@click.argument("dataset", metavar="DATASET")
+@click.option("--db", "db", required=True, type=click.Path(path_type=Path), help="The danbooru2023 sqlite database.")
+@click.option("--out", "out", required=True, type=click.Path(path_type=Path), metavar="SEL.parquet",
+              help="The selection to write.")  # fmt: skip
+@json_option
+def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
+    """Select posts: a seeded sample by id strata, then the recipe's filters.
+
+    DATASET is a shipped name (epsilon, delta, demo) or the path of a dataset file. The same seed and database give
+    the same posts on every machine; every drop is counted by its reason.
+    """
+    from kohaku_wrap.dataset.recipe import load_dataset
+    from kohaku_wrap.dataset.selection import GENERATOR, select_posts
+    from kohaku_wrap.metadata.database import open_database
+
+    recipe = load_dataset(dataset)
+    database = open_database(db)
+    with progress_bar("select", "posts", quiet=as_json) as progress:
+        report = select_posts(database, recipe, out, on_progress=progress)
+    if as_json:
+        print_json("select", {**asdict(report), "generator": GENERATOR, "db": str(db), "out": str(out)})
+        return
+    for warning in report.warnings:
+        print_note(f"note: {warning}")
+    print_table(f"Selection {recipe.name}, seed {report.seed}", list(rows_of_report(report, out)), next_command(out))
+
+
+def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
+    """The report as lines of a table."""
+    rows: list[tuple[str, Any]] = [("posts in the database", report.posts)]
+    if report.outside_strata:
+        rows.append(("outside the strata", report.outside_strata))
+    rows += [(f"dropped before: {reason}", count) for reason, count in report.dropped_before_sample.items()]
+    for stratum in report.strata:
+        first = "first" if stratum.first_id is None else f"{stratum.first_id:,}"
+        last = "last" if stratum.last_id is None else f"{stratum.last_id:,}"
+        asked = "all" if stratum.asked is None else f"{stratum.asked:,}"
+        rows.append(
+            (f"ids {first} to {last}", f"{stratum.sampled:,} sampled of {stratum.available:,} (asked: {asked})")
+        )
+    rows.append(("sampled", report.sampled))
+    rows += [(f"dropped: {reason}", count) for reason, count in report.dropped.items()]
+    return [*rows, ("selected", report.selected), ("written to", out)]
+
+
+def next_command(out: Path) -> str:
+    """What comes after the selection."""
+    return f"kwrap extract {out} --tars TARS --out IMAGES"

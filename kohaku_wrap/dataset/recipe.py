@@ -1,0 +1,221 @@
+"""Dataset recipes: `datasets/*.toml` and files like them, read and checked whole."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import hashlib
+import itertools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.dataset.caption_recipe import CaptionRecipe, read_caption_recipe
+from kohaku_wrap.dataset.toml_values import TableReader
+from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
+from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.metadata.filters import FLAGS, RATINGS
+
+RANGES = {"score": "score", "fav_count": "fav_count", "width": "image_width", "height": "image_height"}
+"""Conditions that are a range of one column."""
+
+TAG_CONDITIONS = ("tags_all", "tags_any", "tags_none")
+CONDITIONS = (*TAG_CONDITIONS, "ratings", "extensions", "date", "pixels", *RANGES)
+"""Keys of `[selection.drop.unless]`, and the reasons that reports count."""
+
+
+class UnknownDataset(UsageError):
+    """Neither a shipped dataset nor a file."""
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """A stretch of post ids and how many of its posts to take."""
+
+    first_id: int | None
+    """Smallest id, inclusive; None: from the first."""
+
+    last_id: int | None
+    """Largest id, inclusive; None: to the last."""
+
+    sample: int | None
+    """How many posts; None: all."""
+
+    @property
+    def title(self) -> str:
+        """Such as "ids 0 to 1,999,999"."""
+        first = "the first" if self.first_id is None else f"{self.first_id:,}"
+        last = "the last" if self.last_id is None else f"{self.last_id:,}"
+        return f"ids {first} to {last}"
+
+
+@dataclass(frozen=True)
+class SelectionRecipe:
+    """Which posts a dataset is made of."""
+
+    seed: int = 0
+    """Of the sample."""
+
+    strata: tuple[Stratum, ...] = (Stratum(None, None, None),)
+    """By ascending ids, without overlap."""
+
+    before_sample: tuple[str, ...] = ()
+    """Filters and conditions that posts pass to be sampled at all, in order."""
+
+    after_sample: tuple[str, ...] = ()
+    """Filters and conditions that sampled posts pass to be selected, in order."""
+
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the conditions: tuples of words, or (smallest, largest) with None for no limit."""
+
+
+@dataclass(frozen=True)
+class DatasetRecipe:
+    """A whole dataset file."""
+
+    name: str
+    """As given on the command line."""
+
+    path: Path | None
+    """The file; None for the defaults."""
+
+    sha256: str
+    """Of the file's bytes."""
+
+    selection: SelectionRecipe
+    """Which posts."""
+
+    caption: CaptionRecipe
+    """What their captions say."""
+
+    caption_table: Mapping[str, Any] = field(default_factory=dict)
+    """The `[caption]` table as the file has it."""
+
+
+def dataset_names() -> list[str]:
+    """The shipped datasets."""
+    return sorted(path.stem for path in shipped_folder("datasets").glob("*.toml"))
+
+
+def load_dataset(name: str) -> DatasetRecipe:
+    """The dataset of a shipped name or of a path. Raises UnknownDataset and ProblemsFound."""
+    path = Path(name)
+    if path.suffix != ".toml" and not path.is_file():
+        if name not in dataset_names():
+            near = difflib.get_close_matches(name, dataset_names(), n=1)
+            suggestion = f"; did you mean {near[0]}?" if near else ""
+            raise UnknownDataset(
+                f"{name}: no such dataset{suggestion}",
+                f"Shipped: {', '.join(dataset_names())}. Or give the path of a dataset file (.toml).",
+            )
+        path = shipped_folder("datasets") / f"{name}.toml"
+    if not path.is_file():
+        raise UnknownDataset(f"{path}: no such file", f"Shipped datasets: {', '.join(dataset_names())}.")
+    data = path.read_bytes()
+    try:
+        document = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UnknownDataset(f"{path}: not a TOML file: {error}", "Mend the line that is named.") from error
+    return read_dataset(document, name, path, hashlib.sha256(data).hexdigest())
+
+
+def read_dataset(document: Mapping[str, Any], name: str, path: Path | None = None, sha256: str = "") -> DatasetRecipe:
+    """Check a dataset's tables. Raises ProblemsFound with every fault."""
+    problems: list[Problem] = []
+    top = TableReader("", document, ("title", "notes", "selection", "caption"), problems)
+    top.text("title")
+    top.text("notes")
+    selection = read_selection_recipe(top.table("selection"), problems)
+    caption_table = top.table("caption")
+    caption = read_caption_recipe(caption_table, problems)
+    if problems:
+        example = shipped_folder("datasets") / "epsilon.toml"
+        raise ProblemsFound(str(path or name), problems, f"Every key is explained in {example}.")
+    return DatasetRecipe(name, path, sha256, selection, caption, caption_table)
+
+
+def read_selection_recipe(table: Mapping[str, Any], problems: list[Problem]) -> SelectionRecipe:
+    """The `[selection]` table; faults go to `problems`."""
+    reader = TableReader("selection", table, ("seed", "strata", "drop"), problems)
+    seed = reader.integer("seed")
+    strata = _read_strata(reader.tables("strata"), problems)
+    if seed is None and any(stratum.sample is not None for stratum in strata):
+        problems.append(Problem("selection.seed", "missing: a sample needs one to be the same tomorrow"))
+    drop = TableReader("selection.drop", reader.table("drop"), ("before_sample", "after_sample", "unless"), problems)
+    conditions = _read_conditions(drop.table("unless"), problems)
+    before = _read_order("before_sample", drop, conditions, problems)
+    after = _read_order("after_sample", drop, conditions, problems)
+    twice = [name for name in before if name in after]
+    problems += [Problem("selection.drop", f"{name!r} stands both before and after the sample") for name in twice]
+    before += tuple(name for name in conditions if name not in (*before, *after))
+    return SelectionRecipe(
+        seed=seed or 0, strata=strata, before_sample=before, after_sample=after, conditions=conditions
+    )
+
+
+def _read_strata(tables: list[Mapping[str, Any]], problems: list[Problem]) -> tuple[Stratum, ...]:
+    strata = []
+    for number, table in enumerate(tables, start=1):
+        where = f"selection.strata {number}"
+        reader = TableReader(where, table, ("first_id", "last_id", "sample"), problems)
+        sample = table.get("sample", "all")
+        if sample != "all" and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
+            problems.append(Problem(f"{where}.sample", f'{sample!r} is neither a count of at least 1 nor "all"'))
+            sample = "all"
+        stratum = Stratum(reader.integer("first_id"), reader.integer("last_id"), None if sample == "all" else sample)
+        if None not in (stratum.first_id, stratum.last_id) and (stratum.first_id or 0) > (stratum.last_id or 0):
+            problems.append(Problem(where, f"first_id {stratum.first_id} is above last_id {stratum.last_id}"))
+        strata.append(stratum)
+    in_order = sorted(strata, key=lambda one: -(1 << 62) if one.first_id is None else one.first_id)
+    for low, high in itertools.pairwise(in_order):
+        if low.last_id is None or high.first_id is None or high.first_id <= low.last_id:
+            problems.append(
+                Problem("selection.strata", f"{low.title} and {high.title} overlap: their posts would come twice")
+            )
+    return tuple(strata) or (Stratum(None, None, None),)
+
+
+def _read_order(key: str, drop: TableReader, conditions: Mapping[str, Any], problems: list[Problem]) -> tuple[str, ...]:
+    names = drop.words(key, ())
+    for name in names:
+        if name not in FLAGS and name not in conditions:
+            hint = ", ".join([*FLAGS, *conditions])
+            missing = " has no value in [selection.drop.unless]" if name in CONDITIONS else f" is not one of {hint}"
+            problems.append(Problem(f"selection.drop.{key}", f"{name!r}{missing}"))
+    if len(set(names)) < len(names):
+        problems.append(Problem(f"selection.drop.{key}", "a filter is named twice"))
+    return tuple(name for name in names if name in FLAGS or name in conditions)
+
+
+def _read_conditions(table: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """`[selection.drop.unless]`: a post is dropped unless it meets each of these."""
+    where = "selection.drop.unless"
+    reader = TableReader(where, table, CONDITIONS, problems)
+    conditions: dict[str, Any] = {}
+    for key in table:
+        if key in TAG_CONDITIONS or key in ("ratings", "extensions"):
+            conditions[key] = reader.words(key, ())
+            if not conditions[key]:
+                problems.append(Problem(f"{where}.{key}", "names nothing"))
+        elif key in RANGES or key == "pixels":
+            conditions[key] = _read_range(f"{where}.{key}", table[key], int, ("min", "max"), problems)
+        elif key == "date":
+            conditions[key] = _read_range(f"{where}.{key}", table[key], datetime.date, ("first", "last"), problems)
+    unknown = [rating for rating in conditions.get("ratings", ()) if rating not in RATINGS]
+    problems += [Problem(f"{where}.ratings", f"{rating!r} is not one of {', '.join(RATINGS)}") for rating in unknown]
+    return conditions
+
+
+def _read_range(where: str, value: Any, kind: type, keys: tuple[str, str], problems: list[Problem]) -> tuple[Any, Any]:
+    """(smallest, largest) of a table with one or both of `keys`, inclusive."""
+    if not isinstance(value, Mapping) or not value:
+        problems.append(Problem(where, f"a table with {keys[0]} or {keys[1]} or both is wanted, not {value!r}"))
+        return None, None
+    reader = TableReader(where, value, keys, problems)
+    read = reader.integer if kind is int else reader.date
+    low, high = read(keys[0]), read(keys[1])
+    if low is not None and high is not None and low > high:  # type: ignore[operator]
+        problems.append(Problem(where, f"{keys[0]} {low} is above {keys[1]} {high}"))
+    return low, high

@@ -1,0 +1,265 @@
+"""The seeded selection of posts: strata, filters before and after the sample, every drop counted by its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.dataset.recipe import RANGES, TAG_CONDITIONS, DatasetRecipe, SelectionRecipe, Stratum
+from kohaku_wrap.dataset.selection_file import write_selection
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import Progress
+from kohaku_wrap.metadata import filters
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.posts import database_digest, posts_with_tags, read_drops, read_posts
+from kohaku_wrap.metadata.tags import read_tags
+from kohaku_wrap.streams import draws, stream_key
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+GENERATOR = "SplitMix64 keyed by BLAKE2b (kohaku_wrap.streams)"
+"""What draws the sample: the same on every machine and Python version."""
+
+
+class EmptySelection(KwrapError):
+    """No post is left."""
+
+
+@dataclass(frozen=True)
+class StratumReport:
+    """What became of one stratum."""
+
+    first_id: int | None
+    """Smallest id of the stratum."""
+
+    last_id: int | None
+    """Largest id of the stratum."""
+
+    asked: int | None
+    """Posts to sample; None: all."""
+
+    available: int
+    """Posts of the stratum that pass the filters before the sample."""
+
+    sampled: int
+    """Posts taken."""
+
+    selected: int
+    """Posts left after the filters that follow the sample."""
+
+
+@dataclass(frozen=True)
+class SelectionReport:
+    """A selection and how it came about."""
+
+    dataset: str
+    """The recipe's name or path."""
+
+    seed: int
+    """Of the sample."""
+
+    layout: str
+    """Of the database."""
+
+    posts: int
+    """In the database."""
+
+    outside_strata: int
+    """Posts whose id lies in no stratum."""
+
+    strata: tuple[StratumReport, ...]
+    """One a stratum, in the recipe's order."""
+
+    dropped_before_sample: Mapping[str, int]
+    """By reason; a post counts under the first of the recipe's order that it meets."""
+
+    sampled: int
+    """Posts taken from all strata."""
+
+    dropped: Mapping[str, int]
+    """Sampled posts that the later filters dropped, by reason, counted likewise."""
+
+    selected: int
+    """Posts in the selection: `sampled` less all of `dropped`."""
+
+    warnings: tuple[str, ...]
+    """What the recipe asked for and the database does not have."""
+
+
+def select_posts(
+    database: Database, dataset: DatasetRecipe, out: Path, on_progress: Progress | None = None
+) -> SelectionReport:
+    """Select by the recipe and write `out`, a Parquet file of one row a post by ascending id.
+
+    Raises EmptySelection when nothing is left, UnknownTags for a tag the database does not have.
+    """
+    recipe = dataset.selection
+    ids, drops = find_drops(database, recipe, on_progress)
+    inside = np.zeros(len(ids), dtype=bool)
+    bounds = [stratum_bounds(ids, stratum) for stratum in recipe.strata]
+    for start, stop in bounds:
+        inside[start:stop] = True
+    outside = int(len(ids) - inside.sum())
+    dropped_before = count_first_reasons({name: drops.of(name) for name in recipe.before_sample}, inside)
+    sampled = np.zeros(len(ids), dtype=bool)
+    available = []
+    for number, (stratum, (start, stop)) in enumerate(zip(recipe.strata, bounds, strict=True)):
+        candidates = start + np.flatnonzero(inside[start:stop])
+        available.append(len(candidates))
+        sampled[sample_stratum(ids, candidates, stratum.sample, recipe.seed, number)] = True
+    selected = sampled.copy()
+    dropped = count_first_reasons({name: drops.of(name) for name in recipe.after_sample}, selected)
+    strata = tuple(
+        StratumReport(
+            stratum.first_id,
+            stratum.last_id,
+            stratum.sample,
+            count,
+            int(sampled[start:stop].sum()),
+            int(selected[start:stop].sum()),
+        )
+        for stratum, count, (start, stop) in zip(recipe.strata, available, bounds, strict=True)
+    )
+    report = SelectionReport(
+        dataset=dataset.name,
+        seed=recipe.seed,
+        layout=database.layout.value,
+        posts=len(ids),
+        outside_strata=outside,
+        strata=strata,
+        dropped_before_sample=dropped_before,
+        sampled=int(sampled.sum()),
+        dropped=dropped,
+        selected=int(selected.sum()),
+        warnings=tuple(find_shortages(recipe.strata, strata)),
+    )
+    if not report.selected:
+        told = ", ".join(f"{count:,} {reason}" for reason, count in (dropped_before | dropped).items() if count)
+        raise EmptySelection(
+            f"{dataset.name}: no post is left of {report.posts:,} in {database.path}"
+            + (f" (sampled {report.sampled:,}; dropped: {told})" if told else f" (sampled {report.sampled:,})"),
+            "Compare the recipe's ids and filters with `kwrap inspect DB`.",
+        )
+    about = {
+        "dataset": dataset.name,
+        "dataset_sha256": dataset.sha256,
+        "seed": recipe.seed,
+        "generator": GENERATOR,
+        "caption": dataset.caption_table,
+        "layout": report.layout,
+        "db_digest": database_digest(database),
+        "counts": {
+            "posts": report.posts,
+            "sampled": report.sampled,
+            "dropped": dict(dropped),
+            "selected": report.selected,
+        },
+    }
+    write_selection(out, read_posts(database, ids[selected], on_progress), report.selected, about)
+    return report
+
+
+class Drops:
+    """Which filter drops which post."""
+
+    def __init__(self, bits: Int64Array, names: Sequence[str], by_tag: Mapping[str, BoolArray]) -> None:
+        self._bits = bits
+        self._place = {name: place for place, name in enumerate(names)}
+        self._by_tag = by_tag
+
+    def of(self, name: str) -> BoolArray:
+        """(posts,) true where the filter or condition `name` drops the post."""
+        if name in self._by_tag:
+            return self._by_tag[name]
+        mask: BoolArray = (self._bits >> self._place[name]) & 1 == 1
+        return mask
+
+
+def find_drops(
+    database: Database, recipe: SelectionRecipe, on_progress: Progress | None = None
+) -> tuple[Int64Array, Drops]:
+    """All post ids, ascending, and what each filter and condition of the recipe says about them.
+
+    One scan of the post table for all but the tag conditions, which read the tags' own posts.
+    """
+    names = (*recipe.before_sample, *recipe.after_sample)
+    tag_conditions = [name for name in names if name in TAG_CONDITIONS]
+    wanted_tags = {
+        name: read_tags(database).find_names(recipe.conditions[name], f"selection.drop.unless.{name}").tolist()
+        for name in tag_conditions
+    }
+    in_sql = [name for name in names if name not in TAG_CONDITIONS]
+    made = [build_filter(name, recipe.conditions.get(name)) for name in in_sql]
+    ids, bits = read_drops(database, made, on_progress)
+    holders = posts_with_tags(database, sorted({tag for some in wanted_tags.values() for tag in some}))
+    has_tag = {tag: np.isin(ids, posts, assume_unique=True) for tag, posts in holders.items()}
+    combine = {
+        "tags_all": lambda masks: ~np.logical_and.reduce(masks),
+        "tags_any": lambda masks: ~np.logical_or.reduce(masks),
+        "tags_none": lambda masks: np.logical_or.reduce(masks),
+    }
+    by_tag = {name: combine[name]([has_tag[tag] for tag in some]) for name, some in wanted_tags.items()}
+    return ids, Drops(bits, in_sql, by_tag)
+
+
+def build_filter(name: str, value: Any) -> filters.Filter:
+    """The SQL filter of a flag, or of a condition with its value."""
+    if name in filters.FLAGS:
+        return filters.flag_filter(name)
+    if name in RANGES:
+        return filters.range_filter(name, RANGES[name], *value)
+    if name == "pixels":
+        return filters.range_filter(name, "image_width * image_height", *value)
+    if name == "date":
+        return filters.date_filter(name, *value)
+    if name == "ratings":
+        return filters.rating_filter(name, value)
+    return filters.extension_filter(name, value)
+
+
+def stratum_bounds(ids: Int64Array, stratum: Stratum) -> tuple[int, int]:
+    """The slice of ascending `ids` that lies in the stratum."""
+    start = 0 if stratum.first_id is None else int(np.searchsorted(ids, stratum.first_id))
+    stop = len(ids) if stratum.last_id is None else int(np.searchsorted(ids, stratum.last_id, side="right"))
+    return start, stop
+
+
+def sample_stratum(ids: Int64Array, candidates: Int64Array, sample: int | None, seed: int, number: int) -> Int64Array:
+    """The `sample` candidates (places in `ids`) with the smallest draws of the stratum's stream, ties by id.
+
+    All of them when `sample` is None or not below their number. The draw of a post depends on the seed, the
+    stratum's number and the post's id alone, so other posts of the database never change it.
+    """
+    if sample is None or sample >= len(candidates):
+        return candidates
+    numbers = draws(stream_key("select", seed, number), ids[candidates])
+    last = np.partition(numbers, sample - 1)[sample - 1]
+    below = np.flatnonzero(numbers < last)
+    tied = np.flatnonzero(numbers == last)[: sample - len(below)]
+    taken: Int64Array = candidates[np.sort(np.concatenate([below, tied]))]
+    return taken
+
+
+def count_first_reasons(reasons: Mapping[str, BoolArray], kept: BoolArray) -> dict[str, int]:
+    """Take out of `kept`, in place, what each reason drops; how many each took."""
+    counts = {}
+    for name, drop in reasons.items():
+        taken = kept & drop
+        counts[name] = int(taken.sum())
+        kept &= ~drop
+    return counts
+
+
+def find_shortages(strata: Sequence[Stratum], reports: Sequence[StratumReport]) -> Iterator[str]:
+    """What the recipe asked for and did not get, one sentence a stratum."""
+    for stratum, report in zip(strata, reports, strict=True):
+        if not report.available:
+            yield f"{stratum.title}: empty, no post there passes the filters before the sample"
+        elif stratum.sample is not None and report.available < stratum.sample:
+            yield f"{stratum.title}: {stratum.sample:,} asked, only {report.available:,} there; all were taken"

@@ -1,0 +1,250 @@
+"""The metadata database, opened for reading only: what it is, which layout, and rows as Arrow batches."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow as pa
+
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.metadata.layouts import LAYOUT_NAMES, Layout, missing_parts, recognise_layout, token_base
+
+SQLITE_MAGIC = b"SQLite format 3\x00"
+HEADER_BYTES = 100
+LOCK_TIMEOUT_SECONDS = 5.0
+ROWS_A_BATCH = 1 << 16
+
+PRIVATE_WAL_INDEX = "PRAGMA locking_mode = EXCLUSIVE"
+"""Said before the first read, it keeps the index of the WAL in memory instead of in a new file beside the database."""
+
+
+class DatabaseMissing(KwrapError):
+    """There is no file at the path."""
+
+
+class NotADatabase(KwrapError):
+    """The file is something else than a sqlite database."""
+
+
+class DatabaseDamaged(KwrapError):
+    """The file began as a sqlite database but is cut off or overwritten."""
+
+
+class DatabaseLocked(KwrapError):
+    """Another program holds the database for writing."""
+
+
+class DatabaseUnreadable(KwrapError):
+    """sqlite cannot read the file for a reason of the machine or of the database's own."""
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database that was recognised and may be read, by any number of connections at once."""
+
+    path: Path
+    """The file, with symbolic links followed."""
+
+    uri: str
+    """How sqlite opens it so that nothing is written beside it."""
+
+    private_wal_index: bool
+    """Whether a WAL is read whose shared index file does not exist."""
+
+    layout: Layout
+    """Which of the four published forms it has."""
+
+    columns: Mapping[str, frozenset[str]]
+    """The columns of each table, in lower case."""
+
+    indexed: frozenset[str]
+    """`table.column` of every column that leads an index."""
+
+    token_base: int
+    """The base of the tag ids in `post.tag_list`: 10 or 36 in layout v0, 0 in the others."""
+
+    has_row_ids: bool
+    """Whether the relation can be read by stretches of rowid, as all but views and WITHOUT ROWID tables can."""
+
+    @contextlib.contextmanager
+    def connect(self) -> Iterator[sqlite3.Connection]:
+        """A connection for small queries; its failures become the errors of this module."""
+        with _explained(self.path):
+            connection = sqlite3.connect(self.uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)
+            try:
+                if self.private_wal_index:
+                    connection.execute(PRIVATE_WAL_INDEX).fetchall()
+                yield connection
+            finally:
+                connection.close()
+
+    def value(self, query: str, parameters: Sequence[Any] = ()) -> Any:
+        """The first column of the first row of a small query, None without a row."""
+        with self.connect() as connection:
+            row = connection.execute(query, parameters).fetchone()
+        return row[0] if row else None
+
+    def scan(self, query: str) -> Iterator[pa.RecordBatch]:
+        """The rows of a large query as Arrow batches of some 65,000, read without a Python object a value.
+
+        Columns take the type of their first values, so a query casts what may be NULL or of mixed type.
+        """
+        import adbc_driver_sqlite.dbapi as adbc
+
+        with (
+            _explained(self.path),
+            adbc.connect(self.uri, autocommit=True) as connection,
+            connection.cursor() as cursor,
+        ):
+            if self.private_wal_index:
+                cursor.execute(PRIVATE_WAL_INDEX)
+                cursor.fetchall()
+            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(ROWS_A_BATCH)})
+            cursor.execute(query)
+            yield from cursor.fetch_record_batch()
+
+
+def open_database(path: Path) -> Database:
+    """Recognise the database at `path` and check that everything kwrap reads is there.
+
+    Raises DatabaseMissing, NotADatabase, DatabaseDamaged, DatabaseLocked or DatabaseUnreadable, and ProblemsFound
+    with every table and column that is missing. Nothing is ever written beside the file.
+    """
+    given = path
+    path = path.resolve()
+    if not path.is_file():
+        raise DatabaseMissing(
+            f"{given}: {'a folder, not a database' if path.is_dir() else 'no such file'}",
+            "Give the danbooru2023 sqlite file with --db, or make a small world with `kwrap demo DIR`.",
+        )
+    _check_file(path)
+    uri, private_wal_index = _reading_uri(path)
+    with _explained(path):
+        connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)
+        try:
+            if private_wal_index:
+                connection.execute(PRIVATE_WAL_INDEX).fetchall()
+            columns = _columns_of_tables(connection)
+            layout = recognise_layout(columns)
+            if missing := missing_parts(layout, columns):
+                raise ProblemsFound(
+                    str(path),
+                    [Problem(where, what) for where, what in missing],
+                    f"kwrap reads the danbooru2023 database in these layouts: {LAYOUT_NAMES}.",
+                )
+            indexed = _indexed_columns(connection, columns)
+            base = token_base(connection) if layout is Layout.V0 else 0
+            has_row_ids = layout.has_relation and _has_row_ids(connection)
+        finally:
+            connection.close()
+    return Database(path, uri, private_wal_index, layout, columns, indexed, base, has_row_ids)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what the header alone shows to be no database, or one that is cut off."""
+    with path.open("rb") as stream:
+        header = stream.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES or not header.startswith(SQLITE_MAGIC):
+        raise NotADatabase(
+            f"{path}: not a sqlite database",
+            "If it was downloaded, compare its size: an error page or a Git LFS pointer is a small text file.",
+        )
+    page_bytes = int.from_bytes(header[16:18], "big")
+    page_bytes = 65536 if page_bytes == 1 else page_bytes
+    pages = int.from_bytes(header[28:32], "big")
+    counted_by_writer = header[24:28] == header[92:96]
+    size_bytes = path.stat().st_size
+    wal = path.with_name(path.name + "-wal")
+    if counted_by_writer and size_bytes < pages * page_bytes and not (wal.exists() and wal.stat().st_size):
+        raise DatabaseDamaged(
+            f"{path}: cut off: {size_bytes:,} bytes on disk, {pages * page_bytes:,} by its own header",
+            "Download or copy it again.",
+        )
+
+
+def _reading_uri(path: Path) -> tuple[str, bool]:
+    """The sqlite URI that reads `path` and writes nothing beside it, and whether the WAL's index must be private.
+
+    A database in WAL mode without a WAL is whole as it is; opened plainly, sqlite would make the files of a WAL. A
+    WAL without its index is what a copy or a crash leaves: it is read with an index in memory.
+    """
+    plain = "file:" + quote(str(path)) + "?mode=ro"
+    with path.open("rb") as stream:
+        in_wal_mode = stream.read(19)[18] == 2
+    if not in_wal_mode or path.with_name(path.name + "-shm").exists():
+        return plain, False
+    wal = path.with_name(path.name + "-wal")
+    if wal.exists() and wal.stat().st_size:
+        return plain + "&vfs=unix-none", True
+    return plain + "&immutable=1", False
+
+
+def _columns_of_tables(connection: sqlite3.Connection) -> dict[str, frozenset[str]]:
+    """The columns of every ordinary table; virtual tables, which need modules of their own, are left out."""
+    tables = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND sql NOT LIKE 'CREATE VIRTUAL%'"
+    ).fetchall()
+    return {
+        name.lower(): frozenset(
+            column.lower() for (column,) in connection.execute("SELECT name FROM pragma_table_info(?)", (name,))
+        )
+        for (name,) in tables
+    }
+
+
+def _indexed_columns(connection: sqlite3.Connection, columns: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """`table.column` of every column that comes first in an index."""
+    found = set()
+    for table in columns:
+        for (index,) in connection.execute("SELECT name FROM pragma_index_list(?)", (table,)).fetchall():
+            first = connection.execute("SELECT name FROM pragma_index_info(?) ORDER BY seqno", (index,)).fetchone()
+            if first and first[0]:
+                found.add(f"{table}.{first[0].lower()}")
+    return frozenset(found)
+
+
+def _has_row_ids(connection: sqlite3.Connection) -> bool:
+    """Whether `posttagrelation` is a table that has rowids."""
+    kind, definition = connection.execute(
+        "SELECT type, sql FROM sqlite_master WHERE lower(name) = 'posttagrelation' AND type IN ('table', 'view')"
+    ).fetchone()
+    return kind == "table" and "WITHOUT ROWID" not in " ".join(definition.upper().split())
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a failure of sqlite, from either driver, into the error that a person can act on."""
+    import adbc_driver_manager
+
+    try:
+        yield
+    except (sqlite3.Error, adbc_driver_manager.Error, pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, pa.ArrowInvalid) and "sqlite" not in str(error).lower():
+            raise
+        raise explain_failure(path, str(error)) from error
+
+
+def explain_failure(path: Path, message: str) -> KwrapError:
+    """The error for what sqlite said about the database at `path`."""
+    said = message.lower()
+    if "locked" in said or "busy" in said:
+        return DatabaseLocked(
+            f"{path}: locked by another program that writes to it",
+            "Wait until that program is done, or read a copy of the database.",
+        )
+    if "not a database" in said or "encrypted" in said:
+        return NotADatabase(f"{path}: not a sqlite database, or an encrypted one", "Download or copy it again.")
+    if "malformed" in said or "disk i/o error" in said or "corrupt" in said:
+        return DatabaseDamaged(f"{path}: damaged or cut off ({message.splitlines()[0]})", "Download or copy it again.")
+    if path.with_name(path.name + "-journal").exists():
+        return DatabaseUnreadable(
+            f"{path}: a write to it was interrupted; its rollback journal lies beside it",
+            "Open it once with the program that wrote it (or `sqlite3 FILE .tables`), so that sqlite can roll back.",
+        )
+    return DatabaseUnreadable(f"{path}: {message}", "Check the file and its folder's permissions.")

@@ -1,0 +1,117 @@
+"""The four published layouts of the danbooru2023 database, told apart by their tables and columns."""
+
+from __future__ import annotations
+
+import enum
+import re
+import sqlite3
+from collections.abc import Mapping
+
+LAYOUT_NAMES = "v0 (tags in post.tag_list), v1, v2, v3 (tags in posttagrelation)"
+
+POST_COLUMNS = (
+    "id",
+    "created_at",
+    "md5",
+    "is_deleted",
+    "is_banned",
+    "image_width",
+    "image_height",
+    "file_ext",
+    "rating",
+    "score",
+    "fav_count",
+    "file_url",
+)
+"""Columns of `post` that kwrap reads; others are ignored."""
+
+TAG_COLUMNS = ("id", "name", "type", "popularity")
+RELATION_COLUMNS = ("post_id", "tag_id")
+
+TOKEN = re.compile(r"\$([0-9A-Za-z]+)#")
+SAMPLED_POSTS = 20_000
+TYPED_LISTS = {
+    "tag_list_general": 0,
+    "tag_list_artist": 1,
+    "tag_list_character": 2,
+    "tag_list_copyright": 3,
+    "tag_list_meta": 4,
+}
+"""Layout v0's lists by tag type, and the type of their tags."""
+
+
+class Layout(enum.Enum):
+    """A published form of the database."""
+
+    V0 = "v0"
+    """January 2024: tag ids as tokens in `post.tag_list`, no relation table."""
+
+    V1 = "v1"
+    """February 2024: the relation table beside `post.tag_list`."""
+
+    V2 = "v2"
+    """March 2024: the relation table only."""
+
+    V3 = "v3"
+    """June 2024 on: as v2, with `post.updated_at`."""
+
+    @property
+    def has_relation(self) -> bool:
+        """Whether tags are read from `posttagrelation`."""
+        return self is not Layout.V0
+
+
+def recognise_layout(columns: Mapping[str, frozenset[str]]) -> Layout:
+    """The layout that the tables and columns show; the nearest one where parts are missing."""
+    post = columns.get("post", frozenset())
+    if "posttagrelation" not in columns:
+        return Layout.V0 if "tag_list" in post else Layout.V3
+    if "tag_list" in post:
+        return Layout.V1
+    return Layout.V3 if "updated_at" in post else Layout.V2
+
+
+def missing_parts(layout: Layout, columns: Mapping[str, frozenset[str]]) -> list[tuple[str, str]]:
+    """Every table and column that kwrap reads and that is not there: where, and what is wrong."""
+    needed = {"post": POST_COLUMNS, "tag": TAG_COLUMNS}
+    if layout is Layout.V0:
+        needed["post"] = (*POST_COLUMNS, "tag_list")
+    else:
+        needed["posttagrelation"] = RELATION_COLUMNS
+    missing: list[tuple[str, str]] = []
+    for table, names in needed.items():
+        if table not in columns:
+            missing.append((table, "no such table"))
+        else:
+            missing += [(f"{table}.{name}", "no such column") for name in names if name not in columns[table]]
+    return missing
+
+
+def token_base(connection: sqlite3.Connection) -> int:
+    """The base of layout v0's tag ids: 36 when any token holds a letter, otherwise what the tags' types say.
+
+    The first revision wrote `$12#` in decimal, later ones in base 36. Tokens of digits alone fit both: then the base
+    whose ids are tags of the list's own type more often is right. All single digits mean the same in either.
+    """
+    lists = [
+        name for (name,) in connection.execute("SELECT name FROM pragma_table_info('post')") if name in TYPED_LISTS
+    ]
+    columns = ", ".join(["tag_list", *lists])
+    agreeing = {10: 0, 36: 0}
+    types = dict(connection.execute("SELECT id, type FROM tag"))
+    rows = connection.execute(f"SELECT {columns} FROM post WHERE length(tag_list) > 0 LIMIT {SAMPLED_POSTS}")
+    for whole, *typed in rows:
+        tokens = TOKEN.findall(str(whole))
+        if any(not token.isdigit() for token in tokens):
+            return 36
+        for name, text in zip(lists, typed, strict=True):
+            for token in TOKEN.findall(str(text or "")):
+                for base in agreeing:
+                    agreeing[base] += types.get(int(token, base)) == TYPED_LISTS[name]
+        for token in tokens:
+            for base in agreeing:
+                agreeing[base] += int(token, base) in types
+    if agreeing[10] != agreeing[36]:
+        return max(agreeing, key=agreeing.__getitem__)
+    letter = connection.execute("SELECT 1 FROM post WHERE tag_list GLOB '*[A-Za-z]*' LIMIT 1").fetchone()
+    return 36 if letter else 10

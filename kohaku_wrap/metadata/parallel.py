@@ -1,0 +1,42 @@
+"""Work on many pieces in threads, with results in the pieces' order and few pieces in memory at once."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+def usable_threads() -> int:
+    """How many processor cores this process may use, at most four: more only wait for the disk."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS or Windows
+        cores = os.cpu_count() or 1
+    return max(1, min(cores, 4))
+
+
+def map_in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], threads: int) -> Iterator[Result]:
+    """`work` of each piece, in order; at most `threads` + 1 results wait to be taken.
+
+    When the caller stops or a piece fails, no further piece is begun and the running ones are waited for.
+    """
+    if threads <= 1:
+        yield from map(work, pieces)
+        return
+    pool = ThreadPoolExecutor(threads)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for piece in pieces:
+            waiting.append(pool.submit(work, piece))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

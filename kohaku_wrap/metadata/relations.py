@@ -1,0 +1,238 @@
+"""The tags of posts, post after post, as arrays of bounded size, from any layout and in any row order."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.parallel import map_in_order
+from kohaku_wrap.metadata.tags import TagTable
+from kohaku_wrap.metadata.tokens import parse_tag_lists
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Result = TypeVar("Result")
+
+ROWS_A_CHUNK = 1 << 19
+"""Relation rows read at once: some 14,000 posts, a few dozen MB in all while they are worked on."""
+
+POSTS_A_CHUNK = 1 << 14
+"""Posts read at once where tags are found by post: layout v0, and lookups through an index."""
+
+ROWS_A_LOOKUP = 200
+"""A post is looked up through an index when that reads fewer rows than a scan, at this many rows a lookup."""
+
+IDS_A_QUERY = 500
+
+
+class RowsOutOfOrder(Exception):
+    """The relation's rows turned out not to be in the order of their posts; read them again, sorted."""
+
+
+@dataclass(frozen=True)
+class TagChunk:
+    """The tags of a stretch of the wanted posts."""
+
+    first: int
+    """Index of the first post among the wanted ones."""
+
+    stop: int
+    """Index after the last; posts without any tag are within the stretch too."""
+
+    posts: Int32Array
+    """(rows,) index of each row's post, counted from `first`, ascending."""
+
+    tags: Int32Array
+    """(rows,) row of each tag in the TagTable, NO_TAG where it has none; in the database's own order within a post."""
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Relation rows from `first_row` to before `stop_row`, of posts from `first_post` to before `stop_post`."""
+
+    first_row: int
+    stop_row: int
+    first_post: int
+    stop_post: int
+
+
+SMALLEST, LARGEST = -(1 << 62), 1 << 62
+
+
+def map_tag_chunks(
+    database: Database,
+    tags: TagTable,
+    post_ids: Int64Array,
+    work: Callable[[TagChunk], Result],
+    threads: int,
+    spill_folder: Path | None,
+) -> Iterator[Result]:
+    """`work` of chunks that cover each of the posts `post_ids` (ascending) once, in order.
+
+    The work is done in `threads` threads; memory does not grow with the database. A relation table in the order
+    of its posts, as it is published, is read once. Any other is sorted through temporary files of 8 bytes a row
+    in `spill_folder`: where that shows only on the way, RowsOutOfOrder is raised while `spill_folder` is None.
+    """
+    if not len(post_ids):
+        return
+    with contextlib.ExitStack() as stack:
+        if not database.layout.has_relation:
+            pieces: Iterable[Callable[[], TagChunk]] = _token_pieces(database, tags, post_ids)
+        elif _lookup_is_cheaper(database, len(post_ids)):
+            pieces = _lookup_pieces(database, tags, post_ids)
+        elif spill_folder is None:
+            pieces = _ordered_pieces(database, tags, post_ids)
+        else:
+            from kohaku_wrap.metadata.spill import sorted_pieces
+
+            spill_folder.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".kwrap-sort-", dir=spill_folder))
+            pieces = sorted_pieces(database, tags, post_ids, Path(folder), threads)
+        yield from map_in_order(lambda piece: work(piece()), pieces, threads)
+
+
+def relation_rows(database: Database) -> tuple[int, int]:
+    """The first and last rowid of the relation, (0, -1) when it is empty."""
+    # Two queries: sqlite finds one end of a table at once, but scans it for both.
+    first, last = (database.value(f"SELECT {end}(rowid) FROM posttagrelation") for end in ("min", "max"))
+    return (0, -1) if first is None else (first, last)
+
+
+def _lookup_is_cheaper(database: Database, posts: int) -> bool:
+    if "posttagrelation.post_id" not in database.indexed:
+        return False
+    first, last = relation_rows(database)
+    return posts * ROWS_A_LOOKUP < last - first
+
+
+def _token_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
+    """Layout v0: the tag lists of stretches of posts."""
+
+    def read(first: int, stop: int) -> TagChunk:
+        wanted = post_ids[first:stop]
+        query = (
+            "SELECT CAST(id AS INTEGER), CAST(coalesce(tag_list, '') AS TEXT) FROM post "
+            f"WHERE id BETWEEN {wanted[0]} AND {wanted[-1]} ORDER BY id"
+        )
+        posts: list[Int32Array] = []
+        found: list[Int64Array] = []
+        for batch in database.scan(query):
+            ids = batch.column(0).to_numpy().astype(np.int64)
+            listed = np.isin(ids, wanted)
+            lists = batch.column(1).filter(pa.array(listed))
+            ids = ids[listed]
+            owners, tag_ids = parse_tag_lists(ids, lists, database.token_base)
+            posts.append(np.searchsorted(wanted, ids).astype(np.int32)[owners])
+            found.append(tag_ids)
+        if not posts:
+            return TagChunk(first, stop, np.empty(0, np.int32), np.empty(0, np.int32))
+        return TagChunk(first, stop, np.concatenate(posts), tags.rows_of(np.concatenate(found)))
+
+    yield from _by_posts(len(post_ids), read)
+
+
+def _lookup_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
+    """A few posts of a large relation, through its index."""
+
+    def read(first: int, stop: int) -> TagChunk:
+        wanted = post_ids[first:stop]
+        rows: list[tuple[int, int]] = []
+        with database.connect() as connection:
+            for start in range(0, len(wanted), IDS_A_QUERY):
+                some = ", ".join(map(str, wanted[start : start + IDS_A_QUERY].tolist()))
+                rows += connection.execute(
+                    f"SELECT post_id, tag_id FROM posttagrelation WHERE post_id IN ({some}) "
+                    "AND tag_id IS NOT NULL ORDER BY post_id, rowid"
+                ).fetchall()
+        pairs = np.array(rows, dtype=np.int64).reshape(-1, 2)
+        posts = np.searchsorted(wanted, pairs[:, 0]).astype(np.int32)
+        return TagChunk(first, stop, posts, tags.rows_of(pairs[:, 1]))
+
+    yield from _by_posts(len(post_ids), read)
+
+
+def _by_posts(posts: int, read: Callable[[int, int], TagChunk]) -> Iterator[Callable[[], TagChunk]]:
+    for first in range(0, posts, POSTS_A_CHUNK):
+        stop = min(first + POSTS_A_CHUNK, posts)
+        yield partial(read, first, stop)
+
+
+def _ordered_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
+    """Stretches of a relation whose rows are in the order of their posts, cut between posts."""
+
+    def read(stretch: _Stretch, first: int, stop: int) -> TagChunk:
+        posts, tag_ids = read_rows(database, stretch.first_row, stretch.stop_row)
+        if len(posts) and not (
+            (posts[1:] >= posts[:-1]).all() and posts[0] >= stretch.first_post and posts[-1] < stretch.stop_post
+        ):
+            raise RowsOutOfOrder
+        owners, wanted = _owners_of_rows(posts, post_ids[first:stop])
+        if not wanted.all():
+            owners, tag_ids = owners[wanted], tag_ids[wanted]
+        return TagChunk(first, stop, owners, tags.rows_of(tag_ids))
+
+    if not database.has_row_ids:
+        raise RowsOutOfOrder
+    first = 0
+    for stretch in _cut_between_posts(database):
+        stop = len(post_ids) if stretch.stop_post == LARGEST else int(np.searchsorted(post_ids, stretch.stop_post))
+        if stop > first:
+            yield partial(read, stretch, first, stop)
+        first = stop
+
+
+def _owners_of_rows(posts: Int64Array, wanted_ids: Int64Array) -> tuple[Int32Array, npt.NDArray[np.bool_]]:
+    """The place of each row's post in `wanted_ids`, and whether it is wanted at all; `posts` is ascending."""
+    if not len(posts):
+        return np.empty(0, np.int32), np.empty(0, bool)
+    starts = np.flatnonzero(np.concatenate(([True], posts[1:] != posts[:-1])))
+    rows = np.diff(np.append(starts, len(posts)))
+    distinct = posts[starts]
+    places = np.minimum(np.searchsorted(wanted_ids, distinct), len(wanted_ids) - 1)
+    wanted = wanted_ids[places] == distinct
+    return np.repeat(places.astype(np.int32), rows), np.repeat(wanted, rows)
+
+
+def read_rows(database: Database, first_row: int, stop_row: int) -> tuple[Int64Array, Int64Array]:
+    """The post and tag ids of the relation's rows in a stretch of rowid, in the order of rowid."""
+    query = (
+        f"SELECT post_id, tag_id FROM posttagrelation WHERE rowid >= {first_row} AND rowid < {stop_row} "
+        "AND post_id IS NOT NULL AND tag_id IS NOT NULL ORDER BY rowid"
+    )
+    batches = [batch for batch in database.scan(query) if batch.num_rows]
+    if not batches:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    posts = np.concatenate([batch.column(0).to_numpy() for batch in batches])
+    return posts, np.concatenate([batch.column(1).to_numpy() for batch in batches])
+
+
+def _cut_between_posts(database: Database) -> Iterator[_Stretch]:
+    """Stretches of about ROWS_A_CHUNK rows that begin with a post; raises RowsOutOfOrder where they go back."""
+    first_row, last_row = relation_rows(database)
+    begins: list[tuple[int, int]] = [(first_row, SMALLEST)]
+    with database.connect() as connection:
+        for row in range(first_row + ROWS_A_CHUNK, last_row + 1, ROWS_A_CHUNK):
+            if row <= begins[-1][0]:
+                continue
+            at = "SELECT rowid, post_id FROM posttagrelation WHERE rowid >= ? {} ORDER BY rowid LIMIT 1"
+            here = connection.execute(at.format("AND post_id IS NOT NULL"), (row,)).fetchone()
+            after = here and connection.execute(at.format("AND post_id <> ?"), (row, here[1])).fetchone()
+            if not after:
+                break
+            if after[1] <= max(begins[-1][1], here[1]):
+                raise RowsOutOfOrder
+            if after[0] > begins[-1][0]:
+                begins.append((after[0], after[1]))
+    ends = [*begins[1:], (last_row + 1, LARGEST)]
+    for (start, first_post), (stop, stop_post) in zip(begins, ends, strict=True):
+        yield _Stretch(start, stop, first_post, stop_post)

@@ -1,0 +1,96 @@
+"""A relation whose rows are in no order, sorted by post through temporary files with bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.parallel import map_in_order
+from kohaku_wrap.metadata.relations import ROWS_A_CHUNK, TagChunk, read_rows, relation_rows
+from kohaku_wrap.metadata.tags import TagTable
+
+Int64Array = npt.NDArray[np.int64]
+
+ROWS_A_PARTITION = 1 << 21
+MOST_PARTITIONS = 256
+DENSE_LIMIT = 1 << 26
+
+Rows = tuple[Int64Array, Int64Array]
+
+
+def sorted_pieces(
+    database: Database, tags: TagTable, post_ids: Int64Array, folder: Path, threads: int
+) -> Iterator[Callable[[], TagChunk]]:
+    """Chunks of the relation's wanted rows by post; rows of one post keep the order of the table.
+
+    The rows go to files in `folder` by stretches of posts, 8 bytes each; each file is sorted in memory and removed.
+    """
+    first_row, last_row = relation_rows(database) if database.has_row_ids else (0, -1)
+    rows = last_row - first_row + 1
+    partitions = min(max(1, -(-rows // ROWS_A_PARTITION)), MOST_PARTITIONS, len(post_ids))
+    posts_a_partition = -(-len(post_ids) // partitions)
+    place_of = _places(post_ids)
+
+    def find(read: tuple[Int64Array, Int64Array]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Rows of wanted posts by partition: (rows, 2) of place and tag row, and the partition of each."""
+        places = place_of(read[0])
+        wanted = np.flatnonzero(places >= 0)
+        pairs = np.stack([places[wanted], tags.rows_of(read[1][wanted])], axis=1).astype(np.int32)
+        partition = pairs[:, 0] // posts_a_partition
+        order = np.argsort(partition.astype(np.uint16), kind="stable")
+        return pairs[order], np.searchsorted(partition[order], np.arange(partitions + 1))
+
+    paths = [folder / f"{number:03d}" for number in range(partitions)]
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(path.open("wb")) for path in paths]
+        for pairs, bounds in map_in_order(find, _all_rows(database, first_row, last_row), threads):
+            for number in np.flatnonzero(np.diff(bounds)).tolist():
+                streams[number].write(pairs[bounds[number] : bounds[number + 1]].tobytes())
+    for number, path in enumerate(paths):
+        first = number * posts_a_partition
+        stop = min(first + posts_a_partition, len(post_ids))
+        if stop > first:
+            yield partial(_sort_partition, path, first, stop)
+
+
+def _all_rows(database: Database, first_row: int, last_row: int) -> Iterator[Rows]:
+    """Every row of the relation in the order of the table, in stretches."""
+    if database.has_row_ids:
+        for start in range(first_row, last_row + 1, ROWS_A_CHUNK):
+            yield read_rows(database, start, min(start + ROWS_A_CHUNK, last_row + 1))
+        return
+    query = "SELECT post_id, tag_id FROM posttagrelation WHERE post_id IS NOT NULL AND tag_id IS NOT NULL"
+    for batch in database.scan(query):
+        if batch.num_rows:
+            yield batch.column(0).to_numpy(), batch.column(1).to_numpy()
+
+
+def _places(post_ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32]]:
+    """A function from post ids to their places among `post_ids`, -1 for others."""
+    largest = int(post_ids[-1])
+    if largest < DENSE_LIMIT and post_ids[0] >= 0:
+        dense = np.full(largest + 2, -1, dtype=np.int32)
+        dense[post_ids] = np.arange(len(post_ids), dtype=np.int32)
+        return lambda ids: dense[np.where((ids >= 0) & (ids <= largest), ids, largest + 1)]
+
+    def bisect(ids: Int64Array) -> npt.NDArray[np.int32]:
+        places = np.minimum(np.searchsorted(post_ids, ids), len(post_ids) - 1)
+        return np.where(post_ids[places] == ids, places, -1).astype(np.int32)
+
+    return bisect
+
+
+def _sort_partition(path: Path, first: int, stop: int) -> TagChunk:
+    pairs = np.fromfile(path, dtype=np.int32).reshape(-1, 2)
+    # Sorting (place, row) as one number keeps the table's order within a post and is faster than a stable argsort.
+    keys = (pairs[:, 0].astype(np.int64) << 32) | np.arange(len(pairs), dtype=np.int64)
+    keys.sort()
+    order = keys & 0xFFFF_FFFF
+    path.unlink()
+    return TagChunk(first, stop, pairs[order, 0] - np.int32(first), pairs[order, 1])

@@ -1,0 +1,118 @@
+"""The tag table as arrays, and the way from a tag's id to its row."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.metadata.database import Database
+
+TAG_TYPES = ("general", "artist", "character", "copyright", "meta")
+"""Names of `tag.type` 0 … 4."""
+
+UNKNOWN_TYPE = -1
+NO_TAG = -1
+"""What `TagTable.rows_of` answers for an id that no tag has."""
+
+DENSE_LIMIT = 1 << 26
+"""Ids below this are looked up in one array of 4 bytes an id; larger ones by bisection."""
+
+
+class UnknownTags(KwrapError):
+    """Tags that a dataset names and the database does not have."""
+
+
+@dataclass(frozen=True)
+class TagTable:
+    """All tags of a database, by ascending id."""
+
+    ids: npt.NDArray[np.int64]
+    """(tags,) ascending."""
+
+    names: tuple[str, ...]
+    """(tags,) as the site writes them, with underscores."""
+
+    types: npt.NDArray[np.int8]
+    """(tags,) 0 … 4 as in TAG_TYPES, -1 where the database says something else."""
+
+    popularity: npt.NDArray[np.int64]
+    """(tags,) how many posts have the tag, by the database's own count; 0 where it is NULL."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def _dense(self) -> npt.NDArray[np.int32] | None:
+        largest = int(self.ids[-1]) if len(self.ids) else 0
+        if largest >= DENSE_LIMIT or (len(self.ids) and self.ids[0] < 0):
+            return None
+        rows = np.full(largest + 2, NO_TAG, dtype=np.int32)
+        rows[self.ids] = np.arange(len(self.ids), dtype=np.int32)
+        return rows
+
+    def rows_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The row of each id, NO_TAG where no tag has it."""
+        if not len(self.ids):
+            return np.full(len(ids), NO_TAG, dtype=np.int32)
+        if self._dense is not None:
+            last = len(self._dense) - 1
+            inside = np.where((ids >= 0) & (ids < last), ids, last)
+            return self._dense[inside]
+        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[places] == ids, places, NO_TAG).astype(np.int32)
+
+    @cached_property
+    def row_of_name(self) -> dict[str, int]:
+        """From a name to its row."""
+        return {name: row for row, name in enumerate(self.names)}
+
+    def find_names(self, names: Iterable[str], wanted_by: str) -> npt.NDArray[np.int64]:
+        """The ids of tags given by name. Raises UnknownTags, each unknown one with the nearest that exist."""
+        names = list(names)
+        unknown = [name for name in names if name not in self.row_of_name]
+        if unknown:
+            described = [f"{name!r}{self._suggest(name)}" for name in unknown]
+            raise UnknownTags(
+                f"{wanted_by}: the database has no tag {', '.join(described)}",
+                "Tags are written as the site writes them, with underscores. Mend the name or take it out.",
+            )
+        return self.ids[[self.row_of_name[name] for name in names]] if names else np.empty(0, dtype=np.int64)
+
+    def _suggest(self, name: str) -> str:
+        written = name.strip().lower().replace(" ", "_")
+        near = (
+            [written]
+            if written in self.row_of_name
+            else difflib.get_close_matches(
+                written, [known for known in self.names if known[:1] == written[:1]], n=1, cutoff=0.8
+            )
+        )
+        return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def read_tags(database: Database) -> TagTable:
+    """Every tag of the database."""
+    batches = list(
+        database.scan(
+            "SELECT CAST(id AS INTEGER), CAST(coalesce(name, '') AS TEXT), "
+            "CASE WHEN type IN (0, 1, 2, 3, 4) THEN CAST(type AS INTEGER) ELSE -1 END, "
+            "CAST(coalesce(popularity, 0) AS INTEGER) FROM tag ORDER BY id"
+        )
+    )
+    if not batches or not sum(batch.num_rows for batch in batches):
+        none = np.empty(0, dtype=np.int64)
+        return TagTable(none, (), none.astype(np.int8), none)
+    table = pa.Table.from_batches(batches)
+    return TagTable(
+        ids=table.column(0).to_numpy().astype(np.int64),
+        names=tuple(table.column(1).to_pylist()),
+        types=table.column(2).to_numpy().astype(np.int8),
+        popularity=table.column(3).to_numpy().astype(np.int64),
+    )
