@@ -28,7 +28,7 @@ class UnreadableTrainer(KwrapError):
 def find_trainer() -> Path | None:
     """The sd-scripts checkout that kwrap would train with, if there is one."""
     given = os.environ.get(CHECKOUT_VARIABLE)
-    folders = [Path(given).expanduser()] if given else installed_checkouts()
+    folders = [Path(given).expanduser()] if given else installed_checkouts(commit)
     return next((folder.absolute() for folder in folders if (folder / TRAINER_SCRIPT).is_file()), None)
 
 

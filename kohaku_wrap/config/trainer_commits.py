@@ -49,7 +49,7 @@ def trainer_folder() -> Path:
     return home_folder() / "trainer"
 
 
-def installed_checkouts() -> list[Path]:
-    """The folders of the installed checkouts, the default commit's first."""
-    folders = [trainer_folder() / known.commit for known in SUPPORTED]
+def installed_checkouts(first: str = "") -> list[Path]:
+    """The folders of the installed checkouts: that of the commit `first`, then the default's."""
+    folders = [trainer_folder() / known.commit for known in sorted(SUPPORTED, key=lambda known: known.commit != first)]
     return [folder for folder in folders if (folder / "sdxl_train_network.py").is_file()]

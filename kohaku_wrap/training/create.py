@@ -21,6 +21,7 @@ from kohaku_wrap.files import fsync_folder, write_text
 from kohaku_wrap.training.differences import refuse_other_lock
 from kohaku_wrap.training.launch import Launch, plan_launch
 from kohaku_wrap.training.runs import Run, is_run
+from kohaku_wrap.training.trainer import find_checkout, require_supported
 
 COMMAND_FILE = "command.txt"
 
@@ -90,7 +91,11 @@ def plan_new_run(
 
 
 def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
-    """The engine and who chose it. Raises MissingTrainer where sd-scripts is meant and not installed."""
+    """The engine and who chose it.
+
+    Raises MissingTrainer where sd-scripts is meant and not installed, AnchorsMissing or UnsupportedTrainer where the
+    one that is there cannot be corrected.
+    """
     if asked is not None:
         engine, origin = asked, "--engine"
     elif "engine" in read_toml(site.path).get("machine", {}):
@@ -104,6 +109,8 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
             f"the engine is sd-scripts ({origin}), and no checkout of it is there",
             "Get it with `kwrap trainer install`, or train with kwrap's compact trainer: --engine builtin.",
         )
+    if engine == "sd-scripts":
+        require_supported(find_checkout())
     return engine, origin
 
 

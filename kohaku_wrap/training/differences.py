@@ -128,7 +128,7 @@ def compare_trainer(run: Run) -> Iterator[Problem]:
     """The commit of the checkout that would train, against the lock's."""
     if run.lock.engine != "sd-scripts" or not run.lock.trainer_commit:
         return
-    checkout = find_trainer()
+    checkout = find_trainer(run.lock.trainer_commit)
     commit = read_commit(checkout) if checkout else ""
     if commit != run.lock.trainer_commit:
         yield Problem("trainer_commit", f"was {run.lock.trainer_commit[:7]}, is now {commit[:7] or 'not installed'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def main() -> int:
     attempt.stop_on_signals()
     attempt.beat(rank, "start-up", attempt.start_optimizer_step)
     report_failures(attempt, rank, lambda: attempt.start_optimizer_step)
-    checkout = require_supported(find_checkout(attempt.lock.trainer_commit))
+    commit = "" if "trainer_commit" in attempt.allow else attempt.lock.trainer_commit
+    checkout = require_supported(find_checkout(commit))
     enter_checkout(checkout)
     # Only now: the trainer's modules are found, and torch reads what the launch has set.
     from kohaku_wrap.training.workers.sd_scripts_loop import Loop, StopRequested
@@ -69,13 +71,18 @@ def enter_checkout(checkout: Checkout) -> None:
     from kohaku_wrap.training.workers.torchvision_on_cpu import import_torchvision
 
     import_torchvision()
-    ask_for_determinism()
+    settle_torch()
+    # One line a file of every state.
+    logging.getLogger("accelerate.checkpointing").setLevel(logging.WARNING)
 
 
-def ask_for_determinism() -> None:
-    """The same bits each time: always on a CPU, on a GPU where it was asked for."""
+def settle_torch() -> None:
+    """All processes counted, and the same bits each time: always on a CPU, on a GPU where it was asked for."""
     import torch
 
+    if not torch.cuda.is_available():
+        # Else accelerate counts one process however many torchrun started.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     if not torch.cuda.is_available() or os.environ.get(DETERMINISTIC_VARIABLE) == "1":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

@@ -117,6 +117,7 @@ class Loop:
         self.start = self.count.position_of(attempt.start_optimizer_step, attempt.processes)
         self.optimizer_steps = attempt.start_optimizer_step
         self.micro_batches = 0
+        self.micro_batch_of_epoch = self.start.micro_batch
         self.total_optimizer_steps = lock.total_optimizer_steps
         self.fired: set[str] = set()
         self.args: argparse.Namespace | None = None
