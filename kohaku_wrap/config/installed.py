@@ -25,8 +25,8 @@ class UnreadableTrainer(KwrapError):
     """The trainer's own parser could not be asked."""
 
 
-def find_trainer() -> Path | None:
-    """The sd-scripts checkout that kwrap would train with, if there is one."""
+def find_trainer(commit: str = "") -> Path | None:
+    """The sd-scripts checkout that kwrap would train with: the installed one at `commit` before the default."""
     given = os.environ.get(CHECKOUT_VARIABLE)
     folders = [Path(given).expanduser()] if given else installed_checkouts(commit)
     return next((folder.absolute() for folder in folders if (folder / TRAINER_SCRIPT).is_file()), None)
