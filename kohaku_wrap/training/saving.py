@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.training.attempts import Attempt
+from kohaku_wrap.training.retention import remove_old_states
 from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.states import DiskFull, Fingerprint, remove_old_states, write_state
+from kohaku_wrap.training.states import DiskFull, Fingerprint, write_state
 
 PAUSE_SECONDS = 10.0
 """Between two looks at a full disk."""
