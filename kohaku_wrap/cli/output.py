@@ -48,15 +48,22 @@ def print_note(text: str) -> None:
 def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") -> None:
     """Print a title, aligned name and value pairs, and the next command to try, on stdout."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False
+        title=escape(title) if title else None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
     )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else escape(str(value))
+        table.add_row(name, shown)
     console = Console(highlight=False)
     console.print(table)
     if next_step:

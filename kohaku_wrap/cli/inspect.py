@@ -1,0 +1,103 @@
+"""`kwrap inspect`: what a checkpoint, a network or a metadata database is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from kohaku_wrap.merging.inspecting import FileReport
+
+
+def rows_of_recipe(report: FileReport) -> list[tuple[str, Any]]:
+    """The merge that made the file, as lines."""
+    if not isinstance(report.recipe, dict):
+        return [("merge recipe", report.recipe)] if report.recipe is not None else []
+    recipe = report.recipe
+    rows: list[tuple[str, Any]] = [("merge formula", recipe.get("formula", recipe.get("interp_method", "")))]
+    sums = [entry for entry in recipe.get("coefficients", []) if isinstance(entry, dict)]
+    rows += [("computed", f"{entry.get('sum')}  ({entry.get('tensors')} tensors)") for entry in sums]
+    for table in ("models", "networks"):
+        named = recipe.get(table)
+        for name, sha256 in named.items() if isinstance(named, dict) else ():
+            parent = report.parents.get(str(sha256))
+            file = parent.get("name", "") if isinstance(parent, dict) else ""
+            rows.append((f"parent {name}", f"{str(sha256)[:10]} {file}"))
+    rows += [("decision", line) for line in recipe.get("decisions", [])]
+    return rows
+
+
+def print_report(report: FileReport) -> None:
+    from kohaku_wrap.merging.inspecting import short_metadata
+
+    header = report.header
+    rows: list[tuple[str, Any]] = [
+        ("kind", report.kind),
+        ("bytes", header.size_bytes),
+        ("tensors", len(header.tensors)),
+    ]
+    rows += list(report.parts.items())
+    rows += [
+        (name, f"{tensors:,} tensors, {elements:,} numbers, {size:,} bytes")
+        for name, (tensors, elements, size) in report.dtypes.items()
+    ]
+    if report.hashes:
+        rows += [("AutoV2", report.hashes.auto_v2), ("sha256", report.hashes.sha256)]
+        rows += [("sshs_model_hash", report.hashes.data_sha256)]
+    rows += list(short_metadata(header.metadata).items())
+    rows += rows_of_recipe(report)
+    print_table(str(header.path), rows, report.replay or f"kwrap inspect {header.path} --json")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap inspect model.safetensors
+  kwrap inspect epsilon.safetensors --json
+  kwrap inspect danbooru.db
+"""
+)
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--no-hash", is_flag=True, help="Do not read the data for the hashes; the header alone is quick.")
+@json_option
+def command(file: Path, no_hash: bool, as_json: bool) -> None:
+    """Show what a file is: kind, keys, types, hashes, metadata, merge recipe.
+
+    FILE is a checkpoint or network in safetensors form, or a metadata database.
+    """
+    from kohaku_wrap.merging.inspecting import describe_report, inspect_file, is_database
+
+    if is_database(file):
+        inspect_database(file, as_json)
+        return
+    with progress_bar("hash", "bytes", quiet=as_json) as report_progress:
+        report = inspect_file(file, not no_hash, report_progress)
+    if as_json:
+        print_json("inspect", describe_report(report))
+    else:
+        print_report(report)
+
+
+def inspect_database(file: Path, as_json: bool) -> None:
+    """Show a metadata database."""
+    from kohaku_wrap.metadata.description import describe_database
+
+    described = asdict(describe_database(file))
+    if as_json:
+        print_json("inspect", {"file": str(file), "kind": "metadata database", **described})
+        return
+    rows: list[tuple[str, Any]] = [("kind", "metadata database")]
+    for name, value in described.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {count:,}" for key, count in value.items())
+        elif isinstance(value, tuple):
+            value = ", ".join(value)
+        if name != "path" and value not in (None, ""):
+            rows.append((name.replace("_", " "), value))
+    print_table(str(file), rows, f"kwrap caption --db {file} --post ID")

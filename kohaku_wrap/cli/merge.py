@@ -1,0 +1,190 @@
+"""`kwrap merge`: a formula over checkpoints and networks becomes one file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohaku_wrap.merging.planning import MergeOptions, MergePlan
+
+DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+VERIFY_ELEMENTS = 10_000
+
+
+def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
+    """Names and paths from `-m NAME=PATH`."""
+    bindings: dict[str, Path] = {}
+    for pair in pairs:
+        name, sign, path = pair.partition("=")
+        if not sign or not name or not path:
+            raise UsageError(f"-m {pair}: expected NAME=PATH", "For example: -m base=model.safetensors")
+        if name in bindings:
+            raise UsageError(f"-m {name} is given twice", "Give each name one file.")
+        if not Path(path).is_file():
+            raise UsageError(f"-m {name}: there is no file {path}", "Check the path.")
+        bindings[name] = Path(path)
+    return bindings
+
+
+def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeOptions:
+    """The options of the command line over those of the recipe."""
+    from kohaku_wrap.merging.planning import MergeOptions
+
+    given = {name: value for name, value in asked.items() if value}
+    options = replace(MergeOptions(), **{**from_recipe, **given})
+    return replace(options, dtype=DTYPES.get(options.dtype, options.dtype))
+
+
+def describe_plan(plan: MergePlan, output: Path) -> dict[str, Any]:
+    """What `--dry-run --json` shows."""
+    from kohaku_wrap.merging.formula import format_formula
+    from kohaku_wrap.merging.planning import estimate_formats, read_bytes_of
+    from kohaku_wrap.merging.recipes import describe_sums, join_licenses
+
+    rights = join_licenses({**plan.files, **plan.networks})
+    return {
+        "formula": format_formula(plan.formula.tree),
+        "output": str(output),
+        "anchor": plan.anchor,
+        "coefficients": describe_sums(plan),
+        "models": {name: str(header.path) for name, header in plan.files.items()},
+        "networks": {name: str(header.path) for name, header in plan.networks.items()},
+        "tensors": len(plan.tensors),
+        "dtypes": {name: {"tensors": count, "bytes": size} for name, (count, size) in estimate_formats(plan).items()},
+        "data_bytes": plan.data_bytes,
+        "read_bytes": read_bytes_of(plan),
+        "layout": [
+            {"key": t.key, "dtype": t.spot.dtype, "shape": list(t.spot.shape), "begin": t.spot.begin, "end": t.spot.end}
+            for t in plan.tensors
+        ],
+        "license": rights.text,
+        "decisions": [*plan.decisions, *([rights.conflict] if rights.conflict else [])],
+    }
+
+
+def print_plan(described: dict[str, Any], next_step: str) -> None:
+    rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("anchor", described["anchor"])]
+    rows += [(name, path) for name, path in {**described["models"], **described["networks"]}.items()]
+    rows += [("computes" if place == 0 else "", f"{item['sum']}  ({item['tensors']} tensors)")
+             for place, item in enumerate(described["coefficients"])]  # fmt: skip
+    rows += [
+        (name, f"{entry['tensors']:,} tensors, {entry['bytes']:,} bytes") for name, entry in described["dtypes"].items()
+    ]
+    rows += [
+        ("reads", f"{described['read_bytes']:,} bytes"),
+        ("writes", f"{described['data_bytes']:,} bytes and a header"),
+    ]
+    rows += [("license", described["license"] or "none")]
+    rows += [("note", line) for line in described["decisions"]]
+    print_table("merge plan", rows, next_step)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap merge "base + 1.0 * net(epsilon)" -m base=base.safetensors -m epsilon=epsilon.safetensors -o out.safetensors
+  kwrap merge gamma-rev1 -m beta7=a.safetensors -m anxl3=b.safetensors -m anxl2=c.safetensors \\
+      -m base7=d.safetensors -o gamma-rev1.safetensors --dry-run
+  kwrap merge "a + blocks(IN00..IN08=0.5, MID=0.3, else=0) * (b - a)" -m a=a.safetensors -m b=b.safetensors -o c.safetensors
+  kwrap merge 'a + only("*attn2*", 0.3 * (b - a))' -m a=a.safetensors -m b=b.safetensors -o c.safetensors
+
+\b
+Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
+  net(x)                      what a network adds (LoKr, LoHa, LoCon, LoRA, full, norms, DoRA)
+  blocks(IN04=0.5, …, else=1) a number for each block: IN00-IN11, MID, OUT00-OUT11,
+                              BASE (all others), TE, TE1, TE2, VAE; 1 where not named
+  only("pattern", x, else=y)  x for the keys that match, y (or nothing) for the others
+"""
+)
+@click.argument("formula_or_recipe")
+@click.option("-m", "--model", "models", multiple=True, metavar="NAME=PATH", help="A file for a name of the formula.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option("--dry-run", is_flag=True, help="Read the headers only and print what would be computed.")
+@click.option("--verify", is_flag=True, help=f"Compute {VERIFY_ELEMENTS:,} random numbers again in rationals.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Worker threads; 0 for one each processor.")
+@click.option(
+    "--like", default="", metavar="NAME|PATH", help="The anchor: gives keys, types and VAE (default: the first model)."
+)
+@click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken (default: the anchor).")
+@click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
+@click.option("--dtype", default="", type=click.Choice(["", *DTYPES]), show_choices=False, metavar="[fp16|bf16|fp32]",
+              help="One type for all floating tensors (default: the anchor's types).")  # fmt: skip
+@click.option("--missing", default="", metavar="[fail|anchor|zero]", type=click.Choice(["", "fail", "anchor", "zero"]),
+              help="A model with weight lacks a key: fail (default), copy the anchor's tensor, count it as 0.")  # fmt: skip
+@click.option("--shapes", default="", metavar="[fail|anchor]", type=click.Choice(["", "fail", "anchor"]),
+              help="Shapes differ: fail (default), or copy the anchor's tensor.")  # fmt: skip
+@click.option("--sums", default="", metavar="[warn|fail]", type=click.Choice(["", "warn", "fail"]),
+              help="Coefficients do not sum to 1: warn (default), or fail.")  # fmt: skip
+@click.option("--non-finite", default="", metavar="[fail|keep]", type=click.Choice(["", "fail", "keep"]),
+              help="An input is infinite or NaN: fail (default), or keep.")  # fmt: skip
+@click.option("--overflow", default="", metavar="[fail|keep]", type=click.Choice(["", "fail", "keep"]),
+              help="A result is too large for its type: fail (default), or keep the infinity.")  # fmt: skip
+@click.option("--title", default="", help="modelspec.title of the file (default: the recipe's, or the formula).")
+@click.option(
+    "--date", default="", help="modelspec.date; without it the file holds no time, and equal merges are equal files."
+)
+@json_option
+def command(
+    formula_or_recipe: str,
+    models: tuple[str, ...],
+    output: Path,
+    dry_run: bool,
+    verify: bool,
+    threads: int,
+    title: str,
+    date: str,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Merge checkpoints by a formula and bake networks in, exactly.
+
+    FORMULA_OR_RECIPE is a formula, the name of a shipped recipe (gamma-rev1, bake-network) or a TOML file. Every
+    number of the result is what exact arithmetic gives, rounded once. The file carries its recipe.
+    """
+    from kohaku_wrap.merging.planning import plan_merge
+    from kohaku_wrap.merging.recipes import build_metadata, find_recipe
+
+    recipe = find_recipe(formula_or_recipe)
+    bindings = read_bindings(models)
+    plan = plan_merge(recipe.formula, bindings, choose_options(asked, recipe.options))
+    described = describe_plan(plan, output)
+    if dry_run:
+        if as_json:
+            print_json("merge", {"dry_run": True, **described})
+        else:
+            print_plan(described, "the same command without --dry-run")
+        return
+
+    from kohaku_wrap.merging.hashes import hash_files
+    from kohaku_wrap.merging.running import check_output, run_merge
+
+    headers = {**plan.files, **plan.networks}
+    check_output(output, {name: header.path for name, header in headers.items()})
+    for line in described["decisions"]:
+        print_note(f"note: {line}")
+    with progress_bar("hash the inputs", "bytes", quiet=as_json) as report:
+        hashes = hash_files([header.path for header in headers.values()], threads, report)
+    metadata = build_metadata(plan, dict(zip(headers, hashes, strict=True)), title, date, recipe)
+    with progress_bar("merge", "bytes", quiet=as_json) as report:
+        result = run_merge(plan, output, metadata, threads, VERIFY_ELEMENTS if verify else 0, report)
+    kept = {"non_finite": dict(result.faults.inputs), "overflow": dict(result.faults.overflows)}
+    if as_json:
+        payload = {**described, "size_bytes": result.size_bytes, "verified": result.verified, **kept}
+        payload.pop("layout")
+        print_json("merge", {"dry_run": False, **payload})
+        return
+    rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("file", output), ("bytes", result.size_bytes)]
+    rows += [("tensors", described["tensors"])]
+    if verify:
+        rows.append(("verified", f"{result.verified:,} random numbers equal rational arithmetic"))
+        if result.unverified:
+            rows.append(("not verified", f"{result.unverified:,} numbers that DoRA sets in float32"))
+    rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
+    print_table("merged", rows, f"kwrap inspect {output}")

@@ -1,0 +1,234 @@
+"""The tree of a merge formula, and its text again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where in the formula's text something stands."""
+
+    start: int
+    """First character, from 0."""
+
+    stop: int
+    """The character after the last."""
+
+
+NOWHERE = Span(0, 0)
+
+
+@dataclass(frozen=True)
+class Number:
+    """An exact decimal: `0.8` is 4/5."""
+
+    value: Fraction
+    """At least 0; a sign is a Negation."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, by the name that a path is bound to."""
+
+    name: str
+    """As written."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """`net(name)`: what a network adds to the weights of a checkpoint."""
+
+    name: str
+    """As written."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class BlockWeight:
+    """One `IN04=0.5` or `OUT00..OUT03=0.8`."""
+
+    first: str
+    """The block, or the first of a range."""
+
+    last: str
+    """The last of a range; equal to `first` for one block."""
+
+    value: Fraction
+    """May be negative."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """`blocks(…)`: a number that depends on the block that a tensor belongs to."""
+
+    weights: tuple[BlockWeight, ...]
+    """As written; at least one."""
+
+    other: Fraction | None
+    """What `else=` says for the blocks not named; None where it is not said, which means 1."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Only:
+    """`only("pattern", inside, else=outside)`: one value for the keys that match, another for the rest."""
+
+    pattern: str
+    """Compared with whole keys; `*`, `?` and `[abc]` as in file names."""
+
+    inside: Node
+    """For the keys that match."""
+
+    outside: Node | None
+    """For the others; None means nothing (0)."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Negation:
+    """`-x`."""
+
+    operand: Node
+    """A Negation or an atom."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Brackets:
+    """`(x)`: kept in the tree, because a bracketed difference is a group for the rule of missing keys."""
+
+    inside: Node
+    """Any formula."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """`a * b / c`, from left to right."""
+
+    first: Node
+    """A Negation or an atom."""
+
+    rest: tuple[tuple[str, Node], ...]
+    """`*` or `/`, and the operand; at least one."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`a + b - c`, from left to right."""
+
+    first: Node
+    """A Product, a Negation or an atom."""
+
+    rest: tuple[tuple[str, Node], ...]
+    """`+` or `-`, and the operand; at least one."""
+
+    span: Span = field(default=NOWHERE, compare=False)
+    """Its place in the text, for messages."""
+
+
+Node = Number | Model | Network | Blocks | Only | Negation | Brackets | Product | Sum
+
+
+def format_number(value: Fraction) -> str:
+    """A decimal with exactly this value.
+
+    Raises ValueError for a fraction that no finite decimal equals.
+    """
+    denominator, digits = value.denominator, 0
+    while 10**digits % denominator:
+        digits += 1
+        if digits > 4 * denominator.bit_length():
+            raise ValueError(f"{value} is not a finite decimal")
+    scaled = abs(value.numerator) * (10**digits // denominator)
+    text = str(scaled).rjust(digits + 1, "0")
+    sign = "-" if value < 0 else ""
+    return f"{sign}{text[:-digits]}.{text[-digits:]}" if digits else f"{sign}{text}"
+
+
+def format_blocks(node: Blocks) -> str:
+    parts = [
+        f"{weight.first}{'..' + weight.last if weight.last != weight.first else ''}={format_number(weight.value)}"
+        for weight in node.weights
+    ]
+    if node.other is not None:
+        parts.append(f"else={format_number(node.other)}")
+    return f"blocks({', '.join(parts)})"
+
+
+def format_formula(node: Node) -> str:
+    """The formula's text in one form; parsing it gives an equal tree."""
+    match node:
+        case Number(value):
+            return format_number(value)
+        case Model(name):
+            return name
+        case Network(name):
+            return f"net({name})"
+        case Blocks():
+            return format_blocks(node)
+        case Only(pattern, inside, outside):
+            tail = "" if outside is None else f", else={format_formula(outside)}"
+            return f'only("{pattern}", {format_formula(inside)}{tail})'
+        case Negation(operand):
+            return f"-{format_formula(operand)}"
+        case Brackets(inside):
+            return f"({format_formula(inside)})"
+        case Product(first, rest) | Sum(first, rest):
+            tail = "".join(f" {sign} {format_formula(operand)}" for sign, operand in rest)
+            return format_formula(first) + tail
+
+
+def walk_formula(node: Node) -> Iterator[Node]:
+    """The node and all below it, in the order of the text."""
+    yield node
+    match node:
+        case Negation(operand):
+            yield from walk_formula(operand)
+        case Brackets(inside):
+            yield from walk_formula(inside)
+        case Only(_, inside, outside):
+            yield from walk_formula(inside)
+            if outside is not None:
+                yield from walk_formula(outside)
+        case Product(first, rest) | Sum(first, rest):
+            yield from walk_formula(first)
+            for _, operand in rest:
+                yield from walk_formula(operand)
+        case _:
+            return
+
+
+def names_of_models(node: Node) -> list[str]:
+    """The checkpoints of a formula, each once, in the order of their first mention."""
+    return list(dict.fromkeys(part.name for part in walk_formula(node) if isinstance(part, Model)))
+
+
+def names_of_networks(node: Node) -> list[str]:
+    """The networks of a formula, each once, in the order of their first mention."""
+    return list(dict.fromkeys(part.name for part in walk_formula(node) if isinstance(part, Network)))

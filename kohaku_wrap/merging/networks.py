@@ -1,0 +1,239 @@
+"""Network files: which modules they hold and which tensors of a checkpoint those change, read from headers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.merging.layout import FLOAT_DTYPES, Header, TensorSpot
+from kohaku_wrap.merging.names import Target, find_targets
+
+ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "LoKr": (
+        frozenset(),
+        frozenset(
+            ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", "dora_scale")
+        ),
+    ),
+    "LoHa": (
+        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "alpha", "dora_scale")),
+    ),
+    "LoRA": (
+        frozenset(("lora_up.weight", "lora_down.weight")),
+        frozenset(("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "dora_scale")),
+    ),
+    "full": (frozenset(("diff",)), frozenset(("diff", "diff_b", "alpha"))),
+    "norm": (frozenset(("w_norm",)), frozenset(("w_norm", "b_norm", "alpha"))),
+}
+"""For each algorithm the tensors that a module must have, and all that it may have."""
+
+MARK_OF_ALGORITHM = {"lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm"}
+PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
+PROBLEMS_SHOWN = 12
+
+
+class NotANetwork(KwrapError):
+    """A file in net(…) that holds no network."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path}: this is not a network: none of its keys begins with lora_unet_ or lora_te",
+            "Bind net(…) to a LoKr, LoHa, LoCon or LoRA file in kohya's form; a checkpoint is named without net(…).",
+        )
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a network file."""
+
+    name: str
+    """Such as `lora_unet_input_blocks_1_0_in_layers_2`."""
+
+    algorithm: str
+    """A name in ALGORITHMS."""
+
+    tensors: dict[str, TensorSpot]
+    """Where each of its tensors lies, by the part of the key after the name."""
+
+    @property
+    def has_dora(self) -> bool:
+        """Whether it also sets the norms of the whole weight."""
+        return "dora_scale" in self.tensors
+
+    def delta_size(self) -> tuple[int, int]:
+        """Rows and elements of the weight's delta.
+
+        Raises KeyError where the factors do not make a whole delta.
+        """
+        shape = {suffix: spot.shape for suffix, spot in self.tensors.items()}
+        if self.algorithm == "LoKr":
+            return self.size_of_kron(shape)
+        if self.algorithm == "LoHa":
+            kernel = math.prod(shape["hada_t1"][2:]) if "hada_t1" in shape else 1
+            out = shape["hada_w1_a"][1 if "hada_t1" in shape else 0]
+            return out, out * kernel * math.prod(shape["hada_w1_b"][1:])
+        if self.algorithm == "LoRA":
+            kernel = math.prod(shape["lora_mid.weight"][2:]) if "lora_mid.weight" in shape else 1
+            out = shape["lora_up.weight"][0]
+            return out, out * kernel * math.prod(shape["lora_down.weight"][1:])
+        whole = shape["diff" if self.algorithm == "full" else "w_norm"]
+        return (whole[0] if whole else 1), math.prod(whole)
+
+    def size_of_kron(self, shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        outer = shape["lokr_w1"] if "lokr_w1" in shape else (shape["lokr_w1_a"][0], shape["lokr_w1_b"][1])
+        if "lokr_w2" in shape:
+            rows, columns = shape["lokr_w2"][0], math.prod(shape["lokr_w2"][1:])
+        elif "lokr_t2" in shape:
+            rows = shape["lokr_w2_a"][1]
+            columns = shape["lokr_w2_b"][1] * math.prod(shape["lokr_t2"][2:])
+        else:
+            rows, columns = shape["lokr_w2_a"][0], math.prod(shape["lokr_w2_b"][1:])
+        return outer[0] * rows, outer[0] * rows * outer[1] * columns
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module's effect on one target."""
+
+    module: Module
+    """The module."""
+
+    kind: str
+    """`weight` or `bias`."""
+
+    target: Target
+    """The tensor, or its share, that it changes."""
+
+
+def algorithm_of(suffixes: Iterable[str]) -> str | None:
+    """The algorithm whose tensors these are; None if no known one fits."""
+    listed = set(suffixes)
+    for mark, algorithm in MARK_OF_ALGORITHM.items():
+        if any(suffix.startswith(mark) for suffix in listed):
+            required, allowed = ALGORITHMS[algorithm]
+            return algorithm if required <= listed <= allowed else None
+    return None
+
+
+def is_network(header: Header) -> bool:
+    """Whether a file's keys are a kohya network's."""
+    return any(key.startswith(PREFIXES) and "." in key for key in header.tensors)
+
+
+def group_modules(header: Header) -> dict[str, dict[str, TensorSpot]]:
+    """The tensors of each module by the part of the key after the module's name."""
+    modules: dict[str, dict[str, TensorSpot]] = {}
+    for key, spot in header.tensors.items():
+        name, _, suffix = key.partition(".")
+        modules.setdefault(name, {})[suffix] = spot
+    return modules
+
+
+def read_modules(header: Header) -> list[Module]:
+    """The modules of a network file.
+
+    Raises NotANetwork, or ProblemsFound for modules of an algorithm that kwrap does not bake.
+    """
+    if not is_network(header):
+        raise NotANetwork(header.path)
+    modules, problems = [], []
+    for name, tensors in group_modules(header).items():
+        algorithm = algorithm_of(tensors)
+        odd = [suffix for suffix, spot in tensors.items() if spot.dtype not in FLOAT_DTYPES]
+        if algorithm is None:
+            known = ", ".join(ALGORITHMS)
+            problems.append(Problem(name, f"its tensors ({', '.join(sorted(tensors))}) are none of {known}"))
+        elif odd:
+            problems.append(Problem(name, f"{odd[0]} is {tensors[odd[0]].dtype}; only F16, BF16 and F32 can be baked"))
+        else:
+            modules.append(Module(name, algorithm, tensors))
+    raise_problems(f"{header.path}", problems, "Other kinds of network cannot be baked by kwrap.")
+    return modules
+
+
+def raise_problems(subject: str, problems: list[Problem], next_step: str) -> None:
+    """Raise ProblemsFound if there are any, with the first dozen of them."""
+    if not problems:
+        return
+    shown = problems[:PROBLEMS_SHOWN]
+    if len(problems) > len(shown):
+        shown.append(Problem("…", f"and {len(problems) - len(shown)} more of the same file"))
+    raise ProblemsFound(subject, shown, next_step)
+
+
+def match_modules(
+    header: Header, table: Mapping[str, dict[str, Target]], tensors: Mapping[str, TensorSpot]
+) -> list[Change]:
+    """What every module of a network changes in a checkpoint.
+
+    `table`: from table_of_targets; `tensors`: the checkpoint's own. Raises ProblemsFound where a module finds no
+    key, has another shape, or where only some of the parts of a fused tensor are covered that others have.
+    """
+    changes: list[Change] = []
+    problems: list[Problem] = []
+    for module in read_modules(header):
+        targets = find_targets(module.name, table)
+        wanted = ["weight"] + ["bias"] * ("diff_b" in module.tensors or "b_norm" in module.tensors)
+        for kind in wanted:
+            target = (targets or {}).get(kind)
+            if target is None:
+                problems.append(Problem(module.name, f"the checkpoint has no {kind} of that name"))
+                continue
+            fault = fault_of_change(module, kind, target, tensors[target.key])
+            if fault:
+                problems.append(Problem(module.name, fault))
+            changes.append(Change(module, kind, target))
+    problems += problems_of_fused(changes)
+    raise_problems(
+        f"{header.path}: does not fit the checkpoint",
+        problems,
+        "Is the network for another base (SD 1.5, another architecture)? Nothing is passed over in silence.",
+    )
+    return changes
+
+
+def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot) -> str:
+    """Why a module cannot change a tensor of this shape, or an empty string."""
+    rows = (spot.shape[0] if spot.shape else 1) // target.parts
+    elements = spot.elements // target.parts
+    if spot.dtype not in FLOAT_DTYPES:
+        return f"{target.key} is {spot.dtype}; only F16, BF16 and F32 can be changed"
+    if kind == "bias":
+        delta = module.tensors["diff_b" if module.algorithm == "full" else "b_norm"].elements
+        return "" if delta == elements else f"its bias has {delta} numbers, {target.key} has {elements}"
+    try:
+        delta_rows, delta_elements = module.delta_size()
+    except (KeyError, IndexError):
+        return "its factors do not make a whole delta"
+    if (delta_rows, delta_elements) != (rows, elements):
+        return (
+            f"its delta has {delta_rows} rows and {delta_elements:,} numbers, {target.key} has {rows} and {elements:,}"
+        )
+    return ""
+
+
+def problems_of_fused(changes: Iterable[Change]) -> list[Problem]:
+    """Fused tensors of which other parts are covered than of their like in other layers."""
+    covered: dict[tuple[str, str], set[int]] = {}
+    for change in changes:
+        if change.target.parts > 1:
+            covered.setdefault((change.kind, change.target.key), set()).add(change.target.part)
+    problems = []
+    for kind in ("weight", "bias"):
+        of_kind = {key: parts for (its_kind, key), parts in covered.items() if its_kind == kind}
+        if not of_kind:
+            continue
+        union = set().union(*of_kind.values())
+        problems += [
+            Problem(
+                key,
+                f"only {len(parts)} of the {len(union)} parts (query, key, value) that the network trains elsewhere",
+            )
+            for key, parts in of_kind.items()
+            if parts != union
+        ]
+    return problems

@@ -1,0 +1,316 @@
+"""A merge formula read from its text: a tokenizer and one function for each rule of the grammar.
+
+Nothing of a formula is ever evaluated as Python.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.merging.blocks import is_block
+from kohaku_wrap.merging.formula import (
+    Blocks,
+    BlockWeight,
+    Brackets,
+    Model,
+    Negation,
+    Network,
+    Node,
+    Number,
+    Only,
+    Product,
+    Span,
+    Sum,
+)
+
+LENGTH_LIMIT = 10_000
+DEPTH_LIMIT = 64
+DIGITS_LIMIT = 24
+TEXT_BEFORE_SPAN = 60
+TEXT_AFTER_SPAN = 50
+
+TOKEN_RULES = re.compile(
+    r"""
+    (?P<space>[ \t\r\n]+)
+  | (?P<number>[0-9]+(?:\.(?!\.)[0-9]*)?|\.[0-9]+)
+  | (?P<name>[A-Za-z_][A-Za-z0-9_]*)
+  | (?P<string>"[^"\r\n]*")
+  | (?P<range>\.\.)
+  | (?P<sign>[-+*/(),=])
+    """,
+    re.VERBOSE,
+)
+
+RESERVED = ("net", "blocks", "only", "else")
+
+
+class FormulaError(UsageError):
+    """A formula that cannot be meant, shown with a mark under the place."""
+
+    def __init__(self, message: str, source: str, span: Span) -> None:
+        start = max(0, span.start - TEXT_BEFORE_SPAN)
+        stop = min(len(source), max(span.stop, span.start + 1) + TEXT_AFTER_SPAN)
+        before = "…" if start else ""
+        after = "…" if stop < len(source) else ""
+        line = "".join(" " if character.isspace() else character for character in source[start:stop])
+        width = min(max(span.stop - span.start, 1), max(stop - span.start, 1))
+        mark = " " * (len(before) + span.start - start) + "^" * width
+        super().__init__(f"formula: {message}\n    {before}{line}{after}\n    {mark}")
+        self.span = span
+
+
+@dataclass(frozen=True)
+class Token:
+    """One word of a formula."""
+
+    kind: str
+    """A group name of TOKEN_RULES, or `end`."""
+
+    text: str
+    """As written."""
+
+    span: Span
+    """Its place in the text."""
+
+
+def split_tokens(source: str) -> list[Token]:
+    """The words of a formula, and an `end` after them.
+
+    Raises FormulaError for a character that no word begins with.
+    """
+    if len(source) > LENGTH_LIMIT:
+        what = f"{len(source):,} characters are more than {LENGTH_LIMIT:,}"
+        raise FormulaError(what, source, Span(LENGTH_LIMIT, LENGTH_LIMIT + 1))
+    tokens, position = [], 0
+    while position < len(source):
+        found = TOKEN_RULES.match(source, position)
+        if not found:
+            character = source[position]
+            what = "a pattern's closing quote is missing" if character == '"' else f"unexpected character {character!r}"
+            stop = len(source) if character == '"' else position + 1
+            raise FormulaError(what, source, Span(position, stop))
+        if found.lastgroup != "space":
+            tokens.append(Token(str(found.lastgroup), found.group(), Span(position, found.end())))
+        position = found.end()
+    end = len(source.rstrip())
+    return [*tokens, Token("end", "", Span(end, end + 1))]
+
+
+class Reader:
+    """The place reached in a formula's words."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.tokens = split_tokens(source)
+        self.place = 0
+        self.depth = 0
+
+    @property
+    def token(self) -> Token:
+        return self.tokens[self.place]
+
+    def at(self, text: str) -> bool:
+        return self.token.text == text and self.token.kind != "string"
+
+    def take(self) -> Token:
+        token = self.token
+        self.place += token.kind != "end"
+        return token
+
+    def error(self, message: str, span: Span | None = None) -> FormulaError:
+        return FormulaError(message, self.source, span or self.token.span)
+
+    def expect(self, text: str, where: str) -> Token:
+        if not self.at(text):
+            raise self.error(f"expected '{text}' {where}")
+        return self.take()
+
+    def span_from(self, start: Span) -> Span:
+        return Span(start.start, self.tokens[max(self.place - 1, 0)].span.stop)
+
+    def nested(self, rule: Callable[[Reader], Node]) -> Node:
+        """One level deeper, down to DEPTH_LIMIT."""
+        self.depth += 1
+        if self.depth > DEPTH_LIMIT:
+            raise self.error(f"nested more than {DEPTH_LIMIT} deep")
+        node = rule(self)
+        self.depth -= 1
+        return node
+
+
+def parse_formula(source: str) -> Node:
+    """formula := sum end
+
+    Raises FormulaError with the place of the first fault.
+    """
+    reader = Reader(source)
+    if reader.token.kind == "end":
+        raise reader.error("it is empty; expected a model name")
+    node = read_sum(reader)
+    if reader.token.kind != "end":
+        token = reader.token
+        if token.text == ")":
+            raise reader.error("unexpected ')': no bracket is open")
+        raise reader.error(f"expected '+', '-', '*', '/' or the end before {token.text!r}")
+    return node
+
+
+def read_sum(reader: Reader) -> Node:
+    """sum := product (("+" | "-") product)*"""
+    start = reader.token.span
+    first = read_product(reader)
+    rest = []
+    while reader.at("+") or reader.at("-"):
+        sign = reader.take()
+        rest.append((sign.text, read_product(reader)))
+    return Sum(first, tuple(rest), reader.span_from(start)) if rest else first
+
+
+def read_product(reader: Reader) -> Node:
+    """product := factor (("*" | "/") factor)*"""
+    start = reader.token.span
+    first = read_factor(reader)
+    rest = []
+    while reader.at("*") or reader.at("/"):
+        sign = reader.take()
+        rest.append((sign.text, read_factor(reader)))
+    return Product(first, tuple(rest), reader.span_from(start)) if rest else first
+
+
+def read_factor(reader: Reader) -> Node:
+    """factor := "-" factor | atom"""
+    if reader.at("-"):
+        start = reader.take().span
+        operand = reader.nested(read_factor)
+        return Negation(operand, reader.span_from(start))
+    return read_atom(reader)
+
+
+def read_atom(reader: Reader) -> Node:
+    """atom := NUMBER | NAME | "(" sum ")" | "net" "(" NAME ")" | blocks | only"""
+    token = reader.token
+    if token.kind == "number":
+        return Number(read_number(reader), token.span)
+    if reader.at("("):
+        reader.take()
+        inside = reader.nested(read_sum)
+        reader.expect(")", f"to close the bracket at character {token.span.start + 1}")
+        return Brackets(inside, reader.span_from(token.span))
+    if token.kind != "name":
+        raise reader.error(f"expected a model name{after_words(reader)}")
+    reader.take()
+    if token.text == "blocks":
+        return read_blocks(reader, token.span)
+    if token.text == "only":
+        return read_only(reader, token.span)
+    if token.text == "net":
+        reader.expect("(", "after net")
+        name = reader.token
+        if name.kind != "name" or name.text in RESERVED:
+            raise reader.error("expected the network's name in net(…)")
+        reader.take()
+        reader.expect(")", "after the network's name")
+        return Network(name.text, reader.span_from(token.span))
+    if token.text in RESERVED:
+        raise reader.error(f"'{token.text}' cannot stand here; it belongs inside only(…) or blocks(…)", token.span)
+    if reader.at("("):
+        raise reader.error(f"there is no function '{token.text}'; there are net, blocks and only", token.span)
+    return Model(token.text, token.span)
+
+
+def after_words(reader: Reader) -> str:
+    """` after '*'`: what stands before the place reached."""
+    if reader.place == 0:
+        return ""
+    return f" after '{reader.tokens[reader.place - 1].text}'"
+
+
+def read_number(reader: Reader) -> Fraction:
+    """NUMBER := digits ["." digits] | "." digits, exact, of at most DIGITS_LIMIT digits"""
+    token = reader.take()
+    if len(token.text.replace(".", "")) > DIGITS_LIMIT:
+        raise reader.error(f"a number has at most {DIGITS_LIMIT} digits", token.span)
+    following = reader.token
+    if following.kind in ("name", "number") and following.span.start == token.span.stop:
+        text = token.text + following.text
+        raise reader.error(f"{text!r} is neither a number nor a name", Span(token.span.start, following.span.stop))
+    return Fraction(token.text + "0" if token.text.endswith(".") else token.text)
+
+
+def read_signed_number(reader: Reader, where: str) -> Fraction:
+    """signed := ["-"] NUMBER"""
+    negative = reader.at("-")
+    if negative:
+        reader.take()
+    if reader.token.kind != "number":
+        raise reader.error(f"expected a number {where}")
+    value = read_number(reader)
+    return -value if negative else value
+
+
+def read_blocks(reader: Reader, start: Span) -> Node:
+    """blocks := "blocks" "(" weight ("," weight)* ["," "else" "=" signed] ")" """
+    reader.expect("(", "after blocks")
+    weights: list[BlockWeight] = []
+    other = None
+    while True:
+        if reader.at("else"):
+            reader.take()
+            reader.expect("=", "after else")
+            other = read_signed_number(reader, "after else=")
+            break
+        weights.append(read_block_weight(reader))
+        if not reader.at(","):
+            break
+        reader.take()
+    reader.expect(")", "or ',' in blocks(…)")
+    if not weights:
+        raise reader.error("blocks(…) names no block", reader.span_from(start))
+    return Blocks(tuple(weights), other, reader.span_from(start))
+
+
+def read_block_weight(reader: Reader) -> BlockWeight:
+    """weight := BLOCK [".." BLOCK] "=" signed"""
+    start = reader.token.span
+    first = last = read_block(reader)
+    if reader.token.kind == "range":
+        reader.take()
+        last = read_block(reader)
+        if first.rstrip("0123456789") != last.rstrip("0123456789") or first == last or first > last:
+            raise reader.error(f"{first}..{last} is not a range of blocks", reader.span_from(start))
+    reader.expect("=", f"after the block {last}")
+    value = read_signed_number(reader, f"for the block {last}")
+    return BlockWeight(first, last, value, reader.span_from(start))
+
+
+def read_block(reader: Reader) -> str:
+    """BLOCK := IN00 … IN11 | MID | OUT00 … OUT11 | BASE | TE | TE1 | TE2 | VAE"""
+    token = reader.token
+    if token.kind != "name" or not is_block(token.text):
+        raise reader.error("expected a block: IN00 to IN11, MID, OUT00 to OUT11, BASE, TE, TE1, TE2 or VAE")
+    return reader.take().text
+
+
+def read_only(reader: Reader, start: Span) -> Node:
+    """only := "only" "(" STRING "," sum ["," "else" "=" sum] ")" """
+    reader.expect("(", "after only")
+    pattern = reader.token
+    if pattern.kind != "string":
+        raise reader.error('expected a pattern in double quotes, as in only("*attn1*", …)')
+    if len(pattern.text) <= len('""'):
+        raise reader.error("the pattern is empty")
+    reader.take()
+    reader.expect(",", "after the pattern")
+    inside = reader.nested(read_sum)
+    outside = None
+    if reader.at(","):
+        reader.take()
+        reader.expect("else", "after ',' in only(…)")
+        reader.expect("=", "after else")
+        outside = reader.nested(read_sum)
+    reader.expect(")", "at the end of only(…)")
+    return Only(pattern.text[1:-1], inside, outside, reader.span_from(start))

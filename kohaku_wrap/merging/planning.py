@@ -1,0 +1,386 @@
+"""A merge worked out from headers alone: what every tensor of the output is made of, and every decision taken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from kohaku_wrap.errors import KwrapError, Problem, UsageError
+from kohaku_wrap.merging.blocks import blocks_of_key, is_vae
+from kohaku_wrap.merging.coefficients import Formula, Reduction
+from kohaku_wrap.merging.formula import Blocks, Only, names_of_models, names_of_networks, walk_formula
+from kohaku_wrap.merging.layout import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
+from kohaku_wrap.merging.names import table_of_targets
+from kohaku_wrap.merging.networks import Change, is_network, match_modules, raise_problems
+from kohaku_wrap.merging.parser import parse_formula
+
+LIKE = "(like)"
+VAE = "(vae)"
+KEYS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What to do where the files leave a choice."""
+
+    like: str = ""
+    """The name or path of the anchor; empty for the formula's first model."""
+
+    vae_from: str = ""
+    """The name or path of the model whose VAE is taken; empty for the anchor's."""
+
+    merge_vae: bool = False
+    """Whether the formula also applies to the VAE."""
+
+    dtype: str = ""
+    """F16, BF16 or F32 for all floating tensors; empty for the anchor's types."""
+
+    missing: str = "fail"
+    """A model with weight lacks a key: fail, anchor (copy the anchor's tensor) or zero (count it as 0)."""
+
+    shapes: str = "fail"
+    """Shapes differ: fail, or anchor (copy the anchor's tensor)."""
+
+    sums: str = "warn"
+    """The coefficients of a tensor do not sum to 1: warn or fail."""
+
+    non_finite: str = "fail"
+    """An input is infinite or not a number: fail, or keep."""
+
+    overflow: str = "fail"
+    """A result is too large for the output's type: fail, or keep the infinity."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor of the output is made."""
+
+    key: str
+    """Its name."""
+
+    spot: TensorSpot
+    """Its place in the output."""
+
+    sources: tuple[str, ...]
+    """The names of the checkpoints that are read; one for a copy."""
+
+    coefficients: tuple[Fraction, ...]
+    """One for each source; empty for a copy of the bytes."""
+
+    changes: tuple[tuple[str, Fraction, Change], ...] = ()
+    """Networks that change it: name, coefficient and module."""
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Exact coefficients that some tensors of the output share."""
+
+    models: tuple[tuple[str, Fraction], ...]
+    """Checkpoints and their coefficients, in the order of the formula."""
+
+    networks: tuple[tuple[str, Fraction], ...]
+    """Networks and theirs."""
+
+    def __str__(self) -> str:
+        parts = [f"{value} {name}" for name, value in self.models]
+        parts += [f"{value} net({name})" for name, value in self.networks]
+        return " + ".join(parts).replace("+ -", "- ")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A whole merge, ready to run."""
+
+    formula: Formula
+    """What to compute."""
+
+    files: dict[str, Header]
+    """The checkpoints by name."""
+
+    networks: dict[str, Header]
+    """The networks by name."""
+
+    anchor: str
+    """The checkpoint that gives key set, types and VAE."""
+
+    tensors: tuple[TensorPlan, ...]
+    """In the order of the output's data."""
+
+    options: MergeOptions
+    """As asked."""
+
+    decisions: tuple[str, ...] = ()
+    """What was decided where the files left a choice, one line each."""
+
+    combinations: dict[WeightedSum, int] = field(default_factory=dict)
+    """How many tensors each sum of coefficients is used for."""
+
+    @property
+    def data_bytes(self) -> int:
+        """The size of the output without its header."""
+        return max((tensor.spot.end for tensor in self.tensors), default=0)
+
+
+class UnboundName(UsageError):
+    """Names of the formula and of the paths that do not fit together."""
+
+
+class UnfitInputs(KwrapError):
+    """Files that the formula cannot be computed on."""
+
+
+def bind_names(formula: Formula, paths: Mapping[str, Path]) -> None:
+    """Raise UnboundName unless every name of the formula has a path and no path is left over."""
+    models, networks = names_of_models(formula.tree), names_of_networks(formula.tree)
+    if both := sorted(set(models) & set(networks)):
+        raise UnboundName(f"{both[0]} stands both as a model and in net(…)", "Give the network another name.")
+    missing = [name for name in [*models, *networks] if name not in paths]
+    if missing:
+        options = " ".join(f"-m {name}=FILE" for name in missing)
+        raise UnboundName(f"no file is given for {', '.join(missing)}", f"Add: {options}")
+    if unused := [name for name in paths if name not in models and name not in networks]:
+        raise UnboundName(
+            f"{', '.join(unused)} does not stand in the formula",
+            f"The formula names {', '.join([*models, *networks])}.",
+        )
+
+
+def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | None = None) -> MergePlan:
+    """The merge of `source` over the files in `paths`, worked out from their headers.
+
+    Raises FormulaError, UnboundName, MalformedFile, PickledFile, ProblemsFound or UnfitInputs.
+    """
+    options = options or MergeOptions()
+    formula = Formula(source, parse_formula(source))
+    bind_names(formula, paths)
+    models = names_of_models(formula.tree)
+    if not models:
+        raise UnfitInputs(
+            "the formula names networks but no checkpoint", "Write, for example, `base + 1.0 * net(epsilon)`."
+        )
+    files = {name: read_header(paths[name]) for name in models}
+    networks = {name: read_header(paths[name]) for name in names_of_networks(formula.tree)}
+    anchor = choose_file(options.like, LIKE, files) if options.like else models[0]
+    vae = choose_file(options.vae_from, VAE, files) if options.vae_from else anchor
+    return Planner(formula, files, networks, anchor, vae, options).plan()
+
+
+def choose_file(asked: str, stand_in: str, files: dict[str, Header]) -> str:
+    """The name that `asked` (a name of the formula, or a path) goes by in `files`."""
+    if asked in files:
+        return asked
+    if not Path(asked).is_file():
+        raise UnboundName(f"{asked} is neither a model of the formula nor a file", f"Models: {', '.join(files)}.")
+    files[stand_in] = read_header(Path(asked))
+    return stand_in
+
+
+class Planner:
+    """Collects plans, decisions and problems over the keys of the anchor."""
+
+    def __init__(
+        self,
+        formula: Formula,
+        files: dict[str, Header],
+        networks: dict[str, Header],
+        anchor: str,
+        vae: str,
+        options: MergeOptions,
+    ) -> None:
+        self.formula, self.files, self.networks = formula, files, networks
+        self.anchor, self.vae, self.options = anchor, vae, options
+        self.models = names_of_models(formula.tree)
+        self.problems: list[Problem] = []
+        self.noted: dict[str, list[str]] = {}
+        self.combinations: Counter[WeightedSum] = Counter()
+        self.changes: dict[str, list[tuple[str, Change]]] = {}
+        named = [weight for part in walk_formula(formula.tree) if isinstance(part, Blocks) for weight in part.weights]
+        self.vae_named = any(weight.first == "VAE" for weight in named)
+
+    def plan(self) -> MergePlan:
+        tensors = self.files[self.anchor].tensors
+        table = table_of_targets(tensors) if self.networks else {}
+        for name, header in self.networks.items():
+            for change in match_modules(header, table, tensors):
+                self.changes.setdefault(change.target.key, []).append((name, change))
+        drafts = [self.plan_tensor(key, spot) for key, spot in tensors.items()]
+        self.note_names_without_keys()
+        self.note_extra_keys()
+        raise_problems("the files do not fit the formula", self.problems, self.advice())
+        spots = lay_out_tensors((draft.key, draft.spot.dtype, draft.spot.shape) for draft in drafts)
+        placed = {draft.key: draft for draft in drafts}
+        return MergePlan(
+            self.formula,
+            self.files,
+            self.networks,
+            self.anchor,
+            tuple(
+                TensorPlan(key, spot, placed[key].sources, placed[key].coefficients, placed[key].changes)
+                for key, spot in spots.items()
+            ),
+            self.options,
+            tuple(self.lines_of_notes()),
+            dict(self.combinations.most_common()),
+        )
+
+    def advice(self) -> str:
+        kinds = {problem.what.split(":")[0] for problem in self.problems}
+        if any("lacks" in kind for kind in kinds):
+            return (
+                "`--missing anchor` copies such tensors from the anchor, `--missing zero` counts the model as 0 there."
+            )
+        if any("shape" in kind for kind in kinds):
+            return "`--shapes anchor` copies such tensors from the anchor."
+        return "Correct the formula, or choose other files."
+
+    def note(self, line: str, key: str) -> None:
+        self.noted.setdefault(line, []).append(key)
+
+    def lines_of_notes(self) -> list[str]:
+        lines = []
+        for line, keys in self.noted.items():
+            shown = ", ".join(keys[:KEYS_SHOWN]) + (", …" if len(keys) > KEYS_SHOWN else "")
+            tensors = f"{len(keys)} tensor" + ("" if len(keys) == 1 else "s")
+            lines.append(f"{line}: {tensors} ({shown})" if any(keys) else line)
+        return lines
+
+    def plan_tensor(self, key: str, spot: TensorSpot) -> TensorPlan:
+        """The plan of one key, at its place in the anchor for now."""
+        keep_vae = is_vae(key) and not self.options.merge_vae and not self.vae_named
+        if keep_vae or (self.options.vae_from and is_vae(key)):
+            return self.plan_vae(key, spot)
+        if spot.dtype not in FLOAT_DTYPES or not spot.elements:
+            what = "empty marker" if not spot.elements else f"{spot.dtype}, which is not averaged"
+            self.note(f"copied from {self.anchor}: {what}", key)
+            return self.copy(key, self.anchor, spot)
+        lacking = frozenset(name for name in self.models if key not in self.files[name].tensors)
+        reduction = self.formula.reduce_for_key(key, lacking)
+        for group in reduction.dropped:
+            self.note(f"{group} counts as 0 where a member lacks the key", key)
+        weighted = {name: value for name, value in reduction.models.items() if name not in lacking}
+        absent = [name for name in reduction.models if name in lacking]
+        if absent and self.options.missing == "fail":
+            self.problems.append(Problem(key, f"{', '.join(absent)} lacks it and has weight in the formula"))
+            return self.copy(key, self.anchor, spot)
+        if absent and self.options.missing == "anchor":
+            self.note(f"copied from {self.anchor}: {', '.join(absent)} lacks the key", key)
+            return self.copy_float(key, self.anchor, spot)
+        if absent:
+            self.note(f"{', '.join(absent)} lacks the key and counts as 0", key)
+        if not self.fits(key, spot, list(weighted)):
+            return self.copy_float(key, self.anchor, spot)
+        return self.combine(key, spot, weighted, reduction)
+
+    def fits(self, key: str, spot: TensorSpot, names: list[str]) -> bool:
+        """Whether all members have the anchor's shape and a type that can be computed with."""
+        for name in names:
+            other = self.files[name].tensors[key]
+            if other.dtype not in FLOAT_DTYPES:
+                self.problems.append(Problem(key, f"{name} has {other.dtype} where {self.anchor} has {spot.dtype}"))
+                return False
+            if other.shape != spot.shape:
+                if self.options.shapes == "anchor":
+                    self.note(f"copied from {self.anchor}: {name} has another shape", key)
+                else:
+                    self.problems.append(
+                        Problem(key, f"shape {list(other.shape)} in {name}, {list(spot.shape)} in {self.anchor}")
+                    )
+                return False
+            if other.dtype != spot.dtype:
+                self.note(f"{name} has {other.dtype} where {self.anchor} has {spot.dtype}; computed exactly", key)
+        return True
+
+    def combine(self, key: str, spot: TensorSpot, weighted: dict[str, Fraction], reduction: Reduction) -> TensorPlan:
+        """A tensor that the formula is computed for."""
+        changes = [
+            (name, reduction.networks[name], change)
+            for name, change in self.changes.get(key, [])
+            if name in reduction.networks
+        ]
+        dora = [name for name, _, change in changes if change.module.has_dora and change.kind == "weight"]
+        if dora and len({name for name, _, _ in changes}) > 1:
+            self.problems.append(Problem(key, f"{dora[0]} sets its norms (DoRA); no other network can be added to it"))
+        if not weighted:
+            self.problems.append(Problem(key, "the formula gives it no checkpoint; add `else=…` to only(…)"))
+            return self.copy(key, self.anchor, spot)
+        total = sum(weighted.values(), Fraction(0))
+        if total != 1:
+            line = f"the coefficients sum to {total}, not 1: the weights are scaled"
+            if self.options.sums == "fail":
+                self.problems.append(Problem(key, line))
+            self.note(line, key)
+        added = {name: value for name, value, _ in changes}
+        self.combinations[WeightedSum(tuple(weighted.items()), tuple(added.items()))] += 1
+        plan = TensorPlan(key, self.retyped(spot), tuple(weighted), tuple(weighted.values()), tuple(changes))
+        if not changes and list(weighted.values()) == [Fraction(1)]:
+            return self.copy_float(key, plan.sources[0], self.files[plan.sources[0]].tensors[key])
+        return plan
+
+    def plan_vae(self, key: str, spot: TensorSpot) -> TensorPlan:
+        source = self.vae
+        other = self.files[source].tensors.get(key)
+        if other is None or other.shape != spot.shape:
+            what = "lacks it" if other is None else "has another shape"
+            self.problems.append(Problem(key, f"{self.shown(source)}, whose VAE was asked for, {what}"))
+            return self.copy(key, self.anchor, spot)
+        self.note(f"VAE copied from {self.shown(source)}", key)
+        return self.copy_float(key, source, other)
+
+    def shown(self, name: str) -> str:
+        return str(self.files[name].path) if name in (LIKE, VAE) else name
+
+    def copy(self, key: str, source: str, spot: TensorSpot) -> TensorPlan:
+        """The bytes as they are."""
+        return TensorPlan(key, spot, (source,), ())
+
+    def copy_float(self, key: str, source: str, spot: TensorSpot) -> TensorPlan:
+        """The numbers as they are, in the output's type."""
+        if spot.dtype not in FLOAT_DTYPES or not spot.elements:
+            return self.copy(key, source, spot)
+        wanted = self.options.dtype or self.files[self.anchor].tensors[key].dtype
+        typed = TensorSpot(wanted if wanted in FLOAT_DTYPES else spot.dtype, spot.shape, spot.begin, spot.end)
+        return TensorPlan(key, typed, (source,), (Fraction(1),))
+
+    def retyped(self, spot: TensorSpot) -> TensorSpot:
+        return TensorSpot(self.options.dtype or spot.dtype, spot.shape, spot.begin, spot.end)
+
+    def note_names_without_keys(self) -> None:
+        """Say which patterns and blocks of the formula no key of the anchor matches; a pattern must match one."""
+        keys = self.files[self.anchor].tensors
+        present = {block for key in keys for block in blocks_of_key(key)}
+        for part in walk_formula(self.formula.tree):
+            if isinstance(part, Only) and not any(self.formula.matches(key, part.pattern) for key in keys):
+                raise self.formula.error(f"no key of {self.shown(self.anchor)} matches the pattern", part.span)
+            if isinstance(part, Blocks):
+                for weight in part.weights:
+                    if not any(weight.first <= block <= weight.last for block in present):
+                        self.note(f"blocks: {weight.first} has no tensor in {self.shown(self.anchor)}", "")
+
+    def note_extra_keys(self) -> None:
+        keys = self.files[self.anchor].tensors
+        for name, header in self.files.items():
+            if name in (self.anchor, VAE):
+                continue
+            for key in header.tensors:
+                if key not in keys:
+                    self.note(f"left out: only in {self.shown(name)}, not in {self.shown(self.anchor)}", key)
+        for name in self.models:
+            if is_network(self.files[name]):
+                self.note(f"{name} is a network: mixing its factors is not mixing what they do; use net({name})", "")
+
+
+def estimate_formats(plan: MergePlan) -> dict[str, tuple[int, int]]:
+    """For each type of the output, how many tensors and bytes it has."""
+    table: dict[str, tuple[int, int]] = {}
+    for tensor in plan.tensors:
+        count, size = table.get(tensor.spot.dtype, (0, 0))
+        table[tensor.spot.dtype] = count + 1, size + tensor.spot.size_bytes
+    return table
+
+
+def read_bytes_of(plan: MergePlan) -> int:
+    """How much of the checkpoints is read."""
+    return sum(plan.files[name].tensors[tensor.key].size_bytes for tensor in plan.tensors for name in tensor.sources)

@@ -1,0 +1,278 @@
+"""Merge recipes: as TOML files to copy, and as metadata inside the merged file."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import kohaku_wrap
+from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
+from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.merging.formula import format_formula
+from kohaku_wrap.merging.hashes import FileHashes
+from kohaku_wrap.merging.layout import Header
+from kohaku_wrap.merging.planning import LIKE, VAE, MergeOptions, MergePlan
+
+RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
+NESTED_VALUE_LIMIT = 16_384
+NESTED_PREFIXES = ("ss_", "sshs_", "modelspec.")
+MODELSPEC_VERSION = "1.0.1"
+RECIPE_TYPE = "kwrap"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A formula with a word on each of its models."""
+
+    formula: str
+    """As written."""
+
+    models: dict[str, str] = field(default_factory=dict)
+    """What each name stands for; never a path."""
+
+    title: str = ""
+    """One line."""
+
+    notes: str = ""
+    """What a person should know."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of MergeOptions that differ from what is usual."""
+
+
+def list_recipes() -> dict[str, Path]:
+    """The shipped recipes by name."""
+    return {path.stem: path for path in sorted((shipped_folder("templates") / "merges").glob("*.toml"))}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from its TOML file.
+
+    Raises ProblemsFound with all faults of the file, or UsageError where it is not TOML.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}", "Correct the line that it names.") from None
+    problems = [
+        Problem(key, f"unknown; a recipe has {', '.join(RECIPE_KEYS)}") for key in document if key not in RECIPE_KEYS
+    ]
+    problems += [
+        Problem(key, "is not text")
+        for key in ("title", "formula", "notes")
+        if not isinstance(document.get(key, ""), str)
+    ]
+    if not document.get("formula"):
+        problems.append(Problem("formula", "missing"))
+    models, options = document.get("models", {}), document.get("options", {})
+    if not isinstance(models, dict) or not all(isinstance(text, str) for text in models.values()):
+        problems.append(Problem("models", "is not a table of names with a text each"))
+    known = {option.name for option in fields(MergeOptions)}
+    for name in options if isinstance(options, dict) else {"options": None}:
+        if name not in known:
+            problems.append(Problem(f"options.{name}", f"unknown; there are {', '.join(sorted(known))}"))
+    if problems:
+        raise ProblemsFound(str(path), problems, "`kwrap merge --help` tells what the options mean.")
+    return Recipe(
+        document["formula"], dict(models), document.get("title", ""), document.get("notes", ""), dict(options)
+    )
+
+
+def find_recipe(text: str) -> Recipe:
+    """The recipe that a word of the command line means: a shipped name, a TOML file, or a formula itself."""
+    shipped = list_recipes()
+    if text in shipped:
+        return read_recipe(shipped[text])
+    if text.endswith(".toml"):
+        path = Path(text)
+        if not path.is_file():
+            names = ", ".join(shipped)
+            raise UsageError(
+                f"{text}: there is no such recipe", f"Shipped recipes: {names}; or give a TOML file or a formula."
+            )
+        return read_recipe(path)
+    return Recipe(text)
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def versions_used(plan: MergePlan) -> dict[str, str]:
+    """What computed the merge."""
+    packages = ["torch", "numpy", *(["lycoris-lora"] if plan.networks else [])]
+    return {"kwrap": kohaku_wrap.__version__, **{package: installed_version(package) for package in packages}}
+
+
+def describe_sums(plan: MergePlan) -> list[dict[str, Any]]:
+    """Each sum that the merge computes, as text and as exact coefficients, with how many tensors it is for."""
+    return [
+        {
+            "sum": str(combination),
+            "models": {name: str(value) for name, value in combination.models},
+            "networks": {name: str(value) for name, value in combination.networks},
+            "tensors": count,
+        }
+        for combination, count in plan.combinations.items()
+    ]
+
+
+@dataclass(frozen=True)
+class License:
+    """What the parents say of their licenses."""
+
+    text: str
+    """The license that the merge carries; empty if none is known or they differ."""
+
+    conflict: str = ""
+    """One line where parents differ."""
+
+
+def join_licenses(headers: Mapping[str, Header]) -> License:
+    """The license of the merge: the one that all parents name, or a note that they differ."""
+    found = {name: header.metadata.get("modelspec.license", "") for name, header in headers.items()}
+    named = {name: text for name, text in found.items() if text}
+    if len(set(named.values())) == 1:
+        silent = [name for name in found if name not in named]
+        note = f"{', '.join(silent)} names no license" if silent else ""
+        return License(next(iter(named.values())), note)
+    if not named:
+        return License("", "no parent names a license (modelspec.license)")
+    listed = "; ".join(f"{name}: {text}" for name, text in named.items())
+    return License("", f"the parents' licenses differ ({listed}); the merge names none")
+
+
+def parent_entry(header: Header) -> dict[str, Any]:
+    """What the merged file keeps of one parent: its name, its recipe, and its own metadata."""
+    kept, left_out = {}, []
+    for key, value in sorted(header.metadata.items()):
+        if not key.startswith(NESTED_PREFIXES):
+            continue
+        if len(value) > NESTED_VALUE_LIMIT:
+            left_out.append(key)
+        else:
+            kept[key] = value
+    recipe = header.metadata.get("sd_merge_recipe")
+    entry: dict[str, Any] = {"name": header.path.name, "sd_merge_recipe": parse_json(recipe), "metadata": kept}
+    return {**entry, "left_out": left_out} if left_out else entry
+
+
+def parse_json(text: str | None) -> Any:
+    """The value of JSON text; the text itself where it is none."""
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def dump_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def build_metadata(
+    plan: MergePlan, hashes: Mapping[str, FileHashes], title: str = "", date: str = "", recipe: Recipe | None = None
+) -> dict[str, str]:
+    """The metadata of the merged file, in a fixed order and without the time unless `date` is given.
+
+    `hashes`: of every file of the plan, by name. Source: Stability's model metadata standard 1.0.1 and the
+    `sd_merge_recipe` and `sd_merge_models` that webui writes.
+    """
+    headers = {**plan.files, **plan.networks}
+    rights = join_licenses(headers)
+    anchor = plan.files[plan.anchor].metadata
+    notes = recipe.models if recipe else {}
+    merge_recipe = {
+        "type": RECIPE_TYPE,
+        "formula": plan.formula.source,
+        "canonical_formula": format_formula(plan.formula.tree),
+        "coefficients": describe_sums(plan),
+        "models": {name: hashes[name].sha256 for name in plan.files},
+        "networks": {name: hashes[name].sha256 for name in plan.networks},
+        "descriptions": {name: text for name, text in notes.items() if text},
+        "anchor": plan.anchor,
+        "options": changed_options(plan.options),
+        "decisions": [*plan.decisions, *([rights.conflict] if rights.conflict else [])],
+        "versions": versions_used(plan),
+        "primary_model_hash": hashes[plan.anchor].sha256,
+    }
+    parents: dict[str, Any] = {}
+    for name, header in headers.items():
+        inherited = parse_json(header.metadata.get("sd_merge_models"))
+        if isinstance(inherited, dict):
+            parents.update(inherited)
+        parents[hashes[name].sha256] = parent_entry(header)
+    metadata = {
+        "modelspec.sai_model_spec": MODELSPEC_VERSION,
+        "modelspec.architecture": anchor.get("modelspec.architecture") or "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": anchor.get("modelspec.implementation")
+        or "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title or (recipe.title if recipe else "") or plan.formula.source,
+        "modelspec.merged_from": ", ".join(header.path.name for header in headers.values()),
+    }
+    for key in ("modelspec.resolution", "modelspec.prediction_type"):
+        if key in anchor:
+            metadata[key] = anchor[key]
+    if rights.text:
+        metadata["modelspec.license"] = rights.text
+    if date:
+        metadata["modelspec.date"] = date
+    metadata["sd_merge_recipe"] = dump_json(merge_recipe)
+    metadata["sd_merge_models"] = dump_json(parents)
+    return metadata
+
+
+def changed_options(options: MergeOptions) -> dict[str, Any]:
+    """The options that are not as usual; paths as file names, so that no machine shows."""
+    usual = asdict(MergeOptions())
+    changed = {name: value for name, value in asdict(options).items() if value != usual[name]}
+    for name in ("like", "vae_from"):
+        if name in changed:
+            changed[name] = Path(str(changed[name])).name
+    return changed
+
+
+OPTION_FLAGS = {
+    "like": "--like",
+    "vae_from": "--vae-from",
+    "dtype": "--dtype",
+    "missing": "--missing",
+    "shapes": "--shapes",
+    "sums": "--sums",
+    "non_finite": "--non-finite",
+    "overflow": "--overflow",
+}
+
+
+def command_of_recipe(recipe: Mapping[str, Any], parents: Mapping[str, Any], output: str) -> str:
+    """The command that would make a merged file again, from its `sd_merge_recipe` and `sd_merge_models`.
+
+    Files are called by the names that they had; LIKE and VAE stand-ins are options, not models.
+    """
+    words: list[str] = ["kwrap", "merge", str(recipe.get("formula", ""))]
+    bound = {**as_table(recipe.get("models")), **as_table(recipe.get("networks"))}
+    for name, sha256 in bound.items():
+        if name in (LIKE, VAE):
+            continue
+        parent = as_table(parents.get(str(sha256)))
+        words += ["-m", f"{name}={parent.get('name', f'{name}.safetensors')}"]
+    for name, value in as_table(recipe.get("options")).items():
+        if name == "merge_vae":
+            words.append("--merge-vae")
+        elif name in OPTION_FLAGS:
+            words += [OPTION_FLAGS[name], str(value)]
+    return shlex.join([*words, "-o", output])
+
+
+def as_table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

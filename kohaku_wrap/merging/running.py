@@ -1,0 +1,359 @@
+"""A merge plan carried out: workers read, compute and write at fixed places of one new file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kohaku_wrap.errors import KwrapError, Problem
+from kohaku_wrap.files import Progress, fsync_folder
+from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch
+from kohaku_wrap.merging.layout import BITS_OF_DTYPE, Header, encode_header
+from kohaku_wrap.merging.networks import Change, raise_problems
+from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task, cut_pieces, list_tasks
+from kohaku_wrap.merging.planning import MergePlan
+from kohaku_wrap.merging.rounding import FORMATS, Combination
+
+POLL_SECONDS = 0.1
+DISK_RESERVE_BYTES = 16 << 20
+BYTES_OF_KIND = {name: BITS_OF_DTYPE[name] // 8 for name in (*FORMATS, RAW)}
+
+
+class BadOutput(KwrapError):
+    """An output path that cannot be written to."""
+
+
+class ChangedInput(KwrapError):
+    """A file that became shorter while it was read."""
+
+
+@dataclass
+class Faults:
+    """Elements that are not finite, by key."""
+
+    inputs: Counter[str] = field(default_factory=Counter)
+    """Because an input is not."""
+
+    overflows: Counter[str] = field(default_factory=Counter)
+    """Because the exact sum is too large for the output's type."""
+
+
+class Files:
+    """The open inputs of a merge."""
+
+    def __init__(self, headers: Mapping[str, Header]) -> None:
+        self.headers = headers
+        self.descriptors = {name: os.open(header.path, os.O_RDONLY) for name, header in headers.items()}
+
+    def close(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+
+    def read(self, name: str, begin: int, buffer: NDArray[Any]) -> None:
+        """Fill `buffer` from byte `begin` of a file's data."""
+        view = memoryview(buffer.view(np.uint8).data)
+        place = self.headers[name].data_start + begin
+        while len(view):
+            count = os.preadv(self.descriptors[name], [view], place)
+            if not count:
+                raise ChangedInput(f"{self.headers[name].path}: it became shorter while it was read", "Start again.")
+            view, place = view[count:], place + count
+
+
+def write_at(descriptor: int, buffer: NDArray[Any], place: int) -> None:
+    """Write all of `buffer` at byte `place` of a file."""
+    view = memoryview(buffer.view(np.uint8).data)
+    while len(view):
+        count = os.pwrite(descriptor, view, place)
+        view, place = view[count:], place + count
+
+
+@contextmanager
+def new_file(path: Path, size_bytes: int) -> Iterator[int]:
+    """A descriptor of `<path>.part`, which gets its name only when all is on disk; nothing is left on failure."""
+    part = path.with_name(f"{path.name}.part")
+    free_bytes = shutil.disk_usage(path.parent).free
+    if free_bytes < size_bytes + DISK_RESERVE_BYTES:
+        raise BadOutput(
+            f"{path.parent}: the output takes {size_bytes:,} bytes and only {free_bytes:,} are free",
+            "Free some space, or choose another place with -o.",
+        )
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadOutput(f"{part}: another merge is writing it", "Wait for it, or choose another name.") from None
+        try:
+            os.ftruncate(descriptor, 0)
+            yield descriptor
+            os.fsync(descriptor)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(descriptor)
+    fsync_folder(path.parent)
+
+
+def check_output(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Raise BadOutput where the output is one of the inputs, is a folder, or has no folder to lie in."""
+    if output.is_dir() or not output.name:
+        raise BadOutput(f"{output} is a folder", "Name a file with -o, such as merged.safetensors.")
+    if output.suffix != ".safetensors":
+        raise BadOutput(f"{output}: kwrap writes .safetensors files", f"Try -o {output.with_suffix('.safetensors')}")
+    if not output.parent.is_dir():
+        raise BadOutput(f"{output.parent} does not exist", "Make the folder first, or choose another place with -o.")
+    part = output.with_name(f"{output.name}.part")
+    for name, path in inputs.items():
+        for candidate in (output, part):
+            if candidate.exists() and candidate.samefile(path):
+                raise BadOutput(
+                    f"{candidate} is the input {name}", "Choose another name with -o; inputs are never overwritten."
+                )
+
+
+class Worker:
+    """One thread's buffers, and what it does with a task."""
+
+    def __init__(self, plan: MergePlan, files: Files, finder: KeyFinder, faults: Faults, lock: threading.Lock) -> None:
+        self.plan, self.files, self.finder, self.faults, self.lock = plan, files, finder, faults, lock
+        self.scratch = Scratch(CHUNK_ELEMENTS)
+        self.kernels: dict[Any, Kernel] = {}
+
+    def do(self, task: Task, descriptor: int, data_start: int) -> None:
+        """Compute a task and write it."""
+        if task.piece.deltas:
+            blocks = self.compute_with_deltas(task.piece)
+        else:
+            blocks = iter([(task.first, self.compute(task.piece, task.first, task.last, []))])
+        for first, output in blocks:
+            write_at(descriptor, output, data_start + task.piece.begin + first * task.piece.width)
+
+    def compute(self, piece: Piece, first: int, last: int, deltas: list[torch.Tensor], to: str = "") -> NDArray[Any]:
+        """Elements `first` to `last` of a piece, as bits in a buffer that the next call reuses."""
+        inputs = []
+        for place, source in enumerate(piece.sources):
+            width = BYTES_OF_KIND[source.kind]
+            kind = np.uint8 if source.kind == RAW else BITS_DTYPES[width]
+            buffer = self.scratch.take(f"input {place}", kind, last - first)
+            self.files.read(source.name, source.begin + first * width, buffer)
+            inputs.append(buffer)
+        if piece.to == RAW:
+            return inputs[0]
+        inputs += [delta.numpy().view(np.uint32) for delta in deltas]
+        weights = piece.coefficients + tuple(weight for _, weight, _ in piece.deltas[: len(deltas)])
+        kinds = tuple(source.kind for source in piece.sources) + ("F32",) * len(deltas)
+        to = to or piece.to
+        kernel = self.kernel(kinds, weights, to)
+        output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[to]], last - first)
+        not_finite, overflow = kernel.run(inputs, output, self.scratch)
+        self.count(self.faults.inputs, piece, first, not_finite)
+        self.count(self.faults.overflows, piece, first, overflow)
+        return output
+
+    def kernel(self, kinds: tuple[str, ...], weights: tuple[Any, ...], to: str) -> Kernel:
+        known = self.kernels.get((kinds, weights, to))
+        if known is None:
+            known = self.kernels[kinds, weights, to] = Kernel(kinds, Combination.of(weights), to)
+        return known
+
+    def count(self, counter: Counter[str], piece: Piece, first: int, places: NDArray[Any]) -> None:
+        if places.size:
+            keys = Counter(self.finder.key_at(piece.begin + (first + int(place)) * piece.width) for place in places)
+            with self.lock:
+                counter.update(keys)
+
+    def read_module(self, network: str, change: Change) -> dict[str, torch.Tensor]:
+        """A module's tensors in float32."""
+        tensors = {}
+        for suffix, spot in change.module.tensors.items():
+            kind = FORMATS[spot.dtype]
+            bits = np.empty(spot.elements, dtype=BITS_DTYPES[kind.size_bytes])
+            self.files.read(network, spot.begin, bits)
+            signed = torch.from_numpy(bits.view(np.int16 if kind.size_bytes == 2 else np.int32))
+            dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[spot.dtype]
+            tensors[suffix] = signed.view(dtype).to(torch.float32).reshape(spot.shape)
+        return tensors
+
+    def compute_with_deltas(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A piece that networks change, by blocks of rows: the first element and the bits of each."""
+        from kohaku_wrap.merging.deltas import Delta
+
+        modules = [self.read_module(name, change) for name, _, change in piece.deltas]
+        if any(change.module.has_dora and change.kind == "weight" for _, _, change in piece.deltas):
+            yield 0, self.compute_dora(piece, modules[0])
+            return
+        deltas = [
+            Delta(change.module.algorithm, change.kind, module)
+            for (_, _, change), module in zip(piece.deltas, modules, strict=True)
+        ]
+        row_elements = piece.elements // piece.rows
+        step = max(1, CHUNK_ELEMENTS // row_elements)
+        first = 0
+        while first < piece.rows:
+            last = min(first + step, piece.rows)
+            for delta in deltas:
+                if delta.period:
+                    last = min(last, (first // delta.period + 1) * delta.period)
+            rows = [delta.rows(first, last).contiguous() for delta in deltas]
+            yield first * row_elements, self.compute(piece, first * row_elements, last * row_elements, rows)
+            first = last
+
+    def compute_dora(self, piece: Piece, module: dict[str, torch.Tensor]) -> NDArray[Any]:
+        """A whole weight whose norms the network sets: float32 arithmetic, rounded once more to the output."""
+        from kohaku_wrap.merging.deltas import Delta, decompose_weight
+
+        _, weight, change = piece.deltas[0]
+        base = torch.from_numpy(self.compute(piece, 0, piece.elements, [], "F32").view(np.float32)).clone()
+        base = base.reshape(piece.shape)
+        delta = Delta(change.module.algorithm, "weight", module).whole_delta().reshape(piece.shape)
+        merged = decompose_weight(base + delta, module["dora_scale"], float(weight)).contiguous()
+        width = BYTES_OF_KIND[piece.to]
+        dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[piece.to]
+        output = merged.to(dtype).reshape(-1)
+        self.count(self.faults.overflows, piece, 0, np.flatnonzero(~torch.isfinite(output).numpy()))
+        return output.view(torch.int16 if width == 2 else torch.int32).numpy()
+
+
+class Pool:
+    """Threads that take tasks in turn until none is left, one fails, or the main thread is interrupted."""
+
+    def __init__(self, tasks: Iterator[Task]) -> None:
+        self.tasks = tasks
+        self.lock = threading.Lock()
+        self.stopped = False
+        self.done_bytes = 0
+        self.error: BaseException | None = None
+
+    def work(self, worker: Worker, descriptor: int, data_start: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            while not self.stopped:
+                with self.lock:
+                    task = next(self.tasks, None)
+                if task is None:
+                    return
+                worker.do(task, descriptor, data_start)
+                with self.lock:
+                    self.done_bytes += (task.last - task.first) * task.piece.width
+        except BaseException as error:  # kept, and raised again in the main thread
+            self.error = self.error or error
+            self.stopped = True
+
+    def run(
+        self, workers: list[Worker], descriptor: int, data_start: int, size_bytes: int, on_progress: Progress
+    ) -> None:
+        """Run to the end; an error of a worker is raised here."""
+        threads = [
+            threading.Thread(target=self.work, args=(worker, descriptor, data_start), daemon=True) for worker in workers
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(POLL_SECONDS)
+                    on_progress(self.done_bytes, size_bytes)
+        finally:
+            self.stopped = True
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote."""
+
+    output: Path
+    """The new file."""
+
+    size_bytes: int
+    """Its size, the header included."""
+
+    faults: Faults
+    """Elements that are not finite, where that was allowed."""
+
+    verified: int
+    """Elements that were computed again in rationals; 0 if that was not asked for."""
+
+    unverified: int
+    """Elements drawn for that, but set by DoRA, which is not rational arithmetic."""
+
+
+def count_threads() -> int:
+    """As many threads as processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_merge(
+    plan: MergePlan,
+    output: Path,
+    metadata: Mapping[str, str],
+    threads: int = 0,
+    verify_elements: int = 0,
+    on_progress: Progress = lambda done, total: None,
+) -> MergeResult:
+    """Write the merge to `output`: whole, checked and on disk, or not at all.
+
+    The bytes do not depend on `threads` (0: one for each processor). `on_progress` is told bytes of the output.
+    Raises BadOutput, ProblemsFound for non-finite elements that are not allowed, or MismatchFound.
+    """
+    from kohaku_wrap.merging.verifying import verify_elements_of
+
+    headers = {**plan.files, **plan.networks}
+    check_output(output, {name: header.path for name, header in headers.items()})
+    start = encode_header({tensor.key: tensor.spot for tensor in plan.tensors}, metadata)
+    size_bytes = len(start) + plan.data_bytes
+    pieces = cut_pieces(plan)
+    faults, lock, finder = Faults(), threading.Lock(), KeyFinder(plan)
+    files = Files(headers)
+    before = torch.get_num_threads()
+    try:
+        with new_file(output, size_bytes) as descriptor:
+            write_at(descriptor, np.frombuffer(start, dtype=np.uint8), 0)
+            os.ftruncate(descriptor, size_bytes)
+            count = min(threads or count_threads(), max(1, len(pieces) * 64))
+            workers = [Worker(plan, files, finder, faults, lock) for _ in range(count)]
+            torch.set_num_threads(1)
+            Pool(list_tasks(pieces)).run(workers, descriptor, len(start), plan.data_bytes, on_progress)
+            raise_faults(plan, faults)
+            verified = unverified = 0
+            if verify_elements:
+                verified, unverified = verify_elements_of(workers[0], pieces, descriptor, len(start), verify_elements)
+    finally:
+        torch.set_num_threads(before)
+        files.close()
+    return MergeResult(output, size_bytes, faults, verified, unverified)
+
+
+def raise_faults(plan: MergePlan, faults: Faults) -> None:
+    """Raise ProblemsFound for what the options do not allow."""
+    problems = []
+    if plan.options.non_finite == "fail":
+        problems += [
+            Problem(key, f"{count} numbers of the inputs are infinite or NaN") for key, count in faults.inputs.items()
+        ]
+    if plan.options.overflow == "fail":
+        problems += [
+            Problem(key, f"{count} results are too large for the output's type")
+            for key, count in faults.overflows.items()
+        ]
+    options = "`--non-finite keep` and `--overflow keep` write them as they are; `--dtype fp32` holds larger numbers."
+    raise_problems("the merge is not finite; nothing was written", problems, options)
