@@ -1,4 +1,4 @@
-"""The dataset that both engines train from: columns of a memory-mapped Arrow file, no Python object an image.
+"""The dataset that both engines train from: columns of an Arrow file, no Python object an image.
 
 A key names a batch, and everything random about it is a function of the seed, the epoch and the image, so the
 number of loader workers, their prefetch and earlier attempts leave no trace. Items are those of sd-scripts'
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -124,8 +126,46 @@ class ItemOptions:
 
 
 @dataclass(frozen=True)
+class TextColumn:
+    """A column of texts read from the file a row at a time.
+
+    The texts stay in the page cache. Mapped instead, every process would soon count the whole file as its own,
+    since the kernel maps large pieces around each page that is touched.
+    """
+
+    stream: BinaryIO
+    """The open file; shared with forked loader workers, since reads name their place."""
+
+    chunk_rows: npt.NDArray[np.int64]
+    """(chunks + 1,) the first row of each record batch, and the number of rows."""
+
+    chunk_places: npt.NDArray[np.int64]
+    """(chunks,) where in the file the texts of each record batch begin."""
+
+    offsets: tuple[npt.NDArray[np.integer[Any]], ...]
+    """For each record batch (rows + 1,): where its texts begin, counted from the first."""
+
+    @classmethod
+    def locate(cls, column: Any, stream: BinaryIO, mapping_address: int) -> TextColumn:
+        """Of a pyarrow ChunkedArray of string or large_string whose buffers lie in a mapping of `stream`."""
+        places, offsets = [], []
+        for chunk in column.chunks:
+            _, ends, texts = chunk.buffers()
+            width = np.dtype(np.int64 if pa.types.is_large_string(chunk.type) else np.int32)
+            places.append(texts.address - mapping_address if texts else 0)
+            offsets.append(np.frombuffer(ends, width, len(chunk) + 1, chunk.offset * width.itemsize).copy())
+        rows = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        return cls(stream, rows.astype(np.int64), np.array(places, dtype=np.int64), tuple(offsets))
+
+    def __getitem__(self, row: int) -> str:
+        chunk = int(np.searchsorted(self.chunk_rows, row, side="right")) - 1
+        begin, end = self.offsets[chunk][row - self.chunk_rows[chunk] :][:2].tolist()
+        return os.pread(self.stream.fileno(), end - begin, int(self.chunk_places[chunk]) + begin).decode()
+
+
+@dataclass(frozen=True)
 class Columns:
-    """The captions file, mapped: its pages are shared by all ranks and loader workers."""
+    """The captions file: numbers in memory that forked loader workers share, texts left on disk."""
 
     folder: Path
     """The image folder that the file names are relative to."""
@@ -139,31 +179,23 @@ class Columns:
     heights: npt.NDArray[np.int32]
     """(images,) real heights in pixels."""
 
-    files: Any
-    """pyarrow ChunkedArray of names relative to `folder`."""
+    files: TextColumn
+    """Names relative to `folder`."""
 
-    captions: Any
-    """pyarrow ChunkedArray of caption texts."""
+    captions: TextColumn
+    """Caption texts."""
 
     digest: str
     """The digest over all rows that `kwrap caption` recorded."""
 
     @classmethod
     def open(cls, folder: Path) -> Columns:
-        """Map `captions.arrow` of an image folder. Raises BadCaptions."""
+        """Read `captions.arrow` of an image folder. Raises BadCaptions."""
         path = Path(folder) / CAPTIONS_FILE
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            about = json.loads((table.schema.metadata or {}).get(b"kwrap", b"{}"))
-            return cls(
-                folder=Path(folder),
-                ids=table["id"].to_numpy(),
-                widths=table["width"].to_numpy(),
-                heights=table["height"].to_numpy(),
-                files=table["file"],
-                captions=table["caption"],
-                digest=str(about.get("digest", "")),
-            )
+            stream = path.open("rb")
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return cls.locate(Path(folder), stream, pa.py_buffer(mapping))
         except FileNotFoundError:
             raise BadCaptions(f"{path}: no such file", "Make it with `kwrap caption`.") from None
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
@@ -171,14 +203,29 @@ class Columns:
                 f"{path}: not a captions file ({error})", "Make it again with `kwrap caption`."
             ) from error
 
+    @classmethod
+    def locate(cls, folder: Path, stream: BinaryIO, mapped: Any) -> Columns:
+        """From an Arrow buffer that maps `stream`; nothing that is kept points into it."""
+        table = pa.ipc.open_file(pa.BufferReader(mapped)).read_all()
+        about = json.loads((table.schema.metadata or {}).get(b"kwrap", b"{}"))
+        return cls(
+            folder=folder,
+            ids=np.array(table["id"]),
+            widths=np.array(table["width"]),
+            heights=np.array(table["height"]),
+            files=TextColumn.locate(table["file"], stream, mapped.address),
+            captions=TextColumn.locate(table["caption"], stream, mapped.address),
+            digest=str(about.get("digest", "")),
+        )
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def path_of(self, row: int) -> Path:
-        return self.folder / str(self.files[row].as_py())
+        return self.folder / self.files[row]
 
     def caption_of(self, row: int) -> str:
-        return str(self.captions[row].as_py())
+        return self.captions[row]
 
     def size_of(self, row: int) -> tuple[int, int]:
         """Width and height in pixels."""
