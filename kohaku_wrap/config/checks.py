@@ -74,7 +74,8 @@ def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[s
     notes = list(effective.notes)
     warmup = effective.get("lr_warmup_steps", 0)
     processes = effective.site.machine.processes if effective.site else 1
-    if isinstance(warmup, int) and warmup and processes > 1:
+    said = any("lr_warmup_steps" in note for note in notes)
+    if isinstance(warmup, int) and warmup and processes > 1 and not said:
         notes.append(
             f"lr_warmup_steps = {warmup}: {warmup} optimizer steps under kwrap; plain sd-scripts on {processes} "
             f"processes makes it {-(-warmup // processes)}."

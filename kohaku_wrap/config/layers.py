@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.options import OptionTable, load_option_table
+from kohaku_wrap.config.installed import find_option_table
+from kohaku_wrap.config.options import OptionTable
 from kohaku_wrap.config.reading import Entry, LayerReader, read_override, shorten_path
 from kohaku_wrap.config.schema import ARGUMENT_TABLES, OWN_TABLES
 from kohaku_wrap.config.site import Site
@@ -133,7 +134,7 @@ def load_layers(
     table: OptionTable | None = None,
 ) -> tuple[Effective, list[Problem]]:
     """The effective values, and the faults of each layer on its own."""
-    table = table or load_option_table()
+    table = table or find_option_table(read_live=False)
     path = find_template(name_or_path)
     files = order_files(path)
     reader = LayerReader(table)

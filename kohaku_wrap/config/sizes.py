@@ -157,9 +157,9 @@ def weigh_host_memory(
         else Part("base model, mapped once for all while loading", base_parameters * 2)
     )
     parts = [
-        Part(f"{plan.processes} trainer processes", plan.processes * PROCESS_BYTES),
+        Part(f"trainer processes ({plan.processes})", plan.processes * PROCESS_BYTES),
         model,
-        Part(f"{plan.processes * workers} loader workers", plan.processes * workers * WORKER_BYTES),
+        Part(f"loader workers ({plan.processes * workers})", plan.processes * workers * WORKER_BYTES),
         Part("batches made ahead", batches),
     ]
     if on_cpu:

@@ -1,0 +1,89 @@
+"""`kwrap doctor`: is this machine ready, and for this template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json
+from kohaku_wrap.errors import KwrapError
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.doctor_torch import Finding
+
+MARKS = {"ok": ("ok     ", "green"), "warning": ("warning", "yellow"), "broken": ("broken ", "red")}
+Path_ = click.Path(path_type=Path)
+
+
+class NotReady(KwrapError):
+    """Something would break the run."""
+
+
+@click.command(
+    "doctor",
+    epilog="Examples: kwrap doctor; kwrap doctor --engine builtin; kwrap doctor epsilon --site site.toml",
+)
+@click.argument("template", required=False)
+@click.option("--site", "site_file", type=Path_, help="The machine's site.toml: its paths and GPUs are tried.")
+@click.option("--engine", type=click.Choice(["sd-scripts", "builtin"]), help="Look at this engine's needs.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@json_option
+def command(
+    template: str | None, site_file: Path | None, engine: str | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Tell whether this machine can train, and this template with --site.
+
+    Each finding says what was found, why it matters and what to do. Exit code 1 when something would break the run.
+    """
+    from kohaku_wrap.config.layers import Effective, resolve_template
+    from kohaku_wrap.config.plan import NoImages, read_folder_sizes
+    from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.training.doctor import Health, examine_machine
+    from kohaku_wrap.training.doctor import as_json as health_as_json
+    from kohaku_wrap.training.doctor_torch import Finding
+    from kohaku_wrap.training.training_plan import TrainingPlan, plan_training
+
+    site = load_site(site_file) if site_file else None
+    if overrides and not template:
+        raise click.UsageError("--set changes a template: name one")
+    effective: Effective | None = None
+    plan: TrainingPlan | None = None
+    findings: list[Finding] = []
+    if site and not template:
+        template = "sdxl-lokr"
+    if template:
+        effective = resolve_template(template, site, overrides)
+        if site and effective.batch:
+            try:
+                plan = plan_training(effective, read_folder_sizes(site.paths.images))
+            except NoImages as missing:
+                findings.append(
+                    Finding("images", "warning", missing.message, "Disk and memory depend on them.", missing.next_step)
+                )
+    engine = engine or (site.machine.engine if site else None)
+    for finding in examine_machine(engine, effective, plan):
+        findings.append(finding)
+        if not as_json:
+            print_finding(finding)
+    health = Health(tuple(findings))
+    if as_json:
+        print_json("doctor", {"engine": engine, "template": template, **health_as_json(health)})
+        if not health.is_ready:
+            raise click.exceptions.Exit(1)
+        return
+    broken = [finding.name for finding in findings if finding.status == "broken"]
+    if broken:
+        raise NotReady(f"not ready: {', '.join(broken)}", "Mend these and run `kwrap doctor` again.")
+    click.echo("Ready." if template else "Ready; name a template and --site to look closer.")
+    click.echo(f"Next: kwrap plan {template or 'epsilon'} --site {site_file or 'site.toml'}")
+
+
+def print_finding(finding: Finding) -> None:
+    """One line, and two more where something is to be done."""
+    mark, colour = MARKS[finding.status]
+    click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.what}")
+    if finding.status != "ok":
+        click.echo(f"        why: {finding.why}")
+        click.echo(f"        do:  {finding.do}")
