@@ -133,6 +133,7 @@ class Loop:
         self.rates: list[float] = []
         self.stopping = False
         self.step_ended = False
+        self.step_skipped = False
         self.state_after_epoch = False
         header = LedgerHeader(
             attempt.number, rank, attempt.processes, attempt.accumulation, lock.batch_per_gpu, lock.seed
@@ -188,7 +189,7 @@ class Loop:
             )
         self.optimizer_steps = optimizer_steps + 1
         self.step_ended = True
-        self.write_metrics(loss, skipped)
+        self.step_skipped = skipped
         if self.saves_checkpoint_now():
             self.attempt.beat(self.rank, "saving", self.optimizer_steps, self.micro_batches)
         return self.optimizer_steps
@@ -200,6 +201,7 @@ class Loop:
             self.record_micro_batch()
             return False
         self.step_ended = False
+        self.write_metrics()
         self.sums = StepSums()
         self.require_seams()
         epoch_ends = optimizer_steps % self.count.optimizer_steps_per_epoch == 0
@@ -307,15 +309,16 @@ class Loop:
         sums.images, sums.nan_latents, sums.substitutes = int(images), int(nan_latents), int(substitutes)
         self.stopping = self.stopping or bool(stop_sum)
 
-    def write_metrics(self, loss: float, skipped: bool) -> None:
-        """One line of metrics.jsonl, on rank 0."""
+    def write_metrics(self) -> None:
+        """One line of metrics.jsonl, on rank 0, once the trainer has recorded the loss."""
         if self.metrics is None:
             return
         line: dict[str, Any] = {
             "optimizer_step": self.optimizer_steps,
             "epoch": (self.optimizer_steps - 1) // self.count.optimizer_steps_per_epoch,
             "micro_batch": self.optimizer_steps * self.attempt.accumulation,
-            "loss": loss,
+            "loss": self.sums.loss / self.attempt.group,
+            "loss_average": float(self.loss_recorders[0].moving_average) if self.loss_recorders else math.nan,
             **dict(zip(self.rate_names, self.rates, strict=False)),
             "seconds": round(time.monotonic() - self.sums.started, 4),
             "images": self.sums.images,
@@ -324,7 +327,7 @@ class Loop:
         extras = {
             "nan_latents": self.sums.nan_latents,
             "substitutes": self.sums.substitutes,
-            "optimizer_step_skipped": int(skipped),
+            "optimizer_step_skipped": int(self.step_skipped),
         }
         self.metrics.append(line | {name: number for name, number in extras.items() if number})
 

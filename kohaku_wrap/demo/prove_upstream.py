@@ -1,0 +1,269 @@
+"""What plain sd-scripts does with the demo's training when it is resumed its own way: the reason for kwrap.
+
+Each case trains to the end, then again from a state in the middle with `--resume` and `--skip_until_initial_step`,
+and compares the final networks. Every process is sd-scripts' own script; only the model's sizes are the demo's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import toml
+
+from kohaku_wrap.config.installed import find_trainer
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.plan import plan_steps, read_folder_sizes
+from kohaku_wrap.config.render import DATASET_FILE, TRAINER_FILE, render_run
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.demo.killing import run_kwrap
+from kohaku_wrap.errors import KwrapError
+
+PLAIN_WORKER = "kohaku_wrap.training.workers.plain_sd_scripts"
+RUN_TIMEOUT_SECONDS = 900
+FLIPPED_BYTE_FROM_END = 1000
+
+
+class TrainerNotInstalled(KwrapError):
+    """There is no sd-scripts checkout to show anything with."""
+
+
+class PlainRunFailed(KwrapError):
+    """Plain sd-scripts ended with an error."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A way to train the demo."""
+
+    accumulation: int = 1
+    """Micro-batches in an optimizer step."""
+
+    epochs: int = 1
+    """Times that all images are trained."""
+
+    processes: int = 1
+    """Ranks, on the CPU."""
+
+    workers: int = 0
+    """Loader workers of each rank."""
+
+    state_every: int = 4
+    """Optimizer steps between states."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case."""
+
+    name: str
+    """What was done."""
+
+    is_identical: bool
+    """Whether the final networks are equal to the bit."""
+
+    remark: str
+    """What else was seen."""
+
+    def line(self) -> str:
+        """As `make prove-upstream` prints it."""
+        word = "identical" if self.is_identical else "DIFFERENT"
+        return f"{word}  {self.name}" + (f": {self.remark}" if self.remark else "")
+
+
+@dataclass
+class PlainRuns:
+    """A demo world with its images, and the plain runs made in it."""
+
+    site: Path
+    """The world's `site.toml`; its images and captions are there."""
+
+    folder: Path
+    """Where the runs go."""
+
+    count: int = field(default=0, init=False)
+    """Runs made so far."""
+
+    def options(self, shape: Shape) -> tuple[dict[str, Any], str]:
+        """The demo template's options for plain sd-scripts, and its dataset file's text."""
+        site = load_site(self.site)
+        effective = resolve_template("demo", site, ["kwrap.data=sd-scripts"])
+        rendered = render_run(
+            effective,
+            site,
+            self.folder / "rendered",
+            "plain",
+            plan_steps(effective, read_folder_sizes(site.paths.images)),
+            engine="sd-scripts",
+        )
+        options = {
+            **rendered.trainer,
+            "gradient_accumulation_steps": shape.accumulation,
+            "max_train_epochs": shape.epochs,
+            "max_data_loader_n_workers": shape.workers,
+            "persistent_data_loader_workers": shape.workers > 0,
+            "save_every_n_steps": shape.state_every,
+            "save_state": True,
+            "lr_warmup_steps": 2,
+        }
+        return options, (self.folder / "rendered" / DATASET_FILE).read_text(encoding="utf-8")
+
+    def train(self, shape: Shape, resume: Path | None = None) -> Path:
+        """One run of plain sd-scripts; its output folder. Raises PlainRunFailed."""
+        self.count += 1
+        folder = self.folder / f"run-{self.count}"
+        folder.mkdir(parents=True)
+        options, dataset = self.options(shape)
+        options |= {"output_dir": str(folder / "out"), "output_name": "plain"}
+        if resume is not None:
+            options |= {"resume": str(resume), "skip_until_initial_step": True}
+        (folder / TRAINER_FILE).write_text(toml.dumps({"all": options}), encoding="utf-8")
+        (folder / DATASET_FILE).write_text(dataset, encoding="utf-8")
+        several = ("--multi_gpu", "--main_process_port", "0") if shape.processes > 1 else ()
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *several),
+            *("--num_processes", str(shape.processes), "--num_machines", "1", "--mixed_precision", "no"),
+            *("--dynamo_backend", "no", "-m", PLAIN_WORKER),
+            *("--config_file", TRAINER_FILE, "--dataset_config", DATASET_FILE),
+        ]
+        with (folder / "log").open("wb") as log:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=plain_environment(),
+                stdout=log,
+                stderr=log,
+                timeout=RUN_TIMEOUT_SECONDS,
+                check=False,
+            )
+        if done.returncode:
+            raise PlainRunFailed(
+                f"plain sd-scripts ended with exit code {done.returncode}", f"Its log: {folder / 'log'}"
+            )
+        return folder / "out"
+
+
+def plain_environment() -> dict[str, str]:
+    """The variables of a plain run on the CPU."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "LYCORIS_KERNEL_BACKEND": "torch",
+        "LYCORIS_KERNEL_TUNE": "off",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def compare_networks(first: Path, second: Path) -> tuple[bool, str]:
+    """Whether two output folders hold the same final network, and how many values differ."""
+    left, right = read_network(first / "plain.safetensors"), read_network(second / "plain.safetensors")
+    differing = sum(int(np.count_nonzero(left[name] != right[name])) for name in left if name in right)
+    total = sum(values.size for values in left.values())
+    if left.keys() == right.keys() and not differing:
+        return True, ""
+    return False, f"{100 * differing / max(total, 1):.0f} % of the weights differ"
+
+
+def read_network(path: Path) -> Mapping[str, Any]:
+    from safetensors.numpy import load_file
+
+    arrays: Mapping[str, Any] = load_file(str(path))
+    return arrays
+
+
+def state_of(output: Path, step: int) -> Path:
+    """Where plain sd-scripts keeps the state of a step."""
+    return output / f"plain-step{step:08d}-state"
+
+
+def damage_state(state: Path) -> None:
+    """Flip one byte of the network in a state, as a disk might."""
+    path = state / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-FLIPPED_BYTE_FROM_END] ^= 0x40
+    path.write_bytes(content)
+
+
+def is_unchanged(state: Path, output: Path) -> bool:
+    """Whether a resumed run ended with the very weights that it began with."""
+    network = read_network(output / "plain.safetensors")
+    kept = read_network(state / "model.safetensors")
+    return all(np.array_equal(kept[name].astype(values.dtype), values) for name, values in network.items())
+
+
+def iterate_cases(runs: PlainRuns) -> Iterator[Outcome]:
+    """Train and compare, one case after another."""
+    single = Shape()
+    whole = runs.train(single)
+    yield Outcome("uninterrupted, twice", *compare_networks(whole, runs.train(single)))
+
+    two_workers = Shape(workers=2)
+    yield Outcome("uninterrupted, 2 loader workers instead of 0", *compare_networks(whole, runs.train(two_workers)))
+
+    yield Outcome("accumulation 1, resumed at step 4", *resume_and_compare(runs, single, whole, 4))
+
+    grouped = Shape(accumulation=4, epochs=2, state_every=2)
+    grouped_whole = runs.train(grouped)
+    yield Outcome(
+        "accumulation 4, resumed at step 2 in the first epoch", *resume_and_compare(runs, grouped, grouped_whole, 2)
+    )
+    yield Outcome(
+        "accumulation 4, resumed at step 4 in the second epoch", *resume_and_compare(runs, grouped, grouped_whole, 4)
+    )
+
+    paired = Shape(processes=2, epochs=2)
+    yield Outcome("2 processes, resumed at step 8", *resume_and_compare(runs, paired, runs.train(paired), 8))
+
+    damage_state(state_of(whole, 4))
+    resumed = runs.train(single, state_of(whole, 4))
+    equal, remark = compare_networks(whole, resumed)
+    yield Outcome("a flipped byte in the state", equal, f"{remark}, loaded without a word" if remark else "")
+
+
+def resume_and_compare(runs: PlainRuns, shape: Shape, whole: Path, step: int) -> tuple[bool, str]:
+    """Resume the run's state of `step` in sd-scripts' own way; whether it ends as the whole run did."""
+    state = state_of(whole, step)
+    resumed = runs.train(shape, state)
+    equal, remark = compare_networks(whole, resumed)
+    if not equal and is_unchanged(state, resumed):
+        remark += "; nothing was trained, exit code 0 (kohya-ss/sd-scripts#2407)"
+    return equal, remark
+
+
+def prove_upstream(world: Path, folder: Path) -> tuple[int, int]:
+    """Print one line a case; the number of cases and of identical ones. Raises TrainerNotInstalled, PlainRunFailed.
+
+    `world`: a demo world with its images extracted and captioned; `folder`: where the plain runs go, made anew.
+    """
+    if find_trainer() is None:
+        raise TrainerNotInstalled("sd-scripts is not installed", "Get it with `kwrap trainer install`.")
+    shutil.rmtree(folder, ignore_errors=True)
+    site = world / "site.toml"
+    write_captions_cache(world, folder)
+    total = identical = 0
+    for outcome in iterate_cases(PlainRuns(site, folder)):
+        print(outcome.line(), flush=True)
+        total += 1
+        identical += outcome.is_identical
+    return total, identical
+
+
+def write_captions_cache(world: Path, folder: Path) -> None:
+    """Have `metadata_cache.json` written, by which plain sd-scripts finds images in folders of folders."""
+    paths = load_site(world / "site.toml").paths
+    selection = world / "demo.parquet"
+    arguments = ("caption", str(selection), "--db", str(paths.db), "--out", str(paths.images))
+    run_kwrap((*arguments, "--dataset", "demo", "--format", "cache"), folder / "captions.log")

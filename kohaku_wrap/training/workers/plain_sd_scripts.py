@@ -1,0 +1,36 @@
+"""sd-scripts as it is, for comparison: only the sizes of the demo's model and torchvision are seen to.
+
+Run as `python -m kohaku_wrap.training.workers.plain_sd_scripts` with the arguments of `sdxl_train_network.py`.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from kohaku_wrap.training.trainer import find_checkout
+from kohaku_wrap.training.workers.sd_scripts import enter_checkout
+
+
+def main() -> None:
+    """Train with the trainer's own script, its loop, dataset and states untouched."""
+    checkout = find_checkout()
+    enter_checkout(checkout)
+    import sdxl_train_network
+    from library import train_util
+
+    from kohaku_wrap.training.workers.tiny_sizes import change_sizes, read_sizes
+
+    parser = sdxl_train_network.setup_parser()
+    args = train_util.read_config_from_file(parser.parse_args(), parser)
+    sizes = read_sizes(Path(args.pretrained_model_name_or_path))
+    if sizes is not None:
+        change_sizes(sizes)
+    script = checkout.path / "sdxl_train_network.py"
+    sys.argv[0] = str(script)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
