@@ -1,0 +1,82 @@
+"""`kwrap extract`: images out of the tars."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap extract world/demo.parquet --tars world/tars --out world/images
+  kwrap extract epsilon.parquet --tars /data/danbooru2023 --out /data/images --jobs 16 --max-missing 2000"""
+)
+@click.argument("selection", metavar="SEL.parquet", type=click.Path(path_type=Path))
+@click.option(
+    "--tars",
+    metavar="DIR",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the tars, searched through: data-0NNN.tar, data-1NNN.tar and *-D.tar.",
+)
+@click.option(
+    "--out", "images", metavar="IMAGES", required=True, type=click.Path(path_type=Path), help="Folder of the images."
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes that read tars.  [default: one a core]")
+@click.option(
+    "--max-missing",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Missing and corrupt images that are not an error.",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Reduce images with more pixels than this.  [default: keep all as they are]",
+)
+@json_option
+def command(
+    selection: Path, tars: Path, images: Path, jobs: int | None, max_missing: int, max_pixels: int, as_json: bool
+) -> None:
+    """Extract and verify the selected images.
+
+    Reads both published layouts (original/, recent/, images/, updates/), decodes every image to its last
+    pixel and writes it to IMAGES/NNNN/ID.ext. IMAGES/extracted.parquet lists what is verified with real
+    sizes, IMAGES/extract-report.json what is missing or corrupt and why. Run it again to go on: what is
+    there and verified is kept.
+    """
+    from kohaku_wrap.dataset.extract import REPORT_FILE, extract_images
+
+    with progress_bar("images", "posts", quiet=as_json) as report_progress:
+        report = extract_images(selection, tars, images, jobs, max_pixels, on_progress=report_progress)
+    payload = {
+        "images": str(report.images),
+        "selected": report.selected,
+        "written": report.written,
+        "kept": report.kept,
+        "missing": len(report.missing),
+        "corrupt": len(report.corrupt),
+        "reduced": report.reduced,
+        "other_size": report.other_size,
+        "refused_members": len(report.refused),
+        "damaged_tars": len(report.damaged),
+        "report": str(images / REPORT_FILE),
+    }
+    if as_json:
+        print_json("extract", payload)
+    else:
+        rows = [
+            (name.replace("_", " "), payload[name]) for name in ("selected", "written", "kept", "missing", "corrupt")
+        ]
+        extra = ("reduced", "other_size", "refused_members", "damaged_tars")
+        rows += [(name.replace("_", " "), payload[name]) for name in extra if payload[name]]
+        print_table("Images", [*rows, ("report", payload["report"])])
+    report.check(max_missing)
+    if not as_json:
+        print_note(f"Next: kwrap caption {selection} --db DB --out {images}")

@@ -1,0 +1,149 @@
+"""What of the image folder is verified: extracted.parquet, and the journals of a run that has not ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import atomic_write
+
+EXTRACTED_FILE = "extracted.parquet"
+JOURNAL_FOLDER = ".extracting"
+SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("file", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("size_bytes", pa.int64()),
+        ("max_pixels", pa.int64()),
+    ]
+)
+"""`file` is relative to the image folder; width and height are real; `max_pixels` is 0 for the file as it came,
+otherwise the limit that a smaller copy was made for."""
+
+
+class ExtractedUnreadable(KwrapError):
+    """The record of the verified images is damaged."""
+
+
+class FolderBusy(KwrapError):
+    """Another extract works in the same folder."""
+
+
+@dataclass(frozen=True)
+class JournalFolder:
+    """The journals below an image folder, locked against a second extract."""
+
+    path: Path
+    """The folder that holds them."""
+
+    lock: IO[bytes]
+    """Held while it is open."""
+
+    @classmethod
+    def open(cls, images: Path) -> JournalFolder:
+        """Make or find the journals of `images`. Raises FolderBusy."""
+        import fcntl
+
+        path = images / JOURNAL_FOLDER
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise FolderBusy(f"another extract works in {images}", "Wait for it to end, or stop it.") from error
+        return cls(path, lock)
+
+    def close(self, finished: bool) -> None:
+        """Let go of the folder; when all is in extracted.parquet (`finished`), the journals go too."""
+        if finished:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.lock.close()
+
+    def next_stem(self) -> Path:
+        """The beginning of the names of one run's journals; later runs sort after earlier ones."""
+        runs = [int(path.name.split("-")[0]) for path in self.path.glob("*.csv")]
+        return self.path / f"{max(runs, default=0) + 1:06}"
+
+    def read(self) -> pa.Table:
+        """All lines of all journals, in the order of writing within each; a torn last line is left out."""
+        tables = [SCHEMA.empty_table()]
+        for path in sorted(self.path.glob("*.csv")):
+            text = path.read_bytes()
+            text = text[: text.rfind(b"\n") + 1]
+            if text:
+                tables.append(
+                    pacsv.read_csv(
+                        pa.py_buffer(text),
+                        pacsv.ReadOptions(column_names=SCHEMA.names),
+                        convert_options=pacsv.ConvertOptions(column_types=SCHEMA),
+                    )
+                )
+        return pa.concat_tables(tables)
+
+
+def read_extracted(images: Path) -> pa.Table:
+    """The rows of extracted.parquet by ascending id, none when there is no such file. Raises ExtractedUnreadable."""
+    path = images / EXTRACTED_FILE
+    if not path.is_file():
+        return SCHEMA.empty_table()
+    try:
+        table = pq.read_table(path)
+        return table.select(SCHEMA.names).cast(SCHEMA)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ExtractedUnreadable(
+            f"{path} cannot be read: {error}", "Remove it; the images are then checked again from the tars."
+        ) from error
+
+
+def merge_rows(earlier: pa.Table, later: pa.Table) -> pa.Table:
+    """The rows of both by ascending id; of rows of one id the last."""
+    table = pa.concat_tables([earlier, later])
+    ids = table["id"].to_numpy()
+    order = np.argsort(ids, kind="stable")
+    last = np.append(ids[order][1:] != ids[order][:-1], True) if len(ids) else np.empty(0, bool)
+    return table.take(pa.array(order[last]))
+
+
+def is_in_ids(table: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Array:
+    """(rows,) booleans: is the row's id among `ids`."""
+    return pa.array(np.isin(table["id"].to_numpy(), ids))
+
+
+def drop_ids(table: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
+    """The rows of all other ids."""
+    return table.filter(pa.array(np.isin(table["id"].to_numpy(), ids, invert=True)))
+
+
+def drop_absent_files(table: pa.Table, images: Path) -> pa.Table:
+    """The rows whose file is there in its recorded size."""
+    there = np.zeros(table.num_rows, dtype=bool)
+    position = 0
+    for batch in table.select(["file", "size_bytes"]).to_batches():
+        for file, size_bytes in zip(batch["file"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True):
+            try:
+                there[position] = (images / file).stat().st_size == size_bytes
+            except OSError:
+                there[position] = False
+            position += 1
+    return table.filter(pa.array(there))
+
+
+def write_extracted(images: Path, table: pa.Table, about: Mapping[str, Any]) -> None:
+    """Write the verified images' rows, by ascending id, as extracted.parquet."""
+    schema = SCHEMA.with_metadata({b"kwrap": json.dumps(about).encode()})
+    with atomic_write(images / EXTRACTED_FILE, "wb") as stream:
+        pq.write_table(table.cast(schema), stream, compression="zstd")

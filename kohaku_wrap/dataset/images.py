@@ -1,0 +1,179 @@
+"""Is a file a whole still image, how large is it really, and a smaller copy where one is asked for."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+
+from PIL import Image
+
+from kohaku_wrap.errors import KwrapError
+
+STILL_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif")
+"""What the trainer reads, of what the site holds; gif, mp4, webm, zip and swf are no still images."""
+
+EXTENSIONS_OF_FORMAT = {
+    "JPEG": ("jpg", "jpeg"),
+    "MPO": ("jpg", "jpeg"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "AVIF": ("avif",),
+}
+"""Pillow's names of the formats that are taken."""
+
+READ_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+"""What Pillow may try: few plugins, so that a hostile file cannot reach the rare ones. MPO comes through JPEG."""
+
+LARGEST_IMAGE_PIXELS = 178_956_970
+"""Pillow's own bound beyond which it calls an image a decompression bomb."""
+
+LARGEST_FILE_BYTES = 1 << 29
+"""No honest image of that many pixels is larger."""
+
+JPEG_QUALITY = 95
+
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Left, top and the steps across and down of each pass of an interlaced PNG."""
+
+PNG_PIECE_BYTES = 1 << 22
+
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's plugins raise on broken files; there is no common class."""
+
+
+class ImageRefused(KwrapError):
+    """A file that is not a whole still image."""
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image that was decoded to its last pixel."""
+
+    content: bytes
+    """The file to write: as it came, or the smaller copy."""
+
+    extension: str
+    """Of the name that it came by where that fits the format, otherwise the format's own."""
+
+    width: int
+    """Real width of `content` in pixels, as the trainer will see it: without EXIF rotation."""
+
+    height: int
+    """Real height of `content` in pixels."""
+
+    reduced: bool
+    """True for a smaller copy."""
+
+
+def check_image(
+    content: bytes, extension: str, max_pixels: int = 0, known_size: tuple[int, int] | None = None
+) -> CheckedImage:
+    """Decode `content` and say what it is; above `max_pixels` (0: no limit) a smaller copy takes its place.
+
+    `extension`: of the name that it came by. `known_size`: width and height of the original, where the database
+    says them; they only help to tell a JPEG that claims more rows than it has from a grey picture.
+    Raises ImageRefused with the reason.
+    """
+    if len(content) > LARGEST_FILE_BYTES:
+        raise ImageRefused(f"{len(content):,} bytes are more than any image here")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's bound is checked below; its warnings about odd metadata change nothing.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=READ_FORMATS) as image:
+                return check_opened(image, content, extension, max_pixels, known_size)
+    except DECODER_ERRORS as error:
+        raise ImageRefused(f"does not decode: {error or type(error).__name__}") from error
+
+
+def check_opened(
+    image: Image.Image, content: bytes, extension: str, max_pixels: int, known_size: tuple[int, int] | None
+) -> CheckedImage:
+    """Check an image whose header was read; raises ImageRefused or one of DECODER_ERRORS."""
+    extensions = EXTENSIONS_OF_FORMAT.get(image.format or "")
+    if extensions is None:
+        raise ImageRefused(f"is a {image.format} under the name of a {extension}")
+    width, height = image.size
+    if width * height > LARGEST_IMAGE_PIXELS:
+        raise ImageRefused(f"{width}x{height} is a decompression bomb or too large to train on")
+    image.load()
+    if (image.width, image.height) != (width, height):
+        raise ImageRefused(f"says {width}x{height} and is {image.width}x{image.height}")
+    if image.format == "PNG":
+        check_png_rows(content)
+    elif image.format == "JPEG" and known_size not in (None, (width, height)) and ends_in_missing_rows(image):
+        raise ImageRefused(f"says {width}x{height} and has fewer rows; the database says {known_size}")
+    kept_extension = extension if extension in extensions else extensions[0]
+    if not max_pixels or width * height <= max_pixels:
+        return CheckedImage(content, kept_extension, width, height, reduced=False)
+    scale = math.sqrt(max_pixels / (width * height))
+    size = (max(int(width * scale), 1), max(int(height * scale), 1))
+    smaller = (image.convert("RGBA") if image.mode in ("P", "PA") else image).resize(size, Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    if image.format in ("JPEG", "MPO"):
+        smaller.save(stream, "JPEG", quality=JPEG_QUALITY, icc_profile=image.info.get("icc_profile"))
+    elif image.format == "PNG":
+        smaller.save(stream, "PNG", icc_profile=image.info.get("icc_profile"))
+    else:
+        smaller.save(stream, image.format, quality=JPEG_QUALITY)
+    return CheckedImage(stream.getvalue(), kept_extension, *size, reduced=True)
+
+
+def ends_in_missing_rows(image: Image.Image) -> bool:
+    """True when the lower rows are what libjpeg puts where data are missing: exactly the middle grey."""
+    last_rows = image.convert("L").crop((0, image.height - 1, image.width, image.height))
+    return last_rows.getextrema() == (128, 128)
+
+
+def check_png_rows(content: bytes) -> None:
+    """Compare the pixel data of a PNG with the size in its header: Pillow takes too few and too many in silence.
+
+    Raises ImageRefused, or zlib.error for broken data.
+    Source: PNG specification, sections 7 to 10.
+    """
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+    bits = depth * PNG_CHANNELS[colour]
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    expected = 0
+    for left, top, across, down in passes:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * bits // 8))
+    # libpng forgives a few bytes too many, as some old programs wrote them.
+    too_many = expected + 1 + -(-width * bits // 8)
+    inflater = zlib.decompressobj()
+    found = 0
+    position = 8
+    while position + 12 <= len(content) and found < too_many:
+        length, kind = struct.unpack_from(">I4s", content, position)
+        if kind == b"IDAT":
+            piece = content[position + 8 : position + 8 + length]
+            more = True
+            while more and found < too_many:
+                inflated = inflater.decompress(piece, PNG_PIECE_BYTES)
+                found += len(inflated)
+                piece = inflater.unconsumed_tail
+                more = bool(piece) or len(inflated) == PNG_PIECE_BYTES
+        position += 12 + length
+    if found < expected or found >= too_many:
+        raise ImageRefused(f"says {width}x{height} and holds {'fewer' if found < expected else 'more'} pixels")
