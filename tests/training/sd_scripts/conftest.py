@@ -1,0 +1,76 @@
+"""The real sd-scripts checkout and a demo world to train on, for tests marked `sd_scripts`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kohaku_wrap.training.requirements import check_requirements
+from kohaku_wrap.training.trainer import Checkout, TrainerMissing, find_checkout
+
+HOW_TO_ENABLE = "enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT"
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The checkout that the person has, and the home where its packages lie."""
+
+    checkout: Checkout
+    """A supported checkout."""
+
+    home: str | None
+    """`$KWRAP_HOME` as it was before the tests got their own."""
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Trainer:
+    """The person's checkout; where there is none, the test is skipped with how to enable it."""
+    try:
+        checkout = find_checkout()
+    except TrainerMissing:
+        pytest.skip(f"sd-scripts is not installed; {HOW_TO_ENABLE}")
+    missing = [state.requirement.distribution for state in check_requirements() if state.is_missing]
+    if missing:
+        pytest.skip(f"sd-scripts lacks {', '.join(missing)}: kwrap trainer install --requirements-only")
+    return Trainer(checkout, os.environ.get("KWRAP_HOME"))
+
+
+@pytest.fixture
+def use_trainer(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """Let commands of this test find the person's checkout and packages."""
+    if trainer.home is None:
+        monkeypatch.delenv("KWRAP_HOME")
+    else:
+        monkeypatch.setenv("KWRAP_HOME", trainer.home)
+    return trainer
+
+
+@pytest.fixture
+def kwrap() -> Callable[..., str]:
+    """Runs one `kwrap` command in its own process; its output. Fails with its last lines."""
+
+    def run(*arguments: str, expect: int = 0) -> str:
+        command = [sys.executable, "-m", "kohaku_wrap", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == expect, (done.stdout + done.stderr)[-4000:]
+        return done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture
+def world(tmp_path: Path, kwrap: Callable[..., str]) -> Path:
+    """A demo world with images and captions, and a site with the real trainer on one process."""
+    folder = tmp_path / "world"
+    kwrap("demo", str(folder), "--posts", "40")
+    database, images, selection = folder / "danbooru.db", folder / "images", folder / "demo.parquet"
+    kwrap("select", "demo", "--db", str(database), "--out", str(selection))
+    kwrap("extract", str(selection), "--tars", str(folder / "tars"), "--out", str(images))
+    kwrap("caption", str(selection), "--db", str(database), "--out", str(images), "--dataset", "demo")
+    return folder

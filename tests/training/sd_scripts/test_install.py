@@ -1,0 +1,63 @@
+"""`kwrap trainer`: a supported commit under `$KWRAP_HOME`, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Command = Callable[..., str]
+
+
+def test_a_commit_that_is_not_supported_is_refused_before_anything_is_fetched(kwrap: Command, home: Path) -> None:
+    output = kwrap("trainer", "install", "--commit", "v0.9.1", expect=2)
+    assert "v0.9.1 is not supported" in output
+    assert "v0.10.1" in output
+    assert not (home / "trainer").exists()
+
+
+def test_a_source_that_is_not_there_leaves_nothing(kwrap: Command, home: Path, tmp_path: Path) -> None:
+    output = kwrap("trainer", "install", "--source", str(tmp_path / "nowhere"), expect=1)
+    assert "nowhere" in output
+    assert list((home / "trainer").iterdir()) == []
+
+
+def test_show_says_how_to_get_a_trainer(kwrap: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KWRAP_SD_SCRIPTS", raising=False)
+    assert "kwrap trainer install" in kwrap("trainer", "show", expect=1)
+
+
+def test_a_folder_that_is_no_checkout_is_named(kwrap: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(tmp_path))
+    assert f"{tmp_path}: no sd-scripts checkout" in kwrap("trainer", "show", expect=1)
+
+
+@pytest.mark.sd_scripts
+def test_install_from_a_repository_then_show_then_mend(
+    trainer: Any, kwrap: Command, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (trainer.checkout.path / ".git").exists():
+        pytest.skip("the checkout is not a git repository; enable with `kwrap trainer install`")
+    monkeypatch.delenv("KWRAP_SD_SCRIPTS", raising=False)
+    install = ("trainer", "install", "--source", str(trainer.checkout.path), "--commit", trainer.checkout.commit)
+    first = json.loads(kwrap(*install, "--no-requirements", "--json"))
+    assert first["supported"]
+    assert not first["was_there"]
+    assert Path(first["path"]) == home / "trainer" / trainer.checkout.commit
+
+    shown = json.loads(kwrap("trainer", "show", "--json"))
+    assert shown["commit"] == trainer.checkout.commit
+    assert {each["found"] for each in shown["anchors"]} == {1}
+    assert len(shown["patches"]) == sum(each["corrected"] for each in shown["anchors"])
+
+    script = Path(first["path"]) / "train_network.py"
+    script.write_text(script.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    changed = json.loads(kwrap("trainer", "show", "--json"))
+    assert changed["changed"]
+    assert not changed["ready"]
+    kwrap(*install, "--no-requirements")
+    assert json.loads(kwrap("trainer", "show", "--json"))["supported"]
+    assert [path.name for path in (home / "trainer").iterdir()] == [trainer.checkout.commit]
