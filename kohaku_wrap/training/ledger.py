@@ -43,6 +43,7 @@ SUBSTITUTE = 2
 FILE_NAME = re.compile(r"attempt-(\d+)-rank-(\d+)\.bin")
 
 Records = npt.NDArray[np.void]
+"""A structured array of RECORD."""
 
 
 class BadLedger(KwrapError):

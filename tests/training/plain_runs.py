@@ -1,0 +1,135 @@
+"""A run that trains without models: a real folder, order, ledger, states and metrics, in milliseconds a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import toml
+
+from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.training.attempts import Attempt
+from kohaku_wrap.training.launch import Launch
+from kohaku_wrap.training.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.supervise import RunReport, supervise_run
+from kohaku_wrap.training.watch import Event, WatchOptions
+
+WORKER = Path(__file__).parent / "plain_worker.py"
+DATASET_OPTIONS = {
+    "resolution": [64, 64],
+    "enable_bucket": True,
+    "min_bucket_reso": 32,
+    "max_bucket_reso": 128,
+    "bucket_reso_steps": 32,
+    "batch_size": 2,
+}
+
+
+def write_captions(images: Path, count: int, digest: str = "d1g357") -> None:
+    """The columns of `count` images of three shapes; the images themselves are not needed."""
+    schema = pa.schema(
+        [
+            ("id", pa.int64()),
+            ("file", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("caption", pa.large_string()),
+        ],
+        metadata={"kwrap": json.dumps({"digest": digest, "count": count})},
+    )
+    ids = np.arange(count, dtype=np.int64) * 7 + 3
+    shapes = [((64, 64), (96, 48), (48, 96))[int(each) % 3] for each in ids]
+    columns = [
+        ids,
+        [f"{each % 1000:04d}/{each}.png" for each in ids],
+        [shape[0] for shape in shapes],
+        [shape[1] for shape in shapes],
+        [f"1girl ||| tag {each} ||| newest" for each in ids],
+    ]
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
+    images.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(images / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(table)
+
+
+def make_run(
+    folder: Path, *, images: int = 45, processes: int = 1, accumulation: int = 4, epochs: int = 2, **tables: Any
+) -> Run:
+    """A run's folder as `kwrap train` makes it, as far as the torch-free core reads it."""
+    image_folder = folder.parent.parent / "images"
+    write_captions(image_folder, images)
+    sizes = [((64, 64), (96, 48), (48, 96))[(each * 7 + 3) % 3] for each in range(images)]
+    buckets = assign_buckets(
+        [size[0] for size in sizes], [size[1] for size in sizes], BucketOptions.from_dataset_options(DATASET_OPTIONS)
+    )
+    batches, group = buckets.count_batches(2), processes * accumulation
+    steps_per_epoch = -(-batches // group)
+    lock: dict[str, Any] = {
+        "run": {
+            "name": folder.name,
+            "template": "test",
+            "engine": "builtin",
+            "data": "kwrap",
+            "seed": 31337,
+            "effective_batch": group * 2,
+            "batch_per_gpu": 2,
+        },
+        "plan": {
+            "images": images,
+            "batches": batches,
+            "micro_batches_per_epoch": -(-batches // processes),
+            "optimizer_steps_per_epoch": steps_per_epoch,
+            "total_optimizer_steps": epochs * steps_per_epoch,
+            "epochs": epochs,
+        },
+        "states": {"keep": 2, "every": 6},
+        "values": {"seed": 31337, "save_every_n_steps": 2, "train_batch_size": 2},
+        "dataset": {**DATASET_OPTIONS, "image_dir": str(image_folder)},
+        "inputs": {"images": str(image_folder), "captions_digest": "d1g357"},
+        "machine": {"gpus": 0, "processes": processes, "workers": 0},
+    }
+    for name, table in tables.items():
+        lock[name] |= table
+    for inner in ("attempts", "states", "checkpoints", "ledger"):
+        (folder / inner).mkdir(parents=True)
+    trainer = {"training": {"seed": 31337, "save_every_n_steps": 2, "train_batch_size": 2}}
+    dataset = {
+        "datasets": [
+            {
+                **DATASET_OPTIONS,
+                "subsets": [{"image_dir": str(image_folder)}],
+            }
+        ]
+    }
+    (folder / "trainer.toml").write_text(toml.dumps(trainer), encoding="utf-8")
+    (folder / "dataset.toml").write_text(toml.dumps(dataset), encoding="utf-8")
+    (folder / "run.lock.toml").write_text(toml.dumps(lock), encoding="utf-8")
+    return Run(folder.resolve())
+
+
+def plain_launch(attempt: Attempt, launch: Launch, rank: int = 0) -> Launch:
+    """The attempt's launch with the plain worker in place of accelerate and the engine."""
+    return dataclasses.replace(launch, argv=(sys.executable, str(WORKER)))
+
+
+def train(run: Run, restarts: int = 0, allow: tuple[str, ...] = (), **options: Any) -> tuple[RunReport, list[Event]]:
+    """Supervise the run with plain workers, fast."""
+    events: list[Event] = []
+
+    def begin() -> tuple[Attempt, Launch]:
+        attempt, launch = begin_attempt(plan_resume(run, allow=allow))
+        return attempt, plain_launch(attempt, launch)
+
+    watch = WatchOptions(restarts=restarts, first_pause_seconds=0.01, poll_seconds=0.02, **options)
+    return supervise_run(run, begin, begin, watch, events.append), events
+
+
+def misbehave(run: Run, **by_attempt: dict[str, Any]) -> None:
+    """Tell the plain worker what to do in `attempt_1`, `attempt_2`, …, or in `every` attempt."""
+    (run.folder / "misbehave.json").write_text(json.dumps(by_attempt), encoding="utf-8")

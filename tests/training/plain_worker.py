@@ -1,0 +1,129 @@
+"""A trainer without models: real attempts, order, ledger, states and metrics; misbehaves where the test asks for it.
+
+Its "weights" are a running sum that depends on every image, position and step in order, so a wrong resume shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from kohaku_wrap.training.attempts import Attempt
+from kohaku_wrap.training.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.metrics import MetricsWriter
+from kohaku_wrap.training.order import order_digest
+from kohaku_wrap.training.saving import save_run_state
+from kohaku_wrap.training.verify import read_order
+
+
+def hang() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def main() -> int:
+    attempt = Attempt.load()
+    attempt.open_log(0)
+    attempt.stop_on_signals()
+    lock = attempt.lock
+    asked = json.loads(path.read_text()) if (path := attempt.run.folder / "misbehave.json").exists() else {}
+    faults = asked.get(f"attempt_{attempt.number}", asked.get("every", {}))
+    done = attempt.start_optimizer_step
+    print(f"worker of attempt {attempt.number}", flush=True)
+    if faults.get("hang") == "start-up-silent":
+        hang()
+    attempt.beat(0, "start-up", done)
+    if faults.get("hang") == "start-up":
+        hang()
+    weights = b"0" if attempt.state is None else (attempt.state / "weights.bin").read_bytes()
+    order, ids = read_order(attempt.run)
+    group = attempt.group
+    ledger = LedgerWriter(
+        attempt.run.ledger,
+        LedgerHeader(attempt.number, 0, attempt.processes, attempt.accumulation, lock.batch_per_gpu, lock.seed),
+    )
+    metrics = MetricsWriter(attempt)
+
+    def fill(folder: Path) -> None:
+        (folder / "weights.bin").write_bytes(weights)
+        (folder / "optimizer.bin").write_bytes(os.urandom(64) * faults.get("state_blocks", 1))
+        if faults.get("die") == "saving":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(scheduled: bool = True) -> None:
+        attempt.beat(0, "saving", done)
+        ledger.sync()
+        if faults.get("hang") == "saving":
+            hang()
+        save_run_state(attempt, done, fill, scheduled=scheduled, pause_seconds=0.1, patience_seconds=20)
+
+    while done < lock.total_optimizer_steps:
+        epoch, first = order.count.position_of(done, 1).epoch, order.count.position_of(done, 1).global_position
+        if done == faults.get("at", 1):
+            act(attempt, faults, done)
+        for position in range(first, first + group):
+            images = ids[order.epoch(epoch).images_at(position)]
+            weights = hashlib.sha256(weights + f"{epoch} {position} {images.tolist()}".encode()).digest()
+            ledger.append(
+                optimizer_step=done + 1,
+                epoch=epoch,
+                position=position,
+                order_digest=order_digest(images),
+                content_digest=int.from_bytes(weights[:4], "little"),
+                loss=1.0,
+                learning_rate=1e-4,
+                is_fill=order.epoch(epoch).is_fill(position),
+            )
+            attempt.beat(0, "step", done, position)
+            if done == faults.get("at", 1) and position == first + 1:
+                act_within(faults)
+        done += 1
+        loss = float("nan") if faults.get("nan_loss") == done else 1 / done
+        line = {"optimizer_step": done, "epoch": epoch, "loss": loss, "lr_unet": 1e-4, "seconds": 0.01, "images": 8}
+        metrics.append(line | {"nan_latents": faults.get("nan_latents", 0)})
+        if faults.get("nan_loss") == done:
+            time.sleep(5)
+        time.sleep(faults.get("seconds_per_step", 0.005))
+        if faults.get("hang") == "sampling" and done == 2:
+            attempt.beat(0, "sampling", done)
+            hang()
+        stop = attempt.stop_requested() and done < lock.total_optimizer_steps
+        due = done % lock.values["save_every_n_steps"] == 0
+        if due or stop:
+            save(scheduled=due)
+        if stop:
+            attempt.finish("stopped", done)
+            return 0
+    (attempt.run.checkpoints / f"{attempt.run.name}.safetensors").write_bytes(weights)
+    attempt.finish("finished", done)
+    return 0
+
+
+def act(attempt: Attempt, faults: dict[str, object], done: int) -> None:
+    """What goes wrong before the step after `done`."""
+    if faults.get("hang") == "step":
+        hang()
+    if faults.get("crash"):
+        raise ValueError("a tensor was not what it should be")
+    if faults.get("memory"):
+        raise MemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    if faults.get("exit_0"):
+        sys.exit(0)
+    if kind := faults.get("fail"):
+        attempt.fail(0, str(kind), f"{kind} at /images/0003/3.png", done)
+        sys.exit(1)
+
+
+def act_within(faults: dict[str, object]) -> None:
+    """What goes wrong in the middle of a step."""
+    if faults.get("die") == "step":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""The order: every image once an epoch, the same on any number of processes, cut off and resumed anywhere."""
+
+from __future__ import annotations
+
+import pickle
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kohaku_wrap.streams import draws
+from kohaku_wrap.training.order import NO_IMAGE, BadOrder, BatchOrder, StepCount, order_digest, order_digests
+
+buckets = st.lists(st.integers(0, 5), min_size=1, max_size=80)
+
+
+@given(buckets, st.integers(1, 5), st.integers(0, 2**40), st.integers(1, 12), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_holds_every_image_once(
+    bucket_of_image: list[int], batch_size: int, seed: int, group: int, epoch: int
+) -> None:
+    order = BatchOrder(bucket_of_image, batch_size, seed, group)
+    laid_out = order.epoch(epoch)
+    assert len(laid_out) % group == 0 and 0 <= len(laid_out) - order.batches < group
+    real = [laid_out.images_at(position) for position in range(len(laid_out)) if not laid_out.is_fill(position)]
+    assert sorted(np.concatenate(real).tolist()) == list(range(len(bucket_of_image)))
+    for batch in real:
+        assert len(batch) <= batch_size
+        assert len({bucket_of_image[image] for image in batch}) == 1
+    sizes = np.bincount(bucket_of_image)
+    assert order.batches == int((-(-sizes // batch_size)).sum())
+    table = laid_out.image_table(np.arange(len(laid_out)), batch_size)
+    for position in range(len(laid_out)):
+        row = table[position]
+        assert row[row != NO_IMAGE].tolist() == laid_out.images_at(position).tolist()
+        assert order_digests(table)[position] == order_digest(laid_out.images_at(position))
+
+
+@given(st.integers(1, 60), st.integers(0, 200), st.sampled_from([(8, 1), (4, 2), (2, 4), (1, 8)]))
+def test_positions_do_not_depend_on_the_processes(batches: int, done: int, shape: tuple[int, int]) -> None:
+    processes, accumulation = shape
+    count = StepCount(batches, 8)
+    assert count.accumulation(processes) == accumulation
+    position = count.position_of(done, processes)
+    micro_batches = count.micro_batches_per_process(processes)
+    # The rule of the trainer's facts: per = ceil(L / A), epoch = N // per, micro = (N % per) * A.
+    per = -(-micro_batches // accumulation)
+    assert (position.epoch, position.micro_batch) == (done // per, (done % per) * accumulation)
+    assert position.global_position == count.position_of(done, 1).global_position
+    assert count.optimizer_step_of(position.epoch, position.global_position) == done + 1
+    dealt = [rank + micro * processes for micro in range(micro_batches) for rank in range(processes)]
+    assert dealt == list(range(count.positions_per_epoch))
+
+
+def test_seed_and_epoch_decide_the_order() -> None:
+    bucket_of_image = [image % 3 for image in range(60)]
+    order = BatchOrder(bucket_of_image, 4, 1, 4)
+    same = pickle.loads(pickle.dumps(order))
+    assert np.array_equal(order.epoch(0).entries, same.epoch(0).entries)
+    other = [BatchOrder(bucket_of_image, 4, 2, 4).epoch(0), order.epoch(1)]
+    assert all(not np.array_equal(order.epoch(0).entries, each.entries) for each in other)
+    wider = BatchOrder(bucket_of_image, 4, 1, 8).epoch(0)
+    assert np.array_equal(wider.batch_of_position[:15], order.epoch(0).batch_of_position[:15])
+
+
+def test_the_order_is_pinned() -> None:
+    """A change here would make every run that is on its way unverifiable."""
+    laid_out = BatchOrder([0, 0, 0, 1, 1, 0, 1], 2, 31337, 4).epoch(0)
+    assert [laid_out.images_at(position).tolist() for position in range(4)] == [[5, 1], [6, 3], [0, 2], [4]]
+
+
+def test_a_digest_depends_on_images_and_their_order() -> None:
+    assert len({order_digest(images) for images in ([1, 2], [2, 1], [1], [1, 2, 3], [12])}) == 5
+
+
+@pytest.mark.parametrize("arguments", [([], 2, 1, 1), ([0], 0, 1, 1), ([0], 1, 1, 0)])
+def test_refuses_what_makes_no_order(arguments: tuple[list[int], int, int, int]) -> None:
+    with pytest.raises(BadOrder):
+        BatchOrder(*arguments)
+    with pytest.raises(BadOrder, match="3 processes do not divide the 8 batches"):
+        StepCount(9, 8).accumulation(3)
+
+
+def test_epsilon_is_laid_out_in_seconds() -> None:
+    images = 5_210_319
+    bucket_of_image = (draws(7, np.arange(images)) % np.uint64(40)).astype(np.int32)
+    started = time.process_time()
+    order = BatchOrder(bucket_of_image, 4, 31337, 64)
+    assert len(order.epoch(0)) == order.positions_per_epoch
+    assert time.process_time() - started < 10
+    position = order.count.position_of(13600, 4)
+    assert (position.epoch, position.micro_batch) == (0, 217_600)

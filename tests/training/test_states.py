@@ -1,0 +1,165 @@
+"""States: whole or not there, verified to the byte, rotated without losing the last good one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kohaku_wrap.training.retention import remove_old_states
+from kohaku_wrap.training.states import (
+    DamagedState,
+    DiskFull,
+    Fingerprint,
+    check_state_sizes,
+    is_disk_full,
+    list_states,
+    newest_whole_state,
+    read_manifest,
+    state_folder,
+    verify_state,
+    write_state,
+)
+
+MADE_WITH = Fingerprint("builtin", "kwrap", 1, 4, 1, 4, 2, 9, 18, "d1g357", "", 0, 8, 8)
+
+
+def fill(folder: Path) -> None:
+    (folder / "network.bin").write_bytes(b"n" * 3000)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "optimizer.bin").write_bytes(b"o" * 5000)
+
+
+def write(states: Path, step: int, scheduled: bool = True) -> Path:
+    return write_state(states, step, fill, MADE_WITH, attempt=3, scheduled=scheduled, extra={"losses": [1, 2]})
+
+
+def test_a_state_is_sealed(tmp_path: Path) -> None:
+    state = write(tmp_path, 13600)
+    assert state == tmp_path / "optimizer-step-00013600" == state_folder(tmp_path, 13600)
+    manifest = verify_state(state)
+    assert manifest == read_manifest(state) == check_state_sizes(state)
+    assert (manifest.optimizer_step, manifest.attempt, manifest.fingerprint) == (13600, 3, MADE_WITH)
+    assert set(manifest.files) == {"network.bin", "inner/optimizer.bin"} and manifest.size_bytes == 8000
+    assert manifest.extra == {"losses": [1, 2]}
+    assert [path.name for path in tmp_path.iterdir()] == ["optimizer-step-00013600"]
+
+
+@pytest.mark.parametrize("name", ["network.bin", "inner/optimizer.bin", "manifest.json"])
+def test_any_flipped_byte_is_named(tmp_path: Path, name: str) -> None:
+    state = write(tmp_path, 2)
+    data = bytearray((state / name).read_bytes())
+    for at in range(0, len(data), 97):
+        flipped = bytes(data[:at]) + bytes([data[at] ^ 1]) + bytes(data[at + 1 :])
+        (state / name).write_bytes(flipped)
+        with pytest.raises(DamagedState, match=name):
+            verify_state(state)
+
+
+@pytest.mark.parametrize("name", ["network.bin", "manifest.json"])
+def test_a_missing_or_cut_file_is_named(tmp_path: Path, name: str) -> None:
+    state = write(tmp_path, 2)
+    os.truncate(state / name, 20)
+    with pytest.raises(DamagedState, match=name):
+        check_state_sizes(state)
+    (state / name).unlink()
+    with pytest.raises(DamagedState, match=f"{name} is missing"):
+        check_state_sizes(state)
+
+
+def test_the_newest_whole_state_is_taken_and_damaged_ones_are_told(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    (state_folder(tmp_path, 8) / "network.bin").write_bytes(b"x" * 3000)
+    (state_folder(tmp_path, 6) / "manifest.json").unlink()
+    (tmp_path / ".optimizer-step-00000010.partial").mkdir()
+    damaged: list[DamagedState] = []
+    found = newest_whole_state(tmp_path, on_damaged=damaged.append)
+    assert found is not None and found[0] == state_folder(tmp_path, 4)
+    assert [each.state.name[-1] for each in damaged] == ["8", "6"]
+    assert newest_whole_state(tmp_path, at_most=3)[0] == state_folder(tmp_path, 2)  # type: ignore[index]
+    assert newest_whole_state(tmp_path / "none") is None
+
+
+def test_a_failure_while_filling_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        write_state(tmp_path, 2, fail, MADE_WITH)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_whole_state_is_kept_and_a_damaged_one_replaced(tmp_path: Path) -> None:
+    before = (write(tmp_path, 2) / "manifest.json").read_text()
+    assert (write(tmp_path, 2) / "manifest.json").read_text() == before
+    (state_folder(tmp_path, 2) / "network.bin").write_bytes(b"x" * 3000)
+    verify_state(write(tmp_path, 2))
+    write_state(tmp_path, 2, fill, replace(MADE_WITH, seed=2))
+    assert verify_state(state_folder(tmp_path, 2)).fingerprint.seed == 2
+
+
+def test_room_is_checked_before_writing(tmp_path: Path) -> None:
+    def never(folder: Path) -> None:
+        pytest.fail("nothing should be written")
+
+    with pytest.raises(DiskFull, match="the disk is full") as full:
+        write_state(tmp_path, 2, never, MADE_WITH, expected_bytes=1 << 60)
+    assert "nothing is half-written" in full.value.next_step
+
+
+def test_a_disk_that_fills_up_is_told_as_such(tmp_path: Path) -> None:
+    def fill_up(folder: Path) -> None:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        except OSError as error:
+            raise RuntimeError("basic_ios::clear: iostream error") from error
+
+    with pytest.raises(DiskFull):
+        write_state(tmp_path, 2, fill_up, MADE_WITH)
+    assert not list(tmp_path.iterdir())
+    assert is_disk_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
+    assert not is_disk_full(ValueError("no"))
+
+
+def steps(states: Path) -> list[int]:
+    return [step for step, _ in list_states(states)]
+
+
+def test_retention_keeps_the_newest_and_milestones(tmp_path: Path) -> None:
+    for step in range(1, 12):
+        write(tmp_path, step)
+        remove_old_states(tmp_path, keep=3, every=5)
+    assert steps(tmp_path) == [5, 9, 10, 11]
+    assert remove_old_states(tmp_path, keep=1) == [5, 9, 10]
+    assert remove_old_states(tmp_path, keep=0) == [] and steps(tmp_path) == [11]
+
+
+def test_a_state_of_a_stop_goes_when_a_scheduled_one_follows(tmp_path: Path) -> None:
+    for step, scheduled in ((4, True), (8, True), (9, False)):
+        write(tmp_path, step, scheduled)
+        remove_old_states(tmp_path, keep=2)
+    assert steps(tmp_path) == [4, 8, 9]
+    write(tmp_path, 12)
+    remove_old_states(tmp_path, keep=2)
+    assert steps(tmp_path) == [8, 12]
+
+
+def test_the_last_good_state_is_never_removed(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    for step in (4, 6):
+        os.truncate(state_folder(tmp_path, step) / "network.bin", 5)
+    assert remove_old_states(tmp_path, keep=2) == []
+    assert newest_whole_state(tmp_path)[0] == state_folder(tmp_path, 2)  # type: ignore[index]
+
+
+def test_the_manifest_can_be_read_by_people(tmp_path: Path) -> None:
+    document = json.loads((write(tmp_path, 2) / "manifest.json").read_text())
+    assert document["format"] == 1 and document["fingerprint"]["position"] == 8
+    assert document["files"]["network.bin"]["size_bytes"] == 3000

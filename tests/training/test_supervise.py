@@ -1,0 +1,241 @@
+"""Each thing that can end an attempt, done by a real child: named, recovered from, or stopped as said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from plain_runs import make_run, misbehave, train
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.errors import EXIT_TRAINER_FAILED
+from kohaku_wrap.training.attempts import list_attempts
+from kohaku_wrap.training.ends import read_end
+from kohaku_wrap.training.processes import list_processes
+from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.states import list_states
+from kohaku_wrap.training.supervise import TrainerFailed
+from kohaku_wrap.training.verify import verify_run
+
+NewRun = Callable[..., Run]
+
+
+def weights(run: Run) -> bytes:
+    return (run.checkpoints / f"{run.name}.safetensors").read_bytes()
+
+
+def ends(run: Run) -> list[str]:
+    return [end.kind for attempt in list_attempts(run) if (end := read_end(attempt))]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The weights of a run that nothing happened to."""
+    run = make_run(tmp_path_factory.mktemp("whole") / "runs" / "r")
+    train(run)
+    return weights(run)
+
+
+def test_trains_to_the_end(new_run: NewRun, whole: bytes) -> None:
+    run = new_run()
+    report, events = train(run)
+    assert report.optimizer_step == run.lock.total_optimizer_steps
+    assert events[0].kind == "start" and events[-1].kind == "finish"
+    assert ends(run) == ["finished"] and weights(run) == whole
+    assert [step for step, _ in list_states(run.states)] == [6, 10, 12]
+    assert verify_run(run).is_proved
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ({"crash": True, "at": 3}, "crash"),
+        ({"die": "step", "at": 3}, "crash"),
+        ({"die": "saving"}, "crash"),
+        ({"memory": True, "at": 3}, "out-of-memory"),
+        ({"exit_0": True, "at": 3}, "exited-early"),
+        ({"hang": "start-up"}, "hang"),
+        ({"hang": "step", "at": 3}, "hang"),
+        ({"hang": "sampling"}, "hang"),
+        ({"hang": "saving"}, "hang"),
+        ({"nan_loss": 5}, "non-finite-loss"),
+        ({"nan_latents": 3}, "nan-latents"),
+    ],
+    ids=lambda each: json.dumps(each) if isinstance(each, dict) else each,
+)
+def test_is_named_and_recovered_from(new_run: NewRun, whole: bytes, fault: dict[str, Any], kind: str) -> None:
+    run = new_run()
+    misbehave(run, attempt_1=fault)
+    phase = fault.get("hang", "")
+    patience_seconds = 6.0 if phase == "start-up" else 2.0
+    _, events = train(run, restarts=1, timeouts_seconds={phase: patience_seconds} if phase else {})
+    assert ends(run) == [kind, "finished"]
+    assert weights(run) == whole
+    crash = next(event for event in events if event.kind == "crash")
+    assert kind in crash.message
+    if phase:
+        assert f"in {phase}" in crash.message
+        assert "in hang" in (run.attempts / "1" / "rank-000.log").read_text(), "the stacks of the hang"
+    assert not list_processes(run)
+    proof = verify_run(run)
+    assert proof.is_proved and proof.is_finished and proof.attempts == (1 if phase == "start-up" else 2)
+    told = json.loads(CliRunner().invoke(program, ["status", str(run.folder), "--json"]).stdout)
+    assert [attempt["end"] for attempt in told["attempts"]] == [kind, "finished"]
+    assert told["condition"] == "finished" and kind in told["last_error"]
+
+
+def test_a_failure_at_the_same_step_stops_at_the_third(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, every={"crash": True, "at": 3})
+    with pytest.raises(TrainerFailed) as failed:
+        train(run, restarts=9)
+    assert failed.value.exit_code == EXIT_TRAINER_FAILED
+    assert ends(run) == ["crash"] * 3
+    assert "3 failures after the same optimizer step 3" in failed.value.message
+    assert "a tensor was not what it should be" in failed.value.message
+    assert "rank-000.log" in failed.value.message
+
+
+def test_an_unreadable_image_is_not_tried_again(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, every={"fail": "bad-image", "at": 3})
+    with pytest.raises(TrainerFailed) as failed:
+        train(run, restarts=9)
+    assert ends(run) == ["bad-image"]
+    assert "/images/0003/3.png" in failed.value.message
+    assert "--allow bad-images" in failed.value.next_step
+
+
+def test_hooks_tell_the_story(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"crash": True, "at": 3})
+    train(run, restarts=1, hook='echo "$KWRAP_EVENT $KWRAP_OPTIMIZER_STEP" >> events.txt')
+    lines = (run.folder / "events.txt").read_text().splitlines()
+    assert lines[:3] == ["start 0", "state 2", "crash 3"]
+    assert lines[3] == "start 2" and lines[-1] == "finish 12"
+
+
+def test_a_broken_hook_stops_nothing(new_run: NewRun) -> None:
+    run = new_run()
+    _, events = train(run, hook="echo no route >&2; exit 7")
+    assert any(event.kind == "note" and "exit code 7" in event.message for event in events)
+    assert ends(run) == ["finished"]
+
+
+def start_supervisor(run: Run) -> subprocess.Popen[bytes]:
+    """A supervisor in a process of its own, as `kwrap train` is."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from plain_runs import train; from pathlib import Path;"
+        "from kohaku_wrap.training.runs import Run; from kohaku_wrap.errors import KwrapError\n"
+        "try: train(Run(Path(sys.argv[2])))\n"
+        "except KwrapError as error: sys.exit(error.exit_code)"
+    )
+    here = str(Path(__file__).parent)
+    return subprocess.Popen([sys.executable, "-c", code, here, str(run.folder)])
+
+
+def wait_for_step(run: Run, step: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if run.metrics.exists() and f'"optimizer_step": {step},' in run.metrics.read_text():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} never came")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_state_and_ends(new_run: NewRun, whole: bytes, number: int) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"seconds_per_step": 0.3})
+    supervisor = start_supervisor(run)
+    wait_for_step(run, 3)
+    supervisor.send_signal(number)
+    assert supervisor.wait(30) == 130
+    assert ends(run) == ["stopped"]
+    stopped_at = read_end(list_attempts(run)[0]).optimizer_step  # type: ignore[union-attr]
+    assert stopped_at in [step for step, _ in list_states(run.states)]
+    train(run)
+    assert weights(run) == whole
+    report = verify_run(run)
+    assert report.is_proved and not report.repeats
+    assert [step for step, _ in list_states(run.states)] == [6, 10, 12]
+
+
+def test_a_second_signal_ends_at_once(new_run: NewRun, whole: bytes) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"hang": "step", "at": 3})
+    supervisor = start_supervisor(run)
+    wait_for_step(run, 3)
+    supervisor.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert supervisor.poll() is None
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(10) == 130
+    assert ends(run) == ["killed"] and not list_processes(run)
+    train(run)
+    assert weights(run) == whole
+
+
+def test_workers_of_a_killed_supervisor_save_and_end(new_run: NewRun, whole: bytes) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"seconds_per_step": 0.3})
+    supervisor = start_supervisor(run)
+    wait_for_step(run, 3)
+    supervisor.kill()
+    supervisor.wait()
+    _, events = train(run)
+    assert any("without its supervisor" in event.message for event in events)
+    assert weights(run) == whole
+    report = verify_run(run)
+    assert report.is_proved and report.attempts == 2 and not report.repeats
+
+
+def test_two_supervisors_do_not_train_one_run(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"seconds_per_step": 0.3})
+    supervisor = start_supervisor(run)
+    wait_for_step(run, 1)
+    result = CliRunner().invoke(program, ["resume", str(run.folder)])
+    assert "another kwrap is training it" in str(result.exception)
+    told = json.loads(CliRunner().invoke(program, ["status", str(run.folder), "--json"]).stdout)
+    assert told["condition"] == "running" and told["phase"] == "step"
+    supervisor.send_signal(signal.SIGTERM)
+    supervisor.wait(30)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_pauses_and_goes_on(new_run: NewRun, whole: bytes) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"state_blocks": 40_000})
+    try:
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(run.states)], check=True, capture_output=True
+        )
+    except subprocess.CalledProcessError:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        filler = run.states / "filler"
+        filler.write_bytes(bytes(9 << 20))
+        supervisor = start_supervisor(run)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            told = json.loads(CliRunner().invoke(program, ["status", str(run.folder), "--json"]).stdout)
+            if "the disk is full" in told["phase"]:
+                break
+            time.sleep(0.1)
+        assert "the disk is full" in told["phase"]
+        filler.unlink()
+        supervisor.wait(60)
+        assert weights(run) == whole
+        assert not [path for path in run.states.iterdir() if path.name.startswith(".")]
+    finally:
+        subprocess.run(["umount", "-l", str(run.states)], check=False)
