@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,8 +15,17 @@ from kohaku_wrap.errors import UsageError
 if TYPE_CHECKING:
     from kohaku_wrap.merging.planning import MergeOptions, MergePlan
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 VERIFY_ELEMENTS = 10_000
+
+
+def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
+    """An option with a few words to choose from; empty where it is not given, so that a recipe may say it."""
+    usual = "" if flag == "--dtype" else f" Usually {words[0]}."
+    kind = click.Choice(["", *words])
+    return click.option(flag, default="", type=kind, metavar=f"[{'|'.join(words)}]", help=text + usual)
 
 
 def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
@@ -42,7 +52,7 @@ def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeO
     return replace(options, dtype=DTYPES.get(options.dtype, options.dtype))
 
 
-def describe_plan(plan: MergePlan, output: Path) -> dict[str, Any]:
+def describe_plan(plan: MergePlan) -> dict[str, Any]:
     """What `--dry-run --json` shows."""
     from kohaku_wrap.merging.formula import format_formula
     from kohaku_wrap.merging.planning import estimate_formats, read_bytes_of
@@ -51,7 +61,6 @@ def describe_plan(plan: MergePlan, output: Path) -> dict[str, Any]:
     rights = join_licenses({**plan.files, **plan.networks})
     return {
         "formula": format_formula(plan.formula.tree),
-        "output": str(output),
         "anchor": plan.anchor,
         "coefficients": describe_sums(plan),
         "models": {name: str(header.path) for name, header in plan.files.items()},
@@ -92,7 +101,8 @@ Examples:
   kwrap merge "base + 1.0 * net(epsilon)" -m base=base.safetensors -m epsilon=epsilon.safetensors -o out.safetensors
   kwrap merge gamma-rev1 -m beta7=a.safetensors -m anxl3=b.safetensors -m anxl2=c.safetensors \\
       -m base7=d.safetensors -o gamma-rev1.safetensors --dry-run
-  kwrap merge "a + blocks(IN00..IN08=0.5, MID=0.3, else=0) * (b - a)" -m a=a.safetensors -m b=b.safetensors -o c.safetensors
+  kwrap merge "a + blocks(IN00..IN08=0.5, MID=0.3, else=0) * (b - a)" \\
+      -m a=a.safetensors -m b=b.safetensors -o c.safetensors
   kwrap merge 'a + only("*attn2*", 0.3 * (b - a))' -m a=a.safetensors -m b=b.safetensors -o c.safetensors
 
 \b
@@ -105,36 +115,26 @@ Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
 )
 @click.argument("formula_or_recipe")
 @click.option("-m", "--model", "models", multiple=True, metavar="NAME=PATH", help="A file for a name of the formula.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--dry-run", is_flag=True, help="Read the headers only and print what would be computed.")
 @click.option("--verify", is_flag=True, help=f"Compute {VERIFY_ELEMENTS:,} random numbers again in rationals.")
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Worker threads; 0 for one each processor.")
-@click.option(
-    "--like", default="", metavar="NAME|PATH", help="The anchor: gives keys, types and VAE (default: the first model)."
-)
-@click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken (default: the anchor).")
+@click.option("--like", default="", metavar="NAME|PATH", help="The anchor: keys, types and VAE; else the first model.")
+@click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken; else the anchor.")
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
-@click.option("--dtype", default="", type=click.Choice(["", *DTYPES]), show_choices=False, metavar="[fp16|bf16|fp32]",
-              help="One type for all floating tensors (default: the anchor's types).")  # fmt: skip
-@click.option("--missing", default="", metavar="[fail|anchor|zero]", type=click.Choice(["", "fail", "anchor", "zero"]),
-              help="A model with weight lacks a key: fail (default), copy the anchor's tensor, count it as 0.")  # fmt: skip
-@click.option("--shapes", default="", metavar="[fail|anchor]", type=click.Choice(["", "fail", "anchor"]),
-              help="Shapes differ: fail (default), or copy the anchor's tensor.")  # fmt: skip
-@click.option("--sums", default="", metavar="[warn|fail]", type=click.Choice(["", "warn", "fail"]),
-              help="Coefficients do not sum to 1: warn (default), or fail.")  # fmt: skip
-@click.option("--non-finite", default="", metavar="[fail|keep]", type=click.Choice(["", "fail", "keep"]),
-              help="An input is infinite or NaN: fail (default), or keep.")  # fmt: skip
-@click.option("--overflow", default="", metavar="[fail|keep]", type=click.Choice(["", "fail", "keep"]),
-              help="A result is too large for its type: fail (default), or keep the infinity.")  # fmt: skip
-@click.option("--title", default="", help="modelspec.title of the file (default: the recipe's, or the formula).")
-@click.option(
-    "--date", default="", help="modelspec.date; without it the file holds no time, and equal merges are equal files."
-)
+@choice("--dtype", tuple(DTYPES), "One type for all floating tensors; else the anchor's types.")
+@choice("--missing", ("fail", "anchor", "zero"), "A model with weight lacks a key: the anchor's tensor, or count as 0.")
+@choice("--shapes", ("fail", "anchor"), "Shapes differ: copy the anchor's tensor.")
+@choice("--sums", ("warn", "fail"), "The coefficients of a tensor do not sum to 1.")
+@choice("--non-finite", ("fail", "keep"), "An input is infinite or NaN.")
+@choice("--overflow", ("fail", "keep"), "A result is too large for its type: keep the infinity.")
+@click.option("--title", default="", help="modelspec.title of the file; else the recipe's, or the formula.")
+@click.option("--date", default="", help="modelspec.date; without it equal merges are equal files.")
 @json_option
 def command(
     formula_or_recipe: str,
     models: tuple[str, ...],
-    output: Path,
+    output: Path | None,
     dry_run: bool,
     verify: bool,
     threads: int,
@@ -154,13 +154,15 @@ def command(
     recipe = find_recipe(formula_or_recipe)
     bindings = read_bindings(models)
     plan = plan_merge(recipe.formula, bindings, choose_options(asked, recipe.options))
-    described = describe_plan(plan, output)
+    described = describe_plan(plan)
     if dry_run:
         if as_json:
             print_json("merge", {"dry_run": True, **described})
         else:
             print_plan(described, "the same command without --dry-run")
         return
+    if output is None:
+        raise UsageError("no output is named", "Add -o FILE.safetensors, or --dry-run to see what would be computed.")
 
     from kohaku_wrap.merging.hashes import hash_files
     from kohaku_wrap.merging.running import check_output, run_merge
@@ -176,7 +178,13 @@ def command(
         result = run_merge(plan, output, metadata, threads, VERIFY_ELEMENTS if verify else 0, report)
     kept = {"non_finite": dict(result.faults.inputs), "overflow": dict(result.faults.overflows)}
     if as_json:
-        payload = {**described, "size_bytes": result.size_bytes, "verified": result.verified, **kept}
+        payload = {
+            **described,
+            "output": str(output),
+            "size_bytes": result.size_bytes,
+            "verified": result.verified,
+            **kept,
+        }
         payload.pop("layout")
         print_json("merge", {"dry_run": False, **payload})
         return

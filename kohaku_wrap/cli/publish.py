@@ -1,0 +1,65 @@
+"""`kwrap publish`: a run's network and model with a card, ready to upload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.resume import runs_folders, site_option
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap publish epsilon --out epsilon-published
+  kwrap publish epsilon --step 13600 --out epsilon-13600 --license "Fair AI Public License 1.0-SD"
+  kwrap publish runs/epsilon --no-bake --out epsilon-network
+"""
+)
+@click.argument("name", metavar="RUN")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The folder to fill.")
+@click.option("--step", type=click.IntRange(0), metavar="N", help="The network of this optimizer step; else the end's.")
+@click.option("--license", "rights", default="", help="The license of the card; else the base model's.")
+@click.option("--no-bake", is_flag=True, help="The network alone, without the baked model.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Worker threads; 0 for one each processor.")
+@site_option
+@json_option
+def command(
+    name: str,
+    out: Path,
+    step: int | None,
+    rights: str,
+    no_bake: bool,
+    threads: int,
+    site_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Fill a folder with a run's network, baked model, model card and hashes.
+
+    The card tells recipe, hyperparameters, dataset counts, attempts and prompt format from the run's lock, and the
+    digest of its ledger. SHA256SUMS is written last: a folder that has it is whole.
+    """
+    from kohaku_wrap.merging.publishing import publish_run
+    from kohaku_wrap.training.runs import find_run
+
+    run = find_run(name, runs_folders(site_file))
+    with progress_bar("bake", "bytes", quiet=as_json) as on_progress:
+        report = publish_run(run.folder, run.lock.tables, out, step, rights, not no_bake, threads, on_progress)
+    if as_json:
+        print_json(
+            "publish",
+            {
+                "run": str(run.folder),
+                "folder": str(report.folder),
+                "optimizer_step": report.optimizer_step,
+                "files": report.files,
+                "ledger_sha256": report.ledger_sha256,
+                "license": report.license,
+            },
+        )
+        return
+    rows: list[tuple[str, object]] = [(file, sha256) for file, sha256 in report.files.items()]
+    rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]
+    print_table(f"published in {report.folder}", rows, f"read {report.card}, then upload the folder")
