@@ -167,7 +167,7 @@ def find_tars(folder: Path) -> TarFolder:
         raise NoTars(f"{folder}: no such folder of tars", "Give the folder that holds original/ or images/.")
     shards: dict[int, list[Path]] = {}
     updates: dict[int, list[Path]] = {}
-    for path in sorted(folder.rglob("*.tar")):
+    for path in sorted(path for path in folder.rglob("*.tar") if path.is_file()):
         if match := SHARD_NAME.fullmatch(path.name):
             shards.setdefault(int(match[1]), []).append(path)
         elif match := UPDATE_NAME.fullmatch(path.name):

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.dataset.images import LARGEST_FILE_BYTES, STILL_EXTENSIONS, CheckedImage, ImageRefused, check_image
-from kohaku_wrap.dataset.tars import Member, TarReader, TarUnreadable
+from kohaku_wrap.dataset.tars import TarReader, TarUnreadable
+from kohaku_wrap.dataset.tars_headers import Member
 
 Int64Array = npt.NDArray[np.int64]
 
