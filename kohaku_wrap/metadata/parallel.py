@@ -24,11 +24,10 @@ def usable_threads() -> int:
 def map_in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], threads: int) -> Iterator[Result]:
     """`work` of each piece, in order; at most `threads` + 1 results wait to be taken.
 
-    When the caller stops or a piece fails, no further piece is begun and the running ones are waited for.
+    When the caller stops or a piece fails, no further piece is begun and the running ones are waited for. Work never
+    runs in the caller's own thread, so an interrupt, which only that one sees, never cuts a piece in two.
     """
-    if threads <= 1:
-        yield from map(work, pieces)
-        return
+    threads = max(1, threads)
     pool = ThreadPoolExecutor(threads)
     waiting: deque[Future[Result]] = deque()
     try:

@@ -98,7 +98,14 @@ def map_tag_chunks(
             spill_folder.mkdir(parents=True, exist_ok=True)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".kwrap-sort-", dir=spill_folder))
             pieces = sorted_pieces(database, tags, post_ids, Path(folder), threads)
-        yield from map_in_order(lambda piece: work(piece()), pieces, threads)
+
+        def read_and_work(piece: Callable[[], TagChunk]) -> Result | None:
+            chunk = piece()
+            return work(chunk) if chunk.stop > chunk.first else None
+
+        for result in map_in_order(read_and_work, pieces, threads):
+            if result is not None:
+                yield result
 
 
 def relation_rows(database: Database) -> tuple[int, int]:
@@ -109,6 +116,9 @@ def relation_rows(database: Database) -> tuple[int, int]:
 
 
 def _lookup_is_cheaper(database: Database, posts: int) -> bool:
+    """Whether asking for the posts reads less than a scan; one question without an index is a scan within sqlite."""
+    if posts <= IDS_A_QUERY:
+        return True
     if "posttagrelation.post_id" not in database.indexed:
         return False
     first, last = relation_rows(database)
@@ -147,12 +157,13 @@ def _lookup_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> 
     def read(first: int, stop: int) -> TagChunk:
         wanted = post_ids[first:stop]
         rows: list[tuple[int, int]] = []
+        row_order = ", rowid" if database.has_row_ids else ""
         with database.connect() as connection:
             for start in range(0, len(wanted), IDS_A_QUERY):
                 some = ", ".join(map(str, wanted[start : start + IDS_A_QUERY].tolist()))
                 rows += connection.execute(
                     f"SELECT post_id, tag_id FROM posttagrelation WHERE post_id IN ({some}) "
-                    "AND tag_id IS NOT NULL ORDER BY post_id, rowid"
+                    f"AND tag_id IS NOT NULL ORDER BY post_id{row_order}"
                 ).fetchall()
         pairs = np.array(rows, dtype=np.int64).reshape(-1, 2)
         posts = np.searchsorted(wanted, pairs[:, 0]).astype(np.int32)
@@ -186,15 +197,15 @@ def _ordered_pieces(database: Database, tags: TagTable, post_ids: Int64Array) ->
     first = 0
     for stretch in _cut_between_posts(database):
         stop = len(post_ids) if stretch.stop_post == LARGEST else int(np.searchsorted(post_ids, stretch.stop_post))
-        if stop > first:
-            yield partial(read, stretch, first, stop)
+        # Stretches without a wanted post are read too: that the rows are in order must be seen, not assumed.
+        yield partial(read, stretch, first, stop)
         first = stop
 
 
 def _owners_of_rows(posts: Int64Array, wanted_ids: Int64Array) -> tuple[Int32Array, npt.NDArray[np.bool_]]:
     """The place of each row's post in `wanted_ids`, and whether it is wanted at all; `posts` is ascending."""
-    if not len(posts):
-        return np.empty(0, np.int32), np.empty(0, bool)
+    if not len(posts) or not len(wanted_ids):
+        return np.zeros(len(posts), np.int32), np.zeros(len(posts), bool)
     starts = np.flatnonzero(np.concatenate(([True], posts[1:] != posts[:-1])))
     rows = np.diff(np.append(starts, len(posts)))
     distinct = posts[starts]

@@ -1,0 +1,261 @@
+"""`kwrap caption`: captions of a selection, of one post, their statistics, and moved folders."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohaku_wrap.dataset.caption_explanation import PostExplanation
+    from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
+    from kohaku_wrap.dataset.caption_statistics import CaptionStatistics
+    from kohaku_wrap.dataset.caption_writing import CaptionReport
+
+STYLES = ("kohaku", "hakubooru")
+FORMATS = ("txt", "cache", "jsonl")
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap caption epsilon.parquet --db danbooru2023.db --out images
+  kwrap caption epsilon.parquet --db danbooru2023.db --out images --format txt
+  kwrap caption --post 5982731 --db danbooru2023.db
+  kwrap caption epsilon.parquet --db danbooru2023.db --stats
+  kwrap caption --relocate --out /new/place/images"""
+)
+@click.argument("selection", metavar="[SEL.parquet]", required=False, type=click.Path(path_type=Path))
+@click.option("--db", "db", type=click.Path(path_type=Path), help="The danbooru2023 sqlite database.")
+@click.option("--out", "out", type=click.Path(path_type=Path), metavar="IMAGES", help="The folder of the images.")
+@click.option(
+    "--dataset",
+    "dataset",
+    metavar="DATASET",
+    help="Whose caption rules; default: those of the selection's own dataset.",
+)
+@click.option(
+    "--format",
+    "formats",
+    default="cache,jsonl",
+    show_default=True,
+    metavar="txt,cache,jsonl",
+    help="What to write, beside captions.arrow.",
+)
+@click.option("--style", type=click.Choice(STYLES), help="Overrides the dataset's.")
+@click.option("--post", "post_id", type=int, metavar="ID", help="Explain the caption of one post.")
+@click.option("--stats", is_flag=True, help="Count tags and tokens, write nothing.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats.")
+@click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Threads; default: one a core, at most four.")
+@json_option
+def command(
+    selection: Path | None,
+    db: Path | None,
+    out: Path | None,
+    dataset: str | None,
+    formats: str,
+    style: str | None,
+    post_id: int | None,
+    stats: bool,
+    tokenizer: Path | None,
+    relocate: bool,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Write the captions of a selection.
+
+    PREFIX ||| GENERAL TAGS ||| SUFFIX, as the dataset's [caption] table says: the trainer shuffles and drops only what
+    stands in the middle. metadata_cache.json (cache) is what sd-scripts reads with cache_info; txt writes a file
+    beside each image; captions.jsonl lists every selected post. Files that are right already are left alone.
+    """
+    if relocate:
+        print_relocation(require(out, "--out IMAGES", "--relocate"), as_json)
+        return
+    database = require(db, "--db DB", "a caption")
+    if post_id is not None:
+        print_explanation(database, choose_recipe(None, dataset, style)[1], post_id, as_json)
+        return
+    selection = require(selection, "SEL.parquet", "captions (or --post ID)")
+    name, recipe = choose_recipe(selection, dataset, style)
+    if stats:
+        print_statistics(database, selection, recipe, tokenizer, jobs, as_json)
+        return
+    write(database, selection, require(out, "--out IMAGES", "captions"), name, recipe, formats, jobs, as_json)
+
+
+def require(value: Path | None, what: str, purpose: str) -> Path:
+    """The value of an option that this use of the command needs."""
+    if value is None:
+        raise UsageError(f"{what} is missing: {purpose} need it", "See `kwrap caption --help` for examples.")
+    return value
+
+
+def choose_recipe(selection: Path | None, dataset: str | None, style: str | None) -> tuple[str, CaptionRecipe]:
+    """The dataset's name and caption rules: as asked for, else of the selection, else Epsilon's."""
+    from dataclasses import replace
+
+    from kohaku_wrap.dataset.recipe import load_dataset, read_dataset
+    from kohaku_wrap.dataset.selection_file import read_about
+
+    if dataset is None and selection is not None:
+        about = read_about(selection)[1]
+        found = read_dataset({"caption": about.get("caption", {})}, str(about.get("dataset", selection)))
+    else:
+        found = load_dataset(dataset or "epsilon")
+    return found.name, replace(found.caption, style=style) if style else found.caption
+
+
+def write(
+    db: Path,
+    selection: Path,
+    out: Path,
+    name: str,
+    recipe: CaptionRecipe,
+    formats: str,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
+    """Write captions and print the report."""
+    from kohaku_wrap.dataset.caption_writing import write_captions
+    from kohaku_wrap.metadata.database import open_database
+    from kohaku_wrap.metadata.parallel import usable_threads
+
+    wanted = list(dict.fromkeys(one.strip() for one in formats.split(",") if one.strip()))
+    unknown = [one for one in wanted if one not in FORMATS]
+    if unknown or not wanted:
+        raise UsageError(f"--format: {', '.join(unknown) or 'nothing'} is not among {', '.join(FORMATS)}")
+    database = open_database(db)
+    with progress_bar("caption", "posts", quiet=as_json) as progress:
+        report = write_captions(
+            database, selection, out, recipe, wanted, name, jobs or usable_threads(), on_progress=progress
+        )
+    changes = report.changes
+    if as_json:
+        print_json("caption", {"out": str(out), **asdict(changes), **asdict(report)})
+        return
+    for note in report.notes:
+        print_note(f"note: {note}")
+    print_table(f"Captions, {report.style} style", rows_of_report(report), next_command(report, selection, out))
+
+
+def rows_of_report(report: CaptionReport) -> list[tuple[str, Any]]:
+    """The report as lines of a table."""
+    rows: list[tuple[str, Any]] = [("captions made", report.posts), ("images on disk", report.images)]
+    if report.vanished:
+        rows.append(("images gone since extract", report.vanished))
+    for name, change in report.formats.items():
+        done = f"{change.written:,} written, {change.unchanged:,} unchanged, {change.removed:,} removed"
+        rows.append((name, done))
+    rows += [(f"tags: {fate.replace('_', ' ')}", count) for fate, count in report.tags.items() if count]
+    if report.duplicates:
+        rows.append(("tags: repeated", report.duplicates))
+    rows += [(f"posts: {what.replace('_', ' ')}", count) for what, count in report.lacking.items() if count]
+    return rows
+
+
+def next_command(report: CaptionReport, selection: Path, out: Path) -> str:
+    """What comes after the captions."""
+    if not report.images:
+        return f"kwrap extract {selection} --tars TARS --out {out}"
+    return "kwrap plan epsilon --site site.toml"
+
+
+def print_explanation(db: Path, recipe: CaptionRecipe, post_id: int, as_json: bool) -> None:
+    """Print one post's caption, group by group."""
+    from kohaku_wrap.dataset.caption_explanation import explain_post
+    from kohaku_wrap.metadata.database import open_database
+
+    explanation = explain_post(open_database(db), recipe, post_id)
+    if as_json:
+        groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
+        print_json("caption", {"style": recipe.style, **asdict(explanation), "groups": groups})
+        return
+    print_table(f"Post {post_id}, {recipe.style} style", rows_of_explanation(explanation))
+    click.echo(explanation.caption)
+
+
+def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:
+    """A group a line, then what was left out, then where the other words come from."""
+    rows: list[tuple[str, Any]] = [
+        (group, "" if group == "|||" else ", ".join(words) or "(none)") for group, words in explanation.groups
+    ]
+    left_out: dict[str, list[str]] = {}
+    for tag in explanation.tags:
+        if tag.fate != "written":
+            left_out.setdefault(tag.fate.replace("_", " "), []).append(tag.name or "(no such tag)")
+    rows += [(f"left out: {fate}", ", ".join(names)) for fate, names in left_out.items()]
+    cutoffs = ", ".join(f"{percentile} %: > {cutoff}" for percentile, cutoff in explanation.cutoffs.items())
+    favourites = "unknown" if explanation.fav_count is None else f"{explanation.fav_count:,}"
+    rows.append(("rating and favourites", f"{explanation.rating}, {favourites}" + (f" ({cutoffs})" if cutoffs else "")))
+    rows.append(("uploaded", f"{explanation.created_at or '(no date)'}: {explanation.year or 'unknown year'}"))
+    return rows
+
+
+def print_statistics(
+    db: Path, selection: Path, recipe: CaptionRecipe, tokenizer: Path | None, jobs: int | None, as_json: bool
+) -> None:
+    """Print what the captions are made of."""
+    from kohaku_wrap.dataset.caption_statistics import measure_captions
+    from kohaku_wrap.metadata.database import open_database
+    from kohaku_wrap.metadata.parallel import usable_threads
+
+    with progress_bar("count", "posts", quiet=as_json) as progress:
+        statistics = measure_captions(
+            open_database(db),
+            selection,
+            recipe,
+            tokenizer,
+            spill_folder=selection.absolute().parent,
+            threads=jobs or usable_threads(),
+            on_progress=progress,
+        )
+    if as_json:
+        print_json("caption", asdict(statistics))
+        return
+    print_table(f"Captions of {selection}, {recipe.style} style", rows_of_statistics(statistics))
+
+
+def rows_of_statistics(statistics: CaptionStatistics) -> list[tuple[str, Any]]:
+    """The statistics as lines of a table."""
+    posts = max(statistics.posts, 1)
+    total = max(sum(statistics.groups.values()), 1)
+    rows: list[tuple[str, Any]] = [("captions", statistics.posts), ("distinct words", statistics.distinct_words)]
+    for group, count in statistics.groups.items():
+        words = ", ".join(f"{word} ({uses / posts:.1%})" for word, uses in statistics.frequent.get(group, ())[:5])
+        rows.append((group, f"{count:,} words, {count / total:.1%} of all, {count / posts:.1f} a caption: {words}"))
+    rows += [(f"tags: {fate.replace('_', ' ')}", count) for fate, count in statistics.tags.items() if count]
+    rows += [(f"posts: {what.replace('_', ' ')}", count) for what, count in statistics.lacking.items() if count]
+    rows += [
+        (
+            f"popularity at least {least}",
+            f"{count:,} tags of the database, {statistics.used_popularity[least]:,} of them here",
+        )
+        for least, count in statistics.popularity.items()
+    ]
+    quantiles = ", ".join(f"{name}: {length}" for name, length in statistics.token_quantiles.items())
+    how = "an estimate, no tokenizer at hand" if statistics.tokens_by == "estimate" else statistics.tokens_by
+    rows.append(("tokens a caption", f"{quantiles} ({how})"))
+    rows += [
+        (f"cut at max_token_length {limit}", f"{count:,} captions ({count / posts:.1%})")
+        for limit, count in statistics.cut.items()
+    ]
+    return rows
+
+
+def print_relocation(folder: Path, as_json: bool) -> None:
+    """Rewrite the paths and print what was done."""
+    from kohaku_wrap.dataset.caption_relocation import relocate_captions
+
+    report = relocate_captions(folder)
+    if as_json:
+        print_json("caption", {"relocated": report.files, "missing": report.missing, "out": str(report.folder)})
+        return
+    rows: list[tuple[str, Any]] = list(report.files.items())
+    rows.append(("images that are not there", report.missing))
+    print_table(f"Caption files led to {report.folder}", rows)

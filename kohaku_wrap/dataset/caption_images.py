@@ -1,0 +1,112 @@
+"""Which selected posts have a verified image on disk, its real size, and which captions lie there already."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kohaku_wrap.errors import KwrapError
+
+EXTRACTED_FILE = "extracted.parquet"
+COLUMNS = ("id", "file", "width", "height")
+
+
+class BadImageList(KwrapError):
+    """`extracted.parquet` is not what `kwrap extract` writes."""
+
+
+@dataclass(frozen=True)
+class CaptionImages:
+    """The images of a selection in one folder, by ascending post id."""
+
+    places: npt.NDArray[np.int64]
+    """(images,) index of each image's post among the selected ones."""
+
+    ids: npt.NDArray[np.int64]
+    """(images,) post ids."""
+
+    files: pa.Array
+    """(images,) NNNN/ID.ext below the folder."""
+
+    widths: npt.NDArray[np.int32]
+    """(images,) real width in pixels."""
+
+    heights: npt.NDArray[np.int32]
+    """(images,) real height in pixels."""
+
+    has_text: npt.NDArray[np.bool_]
+    """(images,) whether a .txt lies beside the image."""
+
+    vanished: int
+    """Images that extract wrote and that are no longer there."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def slice_of(self, first_place: int, stop_place: int) -> slice:
+        """The images of the selected posts from `first_place` to before `stop_place`."""
+        return slice(int(np.searchsorted(self.places, first_place)), int(np.searchsorted(self.places, stop_place)))
+
+
+def find_images(folder: Path, post_ids: npt.NDArray[np.int64]) -> CaptionImages | None:
+    """The images of the posts `post_ids` (ascending) that extract verified and that are still in `folder`.
+
+    None when nothing was extracted there yet. Raises BadImageList.
+    """
+    path = folder / EXTRACTED_FILE
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path, columns=list(COLUMNS), memory_map=False)
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
+        raise BadImageList(
+            f"{path}: {error}", "Run `kwrap extract` again; it keeps the images that are right."
+        ) from error
+    ids = table.column("id").to_numpy().astype(np.int64)
+    if (ids[1:] <= ids[:-1]).any():
+        raise BadImageList(f"{path}: not by ascending id", "Run `kwrap extract` again.")
+    places = np.minimum(np.searchsorted(post_ids, ids), max(len(post_ids) - 1, 0))
+    wanted = np.flatnonzero(post_ids[places] == ids) if len(post_ids) else np.empty(0, np.int64)
+    files = table.column("file").combine_chunks().cast(pa.string()).take(pa.array(wanted))
+    on_disk, has_text = look_on_disk(folder, files, ids[wanted])
+    there = np.flatnonzero(on_disk)
+    kept = wanted[there]
+    return CaptionImages(
+        places=places[kept].astype(np.int64),
+        ids=ids[kept],
+        files=files.take(pa.array(there)),
+        widths=table.column("width").to_numpy()[kept].astype(np.int32),
+        heights=table.column("height").to_numpy()[kept].astype(np.int32),
+        has_text=has_text[there],
+        vanished=len(wanted) - len(kept),
+    )
+
+
+def look_on_disk(
+    folder: Path, files: pa.Array, ids: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Whether each file of `files` is in `folder`, and whether a .txt is beside it; each shard is listed once."""
+    on_disk = np.zeros(len(files), dtype=bool)
+    has_text = np.zeros(len(files), dtype=bool)
+    shards = pc.replace_substring_regex(files, "/[^/]*$", "").dictionary_encode()
+    codes = shards.indices.to_numpy()
+    order = np.argsort(codes, kind="stable")
+    bounds = np.searchsorted(codes[order], np.arange(len(shards.dictionary) + 1))
+    for number, shard in enumerate(shards.dictionary.to_pylist()):
+        rows = order[bounds[number] : bounds[number + 1]]
+        try:
+            with os.scandir(folder / shard) as entries:
+                names = {entry.name for entry in entries}
+        except FileNotFoundError:
+            continue
+        skip = len(shard) + 1
+        on_disk[rows] = [name[skip:] in names for name in files.take(pa.array(rows)).to_pylist()]
+        has_text[rows] = [f"{post_id}.txt" in names for post_id in ids[rows].tolist()]
+    return on_disk, has_text
