@@ -56,6 +56,9 @@ class Option:
     level: str = "option"
     """`option` of trainer.toml, or `dataset` or `subset` of dataset.toml."""
 
+    split_by_commas: bool = True
+    """Whether `--set NAME=a,b` of a list means two values; a prompt holds commas itself."""
+
     def describe(self) -> str:
         """What it takes, in words."""
         words = " or ".join(dict.fromkeys(TYPE_WORDS[kind] for kind in self.types))
@@ -135,7 +138,9 @@ def parse_text_for(option: Option, text: str) -> Any:
     """The value of `--set NAME=text`, typed as the option is. Raises UnfitValue."""
     plain_text = option.types == ("str",) and not option.many
     value = parse_literal(text)
-    if option.many and not isinstance(value, list):
+    if option.many and not isinstance(value, list) and not option.split_by_commas:
+        value = [value if isinstance(value, str) else text]
+    elif option.many and not isinstance(value, list):
         value = [parse_literal(part.strip()) if option.types != ("str",) else part.strip() for part in text.split(",")]
     elif {"two_ints", "two_floats"} & set(option.types) and isinstance(value, str) and "," in value:
         value = [parse_literal(part.strip()) for part in text.split(",")]

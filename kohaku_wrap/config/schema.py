@@ -22,7 +22,7 @@ OWN_TABLES: Mapping[str, Mapping[str, Option]] = {
         "every": Option("every", ("int",)),
     },
     "samples": {
-        "prompts": Option("prompts", ("str",), many=True),
+        "prompts": Option("prompts", ("str",), many=True, split_by_commas=False),
         "negative": Option("negative", ("str",)),
         "every": Option("every", ("int",)),
         "width": Option("width", ("int",), default=1024),

@@ -211,6 +211,7 @@ def count_processes(effective: Effective) -> dict[str, Any]:
     machine = site.machine
     table = describe_accelerate(machine.processes, machine.gpus, str(effective.get("mixed_precision", "no")))
     several = ["--multi_gpu", "--main_process_port", "0"] if machine.processes > 1 else []
+    several += ["--num_processes", str(machine.processes)]
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "accelerate.yaml"
         config.write_text(render_yaml(table), encoding="utf-8")

@@ -1,0 +1,127 @@
+"""`kwrap doctor`: what it refuses, and what it really tries."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kohaku_wrap.cli.doctor import command
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.site import Site
+from kohaku_wrap.training import doctor
+from kohaku_wrap.training.doctor import examine_bitsandbytes, examine_files, examine_versions, parse_release
+from kohaku_wrap.training.doctor_torch import (
+    count_processes,
+    judge_gpus,
+    judge_optimizer,
+    judge_processes,
+    judge_tokenizers,
+    judge_vae,
+)
+
+MakeSite = Callable[..., Site]
+
+
+@pytest.mark.parametrize("version", ["0.36.0", "0.37.2", "0.39.1", "0.41.0", "0.41.0.post2"])
+def test_wrong_bitsandbytes_is_refused(version: str) -> None:
+    finding = examine_bitsandbytes(version)
+    assert finding.status == "broken"
+    assert finding.why and "pip install bitsandbytes==" in finding.do
+
+
+@pytest.mark.parametrize("version", ["0.35.4", "0.41.1", "0.41.3.post2", "0.50.2", ""])
+def test_other_bitsandbytes_are_not(version: str) -> None:
+    assert examine_bitsandbytes(version).status == "ok"
+
+
+def test_releases_are_compared_as_numbers() -> None:
+    assert parse_release("0.9.0") < parse_release("0.36.0") < parse_release("0.100")
+    assert parse_release("2.13.0+cpu") == (2, 13, 0) or parse_release("2.13.0+cpu") == (2, 13, 0)
+
+
+def test_untested_versions_warn_and_name_the_tested_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {**doctor.TESTED_SETS[0], **doctor.TESTED_ALONE}
+    monkeypatch.setattr(doctor, "find_version", lambda name: found.get(name, ""))
+    assert {finding.status for finding in examine_versions()} == {"ok"}
+    found["transformers"] = "5.23.0"
+    [_, packages] = examine_versions()
+    assert packages.status == "warning"
+    assert "transformers 4.57.6" in packages.do
+    del found["transformers"]
+    [_, packages] = examine_versions()
+    assert packages.status == "broken"
+    assert "transformers" in packages.what
+
+
+def test_an_optimizer_that_does_not_step_is_broken() -> None:
+    facts = {"optimizer": "Lion8bit", "version": "0.50.2", "device": "cpu", "state_dtype": "torch.uint8"}
+    assert judge_optimizer({**facts, "finite": True, "moved_share": 1.0}).status == "ok"
+    assert judge_optimizer({**facts, "finite": True, "moved_share": 0.5}).status == "broken"
+    assert judge_optimizer({**facts, "finite": False, "moved_share": 1.0}).status == "broken"
+
+
+def test_torch_facts_are_judged(make_site: MakeSite) -> None:
+    site = make_site("gpus = 2\nbatch_per_gpu = 4")
+    effective = resolve_template("epsilon", site)
+    [gpus] = judge_gpus({"version": "2.13.0", "cuda": None, "gpus": []}, effective)
+    assert gpus.status == "broken" and "the site says 2" in gpus.what
+    assert judge_vae({"finite": False, "precision": "float16", "device": "cuda"}).status == "broken"
+    assert judge_tokenizers({"error": "OSError: not there"}).status == "broken"
+    one = {"processes": 1, "device": "cpu", "mixed_precision": "no"}
+    assert judge_processes(one, effective).status == "broken"
+
+
+def test_files_that_are_missing_and_disk_that_is_free(make_site: MakeSite) -> None:
+    effective = resolve_template("epsilon", make_site())
+    findings = {finding.name: finding for finding in examine_files(effective, None)}
+    assert findings["base model"].status == "broken"
+    assert findings["free disk"].status == "ok"
+    assert findings["state folder"].status in ("ok", "warning")
+
+
+@pytest.mark.slow
+def test_accelerate_follows_the_runs_file_and_not_the_users(
+    make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = tmp_path / "hf" / "accelerate"
+    user.mkdir(parents=True)
+    (user / "default_config.yaml").write_text("mixed_precision: bf16\nnum_processes: 3\nuse_cpu: true\n")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    effective = resolve_template("demo", make_site("gpus = 0\nbatch_per_gpu = 1\nprocesses = 2"))
+    facts = count_processes(effective)
+    assert facts.get("ranks") == [0, 1], facts
+    assert (facts["device"], facts["mixed_precision"]) == ("cpu", "no")
+    assert judge_processes(facts, effective).status == "ok"
+
+
+@pytest.mark.slow
+def test_the_command_really_steps_the_optimizer() -> None:
+    result = CliRunner().invoke(command, ["--engine", "builtin", "--json"])
+    document = json.loads(result.stdout)
+    findings = {finding["name"]: finding for finding in document["findings"]}
+    assert findings["optimizer"]["what"].startswith("Lion8bit steps on")
+    assert "torch.uint8" in findings["optimizer"]["what"]
+    broken = [name for name, finding in findings.items() if finding["status"] == "broken"]
+    assert document["ready"] is (not broken)
+    assert result.exit_code == (1 if broken else 0)
+    for finding in findings.values():
+        assert finding["what"]
+        assert finding["status"] == "ok" or (finding["why"] and finding["do"])
+
+
+def test_a_broken_torch_ends_in_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    from kohaku_wrap.training import doctor_torch
+
+    monkeypatch.setattr(
+        doctor_torch, "worker_environment", lambda: {"PYTHONPATH": f"{tmp_path}:{':'.join(p for p in sys.path if p)}"}
+    )
+    [finding] = doctor_torch.find_torch_faults(None)
+    assert finding.status == "broken"
+    assert "libcudart" in finding.what

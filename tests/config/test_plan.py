@@ -1,0 +1,123 @@
+"""Step counts: the published ones, those of the order that trains, and those of an independent count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.plan import (
+    BadBatch,
+    ImageSizes,
+    NoImages,
+    count_steps,
+    plan_steps,
+    read_captions_metadata,
+    read_folder_sizes,
+    read_selection_sizes,
+    shape_batch,
+    suppose_sizes,
+)
+from kohaku_wrap.config.site import Site
+from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.training.order import BatchOrder
+
+MakeSite = Callable[..., Site]
+OPTIONS = BucketOptions((128, 128), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=256, bucket_reso_steps=32)
+
+
+def test_published_epsilon(make_site: MakeSite) -> None:
+    effective = resolve_template("epsilon", make_site())
+    plan = plan_steps(effective, suppose_sizes(5_210_319, effective))
+    assert (plan.batch_size, plan.accumulation, plan.processes) == (4, 16, 4)
+    # 20,354 was published: the partial batches of real buckets make one step more.
+    assert 20_353 <= plan.total_optimizer_steps <= 20_354
+    assert plan.total_optimizer_steps * 49.5 / 86_400 == pytest.approx(11.7, abs=0.05)
+
+
+def test_published_step_count_with_many_buckets(make_site: MakeSite) -> None:
+    effective = resolve_template("epsilon", make_site())
+    generator = np.random.default_rng(0)
+    kinds = generator.integers(500, 3000, size=(4000, 2))
+    chosen = kinds[generator.integers(0, len(kinds), size=5_210_319)]
+    plan = plan_steps(effective, ImageSizes(chosen[:, 0], chosen[:, 1], "generated"))
+    assert len(plan.buckets) > 20
+    assert plan.total_optimizer_steps in (20_353, 20_354)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(40, 900), st.integers(40, 900)), min_size=1, max_size=120),
+    batch_size=st.integers(1, 5),
+    processes=st.integers(1, 5),
+    accumulation=st.integers(1, 6),
+    epochs=st.integers(1, 3),
+    num_repeats=st.integers(1, 3),
+)
+def test_counts_are_those_of_the_order_that_trains(
+    sizes: list[tuple[int, int]], batch_size: int, processes: int, accumulation: int, epochs: int, num_repeats: int
+) -> None:
+    widths, heights = np.array(sizes).T
+    plan = count_steps(
+        widths, heights, OPTIONS, batch_size, processes, accumulation, epochs=epochs, num_repeats=num_repeats
+    )
+    buckets = np.repeat(assign_buckets(widths, heights, OPTIONS).bucket_of_image, num_repeats)
+    order = BatchOrder(buckets, batch_size, seed=1, group=plan.group)
+    assert plan.images == len(buckets)
+    assert plan.batches == order.batches
+    assert plan.optimizer_steps_per_epoch == order.count.optimizer_steps_per_epoch
+    assert plan.optimizer_steps_per_epoch * plan.group == len(order.epoch(0))
+    assert plan.fills_per_epoch == sum(order.epoch(0).is_fill(position) for position in range(len(order.epoch(0))))
+    assert plan.total_optimizer_steps == epochs * order.count.optimizer_steps_per_epoch
+    # As sd-scripts computes it, with its own divisions.
+    assert plan.micro_batches_per_epoch == math.ceil(plan.batches / processes)
+    assert plan.optimizer_steps_per_epoch == math.ceil(plan.batches / processes / accumulation)
+
+
+def test_steps_instead_of_epochs() -> None:
+    plan = count_steps([128] * 10, [128] * 10, OPTIONS, 2, 1, 2, max_steps=7)
+    assert (plan.optimizer_steps_per_epoch, plan.total_optimizer_steps, plan.epochs) == (3, 7, 3)
+
+
+def test_no_images() -> None:
+    with pytest.raises(NoImages):
+        count_steps([], [], OPTIONS, 2, 1, 2, epochs=1)
+
+
+def test_sizes_of_the_folder(tmp_path: Path, write_captions: Callable[[Path, Sequence[tuple[int, int]]], None]) -> None:
+    write_captions(tmp_path / "images", [(128, 128), (64, 256)])
+    sizes = read_folder_sizes(tmp_path / "images")
+    assert sizes.widths.tolist() == [128, 64]
+    assert sizes.heights.tolist() == [128, 256]
+    assert sizes.exact
+    assert read_captions_metadata(tmp_path / "images")["digest"] == "d" * 64
+
+
+def test_missing_and_damaged_sizes_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(NoImages, match=r"captions\.arrow: not there") as missing:
+        read_folder_sizes(tmp_path)
+    assert "kwrap caption" in missing.value.next_step
+    (tmp_path / "captions.arrow").write_bytes(b"not arrow at all")
+    with pytest.raises(NoImages, match="not a captions file"):
+        read_folder_sizes(tmp_path)
+    with pytest.raises(NoImages, match="no such selection"):
+        read_selection_sizes(tmp_path / "none.parquet")
+
+
+def test_batch_that_does_not_divide_names_what_would(make_site: MakeSite) -> None:
+    from kohaku_wrap.config.layers import load_layers
+
+    effective, _ = load_layers("epsilon", make_site("gpus = 3\nbatch_per_gpu = 4"))
+    with pytest.raises(BadBatch, match="no multiple of 12: 3 processes with 4 images each") as fault:
+        shape_batch(effective)
+    assert "change gpus or effective_batch" in fault.value.next_step
+    effective, _ = load_layers("epsilon", make_site("gpus = 4\nbatch_per_gpu = 3"))
+    with pytest.raises(BadBatch) as fault:
+        shape_batch(effective)
+    assert "batch_per_gpu may be 1, 2, 4, 8" in fault.value.next_step

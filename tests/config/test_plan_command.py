@@ -1,0 +1,132 @@
+"""`kwrap plan` and the network's counts, by the real worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kohaku_wrap.cli.plan import command
+from kohaku_wrap.config.layers import load_layers, resolve_template
+from kohaku_wrap.config.plan import plan_steps, suppose_sizes
+from kohaku_wrap.config.site import Site
+from kohaku_wrap.config.sizes import total_of, weigh_host_memory, weigh_training
+from kohaku_wrap.training import training_plan
+from kohaku_wrap.training.module_counts import check_unmatched, count_network
+from kohaku_wrap.training.training_plan import NoMeasurement, read_step_seconds
+
+MakeSite = Callable[..., Site]
+EPSILON_BASE = (2_567_463_684, 817_720_320, 83_653_863)
+
+
+@pytest.mark.slow
+def test_epsilon_as_published(make_site: MakeSite, home: Path) -> None:
+    site = make_site()
+    arguments = ["epsilon", "--site", str(site.path), "--images", "5210319", "--seconds-per-step", "49.5", "--json"]
+    result = CliRunner().invoke(command, arguments)
+    document = json.loads(result.stdout)
+    assert document["images"] == 5_210_319
+    assert (document["batch_per_gpu"], document["accumulation"], document["processes"]) == (4, 16, 4)
+    assert document["micro_batches_per_epoch"] == 325_645
+    assert document["optimizer_steps_per_epoch"] == document["total_optimizer_steps"] == 20_353
+    assert (document["unet_modules"], document["text_encoder_modules"]) == (1050, 264)
+    assert document["parameters"] == 384_645_360
+    assert 769_000_000 < document["checkpoint_bytes"] < 800_000_000
+    assert 11.5 < document["eta_seconds"] / 86_400 < 12.5
+    assert document["warmup_optimizer_steps"] == 1000
+    assert document["warmup_optimizer_steps_plain_sd_scripts"] == 250
+    assert sum(part["size_bytes"] for part in document["gpu_memory"]) == document["gpu_memory_bytes"] < 24 * 2**30
+    # The count is kept, and a pattern that fits nothing is told.
+    assert len(list((home / "counts").glob("*.json"))) == 1
+
+
+@pytest.mark.slow
+def test_pattern_without_a_module_is_told(tmp_path: Path) -> None:
+    template = tmp_path / "own.toml"
+    template.write_text(
+        'extends = "epsilon"\n[preset]\nunet_target_module = ["Transformer2DModel", "Transformer3DModel"]\n'
+        'unet_target_name = [".*time_embd.+"]\ntext_encoder_target_module = []\ntext_encoder_target_name = []\n'
+        "[preset.module_algo_map.CrossAttentions]\nfactor = 4\n"
+    )
+    effective, problems = load_layers(template)
+    assert problems == []
+    found = check_unmatched(effective, count_network(effective))
+    assert {(problem.where, problem.what.split("'")[1]) for problem in found} == {
+        ("preset.unet_target_module", "Transformer3DModel"),
+        ("preset.unet_target_name", ".*time_embd.+"),
+        ("preset.module_algo_map", "CrossAttentions"),
+    }
+    assert all(str(template) in problem.layer for problem in found)
+
+
+def test_plan_of_a_folder(
+    make_site: MakeSite, write_captions: Callable[[Path, Sequence[tuple[int, int]]], None]
+) -> None:
+    site = make_site('engine = "builtin"\ngpus = 0\nbatch_per_gpu = 2')
+    write_captions(site.paths.images, [(128, 128)] * 21 + [(64, 256)] * 6)
+    result = CliRunner().invoke(command, ["demo", "--site", str(site.path), "--no-modules", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["sizes_exact"] is True
+    assert (
+        document["buckets"]
+        == [
+            {"width": 64, "height": 224, "images": 6, "batches": 3},
+            {"width": 128, "height": 128, "images": 21, "batches": 11},
+        ]
+        or sum(bucket["images"] for bucket in document["buckets"]) == 27
+    )
+    assert (document["batches"], document["micro_batches_per_epoch"]) == (14, 14)
+    assert (document["optimizer_steps_per_epoch"], document["total_optimizer_steps"]) == (2, 4)
+    assert document["fills_per_epoch"] == 2
+    people = CliRunner().invoke(command, ["demo", "--site", str(site.path), "--no-modules"])
+    assert "kwrap train demo" in people.output
+
+
+def test_saves_beyond_the_run_are_refused(
+    make_site: MakeSite, write_captions: Callable[[Path, Sequence[tuple[int, int]]], None]
+) -> None:
+    site = make_site('engine = "builtin"\ngpus = 0\nbatch_per_gpu = 2')
+    write_captions(site.paths.images, [(128, 128)] * 4)
+    result = CliRunner().invoke(command, ["demo", "--site", str(site.path), "--no-modules", "--json"])
+    assert result.exit_code == 1
+    [problem] = json.loads(result.stdout)["problems"]
+    assert problem["where"] == "save_every_n_steps"
+    assert problem["layer"].endswith("demo.toml")
+
+
+def test_copied_pages_count_and_memory_is_refused(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site("gpus = 4\nbatch_per_gpu = 4\nworkers = 8")
+    totals = {}
+    for data in ("kwrap", "sd-scripts"):
+        effective = resolve_template("epsilon", site, [f"kwrap.data={data}"])
+        images = suppose_sizes(5_210_319, effective)
+        plan = plan_steps(effective, images)
+        parts = weigh_host_memory(effective, plan, images, sum(EPSILON_BASE), 1)
+        totals[data] = total_of(parts)
+    assert totals["sd-scripts"] - totals["kwrap"] > 170 * 10**9
+    monkeypatch.setattr(training_plan, "machine_memory_bytes", lambda: 10**9)
+    sizes = weigh_training(effective, plan, images, 384_645_360, 3686, EPSILON_BASE)
+    [problem] = training_plan.check_memory(sizes)
+    assert "dataset pages copied by loader workers" in problem.what
+
+
+def test_disk_under_the_retention_policy(make_site: MakeSite) -> None:
+    effective = resolve_template("epsilon", make_site())
+    images = suppose_sizes(5_210_319, effective)
+    sizes = weigh_training(effective, plan_steps(effective, images), images, 384_645_360, 3686, EPSILON_BASE)
+    # Saves at 1700, 3400, … 18700 and the end; states at 6800 and 13600 stay besides the newest three.
+    assert [part.name for part in sizes.disk[:2]] == ["12 checkpoints", "5 states kept, 1 being written"]
+    assert sizes.disk[0].size_bytes == 12 * sizes.checkpoint_bytes
+    assert sizes.disk[1].size_bytes == 6 * sizes.state_bytes
+
+
+def test_measured_step_time(tmp_path: Path) -> None:
+    with pytest.raises(NoMeasurement):
+        read_step_seconds(tmp_path)
+    lines = [{"optimizer_step": step, "seconds": seconds} for step, seconds in enumerate([90.0, 49.0, 50.0, 51.0])]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
+    assert read_step_seconds(tmp_path) == 50.5

@@ -1,0 +1,79 @@
+"""Rendered files and counts against the real sd-scripts, where a checkout is installed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kohaku_wrap.config.installed import ask_trainer
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.options import load_recorded_table, parse_table
+from kohaku_wrap.config.plan import ImageSizes, plan_steps
+from kohaku_wrap.config.render import render_run
+from kohaku_wrap.config.site import Site
+
+pytestmark = [pytest.mark.sd_scripts, pytest.mark.slow]
+
+
+def ask_about(checkout: Path, run: Path) -> dict[str, Any]:
+    script = Path(__file__).with_name("ask_trainer.py")
+    result = subprocess.run([sys.executable, str(script), str(checkout), str(run)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(result.stdout)
+    return answer
+
+
+def generated_sizes(count: int, seed: int) -> list[tuple[int, int]]:
+    generator = np.random.default_rng(seed)
+    return [(int(width), int(height)) for width, height in generator.integers(60, 400, size=(count, 2))]
+
+
+def test_recorded_table_is_what_the_parser_says(checkout: Path) -> None:
+    live = parse_table(json.loads(ask_trainer(checkout)), "live")
+    recorded = load_recorded_table()
+    assert live.options == recorded.options
+    assert live.dataset_options == recorded.dataset_options
+
+
+@pytest.mark.parametrize("template", ["demo", "epsilon"])
+def test_every_value_arrives_and_counts_are_equal(
+    template: str, checkout: Path, make_site: Callable[..., Site], tmp_path: Path
+) -> None:
+    site = make_site()
+    overrides = ["samples.prompts=1girl, solo", "samples.every=2", "lr_scheduler_args.last_epoch=-1"]
+    effective = resolve_template(template, site, overrides)
+    sizes = generated_sizes(131, seed=len(template))
+    cache = {
+        str(site.paths.images / f"{index:04d}" / f"{index}.png"): {
+            "caption": "1girl ||| solo, long hair ||| safe",
+            "resolution": [width, height],
+        }
+        for index, (width, height) in enumerate(sizes)
+    }
+    site.paths.images.mkdir()
+    (site.paths.images / "metadata_cache.json").write_text(json.dumps(cache), encoding="utf-8")
+    widths, heights = np.array(sizes).T
+    plan = plan_steps(effective, ImageSizes(widths, heights, "generated"))
+    run = render_run(effective, site, tmp_path / "runs" / "first", "first", plan)
+
+    answer = ask_about(checkout, run.folder)
+    for name, value in run.trainer.items():
+        assert answer["namespace"][name] == value, name
+    for name, value in effective.subtable("dataset_options").items():
+        level = effective.table.dataset_options[name].level
+        assert answer[level][name] == value, name
+    assert answer["dataset"]["batch_size"] == plan.batch_size
+    unset = set(answer["namespace"]) - set(run.trainer) - {"config_file", "dataset_config"}
+    for name in unset & effective.table.options.keys():
+        assert answer["namespace"][name] == effective.table.options[name].default, name
+
+    assert answer["images"] == plan.images
+    assert answer["batches"] == plan.batches
+    assert answer["buckets"] == [[bucket.width, bucket.height, bucket.images] for bucket in plan.buckets]

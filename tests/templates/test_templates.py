@@ -1,0 +1,126 @@
+"""Shipped templates have no fault; a folder of broken ones has every planted one, by layer and key."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kohaku_wrap.cli.template import command
+from kohaku_wrap.config.check_files import check_files
+from kohaku_wrap.config.options import load_recorded_table
+from kohaku_wrap.files import shipped_folder
+
+BROKEN = Path(__file__).with_name("broken")
+SHIPPED = [path for path in sorted(shipped_folder("templates").rglob("*.toml")) if path.parent.name != "merges"]
+
+
+def broken_files() -> list[Path]:
+    return sorted(BROKEN.rglob("*.toml"))
+
+
+def planted_faults(path: Path) -> list[str]:
+    return re.findall(r"^# fault: (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_there_are_templates_to_check() -> None:
+    assert {"sdxl-lokr", "epsilon", "delta", "gamma-base7", "demo"} <= {path.stem for path in SHIPPED}
+    assert len(broken_files()) > 30
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_templates_have_no_fault(path: Path) -> None:
+    assert check_files([str(path)], None, load_recorded_table()) == [(path, [])]
+
+
+@pytest.mark.parametrize("path", broken_files(), ids=lambda path: path.stem)
+def test_every_planted_fault_is_found_and_no_other(path: Path) -> None:
+    [(checked, problems)] = check_files([str(path)], None, load_recorded_table())
+    assert checked == path
+    planted = planted_faults(path)
+    assert planted
+    assert set(planted) == {problem.where for problem in problems}
+    for problem in problems:
+        assert "templates/" in problem.layer, problem
+
+
+def test_a_fault_names_the_layer_that_brought_it_in() -> None:
+    [(_, problems)] = check_files([str(BROKEN / "two_attentions.toml")], None, load_recorded_table())
+    assert problems[0].layer.startswith("base ")
+    assert problems[0].layer.endswith("templates/sdxl-lokr.toml")
+    assert "templates/broken/two_attentions.toml)" in problems[0].what
+
+
+def test_check_command_prints_all_faults_and_exits_1() -> None:
+    result = CliRunner().invoke(command, ["check", str(BROKEN)])
+    assert result.exit_code == 1
+    for path in broken_files():
+        for planted in planted_faults(path):
+            assert planted in result.output
+    assert "unknown option; did you mean learning_rate?" in result.output
+    assert '"bf17" is not one of no, fp16, bf16' in result.output
+
+
+def test_check_command_as_json() -> None:
+    result = CliRunner().invoke(command, ["check", str(BROKEN / "unknown_option.toml"), "--json"])
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["schema_version"] == 1
+    assert {problem["where"] for problem in document["problems"]} == {"training.learning_rat", "training.noise_ofset"}
+
+
+def test_check_command_on_the_shipped_folder() -> None:
+    result = CliRunner().invoke(command, ["check", str(shipped_folder("templates"))])
+    assert result.exit_code == 0, result.output
+    assert "no problems" in result.output
+
+
+def test_an_empty_folder_is_no_success(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, ["check", str(tmp_path)])
+    assert result.exit_code != 0
+
+
+def test_copy_lands_in_the_users_folder_and_is_found_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KWRAP_HOME", str(tmp_path))
+    assert CliRunner().invoke(command, ["cp", "epsilon", "mine"]).exit_code == 0
+    copied = tmp_path / "templates" / "mine.toml"
+    copied.write_text(copied.read_text() + "\n[more]\nnetwork_dropout = 0.1\n")
+    result = CliRunner().invoke(command, ["show", "mine", "--json"])
+    document = json.loads(result.stdout)
+    assert document["path"] == str(copied)
+    assert document["values"]["network_dropout"] == 0.1
+    assert document["values"]["unet_lr"] == 2e-5
+    listed = json.loads(CliRunner().invoke(command, ["ls", "--json"]).stdout)["templates"]
+    assert [each["origin"] for each in listed if each["name"] == "mine"] == ["yours"]
+    again = CliRunner().invoke(command, ["cp", "epsilon", "mine"])
+    assert again.exit_code != 0
+
+
+def test_users_own_epsilon_may_extend_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KWRAP_HOME", str(tmp_path))
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "epsilon.toml").write_text('extends = "epsilon"\n[more]\nseed = 5\n')
+    document = json.loads(CliRunner().invoke(command, ["show", "epsilon", "--json"]).stdout)
+    assert document["values"]["seed"] == 5
+    assert document["values"]["effective_batch"] == 256
+    assert document["origins"]["effective_batch"].endswith("templates/epsilon.toml")
+
+
+def test_diff_shows_what_differs_in_effect() -> None:
+    document = json.loads(CliRunner().invoke(command, ["diff", "epsilon", "delta", "--json"]).stdout)
+    differences = {row["key"]: (row["first"], row["second"]) for row in document["differences"]}
+    assert differences["unet_lr"] == (2e-5, 4e-5)
+    assert differences["full_fp16"] == (False, True)
+    assert differences["dataset_options.caption_tag_dropout_rate"] == (0.15, 0.1)
+    assert "network_dim" not in differences
+
+
+def test_show_why_names_layer_and_file() -> None:
+    result = CliRunner().invoke(command, ["show", "demo", "--why"])
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
+    assert lines["unet_lr"].endswith("templates/demo.toml")
+    assert lines["min_snr_gamma"].endswith("templates/epsilon.toml")
+    assert lines["network_dim"].endswith("templates/sdxl-lokr.toml")
