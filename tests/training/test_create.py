@@ -1,0 +1,176 @@
+"""`kwrap train` up to the launch: what it prints, what it makes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from plain_runs import write_captions
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.create import create_run, plan_new_run
+from kohaku_wrap.training.differences import DifferentRun
+from kohaku_wrap.training.resume import plan_resume
+
+SITE = """
+[paths]
+images = "images"
+base_model = "model.safetensors"
+tokenizers = "tokenizers"
+[machine]
+{engine}
+gpus = 0
+processes = {processes}
+batch_per_gpu = 2
+"""
+
+
+BATCH = "effective_batch=4"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site with captions and a base model of no use."""
+    write_captions(tmp_path / "images", 30)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "tokenizers").mkdir()
+    return write_site(tmp_path)
+
+
+def write_site(folder: Path, engine: str = 'engine = "builtin"', processes: int = 1) -> Path:
+    path = folder / "site.toml"
+    path.write_text(SITE.format(engine=engine, processes=processes))
+    return path
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(program, [str(each) for each in arguments], standalone_mode=False)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_dry_run_prints_the_command_and_makes_nothing(site: Path) -> None:
+    (site.parent / "images" / "captions.arrow").unlink()
+    (site.parent / "model.safetensors").unlink()
+    before = files(site.parent)
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "kohaku_wrap", "train", "demo", "--site", str(site), "--set", BATCH, "--dry-run"],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "3"},
+    )  # fmt: skip
+    assert time.monotonic() - started < 6, "2 s on an idle machine"
+    assert files(site.parent) == before
+    words = shlex.split(done.stdout)
+    assert words[:3] == ["cd", str(site.parent / "runs" / "demo"), "&&"]
+    assert "OMP_NUM_THREADS=3" in words and "HF_HUB_OFFLINE=1" in words and "LYCORIS_KERNEL_BACKEND=torch" in words
+    at = words.index("launch")
+    assert words[at - 1].endswith("accelerate") and words[at + 1] == "--config_file"
+    assert words[words.index("-m") + 1] == "kohaku_wrap.training.workers.builtin"
+    assert words[-2:] == ["--gradient_accumulation_steps", "2"]
+    assert f"engine: builtin ({site})" in done.stderr
+
+
+def test_the_engine_is_never_chosen_in_silence(site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KWRAP_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("KWRAP_SD_SCRIPTS", raising=False)
+    write_site(site.parent, engine="")
+    result = call("train", "demo", "--site", site, "--dry-run")
+    assert isinstance(result.exception, KwrapError)
+    assert "sd-scripts (the default)" in result.exception.message
+    assert "kwrap trainer install" in result.exception.next_step and "--engine builtin" in result.exception.next_step
+    told = json.loads(call("train", "demo", "--site", site, "--engine", "builtin", "--dry-run", "--json").stdout)
+    assert (told["engine"], told["engine_origin"]) == ("builtin", "--engine")
+    assert "no such engine" in str(call("train", "demo", "--site", site, "--engine", "other", "--dry-run").exception)
+
+
+def test_several_processes_are_started_by_torchrun(site: Path) -> None:
+    write_site(site.parent, processes=2)
+    told = json.loads(call("train", "demo", "--site", site, "--set", BATCH, "--dry-run", "--json").stdout)
+    argv = told["argv"]
+    assert "--multi_gpu" in argv and argv[argv.index("--num_processes") + 1] == "2" and argv[-1] == "1"
+    assert float(told["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 3600
+
+
+def test_a_run_is_made_whole(site: Path) -> None:
+    new = plan_new_run("demo", site, "first", overrides=[BATCH])
+    run = create_run(new, ["kwrap", "train", "demo"])
+    assert files(run.folder) >= {
+        "run.lock.toml", "trainer.toml", "dataset.toml", "preset.toml", "accelerate.yaml", "command.txt",
+        "attempts", "states", "checkpoints", "ledger",
+    }  # fmt: skip
+    assert run.lock.engine == "builtin" and run.lock.group == 2 and run.lock.dataset_digest == "d1g357"
+    assert str(run.folder / "checkpoints") in run.trainer_config.read_text()
+    first, second = (run.folder / "command.txt").read_text().splitlines()
+    assert first == "kwrap train demo" and "accelerate" in second
+    plan = plan_resume(run)
+    assert (plan.state, plan.optimizer_step, plan.processes) == (None, 0, 1), "nothing differs from the lock"
+
+
+def test_a_failure_while_making_it_leaves_nothing(site: Path) -> None:
+    (site.parent / "model.safetensors").unlink()
+    result = call("train", "demo", "--site", site, "--run", "first")
+    assert isinstance(result.exception, KwrapError) and "model.safetensors" in result.exception.message
+    (site.parent / "model.safetensors").write_bytes(b"weights")
+    (site.parent / "images" / "captions.arrow").write_bytes(b"not arrow")
+    result = call("train", "demo", "--site", site, "--run", "first")
+    assert isinstance(result.exception, KwrapError) and "captions" in result.exception.message
+    runs = site.parent / "runs"
+    assert not runs.exists() or not list(runs.iterdir())
+
+
+def test_a_run_that_exists_is_not_started_anew(site: Path) -> None:
+    run = create_run(plan_new_run("demo", site, "first"), ["kwrap"])
+    result = call("train", "demo", "--site", site, "--run", "first")
+    assert isinstance(result.exception, KwrapError) and result.exception.exit_code == 2
+    assert f"kwrap resume {run.folder}" in result.exception.next_step
+    (run.folder.parent / "second").mkdir()
+    assert "not a run" in str(call("train", "demo", "--site", site, "--run", "second").exception)
+    assert "not a run's name" in str(call("train", "demo", "--site", site, "--run", "../x").exception)
+
+
+def test_a_locked_run_refuses_what_differs(site: Path) -> None:
+    lock = create_run(plan_new_run("demo", site, "first"), ["kwrap"]).lock_file
+    same: Any = create_run(plan_new_run("demo", site, "second"), ["kwrap"], locked=lock)
+    assert same.name == "second"
+    result = call("train", "demo", "--site", site, "--run", "third", "--locked", lock, "--set", "unet_lr=1e-3")
+    assert isinstance(result.exception, KwrapError) and "values.unet_lr" in result.exception.message
+    (site.parent / "model.safetensors").write_bytes(b"other weights")
+    result = call("train", "--site", site, "--run", "third", "--locked", lock)
+    assert "inputs.base_model_sha256" in str(result.exception)
+    assert not (site.parent / "runs" / "third").exists()
+
+
+def test_a_file_of_the_run_that_is_damaged_is_named(site: Path) -> None:
+    run = create_run(plan_new_run("demo", site, "first"), ["kwrap"])
+    run.trainer_config.write_text("seed = ")
+    with pytest.raises(DifferentRun, match=r"trainer\.toml"):
+        plan_resume(run)
+    run.lock_file.write_text("[run")
+    assert "not TOML" in str(call("status", run.folder).exception)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_none_is_refused_and_the_name_stays_free(site: Path) -> None:
+    """The builtin engine refuses the file before its first step: exit code 1, and no run is left."""
+    result = call("train", "demo", "--site", site, "--run", "first", "--restarts", 3)
+    assert isinstance(result.exception, KwrapError)
+    assert result.exception.exit_code == 1, result.exception.message
+    assert "model.safetensors" in result.exception.message or "tokenizer" in result.exception.message
+    assert not list((site.parent / "runs").iterdir())
+
+
+@pytest.mark.parametrize("text", ["step", "step=0", "walking=5", "step=x"])
+def test_time_outs_are_checked(site: Path, text: str) -> None:
+    result = call("train", "demo", "--site", site, "--timeout", text, "--dry-run")
+    assert isinstance(result.exception, KwrapError) and "--timeout" in result.exception.message

@@ -1,0 +1,241 @@
+"""Where a resume starts, what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from plain_runs import misbehave, plain_launch, train, write_captions
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.attempts import list_attempts
+from kohaku_wrap.training.differences import DifferentRun
+from kohaku_wrap.training.metrics import read_metrics
+from kohaku_wrap.training.order import BadOrder
+from kohaku_wrap.training.resume import NoSuchState, RunFinished, begin_attempt, plan_resume
+from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.states import DamagedState, list_states, state_folder
+from kohaku_wrap.training.supervise import TrainerFailed, supervise_run
+from kohaku_wrap.training.verify import verify_run
+from kohaku_wrap.training.watch import WatchOptions
+
+NewRun = Callable[..., Run]
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(program, [str(each) for each in arguments], standalone_mode=False)
+
+
+def crash_at(run: Run, step: int) -> None:
+    """Train until it crashes after `step` optimizer steps."""
+    misbehave(run, attempt_1={"crash": True, "at": step})
+    with pytest.raises(TrainerFailed):
+        train(run)
+
+
+def resume(run: Run, **options: Any) -> None:
+    """One attempt from what `plan_resume` chooses, and fresh ones after failures."""
+
+    def begin() -> Any:
+        attempt, launch = begin_attempt(plan_resume(run, **options))
+        return attempt, plain_launch(attempt, launch)
+
+    supervise_run(run, begin, begin, WatchOptions(poll_seconds=0.02), lambda event: None)
+
+
+def steps(run: Run) -> list[int]:
+    return [step for step, _ in list_states(run.states)]
+
+
+def test_takes_the_newest_whole_state_and_names_damaged_ones(new_run: NewRun) -> None:
+    run = new_run()
+    crash_at(run, 7)
+    assert steps(run) == [4, 6]
+    os.truncate(state_folder(run.states, 6) / "weights.bin", 3)
+    plan = plan_resume(run)
+    assert (plan.optimizer_step, plan.number) == (4, 2)
+    assert "weights.bin is damaged" in plan.damaged[0].message
+    assert plan.abandons == (state_folder(run.states, 6),)
+    with pytest.raises(DamagedState, match=r"weights\.bin"):
+        plan_resume(run, step=6)
+    told = call("resume", run.folder, "--dry-run")
+    assert "damaged, passed over" in told.output and told.return_value is None
+    assert not (run.folder / "abandoned").exists(), "a dry run changes nothing"
+    resume(run)
+    assert (run.abandoned / "before-attempt-2" / "states" / "optimizer-step-00000006").is_dir()
+    assert verify_run(run).is_proved
+
+
+def test_a_step_without_a_state_lists_those_there_are(new_run: NewRun) -> None:
+    run = new_run()
+    crash_at(run, 7)
+    with pytest.raises(NoSuchState) as missing:
+        plan_resume(run, step=5)
+    assert "no state at optimizer step 5" in missing.value.message and "4, 6" in missing.value.next_step
+
+
+def test_without_a_state_it_starts_again(new_run: NewRun) -> None:
+    run = new_run()
+    crash_at(run, 1)
+    plan = plan_resume(run)
+    assert plan.state is None and plan.optimizer_step == 0
+    resume(run)
+    report = verify_run(run)
+    assert report.is_proved and report.is_finished
+
+
+def test_going_back_moves_what_came_later(new_run: NewRun) -> None:
+    run = new_run()
+    train(run)
+    final = (run.checkpoints / "r.safetensors").read_bytes()
+    for name in ("r-step00000004.safetensors", "r-step00000010.safetensors", "r-000001.safetensors", "other.txt"):
+        (run.checkpoints / name).write_bytes(b"")
+    with pytest.raises(RunFinished):
+        plan_resume(run)
+    resume(run, step=6)
+    away = run.abandoned / "before-attempt-2"
+    moved = sorted(path.name for path in away.rglob("*") if path.parent.name in ("states", "checkpoints"))
+    assert moved == [
+        "optimizer-step-00000010",
+        "optimizer-step-00000012",
+        "r-step00000010.safetensors",
+        "r.safetensors",
+    ]
+    assert (away / "checkpoints" / "r.safetensors").read_bytes() == final
+    assert (run.checkpoints / "r.safetensors").read_bytes() == final
+    report = verify_run(run)
+    assert report.is_proved and report.compared == 6 * 4
+    assert [line["attempt"] for line in read_metrics(run)] == [1] * 6 + [2] * 6
+
+
+def test_a_line_left_behind_is_not_taken_up_again(new_run: NewRun) -> None:
+    """A crash between the new attempt's record and the moves must not bring the old line back."""
+    run = new_run()
+    train(run)
+    plan = plan_resume(run, step=6)
+    begin_attempt(plan)
+    for path in (run.abandoned / "before-attempt-2" / "states").iterdir():
+        path.rename(run.states / path.name)
+    assert steps(run) == [6, 10, 12]
+    assert plan_resume(run).optimizer_step == 6
+
+
+def test_the_position_of_epsilon(new_run: NewRun) -> None:
+    run = new_run(accumulation=16, processes=4)
+    text = run.lock_file.read_text()
+    batches = run.lock.batches
+    text = text.replace(f"\nbatches = {batches}\n", "\nbatches = 1302597\n")
+    text = text.replace(f"total_optimizer_steps = {run.lock.total_optimizer_steps}", "total_optimizer_steps = 20354")
+    run.lock_file.write_text(text)
+    run = Run(run.folder)
+    from kohaku_wrap.training.saving import fingerprint_of
+    from kohaku_wrap.training.states import write_state
+
+    def fill(folder: Path) -> None:
+        (folder / "network.bin").write_bytes(b"n")
+
+    write_state(run.states, 13600, fill, fingerprint_of(run, 13600, 4))
+    told = json.loads(call("resume", run.folder, "--step", 13600, "--dry-run", "--json").stdout)
+    assert (told["epoch"], told["micro_batch"]) == (0, 217_600)
+    assert [rank["micro_batch"] for rank in told["ranks"]] == [217_600] * 4
+    assert [rank["global_position"] for rank in told["ranks"]] == [870_400, 870_401, 870_402, 870_403]
+    assert "217,600" in call("resume", run.folder, "--step", 13600, "--dry-run").output
+
+
+def test_another_number_of_processes_keeps_the_group(new_run: NewRun) -> None:
+    run = new_run(accumulation=2, processes=4)
+    plan = plan_resume(run, processes=2)
+    assert (plan.processes, plan.accumulation) == (2, 4)
+    attempt, launch = begin_attempt(plan)
+    assert attempt.group == 8
+    assert "--num_processes" in launch.argv and launch.argv[launch.argv.index("--num_processes") + 1] == "2"
+    assert launch.argv[-1] == "4"
+    assert '"MULTI_' in run.accelerate_config.read_text()
+    assert plan_resume(run).processes == 2, "the next attempt keeps it"
+    with pytest.raises(BadOrder, match="3 processes do not divide"):
+        plan_resume(run, processes=3)
+
+
+def change_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("seed", lambda run: change_text(run.trainer_config, "seed = 31337", "seed = 1")),
+        ("train_batch_size", lambda run: change_text(run.trainer_config, "batch_size = 2", "batch_size = 3")),
+        ("batch_size", lambda run: change_text(run.dataset_config, "batch_size = 2", "batch_size = 3")),
+        ("dataset", lambda run: write_captions(run.folder.parent.parent / "images", 45, "0ther")),
+        ("effective_batch", lambda run: change_text(run.lock_file, "effective_batch = 8", "effective_batch = 16")),
+        ("learning_rate", lambda run: change_text(run.trainer_config, "seed =", "learning_rate = 1.0\nseed =")),
+    ],
+)  # fmt: skip
+def test_another_run_is_refused_and_can_be_accepted(new_run: NewRun, key: str, change: Callable[[Run], None]) -> None:
+    run = new_run()
+    crash_at(run, 3)
+    change(run)
+    run = Run(run.folder)
+    with pytest.raises(DifferentRun) as refused:
+        plan_resume(run)
+    assert [problem.where for problem in refused.value.problems] == [key]
+    assert f"--allow {key}" in refused.value.next_step
+    attempt, _ = begin_attempt(plan_resume(run, allow=[key]))
+    record = json.loads((attempt.folder / "attempt.json").read_text())
+    assert record["allow"] == [key] and list(record["accepted_differences"]) == [key]
+    assert plan_resume(run).allow == {key}, "accepted once, recorded, and so for later attempts too"
+
+
+def test_all_differences_are_told_at_once(new_run: NewRun) -> None:
+    run = new_run()
+    crash_at(run, 3)
+    change_text(run.trainer_config, "seed = 31337", "seed = 1")
+    write_captions(run.folder.parent.parent / "images", 45, "0ther")
+    with pytest.raises(DifferentRun, match="2 problems"):
+        plan_resume(run)
+
+
+def test_loader_workers_may_change(new_run: NewRun) -> None:
+    run = new_run()
+    assert plan_resume(run, workers=3).workers == 3
+
+
+def test_without_a_name_the_only_unfinished_run_is_meant(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, first, second = new_run("done"), new_run("first"), new_run("second")
+    train(done)
+    monkeypatch.chdir(done.folder.parent.parent)
+    result = call("resume", "--dry-run")
+    assert isinstance(result.exception, KwrapError) and result.exception.exit_code == 2
+    assert str(first.folder) in str(result.exception) and str(second.folder) in str(result.exception)
+    assert str(done.folder) not in str(result.exception)
+    train(second)
+    told = json.loads(call("resume", "--dry-run", "--json").stdout)
+    assert told["run"] == str(first.folder)
+    train(first)
+    assert "no unfinished run" in str(call("resume").exception)
+    assert "no such run" in str(call("resume", "third").exception)
+
+
+def test_a_state_of_plain_sd_scripts(new_run: NewRun) -> None:
+    run = new_run()
+    for name in ("r-step00000002-state", "r-step00000004-state", "r-000001-state"):
+        (run.checkpoints / name).mkdir()
+    (run.checkpoints / "r-000001-state" / "train_state.json").write_text('{"current_epoch": 1, "current_step": 3}')
+    plan = plan_resume(run, foreign=True)
+    assert plan.foreign and plan.state == run.checkpoints / "r-step00000004-state" and plan.optimizer_step == 4
+    assert plan_resume(run, step=3, foreign=True).state == run.checkpoints / "r-000001-state"
+    with pytest.raises(NoSuchState, match="at optimizer step 9"):
+        plan_resume(run, step=9, foreign=True)
+    given = plan_resume(run, foreign=True, foreign_state=run.checkpoints / "r-step00000002-state")
+    assert given.optimizer_step == 2
+    assert "not provably the same" in call("resume", run.folder, "--foreign", "--dry-run").output
+    attempt, _ = begin_attempt(given)
+    assert attempt.foreign and list_attempts(run)[0].state == given.state
