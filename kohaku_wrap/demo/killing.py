@@ -1,0 +1,132 @@
+"""Train through `kwrap`, and end it with SIGKILL at a planned moment: the whole tree of processes, without warning."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.attempts import Attempt, list_attempts
+from kohaku_wrap.training.processes import end_processes, send_signal
+from kohaku_wrap.training.runs import Run
+
+POLL_SECONDS = 0.02
+STATE_POLL_SECONDS = 0.001
+"""A state of the tiny model is written in a tenth of a second."""
+
+LINES_SHOWN = 6
+
+
+class ProcessFailed(KwrapError):
+    """A command of the proof ended otherwise than planned."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When to kill an attempt."""
+
+    epochs: float
+    """Not before this share of the run's first epoch is trained; beyond 1 in later epochs."""
+
+    in_state: bool = False
+    """Wait from then for the next state, and kill while it is being written."""
+
+
+def command_of(arguments: tuple[str, ...]) -> list[str]:
+    return [sys.executable, "-m", "kohaku_wrap", *arguments]
+
+
+def run_kwrap(arguments: tuple[str, ...], log: Path) -> None:
+    """One `kwrap` command to its end. Raises ProcessFailed with its last lines."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream:
+        done = subprocess.run(command_of(arguments), stdout=stream, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise failed(arguments, done.returncode, log)
+
+
+def failed(arguments: tuple[str, ...], exit_code: int, log: Path) -> ProcessFailed:
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LINES_SHOWN:]
+    return ProcessFailed(
+        f"`kwrap {arguments[0]}` ended with exit code {exit_code}; its last lines: {' | '.join(last)}", f"See {log}."
+    )
+
+
+def train_with_kills(
+    run: Run, arguments: tuple[str, ...], kills: tuple[Kill, ...], workers: tuple[int, ...], logs: Path
+) -> None:
+    """Train to the end: `arguments` starts the run, each kill ends an attempt, `kwrap resume` starts the next one.
+
+    `workers`: loader workers of each attempt. Raises ProcessFailed when a process ends by itself before its kill, or
+    the last one does not finish.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    for number in range(len(kills) + 1):
+        if number:
+            loaders = workers[min(number, len(workers) - 1)]
+            arguments = ("resume", str(run.folder), "--workers", str(loaders))
+        log = logs / f"{run.name}-{number + 1}.log"
+        if number == len(kills):
+            run_kwrap(arguments, log)
+            return
+        kill_midway(run, arguments, kills[number], number + 1, log)
+
+
+def kill_midway(run: Run, arguments: tuple[str, ...], kill: Kill, attempt_number: int, log: Path) -> None:
+    """Start a command and kill it, with every process below it, at the planned moment."""
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command_of(arguments), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    while process.poll() is None:
+        attempt = find_attempt(run, attempt_number)
+        if attempt is not None and is_moment(attempt, kill):
+            kill_all(process, attempt)
+            if kill.in_state and not is_writing_state(run):
+                raise ProcessFailed("the state was whole before the kill came", f"See {log}.")
+            return
+        time.sleep(STATE_POLL_SECONDS if kill.in_state and attempt is not None else POLL_SECONDS)
+    raise failed(arguments, process.returncode, log)
+
+
+def find_attempt(run: Run, number: int) -> Attempt | None:
+    """The attempt of that number, once it is there."""
+    if not (run.attempts / str(number) / "attempt.json").exists():
+        return None
+    return next((attempt for attempt in list_attempts(run) if attempt.number == number), None)
+
+
+def is_moment(attempt: Attempt, kill: Kill) -> bool:
+    """Whether every process of the attempt has come far enough, and, where asked for, a state is being written."""
+    count = attempt.lock.count
+    accumulation = count.accumulation(attempt.processes)
+    wanted = int(kill.epochs * count.micro_batches_per_process(attempt.processes))
+    beats = attempt.heartbeats()
+    if len(beats) < attempt.processes:
+        return False
+    done = min(beat.micro_batch for beat in beats) + attempt.start_optimizer_step * accumulation
+    if not kill.in_state and accumulation > 1 and done % accumulation == 0:
+        # Only part of an accumulation: its gradients are lost with the process.
+        return False
+    return done >= wanted and (not kill.in_state or is_writing_state(attempt.run))
+
+
+def is_writing_state(run: Run) -> bool:
+    """Whether a state lies there under its temporary name."""
+    try:
+        return any(path.name.startswith(".") for path in run.states.iterdir())
+    except FileNotFoundError:
+        return False
+
+
+def kill_all(process: subprocess.Popen[bytes], attempt: Attempt) -> None:
+    """SIGKILL to the ranks, the supervisor and every other process of the attempt, and wait until all are gone."""
+    for beat in attempt.heartbeats():
+        send_signal(beat.pid, signal.SIGKILL)
+    process.kill()
+    end_processes(attempt.run)
+    process.wait()

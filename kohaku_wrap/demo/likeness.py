@@ -1,0 +1,152 @@
+"""Whether two runs are the same bit for bit: networks, ledger, metrics, file names, rotation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.attempts import list_attempts
+from kohaku_wrap.training.ledger import list_ledger_files, read_ledger_file
+from kohaku_wrap.training.metrics import read_metrics
+from kohaku_wrap.training.runs import Run
+
+CHECKED_FIELDS = ("flags", "order_digest", "content_digest", "loss", "learning_rate")
+"""What two records of one position must agree in."""
+
+METRICS = ("loss", "loss_average", "lr_unet", "lr_text_encoder", "images")
+
+Records = npt.NDArray[np.void]
+
+
+class Difference(KwrapError):
+    """The first thing found in which two runs differ."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What was compared and found the same."""
+
+    tensors: int
+    """Of all checkpoints together."""
+
+    checkpoints: int
+    """Files of networks."""
+
+    micro_batches: int
+    """Positions of the ledger: images, captions, time steps, losses, rates."""
+
+    repeated: int
+    """Micro-batches that an attempt trained again after a kill, with the same result."""
+
+    optimizer_steps: int
+    """Lines of the metrics."""
+
+    attempts: int
+    """Of the interrupted run."""
+
+    def describe(self) -> str:
+        return (
+            f"{self.tensors} tensors in {self.checkpoints} networks, {self.micro_batches} micro-batches "
+            f"({self.repeated} trained again), {self.optimizer_steps} optimizer steps, {self.attempts} attempts"
+        )
+
+
+def compare_runs(whole: Run, interrupted: Run) -> Likeness:
+    """What is the same in both. Raises Difference with the first thing that is not."""
+    records, repeated = read_positions(whole)[0], read_positions(interrupted)
+    compare_records(records, repeated[0])
+    steps = compare_metrics(whole, interrupted)
+    names = compare_names(whole, interrupted)
+    tensors = sum(
+        compare_networks(
+            whole.checkpoints / f"{whole.name}{name}", interrupted.checkpoints / f"{interrupted.name}{name}"
+        )
+        for name in names
+    )
+    return Likeness(tensors, len(names), len(records), repeated[1], steps, len(list_attempts(interrupted)))
+
+
+def read_positions(run: Run) -> tuple[Records, int]:
+    """The last record of each position, in order, and how many positions were trained again.
+
+    Raises Difference where two attempts trained one position differently.
+    """
+    files = [read_ledger_file(path)[1] for _, _, path in list_ledger_files(run.ledger)]
+    records = np.concatenate(files)
+    records = records[np.lexsort((records["attempt"], records["position"], records["epoch"]))]
+    again = (records["epoch"][1:] == records["epoch"][:-1]) & (records["position"][1:] == records["position"][:-1])
+    for index in np.flatnonzero(again):
+        compare_record(records[index], records[index + 1], "an attempt and the one before it")
+    last = np.append(~again, True)
+    return records[last], int(again.sum())
+
+
+def compare_records(whole: Records, interrupted: Records) -> None:
+    if len(whole) != len(interrupted):
+        raise Difference(f"{len(whole)} micro-batches uninterrupted, {len(interrupted)} with kills")
+    for one, other in zip(whole, interrupted, strict=True):
+        compare_record(one, other, "the two runs")
+
+
+def compare_record(one: Any, other: Any, who: str) -> None:
+    where = f"epoch {one['epoch']}, position {one['position']}"
+    if (one["epoch"], one["position"]) != (other["epoch"], other["position"]):
+        raise Difference(f"{where} is missing or out of order")
+    for name in CHECKED_FIELDS:
+        if one[name].tobytes() != other[name].tobytes():
+            raise Difference(f"{who} differ in the {name.replace('_', ' ')} of {where}: {one[name]}, {other[name]}")
+
+
+def compare_metrics(whole: Run, interrupted: Run) -> int:
+    lines, others = read_metrics(whole), read_metrics(interrupted)
+    if len(lines) != len(others):
+        raise Difference(f"{len(lines)} optimizer steps uninterrupted, {len(others)} with kills")
+    for line, other in zip(lines, others, strict=True):
+        for name in METRICS:
+            if line.get(name) != other.get(name):
+                step = line["optimizer_step"]
+                raise Difference(f"{name} of optimizer step {step}: {line.get(name)}, {other.get(name)}")
+        if other.get("skipped_images_loaded"):
+            raise Difference(f"{other['skipped_images_loaded']} images were loaded for positions already trained")
+    return len(lines)
+
+
+def compare_names(whole: Run, interrupted: Run) -> list[str]:
+    """What checkpoints are called after the run's name; the names of states must agree too."""
+    states = [sorted(path.name for path in run.states.iterdir() if path.name[0] != ".") for run in (whole, interrupted)]
+    if states[0] != states[1]:
+        raise Difference(f"states left: {', '.join(states[0])}; {', '.join(states[1])}")
+    found = [
+        sorted(path.name.removeprefix(run.name) for path in run.checkpoints.glob("*.safetensors"))
+        for run in (whole, interrupted)
+    ]
+    if found[0] != found[1]:
+        raise Difference(f"checkpoints: {', '.join(found[0])}; {', '.join(found[1])}")
+    return found[0]
+
+
+def compare_networks(one: Path, other: Path) -> int:
+    """The number of tensors, when names, shapes, dtypes and every bit agree."""
+    first, second = read_tensors(one), read_tensors(other)
+    if first.keys() != second.keys():
+        raise Difference(f"{other.name}: {len(first.keys() ^ second.keys())} tensors are in one network only")
+    unlike = [name for name in first if first[name] != second[name]]
+    if unlike:
+        raise Difference(f"{other.name}: {len(unlike)} of {len(first)} tensors differ, the first {unlike[0]}")
+    return len(first)
+
+
+def read_tensors(path: Path) -> Mapping[str, tuple[str, tuple[int, ...], bytes]]:
+    """Each tensor's dtype, shape and bytes."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        names: list[str] = list(file.keys())
+        arrays = {name: file.get_tensor(name) for name in names}
+    return {name: (array.dtype.name, array.shape, array.tobytes()) for name, array in arrays.items()}

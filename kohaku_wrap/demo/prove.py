@@ -1,0 +1,220 @@
+"""The proof of exact resume: real trainings, killed with SIGKILL and resumed, compared bit by bit.
+
+`make prove`, or `python -m kohaku_wrap.demo.prove`. Each case trains once uninterrupted and once with kills, through
+the `kwrap` command; cases of the same configuration share the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import toml
+
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.demo.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
+from kohaku_wrap.demo.likeness import Difference, compare_runs
+from kohaku_wrap.demo.tour import dataset_stages
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.runs import Run
+
+POSTS = 40
+"""Of the small world that is trained on; about a third of them are selected with an image."""
+
+SETTINGS = ("max_train_epochs=2", "save_every_n_steps=2", "save_precision=float", "states.keep=2")
+"""Over the demo template: states often, and checkpoints that hide no bit."""
+
+BATCH_PER_PROCESS = 2
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What an uninterrupted run and its killed counterpart have in common."""
+
+    processes: int = 1
+    """Processes that train together."""
+
+    accumulation: int = 2
+    """Micro-batches of each process in an optimizer step."""
+
+    @property
+    def name(self) -> str:
+        return f"p{self.processes}a{self.accumulation}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to interrupt a training."""
+
+    name: str
+    """For the run's folder."""
+
+    says: str
+    """What is shown, in words."""
+
+    kills: tuple[Kill, ...]
+    """One an attempt; the attempt after the last one finishes."""
+
+    workers: tuple[int, ...] = (0,)
+    """Loader workers of each attempt; the last number also holds for later ones."""
+
+    configuration: Configuration = Configuration()
+    """What is trained."""
+
+
+CASES = (
+    Case("middle", "accumulation 2, killed in the middle of an epoch and of an accumulation", (Kill(0.5),)),
+    Case("border", "killed just after an epoch border", (Kill(1.05),)),
+    Case("workers-2", "2 loader workers", (Kill(0.7),), workers=(2,)),
+    Case("workers-0-2-0", "0, 2 and again 0 loader workers", (Kill(0.6), Kill(1.3)), workers=(0, 2, 0)),
+    Case("torn-state", "killed again during the writing of a state", (Kill(0.5), Kill(0.6, in_state=True))),
+    Case("four-lives", "second and third resume", (Kill(0.4), Kill(0.8), Kill(1.5))),
+    Case("two-processes", "two processes", (Kill(0.6),), workers=(0, 2), configuration=Configuration(processes=2)),
+    Case(
+        "not-divided",
+        "a number of batches that accumulation does not divide",
+        (Kill(0.6), Kill(1.2)),
+        configuration=Configuration(accumulation=4),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The world and the folder that all runs of one proof share."""
+
+    folder: Path
+    """Where everything is made."""
+
+    engine: str
+    """builtin or sd-scripts."""
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs" / self.engine
+
+    @cached_property
+    def world(self) -> Path:
+        return self.folder / "world"
+
+    def make_world(self) -> None:
+        """The embedded world with its dataset made ready, by kwrap's own commands; what is there is kept."""
+        if (self.world / "images" / "captions.arrow").exists():
+            return
+        log = self.folder / "logs" / "world.log"
+        run_kwrap(("demo", str(self.world), "--posts", str(POSTS)), log)
+        site = load_site(self.world / "site.toml")
+        for stage in dataset_stages(site, "demo", self.world / "demo.parquet"):
+            run_kwrap(stage.arguments, log)
+
+    def write_site(self, case: str, configuration: Configuration, workers: int) -> Path:
+        """The world's site with the processes and workers of a case."""
+        document = toml.loads((self.world / "site.toml").read_text(encoding="utf-8"))
+        document["paths"] = {name: str((self.world / path).resolve()) for name, path in document["paths"].items()} | {
+            "runs": str(self.runs.resolve())
+        }
+        document["machine"] |= {
+            "engine": self.engine,
+            "processes": configuration.processes,
+            "batch_per_gpu": BATCH_PER_PROCESS,
+            "workers": workers,
+        }
+        path = self.folder / "sites" / f"{self.engine}-{case}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(toml.dumps(document), encoding="utf-8")
+        return path
+
+    def train(self, case: Case) -> Run:
+        """The case's run, trained to its end through all kills."""
+        configuration = case.configuration
+        effective_batch = configuration.processes * configuration.accumulation * BATCH_PER_PROCESS
+        site = self.write_site(case.name, configuration, case.workers[0])
+        settings = [f"effective_batch={effective_batch}", *SETTINGS]
+        arguments = ["train", "demo", "--site", str(site), "--run", case.name]
+        arguments += [part for setting in settings for part in ("--set", setting)]
+        run = Run(self.runs / case.name)
+        train_with_kills(run, tuple(arguments), case.kills, case.workers, self.folder / "logs" / self.engine)
+        return run
+
+
+def prove(bench: Bench, cases: tuple[Case, ...]) -> int:
+    """Train and compare all cases, printing a line for each; how many were identical."""
+    references = {
+        case.configuration: Case(f"whole-{case.configuration.name}", "", (), configuration=case.configuration)
+        for case in cases
+    }
+    identical = 0
+    with ThreadPoolExecutor(max_workers=max(len(os.sched_getaffinity(0)), 1)) as pool:
+        # The longest first, so that none is left alone at the end.
+        whole = {key: pool.submit(bench.train, reference) for key, reference in references.items()}
+        ordered = sorted(cases, key=lambda case: -len(case.kills) * case.configuration.processes)
+        killed = {case: pool.submit(bench.train, case) for case in ordered}
+        for case in cases:
+            line, same = judge(case, whole[case.configuration], killed[case])
+            identical += same
+            print(line, flush=True)
+    return identical
+
+
+def judge(case: Case, whole: Future[Run], killed: Future[Run]) -> tuple[str, bool]:
+    """The line of a case and whether both runs are the same bit for bit."""
+    try:
+        likeness = compare_runs(whole.result(), killed.result())
+    except (Difference, ProcessFailed) as found:
+        return f"DIFFERENT  {case.says}: {found.message}", False
+    return f"identical  {case.says}: {likeness.describe()}", True
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kohaku_wrap.demo.prove", description=__doc__)
+    parser.add_argument("--engine", choices=("builtin", "sd-scripts"), default="builtin")
+    parser.add_argument("--upstream", action="store_true", help="prove plain sd-scripts instead, without kwrap")
+    parser.add_argument("--folder", type=Path, default=Path("prove"), help="where to work (default: prove)")
+    parser.add_argument("--case", action="append", metavar="NAME", help="only this case; again for more")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 when every case is identical."""
+    chosen = parse_arguments(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    started = time.monotonic()
+    try:
+        cases = choose_cases(chosen.case)
+        bench = Bench(chosen.folder.absolute(), chosen.engine)
+        bench.make_world()
+        if chosen.upstream:
+            from kohaku_wrap.demo.prove_upstream import prove_upstream
+
+            total, identical = prove_upstream(bench.world, bench.folder / "runs" / "upstream")
+        else:
+            shutil.rmtree(bench.runs, ignore_errors=True)
+            print(f"{len(cases)} cases with the {bench.engine} engine; each is trained, killed and resumed", flush=True)
+            total, identical = len(cases), prove(bench, cases)
+    except KwrapError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(f"in {time.monotonic() - started:.0f} s, runs in {bench.runs}")
+    print(f"{total} cases, {identical} identical")
+    return 0 if identical == total else 1
+
+
+def choose_cases(names: list[str] | None) -> tuple[Case, ...]:
+    """All cases, or those named. Raises KwrapError."""
+    if not names:
+        return CASES
+    known = {case.name: case for case in CASES}
+    if unknown := [name for name in names if name not in known]:
+        raise KwrapError(f"no case is called {', '.join(unknown)}", f"There are: {', '.join(known)}.")
+    return tuple(replace(known[name]) for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
