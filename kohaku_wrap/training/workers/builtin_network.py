@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,13 @@ from kohaku_wrap.training.workers.builtin_models import BaseModel
 from kohaku_wrap.training.workers.builtin_options import BuiltinOptions
 
 SAVED_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+OPTIMIZER_CLASSES = {
+    "adamw": ("torch.optim", "AdamW"),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "lion": ("lion_pytorch", "Lion"),
+    "lion8bit": ("bitsandbytes.optim", "Lion8bit"),
+}
 
 MINIMUM_METADATA = (
     "ss_v2",
@@ -82,21 +90,8 @@ def create_optimizer(network: Any, options: BuiltinOptions) -> torch.optim.Optim
 
 def optimizer_class(name: str) -> Any:
     """The class behind sd-scripts' name of an optimizer."""
-    match name.lower():
-        case "adamw":
-            return torch.optim.AdamW
-        case "lion":
-            from lion_pytorch import Lion
-
-            return Lion
-        case "adamw8bit":
-            import bitsandbytes
-
-            return bitsandbytes.optim.AdamW8bit
-        case _:
-            import bitsandbytes
-
-            return bitsandbytes.optim.Lion8bit
+    module, class_name = OPTIMIZER_CLASSES[name.lower()]
+    return getattr(importlib.import_module(module), class_name)
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, options: BuiltinOptions, total_optimizer_steps: int) -> Any:
