@@ -62,7 +62,7 @@ def show(runs: list[Run], single: bool, as_json: bool) -> None:
     elif len(statuses) == 1:
         print_run(statuses[0])
     else:
-        rows: list[tuple[str, Any]] = [(str(status.run.folder), one_line(status)) for status in statuses]
+        rows: list[tuple[str, Any]] = [(status.run.name, one_line(status)) for status in statuses]
         print_table("Runs", rows, "kwrap status RUN")
 
 

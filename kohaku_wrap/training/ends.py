@@ -24,6 +24,9 @@ OUT_OF_MEMORY = re.compile(
     r"CUBLAS_STATUS_ALLOC_FAILED"
 )
 
+KILLED_BY_SYSTEM = re.compile(r"Signals\.SIGKILL|Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b|killed by signal: Killed")
+"""What accelerate, torchrun and a loader say of a process that was killed."""
+
 FINISHED = "finished"
 STOPPED = "stopped"
 KILLED = "killed"
@@ -90,7 +93,7 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
     text = "\n".join(line for lines in log_tails(attempt, lines=200).values() for line in lines)
     if OUT_OF_MEMORY.search(text):
         return end("out-of-memory", f"out of memory after optimizer step {done:,}")
-    if exit_code == -signal.SIGKILL or "Signal 9 (SIGKILL)" in text or "exitcode: -9" in text.replace(" ", ""):
+    if exit_code == -signal.SIGKILL or KILLED_BY_SYSTEM.search(text):
         return end("crash", f"killed by SIGKILL after optimizer step {done:,}, perhaps for want of memory (see dmesg)")
     return end("crash", f"the trainer ended with exit code {exit_code} after optimizer step {done:,}")
 

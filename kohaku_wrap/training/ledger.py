@@ -149,8 +149,12 @@ def read_ledger_file(path: Path) -> tuple[LedgerHeader, Records]:
 
 
 def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:
-    """Attempt, rank and path of each file, in that order."""
+    """Attempt, rank and path of each file, in that order; a file cut before its header ended holds no record."""
     if not ledger.is_dir():
         return []
     found = [(FILE_NAME.fullmatch(path.name), path) for path in ledger.iterdir()]
-    return sorted((int(match.group(1)), int(match.group(2)), path) for match, path in found if match)
+    return sorted(
+        (int(match.group(1)), int(match.group(2)), path)
+        for match, path in found
+        if match and path.stat().st_size >= HEADER.size
+    )

@@ -77,6 +77,7 @@ def test_refuses_what_is_no_ledger(tmp_path: Path) -> None:
     path.write_bytes(b"KWRAP")
     with pytest.raises(BadLedger, match="the header is cut"):
         read_ledger_file(path)
+    assert list_ledger_files(tmp_path) == [], "a crash before the header was whole left no record"
     path.write_bytes(bytes(200))
     with pytest.raises(BadLedger, match="not a ledger"):
         read_ledger_file(path)

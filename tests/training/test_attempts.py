@@ -1,0 +1,105 @@
+"""What supervisor and workers tell each other through an attempt's folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kohaku_wrap.training.attempts import (
+    Attempt,
+    BadAttempt,
+    hold_lock,
+    is_lock_free,
+    last_kept_steps,
+    list_attempts,
+    read_attempt,
+    write_attempt,
+)
+from kohaku_wrap.training.processes import end_processes, list_processes
+from kohaku_wrap.training.runs import Run
+
+NewRun = Callable[..., Run]
+
+
+@pytest.fixture
+def attempt(new_run: NewRun) -> Attempt:
+    run = new_run()
+    attempt = Attempt(run, 1, 2, 2, 3, 6, run.states / "optimizer-step-00000006", frozenset({"bad-images"}))
+    write_attempt(attempt, {"OMP_NUM_THREADS": "1"})
+    return attempt
+
+
+def test_a_worker_reads_what_was_written(attempt: Attempt) -> None:
+    environ = {"KWRAP_RUN": str(attempt.run.folder), "KWRAP_ATTEMPT": "1"}
+    assert Attempt.load(environ) == attempt == list_attempts(attempt.run)[0]
+    with pytest.raises(BadAttempt, match="do not name an attempt"):
+        Attempt.load({})
+    (attempt.folder / "attempt.json").write_text("{}")
+    with pytest.raises(BadAttempt, match="cannot be read"):
+        read_attempt(attempt.run, 1)
+
+
+def test_signs_of_life_failures_and_results(attempt: Attempt) -> None:
+    assert attempt.heartbeats() == [] and attempt.failures() == [] and attempt.result() is None
+    attempt.beat(1, "saving", 8, 5)
+    attempt.beat(0, "paused", 8, message="the disk is full")
+    beats = attempt.heartbeats()
+    assert [(beat.rank, beat.phase, beat.optimizer_step, beat.pid) for beat in beats] == [
+        (0, "paused", 8, os.getpid()),
+        (1, "saving", 8, os.getpid()),
+    ]
+    attempt.fail(1, "bad-image", "3.png", 8)
+    assert attempt.failures()[0].message == "3.png"
+    attempt.finish("stopped", 8)
+    assert (attempt.result() or {})["outcome"] == "stopped"
+    (attempt.folder / "heartbeat-rank-000.json").write_text("{")
+    assert [beat.rank for beat in attempt.heartbeats()] == [1], "one that is being written is left out"
+
+
+def test_a_stop_is_asked_for_or_follows_the_supervisors_death(attempt: Attempt) -> None:
+    lock = hold_lock(attempt.supervisor_lock)
+    assert lock is not None and hold_lock(attempt.supervisor_lock) is None
+    assert not attempt.stop_requested()
+    attempt.request_stop()
+    assert attempt.stop_requested()
+    attempt.stop_file.unlink()
+    os.close(lock)
+    assert is_lock_free(attempt.supervisor_lock) and attempt.stop_requested()
+    assert not is_lock_free(attempt.folder / "none")
+
+
+def test_steps_that_still_count(new_run: NewRun) -> None:
+    run = new_run()
+    attempts = [Attempt(run, number, 1, 4, 0, start, None) for number, start in ((1, 0), (2, 8), (3, 4), (4, 6))]
+    assert last_kept_steps(attempts) == {1: 4, 2: 4, 3: 6, 4: float("inf")}
+
+
+def test_processes_are_found_by_their_run_and_ended(attempt: Attempt, tmp_path: Path) -> None:
+    sleeper = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+    environments = [
+        {"KWRAP_RUN": str(attempt.run.folder), "KWRAP_ATTEMPT": "1"},
+        {"KWRAP_RUN": str(attempt.run.folder), "KWRAP_ATTEMPT": "2"},
+        {"KWRAP_RUN": str(tmp_path), "KWRAP_ATTEMPT": "1"},
+    ]
+    children = [
+        subprocess.Popen(sleeper, env={**os.environ, **each}, stdout=subprocess.PIPE, start_new_session=True)
+        for each in environments
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None and child.stdout.readline()
+        assert list_processes(attempt.run, 1) == [children[0].pid]
+        assert sorted(list_processes(attempt.run)) == sorted(child.pid for child in children[:2])
+        end_processes(attempt.run)
+        assert [child.wait(5) for child in children[:2]] == [-9, -9] and children[2].poll() is None
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()

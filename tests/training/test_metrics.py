@@ -1,0 +1,66 @@
+"""metrics.jsonl across attempts, crashes and numbers that JSON does not have."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+from kohaku_wrap.training.attempts import Attempt, write_attempt
+from kohaku_wrap.training.metrics import MetricsTail, MetricsWriter, read_metrics
+from kohaku_wrap.training.runs import Run
+
+NewRun = Callable[..., Run]
+
+
+def begin(run: Run, number: int, start: int) -> Attempt:
+    attempt = Attempt(run, number, 1, 4, 0, start, None)
+    write_attempt(attempt, {})
+    return attempt
+
+
+def write(attempt: Attempt, first: int, last: int, loss: float) -> None:
+    with MetricsWriter(attempt) as metrics:
+        for step in range(first, last + 1):
+            metrics.append({"optimizer_step": step, "loss": loss})
+
+
+def test_what_was_trained_again_counts_once(new_run: NewRun) -> None:
+    run = new_run()
+    write(begin(run, 1, 0), 1, 7, 0.1)
+    write(begin(run, 2, 4), 5, 6, 0.2)
+    write(begin(run, 3, 4), 5, 9, 0.3)
+    lines = read_metrics(run)
+    assert [line["optimizer_step"] for line in lines] == list(range(1, 10))
+    assert [line["attempt"] for line in lines] == [1] * 4 + [3] * 5
+
+
+def test_a_line_torn_by_a_crash_is_left_out(new_run: NewRun) -> None:
+    run = new_run()
+    write(begin(run, 1, 0), 1, 2, 0.1)
+    with run.metrics.open("a") as stream:
+        stream.write('{"optimizer_step": 3, "lo')
+    write(begin(run, 2, 2), 3, 3, 0.2)
+    assert [(line["optimizer_step"], line["loss"]) for line in read_metrics(run)] == [(1, 0.1), (2, 0.1), (3, 0.2)]
+
+
+def test_numbers_that_json_lacks_are_words(new_run: NewRun) -> None:
+    run = new_run()
+    write(begin(run, 1, 0), 1, 1, math.inf)
+    write(begin(run, 2, 0), 1, 1, math.nan)
+    strict = [json.loads(text, parse_constant=lambda word: 1 / 0) for text in run.metrics.read_text().splitlines()]
+    assert [line["loss"] for line in strict] == ["inf", "nan"]
+
+
+def test_the_tail_gives_whole_new_lines_of_its_attempt(new_run: NewRun) -> None:
+    run = new_run()
+    write(begin(run, 1, 0), 1, 2, 0.1)
+    tail = MetricsTail(run.metrics, 2)
+    assert tail.new_lines() == []
+    with run.metrics.open("a") as stream:
+        stream.write('{"optimizer_step": 3, "attempt": 2}\n{"optimizer_step": 4, "att')
+        stream.flush()
+        assert [line["optimizer_step"] for line in tail.new_lines()] == [3]
+        stream.write('empt": 2}\n{"optimizer_step": 9, "attempt": 1}\n')
+        stream.flush()
+        assert [line["optimizer_step"] for line in tail.new_lines()] == [4]
