@@ -110,7 +110,9 @@ def read_extracted(images: Path) -> pa.Table:
 
 
 def merge_rows(earlier: pa.Table, later: pa.Table) -> pa.Table:
-    """The rows of both by ascending id; of rows of one id the last."""
+    """The rows of both by ascending id; of rows of one id the last. `earlier` is by ascending id already."""
+    if not later.num_rows:
+        return earlier
     table = pa.concat_tables([earlier, later])
     ids = table["id"].to_numpy()
     order = np.argsort(ids, kind="stable")

@@ -157,9 +157,7 @@ def test_missing_and_corrupt_are_listed_with_reasons(place):
     written = json.loads((place.images / "extract-report.json").read_text())
     assert [entry["id"] for entry in written["missing"]] == [7001, 8002]
     assert [entry["id"] for entry in written["corrupt"]] == [2001, 3001, 4001, 5001, 6001]
-    with pytest.raises(
-        ImagesMissing, match=r"7 images missing or corrupt among 8 selected.*2 missing, 5 corrupt.*2001"
-    ):
+    with pytest.raises(ImagesMissing, match=r"7 images .* among 8 selected.*2 missing, 5 corrupt.*2001"):
         report.check(6)
     report.check(7)
 
