@@ -242,6 +242,8 @@ def changed_options(options: MergeOptions) -> dict[str, Any]:
     return changed
 
 
+WORD_OF_DTYPE = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+
 OPTION_FLAGS = {
     "like": "--like",
     "vae_from": "--vae-from",
@@ -266,11 +268,12 @@ def command_of_recipe(recipe: Mapping[str, Any], parents: Mapping[str, Any], out
             continue
         parent = as_table(parents.get(str(sha256)))
         words += ["-m", f"{name}={parent.get('name', f'{name}.safetensors')}"]
-    for name, value in as_table(recipe.get("options")).items():
-        if name == "merge_vae":
-            words.append("--merge-vae")
-        elif name in OPTION_FLAGS:
-            words += [OPTION_FLAGS[name], str(value)]
+    options = as_table(recipe.get("options"))
+    if options.get("merge_vae"):
+        words.append("--merge-vae")
+    for name, flag in OPTION_FLAGS.items():
+        if name in options:
+            words += [flag, WORD_OF_DTYPE.get(str(options[name]), str(options[name]))]
     return shlex.join([*words, "-o", output])
 
 

@@ -1,0 +1,106 @@
+"""What a run offers to others: whole, and saying only what the run's files say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kohaku_wrap.merging.inspecting import inspect_file
+from kohaku_wrap.merging.publishing import CannotPublish, digest_of_ledger, publish_run
+
+from .conftest import WriteModel
+
+pytest.importorskip("lycoris")
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
+    """A run's folder with two networks, a ledger and two attempts, and its lock."""
+    base = write_model("base", 1, metadata={"modelspec.license": "Fair AI"})
+    folder = tmp_path / "runs" / "epsilon"
+    (folder / "checkpoints").mkdir(parents=True)
+    name = "lora_unet_input_blocks_4_1_proj_in"
+    for file in ("epsilon-step00013600", "epsilon"):
+        factors = {f"{name}.lokr_w1": torch.randn(8, 8), f"{name}.lokr_w2": torch.randn(8, 4)}
+        save_file(factors, folder / "checkpoints" / f"{file}.safetensors")
+    (folder / "ledger").mkdir()
+    (folder / "ledger" / "attempt-0001-rank-000.bin").write_bytes(b"one")
+    for number, (start, end) in enumerate(((0, 15300), (13600, 20354)), 1):
+        attempt = folder / "attempts" / str(number)
+        attempt.mkdir(parents=True)
+        facts = {"number": number, "processes": 4, "accumulation": 16, "start_optimizer_step": start}
+        (attempt / "attempt.json").write_text(json.dumps(facts))
+        (attempt / "end.json").write_text(
+            json.dumps({"kind": "crash" if number == 1 else "finished", "optimizer_step": end})
+        )
+    lock = {
+        "run": {
+            "name": "epsilon",
+            "template": "epsilon",
+            "dataset": "epsilon",
+            "engine": "sd-scripts",
+            "effective_batch": 256,
+        },
+        "plan": {"images": 5210319, "total_optimizer_steps": 20354, "epochs": 1},
+        "values": {"unet_lr": 2e-5, "optimizer_type": "Lion8bit"},
+        "dataset": {"keep_tokens_separator": "|||"},
+        "inputs": {"base_model": str(base)},
+    }
+    return folder, lock
+
+
+def test_a_step_is_published_whole(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, lock = run
+    out = tmp_path / "out"
+    report = publish_run(folder, lock, out, 13600)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "SHA256SUMS", "epsilon-step00013600-baked.safetensors", "epsilon-step00013600.safetensors",
+    ]  # fmt: skip
+    for line in (out / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest == report.files[name]
+    card = (out / "README.md").read_text()
+    facts = ["optimizer step 13,600 of 20,354", "5,210,319", "2e-05", "Fair AI", report.ledger_sha256]
+    facts += ["| 1 | 0 | 4 | 16 | crash at optimizer step 15,300 |", "| 2 | 13600 |"]
+    facts += ["<artists>, <general tags>", "\\|\\|\\|"]
+    for fact in facts:
+        assert fact in card, fact
+    assert str(tmp_path) not in card
+    assert inspect_file(out / "epsilon-step00013600-baked.safetensors").recipe["formula"] == "base + 1.0 * net(network)"
+
+
+def test_the_end_without_baking_and_again(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, lock = run
+    first = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
+    again = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
+    assert first.files == again.files and set(first.files) == {"epsilon.safetensors", "README.md"}
+    assert 'license: "MIT"' in first.card.read_text()
+
+
+def test_what_is_not_there_is_told(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, lock = run
+    with pytest.raises(CannotPublish, match="epsilon-step00000001") as caught:
+        publish_run(folder, lock, tmp_path / "out", 1)
+    assert "epsilon-step00013600.safetensors" in caught.value.next_step
+    with pytest.raises(CannotPublish, match="base model"):
+        publish_run(folder, {**lock, "inputs": {"base_model": "/nowhere"}}, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    with pytest.raises(CannotPublish, match="is not empty"):
+        publish_run(folder, lock, tmp_path / "full")
+
+
+def test_the_ledgers_digest_depends_on_names_and_bytes(tmp_path: Path) -> None:
+    assert digest_of_ledger(tmp_path / "none") == ""
+    (tmp_path / "a").write_bytes(b"xy")
+    first = digest_of_ledger(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = digest_of_ledger(tmp_path)
+    (tmp_path / "b").write_bytes(b"xz")
+    assert len({first, second, digest_of_ledger(tmp_path)}) == 3
