@@ -118,6 +118,11 @@ class ShardWriter:
                 part.parent.mkdir(exist_ok=True)
                 part.write_bytes(image.content)
             part.replace(path)
+        except OSError as error:
+            # A write names no file in its error; the person needs to know which disk is full.
+            error.filename = error.filename or str(path)
+            part.unlink(missing_ok=True)
+            raise
         except BaseException:
             part.unlink(missing_ok=True)
             raise

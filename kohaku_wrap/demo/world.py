@@ -103,7 +103,9 @@ def make_world(
         for name in ENTRIES:
             (part / name).rename(folder / name)
         part.rmdir()
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(folder)
         for path in (part, *(folder / name for name in ENTRIES)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if not folder_was_there:

@@ -365,7 +365,7 @@ def test_a_disk_that_takes_no_more_leaves_no_half_image(place):
     arguments = ["extract", str(place.selection), "--tars", str(place.tars), "--out", str(place.images)]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error:" in done.stderr and "Traceback" not in done.stderr
+    assert f"error: {place.images}" in done.stderr and "Traceback" not in done.stderr
     assert list_images(place.images) == {}
 
 

@@ -191,7 +191,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert "error:" in done.stderr and "Traceback" not in done.stderr
+    assert f"error: {tmp_path / 'world'}" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "world").exists()
 
 
