@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.runs import Run
 
 DEFAULT_SITE = Path("site.toml")
+MIB = 1 << 20
 
 
 def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
@@ -99,6 +101,7 @@ def command(
 
     def plan() -> ResumePlan:
         done, total = 0, states_bytes(run, step)
+        started = time.monotonic()
         with progress_bar("verifying the state", "bytes", quiet=as_json) as report:
 
             def count(size_bytes: int) -> None:
@@ -109,6 +112,8 @@ def command(
             found = plan_resume(run, step, processes, workers, allow, foreign, foreign_state, count)
         if not as_json:
             print_plan(found)
+            if done:
+                print_note(f"verified {done / MIB:,.1f} MiB of states in {time.monotonic() - started:.1f} s")
         return found
 
     if dry_run:

@@ -12,7 +12,8 @@ from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.verify import Fault, VerifyReport
+    from kohaku_wrap.training.ledger_checks import Fault
+    from kohaku_wrap.training.verify import VerifyReport
 
 
 @click.command(epilog="Examples: `kwrap verify epsilon`; `kwrap verify runs/epsilon --deep 100`.")
@@ -70,6 +71,8 @@ def print_report(report: VerifyReport) -> None:
         rows.append(("with substitutes", f"{report.substitutes:,} micro-batches"))
     order = "recomputed from seed and dataset" if report.order_checked else "compared between attempts"
     rows.append(("order", f"{order}; {report.compared:,} positions seen by more than one attempt"))
+    if report.attempts > 1:
+        rows.append(("loaded for skipped positions", f"{report.skipped_images_loaded:,} images"))
     if report.deep_samples:
         rows.append(("recomputed", f"{report.deep_samples:,} micro-batches"))
     verdict = "proved" if report.is_proved else f"{len(report.faults)} kinds of fault"

@@ -63,8 +63,10 @@ class DifferentRun(ProblemsFound):
 
 def list_changes(run: Run) -> list[Problem]:
     """What changed since the run was locked: its own TOML files, the dataset, the trainer."""
+    trainer = read_trainer(run.trainer_config)
     return [
-        *compare_options(read_trainer(run.trainer_config), run.lock.values, BY_ATTEMPT | RENDERED_LISTS),
+        *compare_options(trainer, run.lock.values, BY_ATTEMPT | RENDERED_LISTS),
+        *compare_place(run, trainer),
         *compare_options(read_dataset(run.dataset_config), run.lock.tables.get("dataset", {}), frozenset()),
         *compare_dataset(run),
         *compare_trainer(run),
@@ -107,6 +109,13 @@ def read_run_file(path: Path) -> dict[str, Any]:
             return tomllib.load(stream)
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DifferentRun(str(path), [Problem(path.name, str(error))], "Restore the run's own files.") from error
+
+
+def compare_place(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
+    """Whether the trainer would write its checkpoints into this folder."""
+    written = trainer.get("output_dir")
+    if written is not None and Path(written).resolve() != run.checkpoints.resolve():
+        yield Problem("output_dir", f"is {written}: the run's folder was moved; move it back, or mend its TOML files")
 
 
 def compare_dataset(run: Run) -> Iterator[Problem]:

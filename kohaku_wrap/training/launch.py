@@ -123,7 +123,8 @@ def default_threads(processes: int, on_cpu: bool) -> int:
         return int(given)
     if on_cpu:
         return 1
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_THREADS, cores // processes))
 
 
 def is_on_cpu(lock: Lock) -> bool:

@@ -19,6 +19,7 @@ from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.attempts import last_kept_steps, list_attempts
 from kohaku_wrap.training.ledger import FILL, SUBSTITUTE, list_ledger_files, read_ledger_file
 from kohaku_wrap.training.ledger_checks import BoolArray, Checker, Fault, Int64Array, Records
+from kohaku_wrap.training.metrics import read_metrics
 from kohaku_wrap.training.order import BatchOrder, StepCount
 from kohaku_wrap.training.resume import is_finished
 from kohaku_wrap.training.runs import Run
@@ -91,6 +92,9 @@ class VerifyReport:
     compared: int
     """Positions recorded by more than one attempt, whose digests were compared."""
 
+    skipped_images_loaded: int
+    """Images that resumes opened for positions already trained; 0 when skipping costs nothing."""
+
     repeats: tuple[Repeat, ...]
     """What crashes repeated."""
 
@@ -151,6 +155,7 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
         in_progress=in_progress,
         order_checked=order_checked,
         compared=compared,
+        skipped_images_loaded=max((int(line.get("skipped_images_loaded", 0)) for line in read_metrics(run)), default=0),
         repeats=tuple(list_repeats(records, kept)),
         faults=tuple(faults),
         notes=tuple(notes),
