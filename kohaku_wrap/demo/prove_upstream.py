@@ -236,7 +236,10 @@ def iterate_cases(runs: PlainRuns) -> Iterator[Outcome]:
 def resume_and_compare(runs: PlainRuns, shape: Shape, whole: Path, step: int) -> tuple[bool, str]:
     """Resume the run's state of `step` in sd-scripts' own way; whether it ends as the whole run did."""
     state = state_of(whole, step)
-    resumed = runs.train(shape, state)
+    try:
+        resumed = runs.train(shape, state)
+    except PlainRunFailed as failed:
+        return False, failed.message
     equal, remark = compare_networks(whole, resumed)
     if not equal and is_unchanged(state, resumed):
         remark += "; nothing was trained, exit code 0 (kohya-ss/sd-scripts#2407)"

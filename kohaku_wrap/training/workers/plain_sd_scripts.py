@@ -1,4 +1,6 @@
-"""sd-scripts as it is, for comparison: only the sizes of the demo's model and torchvision are seen to.
+"""sd-scripts as it is, for comparison: only what the demo on a CPU needs is seen to, no part of its training.
+
+That is: the sizes of the demo's model, a torchvision that imports, several processes on a CPU.
 
 Run as `python -m kohaku_wrap.training.workers.plain_sd_scripts` with the arguments of `sdxl_train_network.py`.
 """
@@ -20,6 +22,7 @@ def main() -> None:
     import sdxl_train_network
     from library import train_util
 
+    from kohaku_wrap.training.workers.cpu_processes import leave_frozen_modules
     from kohaku_wrap.training.workers.tiny_sizes import change_sizes, read_sizes
 
     parser = sdxl_train_network.setup_parser()
@@ -27,6 +30,7 @@ def main() -> None:
     sizes = read_sizes(Path(args.pretrained_model_name_or_path))
     if sizes is not None:
         change_sizes(sizes)
+    train_util.Accelerator = leave_frozen_modules(train_util.Accelerator)
     script = checkout.path / "sdxl_train_network.py"
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")

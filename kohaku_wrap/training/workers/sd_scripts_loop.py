@@ -124,6 +124,7 @@ class Loop:
         self.accelerator: Any = None
         self.optimizer: Any = None
         self.dataset: Any = None
+        self.network: Any = None
         self.rate_names: tuple[str, ...] = ()
         self.state_bytes = 0
         self.losses_of_state: list[dict[str, Any]] = []

@@ -11,7 +11,6 @@ import sdxl_train_network
 import torch
 import train_network
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DistributedType
 from library import train_util
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -25,6 +24,7 @@ from kohaku_wrap.training.corrections import correct_loop
 from kohaku_wrap.training.loader import DeliveredErrors, quieten_worker
 from kohaku_wrap.training.states import check_state_sizes
 from kohaku_wrap.training.trainer import Checkout
+from kohaku_wrap.training.workers.cpu_processes import leave_frozen_modules
 from kohaku_wrap.training.workers.sd_scripts_dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.workers.sd_scripts_foreign import convert_schedule
 from kohaku_wrap.training.workers.sd_scripts_loop import Loop
@@ -43,7 +43,7 @@ def install_seams(loop: Loop, checkout: Checkout) -> None:
     names: dict[str, Any] = {}
     exec(compile(corrected, train_network.__file__, "exec"), train_network.__dict__, names)
     train_network.NetworkTrainer.train = names["train"]
-    train_util.Accelerator = make_accelerator_class(train_util.Accelerator, loop)
+    train_util.Accelerator = make_accelerator_class(leave_frozen_modules(train_util.Accelerator), loop)
     train_util.LossRecorder = make_recorder_class(train_util.LossRecorder, loop)
     train_util.get_scheduler_fix = schedule_for_one_process(train_util.get_scheduler_fix, loop)
     # kwrap writes its own states, sealed, at the end of the micro-batch.
@@ -82,13 +82,15 @@ def make_recorder_class(base: Any, loop: Loop) -> Any:
 
 
 def make_accelerator_class(base: Any, loop: Loop) -> Any:
-    """accelerate's own class with kwrap's loader and states; it also trains on several CPU processes."""
+    """accelerate's own class with kwrap's loader and states."""
 
     class KwrapAccelerator(base):  # type: ignore[misc]  # taken from sd-scripts' module at run time
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
             loop.fired.add("accelerator")
             loop.accelerator = self
+            # accelerate and torch may have set handlers of their own.
+            loop.attempt.stop_on_signals()
             if self.num_processes != loop.attempt.processes:
                 raise WrongProcesses(
                     f"{self.num_processes} processes were started, the attempt is for {loop.attempt.processes}",
@@ -102,14 +104,8 @@ def make_accelerator_class(base: Any, loop: Loop) -> Any:
                 if isinstance(each, AcceleratedScheduler):
                     each.split_batches = True
                     loop.optimizer = each.optimizers[0]
+                    loop.rate_names = name_rates(loop.network, loop.args, len(loop.optimizer.param_groups))
             return prepared
-
-        def prepare_model(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
-            frozen = not any(parameter.requires_grad for parameter in model.parameters())
-            if frozen and self.distributed_type == DistributedType.MULTI_CPU:
-                # On CPUs accelerate wraps frozen modules too, which DistributedDataParallel refuses.
-                keywords["evaluation_mode"] = True
-            return super().prepare_model(model, *arguments, **keywords)
 
         def load_state(self, input_dir: str, *arguments: Any, **keywords: Any) -> None:
             state = Path(input_dir)
@@ -182,7 +178,7 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         """Have the network's checkpoints written whole or not at all, without tables of tags."""
         super().post_process_network(args, accelerator, network, *rest)
         self.loop.fired.add("network")
-        self.loop.rate_names = name_rates(network, args)
+        self.loop.network = network
         network.save_weights = whole_checkpoints(network.save_weights, self.loop)
 
     def on_step_start(
@@ -232,7 +228,7 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
             loop.end_epoch(epoch)
 
 
-def name_rates(network: Any, args: Any) -> tuple[str, ...]:
+def name_rates(network: Any, args: Any, groups: int) -> tuple[str, ...]:
     """What the optimizer's groups are called in the metrics, in LyCORIS' order; two of each with LoRA+."""
     names = []
     plus = bool(getattr(network, "loraplus_lr_ratio", None))
@@ -242,7 +238,7 @@ def name_rates(network: Any, args: Any) -> tuple[str, ...]:
         rate = rate[0] if isinstance(rate, list) and rate else rate
         if getattr(network, parts[name], None) and (rate or args.learning_rate):
             names += [name, f"{name}_plus"] if plus else [name]
-    return tuple(names)
+    return tuple(names) if len(names) == groups else tuple(f"lr_group_{group}" for group in range(groups))
 
 
 def whole_checkpoints(save_weights: Callable[..., None], loop: Loop) -> Callable[..., None]:
