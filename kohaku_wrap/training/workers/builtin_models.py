@@ -178,7 +178,11 @@ def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: An
 
 
 def convert_second_encoder(encoder: CLIPTextModelWithProjection, tensors: Tensors, path: Path) -> Tensors:
-    """OpenCLIP's tensors under transformers' names; queries, keys and values are cut apart."""
+    """OpenCLIP's tensors under transformers' names; queries, keys and values are cut apart.
+
+    sd-scripts takes the projection as it stands in the file, where diffusers transposes it. Networks are trained here
+    as sd-scripts trains them, so this does the same.
+    """
     own = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_2_PREFIX)}
     converted: Tensors = convert(
         path,
@@ -187,7 +191,8 @@ def convert_second_encoder(encoder: CLIPTextModelWithProjection, tensors: Tensor
         own,
         {},
     )
-    return converted
+    projection = own.get(f"{TEXT_ENCODER_2_PREFIX}text_projection")
+    return converted if projection is None else converted | {"text_projection.weight": projection}
 
 
 def fill_module(module: nn.Module, tensors: Tensors, path: Path, part: str) -> None:
