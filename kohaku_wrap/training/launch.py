@@ -20,6 +20,9 @@ WORKER_MODULES = {
     "sd-scripts": "kohaku_wrap.training.workers.sd_scripts",
 }
 
+FOLDERS = ("KWRAP_SD_SCRIPTS", "KWRAP_HOME")
+"""Variables of the caller that name folders, maybe relative to where the caller stands."""
+
 SHUTDOWN_TIMEOUT_SECONDS = 7200
 """torchrun kills its workers 30 s after a signal by itself; an optimizer step and a state take longer."""
 
@@ -87,6 +90,10 @@ def plan_launch(
     if on_cpu:
         # LyCORIS would compile its kernels, and the backend changes the last bits.
         environment |= {"LYCORIS_KERNEL_BACKEND": "torch", "LYCORIS_KERNEL_TUNE": "off", "CUDA_VISIBLE_DEVICES": ""}
+    # The worker's folder is another one: what is relative here would not be found there.
+    environment |= {
+        name: str(Path(os.environ[name]).expanduser().absolute()) for name in FOLDERS if os.environ.get(name)
+    }
     return Launch(argv, environment, run_folder)
 
 
