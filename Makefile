@@ -45,6 +45,7 @@ bench: bench-dataset bench-merge bench-scale  ## every benchmark, each figure be
 
 bench-dataset: $(READY)  ## selection, captions, tars against HakuBooru
 	$(BIN)/python benchmarks/bench_dataset.py
+	$(BIN)/python benchmarks/bench_tars.py
 
 bench-merge: $(READY)  ## merges against cat + cp and sd-mecha (25 GB of disk)
 	$(BIN)/python benchmarks/bench_merge.py
