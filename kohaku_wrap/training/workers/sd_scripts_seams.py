@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import train_network
 from accelerate.scheduler import AcceleratedScheduler
 from library import train_util
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, RandomSampler
 
 import kohaku_wrap
@@ -22,7 +24,8 @@ from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.anchors import LOOP
 from kohaku_wrap.training.corrections import correct_loop
 from kohaku_wrap.training.loader import DeliveredErrors, quieten_worker
-from kohaku_wrap.training.states import check_state_sizes
+from kohaku_wrap.training.saving import PATIENCE_SECONDS, PAUSE_SECONDS
+from kohaku_wrap.training.states import check_state_sizes, is_disk_full
 from kohaku_wrap.training.trainer import Checkout
 from kohaku_wrap.training.workers.cpu_processes import leave_frozen_modules
 from kohaku_wrap.training.workers.sd_scripts_dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
@@ -242,24 +245,44 @@ def name_rates(network: Any, args: Any, groups: int) -> tuple[str, ...]:
 
 
 def whole_checkpoints(save_weights: Callable[..., None], loop: Loop) -> Callable[..., None]:
-    """The network's own writer, to a hidden neighbour that gets the name when all is on disk."""
+    """The network's own writer, to a hidden neighbour that gets the name when all is on disk.
+
+    A full disk is waited out, as it is for states.
+    """
 
     def save(file: str, dtype: Any, metadata: dict[str, str] | None) -> None:
-        loop.attempt.beat(loop.rank, "saving", loop.optimizer_steps, loop.micro_batches)
-        final = Path(file)
-        # The writer tells the format by the suffix.
-        part = final.with_name(f".{final.stem}.{os.getpid()}.part{final.suffix}")
-        try:
-            save_weights(str(part), dtype, describe_checkpoint(metadata, loop))
-            with part.open("rb") as stream:
-                os.fsync(stream.fileno())
-            part.replace(final)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        fsync_folder(final.parent)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            loop.attempt.beat(loop.rank, "saving", loop.optimizer_steps, loop.micro_batches)
+            try:
+                write_whole(Path(file), lambda part: save_weights(part, dtype, describe_checkpoint(metadata, loop)))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                is_late = time.monotonic() + PAUSE_SECONDS > deadline or loop.attempt.stop_requested()
+                if not is_disk_full(error) or is_late:
+                    raise
+                message = f"{file}: the disk is full"
+                print(f"{message}; waiting for room", flush=True)
+                loop.attempt.beat(loop.rank, "paused", loop.optimizer_steps, loop.micro_batches, message)
+                time.sleep(PAUSE_SECONDS)
+                continue
+            return
 
     return save
+
+
+def write_whole(final: Path, write: Callable[[str], None]) -> None:
+    """Let `write` make a hidden neighbour of `final`, and give it the name when it is on disk."""
+    # The writer tells the format by the suffix.
+    part = final.with_name(f".{final.stem}.{os.getpid()}.part{final.suffix}")
+    try:
+        write(str(part))
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        part.replace(final)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync_folder(final.parent)
 
 
 def describe_checkpoint(metadata: dict[str, str] | None, loop: Loop) -> dict[str, str]:
