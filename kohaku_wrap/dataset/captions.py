@@ -158,7 +158,8 @@ def words_of_posts(
     year_words = plan.years[np.clip(years, 0, len(plan.years) - 1)]
     columns += [year_words, plan.ratings[ratings]]
     counts.lacking[1] = int((years == UNKNOWN_YEAR).sum())
-    counts.lacking[2] = int(((years != UNKNOWN_YEAR) & (year_words < 0)).sum())
+    if "year" in plan.slots:
+        counts.lacking[2] = int(((years != UNKNOWN_YEAR) & (year_words < 0)).sum())
     counts.lacking[3] = int((ratings < 0).sum())
     counts.lacking[4] = int((favourites == UNKNOWN_FAVOURITES).sum())
     words = np.concatenate(columns)

@@ -141,7 +141,7 @@ def read_selection_recipe(table: Mapping[str, Any], problems: list[Problem]) -> 
     reader = TableReader("selection", table, ("seed", "strata", "drop"), problems)
     seed = reader.integer("seed")
     strata = _read_strata(reader.tables("strata"), problems)
-    if seed is None and any(stratum.sample is not None for stratum in strata):
+    if "seed" not in table and any(stratum.sample is not None for stratum in strata):
         problems.append(Problem("selection.seed", "missing: a sample needs one to be the same tomorrow"))
     drop = TableReader("selection.drop", reader.table("drop"), ("before_sample", "after_sample", "unless"), problems)
     conditions = _read_conditions(drop.table("unless"), problems)

@@ -1,0 +1,123 @@
+"""Statistics: the same words, counts and token lengths as the captions themselves have."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+from kohaku_wrap.cli.caption import command
+from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
+from kohaku_wrap.dataset.caption_statistics import CaptionStatistics, measure_captions
+from kohaku_wrap.dataset.caption_tokens import NoTokenizer, estimate_tokens, find_tokenizer, load_counter
+from kohaku_wrap.dataset.caption_writing import write_captions
+from kohaku_wrap.dataset.recipe import read_dataset
+from kohaku_wrap.dataset.selection import select_posts
+from kohaku_wrap.metadata.database import Database, open_database
+
+WORDS = [",", "(", ")", "hair", "long", "girl", "nsfw", "1", "2", "q", "quality", "mid", "old", ">_<", "_", "|"]
+
+
+@pytest.fixture
+def database(tmp_path: Path, writer: ModuleType) -> Database:
+    return open_database(writer.write_layout(tmp_path / "a.db", writer.make_world(200)))
+
+
+@pytest.fixture
+def selection(tmp_path: Path, database: Database) -> Path:
+    select_posts(database, read_dataset({}, "all"), tmp_path / "all.parquet")
+    return tmp_path / "all.parquet"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A small CLIP tokenizer: letters, and a few whole words."""
+    pytest.importorskip("tokenizers")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    characters = [chr(code) for code in range(33, 127)]
+    merges = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces[:2] = [pieces[0] + pieces[1]]
+    tokens = [*characters, *(f"{one}</w>" for one in characters), *("".join(pair) for pair in dict.fromkeys(merges))]
+    vocabulary = {token: number for number, token in enumerate([*dict.fromkeys(tokens), "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in dict.fromkeys(merges))]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def captions_of(database: Database, selection: Path, recipe: CaptionRecipe, folder: Path) -> list[str]:
+    write_captions(database, selection, folder, recipe, ("jsonl",))
+    return [json.loads(line)["caption"] for line in (folder / "captions.jsonl").read_text().splitlines()]
+
+
+def measure(database: Database, selection: Path, recipe: CaptionRecipe, tokenizer: Path | None) -> CaptionStatistics:
+    return measure_captions(database, selection, recipe, tokenizer, selection.parent, threads=2)
+
+
+@pytest.mark.parametrize("style", ["kohaku", "hakubooru"])
+def test_tokens_are_those_of_the_caption_as_the_trainer_sees_it(
+    database: Database, selection: Path, tokenizer: Path, tmp_path: Path, style: str
+) -> None:
+    recipe = CaptionRecipe(style=style)
+    statistics = measure(database, selection, recipe, tokenizer)
+    count = load_counter(tokenizer)
+    joined = []
+    for caption in captions_of(database, selection, recipe, tmp_path / "images"):
+        words = [word.strip() for part in caption.split("|||") for word in part.split(", ")]
+        joined.append(", ".join(word for word in words if word))
+    lengths = sorted(count(joined).tolist())
+    assert statistics.tokens_by == f"tokenizer {tokenizer}"
+    assert statistics.token_quantiles["maximum"] == lengths[-1]
+    assert statistics.token_quantiles["50%"] == lengths[99]
+    assert statistics.cut == {str(limit): sum(one > limit for one in lengths) for limit in (75, 150, 225)}
+    assert 0 < statistics.cut["75"] < 200
+
+
+def test_counter_equals_the_tokenizer_of_transformers(tokenizer: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+    texts = ["1girl, long hair", "cat (animal), >_<, :|", "q quality,  OLD", "12girls, \\||/, it's"]
+    expected = [len(theirs(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert load_counter(tokenizer)(texts).tolist() == expected
+
+
+def test_groups_and_frequencies(database: Database, selection: Path, tmp_path: Path) -> None:
+    statistics = measure(database, selection, CaptionRecipe(), None)
+    captions = captions_of(database, selection, CaptionRecipe(), tmp_path / "images")
+    general = Counter(word for caption in captions for word in caption.split(" ||| ")[1].split(", ") if word)
+    assert statistics.groups["general"] == sum(general.values())
+    ranked = sorted(general.items(), key=lambda item: (-item[1], item[0]))
+    assert list(statistics.frequent["general"]) == ranked[:10]
+    assert statistics.groups["rating"] == 200 and statistics.posts == 200
+    assert 0 < statistics.used_popularity["1000"] <= statistics.popularity["1000"] <= statistics.popularity["100"]
+
+
+def test_without_a_tokenizer_the_estimate_is_named(
+    database: Database, selection: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    assert measure(database, selection, CaptionRecipe(), None).tokens_by == "estimate"
+    assert estimate_tokens(["1girl, long hair", ">_<", "hatsune miku"]).tolist() == [5, 3, 3]
+
+
+def test_tokenizer_folder_is_found_one_level_down(tokenizer: Path) -> None:
+    assert find_tokenizer(tokenizer.parent) == tokenizer
+    with pytest.raises(NoTokenizer, match=r"no tokenizer\.json"):
+        find_tokenizer(tokenizer.parent / "nothing")
+
+
+def test_command(database: Database, selection: Path, tokenizer: Path) -> None:
+    arguments = [str(selection), "--db", str(database.path), "--stats", "--tokenizer", str(tokenizer)]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0 and "cut at max_token_length 75" in result.stdout
+    result = CliRunner().invoke(command, [*arguments, "--json"])
+    assert json.loads(result.stdout)["posts"] == 200

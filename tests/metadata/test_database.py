@@ -1,0 +1,184 @@
+"""Opening databases: layouts, and one clear error for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.metadata.database import (
+    DatabaseDamaged,
+    DatabaseLocked,
+    DatabaseMissing,
+    DatabaseUnreadable,
+    NotADatabase,
+    open_database,
+)
+from kohaku_wrap.metadata.posts import read_drops
+from kohaku_wrap.metadata.tags import read_tags
+
+EXPECTED = {
+    "v0-decimal": ("v0", 10),
+    "v0-base36": ("v0", 36),
+    "v1": ("v1", 0),
+    "v2": ("v2", 0),
+    "v3": ("v3", 0),
+}
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file of a folder with its size and time."""
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", list(EXPECTED))
+def test_layout_is_recognised_whatever_the_name(tmp_path: Path, writer: ModuleType, layout: str) -> None:
+    path = writer.write_layout(tmp_path / "v1 & 50%?.sqlite", writer.make_world(30), layout)
+    before = listing(tmp_path)
+    database = open_database(path)
+    assert (database.layout.value, database.token_base) == EXPECTED[layout]
+    assert len(read_drops(database, [])[0]) == 30
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["v0-decimal", "v0-base36"])
+def test_token_base_is_found_among_digits_alone(tmp_path: Path, writer: ModuleType, layout: str) -> None:
+    base = EXPECTED[layout][1]
+    texts = ["1", "9", "10", "14", "22"]
+    tags = [(int(text, base), f"tag_{text}", number % 5, 1) for number, text in enumerate(texts)]
+    world = writer.World([writer.make_post(1)], tags, [(1, tag[0]) for tag in tags])
+    assert open_database(writer.write_layout(tmp_path / "a.db", world, layout)).token_base == base
+
+
+def test_unknown_tables_are_ignored(tmp_path: Path, writer: ModuleType) -> None:
+    path = writer.write_layout(tmp_path / "a.db", writer.make_world(5))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE post_extra (x)")
+    assert open_database(path).layout.value == "v3"
+
+
+def test_every_missing_part_is_named_at_once(tmp_path: Path, writer: ModuleType) -> None:
+    path = writer.write_layout(tmp_path / "a.db", writer.make_world(5), indexed=False)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("ALTER TABLE post DROP COLUMN fav_count")
+        connection.execute("ALTER TABLE post DROP COLUMN md5")
+        connection.execute("DROP TABLE tag")
+    with pytest.raises(ProblemsFound) as caught:
+        open_database(path)
+    told = [(problem.where, problem.what) for problem in caught.value.problems]
+    assert told == [("post.md5", "no such column"), ("post.fav_count", "no such column"), ("tag", "no such table")]
+
+
+def test_missing_relation_and_lists_name_the_table(tmp_path: Path, writer: ModuleType) -> None:
+    path = writer.write_layout(tmp_path / "a.db", writer.make_world(5), indexed=False)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE posttagrelation")
+    with pytest.raises(ProblemsFound, match="posttagrelation  no such table"):
+        open_database(path)
+
+
+def test_no_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseMissing, match="no such file"):
+        open_database(tmp_path / "none.db")
+    with pytest.raises(DatabaseMissing, match="a folder"):
+        open_database(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n" * 9, os.urandom(9000)])
+def test_wrong_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "wrong.db"
+    path.write_bytes(content)
+    with pytest.raises(NotADatabase, match="not a sqlite database"):
+        open_database(path)
+
+
+def test_truncated_file_is_told_before_anything_is_read(tmp_path: Path, writer: ModuleType) -> None:
+    path = writer.write_layout(tmp_path / "a.db", writer.make_world(400))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatabaseDamaged, match="cut off"):
+        open_database(path)
+
+
+def test_overwritten_pages_are_damage(tmp_path: Path, writer: ModuleType) -> None:
+    path = writer.write_layout(tmp_path / "a.db", writer.make_world(400), indexed=False)
+    content = bytearray(path.read_bytes())
+    content[8192:-4096] = b"\xff" * (len(content) - 8192 - 4096)
+    path.write_bytes(content)
+    with pytest.raises(DatabaseDamaged, match="damaged or cut off"):
+        read_drops(open_database(path), [])
+
+
+def test_locked_by_a_writer(tmp_path: Path, writer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kohaku_wrap.metadata.database.LOCK_TIMEOUT_SECONDS", 0.1)
+    path = writer.write_layout(tmp_path / "a.db", writer.make_world(5))
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(DatabaseLocked, match="locked by another program"):
+            open_database(path)
+
+
+def test_interrupted_write_is_told(tmp_path: Path, writer: ModuleType) -> None:
+    path = writer.write_layout(tmp_path / "a.db", writer.make_world(200))
+    crash = (
+        "import os, sqlite3, sys\n"
+        "c = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "c.execute('PRAGMA cache_size = 1'); c.execute('BEGIN'); c.execute('UPDATE post SET score = score + 1')\n"
+        "os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", crash, str(path)], check=True)
+    assert path.with_name("a.db-journal").stat().st_size
+    with pytest.raises(DatabaseUnreadable, match="rollback journal"):
+        open_database(path)
+
+
+class TestWal:
+    """Databases in WAL mode; the last post is only in the WAL."""
+
+    def posts(self, path: Path) -> int:
+        return len(read_drops(open_database(path), [])[0])
+
+    @pytest.fixture
+    def live(self, tmp_path: Path, writer: ModuleType) -> Path:
+        folder = tmp_path / "live"
+        folder.mkdir()
+        world = writer.make_world(20)
+        late = world.posts.pop()
+        path: Path = writer.write_layout(folder / "a.db", world)
+        self.connection = sqlite3.connect(path)
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        self.connection.execute("PRAGMA wal_autocheckpoint = 0")
+        columns = ", ".join(late)
+        marks = ", ".join(f":{name}" for name in late)
+        self.connection.execute(f"INSERT INTO post ({columns}) VALUES ({marks})", late)
+        self.connection.commit()
+        return path
+
+    def test_wal_of_a_live_writer_is_honoured(self, live: Path) -> None:
+        before = set(listing(live.parent))
+        assert self.posts(live) == 20
+        assert set(listing(live.parent)) == before
+
+    def test_wal_without_its_index_is_honoured_and_nothing_is_written(self, live: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        for name in ("a.db", "a.db-wal"):
+            shutil.copy(live.with_name(name), copy / name)
+        before = listing(copy)
+        assert self.posts(copy / "a.db") == 20
+        assert len(read_tags(open_database(copy / "a.db"))) > 0
+        assert listing(copy) == before
+
+    def test_closed_wal_database_stays_one_file(self, live: Path) -> None:
+        self.connection.close()
+        assert set(listing(live.parent)) == {"a.db"}
+        assert self.posts(live) == 20
+        assert set(listing(live.parent)) == {"a.db"}
