@@ -13,6 +13,8 @@ from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 
 if TYPE_CHECKING:
     from kohaku_wrap.config.layers import Effective
+    from kohaku_wrap.config.options import OptionTable
+    from kohaku_wrap.config.site import Site
 
 Path_ = click.Path(path_type=Path)
 
@@ -108,21 +110,25 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool) -> Non
 @command.command("check", epilog="Examples: kwrap template check mine.toml; kwrap template check templates/")
 @click.argument("files", nargs=-1, required=True)
 @click.option("--site", type=Path_, help="Check on this machine, too: does the batch divide?")
-@click.option("--modules/--no-modules", default=False, help="Also count the preset's modules (starts torch).")
+@click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
 @json_option
-def check_command(files: tuple[str, ...], site: Path | None, modules: bool, as_json: bool) -> None:
+def check_command(files: tuple[str, ...], site: Path | None, modules: bool | None, as_json: bool) -> None:
     """Find every fault of template files or folders: names, types, choices, contradictions.
 
-    Exit code 1 if any has one. A folder means its *.toml files, and its presets/*.toml as presets.
+    Exit code 1 if any has one. A folder means its *.toml files, and its presets/*.toml as presets. Patterns of a preset
+    of your own are matched against SDXL's modules where torch and LyCORIS are installed; that takes some seconds once.
     """
+    from importlib.util import find_spec
+
     from kohaku_wrap.config.check_files import check_files
     from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.site import load_site
 
     table = find_option_table()
-    reports = check_files(files, load_site(site) if site else None, table)
-    if modules:
-        reports = [(path, [*problems, *check_modules(path, site, problems)]) for path, problems in reports]
+    on_site = load_site(site) if site else None
+    reports = check_files(files, on_site, table)
+    if modules or (modules is None and find_spec("torch") and find_spec("lycoris")):
+        reports = [(path, [*problems, *check_modules(path, on_site, table)]) for path, problems in reports]
     faulty = [(path, problems) for path, problems in reports if problems]
     if as_json:
         print_json(
@@ -157,15 +163,14 @@ class FaultyTemplates(KwrapError):
     """At least one template has a fault."""
 
 
-def check_modules(path: Path, site: Path | None, problems: list[Problem]) -> list[Problem]:
-    """Patterns of the template's preset that match no module; nothing where the file has other faults."""
-    from kohaku_wrap.config.layers import load_layers
-    from kohaku_wrap.config.site import load_site
+def check_modules(path: Path, site: Site | None, table: OptionTable) -> list[Problem]:
+    """Patterns of the file's preset that match no module; shipped presets on a full SDXL are known to match."""
+    from kohaku_wrap.config.check_files import is_shipped_preset, load_for_modules
     from kohaku_wrap.training.module_counts import check_unmatched, count_network
 
-    if problems or path.parent.name == "presets":
+    effective = load_for_modules(path, site, table)
+    if effective is None or (site is None and is_shipped_preset(effective.preset)):
         return []
-    effective, _ = load_layers(path, load_site(site) if site else None)
     return check_unmatched(effective, count_network(effective))
 
 

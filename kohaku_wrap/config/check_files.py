@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kohaku_wrap.config.checks import check_effective
 from kohaku_wrap.config.layers import Effective, load_layers
 from kohaku_wrap.config.network import check_preset
-from kohaku_wrap.config.optimizers import Signatures
 from kohaku_wrap.config.options import OptionTable
 from kohaku_wrap.config.reading import Entry, shorten_path
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.templates import UnknownTemplate, find_template, read_toml
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.files import shipped_folder
 
 NOT_TEMPLATES = ("merges",)
 """Folders beside templates whose files are something else."""
@@ -38,28 +40,48 @@ def list_files(names: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def check_files(
-    names: Sequence[str], site: Site | None, table: OptionTable, ask: Signatures | None = None
-) -> list[tuple[Path, list[Problem]]]:
+def check_files(names: Sequence[str], site: Site | None, table: OptionTable) -> list[tuple[Path, list[Problem]]]:
     """Every file and its faults, in order; files under `presets` are checked as presets."""
     return [
         (
             path,
-            check_preset_file(path, table) if path.parent.name == "presets" else check_template(path, site, table, ask),
+            check_preset_file(path, table) if path.parent.name == "presets" else check_template(path, site, table),
         )
         for path in list_files(names)
     ]
 
 
-def check_template(path: Path, site: Site | None, table: OptionTable, ask: Signatures | None) -> list[Problem]:
+def check_template(path: Path, site: Site | None, table: OptionTable) -> list[Problem]:
     """All faults of one template, of its layers and of what they make together."""
     try:
         effective, problems = load_layers(path, site, (), table)
-        return problems + check_effective(effective, ask)
+        return problems + check_effective(effective)
     except ProblemsFound as found:
         return list(found.problems)
     except KwrapError as fault:
         return [Problem(path.name, fault.message, f"template {shorten_path(path)}")]
+
+
+def load_for_modules(path: Path, site: Site | None, table: OptionTable) -> Effective | None:
+    """What the modules of a template or preset file are counted with; None where its preset cannot be read.
+
+    A preset file is counted with the arguments of the base template.
+    """
+    try:
+        if path.parent.name != "presets":
+            effective, _ = load_layers(path, site, (), table)
+        else:
+            base, _ = load_layers("sdxl-lokr", site, (), table)
+            entry = Entry(path.stem, "preset", shorten_path(path))
+            effective = dataclasses.replace(base, preset=read_toml(path), entries={**base.entries, "preset": entry})
+    except KwrapError:
+        return None
+    return None if check_preset(effective) or not effective.preset else effective
+
+
+def is_shipped_preset(preset: Mapping[str, Any]) -> bool:
+    """Whether it says what a preset that came with kwrap says; those are counted by kwrap's own tests."""
+    return any(read_toml(path) == preset for path in (shipped_folder("templates") / "presets").glob("*.toml"))
 
 
 def check_preset_file(path: Path, table: OptionTable) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from kohaku_wrap.config.installed import ask_optimizer
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.network import LYCORIS, check_network
 from kohaku_wrap.config.optimizers import Signatures, check_optimizer
@@ -21,8 +22,11 @@ HALF_ULP_FP16 = 2.0**-17
 """Half the distance between neighbouring fp16 numbers at TYPICAL_WEIGHT, which lies between 2^-6 and 2^-5."""
 
 
-def check_effective(effective: Effective, ask: Signatures | None = None) -> list[Problem]:
-    """Every contradiction of a template, on its site where one is given."""
+def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> list[Problem]:
+    """Every contradiction of a template, on its site where one is given.
+
+    `ask` reads the signature of an optimizer that is not recorded.
+    """
     problems = [Problem(key, what, effective.origin(key)) for rule in RULES for key, what in rule(effective)]
     problems += check_network(effective)
     problems += check_optimizer(effective, ask)

@@ -76,16 +76,45 @@ def find_option_table(*, read_live: bool = True) -> OptionTable:
     return load_option_table(commit)
 
 
+def run_reader(module: str, argument: str) -> subprocess.CompletedProcess[str]:
+    """Run a worker that reads what only an import can tell, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", f"kohaku_wrap.training.workers.{module}", argument],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=READ_TIMEOUT_SECONDS,
+    )
+
+
+def ask_optimizer(path: str) -> list[str] | None:
+    """The arguments of an optimizer class `module.Class` from its own signature, asked once per version.
+
+    None where it cannot be imported, or takes any argument.
+    """
+    try:
+        version = metadata.version(path.split(".")[0].replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    kept = cached_table_file(f"optimizer-{path}-{version}")
+    if not kept.is_file():
+        try:
+            result = run_reader("list_optimizers", path)
+        except subprocess.TimeoutExpired:
+            return None
+        if result.returncode:
+            return None
+        write_text(kept, result.stdout)
+    arguments: list[str] | None = json.loads(kept.read_text(encoding="utf-8"))[path]["arguments"]
+    return arguments
+
+
 def ask_trainer(checkout: Path) -> str:
     """The options of a checkout as JSON, read from its own parser in a process of its own. Raises UnreadableTrainer."""
-    command = [sys.executable, "-m", "kohaku_wrap.training.workers.list_options", str(checkout)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, timeout=READ_TIMEOUT_SECONDS
-        )
+        result = run_reader("list_options", str(checkout))
     except subprocess.TimeoutExpired:
         raise UnreadableTrainer(f"{checkout}: its parser gave no answer", "Run `kwrap doctor`.") from None
     last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]

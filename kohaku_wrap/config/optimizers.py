@@ -40,7 +40,7 @@ def load_signatures() -> dict[str, dict[str, Any]]:
     return {name.lower(): {"name": name, **entry} for name, entry in document.items()}
 
 
-def check_optimizer(effective: Effective, ask: Signatures | None = None) -> list[Problem]:
+def check_optimizer(effective: Effective, ask: Signatures) -> list[Problem]:
     """Faults of the optimizer, its arguments and the schedule. `ask` reads signatures that are not recorded."""
     problems = [*check_scheduler(effective)]
     chosen = effective.get("optimizer_type") or "AdamW"
@@ -48,9 +48,9 @@ def check_optimizer(effective: Effective, ask: Signatures | None = None) -> list
     known = load_signatures().get(chosen.lower())
     arguments: list[str] | None
     if known:
-        arguments = known["arguments"] or (ask(known["class"]) if ask else None)
+        arguments = known["arguments"] or ask(known["class"])
     elif "." in chosen:
-        arguments = ask(chosen) if ask else None
+        arguments = ask(chosen)
     else:
         names = [entry["name"] for entry in load_signatures().values()]
         what = f'"{chosen}" is no optimizer that the trainer knows{suggest(chosen, names)}'

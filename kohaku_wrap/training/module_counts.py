@@ -134,11 +134,8 @@ def ask_worker(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment of a worker that only looks: one thread, no hub, this very package."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    return environment
+    """The environment of a worker that only looks: one thread, no hub."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def count_network_everywhere(effective: Effective) -> list[ModuleCounts]:

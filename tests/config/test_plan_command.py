@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import toml
 from click.testing import CliRunner
 
 from kohaku_wrap.cli.plan import command
-from kohaku_wrap.config.layers import load_layers, resolve_template
+from kohaku_wrap.cli.template import command as template_command
+from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.plan import plan_steps, suppose_sizes
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.sizes import total_of, weigh_host_memory, weigh_training
+from kohaku_wrap.config.templates import find_preset, read_toml
 from kohaku_wrap.training import training_plan
-from kohaku_wrap.training.module_counts import check_unmatched, count_network
 from kohaku_wrap.training.training_plan import NoMeasurement, read_step_seconds
 
 MakeSite = Callable[..., Site]
@@ -44,22 +46,23 @@ def test_epsilon_as_published(make_site: MakeSite, home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pattern_without_a_module_is_told(tmp_path: Path) -> None:
+def test_pattern_without_a_module_is_told_by_check(tmp_path: Path) -> None:
     template = tmp_path / "own.toml"
-    template.write_text(
-        'extends = "epsilon"\n[preset]\nunet_target_module = ["Transformer2DModel", "Transformer3DModel"]\n'
-        'unet_target_name = [".*time_embd.+"]\ntext_encoder_target_module = []\ntext_encoder_target_name = []\n'
-        "[preset.module_algo_map.CrossAttentions]\nfactor = 4\n"
-    )
-    effective, problems = load_layers(template)
-    assert problems == []
-    found = check_unmatched(effective, count_network(effective))
-    assert {(problem.where, problem.what.split("'")[1]) for problem in found} == {
+    preset = read_toml(find_preset("small-24gib"))
+    preset["unet_target_module"].append("Transformer3DModel")
+    preset["unet_target_name"].append(".*time_embd.+")
+    preset["module_algo_map"]["CrossAttentions"] = {"algo": "lokr", "factor": 4}
+    template.write_text(toml.dumps({"extends": "epsilon", "preset": preset}))
+    result = CliRunner().invoke(template_command, ["check", str(template), "--json"])
+    assert result.exit_code == 1
+    # The small preset's own patterns all match.
+    found = json.loads(result.stdout)["problems"]
+    assert {(problem["where"], problem["what"].split("'")[1]) for problem in found} == {
         ("preset.unet_target_module", "Transformer3DModel"),
         ("preset.unet_target_name", ".*time_embd.+"),
         ("preset.module_algo_map", "CrossAttentions"),
     }
-    assert all(str(template) in problem.layer for problem in found)
+    assert all(str(template) in problem["layer"] for problem in found)
 
 
 def test_plan_of_a_folder(

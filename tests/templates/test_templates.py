@@ -55,7 +55,7 @@ def test_a_fault_names_the_layer_that_brought_it_in() -> None:
 
 
 def test_check_command_prints_all_faults_and_exits_1() -> None:
-    result = CliRunner().invoke(command, ["check", str(BROKEN)])
+    result = CliRunner().invoke(command, ["check", str(BROKEN), "--no-modules"])
     assert result.exit_code == 1
     for path in broken_files():
         for planted in planted_faults(path):
@@ -65,7 +65,7 @@ def test_check_command_prints_all_faults_and_exits_1() -> None:
 
 
 def test_check_command_as_json() -> None:
-    result = CliRunner().invoke(command, ["check", str(BROKEN / "unknown_option.toml"), "--json"])
+    result = CliRunner().invoke(command, ["check", str(BROKEN / "unknown_option.toml"), "--no-modules", "--json"])
     assert result.exit_code == 1
     document = json.loads(result.stdout)
     assert document["schema_version"] == 1
@@ -124,3 +124,14 @@ def test_show_why_names_layer_and_file() -> None:
     assert lines["unet_lr"].endswith("templates/demo.toml")
     assert lines["min_snr_gamma"].endswith("templates/epsilon.toml")
     assert lines["network_dim"].endswith("templates/sdxl-lokr.toml")
+
+
+def test_an_optimizer_of_ones_own_is_asked_for_its_signature(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(
+        'extends = "epsilon"\n[optimizer]\noptimizer_type = "torch.optim.NAdam"\n'
+        "[optimizer_args]\nmomentum_decay = 0.004\nmomentum_decai = 1\n"
+    )
+    [(_, problems)] = check_files([str(own)], None, load_recorded_table())
+    assert [problem.where for problem in problems] == ["optimizer_args.momentum_decai"]
+    assert "did you mean momentum_decay?" in problems[0].what

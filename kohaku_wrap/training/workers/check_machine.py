@@ -166,7 +166,8 @@ def count_ranks() -> Facts:
     """How many processes accelerate made, and what the first one runs on."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator()
+    # On the CPU accelerate joins processes only where it is told so, as the engines do.
+    accelerator = Accelerator(cpu=os.environ.get("CUDA_VISIBLE_DEVICES") == "")
     ranks = accelerator.gather(torch.tensor([accelerator.process_index], device=accelerator.device))
     return {
         "processes": accelerator.num_processes,
