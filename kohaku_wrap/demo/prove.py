@@ -25,8 +25,8 @@ from kohaku_wrap.demo.tour import dataset_stages
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.runs import Run
 
-POSTS = 40
-"""Of the small world that is trained on; about a third of them are selected with an image."""
+POSTS = 24
+"""Of the small world that is trained on; about half of them are selected with an image."""
 
 SETTINGS = ("max_train_epochs=2", "save_every_n_steps=2", "save_precision=float", "states.keep=2")
 """Over the demo template: states often, and checkpoints that hide no bit."""

@@ -13,11 +13,12 @@ from pathlib import Path
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.layers import Effective, resolve_template
 from kohaku_wrap.config.plan import plan_steps, read_folder_sizes, shape_batch
-from kohaku_wrap.config.render import compose_run, hash_inputs
+from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
 from kohaku_wrap.config.site import ENGINES, Site, load_site
 from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import fsync_folder, write_text
+from kohaku_wrap.training.builtin_options import BuiltinOptions
 from kohaku_wrap.training.differences import refuse_other_lock
 from kohaku_wrap.training.launch import Launch, plan_launch
 from kohaku_wrap.training.runs import Run, is_run
@@ -69,7 +70,7 @@ def plan_new_run(
 ) -> NewRun:
     """Resolve and check everything that needs no reading of images or models; takes well under a second.
 
-    Raises ProblemsFound, MissingTrainer, RunExists, BadBatch.
+    Raises ProblemsFound (also for options that the builtin engine lacks), MissingTrainer, RunExists, BadBatch.
     """
     site = load_site(site_file)
     engine, engine_origin = settle_engine(site, engine)
@@ -86,6 +87,9 @@ def plan_new_run(
         )
     if folder.exists():
         raise RunExists(f"{folder}: is in the way and not a run", "Remove it, or choose another name with --run NAME.")
+    if engine == "builtin":
+        # The worker would refuse them too, but only after the run is made and torch is loaded.
+        BuiltinOptions.from_config(compose_trainer(effective, folder, name), on_cpu=site.machine.gpus == 0)
     launch = plan_launch(folder, engine, 1, shape.processes, shape.accumulation, on_cpu=site.machine.gpus == 0)
     return NewRun(name, folder, engine, engine_origin, effective, site, launch)
 

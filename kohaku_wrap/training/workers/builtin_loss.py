@@ -12,8 +12,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch.nn import functional
 
+from kohaku_wrap.training.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_models import BaseModel
-from kohaku_wrap.training.workers.builtin_options import BuiltinOptions
 
 VAE_SCALE = 0.13025
 """SDXL's factor from the VAE's latents to those of the UNet."""

@@ -18,6 +18,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import sha256_of_file
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.attempts import Attempt, Outcome
+from kohaku_wrap.training.builtin_options import BuiltinOptions
 from kohaku_wrap.training.columns import (
     Columns,
     ColumnsDataset,
@@ -45,7 +46,6 @@ from kohaku_wrap.training.workers.builtin_network import (
     describe_training,
     save_network,
 )
-from kohaku_wrap.training.workers.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_state import Trained
 
 

@@ -16,6 +16,7 @@ from engine_world import DATASET_OPTIONS, World
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.training.builtin_options import BuiltinOptions
 from kohaku_wrap.training.columns import Columns, ColumnsDataset, ItemOptions
 from kohaku_wrap.training.sampler import PositionSampler
 from kohaku_wrap.training.tokens import CaptionTokenizer
@@ -23,7 +24,6 @@ from kohaku_wrap.training.torch_streams import seed_generators
 from kohaku_wrap.training.workers.builtin_loss import LossOfBatch
 from kohaku_wrap.training.workers.builtin_models import SDXL_SIZES, BadBaseModel, BaseModel, load_base_model
 from kohaku_wrap.training.workers.builtin_network import create_network
-from kohaku_wrap.training.workers.builtin_options import BuiltinOptions
 
 PRESET = shipped_folder("templates") / "presets" / "kohaku-lokr.toml"
 NETWORK_ARGS = ("algo=lokr", "factor=8", "train_norm=True", "conv_dim=10000", "conv_alpha=10000")

@@ -205,7 +205,9 @@ class BuiltinOptions:
         problems += find_unfit_values(known, on_cpu)
         if problems:
             raise ProblemsFound(
-                "trainer.toml", problems, 'Leave these out for the builtin engine, or use engine = "sd-scripts".'
+                "options of the builtin engine",
+                problems,
+                'Leave these out for the builtin engine, or use engine = "sd-scripts".',
             )
         return cls(**known)
 

@@ -1,0 +1,137 @@
+"""Whole runs of the builtin engine through `kwrap`: trained, stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toml
+from engine_world import World
+from safetensors import safe_open
+
+from kohaku_wrap.demo.killing import Kill, train_with_kills
+from kohaku_wrap.demo.likeness import Difference, compare_runs
+from kohaku_wrap.training.metrics import read_metrics
+from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.states import list_states
+
+SETTINGS = (
+    "effective_batch=4",
+    "max_train_epochs=2",
+    "save_every_n_steps=1",
+    "save_last_n_steps=2",
+    "save_precision=float",
+    "max_token_length=150",
+    "states.keep=2",
+    "dataset_options.resolution=[64, 64]",
+    "dataset_options.min_bucket_reso=32",
+    "dataset_options.max_bucket_reso=128",
+)
+
+
+def train_arguments(site: Path, name: str, *settings: str) -> tuple[str, ...]:
+    chosen = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    return ("train", "demo", "--site", str(site), "--run", name, *chosen)
+
+
+def kwrap(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kohaku_wrap", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(world: World) -> Run:
+    """An uninterrupted run of seven images in two epochs."""
+    result = kwrap(*train_arguments(world.site, "whole"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return Run(world.folder / "runs" / "whole")
+
+
+def test_a_run_trains_every_step_and_proves_it(whole: Run) -> None:
+    lines = read_metrics(whole)
+    assert [line["optimizer_step"] for line in lines] == list(range(1, whole.lock.total_optimizer_steps + 1))
+    assert lines[0]["lr_unet"] == 0
+    assert lines[-1]["lr_unet"] > lines[-1]["lr_text_encoder"] > 0
+    verified = kwrap("verify", str(whole.folder), "--json")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+def test_the_network_is_a_kohya_lokr(whole: Run) -> None:
+    with safe_open(whole.checkpoints / "whole.safetensors", framework="pt") as file:
+        metadata, keys = file.metadata(), set(file.keys())
+    modules = {key.partition(".")[0] for key in keys}
+    assert len(modules) == 84 + 283
+    assert "lora_unet_input_blocks_4_1_proj_in.lokr_w1" in keys
+    assert "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha" in keys
+    assert metadata["ss_network_module"] == "lycoris.kohya"
+    assert json.loads(metadata["ss_network_args"])["algo"] == "lokr"
+    assert len(metadata["ss_new_sd_model_hash"]) == 64
+    assert metadata["sshs_model_hash"].startswith("0x")
+    assert "ss_tag_frequency" not in metadata
+
+
+def test_old_checkpoints_and_states_are_rotated(whole: Run) -> None:
+    last = whole.lock.total_optimizer_steps
+    assert [step for step, _ in list_states(whole.states)] == [last - 1, last]
+    steps = sorted(path.name for path in whole.checkpoints.glob("*-step*.safetensors"))
+    assert steps == [f"whole-step{step:08d}.safetensors" for step in range(last - 2, last + 1)]
+
+
+def test_a_killed_run_resumes_bit_for_bit(world: World, whole: Run, tmp_path: Path) -> None:
+    run = Run(world.folder / "runs" / "killed")
+    train_with_kills(run, train_arguments(world.site, "killed"), (Kill(0.7),), (0, 1), tmp_path)
+    likeness = compare_runs(whole, run)
+    assert likeness.attempts == 2
+    assert likeness.tensors > 3000
+
+
+def flip_byte(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("where", "place", "words"),
+    [
+        ("checkpoints/whole.safetensors", -1, "1 of 1022 tensors differ"),
+        ("ledger/attempt-0001-rank-000.bin", -9, "differ in the loss"),
+        ("ledger/attempt-0001-rank-000.bin", -20, "differ in the content digest"),
+    ],
+)
+def test_one_bit_is_a_difference(whole: Run, tmp_path: Path, where: str, place: int, words: str) -> None:
+    shutil.copytree(whole.folder, tmp_path / "whole")
+    flip_byte(tmp_path / "whole" / where, place)
+    with pytest.raises(Difference, match=words):
+        compare_runs(whole, Run(tmp_path / "whole"))
+
+
+def test_two_processes_join(world: World, tmp_path: Path) -> None:
+    document = toml.loads(world.site.read_text(encoding="utf-8"))
+    document["machine"]["processes"] = 2
+    site = world.site.with_name("two.toml")
+    site.write_text(toml.dumps(document), encoding="utf-8")
+    result = kwrap(*train_arguments(site, "two"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = Run(world.folder / "runs" / "two")
+    assert len(list(run.ledger.glob("*.bin"))) == 2
+    assert all(line["images"] <= 4 for line in read_metrics(run))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("xformers=true", "xformers"),
+        ("lr_scheduler=polynomial", "lr_scheduler"),
+        ("mixed_precision=fp16", "needs a GPU"),
+    ],
+)
+def test_what_it_does_not_have_is_refused_by_name(world: World, setting: str, words: str) -> None:
+    result = kwrap(*train_arguments(world.site, f"refused-{words[:4]}", setting))
+    assert result.returncode in (1, 2, 3)
+    assert words in result.stdout + result.stderr
