@@ -18,13 +18,16 @@ from kohaku_wrap.cli.output import print_error
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapError, MissingExtra
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Look around": ("demo", "doctor", "template", "inspect"),
+    "Look around": ("demo", "template", "inspect"),
+    "Set up": ("trainer", "doctor"),
     "Make a dataset": ("select", "extract", "caption"),
     "Train": ("plan", "train", "status", "resume", "verify"),
     "Use the result": ("merge", "publish"),
-    "Set up": ("trainer",),
 }
 """One module of this folder a verb, in the order in which a person meets them."""
+
+LONGEST_SENTENCE = 64
+"""Of a command's first sentence, so that the list of commands fits 80 columns; narrower ones wrap it."""
 
 EXTRA_OF_PACKAGE = {
     "torch": "train",
@@ -55,7 +58,7 @@ class Verbs(click.Group):
         for section, names in SECTIONS.items():
             commands = [(name, self.get_command(ctx, name)) for name in names]
             rows = [
-                (name.ljust(width), command.get_short_help_str(limit=formatter.width - width - 6))
+                (name.ljust(width), command.get_short_help_str(limit=LONGEST_SENTENCE))
                 for name, command in commands
                 if command is not None
             ]

@@ -52,7 +52,7 @@ Examples:
 @click.option("--stats", is_flag=True, help="Count tags and tokens, write nothing.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats.")
 @click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Threads; default: one a core, at most four.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
 @json_option
 def command(
     selection: Path | None,
@@ -141,7 +141,7 @@ def write(
         return
     for note in report.notes:
         print_note(f"note: {note}")
-    print_table(f"Captions, {report.style} style", rows_of_report(report), next_command(report, selection, out))
+    print_table(f"Captions, {report.style} style", rows_of_report(report), next_command(report, selection, out, name))
 
 
 def rows_of_report(report: CaptionReport) -> list[tuple[str, Any]]:
@@ -159,11 +159,15 @@ def rows_of_report(report: CaptionReport) -> list[tuple[str, Any]]:
     return rows
 
 
-def next_command(report: CaptionReport, selection: Path, out: Path) -> str:
-    """What comes after the captions."""
+def next_command(report: CaptionReport, selection: Path, out: Path, dataset: str) -> str:
+    """What comes after the captions: the plan of the template that is called like the dataset."""
+    from kohaku_wrap.config.templates import list_templates
+
     if not report.images:
         return f"kwrap extract {selection} --tars TARS --out {out}"
-    return "kwrap plan epsilon --site site.toml"
+    template = dataset if dataset in {each.name for each in list_templates()} else "TEMPLATE"
+    beside = out.parent / "site.toml"
+    return f"kwrap plan {template} --site {beside if beside.is_file() else 'site.toml'}"
 
 
 def print_explanation(db: Path, recipe: CaptionRecipe, post_id: int, as_json: bool) -> None:

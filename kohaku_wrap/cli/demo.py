@@ -16,11 +16,13 @@ Examples:
   kwrap demo world --posts 1000 --seed 7"""
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--posts", type=click.IntRange(min=1), default=240, show_default=True, help="Posts in the database.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Another seed makes another world.")
+@click.option(
+    "--posts", type=click.IntRange(min=1), default=240, show_default=True, metavar="N", help="Posts in the database."
+)
+@click.option("--seed", type=int, metavar="S", default=0, show_default=True, help="Another seed makes another world.")
 @json_option
 def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
-    """Make an embedded world: a small database, image tars and a tiny SDXL.
+    """Make an embedded world: database, tars and a tiny SDXL.
 
     DIR then holds danbooru.db, tars/, base/ and site.toml: all that the other commands need to
     run the whole recipe in minutes, without a GPU or a download. The same posts and seed make the

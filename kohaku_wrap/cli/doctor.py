@@ -23,7 +23,11 @@ class NotReady(KwrapError):
 
 @click.command(
     "doctor",
-    epilog="Examples: kwrap doctor; kwrap doctor --engine builtin; kwrap doctor epsilon --site site.toml",
+    epilog="""\b
+Examples:
+  kwrap doctor
+  kwrap doctor --engine builtin
+  kwrap doctor epsilon --site site.toml""",
 )
 @click.argument("template", required=False)
 @click.option("--site", "site_file", type=Path_, help="The machine's site.toml: its paths and GPUs are tried.")
@@ -33,9 +37,10 @@ class NotReady(KwrapError):
 def command(
     template: str | None, site_file: Path | None, engine: str | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Tell whether this machine can train, and this template with --site.
+    """Tell whether this machine is ready, and for a template.
 
-    Each finding says what was found, why it matters and what to do. Exit code 1 when something would break the run.
+    With TEMPLATE and --site the paths, GPUs, memory and disk that this training needs are tried. Each finding says
+    what was found, why it matters and what to do. Exit code 1 when something would break the run.
     """
     from kohaku_wrap.config.layers import Effective, resolve_template
     from kohaku_wrap.config.plan import NoImages, read_folder_sizes

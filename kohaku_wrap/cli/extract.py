@@ -26,19 +26,21 @@ Examples:
 @click.option(
     "--out", "images", metavar="IMAGES", required=True, type=click.Path(path_type=Path), help="Folder of the images."
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes that read tars.  [default: one a core]")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes that read tars; default: one a core.")
 @click.option(
     "--max-missing",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
+    metavar="N",
     help="Missing and corrupt images that are not an error.",
 )
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=0),
     default=0,
-    help="Reduce images with more pixels than this.  [default: keep all as they are]",
+    metavar="N",
+    help="Reduce images with more pixels than this; default: keep all as they are.",
 )
 @json_option
 def command(

@@ -67,9 +67,10 @@ Examples:
 @click.option("--no-hash", is_flag=True, help="Do not read the data for the hashes; the header alone is quick.")
 @json_option
 def command(file: Path, no_hash: bool, as_json: bool) -> None:
-    """Show what a file is: kind, keys, types, hashes, metadata, merge recipe.
+    """Show what a checkpoint, network or database is.
 
-    FILE is a checkpoint or network in safetensors form, or a metadata database.
+    FILE is a checkpoint or network in safetensors form: its kind, keys, types, hashes, metadata and merge recipe are
+    shown. Or it is a metadata database: its layout, counts, ratings and what a selection would drop.
     """
     from kohaku_wrap.merging.inspecting import describe_report, inspect_file, is_database
 

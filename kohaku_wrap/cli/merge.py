@@ -118,7 +118,9 @@ Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--dry-run", is_flag=True, help="Read the headers only and print what would be computed.")
 @click.option("--verify", is_flag=True, help=f"Compute {VERIFY_ELEMENTS:,} random numbers again in rationals.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Worker threads; 0 for one each processor.")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads; 0 for one each processor."
+)
 @click.option("--like", default="", metavar="NAME|PATH", help="The anchor: keys, types and VAE; else the first model.")
 @click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken; else the anchor.")
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")

@@ -19,16 +19,25 @@ Path_ = click.Path(path_type=Path)
 
 @click.command(
     "plan",
-    epilog="Examples: kwrap plan epsilon --site site.toml; "
-    "kwrap plan epsilon --site site.toml --images 5210319 --seconds-per-step 49.5",
+    epilog="""\b
+Examples:
+  kwrap plan epsilon --site site.toml
+  kwrap plan epsilon --site site.toml --images 5210319 --seconds-per-step 49.5
+  kwrap plan epsilon --site site.toml --selection epsilon.parquet
+  kwrap plan epsilon --site site.toml --measured runs/first --json""",
 )
 @click.argument("template")
 @click.option("--site", "site_file", type=Path_, required=True, help="The machine: paths, GPUs, batch per GPU.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
 @click.option("--selection", type=Path_, help="Count the database's sizes in SEL.parquet, before any image is there.")
-@click.option("--images", type=click.IntRange(min=1), help="Count so many images of the template's resolution.")
 @click.option(
-    "--seconds-per-step", type=click.FloatRange(min=0, min_open=True), help="For the ETA: one optimizer step."
+    "--images", type=click.IntRange(min=1), metavar="N", help="Count so many images of the template's resolution."
+)
+@click.option(
+    "--seconds-per-step",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="For the ETA: one optimizer step.",
 )
 @click.option("--measured", type=Path_, metavar="RUN", help="For the ETA: the step time that this run measured.")
 @click.option("--modules/--no-modules", default=True, help="Count LoKr modules and parameters (starts torch once).")
@@ -44,7 +53,7 @@ def command(
     modules: bool,
     as_json: bool,
 ) -> None:
-    """Say what a training will do: steps, warm-up, parameters, disk, memory, time.
+    """Count steps, parameters, disk, memory and time beforehand.
 
     Sizes come from the images that extract and caption made ready; steps are exactly those that the trainer will count.
     Exit code 1 where the plan cannot work, with all reasons at once.

@@ -23,7 +23,9 @@ Examples:
 @click.option("--step", type=click.IntRange(0), metavar="N", help="The network of this optimizer step; else the end's.")
 @click.option("--license", "rights", default="", help="The license of the card; else the base model's.")
 @click.option("--no-bake", is_flag=True, help="The network alone, without the baked model.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Worker threads; 0 for one each processor.")
+@click.option(
+    "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads; 0 for one each processor."
+)
 @site_option
 @json_option
 def command(
@@ -36,7 +38,7 @@ def command(
     site_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Fill a folder with a run's network, baked model, model card and hashes.
+    """Fill a folder with network, baked model, card and hashes.
 
     The card tells recipe, hyperparameters, dataset counts, attempts and prompt format from the run's lock, and the
     digest of its ledger. SHA256SUMS is written last: a folder that has it is whole.

@@ -51,14 +51,18 @@ site_option = click.option(
 
 
 @click.command(
-    epilog="Examples: `kwrap resume`; `kwrap resume epsilon --step 13600 --dry-run`; "
-    "`kwrap resume epsilon --processes 3 --restarts 5`."
+    epilog="""\b
+Examples:
+  kwrap resume
+  kwrap resume epsilon --step 13600 --dry-run
+  kwrap resume epsilon --processes 2 --restarts 5
+  kwrap resume epsilon --foreign --state checkpoints/epsilon-step00013600-state --dry-run"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--step", type=click.IntRange(0), metavar="N", help="From the state of this optimizer step.")
 @click.option("--processes", "--gpus", "processes", type=click.IntRange(1), metavar="W",
               help="Train on another number of GPUs; the accumulation follows.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(0), help="Loader workers of each process.")
+@click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")
 @click.option(
     "--foreign", is_flag=True, help="Take a state of plain sd-scripts; the order is then not provably the same."
 )

@@ -26,7 +26,7 @@ Examples:
               help="The selection to write.")  # fmt: skip
 @json_option
 def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
-    """Select posts: a seeded sample by id strata, then the recipe's filters.
+    """Select posts: a seeded sample, then the recipe's filters.
 
     DATASET is a shipped name (epsilon, delta, demo) or the path of a dataset file. The same seed and database give
     the same posts on every machine; every drop is counted by its reason.

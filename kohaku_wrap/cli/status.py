@@ -22,15 +22,22 @@ WATCH_SECONDS = 2.0
 GIB = 1 << 30
 
 
-@click.command(epilog="Examples: `kwrap status`; `kwrap status epsilon --watch`; `kwrap status runs/epsilon --json`.")
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap status
+  kwrap status epsilon --watch
+  kwrap status runs/epsilon --json"""
+)
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--watch", is_flag=True, help="Show it again every two seconds until Ctrl-C.")
 @site_option
 @json_option
 def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool) -> None:
-    """Show progress, rate, ETA, loss, learning rate, states, disk and the last error of a run.
+    """Show what a run is doing and what happened to it.
 
-    Without RUN: one line for each run, or the whole of the only one.
+    Progress, rate, ETA, loss, learning rates, attempts, states, disk and the last error. Without RUN: one line for
+    each run, or the whole of the only one.
     """
     from kohaku_wrap.training.runs import find_run, list_runs
 

@@ -36,7 +36,7 @@ def command() -> None:
     """
 
 
-@command.command("ls", epilog="Example: kwrap template ls")
+@command.command("ls", epilog="\b\nExample:\n  kwrap template ls")
 @json_option
 def list_command(as_json: bool) -> None:
     """List the templates that have a name, yours first."""
@@ -51,7 +51,9 @@ def list_command(as_json: bool) -> None:
     print_table("Templates", rows_for_people, "kwrap template show epsilon --why")
 
 
-@command.command("show", epilog="Examples: kwrap template show epsilon --why; kwrap template show epsilon --set seed=7")
+@command.command(
+    "show", epilog="\b\nExamples:\n  kwrap template show epsilon --why\n  kwrap template show epsilon --set seed=7"
+)
 @click.argument("name")
 @click.option("--site", type=Path_, help="Show the values on this machine, too.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
@@ -61,7 +63,10 @@ def list_command(as_json: bool) -> None:
 def show_command(
     name: str, site: Path | None, overrides: tuple[str, ...], why: bool, with_defaults: bool, as_json: bool
 ) -> None:
-    """Print the effective values of a template, and with --why where each comes from."""
+    """Print the effective values of a template.
+
+    With --why each value names the layer and the file that set it; later layers win.
+    """
     from kohaku_wrap.config.checks import check_effective, describe_notes
     from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.layers import load_layers
@@ -107,16 +112,17 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool) -> Non
         click.echo(f"Next: kwrap template show {effective.name} --why")
 
 
-@command.command("check", epilog="Examples: kwrap template check mine.toml; kwrap template check templates/")
+@command.command("check", epilog="\b\nExamples:\n  kwrap template check mine.toml\n  kwrap template check templates/")
 @click.argument("files", nargs=-1, required=True)
 @click.option("--site", type=Path_, help="Check on this machine, too: does the batch divide?")
 @click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
 @json_option
 def check_command(files: tuple[str, ...], site: Path | None, modules: bool | None, as_json: bool) -> None:
-    """Find every fault of template files or folders: names, types, choices, contradictions.
+    """Find every fault of template files or folders.
 
-    Exit code 1 if any has one. A folder means its *.toml files, and its presets/*.toml as presets. Patterns of a preset
-    of your own are matched against SDXL's modules where torch and LyCORIS are installed; that takes some seconds once.
+    Names, types, choices and contradictions. Exit code 1 if any has one. A folder means its *.toml files, and its
+    presets/*.toml as presets. Patterns of a preset of your own are matched against SDXL's modules where torch and
+    LyCORIS are installed; that takes some seconds once.
     """
     from importlib.util import find_spec
 
@@ -174,15 +180,16 @@ def check_modules(path: Path, site: Site | None, table: OptionTable) -> list[Pro
     return check_unmatched(effective, count_network(effective))
 
 
-@command.command("cp", epilog="Examples: kwrap template cp epsilon mine.toml; kwrap template cp epsilon mine")
+@command.command("cp", epilog="\b\nExamples:\n  kwrap template cp epsilon mine.toml\n  kwrap template cp epsilon mine")
 @click.argument("name")
 @click.argument("destination")
 @click.option("--force", is_flag=True, help="Replace a file of that name.")
 @json_option
 def copy_command(name: str, destination: str, force: bool, as_json: bool) -> None:
-    """Copy a template to change it: to a path, or under a name into your own folder.
+    """Copy a template to change it.
 
-    What it extends is found by name as before, so the copy holds only the differences.
+    DESTINATION is a path, or a name in your own folder ($KWRAP_HOME/templates). What it extends is found by name as
+    before, so the copy holds only the differences.
     """
     from kohaku_wrap.config.templates import find_template, user_templates
     from kohaku_wrap.files import write_text
@@ -202,7 +209,7 @@ def copy_command(name: str, destination: str, force: bool, as_json: bool) -> Non
     print_table("", [("copied", source), ("to", target)], f"edit it, then kwrap template check {target}")
 
 
-@command.command("diff", epilog="Example: kwrap template diff epsilon delta")
+@command.command("diff", epilog="\b\nExample:\n  kwrap template diff epsilon delta")
 @click.argument("first")
 @click.argument("second")
 @json_option

@@ -27,14 +27,14 @@ SECONDS_BETWEEN_LINES = 10.0
 def supervisor_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `train` and `resume` share."""
     options = (
-        click.option("--restarts", type=click.IntRange(0), default=0, show_default=True,
+        click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, metavar="N",
                      help="Start again this often after a failure, from the last good state."),
         click.option("--restart-pause", type=click.FloatRange(0), default=10.0, show_default=True, metavar="SECONDS",
                      help="Before the first restart; doubles with each."),
         click.option("--timeout", "timeouts", multiple=True, metavar="PHASE=SECONDS",
                      help=f"End an attempt that shows no sign of life for so long. Phases: {', '.join(PHASES)}."),
         click.option("--nan-latents-share", type=click.FloatRange(0, 1), default=0.05, show_default=True,
-                     help="End an attempt when more of its last images have NaN latents."),
+                     metavar="SHARE", help="End an attempt when more of its last images have NaN latents."),
         click.option("--allow", multiple=True, metavar="KEY",
                      help="Accept knowingly: bad-images, nan-latents, non-finite-loss; on resume a difference."),
         click.option("--hook", default="", metavar="COMMAND",
@@ -142,8 +142,12 @@ def print_finished(command: str, report: RunReport, as_json: bool) -> None:
 
 
 @click.command(
-    epilog="Examples: `kwrap train demo --site world/site.toml --run first`; "
-    "`kwrap train epsilon --site site.toml --restarts 5`; `kwrap train epsilon --site site.toml --dry-run`."
+    epilog="""\b
+Examples:
+  kwrap train demo --site world/site.toml --run first
+  kwrap train epsilon --site site.toml --run epsilon --restarts 5
+  kwrap train epsilon --site site.toml --set seed=7 --dry-run
+  kwrap train --locked runs/epsilon/run.lock.toml --site site.toml --run again"""
 )
 @click.argument("template", required=False)
 @click.option("--site", "site_file", type=click.Path(path_type=Path), default=Path("site.toml"), show_default=True,
@@ -172,7 +176,7 @@ def command(
     hook: str,
     as_json: bool,
 ) -> None:
-    """Train a template on this machine as a new run, watched over until it is done.
+    """Train a template as a new run, watched until it is done.
 
     Renders and locks everything the run depends on, then launches the trainer under accelerate. The first Ctrl-C
     finishes the optimizer step, saves a state and ends with exit code 130; a second one ends at once. Exit code 3: the

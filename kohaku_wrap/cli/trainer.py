@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.trainer import Checkout, TrainerReport
 
 
-@click.group()
+@click.group(epilog="Start with `kwrap trainer install`; `kwrap trainer show` tells what is there.")
 def command() -> None:
-    """Get or look at the sd-scripts checkout that kwrap trains with.
+    """Get or look at the sd-scripts that kwrap trains with.
 
-    It lies under $KWRAP_HOME (default: the platform's data folder); KWRAP_SD_SCRIPTS points at another one.
+    The checkout lies under $KWRAP_HOME (default: the platform's data folder); KWRAP_SD_SCRIPTS points at another one.
     """
 
 
@@ -37,9 +37,10 @@ Examples:
 @click.option("--requirements-only", is_flag=True, help="Only the Python packages, for a checkout of my own.")
 @json_option
 def install(source: str, commit: str, no_requirements: bool, requirements_only: bool, as_json: bool) -> None:
-    """Get a supported commit of sd-scripts, check it, and install the packages that it lacks.
+    """Get a supported commit of sd-scripts and what it lacks.
 
-    Packages go beside the checkout and are seen by the trainer's process alone; torch is never replaced.
+    The commit is checked file by file and place by place. Packages that are missing go beside the checkout and are
+    seen by the trainer's process alone; torch is never replaced.
     """
     from kohaku_wrap.errors import UsageError
     from kohaku_wrap.training.requirements import install_requirements
@@ -65,7 +66,7 @@ def install(source: str, commit: str, no_requirements: bool, requirements_only: 
 @command.command(epilog="\b\nExample:\n  kwrap trainer show --json")
 @json_option
 def show(as_json: bool) -> None:
-    """Show which sd-scripts a training would use, whether it is supported, and what kwrap corrects in it."""
+    """Show the sd-scripts in use, and what kwrap corrects in it."""
     from kohaku_wrap.config.trainer_commits import SUPPORTED
     from kohaku_wrap.training.trainer import report_trainer
 

@@ -16,17 +16,23 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.verify import VerifyReport
 
 
-@click.command(epilog="Examples: `kwrap verify epsilon`; `kwrap verify runs/epsilon --deep 100`.")
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap verify epsilon
+  kwrap verify runs/epsilon --deep 100"""
+)
 @click.argument("name", metavar="RUN")
 @click.option("--deep", "deep_samples", type=click.IntRange(0), default=0, metavar="N",
               help="Also recompute captions, crops and time steps of N random micro-batches.")  # fmt: skip
 @site_option
 @json_option
 def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool) -> int:
-    """Prove from the ledger that every micro-batch was trained once, in order, across attempts.
+    """Prove from the ledger that all was trained once, in order.
 
-    Recomputes the order from seed and dataset, tells what a crash repeated, compares captions, crops, time steps and
-    rates wherever attempts overlap, and names the first place of any divergence. Exit code 1 if there is one.
+    "All" is every micro-batch, across attempts. Recomputes the order from seed and dataset, tells what a crash
+    repeated, compares captions, crops, time steps and rates wherever attempts overlap, and names the first place of
+    any divergence. Exit code 1 if there is one.
     """
     from kohaku_wrap.training.runs import find_run
     from kohaku_wrap.training.verify import verify_run
