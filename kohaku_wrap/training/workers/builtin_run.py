@@ -19,18 +19,13 @@ from kohaku_wrap.files import sha256_of_file
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.attempts import Attempt, Outcome
 from kohaku_wrap.training.builtin_options import BuiltinOptions
-from kohaku_wrap.training.columns import (
-    Columns,
-    ColumnsDataset,
-    ItemOptions,
-    content_digest,
-    read_dataset_options,
-)
+from kohaku_wrap.training.columns import content_digest
 from kohaku_wrap.training.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.loader import Example, iterate_examples, make_loader
 from kohaku_wrap.training.loss_average import LossAverage
 from kohaku_wrap.training.metrics import MetricsWriter
 from kohaku_wrap.training.order import order_digest
+from kohaku_wrap.training.run_dataset import open_run_dataset
 from kohaku_wrap.training.sampler import PositionSampler
 from kohaku_wrap.training.saving import save_run_state
 from kohaku_wrap.training.states import check_state_sizes, state_folder
@@ -115,7 +110,7 @@ class BuiltinRun:
         self.attempt.stop_on_signals()
 
         tokenizer = CaptionTokenizer.load(Path(options.tokenizer_cache_dir), options.max_token_length)
-        self.dataset = self.open_dataset(tokenizer)
+        self.dataset, _ = open_run_dataset(self.attempt, tokenizer)
         self.order = self.dataset.order
         model = load_base_model(Path(options.pretrained_model_name_or_path), Path(options.vae) if options.vae else None)
         seed_generators(seed_of("network", options.seed))
@@ -150,23 +145,6 @@ class BuiltinRun:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.use_deterministic_algorithms(True, warn_only=self.accelerator.device.type != "cpu")
         torch.backends.cudnn.benchmark = False
-
-    def open_dataset(self, tokenizer: CaptionTokenizer) -> ColumnsDataset:
-        """The run's images and captions, set to start where this attempt does."""
-        document = tomllib.loads(self.attempt.run.dataset_config.read_text(encoding="utf-8"))
-        options = read_dataset_options(document)
-        lock = self.attempt.lock
-        position = lock.count.position_of(self.attempt.start_optimizer_step, self.attempt.processes)
-        return ColumnsDataset(
-            Columns.open(Path(options["image_dir"])),
-            ItemOptions.from_dataset_options(options),
-            lock.batch_per_gpu,
-            self.options.seed,
-            self.attempt.group,
-            tokenizer,
-            substitute_bad_images="bad-images" in self.attempt.allow,
-            start=(position.epoch, position.global_position),
-        )
 
     def take_up_state(self) -> None:
         """Load the attempt's state, or leave the fresh network as it is."""

@@ -15,7 +15,9 @@ from safetensors import safe_open
 
 from kohaku_wrap.demo.killing import Kill, train_with_kills
 from kohaku_wrap.demo.likeness import Difference, compare_runs
+from kohaku_wrap.training.attempts import read_attempt
 from kohaku_wrap.training.metrics import read_metrics
+from kohaku_wrap.training.run_dataset import DatasetChanged, open_run_dataset
 from kohaku_wrap.training.runs import Run
 from kohaku_wrap.training.states import list_states
 
@@ -111,12 +113,22 @@ def test_one_bit_is_a_difference(whole: Run, tmp_path: Path, where: str, place: 
         compare_runs(whole, Run(tmp_path / "whole"))
 
 
+def test_a_dataset_that_grew_since_the_plan_is_refused(whole: Run, tmp_path: Path) -> None:
+    shutil.copytree(whole.folder, tmp_path / "whole")
+    run = Run(tmp_path / "whole")
+    lock = toml.loads(run.lock_file.read_text(encoding="utf-8"))
+    lock["plan"]["batches"] -= 1
+    run.lock_file.write_text(toml.dumps(lock), encoding="utf-8")
+    with pytest.raises(DatasetChanged, match=f"planned for {lock['plan']['batches']}"):
+        open_run_dataset(read_attempt(run, 1), None)
+
+
 def test_two_processes_join(world: World, tmp_path: Path) -> None:
     document = toml.loads(world.site.read_text(encoding="utf-8"))
     document["machine"]["processes"] = 2
     site = world.site.with_name("two.toml")
     site.write_text(toml.dumps(document), encoding="utf-8")
-    result = kwrap(*train_arguments(site, "two"))
+    result = kwrap(*train_arguments(site, "two", "max_train_epochs=1"))
     assert result.returncode == 0, result.stdout + result.stderr
     run = Run(world.folder / "runs" / "two")
     assert len(list(run.ledger.glob("*.bin"))) == 2
