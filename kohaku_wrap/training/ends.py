@@ -128,13 +128,12 @@ def read_end(attempt: Attempt) -> AttemptEnd | None:
 
 
 def log_tails(attempt: Attempt, lines: int = TAIL_LINES) -> dict[str, list[str]]:
-    """The last lines of the launcher's and of each rank's log, by file name."""
-    tails = {}
-    for path in [attempt.folder / LAUNCHER_LOG, *sorted(attempt.folder.glob("rank-*.log"))]:
-        found = tail_of(path, lines)
-        if found:
-            tails[path.name] = found
-    return tails
+    """The last lines of each rank's log, and of the launcher's where no rank told why it failed, by file name."""
+    paths = sorted(attempt.folder.glob("rank-*.log"))
+    if not attempt.failures():
+        paths.insert(0, attempt.folder / LAUNCHER_LOG)
+    tails = {path.name: tail_of(path, lines) for path in paths}
+    return {name: tail for name, tail in tails.items() if tail}
 
 
 def tail_of(path: Path, lines: int) -> list[str]:
