@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +42,17 @@ def command_of(arguments: tuple[str, ...]) -> list[str]:
     return [sys.executable, "-m", "kohaku_wrap", *arguments]
 
 
-def run_kwrap(arguments: tuple[str, ...], log: Path) -> None:
-    """One `kwrap` command to its end. Raises ProcessFailed with its last lines."""
+def run_kwrap(arguments: tuple[str, ...], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    """One `kwrap` command to its end, with `environment` added. Raises ProcessFailed with its last lines."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as stream:
-        done = subprocess.run(command_of(arguments), stdout=stream, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(
+            command_of(arguments),
+            env={**os.environ, **(environment or {})},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     if done.returncode:
         raise failed(arguments, done.returncode, log)
 
@@ -57,7 +65,12 @@ def failed(arguments: tuple[str, ...], exit_code: int, log: Path) -> ProcessFail
 
 
 def train_with_kills(
-    run: Run, arguments: tuple[str, ...], kills: tuple[Kill, ...], workers: tuple[int, ...], logs: Path
+    run: Run,
+    arguments: tuple[str, ...],
+    kills: tuple[Kill, ...],
+    workers: tuple[int, ...],
+    logs: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Train to the end: `arguments` starts the run, each kill ends an attempt, `kwrap resume` starts the next one.
 
@@ -71,16 +84,27 @@ def train_with_kills(
             arguments = ("resume", str(run.folder), "--workers", str(loaders))
         log = logs / f"{run.name}-{number + 1}.log"
         if number == len(kills):
-            run_kwrap(arguments, log)
+            run_kwrap(arguments, log, environment)
             return
-        kill_midway(run, arguments, kills[number], number + 1, log)
+        kill_midway(run, arguments, kills[number], number + 1, log, environment)
 
 
-def kill_midway(run: Run, arguments: tuple[str, ...], kill: Kill, attempt_number: int, log: Path) -> None:
+def kill_midway(
+    run: Run,
+    arguments: tuple[str, ...],
+    kill: Kill,
+    attempt_number: int,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Start a command and kill it, with every process below it, at the planned moment."""
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            command_of(arguments), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command_of(arguments),
+            env={**os.environ, **(environment or {})},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     while process.poll() is None:
         attempt = find_attempt(run, attempt_number)

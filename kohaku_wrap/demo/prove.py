@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import toml
 
+from kohaku_wrap.config.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
 from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.trainer_commits import SUPPORTED, installed_checkouts
 from kohaku_wrap.demo.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
 from kohaku_wrap.demo.likeness import Difference, compare_runs
 from kohaku_wrap.demo.tour import dataset_stages
@@ -44,9 +47,17 @@ class Configuration:
     accumulation: int = 2
     """Micro-batches of each process in an optimizer step."""
 
+    trainer: str = ""
+    """The sd-scripts checkout; empty for the one that a training would use."""
+
     @property
     def name(self) -> str:
-        return f"p{self.processes}a{self.accumulation}"
+        commit = f"-{Path(self.trainer).name[:7]}" if self.trainer else ""
+        return f"p{self.processes}a{self.accumulation}{commit}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {CHECKOUT_VARIABLE: self.trainer} if self.trainer else {}
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ CASES = (
     Case("workers-0-2-0", "0, 2 and again 0 loader workers", (Kill(0.6), Kill(1.3)), workers=(0, 2, 0)),
     Case("torn-state", "killed again during the writing of a state", (Kill(0.5), Kill(0.6, in_state=True))),
     Case("four-lives", "second and third resume", (Kill(0.4), Kill(0.8), Kill(1.5))),
+    Case("single", "accumulation 1", (Kill(0.45), Kill(1.2)), configuration=Configuration(accumulation=1)),
     Case("two-processes", "two processes", (Kill(0.6),), workers=(0, 2), configuration=Configuration(processes=2)),
     Case(
         "not-divided",
@@ -140,7 +152,8 @@ class Bench:
         arguments = ["train", "demo", "--site", str(site), "--run", case.name]
         arguments += [part for setting in settings for part in ("--set", setting)]
         run = Run(self.runs / case.name)
-        train_with_kills(run, tuple(arguments), case.kills, case.workers, self.folder / "logs" / self.engine)
+        logs = self.folder / "logs" / self.engine
+        train_with_kills(run, tuple(arguments), case.kills, case.workers, logs, configuration.environment)
         return run
 
 
@@ -187,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
     try:
-        cases = choose_cases(chosen.case)
+        cases = choose_cases(chosen.engine, chosen.case)
         bench = Bench(chosen.folder.absolute(), chosen.engine)
         bench.make_world()
         if chosen.upstream:
@@ -206,11 +219,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if identical == total else 1
 
 
-def choose_cases(names: list[str] | None) -> tuple[Case, ...]:
-    """All cases, or those named. Raises KwrapError."""
+def other_commits() -> Iterator[Case]:
+    """One case on each supported commit of sd-scripts that is installed beside the one that is used."""
+    used = find_trainer()
+    for folder in installed_checkouts():
+        known = next(each for each in SUPPORTED if each.commit == folder.name)
+        if used is not None and read_trainer_commit(used) != known.commit:
+            configuration = Configuration(accumulation=4, trainer=str(folder))
+            yield Case(f"commit-{known.name}", f"sd-scripts {known.name}", (Kill(0.6),), (0,), configuration)
+
+
+def choose_cases(engine: str, names: list[str] | None) -> tuple[Case, ...]:
+    """All cases of the engine, or those named. Raises KwrapError."""
+    cases = (*CASES, *(other_commits() if engine == "sd-scripts" else ()))
     if not names:
-        return CASES
-    known = {case.name: case for case in CASES}
+        return cases
+    known = {case.name: case for case in cases}
     if unknown := [name for name in names if name not in known]:
         raise KwrapError(f"no case is called {', '.join(unknown)}", f"There are: {', '.join(known)}.")
     return tuple(replace(known[name]) for name in names)
