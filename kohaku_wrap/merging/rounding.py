@@ -148,11 +148,15 @@ def sum_exactly(inputs: Sequence[Array], units: Sequence[FloatFormat], sum_of: C
     with np.errstate(all="ignore"):
         approximate, error, certain = sum_with_bound(values, units, sum_of, to)
         rounded = round_array(approximate, to)
+        tiny = np.zeros(certain.shape, dtype=bool)
+        if to.name == "BF16":
+            tiny = np.abs(approximate) < TINY_OF_FLOAT32
+            certain &= ~tiny | (approximate == 0)
+        if certain.all():
+            return rounded
         finite = np.isfinite(approximate)
         lower, upper = round_array(approximate - error, to), round_array(approximate + error, to)
-        if to.name == "BF16":
-            certain &= ~((np.abs(approximate) < TINY_OF_FLOAT32) & (approximate != 0))
-            lower[np.abs(approximate) < TINY_OF_FLOAT32] = np.nan
+        lower[tiny] = np.nan
         doubtful = np.flatnonzero(finite & ~certain & ~(lower == upper))
     for place in doubtful:
         exact = round_fraction(sum_of.exact([float(array[place]) for array in values]), to)

@@ -1,0 +1,324 @@
+"""Merges measured beside their bars: gamma rev1 against cat + cp and sd-mecha, and baking against copying.
+
+Run: make bench-merge. It takes 25 GB of disk under .bench/ and removes what it made; sd-mecha is installed from PyPI
+into an environment of its own. Every ratio is of figures of one run on one machine; bring it to rest first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from sdxl_shapes import Shape, list_tensors
+
+from kohaku_wrap.merging.layout import encode_header, lay_out_tensors
+
+FORMULA = "beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)"
+NAMES = ("beta7", "anxl3", "anxl2", "base7")
+FILE_BYTES = 1_800_000_000
+POOL_ELEMENTS = (1 << 24) + 7919
+SAMPLE_SECONDS = 0.02
+MIB = 1 << 20
+RIVAL = "sd-mecha==1.1.8"
+RIVAL_TORCH = "torch==2.13.0"
+
+RIVAL_SCRIPT = """
+import sys, time, pathlib, torch, sd_mecha
+folder, threads, buffer_bytes = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+beta7, anxl3, anxl2, base7 = (sd_mecha.model(folder / f"{name}.safetensors") for name in sys.argv[5:])
+recipe = beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)
+options = {} if threads < 0 else dict(
+    threads=threads, total_buffer_size=buffer_bytes, check_finite_output=False, omit_non_finite_inputs=False,
+    check_extra_keys=False, validate_mm_contract=False, memoize_intermediates=False, tqdm=lambda x=None, **k: x)
+if threads >= 0:
+    del options["tqdm"]
+sd_mecha.merge(recipe, output=sys.argv[4], **options)
+"""
+
+INSIDE_SCRIPT = """
+import sys, time, pathlib
+from kohaku_wrap.merging.hashes import hash_files
+from kohaku_wrap.merging.planning import plan_merge
+from kohaku_wrap.merging.recipes import build_metadata
+from kohaku_wrap.merging.running import run_merge
+formula, output, *pairs = sys.argv[1:]
+paths = {name: pathlib.Path(path) for name, path in (pair.split("=") for pair in pairs)}
+started = time.perf_counter()
+plan = plan_merge(formula, paths)
+headers = {**plan.files, **plan.networks}
+found = hash_files([header.path for header in headers.values()])
+run_merge(plan, pathlib.Path(output), build_metadata(plan, dict(zip(headers, found))))
+print(time.perf_counter() - started)
+"""
+
+
+class Report:
+    """Collects figures and prints each beside its bar."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.missed: list[str] = []
+
+    def add(self, name: str, value: float, unit: str, bar: str = "", met: bool | None = None) -> None:
+        self.figures[name] = value
+        verdict = "" if met is None else ("ok" if met else "MISSED")
+        if met is False:
+            self.missed.append(name)
+        print(f"{name:<62} {value:>10.2f} {unit:<6} {bar:<22} {verdict}", flush=True)
+
+
+def write_checkpoint(path: Path, tensors: Iterable[tuple[str, Shape]], seed: int, pool: torch.Tensor) -> None:
+    """A checkpoint of numbers like trained weights: a shared base, and small differences by `seed`."""
+    listed = list(tensors)
+    spots = lay_out_tensors((name, "F16", shape) for name, shape in listed)
+    with path.open("wb") as stream:
+        stream.write(encode_header(spots, {"modelspec.license": "for measuring"}))
+        place = 0
+        for _, shape in listed:
+            left = math.prod(shape)
+            while left:
+                base, drift = place % (1 << 23), (place * 7 + seed * 999_983) % (1 << 23)
+                size = min(left, 1 << 23)
+                values = pool[base : base + size] + 0.05 * pool[drift : drift + size] * bool(seed)
+                stream.write(values.half().numpy().tobytes())
+                left -= size
+                place += size
+
+
+def list_first(limit_bytes: int) -> list[tuple[str, Shape]]:
+    """Tensors of the UNet until they reach `limit_bytes` in fp16."""
+    chosen, size = [], 0
+    for name, shape in list_tensors():
+        if name.startswith("model.diffusion_model.") and size < limit_bytes:
+            chosen.append((name, shape))
+            size += 2 * math.prod(shape)
+    return chosen
+
+
+def factor_of(size: int, wanted: int) -> int:
+    """The largest divisor of `size` up to `wanted`."""
+    return max(divisor for divisor in range(1, wanted + 1) if size % divisor == 0)
+
+
+def write_network(path: Path, tensors: Iterable[tuple[str, Shape]], pool: torch.Tensor) -> None:
+    """A LoKr of full matrices over all weights of the UNet with two or more dimensions, factor 4."""
+    parts: list[tuple[str, Shape]] = []
+    for name, shape in tensors:
+        if name.startswith("model.diffusion_model.") and len(shape) >= 2:
+            module = "lora_unet_" + name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(
+                ".", "_"
+            )
+            rows, columns = factor_of(shape[0], 4), factor_of(shape[1], 4)
+            parts += [
+                (f"{module}.alpha", ()),
+                (f"{module}.lokr_w1", (rows, columns)),
+                (f"{module}.lokr_w2", (shape[0] // rows, shape[1] // columns, *shape[2:])),
+            ]
+    write_checkpoint(path, sorted(parts), 0, pool * 0.1)
+
+
+def run_timed(command: list[str], folder: Path) -> float:
+    """Wall seconds of a command that must succeed."""
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(folder))
+    return time.perf_counter() - started
+
+
+def run_measured(command: list[str], folder: Path) -> tuple[float, float]:
+    """Wall seconds and peak anonymous memory in MiB, its children included."""
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(folder))
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, anonymous_bytes(child.pid))
+        time.sleep(SAMPLE_SECONDS)
+    seconds = time.perf_counter() - started
+    if child.returncode:
+        errors = child.stderr.read().decode() if child.stderr else ""
+        raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors[-2000:]}")
+    return seconds, peak / MIB
+
+
+def anonymous_bytes(process: int) -> int:
+    """RssAnon of a process, from /proc."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    settings = {"KWRAP_HOME": str(folder / "home"), "LYCORIS_KERNEL_BACKEND": "torch", "LYCORIS_KERNEL_TUNE": "off"}
+    return {**os.environ, **settings}
+
+
+def best_of(times: int, run: Callable[[], float]) -> float:
+    return min(run() for _ in range(times))
+
+
+def remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def measure_gamma(folder: Path, report: Report, times: int, pool: torch.Tensor) -> None:
+    """Gamma rev1 over four files against cat + cp."""
+    tensors = list_first(FILE_BYTES)
+    files = [folder / f"{name}.safetensors" for name in NAMES]
+    for seed, path in enumerate(files):
+        write_checkpoint(path, tensors, seed, pool)
+    os.sync()
+    print(f"{len(tensors)} tensors, {files[0].stat().st_size:,} bytes a file")
+    output, copy = folder / "merged.safetensors", folder / "copy.safetensors"
+    pairs = [f"{name}={path}" for name, path in zip(NAMES, files, strict=True)]
+    merge = [sys.executable, "-m", "kohaku_wrap", "merge", "gamma-rev1", "-o", str(output)]
+    merge += [word for pair in pairs for word in ("-m", pair)]
+
+    def floor() -> float:
+        remove(copy)
+        with Path(os.devnull).open("wb") as sink:
+            started = time.perf_counter()
+            subprocess.run(["cat", *map(str, files)], check=True, stdout=sink)
+            subprocess.run(["cp", str(files[0]), str(copy)], check=True)
+            return time.perf_counter() - started
+
+    def inside() -> float:
+        remove(output)
+        command = [sys.executable, "-c", INSIDE_SCRIPT, FORMULA, str(output), *pairs]
+        return float(
+            subprocess.run(command, check=True, capture_output=True, text=True, env=environment(folder)).stdout
+        )
+
+    report.add("dry run of gamma rev1", best_of(3, lambda: run_timed([*merge, "--dry-run"], folder)), "s")
+    report.add("first merge, inputs hashed too", run_timed(merge, folder), "s")
+    floors, wholes, peaks, insides = [], [], [], []
+    for _ in range(times):
+        floors.append(floor())
+        remove(output)
+        seconds, peak = run_measured(merge, folder)
+        wholes.append(seconds)
+        peaks.append(peak)
+        insides.append(inside())
+    base = min(floors)
+    report.add("cat of the inputs + cp of one", base, "s")
+    ratio = min(wholes) / base
+    report.add("merge, whole process, warm", min(wholes), "s")
+    report.add("  … / (cat + cp)", ratio, "x", "bar: <= 3", ratio <= 3)
+    ratio = min(insides) / base
+    report.add("merge without start-up", min(insides), "s")
+    report.add("  … / (cat + cp)", ratio, "x", "bar: <= 2", ratio <= 2)
+    report.add("peak anonymous memory", max(peaks), "MiB", "bar: <= 400", max(peaks) * MIB <= 400e6)
+    remove(copy)
+    other = folder / "one-thread.safetensors"
+    run_timed([*merge[:6], str(other), *merge[7:], "--threads", "1"], folder)
+    same = filecmp.cmp(output, other, shallow=False)
+    report.add("same bytes for 1 thread and all (1 is yes)", float(same), "", "bar: 1", same)
+    remove(other)
+    verified = run_timed([*merge, "--verify"], folder)
+    report.add("merge with --verify", verified, "s")
+
+
+def measure_rival(folder: Path, report: Report) -> None:
+    """sd-mecha on the same files, at its defaults and at its best settings."""
+    environment_folder = folder / "sd-mecha"
+    if not (environment_folder / "bin" / "python").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(environment_folder)], check=True)
+        pip = [str(environment_folder / "bin" / "pip"), "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, RIVAL_TORCH, RIVAL], check=True)
+    output = folder / "rival.safetensors"
+    found = []
+    cases = {
+        "default settings": (-1, 0),
+        "1 thread": (1, 1 << 28),
+        "2 threads": (2, 1 << 28),
+        "4 threads": (4, 1 << 30),
+    }
+    for name, (threads, buffer_bytes) in cases.items():
+        remove(output)
+        command = [str(environment_folder / "bin" / "python"), "-c", RIVAL_SCRIPT]
+        command += [str(folder), str(threads), str(buffer_bytes), str(output), *NAMES]
+        seconds, peak = run_measured(command, folder)
+        found.append((seconds, peak))
+        report.add(f"sd-mecha, {name}", seconds, "s")
+        report.add(f"sd-mecha, {name}, peak anonymous memory", peak, "MiB")
+    seconds = min(seconds for seconds, _ in found) / report.figures["merge, whole process, warm"]
+    report.add("sd-mecha's best time / kwrap's", seconds, "x", "bar: >= 10", seconds >= 10)
+    memory = min(peak for _, peak in found) / report.figures["peak anonymous memory"]
+    report.add("sd-mecha's least memory / kwrap's", memory, "x", "bar: >= 5", memory >= 5)
+    remove(output)
+
+
+def measure_baking(folder: Path, report: Report, times: int, pool: torch.Tensor) -> None:
+    """A LoKr over a full-size SDXL against copying the file."""
+    tensors = list_tensors()
+    base, network = folder / "base.safetensors", folder / "network.safetensors"
+    write_checkpoint(base, tensors, 1, pool)
+    write_network(network, tensors, pool)
+    os.sync()
+    print(f"{base.stat().st_size:,} bytes of checkpoint, {network.stat().st_size:,} of network")
+    copy, output = folder / "copy.safetensors", folder / "baked.safetensors"
+    command = [sys.executable, "-m", "kohaku_wrap", "merge", "base + 1.0 * net(network)", "-o", str(output)]
+    command += ["-m", f"base={base}", "-m", f"network={network}"]
+    run_timed([*command, "--dry-run"], folder)
+    subprocess.run([sys.executable, "-m", "kohaku_wrap", "inspect", str(base)], check=True, stdout=subprocess.DEVNULL,
+                   env=environment(folder))  # fmt: skip
+    copies, bakes, peaks = [], [], []
+    for _ in range(times):
+        remove(copy, output)
+        copies.append(run_timed(["cp", str(base), str(copy)], folder))
+        remove(copy)
+        seconds, peak = run_measured(command, folder)
+        bakes.append(seconds)
+        peaks.append(peak)
+    report.add("cp of the full-size checkpoint", min(copies), "s")
+    report.add("baking the LoKr, whole process", min(bakes), "s")
+    ratio = min(bakes) / min(copies)
+    report.add("  … / cp", ratio, "x", "bar: <= 3", ratio <= 3)
+    report.add("  peak anonymous memory", max(peaks), "MiB", "bar: <= 400", max(peaks) * MIB <= 400e6)
+    remove(base, network, output)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--folder", type=Path, default=Path(".bench") / "merge", help="where files are made and removed"
+    )
+    parser.add_argument("--times", type=int, default=3, help="repeats; the best counts")
+    parser.add_argument("--only", choices=("gamma", "rival", "bake"), action="append", help="parts to run")
+    parser.add_argument("--keep", action="store_true", help="leave the files")
+    asked = parser.parse_args()
+    parts = asked.only or ["gamma", "rival", "bake"]
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    folder = asked.folder.resolve()
+    torch.set_num_threads(1)
+    pool = torch.from_numpy(np.random.default_rng(1).standard_normal(POOL_ELEMENTS, dtype=np.float32) * 0.03)
+    report = Report()
+    try:
+        if "gamma" in parts or "rival" in parts:
+            measure_gamma(folder, report, asked.times, pool)
+        if "rival" in parts:
+            measure_rival(folder, report)
+        remove(*(folder / f"{name}.safetensors" for name in (*NAMES, "merged")))
+        if "bake" in parts:
+            measure_baking(folder, report, asked.times, pool)
+    finally:
+        if not asked.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps({"load_average": os.getloadavg(), "missed": report.missed}))
+    return 1 if report.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
