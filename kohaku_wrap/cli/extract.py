@@ -13,7 +13,7 @@ from kohaku_wrap.cli.output import json_option, print_json, print_note, print_ta
     epilog="""\b
 Examples:
   kwrap extract world/demo.parquet --tars world/tars --out world/images
-  kwrap extract epsilon.parquet --tars /data/danbooru2023 --out /data/images --jobs 16 --max-missing 2000"""
+  kwrap extract epsilon.parquet --tars /data/tars --out /data/images --jobs 16"""
 )
 @click.argument("selection", metavar="SEL.parquet", type=click.Path(path_type=Path))
 @click.option(

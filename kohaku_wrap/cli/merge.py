@@ -98,19 +98,24 @@ def print_plan(described: dict[str, Any], next_step: str) -> None:
 @click.command(
     epilog="""\b
 Examples:
-  kwrap merge "base + 1.0 * net(epsilon)" -m base=base.safetensors -m epsilon=epsilon.safetensors -o out.safetensors
-  kwrap merge gamma-rev1 -m beta7=a.safetensors -m anxl3=b.safetensors -m anxl2=c.safetensors \\
-      -m base7=d.safetensors -o gamma-rev1.safetensors --dry-run
+  kwrap merge "base + 1.0 * net(epsilon)" \\
+      -m base=base.safetensors -m epsilon=epsilon.safetensors -o out.safetensors
+  kwrap merge gamma-rev1 -m beta7=a.safetensors -m anxl3=b.safetensors \\
+      -m anxl2=c.safetensors -m base7=d.safetensors -o e.safetensors --dry-run
   kwrap merge "a + blocks(IN00..IN08=0.5, MID=0.3, else=0) * (b - a)" \\
       -m a=a.safetensors -m b=b.safetensors -o c.safetensors
-  kwrap merge 'a + only("*attn2*", 0.3 * (b - a))' -m a=a.safetensors -m b=b.safetensors -o c.safetensors
+  kwrap merge 'a + only("*attn2*", 0.3 * (b - a))' \\
+      -m a=a.safetensors -m b=b.safetensors -o c.safetensors
 
 \b
 Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
-  net(x)                      what a network adds (LoKr, LoHa, LoCon, LoRA, full, norms, DoRA)
-  blocks(IN04=0.5, …, else=1) a number for each block: IN00-IN11, MID, OUT00-OUT11,
-                              BASE (all others), TE, TE1, TE2, VAE; 1 where not named
-  only("pattern", x, else=y)  x for the keys that match, y (or nothing) for the others
+  net(x)                      what a network adds (LoKr, LoHa, LoCon, LoRA,
+                              full, norms, DoRA)
+  blocks(IN04=0.5, …, else=1) a number for each block: IN00-IN11, MID,
+                              OUT00-OUT11, BASE (all others), TE, TE1, TE2,
+                              VAE; 1 where not named
+  only("pattern", x, else=y)  x for the keys that match, y (or nothing) for
+                              the others
 """
 )
 @click.argument("formula_or_recipe")

@@ -14,7 +14,8 @@ from kohaku_wrap.cli.resume import runs_folders, site_option
     epilog="""\b
 Examples:
   kwrap publish epsilon --out epsilon-published
-  kwrap publish epsilon --step 13600 --out epsilon-13600 --license "Fair AI Public License 1.0-SD"
+  kwrap publish epsilon --step 13600 --out epsilon-13600 \\
+      --license "Fair AI Public License 1.0-SD"
   kwrap publish runs/epsilon --no-bake --out epsilon-network
 """
 )

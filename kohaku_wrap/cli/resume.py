@@ -56,7 +56,7 @@ Examples:
   kwrap resume
   kwrap resume epsilon --step 13600 --dry-run
   kwrap resume epsilon --processes 2 --restarts 5
-  kwrap resume epsilon --foreign --state checkpoints/epsilon-step00013600-state --dry-run"""
+  kwrap resume epsilon --foreign --state plain-step00013600-state --dry-run"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--step", type=click.IntRange(0), metavar="N", help="From the state of this optimizer step.")

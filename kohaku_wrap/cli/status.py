@@ -45,7 +45,10 @@ def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool
     runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
     if not runs:
         where = " or ".join(str(folder) for folder in folders)
-        raise UsageError(f"no run in {where}", "Start one with `kwrap train`, or give the path of a run.")
+        raise UsageError(
+            f"no run in {where}",
+            "Start one with `kwrap train`, or name its place: --site site.toml, or the path of a run.",
+        )
     if watch and as_json:
         raise UsageError(
             "--watch and --json do not go together", "Call `kwrap status RUN --json` as often as you like."

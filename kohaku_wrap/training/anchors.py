@@ -1,7 +1,7 @@
 """The places in the trainer's source that kwrap relies on, by name, and the corrections to its loop.
 
 What `replacement` says is put into the syntax tree of `NetworkTrainer.train` when the worker loads it; the files of
-the checkout stay as they are. Why each correction is needed: kohya-ss/sd-scripts#2407 and docs/resume.md.
+the checkout stay as they are. Why each correction is needed: kohya-ss/sd-scripts#2407 and docs/exact-resume.md.
 """
 
 from __future__ import annotations
