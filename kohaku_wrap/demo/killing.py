@@ -17,8 +17,8 @@ from kohaku_wrap.training.processes import end_processes, send_signal
 from kohaku_wrap.training.runs import Run
 
 POLL_SECONDS = 0.02
-STATE_POLL_SECONDS = 0.001
-"""A state of the tiny model is written in a tenth of a second."""
+SLICE_SECONDS = 0.005
+"""A state of the tiny model is written in some tenths of a second."""
 
 LINES_SHOWN = 6
 
@@ -109,11 +109,13 @@ def kill_midway(
     while process.poll() is None:
         attempt = find_attempt(run, attempt_number)
         if attempt is not None and is_moment(attempt, kill):
+            if kill.in_state and not stop_in_state(process, attempt):
+                break
             kill_all(process, attempt)
-            if kill.in_state and not is_writing_state(run):
-                raise ProcessFailed("the state was whole before the kill came", f"See {log}.")
             return
-        time.sleep(STATE_POLL_SECONDS if kill.in_state and attempt is not None else POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
+    if process.wait() == 0:
+        raise ProcessFailed(f"`kwrap {arguments[0]}` trained to the end before the planned kill", f"See {log}.")
     raise failed(arguments, process.returncode, log)
 
 
@@ -125,7 +127,7 @@ def find_attempt(run: Run, number: int) -> Attempt | None:
 
 
 def is_moment(attempt: Attempt, kill: Kill) -> bool:
-    """Whether every process of the attempt has come far enough, and, where asked for, a state is being written."""
+    """Whether every process of the attempt has come far enough."""
     count = attempt.lock.count
     accumulation = count.accumulation(attempt.processes)
     wanted = int(kill.epochs * count.micro_batches_per_process(attempt.processes))
@@ -136,7 +138,24 @@ def is_moment(attempt: Attempt, kill: Kill) -> bool:
     if not kill.in_state and accumulation > 1 and done % accumulation == 0:
         # Only part of an accumulation: its gradients are lost with the process.
         return False
-    return done >= wanted and (not kill.in_state or is_writing_state(attempt.run))
+    return done >= wanted
+
+
+def stop_in_state(process: subprocess.Popen[bytes], attempt: Attempt) -> bool:
+    """Stop the ranks while the next state is being written; False when the attempt ended first.
+
+    They run in short slices, so that the moment is not missed on a machine that is busy with other things.
+    """
+    ranks = [beat.pid for beat in attempt.heartbeats()]
+    while process.poll() is None:
+        for pid in ranks:
+            send_signal(pid, signal.SIGSTOP)
+        if is_writing_state(attempt.run):
+            return True
+        for pid in ranks:
+            send_signal(pid, signal.SIGCONT)
+        time.sleep(SLICE_SECONDS)
+    return False
 
 
 def is_writing_state(run: Run) -> bool:
