@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from kohaku_wrap.training.metrics import MetricsWriter
 from kohaku_wrap.training.order import order_digest
 from kohaku_wrap.training.saving import save_run_state
 from kohaku_wrap.training.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.workers.sd_scripts_sums import MicroBatch, StepSums
 
 LOSSES_FILE = "kwrap_losses.pt"
 """The loss average, within a state."""
@@ -63,46 +62,6 @@ class OutOfOrder(KwrapError):
 
 class StopRequested(KwrapError):
     """A stop was asked for, and the state is saved."""
-
-
-@dataclass
-class StepSums:
-    """What is summed over the micro-batches of one optimizer step, first on this rank, then over all."""
-
-    loss: float = 0.0
-    """Sum of the micro-batches' losses."""
-
-    images: int = 0
-    """Images trained."""
-
-    nan_latents: int = 0
-    """Images whose latents were not numbers, which sd-scripts makes zeros."""
-
-    substitutes: int = 0
-    """Unreadable images that were replaced."""
-
-    started: float = field(default_factory=time.monotonic)
-    """When the step began."""
-
-
-@dataclass
-class MicroBatch:
-    """What is known of the micro-batch in work."""
-
-    facts: Mapping[str, Any]
-    """Epoch, position, image ids and content, as the dataset put them."""
-
-    learning_rate: float
-    """The UNet's rate in this optimizer step."""
-
-    timesteps: torch.Tensor | None = None
-    """(images,) noise levels, on the trainer's device."""
-
-    nan_latents: torch.Tensor | None = None
-    """() count, on the trainer's device."""
-
-    loss: torch.Tensor | None = None
-    """() mean loss, on the trainer's device."""
 
 
 class Loop:
