@@ -67,6 +67,8 @@ def command(
                 findings.append(
                     Finding("images", "warning", missing.message, "Disk and memory depend on them.", missing.next_step)
                 )
+                if not as_json:
+                    print_finding(findings[-1])
     engine = engine or (site.machine.engine if site else None)
     for finding in examine_machine(engine, effective, plan):
         findings.append(finding)

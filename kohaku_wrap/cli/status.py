@@ -47,7 +47,7 @@ def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool
         where = " or ".join(str(folder) for folder in folders)
         raise UsageError(
             f"no run in {where}",
-            "Start one with `kwrap train`, or name its place: --site site.toml, or the path of a run.",
+            "Start one with `kwrap train`, or say where it is: --site site.toml, or the path of the run.",
         )
     if watch and as_json:
         raise UsageError(
