@@ -38,7 +38,7 @@ SITE: dict[str, dict[str, Any]] = {
         "tokenizers": "base/tokenizers",
         "runs": "runs",
     },
-    "machine": {"engine": "builtin", "gpus": 0, "batch_per_gpu": 2, "workers": 2},
+    "machine": {"engine": "builtin", "gpus": 0, "batch_per_gpu": 4, "workers": 2},
 }
 SITE_COMMENT = "# What is true of this machine. The paths are relative to this file; gpus = 0 trains on the CPU.\n"
 
