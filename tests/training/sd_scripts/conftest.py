@@ -68,7 +68,7 @@ def kwrap() -> Callable[..., str]:
 def world(tmp_path: Path, kwrap: Callable[..., str]) -> Path:
     """A demo world with images and captions, and a site with the real trainer on one process."""
     folder = tmp_path / "world"
-    kwrap("demo", str(folder), "--posts", "40")
+    kwrap("demo", str(folder), "--posts", "24")
     database, images, selection = folder / "danbooru.db", folder / "images", folder / "demo.parquet"
     kwrap("select", "demo", "--db", str(database), "--out", str(selection))
     kwrap("extract", str(selection), "--tars", str(folder / "tars"), "--out", str(images))
