@@ -42,7 +42,7 @@ def proportional_set_bytes() -> int:
 
 def draw_share(dataset: Any, share: int, shares: int, answer: Any) -> None:
     """Draw every `shares`-th batch of an epoch, as a loader worker does, and tell how memory grew."""
-    from kohaku_wrap.training.sampler import PositionSampler
+    from kohaku_wrap.training.data.sampler import PositionSampler
 
     sampler = PositionSampler(dataset.order, rank=share, processes=shares)
     keys = iter(sampler)
@@ -58,9 +58,9 @@ def measure_rank(run_folder: Path, workers: int) -> dict[str, float]:
     """Start-up, memory of a rank and growth of its workers over an epoch's accesses; run in a process of its own."""
     import tomllib
 
-    from kohaku_wrap.training.columns import Columns, ColumnsDataset, ItemOptions, read_dataset_options
-    from kohaku_wrap.training.runs import Run
-    from kohaku_wrap.training.sampler import PositionSampler
+    from kohaku_wrap.training.data.columns import Columns, ColumnsDataset, ItemOptions, read_dataset_options
+    from kohaku_wrap.training.data.sampler import PositionSampler
+    from kohaku_wrap.training.runs.folder import Run
 
     lock = Run(run_folder).lock
     options = read_dataset_options(tomllib.loads((run_folder / "dataset.toml").read_text()))
@@ -93,7 +93,7 @@ def measure_upstream(run_folder: Path, entries: int) -> dict[str, float]:
     """Seconds and memory of sd-scripts' own dataset over the first `entries` images; run in a process of its own."""
     import tomllib
 
-    from kohaku_wrap.training.columns import Columns, read_dataset_options
+    from kohaku_wrap.training.data.columns import Columns, read_dataset_options
 
     options = read_dataset_options(tomllib.loads((run_folder / "dataset.toml").read_text()))
     columns = Columns.open(Path(options["image_dir"]))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kohaku_wrap.dataset.tars import list_tar
+from kohaku_wrap.dataset.images.tars import list_tar
 
 MEMBERS = 7000
 MEMBER_BYTES = 20_000

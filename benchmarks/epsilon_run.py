@@ -21,9 +21,9 @@ from kohaku_wrap.config.render import render_run
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.files import atomic_write, write_text
 from kohaku_wrap.streams import draws, stream_key
-from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.saving import fingerprint_of
-from kohaku_wrap.training.states import write_state
+from kohaku_wrap.training.records.saving import fingerprint_of
+from kohaku_wrap.training.records.states import write_state
+from kohaku_wrap.training.runs.folder import Run
 
 EPSILON_IMAGES = 5_210_319
 EPSILON_STEP = 13_600

@@ -24,12 +24,12 @@ from pathlib import Path
 from kohaku_wrap.demo.killing import command_of, run_kwrap
 from kohaku_wrap.demo.likeness import Difference, compare_runs
 from kohaku_wrap.demo.prove import SETTINGS, Bench, Configuration
-from kohaku_wrap.training.attempts import list_attempts
-from kohaku_wrap.training.processes import end_processes, list_processes, send_signal
-from kohaku_wrap.training.resume import is_finished
-from kohaku_wrap.training.runs import Run, is_run
-from kohaku_wrap.training.states import DamagedState, list_states, verify_state
-from kohaku_wrap.training.verify import verify_run
+from kohaku_wrap.training.records.states import DamagedState, list_states, verify_state
+from kohaku_wrap.training.records.verify import verify_run
+from kohaku_wrap.training.runs.attempts import list_attempts
+from kohaku_wrap.training.runs.folder import Run, is_run
+from kohaku_wrap.training.runs.processes import end_processes, list_processes, send_signal
+from kohaku_wrap.training.runs.resume import is_finished
 
 CONFIGURATION = Configuration()
 

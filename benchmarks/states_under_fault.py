@@ -24,8 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.training.retention import remove_old_states
-from kohaku_wrap.training.states import (
+from kohaku_wrap.training.records.retention import remove_old_states
+from kohaku_wrap.training.records.states import (
     DamagedState,
     DiskFull,
     Fingerprint,

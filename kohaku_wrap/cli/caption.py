@@ -12,10 +12,10 @@ from kohaku_wrap.cli.output import json_option, print_json, print_note, print_ta
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.dataset.caption_explanation import PostExplanation
-    from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
-    from kohaku_wrap.dataset.caption_statistics import CaptionStatistics
-    from kohaku_wrap.dataset.caption_writing import CaptionReport
+    from kohaku_wrap.dataset.captions.explanation import PostExplanation
+    from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+    from kohaku_wrap.dataset.captions.statistics import CaptionStatistics
+    from kohaku_wrap.dataset.captions.writing import CaptionReport
 
 STYLES = ("kohaku", "hakubooru")
 FORMATS = ("txt", "cache", "jsonl")
@@ -122,7 +122,7 @@ def write(
     as_json: bool,
 ) -> None:
     """Write captions and print the report."""
-    from kohaku_wrap.dataset.caption_writing import write_captions
+    from kohaku_wrap.dataset.captions.writing import write_captions
     from kohaku_wrap.metadata.database import open_database
     from kohaku_wrap.metadata.parallel import usable_threads
 
@@ -172,7 +172,7 @@ def next_command(report: CaptionReport, selection: Path, out: Path, dataset: str
 
 def print_explanation(db: Path, recipe: CaptionRecipe, post_id: int, as_json: bool) -> None:
     """Print one post's caption, group by group."""
-    from kohaku_wrap.dataset.caption_explanation import explain_post
+    from kohaku_wrap.dataset.captions.explanation import explain_post
     from kohaku_wrap.metadata.database import open_database
 
     explanation = explain_post(open_database(db), recipe, post_id)
@@ -205,7 +205,7 @@ def print_statistics(
     db: Path, selection: Path, recipe: CaptionRecipe, tokenizer: Path | None, jobs: int | None, as_json: bool
 ) -> None:
     """Print what the captions are made of."""
-    from kohaku_wrap.dataset.caption_statistics import measure_captions
+    from kohaku_wrap.dataset.captions.statistics import measure_captions
     from kohaku_wrap.metadata.database import open_database
     from kohaku_wrap.metadata.parallel import usable_threads
 
@@ -254,7 +254,7 @@ def rows_of_statistics(statistics: CaptionStatistics) -> list[tuple[str, Any]]:
 
 def print_relocation(folder: Path, as_json: bool) -> None:
     """Rewrite the paths and print what was done."""
-    from kohaku_wrap.dataset.caption_relocation import relocate_captions
+    from kohaku_wrap.dataset.captions.relocation import relocate_captions
 
     report = relocate_captions(folder)
     if as_json:

@@ -11,7 +11,7 @@ from kohaku_wrap.cli.output import json_option, print_json
 from kohaku_wrap.errors import KwrapError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.doctor_torch import Finding
+    from kohaku_wrap.training.machine.doctor_torch import Finding
 
 MARKS = {"ok": ("ok     ", "green"), "warning": ("warning", "yellow"), "broken": ("broken ", "red")}
 Path_ = click.Path(path_type=Path)
@@ -45,10 +45,10 @@ def command(
     from kohaku_wrap.config.layers import Effective, resolve_template
     from kohaku_wrap.config.plan import NoImages, read_folder_sizes
     from kohaku_wrap.config.site import load_site
-    from kohaku_wrap.training.doctor import Health, examine_machine
-    from kohaku_wrap.training.doctor import as_json as health_as_json
-    from kohaku_wrap.training.doctor_torch import Finding
-    from kohaku_wrap.training.training_plan import TrainingPlan, plan_training
+    from kohaku_wrap.training.machine.doctor import Health, examine_machine
+    from kohaku_wrap.training.machine.doctor import as_json as health_as_json
+    from kohaku_wrap.training.machine.doctor_torch import Finding
+    from kohaku_wrap.training.machine.training_plan import TrainingPlan, plan_training
 
     site = load_site(site_file) if site_file else None
     if overrides and not template:

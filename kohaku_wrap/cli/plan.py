@@ -11,7 +11,7 @@ from kohaku_wrap.cli.output import json_option, print_json, print_note, print_ta
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.training_plan import TrainingPlan
+    from kohaku_wrap.training.machine.training_plan import TrainingPlan
 
 BUCKETS_SHOWN = 8
 Path_ = click.Path(path_type=Path)
@@ -63,7 +63,7 @@ def command(
     from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.plan import read_folder_sizes, read_selection_sizes, suppose_sizes
     from kohaku_wrap.config.site import load_site
-    from kohaku_wrap.training.training_plan import plan_training, read_step_seconds
+    from kohaku_wrap.training.machine.training_plan import plan_training, read_step_seconds
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
@@ -97,7 +97,7 @@ class PlanCannotWork(ProblemsFound, KwrapError):
 def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
     """The document of `--json`."""
     from kohaku_wrap.config.sizes import total_of
-    from kohaku_wrap.training.module_counts import count_as_json
+    from kohaku_wrap.training.machine.module_counts import count_as_json
 
     steps, sizes, counts = plan.steps, plan.sizes, plan.counts
     document: dict[str, Any] = {

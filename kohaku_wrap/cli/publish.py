@@ -45,7 +45,7 @@ def command(
     digest of its ledger. SHA256SUMS is written last: a folder that has it is whole.
     """
     from kohaku_wrap.merging.publishing import publish_run
-    from kohaku_wrap.training.runs import find_run
+    from kohaku_wrap.training.runs.folder import find_run
 
     run = find_run(name, runs_folders(site_file))
     with progress_bar("bake", "bytes", quiet=as_json) as on_progress:

@@ -13,8 +13,8 @@ from kohaku_wrap.cli.train import print_finished, supervisor_options, watch_opti
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.resume import ResumePlan
-    from kohaku_wrap.training.runs import Run
+    from kohaku_wrap.training.runs.folder import Run
+    from kohaku_wrap.training.runs.resume import ResumePlan
 
 DEFAULT_SITE = Path("site.toml")
 MIB = 1 << 20
@@ -32,8 +32,8 @@ def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
 
 def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
     """The only unfinished run there is; raises UsageError with the list when there are more, or none."""
-    from kohaku_wrap.training.resume import is_finished
-    from kohaku_wrap.training.runs import list_runs
+    from kohaku_wrap.training.runs.folder import list_runs
+    from kohaku_wrap.training.runs.resume import is_finished
 
     unfinished = [run for folder in folders for run in list_runs(folder) if not is_finished(run)]
     if len(unfinished) == 1:
@@ -94,8 +94,8 @@ def command(
     Takes the newest whole state of the run's current line, or that of --step. Later states and checkpoints move to
     abandoned/. A damaged state is named and the one before it is used. Without RUN: the only unfinished run.
     """
-    from kohaku_wrap.training.resume import plan_resume
-    from kohaku_wrap.training.runs import find_run
+    from kohaku_wrap.training.runs.folder import find_run
+    from kohaku_wrap.training.runs.resume import plan_resume
 
     if foreign_state is not None and not foreign:
         raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
@@ -128,7 +128,7 @@ def command(
 
 def states_bytes(run: Run, step: int | None) -> int:
     """Bytes of the state that is looked at first."""
-    from kohaku_wrap.training.states import DamagedState, list_states, read_manifest
+    from kohaku_wrap.training.records.states import DamagedState, list_states, read_manifest
 
     states = [path for at, path in list_states(run.states) if step is None or at == step]
     try:
@@ -153,7 +153,7 @@ def print_plan(plan: ResumePlan) -> None:
 
 def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
     """The exact position and the command."""
-    from kohaku_wrap.training.resume import describe_launch
+    from kohaku_wrap.training.runs.resume import describe_launch
 
     launch = describe_launch(plan)
     position = plan.position

@@ -15,8 +15,8 @@ from kohaku_wrap.cli.train import format_duration
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.runs import Run
-    from kohaku_wrap.training.status import RunStatus
+    from kohaku_wrap.training.runs.folder import Run
+    from kohaku_wrap.training.runs.status import RunStatus
 
 WATCH_SECONDS = 2.0
 GIB = 1 << 30
@@ -39,7 +39,7 @@ def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool
     Progress, rate, ETA, loss, learning rates, attempts, states, disk and the last error. Without RUN: one line for
     each run, or the whole of the only one.
     """
-    from kohaku_wrap.training.runs import find_run, list_runs
+    from kohaku_wrap.training.runs.folder import find_run, list_runs
 
     folders = runs_folders(site_file)
     runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
@@ -64,7 +64,7 @@ def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool
 
 def show(runs: list[Run], single: bool, as_json: bool) -> None:
     """Print the state of these runs."""
-    from kohaku_wrap.training.status import read_status
+    from kohaku_wrap.training.runs.status import read_status
 
     statuses = [read_status(run) for run in runs]
     if as_json:

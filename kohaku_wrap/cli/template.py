@@ -172,7 +172,7 @@ class FaultyTemplates(KwrapError):
 def check_modules(path: Path, site: Site | None, table: OptionTable) -> list[Problem]:
     """Patterns of the file's preset that match no module; shipped presets on a full SDXL are known to match."""
     from kohaku_wrap.config.check_files import is_shipped_preset, load_for_modules
-    from kohaku_wrap.training.module_counts import check_unmatched, count_network
+    from kohaku_wrap.training.machine.module_counts import check_unmatched, count_network
 
     effective = load_for_modules(path, site, table)
     if effective is None or (site is None and is_shipped_preset(effective.preset)):

@@ -14,11 +14,11 @@ from kohaku_wrap.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kohaku_wrap.training.create import NewRun
-    from kohaku_wrap.training.resume import ResumePlan
-    from kohaku_wrap.training.runs import Run
-    from kohaku_wrap.training.supervise import RunReport
-    from kohaku_wrap.training.watch import Event, WatchOptions
+    from kohaku_wrap.training.runs.create import NewRun
+    from kohaku_wrap.training.runs.folder import Run
+    from kohaku_wrap.training.runs.resume import ResumePlan
+    from kohaku_wrap.training.runs.supervise import RunReport
+    from kohaku_wrap.training.runs.watch import Event, WatchOptions
 
 PHASES = ("start-up", "step", "sampling", "saving", "paused")
 SECONDS_BETWEEN_LINES = 10.0
@@ -49,7 +49,7 @@ def watch_options(
     restarts: int, restart_pause: float, timeouts: tuple[str, ...], nan_latents_share: float, hook: str
 ) -> WatchOptions:
     """The supervisor's options from those of the command line."""
-    from kohaku_wrap.training.watch import WatchOptions
+    from kohaku_wrap.training.runs.watch import WatchOptions
 
     by_phase: dict[Any, float] = {}
     for text in timeouts:
@@ -182,10 +182,10 @@ def command(
     finishes the optimizer step, saves a state and ends with exit code 130; a second one ends at once. Exit code 3: the
     trainer failed.
     """
-    from kohaku_wrap.training.create import plan_new_run
+    from kohaku_wrap.training.runs.create import plan_new_run
 
     if template is None and locked is not None:
-        from kohaku_wrap.training.differences import template_of_lock
+        from kohaku_wrap.training.runs.differences import template_of_lock
 
         template = template_of_lock(locked)
     if template is None:
@@ -215,7 +215,7 @@ def command(
 
 def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
-    from kohaku_wrap.training.create import create_run, hashed_bytes
+    from kohaku_wrap.training.runs.create import create_run, hashed_bytes
 
     total = hashed_bytes(new)
     done = 0
@@ -234,9 +234,9 @@ def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
 
 def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: bool) -> RunReport:
     """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
-    from kohaku_wrap.training.create import take_back_run
-    from kohaku_wrap.training.resume import plan_resume
-    from kohaku_wrap.training.supervise import TrainerFailed
+    from kohaku_wrap.training.runs.create import take_back_run
+    from kohaku_wrap.training.runs.resume import plan_resume
+    from kohaku_wrap.training.runs.supervise import TrainerFailed
 
     try:
         return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options, as_json)
@@ -250,8 +250,8 @@ def watch_run(
     run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...], options: WatchOptions, as_json: bool
 ) -> RunReport:
     """Supervise a run from the attempt that `first` plans; the following ones start from the newest whole state."""
-    from kohaku_wrap.training.resume import begin_attempt, plan_resume
-    from kohaku_wrap.training.supervise import supervise_run
+    from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+    from kohaku_wrap.training.runs.supervise import supervise_run
 
     printer = EventPrinter()
     try:

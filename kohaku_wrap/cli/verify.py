@@ -12,8 +12,8 @@ from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.ledger_checks import Fault
-    from kohaku_wrap.training.verify import VerifyReport
+    from kohaku_wrap.training.records.ledger_checks import Fault
+    from kohaku_wrap.training.records.verify import VerifyReport
 
 
 @click.command(
@@ -34,8 +34,8 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     repeated, compares captions, crops, time steps and rates wherever attempts overlap, and names the first place of
     any divergence. Exit code 1 if there is one.
     """
-    from kohaku_wrap.training.runs import find_run
-    from kohaku_wrap.training.verify import verify_run
+    from kohaku_wrap.training.records.verify import verify_run
+    from kohaku_wrap.training.runs.folder import find_run
 
     report = verify_run(find_run(name, runs_folders(site_file)), deep_samples)
     if as_json:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.dataset.caption_recipe import CaptionRecipe, read_caption_recipe
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, read_caption_recipe
 from kohaku_wrap.dataset.toml_values import TableReader
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder

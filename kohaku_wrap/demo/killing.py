@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.attempts import Attempt, list_attempts
-from kohaku_wrap.training.processes import end_processes, send_signal
-from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.runs.attempts import Attempt, list_attempts
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.processes import end_processes, send_signal
 
 POLL_SECONDS = 0.02
 SLICE_SECONDS = 0.005

@@ -26,7 +26,7 @@ from kohaku_wrap.demo.killing import Kill, ProcessFailed, run_kwrap, train_with_
 from kohaku_wrap.demo.likeness import Difference, compare_runs
 from kohaku_wrap.demo.tour import dataset_stages
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.runs.folder import Run
 
 POSTS = 24
 """Of the small world that is trained on; about half of them are selected with an image."""

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from kohaku_wrap.cli.doctor import command
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.training import doctor
-from kohaku_wrap.training.doctor import examine_bitsandbytes, examine_files, examine_versions, parse_release
-from kohaku_wrap.training.doctor_torch import (
+from kohaku_wrap.training.machine import doctor
+from kohaku_wrap.training.machine.doctor import examine_bitsandbytes, examine_files, examine_versions, parse_release
+from kohaku_wrap.training.machine.doctor_torch import (
     count_processes,
     judge_gpus,
     judge_optimizer,
@@ -117,7 +117,7 @@ def test_the_command_really_steps_the_optimizer() -> None:
 def test_a_broken_torch_ends_in_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    from kohaku_wrap.training import doctor_torch
+    from kohaku_wrap.training.machine import doctor_torch
 
     monkeypatch.setattr(
         doctor_torch, "worker_environment", lambda: {"PYTHONPATH": f"{tmp_path}:{':'.join(p for p in sys.path if p)}"}

@@ -26,7 +26,7 @@ from kohaku_wrap.config.plan import (
 )
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.training.order import BatchOrder
+from kohaku_wrap.training.data.order import BatchOrder
 
 MakeSite = Callable[..., Site]
 OPTIONS = BucketOptions((128, 128), enable_bucket=True, min_bucket_reso=64, max_bucket_reso=256, bucket_reso_steps=32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, strategies
 
-from kohaku_wrap.dataset.caption_quality import NEVER, UNGRADED, cutoffs_of_counts, grade_posts, tally_favourites
-from kohaku_wrap.dataset.caption_words import PUBLISHED_CUTOFFS, PUBLISHED_PERCENTILES
+from kohaku_wrap.dataset.captions.quality import NEVER, UNGRADED, cutoffs_of_counts, grade_posts, tally_favourites
+from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERCENTILES
 from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, merge_counts
 
 PERCENTILES = (90, 75, 60, 45, 30, 10)

@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from kohaku_wrap.cli.caption import command
-from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
-from kohaku_wrap.dataset.caption_statistics import CaptionStatistics, measure_captions
-from kohaku_wrap.dataset.caption_tokens import NoTokenizer, estimate_tokens, find_tokenizer, load_counter
-from kohaku_wrap.dataset.caption_writing import write_captions
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.statistics import CaptionStatistics, measure_captions
+from kohaku_wrap.dataset.captions.tokens import NoTokenizer, estimate_tokens, find_tokenizer, load_counter
+from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.metadata.database import Database, open_database

@@ -24,8 +24,8 @@ from click.testing import CliRunner
 
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.cli.caption import command
-from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
-from kohaku_wrap.dataset.caption_writing import CaptionReport, Changes, NoImages, write_captions
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.writing import CaptionReport, Changes, NoImages, write_captions
 from kohaku_wrap.dataset.recipe import load_dataset, read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.metadata import relations
@@ -348,7 +348,7 @@ def test_faults_end_in_one_message(
 
 def test_full_disk_leaves_no_half_text(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.extract(folder.selection, folder.images)
-    monkeypatch.setattr("kohaku_wrap.dataset.caption_formats.os.write", lambda descriptor, content: 1)
+    monkeypatch.setattr("kohaku_wrap.dataset.captions.formats.os.write", lambda descriptor, content: 1)
     with pytest.raises(OSError, match="No space left"):
         folder.write(("txt",))
     assert folder.texts() == {}
@@ -379,7 +379,7 @@ def test_interrupt_leaves_whole_files_and_the_next_call_finishes(
     pq.write_table(pa.table(columns), folder.images / "extracted.parquet")
     slow = (
         "import sys, time\nfrom kohaku_wrap.metadata import relations\nrelations.ROWS_A_CHUNK = 500\n"
-        "from kohaku_wrap.dataset import caption_formats\nwrite = caption_formats.write_text_files\n"
+        "from kohaku_wrap.dataset.captions import formats as caption_formats\nwrite = caption_formats.write_text_files\n"
         "def slowly(*arguments):\n    time.sleep(0.05)\n    return write(*arguments)\n"
         "caption_formats.write_text_files = slowly\n"
         "from kohaku_wrap.cli import run_program\nsys.exit(run_program(sys.argv[1:]))\n"

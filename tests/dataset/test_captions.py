@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from kohaku_wrap.dataset.caption_explanation import NoSuchPost, explain_post
-from kohaku_wrap.dataset.caption_plan import FATES, plan_captions
-from kohaku_wrap.dataset.caption_quality import find_cutoffs
-from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
-from kohaku_wrap.dataset.caption_words import KAOMOJI, PEOPLE_TAGS, breaks_caption
-from kohaku_wrap.dataset.captions import POST_COUNTS, CaptionCounts, make_captions
+from kohaku_wrap.dataset.captions.explanation import NoSuchPost, explain_post
+from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, make_captions
+from kohaku_wrap.dataset.captions.plan import FATES, plan_captions
+from kohaku_wrap.dataset.captions.quality import find_cutoffs
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.words import KAOMOJI, PEOPLE_TAGS, breaks_caption
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from kohaku_wrap.config.installed import find_trainer
-from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
-from kohaku_wrap.dataset.caption_writing import write_captions
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.metadata.database import open_database

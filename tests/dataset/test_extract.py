@@ -21,10 +21,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kohaku_wrap.cli.extract import command
-from kohaku_wrap.dataset import extract
-from kohaku_wrap.dataset.extract import BadSelection, ImagesMissing, NoTars, extract_images, find_tars
-from kohaku_wrap.dataset.extracted import FolderBusy, JournalFolder
-from kohaku_wrap.dataset.images import ImageRefused, check_image
+from kohaku_wrap.dataset.images import extract
+from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
+from kohaku_wrap.dataset.images.extract import BadSelection, ImagesMissing, NoTars, extract_images, find_tars
+from kohaku_wrap.dataset.images.extracted import FolderBusy, JournalFolder
 
 
 def draw(size: tuple[int, int] = (40, 30), kind: str = "JPEG", **options) -> bytes:

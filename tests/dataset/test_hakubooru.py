@@ -11,10 +11,10 @@ from types import ModuleType
 
 import pytest
 
-from kohaku_wrap.dataset.caption_plan import plan_captions
-from kohaku_wrap.dataset.caption_quality import find_cutoffs
-from kohaku_wrap.dataset.caption_recipe import CaptionRecipe
-from kohaku_wrap.dataset.captions import make_captions
+from kohaku_wrap.dataset.captions.making import make_captions
+from kohaku_wrap.dataset.captions.plan import plan_captions
+from kohaku_wrap.dataset.captions.quality import find_cutoffs
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.dataset.selection_file import read_selected_posts

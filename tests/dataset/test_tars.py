@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kohaku_wrap.dataset.tars import TarReader, TarUnreadable, list_tar
-from kohaku_wrap.dataset.tars_headers import BLOCK, HEADERS_A_BATCH, find_name_fault
+from kohaku_wrap.dataset.images.tars import TarReader, TarUnreadable, list_tar
+from kohaku_wrap.dataset.images.tars_headers import BLOCK, HEADERS_A_BATCH, find_name_fault
 
 LONG_FOLDER = "a" * 90 + "/" + "b" * 90
 
@@ -206,5 +206,7 @@ def test_an_index_that_points_elsewhere_is_found_out(tmp_path):
 
 
 def test_listing_opens_nothing_heavy():
-    program = "import sys, kohaku_wrap.dataset.extract_shard; print('pyarrow' in sys.modules, 'torch' in sys.modules)"
+    program = (
+        "import sys, kohaku_wrap.dataset.images.extract_shard; print('pyarrow' in sys.modules, 'torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False False\n"

@@ -13,12 +13,12 @@ import pyarrow as pa
 import toml
 
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.training.attempts import Attempt
-from kohaku_wrap.training.launch import Launch
-from kohaku_wrap.training.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.supervise import RunReport, supervise_run
-from kohaku_wrap.training.watch import Event, WatchOptions
+from kohaku_wrap.training.runs.attempts import Attempt
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.launch import Launch
+from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.runs.supervise import RunReport, supervise_run
+from kohaku_wrap.training.runs.watch import Event, WatchOptions
 
 WORKER = Path(__file__).parent / "plain_worker.py"
 DATASET_OPTIONS = {

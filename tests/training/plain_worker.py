@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-from kohaku_wrap.training.attempts import Attempt
-from kohaku_wrap.training.ledger import LedgerHeader, LedgerWriter
-from kohaku_wrap.training.metrics import MetricsWriter
-from kohaku_wrap.training.order import order_digest
-from kohaku_wrap.training.saving import save_run_state
-from kohaku_wrap.training.verify import read_order
+from kohaku_wrap.training.data.order import order_digest
+from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.records.metrics import MetricsWriter
+from kohaku_wrap.training.records.saving import save_run_state
+from kohaku_wrap.training.records.verify import read_order
+from kohaku_wrap.training.runs.attempts import Attempt
 
 
 def hang() -> None:

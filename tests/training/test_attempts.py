@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.training.attempts import (
+from kohaku_wrap.training.runs.attempts import (
     Attempt,
     BadAttempt,
     hold_lock,
@@ -20,8 +20,8 @@ from kohaku_wrap.training.attempts import (
     read_attempt,
     write_attempt,
 )
-from kohaku_wrap.training.processes import end_processes, list_processes
-from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.processes import end_processes, list_processes
 
 NewRun = Callable[..., Run]
 

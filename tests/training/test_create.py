@@ -17,9 +17,9 @@ from plain_runs import write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.create import create_run, plan_new_run
-from kohaku_wrap.training.differences import DifferentRun
-from kohaku_wrap.training.resume import plan_resume
+from kohaku_wrap.training.runs.create import create_run, plan_new_run
+from kohaku_wrap.training.runs.differences import DifferentRun
+from kohaku_wrap.training.runs.resume import plan_resume
 
 SITE = """
 [paths]

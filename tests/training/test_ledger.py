@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.training.ledger import (
+from kohaku_wrap.training.records.ledger import (
     FILL,
     HEADER,
     RECORD,

@@ -6,9 +6,9 @@ import json
 import math
 from collections.abc import Callable
 
-from kohaku_wrap.training.attempts import Attempt, write_attempt
-from kohaku_wrap.training.metrics import MetricsTail, MetricsWriter, read_metrics
-from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.records.metrics import MetricsTail, MetricsWriter, read_metrics
+from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
+from kohaku_wrap.training.runs.folder import Run
 
 NewRun = Callable[..., Run]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kohaku_wrap.streams import draws
-from kohaku_wrap.training.order import NO_IMAGE, BadOrder, BatchOrder, StepCount, order_digest, order_digests
+from kohaku_wrap.training.data.order import NO_IMAGE, BadOrder, BatchOrder, StepCount, order_digest, order_digests
 
 buckets = st.lists(st.integers(0, 5), min_size=1, max_size=80)
 

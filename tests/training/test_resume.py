@@ -14,16 +14,16 @@ from plain_runs import misbehave, plain_launch, train, write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.attempts import list_attempts
-from kohaku_wrap.training.differences import DifferentRun
-from kohaku_wrap.training.metrics import read_metrics
-from kohaku_wrap.training.order import BadOrder
-from kohaku_wrap.training.resume import NoSuchState, RunFinished, begin_attempt, plan_resume
-from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.states import DamagedState, list_states, state_folder
-from kohaku_wrap.training.supervise import TrainerFailed, supervise_run
-from kohaku_wrap.training.verify import verify_run
-from kohaku_wrap.training.watch import WatchOptions
+from kohaku_wrap.training.data.order import BadOrder
+from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.records.states import DamagedState, list_states, state_folder
+from kohaku_wrap.training.records.verify import verify_run
+from kohaku_wrap.training.runs.attempts import list_attempts
+from kohaku_wrap.training.runs.differences import DifferentRun
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.resume import NoSuchState, RunFinished, begin_attempt, plan_resume
+from kohaku_wrap.training.runs.supervise import TrainerFailed, supervise_run
+from kohaku_wrap.training.runs.watch import WatchOptions
 
 NewRun = Callable[..., Run]
 
@@ -134,8 +134,8 @@ def test_the_position_of_epsilon(new_run: NewRun) -> None:
     text = text.replace(f"total_optimizer_steps = {run.lock.total_optimizer_steps}", "total_optimizer_steps = 20354")
     run.lock_file.write_text(text)
     run = Run(run.folder)
-    from kohaku_wrap.training.saving import fingerprint_of
-    from kohaku_wrap.training.states import write_state
+    from kohaku_wrap.training.records.saving import fingerprint_of
+    from kohaku_wrap.training.records.states import write_state
 
     def fill(folder: Path) -> None:
         (folder / "network.bin").write_bytes(b"n")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.training.retention import remove_old_states
-from kohaku_wrap.training.states import (
+from kohaku_wrap.training.records.retention import remove_old_states
+from kohaku_wrap.training.records.states import (
     DamagedState,
     DiskFull,
     Fingerprint,

@@ -18,13 +18,13 @@ from plain_runs import make_run, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import EXIT_TRAINER_FAILED
-from kohaku_wrap.training.attempts import list_attempts
-from kohaku_wrap.training.ends import read_end
-from kohaku_wrap.training.processes import list_processes
-from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.states import list_states
-from kohaku_wrap.training.supervise import TrainerFailed
-from kohaku_wrap.training.verify import verify_run
+from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.records.verify import verify_run
+from kohaku_wrap.training.runs.attempts import list_attempts
+from kohaku_wrap.training.runs.ends import read_end
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.processes import list_processes
+from kohaku_wrap.training.runs.supervise import TrainerFailed
 
 NewRun = Callable[..., Run]
 
@@ -135,7 +135,7 @@ def start_supervisor(run: Run) -> subprocess.Popen[bytes]:
     """A supervisor in a process of its own, as `kwrap train` is."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from plain_runs import train; from pathlib import Path;"
-        "from kohaku_wrap.training.runs import Run; from kohaku_wrap.errors import KwrapError\n"
+        "from kohaku_wrap.training.runs.folder import Run; from kohaku_wrap.errors import KwrapError\n"
         "try: train(Run(Path(sys.argv[2])))\n"
         "except KwrapError as error: sys.exit(error.exit_code)"
     )

@@ -13,11 +13,20 @@ from click.testing import CliRunner
 from plain_runs import misbehave, train, write_captions
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.training.attempts import Attempt, write_attempt
-from kohaku_wrap.training.ledger import FILL, HEADER, MAGIC, RECORD, SUBSTITUTE, Records, ledger_file, read_ledger_file
-from kohaku_wrap.training.ledger_checks import digest_blocks
-from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.verify import NoLedger, VerifyReport, read_order, verify_run
+from kohaku_wrap.training.records.ledger import (
+    FILL,
+    HEADER,
+    MAGIC,
+    RECORD,
+    SUBSTITUTE,
+    Records,
+    ledger_file,
+    read_ledger_file,
+)
+from kohaku_wrap.training.records.ledger_checks import digest_blocks
+from kohaku_wrap.training.records.verify import NoLedger, VerifyReport, read_order, verify_run
+from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
+from kohaku_wrap.training.runs.folder import Run
 
 NewRun = Callable[..., Run]
 Change = Callable[[Records], Records]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kohaku_wrap.training.attempts import Attempt
+from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.workers.failures import report_failures
 
 SETTLED = {

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.nn import functional
 
-from kohaku_wrap.training.builtin_options import BuiltinOptions
+from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_models import BaseModel
 
 VAE_SCALE = 0.13025

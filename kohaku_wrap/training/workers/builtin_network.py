@@ -15,7 +15,7 @@ from torch import nn
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import atomic_write
-from kohaku_wrap.training.builtin_options import BuiltinOptions
+from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_models import BaseModel
 
 SAVED_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

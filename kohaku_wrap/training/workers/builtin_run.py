@@ -17,20 +17,20 @@ from torch import distributed
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import sha256_of_file
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.attempts import Attempt, Outcome
-from kohaku_wrap.training.builtin_options import BuiltinOptions
-from kohaku_wrap.training.columns import content_digest
-from kohaku_wrap.training.ledger import LedgerHeader, LedgerWriter
-from kohaku_wrap.training.loader import Example, iterate_examples, make_loader
-from kohaku_wrap.training.loss_average import LossAverage
-from kohaku_wrap.training.metrics import MetricsWriter
-from kohaku_wrap.training.order import order_digest
-from kohaku_wrap.training.run_dataset import open_run_dataset
-from kohaku_wrap.training.sampler import PositionSampler
-from kohaku_wrap.training.saving import save_run_state
-from kohaku_wrap.training.states import check_state_sizes, state_folder
-from kohaku_wrap.training.tokens import CaptionTokenizer
-from kohaku_wrap.training.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.data.columns import content_digest
+from kohaku_wrap.training.data.loader import Example, iterate_examples, make_loader
+from kohaku_wrap.training.data.order import order_digest
+from kohaku_wrap.training.data.run_dataset import open_run_dataset
+from kohaku_wrap.training.data.sampler import PositionSampler
+from kohaku_wrap.training.data.tokens import CaptionTokenizer
+from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.records.loss_average import LossAverage
+from kohaku_wrap.training.records.metrics import MetricsWriter
+from kohaku_wrap.training.records.saving import save_run_state
+from kohaku_wrap.training.records.states import check_state_sizes, state_folder
+from kohaku_wrap.training.runs.attempts import Attempt, Outcome
+from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_loss import LossOfBatch
 from kohaku_wrap.training.workers.builtin_models import load_base_model
 from kohaku_wrap.training.workers.builtin_network import (

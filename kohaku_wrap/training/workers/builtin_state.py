@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.loss_average import LossAverage
+from kohaku_wrap.training.records.loss_average import LossAverage
 from kohaku_wrap.training.workers.builtin_network import network_tensors
 
 NETWORK_FILE = "network.safetensors"

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.attempts import Attempt
-from kohaku_wrap.training.states import is_disk_full
+from kohaku_wrap.training.records.states import is_disk_full
+from kohaku_wrap.training.runs.attempts import Attempt
 
 FAILURE_KINDS = {
     "NonFiniteLoss": "non-finite-loss",

@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from kohaku_wrap.training.trainer import find_checkout
+from kohaku_wrap.training.trainer.checkout import find_checkout
 from kohaku_wrap.training.workers.sd_scripts import enter_checkout
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.columns import (
+from kohaku_wrap.training.data.columns import (
     BatchKey,
     Columns,
     ColumnsDataset,
@@ -23,9 +23,9 @@ from kohaku_wrap.training.columns import (
     content_digest,
     read_dataset_options,
 )
-from kohaku_wrap.training.differences import read_run_file, read_trainer
-from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.runs.differences import read_run_file, read_trainer
+from kohaku_wrap.training.runs.folder import Run
 
 LATENT_CHANNELS = 4
 LATENT_STEP = 8

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.attempts import Attempt
-from kohaku_wrap.training.requirements import requirement_paths
-from kohaku_wrap.training.trainer import Checkout, find_checkout, require_supported
+from kohaku_wrap.training.runs.attempts import Attempt
+from kohaku_wrap.training.trainer.checkout import Checkout, find_checkout, require_supported
+from kohaku_wrap.training.trainer.requirements import requirement_paths
 from kohaku_wrap.training.workers.failures import report_failures
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, Sampler
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.attempts import Attempt
-from kohaku_wrap.training.columns import BatchKey, Columns, ColumnsDataset, ItemOptions, read_dataset_options
-from kohaku_wrap.training.order import BatchOrder, StepCount
-from kohaku_wrap.training.sampler import PositionSampler
-from kohaku_wrap.training.torch_streams import isolated_generators
+from kohaku_wrap.training.data.columns import BatchKey, Columns, ColumnsDataset, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.order import BatchOrder, StepCount
+from kohaku_wrap.training.data.sampler import PositionSampler
+from kohaku_wrap.training.data.torch_streams import isolated_generators
+from kohaku_wrap.training.runs.attempts import Attempt
 
 DATASET_CLASS = f"{__name__}.KwrapDataset"
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.attempts import Attempt
-from kohaku_wrap.training.columns import content_digest
-from kohaku_wrap.training.ledger import LedgerHeader, LedgerWriter
-from kohaku_wrap.training.metrics import MetricsWriter
-from kohaku_wrap.training.order import order_digest
-from kohaku_wrap.training.saving import save_run_state
-from kohaku_wrap.training.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.data.columns import content_digest
+from kohaku_wrap.training.data.order import order_digest
+from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.records.metrics import MetricsWriter
+from kohaku_wrap.training.records.saving import save_run_state
+from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.workers.sd_scripts_sums import MicroBatch, StepSums
 
 LOSSES_FILE = "kwrap_losses.pt"
@@ -104,7 +104,7 @@ class Loop:
     def optimizer_steps_so_far(self) -> int:
         return self.optimizer_steps
 
-    # What the corrected loop calls, see training/anchors.py.
+    # What the corrected loop calls, see training/trainer/anchors.py.
 
     def first_epoch(self, micro_batches_per_epoch: int) -> int:
         """The epoch, from 0, at which the loop starts; past the last one when all is trained.

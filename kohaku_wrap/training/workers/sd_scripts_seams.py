@@ -21,12 +21,12 @@ from kohaku_wrap.config.trainer_commits import SUPPORTED_TEXT
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.anchors import LOOP
-from kohaku_wrap.training.corrections import correct_loop
-from kohaku_wrap.training.loader import DeliveredErrors, quieten_worker
-from kohaku_wrap.training.saving import PATIENCE_SECONDS, PAUSE_SECONDS
-from kohaku_wrap.training.states import check_state_sizes, is_disk_full
-from kohaku_wrap.training.trainer import Checkout
+from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
+from kohaku_wrap.training.records.saving import PATIENCE_SECONDS, PAUSE_SECONDS
+from kohaku_wrap.training.records.states import check_state_sizes, is_disk_full
+from kohaku_wrap.training.trainer.anchors import LOOP
+from kohaku_wrap.training.trainer.checkout import Checkout
+from kohaku_wrap.training.trainer.corrections import correct_loop
 from kohaku_wrap.training.workers.cpu_processes import leave_frozen_modules
 from kohaku_wrap.training.workers.sd_scripts_dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.workers.sd_scripts_foreign import convert_schedule

@@ -12,8 +12,8 @@ import toml
 
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.tokenizers import write_tokenizers
-from kohaku_wrap.training.requirements import requirement_paths
-from kohaku_wrap.training.trainer import TrainerMissing, find_checkout
+from kohaku_wrap.training.trainer.checkout import TrainerMissing, find_checkout
+from kohaku_wrap.training.trainer.requirements import requirement_paths
 
 sys.path.insert(0, str(Path(__file__).parent))
 

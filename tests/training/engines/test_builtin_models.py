@@ -16,11 +16,11 @@ from engine_world import DATASET_OPTIONS, World
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.files import shipped_folder
-from kohaku_wrap.training.builtin_options import BuiltinOptions
-from kohaku_wrap.training.columns import Columns, ColumnsDataset, ItemOptions
-from kohaku_wrap.training.sampler import PositionSampler
-from kohaku_wrap.training.tokens import CaptionTokenizer
-from kohaku_wrap.training.torch_streams import seed_generators
+from kohaku_wrap.training.data.columns import Columns, ColumnsDataset, ItemOptions
+from kohaku_wrap.training.data.sampler import PositionSampler
+from kohaku_wrap.training.data.tokens import CaptionTokenizer
+from kohaku_wrap.training.data.torch_streams import seed_generators
+from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_loss import LossOfBatch
 from kohaku_wrap.training.workers.builtin_models import SDXL_SIZES, BadBaseModel, BaseModel, load_base_model
 from kohaku_wrap.training.workers.builtin_network import create_network

@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from kohaku_wrap.demo.killing import Kill, train_with_kills
 from kohaku_wrap.demo.likeness import Difference, compare_runs
-from kohaku_wrap.training.attempts import read_attempt
-from kohaku_wrap.training.metrics import read_metrics
-from kohaku_wrap.training.run_dataset import DatasetChanged, open_run_dataset
-from kohaku_wrap.training.runs import Run
-from kohaku_wrap.training.states import list_states
+from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
+from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.runs.attempts import read_attempt
+from kohaku_wrap.training.runs.folder import Run
 
 SETTINGS = (
     "effective_batch=4",

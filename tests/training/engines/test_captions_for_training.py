@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.training.captions_for_training import CaptionOptions, process_caption
+from kohaku_wrap.training.data.captions import CaptionOptions, process_caption
 
 CAPTION = "1girl, hero, artist ||| red hair, blue eyes, hat, dress, smile, sky ||| best quality, safe"
 KEPT = CaptionOptions(shuffle_caption=True, caption_tag_dropout_rate=0.5, keep_tokens_separator="|||")

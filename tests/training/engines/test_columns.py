@@ -14,7 +14,7 @@ import torch
 from engine_world import DATASET_OPTIONS, World
 
 from kohaku_wrap.errors import ProblemsFound
-from kohaku_wrap.training.columns import (
+from kohaku_wrap.training.data.columns import (
     BadCaptions,
     BatchKey,
     Columns,
@@ -23,9 +23,9 @@ from kohaku_wrap.training.columns import (
     content_digest,
     read_dataset_options,
 )
-from kohaku_wrap.training.image_loading import UnreadableImage
-from kohaku_wrap.training.loader import iterate_examples, make_loader
-from kohaku_wrap.training.sampler import PositionSampler
+from kohaku_wrap.training.data.images import UnreadableImage
+from kohaku_wrap.training.data.loader import iterate_examples, make_loader
+from kohaku_wrap.training.data.sampler import PositionSampler
 
 
 def open_dataset(images: Path, options: Mapping[str, Any] | None = None, **arguments: Any) -> ColumnsDataset:
@@ -199,7 +199,7 @@ def test_what_is_not_a_captions_file_is_named(tmp_path: Path) -> None:
 )
 def test_sd_scripts_makes_the_same_items(world: World, sd_scripts: Any, options: dict[str, Any]) -> None:
     """Its own dataset, one image a batch, seeded as kwrap seeds an item: pixels, crops, sizes and captions."""
-    from kohaku_wrap.training.torch_streams import item_generator
+    from kohaku_wrap.training.data.torch_streams import item_generator
 
     dataset = open_dataset(world.images, options)
     chosen = {**DATASET_OPTIONS, **options}

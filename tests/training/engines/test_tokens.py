@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_world import CAPTION, World
 
-from kohaku_wrap.training.tokens import CaptionTokenizer, TokenizerMissing
+from kohaku_wrap.training.data.tokens import CaptionTokenizer, TokenizerMissing
 
 CAPTIONS = ["", "hat", CAPTION, ", ".join(["blue eyes"] * 40), ", ".join(["red hair, long dress"] * 90)]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.training.requirements import check_requirements
-from kohaku_wrap.training.trainer import Checkout, TrainerMissing, find_checkout
+from kohaku_wrap.training.trainer.checkout import Checkout, TrainerMissing, find_checkout
+from kohaku_wrap.training.trainer.requirements import check_requirements
 
 HOW_TO_ENABLE = "enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT"
 

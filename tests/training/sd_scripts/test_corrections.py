@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from kohaku_wrap.config.trainer_commits import SUPPORTED_TEXT
-from kohaku_wrap.training.anchors import ANCHORS, LOOP, LOOP_ANCHORS, Anchor
-from kohaku_wrap.training.corrections import (
+from kohaku_wrap.training.trainer.anchors import ANCHORS, LOOP, LOOP_ANCHORS, Anchor
+from kohaku_wrap.training.trainer.checkout import UnsupportedTrainer, inspect_checkout, require_supported
+from kohaku_wrap.training.trainer.corrections import (
     AnchorsMissing,
     SourceUnreadable,
     correct_loop,
@@ -19,7 +20,6 @@ from kohaku_wrap.training.corrections import (
     match_anchors,
     require_anchors,
 )
-from kohaku_wrap.training.trainer import UnsupportedTrainer, inspect_checkout, require_supported
 
 SMALL_TRAINER = """
 class NetworkTrainer:

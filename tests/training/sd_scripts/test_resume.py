@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from kohaku_wrap.demo.likeness import compare_runs
-from kohaku_wrap.training.metrics import read_metrics
-from kohaku_wrap.training.runs import Run
+from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.runs.folder import Run
 
 STEPS = 6
 RESUME_AT = 4

@@ -1,0 +1,82 @@
+"""Quality words: the percentile of a post's favourites among the posts of its rating."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.dataset.captions.recipe import QualityRecipe
+from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERCENTILES
+from kohaku_wrap.dataset.selection_file import SelectedPosts
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.filters import RATINGS
+from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, count_favourites
+
+Int64Array = npt.NDArray[np.int64]
+
+UNGRADED = -1
+"""Level of a post that gets no quality word."""
+
+NEVER = np.iinfo(np.int64).max
+"""Cut-off of a rating that no counted post has."""
+
+
+def find_cutoffs(recipe: QualityRecipe, database: Database, selection: SelectedPosts | None) -> npt.NDArray[np.int64]:
+    """(4, percentiles) the `fav_count` that a post of each rating must exceed for each percentile, descending.
+
+    The cut-off of percentile P is the smallest value that at least P % of the rating's posts do not exceed (nearest
+    rank). Posts without a rating or without favourites are not counted.
+    """
+    if recipe.cutoffs == "published":
+        places = [PUBLISHED_PERCENTILES.index(percentile) for percentile in recipe.percentiles]
+        return np.array([[PUBLISHED_CUTOFFS[rating][place] for place in places] for rating in RATINGS], dtype=np.int64)
+    if recipe.cutoffs == "selection" and selection is not None:
+        counts = tally_favourites(selection.ratings, selection.favourites)
+    else:
+        counts = count_favourites(database)
+    return cutoffs_of_counts(counts, recipe.percentiles)
+
+
+def tally_favourites(
+    ratings: npt.NDArray[np.int8], favourites: npt.NDArray[np.int32]
+) -> dict[int, tuple[Int64Array, Int64Array]]:
+    """For each known rating, the values of `fav_count` and how many posts have each."""
+    known = favourites != UNKNOWN_FAVOURITES
+    counts = {}
+    for rating in range(len(RATINGS)):
+        values, how_many = np.unique(favourites[known & (ratings == rating)], return_counts=True)
+        if len(values):
+            counts[rating] = (values.astype(np.int64), how_many.astype(np.int64))
+    return counts
+
+
+def cutoffs_of_counts(
+    counts: Mapping[int, tuple[Int64Array, Int64Array]], percentiles: tuple[int, ...]
+) -> npt.NDArray[np.int64]:
+    """(4, percentiles) nearest-rank percentiles of each rating's tally."""
+    cutoffs = np.full((len(RATINGS), len(percentiles)), NEVER, dtype=np.int64)
+    for rating, (values, how_many) in counts.items():
+        up_to = np.cumsum(how_many)
+        # Whole numbers: rank ≥ P / 100 × posts without rounding.
+        ranks = -(-np.array(percentiles, dtype=np.int64) * up_to[-1] // 100)
+        cutoffs[rating] = values[np.searchsorted(up_to, ranks)]
+    return cutoffs
+
+
+def grade_posts(
+    cutoffs: npt.NDArray[np.int64],
+    ids: Int64Array,
+    ratings: npt.NDArray[np.int8],
+    favourites: npt.NDArray[np.int32],
+    max_id: int | None,
+) -> npt.NDArray[np.int8]:
+    """(posts,) the index of each post's quality word, 0 the best; UNGRADED where a post gets none."""
+    exceeded = favourites[:, None] > cutoffs[np.maximum(ratings, 0)]
+    levels: npt.NDArray[np.int8] = (cutoffs.shape[1] - exceeded.sum(axis=1)).astype(np.int8)
+    graded = (ratings >= 0) & (favourites != UNKNOWN_FAVOURITES)
+    if max_id is not None:
+        graded &= ids <= max_id
+    levels[~graded] = UNGRADED
+    return levels

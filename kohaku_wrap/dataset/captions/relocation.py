@@ -1,0 +1,99 @@
+"""Caption files of an image folder that was moved, led to where it lies now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.dataset.captions.formats import CACHE_FILE, LINES_FILE
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import atomic_write
+
+
+class NotRelocatable(KwrapError):
+    """There is no caption file, or it is not one that `kwrap caption` wrote."""
+
+
+@dataclass(frozen=True)
+class RelocationReport:
+    """What was rewritten."""
+
+    folder: Path
+    """Where the images lie now."""
+
+    files: dict[str, int]
+    """Entries by file."""
+
+    missing: int
+    """Entries of the cache whose image is not in the folder; they were left out."""
+
+
+def relocate_captions(folder: Path) -> RelocationReport:
+    """Rewrite the absolute paths of metadata_cache.json and captions.jsonl to `folder`. Raises NotRelocatable."""
+    folder = folder.absolute()
+    files: dict[str, int] = {}
+    missing = 0
+    cache, lines = folder / CACHE_FILE, folder / LINES_FILE
+    if cache.is_file():
+        kept = 0
+        with atomic_write(cache) as stream:
+            for path, entry in read_cache_entries(cache):
+                moved = move_path(path, folder, cache)
+                if not moved.is_file():
+                    missing += 1
+                    continue
+                stream.write(",\n" if kept else "{\n")
+                stream.write(f"{json.dumps(moved.as_posix())}: {json.dumps(entry)}")
+                kept += 1
+            stream.write("\n}\n" if kept else "{}\n")
+        files[CACHE_FILE] = kept
+    if lines.is_file():
+        count = 0
+        with lines.open(encoding="utf-8") as source, atomic_write(lines) as stream:
+            for line in source:
+                try:
+                    entry = json.loads(line)
+                    entry["image_path"] = move_path(entry["image_path"], folder, lines).as_posix()
+                except (ValueError, KeyError, TypeError) as error:
+                    raise not_ours(lines) from error
+                stream.write(json.dumps(entry) + "\n")
+                count += 1
+        files[LINES_FILE] = count
+    if not files:
+        raise NotRelocatable(
+            f"{folder}: neither {CACHE_FILE} nor {LINES_FILE} is there",
+            "Give the image folder with --out; `kwrap caption SEL.parquet --db DB --out IMAGES` writes captions.",
+        )
+    return RelocationReport(folder, files, missing)
+
+
+def move_path(path: str, folder: Path, source: Path) -> Path:
+    """The same NNNN/ID.ext below `folder`."""
+    parts = path.replace("\\", "/").rsplit("/", 2)
+    if len(parts) < 2 or not all(parts[-2:]) or ".." in parts[-2:]:
+        raise not_ours(source)
+    return folder / parts[-2] / parts[-1]
+
+
+def read_cache_entries(path: Path) -> Iterator[tuple[str, object]]:
+    """Path and value of each entry, line by line: the cache of millions of images is not held in memory."""
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream):
+            text = line.strip().rstrip(",")
+            if (number == 0 and text == "{") or text in ("}", "{}"):
+                continue
+            try:
+                ((key, value),) = json.loads("{" + text + "}").items()
+            except ValueError as error:
+                raise not_ours(path) from error
+            yield key, value
+
+
+def not_ours(path: Path) -> NotRelocatable:
+    """The error for a file in another form."""
+    return NotRelocatable(
+        f"{path}: not in the form that `kwrap caption` writes",
+        "Write the captions again with `kwrap caption SEL.parquet --db DB --out IMAGES`.",
+    )

@@ -1,0 +1,192 @@
+"""What the captions of a selection are made of: tag frequencies, shares of the groups, lengths in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, arrange_elements
+from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, CaptionPlan, plan_captions
+from kohaku_wrap.dataset.captions.quality import find_cutoffs
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.tokens import CountTokens, estimate_tokens, find_tokenizer, load_counter
+from kohaku_wrap.dataset.selection_file import read_selected_posts
+from kohaku_wrap.files import Progress
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.relations import RowsOutOfOrder, TagChunk, map_tag_chunks
+from kohaku_wrap.metadata.tags import read_tags
+
+TOKEN_LIMITS = (75, 150, 225)
+"""The values of `max_token_length` that trainers have, without the start and end tokens."""
+
+LONGEST = 2000
+POPULARITIES = (100, 1000)
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class CaptionStatistics:
+    """What `kwrap caption --stats` tells."""
+
+    style: str
+    """kohaku or hakubooru."""
+
+    posts: int
+    """Captions looked at."""
+
+    groups: Mapping[str, int]
+    """Words by group, in the order of the caption."""
+
+    tags: Mapping[str, int]
+    """Tags of the posts by what became of them."""
+
+    lacking: Mapping[str, int]
+    """Posts without tags, date, rating, favourites, quality or year word."""
+
+    distinct_words: int
+    """Different words written."""
+
+    frequent: Mapping[str, tuple[tuple[str, int], ...]]
+    """For each group, the most frequent words and in how many captions they stand."""
+
+    popularity: Mapping[str, int]
+    """Tags of the database whose popularity is at least 100 and 1000."""
+
+    used_popularity: Mapping[str, int]
+    """Of these, the ones that stand in a caption here."""
+
+    tokens_by: str
+    """"tokenizer FOLDER", or "estimate"."""
+
+    token_quantiles: Mapping[str, int]
+    """Tokens of a caption as the trainer sees it, without the separators; by quantile, and the maximum."""
+
+    cut: Mapping[str, int]
+    """By max_token_length, the captions that are longer and lose their end."""
+
+
+class Tally:
+    """Sums over chunks of captions."""
+
+    def __init__(self, plan: CaptionPlan, count: CountTokens) -> None:
+        self.plan = plan
+        size = len(plan.slot_of)
+        texts = plan.texts.slice(0, size).to_pylist()
+        self.counts = CaptionCounts()
+        self.uses = np.zeros(size, dtype=np.int64)
+        self.lengths = np.zeros(LONGEST + 1, dtype=np.int64)
+        separators = list(plan.separators)
+        # Tokens never cross a blank, so a caption's are the sum over its words, each with the comma that follows it.
+        self.tokens = count([f"{text}," for text in texts])
+        self.last_tokens = count(texts)
+        self.tokens[separators] = self.last_tokens[separators] = 0
+
+    def add(self, chunk_elements: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]], counts: CaptionCounts) -> None:
+        """Count one chunk: its elements in order and where each caption ends."""
+        elements, ends = chunk_elements
+        self.counts.add(counts)
+        self.uses += np.bincount(elements, minlength=len(self.uses))
+        totals = np.diff(np.concatenate([[0], np.cumsum(self.tokens[elements])[ends - 1]]))
+        is_word = np.ones(len(self.uses), dtype=bool)
+        is_word[list(self.plan.separators)] = False
+        places = np.maximum.accumulate(np.where(is_word[elements], np.arange(len(elements)), -1))[ends - 1]
+        starts = np.concatenate([[0], ends[:-1]])
+        has_word = places >= starts
+        last = elements[np.maximum(places, 0)]
+        totals -= np.where(has_word, self.tokens[last] - self.last_tokens[last], 0)
+        self.lengths += np.bincount(np.minimum(totals, LONGEST), minlength=LONGEST + 1)
+
+
+def measure_captions(
+    database: Database,
+    selection: Path,
+    recipe: CaptionRecipe,
+    tokenizer: Path | None,
+    spill_folder: Path,
+    most_frequent: int = 10,
+    threads: int = 1,
+    on_progress: Progress | None = None,
+) -> CaptionStatistics:
+    """Make all captions of the selection without writing them, and count."""
+    posts = read_selected_posts(selection, "dateutil" if recipe.style == "hakubooru" else "iso")
+    tags = read_tags(database)
+    plan = plan_captions(recipe, tags)
+    cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
+    tokens_by, count = choose_counter(tokenizer)
+
+    def arrange(chunk: TagChunk) -> tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]], CaptionCounts]:
+        elements, counts = arrange_elements(plan, chunk, posts, cutoffs)
+        return (elements.of, elements.ends), counts
+
+    def tally_all(folder: Path | None) -> Tally:
+        tally = Tally(plan, count)
+        for result in map_tag_chunks(database, tags, posts.ids, arrange, threads, folder):
+            tally.add(*result)
+            if on_progress:
+                on_progress(tally.counts.posts, len(posts))
+        return tally
+
+    try:
+        tally = tally_all(None)
+    except RowsOutOfOrder:
+        tally = tally_all(spill_folder)
+    used = tally.uses[: len(tags)] > 0
+    return CaptionStatistics(
+        style=recipe.style,
+        posts=tally.counts.posts,
+        groups={
+            slot: int(tally.uses[plan.slot_of == number].sum())
+            for number, slot in enumerate(plan.slots)
+            if slot != SEPARATOR_SLOT
+        },
+        tags=dict(zip(FATES, tally.counts.tags.tolist(), strict=True)),
+        lacking=dict(zip(POST_COUNTS, tally.counts.lacking.tolist(), strict=True)),
+        distinct_words=int((tally.uses > 0).sum()) - len(plan.separators),
+        frequent=most_frequent_words(plan, tally.uses, most_frequent),
+        popularity={str(least): int((tags.popularity >= least).sum()) for least in POPULARITIES},
+        used_popularity={str(least): int((used & (tags.popularity >= least)).sum()) for least in POPULARITIES},
+        tokens_by=tokens_by,
+        token_quantiles=quantiles_of(tally.lengths),
+        cut={str(limit): int(tally.lengths[limit + 1 :].sum()) for limit in TOKEN_LIMITS},
+    )
+
+
+def choose_counter(tokenizer: Path | None) -> tuple[str, CountTokens]:
+    """The CLIP tokenizer in the folder or the hub's cache, else the estimate; and its name."""
+    folder = find_tokenizer(tokenizer)
+    if folder is not None:
+        try:
+            return f"tokenizer {folder}", load_counter(folder)
+        except ModuleNotFoundError:
+            if tokenizer is not None:
+                raise
+    return "estimate", estimate_tokens
+
+
+def most_frequent_words(
+    plan: CaptionPlan, uses: npt.NDArray[np.int64], most: int
+) -> dict[str, tuple[tuple[str, int], ...]]:
+    """For each group its most frequent words and their counts, ties by word."""
+    found = {}
+    for number, slot in enumerate(plan.slots):
+        if slot == SEPARATOR_SLOT:
+            continue
+        here = np.flatnonzero((plan.slot_of == number) & (uses > 0))
+        if len(here) > most:
+            here = here[uses[here] >= np.partition(uses[here], -most)[-most]]
+        words = sorted(
+            ((plan.texts[int(place)].as_py(), int(uses[place])) for place in here), key=lambda w: (-w[1], w[0])
+        )
+        found[slot] = tuple(words[:most])
+    return found
+
+
+def quantiles_of(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
+    """Nearest-rank quantiles of a histogram, and the maximum."""
+    up_to = np.cumsum(lengths)
+    found = {f"{quantile:.0%}": int(np.searchsorted(up_to, quantile * up_to[-1])) for quantile in QUANTILES}
+    return {**found, "maximum": int(np.flatnonzero(lengths)[-1]) if up_to[-1] else 0}

@@ -1,0 +1,385 @@
+"""Images out of tars into numbered folders: found by id, decoded, verified, and never lost count of."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kohaku_wrap.dataset.images.extract_shard import (
+    FOLDERS,
+    PART_SUFFIX,
+    ShardResult,
+    ShardTask,
+    ShardWriter,
+    extract_in_process,
+    extract_shard,
+    start_process,
+)
+from kohaku_wrap.dataset.images.extracted import (
+    JournalFolder,
+    drop_absent_files,
+    drop_ids,
+    is_in_ids,
+    merge_rows,
+    read_extracted,
+    write_extracted,
+)
+from kohaku_wrap.dataset.selection_file import BadSelection
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.files import Progress, atomic_write
+
+REPORT_FILE = "extract-report.json"
+SHARD_NAME = re.compile(r"data-\d(\d{3})\.tar")
+"""`data-0NNN.tar` and `data-1NNN.tar`: ids that end in NNN."""
+
+UPDATE_NAME = re.compile(r".*-(\d)\.tar")
+"""`*-D.tar` below `updates`: ids that end in D."""
+
+LAYOUT_FOLDERS = ("original", "recent", "images")
+"""Tried in this order where several hold the same posts."""
+
+IMAGES_A_PROCESS = 400
+"""Below this, another process takes longer to start than it saves."""
+
+POLL_SECONDS = 0.25
+NO_ID = -1
+
+
+class NoTars(UsageError):
+    """The folder holds no tar that could hold images of posts."""
+
+
+class ImagesMissing(KwrapError):
+    """More images are missing or corrupt than was allowed."""
+
+
+class WorkerDied(KwrapError):
+    """A process of the extraction was killed, most often for memory."""
+
+
+@dataclass
+class ExtractReport:
+    """What became of a selection's images; every selected post is in exactly one of the four."""
+
+    images: Path
+    """The folder that holds them."""
+
+    selected: int
+    """Posts of the selection."""
+
+    written: int = 0
+    """Extracted and verified now."""
+
+    kept: int = 0
+    """There already, verified by an earlier run, and of the same size."""
+
+    missing: list[tuple[int, str]] = field(default_factory=list)
+    """Ids that no tar holds, with the reason."""
+
+    corrupt: list[tuple[int, str]] = field(default_factory=list)
+    """Ids whose members were refused, with the reason."""
+
+    reduced: int = 0
+    """Of the written, smaller copies made for `max_pixels`."""
+
+    other_size: int = 0
+    """Of the written, images whose real size is not the database's."""
+
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+    """Members refused for what they are, wanted or not: tar, name, reason."""
+
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+    """Damaged and unreadable tars, with the reason."""
+
+    def add(self, result: ShardResult) -> None:
+        """Add what became of one task's posts."""
+        self.written += result.written
+        self.kept += result.kept
+        self.reduced += result.reduced
+        self.other_size += result.other_size
+        self.missing += result.missing
+        self.corrupt += result.corrupt
+        self.refused += result.refused
+        self.damaged += result.damaged
+
+    def sort(self) -> None:
+        """Put all lists in the order of ids and names; those of tars without the repeats of several tasks."""
+        self.missing.sort()
+        self.corrupt.sort()
+        self.refused = sorted(set(self.refused))
+        self.damaged = sorted(set(self.damaged))
+
+    def check(self, max_missing: int) -> None:
+        """Raise ImagesMissing when more than `max_missing` images are missing or corrupt, or all of them."""
+        lacking = len(self.missing) + len(self.corrupt)
+        found = self.selected - lacking
+        if lacking <= max_missing and found:
+            return
+        first = min([*self.missing[:1], *self.corrupt[:1]])
+        what = f"{lacking:,} images missing or corrupt among" if found else "no image of"
+        allow = f", or allow it with --max-missing {lacking}" if found else ""
+        raise ImagesMissing(
+            f"{what} {self.selected:,} selected posts: {len(self.missing):,} missing, {len(self.corrupt):,} corrupt;"
+            f" the first is {first[0]}: {first[1]}",
+            f"{self.images / REPORT_FILE} lists them all. Fetch them and run the same command again{allow}.",
+        )
+
+
+@dataclass(frozen=True)
+class SelectedImages:
+    """What the extraction needs of a selection."""
+
+    ids: npt.NDArray[np.int64]
+    """(posts,) ascending."""
+
+    sizes: npt.NDArray[np.int32]
+    """(posts, 2): width and height after the database, 0 where unknown."""
+
+
+@dataclass(frozen=True)
+class TarFolder:
+    """The tars below a folder, by the ids that they can hold."""
+
+    of_shard: dict[int, tuple[Path, ...]]
+    """By id modulo 1000."""
+
+    updates: dict[int, tuple[Path, ...]]
+    """By id modulo 10, the newest names first."""
+
+
+def find_tars(folder: Path) -> TarFolder:
+    """Sort all tars below `folder` by their names; other files are left alone. Raises NoTars."""
+    if not folder.is_dir():
+        raise NoTars(f"{folder}: no such folder of tars", "Give the folder that holds original/ or images/.")
+    shards: dict[int, list[Path]] = {}
+    updates: dict[int, list[Path]] = {}
+    for path in sorted(path for path in folder.rglob("*.tar") if path.is_file()):
+        if match := SHARD_NAME.fullmatch(path.name):
+            shards.setdefault(int(match[1]), []).append(path)
+        elif match := UPDATE_NAME.fullmatch(path.name):
+            updates.setdefault(int(match[1]), []).append(path)
+    if not shards and not updates:
+        raise NoTars(f"{folder}: no data-NNNN.tar in it", "Give the folder that holds original/ or images/.")
+
+    def rank(path: Path) -> int:
+        return LAYOUT_FOLDERS.index(path.parent.name) if path.parent.name in LAYOUT_FOLDERS else len(LAYOUT_FOLDERS)
+
+    return TarFolder(
+        of_shard={shard: tuple(sorted(paths, key=rank)) for shard, paths in shards.items()},
+        updates={digit: tuple(reversed(paths)) for digit, paths in updates.items()},
+    )
+
+
+def read_selected_images(path: Path) -> SelectedImages:
+    """Ids and original sizes of the selection at `path`. Raises BadSelection."""
+    again = "Make it again with `kwrap select DATASET --db DB --out SEL.parquet`."
+    if not path.is_file():
+        raise BadSelection(f"{path}: no such file", again)
+    try:
+        with pq.ParquetFile(path) as file:
+            names = set(file.schema_arrow.names)
+            if "id" not in names:
+                raise BadSelection(f"{path}: no column id", again)
+            columns = [name for name in ("id", "image_width", "image_height") if name in names]
+            table = file.read(columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise BadSelection(f"{path}: not a selection: {error}", again) from error
+    if not table.num_rows:
+        raise BadSelection(f"{path}: no posts in it", again)
+    ids = table["id"].to_numpy().astype(np.int64)
+    order = np.argsort(ids, kind="stable")
+    sizes = np.zeros((len(ids), 2), dtype=np.int32)
+    for column, name in enumerate(("image_width", "image_height")):
+        if name in names:
+            sizes[:, column] = table[name].fill_null(0).to_numpy()
+    if len(np.unique(ids)) != len(ids) or ids.min() < 0:
+        raise BadSelection(f"{path}: an id twice or below 0", again)
+    return SelectedImages(ids[order], sizes[order])
+
+
+def extract_images(
+    selection: Path,
+    tars: Path,
+    images: Path,
+    jobs: int | None = None,
+    max_pixels: int = 0,
+    on_progress: Progress | None = None,
+) -> ExtractReport:
+    """Extract every image of the selection that is not there yet, verify it, and record what is verified.
+
+    `jobs`: processes, by default one a core. `max_pixels`: reduce larger images; 0 keeps all as they are.
+    Writes images/NNNN/ID.ext, images/extracted.parquet and images/extract-report.json. Can be stopped at any
+    moment: what was written is found again. The caller decides with ExtractReport.check what is too little.
+    Raises BadSelection, NoTars, FolderBusy, ExtractedUnreadable, WorkerDied.
+    """
+    selected = read_selected_images(selection)
+    folder = find_tars(tars)
+    journals = JournalFolder.open(images)
+    finished = False
+    try:
+        known = merge_rows(read_extracted(images), journals.read())
+        if any(journals.path.glob("*.csv")):
+            remove_parts(images)
+        tasks = make_tasks(selected, folder, known, max_pixels)
+        processes = min(jobs or len(os.sched_getaffinity(0)), -(-len(selected.ids) // IMAGES_A_PROCESS))
+        work = Extraction(images, journals.next_stem(), max_pixels, len(selected.ids), on_progress)
+        report = ExtractReport(images, len(selected.ids))
+        for result in work.run_here(tasks) if processes == 1 else work.run_in_pool(tasks, processes):
+            report.add(result)
+        report.sort()
+        lacking = np.array([post_id for post_id, _ in (*report.missing, *report.corrupt)], dtype=np.int64)
+        others = drop_absent_files(drop_ids(known, selected.ids), images)
+        verified = merge_rows(known.filter(is_in_ids(known, selected.ids)), journals.read())
+        verified = merge_rows(drop_ids(verified, lacking), others)
+        write_extracted(images, verified, {"images": verified.num_rows, "max_pixels": max_pixels})
+        write_report(report, selection, tars)
+        finished = True
+    finally:
+        journals.close(finished)
+    return report
+
+
+def make_tasks(selected: SelectedImages, folder: TarFolder, known: pa.Table, max_pixels: int) -> Iterator[ShardTask]:
+    """One task for each value of id modulo 1000, its updates included; made as they are asked for."""
+    pixels = known["width"].to_numpy().astype(np.int64) * known["height"].to_numpy()
+    limits = known["max_pixels"].to_numpy()
+    as_they_came = (limits == 0) & ((max_pixels == 0) | (pixels <= max_pixels))
+    usable = known.filter(pa.array(as_they_came | (limits == max_pixels)))
+    usable_ids = usable["id"].to_numpy()
+    padded_ids = np.append(usable_ids, NO_ID)
+    files, bytes_of = usable["file"], usable["size_bytes"]
+    shards = selected.ids % FOLDERS
+    order = np.argsort(shards, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+        ids = selected.ids[rows]
+        shard = int(ids[0]) % FOLDERS
+        at = np.searchsorted(usable_ids, ids)
+        at = at[padded_ids[at] == ids]
+        found = zip(usable_ids[at].tolist(), files.take(at).to_pylist(), bytes_of.take(at).to_pylist(), strict=True)
+        yield ShardTask(
+            tars=folder.of_shard.get(shard, ()) + folder.updates.get(shard % 10, ()),
+            ids=ids,
+            sizes=selected.sizes[rows],
+            known={post_id: (file, size_bytes) for post_id, file, size_bytes in found},
+            pattern=f"data-0{shard:03}.tar for ids ending in {shard:03}",
+        )
+
+
+@dataclass
+class Extraction:
+    """How the tasks of one extraction are run."""
+
+    images: Path
+    """The image folder."""
+
+    journal_stem: Path
+    """How this run's journals begin."""
+
+    max_pixels: int
+    """Larger images are reduced; 0 for no limit."""
+
+    total: int
+    """Posts in all."""
+
+    on_progress: Progress | None
+    """Told the posts that are settled."""
+
+    done: int = 0
+    """Posts that are settled."""
+
+    def run_here(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
+        """Run the tasks in this process, one after another."""
+        with self.journal_stem.with_name(f"{self.journal_stem.name}-{os.getpid()}.csv").open(
+            "a", encoding="utf-8"
+        ) as journal:
+            writer = ShardWriter(self.images, journal, self.max_pixels, lambda: False, self.count_done)
+            for task in tasks:
+                yield extract_shard(task, writer)
+
+    def count_done(self, posts: int) -> None:
+        """Add settled posts and tell so."""
+        self.done += posts
+        if self.on_progress:
+            self.on_progress(self.done, self.total)
+
+    def run_in_pool(self, tasks: Iterable[ShardTask], processes: int) -> Iterator[ShardResult]:
+        """Run the tasks in `processes` processes; an interrupt or a failure ends them after the image at hand.
+
+        Raises WorkerDied when one of them is killed.
+        """
+        context = get_context("spawn")
+        stop, done = context.Event(), context.Value("q", 0)
+        settings = (self.images, self.journal_stem, self.max_pixels, stop, done)
+        queue = iter(tasks)
+        running: set[Future[ShardResult]] = set()
+        with ProcessPoolExecutor(processes, context, start_process, settings) as pool:
+            try:
+                while True:
+                    for task in islice(queue, 2 * processes - len(running)):
+                        running.add(pool.submit(extract_in_process, task))
+                    if not running:
+                        return
+                    ended, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+                    self.count_done(done.value - self.done)
+                    for future in ended:
+                        yield future.result()
+            except BrokenProcessPool as error:
+                raise WorkerDied(
+                    "a process of the extraction was killed, most often for memory",
+                    "Run the same command again with fewer --jobs; what was written is kept.",
+                ) from error
+            finally:
+                stop.set()
+                for future in running:
+                    future.cancel()
+
+
+def remove_parts(images: Path) -> None:
+    """Remove what a killed run left half-written under temporary names."""
+    for folder in images.glob("[0-9][0-9][0-9][0-9]"):
+        with os.scandir(folder) as entries:
+            parts = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(PART_SUFFIX)]
+        for part in parts:
+            Path(part).unlink(missing_ok=True)
+
+
+def write_report(report: ExtractReport, selection: Path, tars: Path) -> None:
+    """Write all lists of the report, one entry a line, as extract-report.json."""
+    counts: dict[str, Any] = {
+        "selection": str(selection),
+        "tars": str(tars),
+        "selected": report.selected,
+        "written": report.written,
+        "kept": report.kept,
+        "reduced": report.reduced,
+        "other_size": report.other_size,
+    }
+    lists: dict[str, Iterable[dict[str, Any]]] = {
+        "missing": ({"id": post_id, "reason": reason} for post_id, reason in report.missing),
+        "corrupt": ({"id": post_id, "reason": reason} for post_id, reason in report.corrupt),
+        "refused": ({"tar": tar, "member": name, "reason": reason} for tar, name, reason in report.refused),
+        "damaged": ({"tar": tar, "reason": reason} for tar, reason in report.damaged),
+    }
+    with atomic_write(report.images / REPORT_FILE) as stream:
+        stream.write(json.dumps(counts, indent=2)[:-2])
+        for name, entries in lists.items():
+            stream.write(f',\n  "{name}": [')
+            for index, entry in enumerate(entries):
+                # Names of members may hold bytes that are no text; JSON escapes carry them.
+                stream.write(("," if index else "") + "\n    " + json.dumps(entry))
+            stream.write("\n  ]")
+        stream.write("\n}\n")

@@ -1,0 +1,419 @@
+"""The dataset that both engines train from: columns of an Arrow file, no Python object an image.
+
+A key names a batch, and everything random about it is a function of the seed, the epoch and the image, so the
+number of loader workers, their prefetch and earlier attempts leave no trace. Items are those of sd-scripts'
+own dataset: same sizes, crops, pixels and caption rules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset
+
+from kohaku_wrap.dataset.buckets import BucketAssignment, BucketOptions, assign_buckets, find_crop_corners
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.streams import draws, stream_key
+from kohaku_wrap.training.data.captions import CaptionOptions, process_caption
+from kohaku_wrap.training.data.images import (
+    INTERPOLATIONS,
+    UnreadableImage,
+    crop_pixels,
+    load_pixels,
+    resize_pixels,
+)
+from kohaku_wrap.training.data.order import BatchOrder
+from kohaku_wrap.training.data.torch_streams import item_generator
+
+CAPTIONS_FILE = "captions.arrow"
+"""What `kwrap caption` writes into the image folder."""
+
+SUBSTITUTES_TRIED = 64
+"""Unreadable images in a row after which the dataset itself is at fault."""
+
+UNUSED_BY_TRAINING = frozenset({"batch_size", "image_dir", "metadata_file", "caption_extension", "cache_info"})
+"""Dataset options that say where things lie, not what an item is."""
+
+ITEM_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "num_repeats": (1,),
+    "color_aug": (False,),
+    "face_crop_aug_range": (None, ""),
+    "alpha_mask": (False,),
+    "token_warmup_step": (0,),
+    "token_warmup_min": (0, 1),
+    "validation_split": (0.0,),
+    "is_reg": (False,),
+    "class_tokens": (None, ""),
+    "skip_image_resolution": (None,),
+}
+"""Options of sd-scripts' dataset that this one has only at these values."""
+
+Tokenize = Callable[[str], Sequence[torch.Tensor]]
+"""A caption's token ids, one tensor a text encoder."""
+
+
+class BadCaptions(KwrapError):
+    """The captions file is missing, or is not what `kwrap caption` writes."""
+
+
+class BatchKey(NamedTuple):
+    """Which batch to load; what the sampler yields."""
+
+    epoch: int
+    position: int
+    batch_index: int
+    is_fill: bool
+
+
+@dataclass(frozen=True)
+class ItemOptions:
+    """The dataset options of sd-scripts that decide what an item is."""
+
+    captions: CaptionOptions
+    """How captions change each time."""
+
+    buckets: BucketOptions
+    """Which sizes images are resized and cropped to."""
+
+    flip_aug: bool = False
+    """Mirror half of the images."""
+
+    random_crop: bool = False
+    """Crop anywhere instead of the middle."""
+
+    resize_interpolation: str | None = None
+    """One of sd-scripts' names; None chooses by direction."""
+
+    @classmethod
+    def from_dataset_options(cls, options: Mapping[str, Any]) -> ItemOptions:
+        """From sd-scripts' dataset options; raises ProblemsFound that names each one this dataset does not have."""
+        caption_names = {field.name for field in fields(CaptionOptions)}
+        bucket_names = {field.name for field in fields(BucketOptions)}
+        own = {"flip_aug", "random_crop", "resize_interpolation"}
+        given = {name: value for name, value in options.items() if value is not None}
+        problems = [
+            Problem(name, f"{value!r} is not supported by kwrap's dataset; only {ITEM_DEFAULTS[name][0]!r} is")
+            for name, value in given.items()
+            if name in ITEM_DEFAULTS and value not in ITEM_DEFAULTS[name]
+        ]
+        known = caption_names | bucket_names | own | UNUSED_BY_TRAINING | set(ITEM_DEFAULTS)
+        problems += [Problem(name, "unknown to kwrap's dataset") for name in given if name not in known]
+        interpolation = given.get("resize_interpolation")
+        if interpolation is not None and interpolation not in INTERPOLATIONS:
+            problems.append(
+                Problem("resize_interpolation", f"{interpolation!r} is not one of {', '.join(INTERPOLATIONS)}")
+            )
+        if problems:
+            next_step = 'Leave these options out, or use data = "sd-scripts" with the sd-scripts engine.'
+            raise ProblemsFound("dataset options", problems, next_step)
+        return cls(
+            captions=CaptionOptions(**{name: value for name, value in given.items() if name in caption_names}),
+            buckets=BucketOptions.from_dataset_options(given),
+            **{name: value for name, value in given.items() if name in own},
+        )
+
+
+@dataclass(frozen=True)
+class TextColumn:
+    """A column of texts read from the file a row at a time.
+
+    The texts stay in the page cache. Mapped instead, every process would soon count the whole file as its own,
+    since the kernel maps large pieces around each page that is touched.
+    """
+
+    stream: BinaryIO
+    """The open file; shared with forked loader workers, since reads name their place."""
+
+    chunk_rows: npt.NDArray[np.int64]
+    """(chunks + 1,) the first row of each record batch, and the number of rows."""
+
+    chunk_places: npt.NDArray[np.int64]
+    """(chunks,) where in the file the texts of each record batch begin."""
+
+    offsets: tuple[npt.NDArray[np.integer[Any]], ...]
+    """For each record batch (rows + 1,): where its texts begin, counted from the first."""
+
+    @classmethod
+    def locate(cls, column: Any, stream: BinaryIO, mapping_address: int) -> TextColumn:
+        """Of a pyarrow ChunkedArray of string or large_string whose buffers lie in a mapping of `stream`."""
+        places, offsets = [], []
+        for chunk in column.chunks:
+            _, ends, texts = chunk.buffers()
+            width = np.dtype(np.int64 if pa.types.is_large_string(chunk.type) else np.int32)
+            places.append(texts.address - mapping_address if texts else 0)
+            offsets.append(np.frombuffer(ends, width, len(chunk) + 1, chunk.offset * width.itemsize).copy())
+        rows = np.cumsum([0, *(len(chunk) for chunk in column.chunks)])
+        return cls(stream, rows.astype(np.int64), np.array(places, dtype=np.int64), tuple(offsets))
+
+    def __getitem__(self, row: int) -> str:
+        chunk = int(np.searchsorted(self.chunk_rows, row, side="right")) - 1
+        begin, end = self.offsets[chunk][row - self.chunk_rows[chunk] :][:2].tolist()
+        return os.pread(self.stream.fileno(), end - begin, int(self.chunk_places[chunk]) + begin).decode()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The captions file: numbers in memory that forked loader workers share, texts left on disk."""
+
+    folder: Path
+    """The image folder that the file names are relative to."""
+
+    ids: npt.NDArray[np.int64]
+    """(images,) post ids, ascending."""
+
+    widths: npt.NDArray[np.int32]
+    """(images,) real widths in pixels."""
+
+    heights: npt.NDArray[np.int32]
+    """(images,) real heights in pixels."""
+
+    files: TextColumn
+    """Names relative to `folder`."""
+
+    captions: TextColumn
+    """Caption texts."""
+
+    digest: str
+    """The digest over all rows that `kwrap caption` recorded."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Columns:
+        """Read `captions.arrow` of an image folder. Raises BadCaptions."""
+        path = Path(folder) / CAPTIONS_FILE
+        try:
+            stream = path.open("rb")
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return cls.locate(Path(folder), stream, pa.py_buffer(mapping))
+        except FileNotFoundError:
+            raise BadCaptions(f"{path}: no such file", "Make it with `kwrap caption`.") from None
+        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+            raise BadCaptions(
+                f"{path}: not a captions file ({error})", "Make it again with `kwrap caption`."
+            ) from error
+
+    @classmethod
+    def locate(cls, folder: Path, stream: BinaryIO, mapped: Any) -> Columns:
+        """From an Arrow buffer that maps `stream`; nothing that is kept points into it."""
+        table = pa.ipc.open_file(pa.BufferReader(mapped)).read_all()
+        about = json.loads((table.schema.metadata or {}).get(b"kwrap", b"{}"))
+        return cls(
+            folder=folder,
+            ids=np.array(table["id"]),
+            widths=np.array(table["width"]),
+            heights=np.array(table["height"]),
+            files=TextColumn.locate(table["file"], stream, mapped.address),
+            captions=TextColumn.locate(table["caption"], stream, mapped.address),
+            digest=str(about.get("digest", "")),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def path_of(self, row: int) -> Path:
+        return self.folder / self.files[row]
+
+    def caption_of(self, row: int) -> str:
+        return self.captions[row]
+
+    def size_of(self, row: int) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return int(self.widths[row]), int(self.heights[row])
+
+
+@dataclass(frozen=True)
+class Item:
+    """All that was drawn for one image in one epoch; known without opening the image."""
+
+    row: int
+    """In the columns."""
+
+    image_id: int
+    """The post's id."""
+
+    flipped: bool
+    """Whether the image is mirrored."""
+
+    crop: tuple[int, int]
+    """Left and top of the crop in the resized image."""
+
+    caption: str
+    """The text that is tokenised."""
+
+    def content(self) -> bytes:
+        """What the ledger's content digest is made of."""
+        return f"{self.image_id}\x1f{int(self.flipped)}\x1f{self.crop[0]},{self.crop[1]}\x1f{self.caption}\x1e".encode()
+
+
+class ColumnsDataset(Dataset[dict[str, Any]]):
+    """Whole batches by key, in the form of sd-scripts' examples plus `kwrap`, what the ledger records."""
+
+    def __init__(
+        self,
+        columns: Columns,
+        options: ItemOptions,
+        batch_size: int,
+        seed: int,
+        group: int,
+        tokenize: Tokenize | None,
+        substitute_bad_images: bool = False,
+        start: tuple[int, int] = (0, 0),
+    ) -> None:
+        """`group`: batches in one optimizer step. `start`: epoch and global position of this attempt's first batch,
+        before which no image should be loaded. Without `tokenize` the examples carry no token ids."""
+        self.columns = columns
+        self.options = options
+        self.seed = seed
+        self.tokenize = tokenize
+        self.substitute_bad_images = substitute_bad_images
+        self.start = start
+        self.buckets: BucketAssignment = assign_buckets(columns.widths, columns.heights, options.buckets)
+        self.order = BatchOrder(self.buckets.bucket_of_image, batch_size, seed, group)
+        # Shared with the loader workers, which only add to it.
+        self._images_loaded_too_early = multiprocessing.Value("q", 0)
+
+    def __len__(self) -> int:
+        return self.order.batches
+
+    @property
+    def images_loaded_too_early(self) -> int:
+        """Images opened for positions before `start`; 0 proves that a resume skips without loading."""
+        return int(self._images_loaded_too_early.value)
+
+    def resolution_of(self, row: int) -> tuple[int, int]:
+        """Width and height of the row's bucket."""
+        width, height = self.buckets.resolutions[self.buckets.bucket_of_image[row]]
+        return int(width), int(height)
+
+    def draw_item(self, row: int, epoch: int) -> Item:
+        """What the seed decides about one image in one epoch; no file is opened."""
+        image_id = int(self.columns.ids[row])
+        draw = item_generator(self.seed, epoch, image_id)
+        flipped = self.options.flip_aug and draw.random() < 0.5
+        bucket, resized = self.resolution_of(row), self.buckets.resized_sizes[row]
+        spare = max(int(resized[0]) - bucket[0], 0), max(int(resized[1]) - bucket[1], 0)
+        if self.options.random_crop:
+            crop = tuple(draw.randint(0, side) if side else 0 for side in spare)
+        else:
+            crop = tuple(side // 2 for side in spare)
+        caption = process_caption(self.columns.caption_of(row), self.options.captions, epoch, draw)
+        return Item(row, image_id, flipped, (crop[0], crop[1]), caption)
+
+    def draw_batch(self, key: BatchKey) -> list[Item]:
+        """The items of a batch as far as they are known without opening an image."""
+        rows = self.order.epoch(key.epoch).images_of_batch(key.batch_index)
+        return [self.draw_item(int(row), key.epoch) for row in rows]
+
+    def load_image(self, item: Item) -> torch.Tensor:
+        """The item's pixels: (3, height, width) float32 in -1 … 1. Raises UnreadableImage."""
+        pixels = load_pixels(self.columns.path_of(item.row), self.columns.size_of(item.row))
+        width, height = self.buckets.resized_sizes[item.row]
+        pixels = resize_pixels(pixels, (int(width), int(height)), self.options.resize_interpolation)
+        pixels = crop_pixels(pixels, self.resolution_of(item.row), item.crop)
+        if item.flipped:
+            pixels = pixels[:, ::-1]
+        tensor = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()
+        return tensor.to(torch.float32).div(255).sub_(0.5).div_(0.5)
+
+    def load_item(self, item: Item, key: BatchKey, slot: int) -> tuple[Item, torch.Tensor]:
+        """The item and its pixels, or, where that is allowed, a substitute of the same bucket.
+
+        A substitute depends on (seed, epoch, position, slot) alone, so every attempt takes the same one.
+        """
+        try:
+            return item, self.load_image(item)
+        except UnreadableImage:
+            if not self.substitute_bad_images:
+                raise
+        rows = np.flatnonzero(self.buckets.bucket_of_image == self.buckets.bucket_of_image[item.row])
+        stream = stream_key("substitute", self.seed, key.epoch, key.position, slot)
+        for draw in draws(stream, np.arange(SUBSTITUTES_TRIED)):
+            candidate = self.draw_item(int(rows[int(draw) % len(rows)]), key.epoch)
+            try:
+                return candidate, self.load_image(candidate)
+            except UnreadableImage as error:
+                last = error
+        raise last
+
+    def __getitem__(self, key: BatchKey) -> dict[str, Any]:
+        """The batch of `key`, as sd-scripts' datasets give it.
+
+        `images` (n, 3, height, width) float32; `input_ids_list` one (n, chunks, 77) int64 a text encoder;
+        `original_sizes_hw`, `crop_top_lefts`, `target_sizes_hw` (n, 2) int64; `kwrap` the ledger's facts.
+        """
+        key = BatchKey(*key)
+        drawn = self.draw_batch(key)
+        loaded = [self.load_item(item, key, slot) for slot, item in enumerate(drawn)]
+        if (key.epoch, key.position) < self.start:
+            with self._images_loaded_too_early.get_lock():
+                self._images_loaded_too_early.value += len(loaded)
+        items = [item for item, _ in loaded]
+        ids = [self.tokenize(item.caption) for item in items] if self.tokenize else []
+        return {
+            "custom_attributes": [{} for _ in items],
+            "loss_weights": torch.ones(len(items)),
+            "text_encoder_outputs_list": None,
+            "input_ids_list": [torch.stack(list(each)) for each in zip(*ids, strict=True)] or None,
+            "alpha_masks": None,
+            "images": torch.stack([image for _, image in loaded]),
+            "latents": None,
+            "captions": [item.caption for item in items],
+            **self.size_conditions(items),
+            "flippeds": [item.flipped for item in items],
+            "network_multipliers": torch.ones(len(items)),
+            "kwrap": {
+                "epoch": key.epoch,
+                "position": key.position,
+                "is_fill": key.is_fill,
+                "image_ids": [item.image_id for item in drawn],
+                "content": digest_content(items),
+                "substituted": [old.image_id for old, new in zip(drawn, items, strict=True) if old.row != new.row],
+            },
+        }
+
+    def size_conditions(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """SDXL's three size conditions, each (n, 2) int64, heights first."""
+        originals = np.array([self.columns.size_of(item.row) for item in items])
+        targets = np.array([self.resolution_of(item.row) for item in items])
+        corners = find_crop_corners(targets, originals)
+        flipped = np.array([item.flipped for item in items])
+        left = np.where(flipped, targets[:, 0] - corners[:, 2], corners[:, 0])
+        crops = np.stack([corners[:, 1], left], axis=1).astype(np.int64)
+        return {
+            "original_sizes_hw": torch.from_numpy(originals[:, ::-1].astype(np.int64)),
+            "crop_top_lefts": torch.from_numpy(crops),
+            "target_sizes_hw": torch.from_numpy(targets[:, ::-1].astype(np.int64)),
+        }
+
+
+def digest_content(items: Sequence[Item]) -> str:
+    """A hex digest of a batch's captions, crops and flips; what an example carries."""
+    return hashlib.blake2b(b"".join(item.content() for item in items), digest_size=16).hexdigest()
+
+
+def content_digest(content: str, timesteps: Sequence[int]) -> int:
+    """The 64-bit digest that the ledger records: an example's `content` and the batch's time steps."""
+    text = f"{content}:{','.join(str(int(step)) for step in timesteps)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def read_dataset_options(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a dataset TOML with one dataset and one subset, flattened; raises ProblemsFound otherwise."""
+    datasets = document.get("datasets", [])
+    subsets = datasets[0].get("subsets", []) if len(datasets) == 1 else []
+    if len(datasets) != 1 or len(subsets) != 1:
+        problem = Problem("datasets", f"{len(datasets)} datasets and {len(subsets)} subsets; kwrap's dataset is one")
+        raise ProblemsFound("dataset.toml", [problem], 'Use data = "sd-scripts" with the sd-scripts engine.')
+    dataset = {name: value for name, value in datasets[0].items() if name != "subsets"}
+    return {**document.get("general", {}), **dataset, **subsets[0]}

@@ -1,0 +1,42 @@
+"""The dataset of a run, opened for one attempt from the run's folder, and only if it is still the planned one."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.data.columns import Columns, ColumnsDataset, ItemOptions, Tokenize, read_dataset_options
+from kohaku_wrap.training.runs.attempts import Attempt
+
+
+class DatasetChanged(KwrapError):
+    """The dataset on disk is not the one that the run was planned for."""
+
+
+def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[ColumnsDataset, Mapping[str, Any]]:
+    """The images and captions set to start where the attempt does, and the options of its dataset.toml.
+
+    Raises BadCaptions, ProblemsFound for options that this dataset lacks, and DatasetChanged.
+    """
+    lock = attempt.lock
+    options = read_dataset_options(tomllib.loads(attempt.run.dataset_config.read_text(encoding="utf-8")))
+    start = lock.count.position_of(attempt.start_optimizer_step, attempt.processes)
+    dataset = ColumnsDataset(
+        Columns.open(Path(options["image_dir"])),
+        ItemOptions.from_dataset_options(options),
+        lock.batch_per_gpu,
+        lock.seed,
+        lock.group,
+        tokenize,
+        substitute_bad_images="bad-images" in attempt.allow,
+        start=(start.epoch, start.global_position),
+    )
+    if dataset.order.batches != lock.batches:
+        raise DatasetChanged(
+            f"{options['image_dir']}: {dataset.order.batches:,} batches, the run was planned for {lock.batches:,}",
+            "Restore the images and captions of the plan, or start a new run.",
+        )
+    return dataset, options

@@ -1,0 +1,1 @@
+"""What a training asks of this machine, before it starts."""

@@ -1,0 +1,109 @@
+"""One line an optimizer step: loss, rates and speed, for people and for their plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts
+from kohaku_wrap.training.runs.folder import Run
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl`; used by rank 0 alone."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(attempt.run.metrics, flags, 0o644)
+        size_bytes = os.fstat(self._descriptor).st_size
+        if size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n":
+            os.write(self._descriptor, b"\n")
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Write one optimizer step's line; the attempt is added.
+
+        Keys: `optimizer_step` (steps done, from 1), `epoch`, `micro_batch`, `loss`, `lr_unet`, `lr_text_encoder`,
+        `seconds`, `images`, and `nan_latents` and `substitutes` where there are any. Numbers that JSON
+        does not have are written as the words "nan", "inf" and "-inf".
+        """
+        plain = {key: plain_number(value) for key, value in line.items()}
+        text = json.dumps({**plain, "attempt": self.attempt.number}, allow_nan=False)
+        os.write(self._descriptor, text.encode() + b"\n")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def plain_number(value: Any) -> Any:
+    """The value as JSON has it; non-finite floats as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """The lines that count, by optimizer step: what a later attempt trained again is left out."""
+    kept = last_kept_steps(list_attempts(run))
+    lines: dict[int, dict[str, Any]] = {}
+    for line in iterate_lines(run.metrics):
+        step = line["optimizer_step"]
+        if step <= kept.get(line.get("attempt", 0), math.inf):
+            lines[step] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def iterate_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file from byte `start` on; torn ones are left out."""
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        stream.seek(start)
+        for data in stream:
+            line = parse_line(data.decode("utf-8", "replace"))
+            if line is not None:
+                yield line
+
+
+def parse_line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "optimizer_step" in line else None
+
+
+class MetricsTail:
+    """Follows the metrics of one attempt as they are written."""
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        self.path = path
+        self.attempt = attempt
+        self._offset = path.stat().st_size if path.exists() else 0
+        self._rest = b""
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """The lines that came since the last call."""
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self._offset)
+                data = stream.read()
+        except FileNotFoundError:
+            return []
+        self._offset += len(data)
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        lines = [parse_line(text.decode("utf-8", "replace")) for text in whole]
+        return [line for line in lines if line is not None and line.get("attempt") == self.attempt]

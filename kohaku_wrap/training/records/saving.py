@@ -1,0 +1,84 @@
+"""How a worker saves: fingerprint from the run, room on the disk awaited, retention afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.training.records.retention import remove_old_states
+from kohaku_wrap.training.records.states import DiskFull, Fingerprint, write_state
+from kohaku_wrap.training.runs.attempts import Attempt
+from kohaku_wrap.training.runs.folder import Run
+
+PAUSE_SECONDS = 10.0
+"""Between two looks at a full disk."""
+
+PATIENCE_SECONDS = 1500.0
+"""How long a full disk is awaited; below the 30 minutes after which torch.distributed gives up on a rank."""
+
+
+def fingerprint_of(run: Run, optimizer_step: int, processes: int) -> Fingerprint:
+    """What a state of this run must say about itself after `optimizer_step` steps."""
+    lock = run.lock
+    position = lock.count.position_of(optimizer_step, processes)
+    return Fingerprint(
+        engine=lock.engine,
+        data=lock.data,
+        seed=lock.seed,
+        group=lock.group,
+        processes=processes,
+        accumulation=lock.count.accumulation(processes),
+        batch_size=lock.batch_per_gpu,
+        batches=lock.batches,
+        images=lock.images,
+        dataset_digest=lock.dataset_digest,
+        trainer_commit=lock.trainer_commit,
+        epoch=position.epoch,
+        position=position.global_position,
+        micro_batch=position.micro_batch,
+    )
+
+
+def save_run_state(
+    attempt: Attempt,
+    optimizer_step: int,
+    fill: Callable[[Path], None],
+    *,
+    scheduled: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    expected_bytes: int = 0,
+    pause_seconds: float = PAUSE_SECONDS,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> Path:
+    """Write a state of the attempt's run and apply retention; the state's path. Called on rank 0 alone.
+
+    `fill` writes files into the empty folder it is given, and may be called again after a full disk. While the disk
+    is full the worker pauses, says so in its heartbeat, and goes on when there is room; after `patience_seconds`, or
+    when a stop is requested, DiskFull is raised. `scheduled` is False for a state that is saved because of a stop.
+    """
+    fingerprint = fingerprint_of(attempt.run, optimizer_step, attempt.processes)
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        attempt.beat(0, "saving", optimizer_step)
+        try:
+            state = write_state(
+                attempt.run.states,
+                optimizer_step,
+                fill,
+                fingerprint,
+                attempt=attempt.number,
+                scheduled=scheduled,
+                extra=extra,
+                expected_bytes=expected_bytes,
+            )
+        except DiskFull as full:
+            if time.monotonic() + pause_seconds > deadline or attempt.stop_requested():
+                raise
+            print(f"{full.message}; waiting for room", flush=True)
+            attempt.beat(0, "paused", optimizer_step, message=full.message)
+            time.sleep(pause_seconds)
+            continue
+        remove_old_states(attempt.run.states, attempt.lock.states_kept, attempt.lock.milestone_every)
+        return state

@@ -1,0 +1,306 @@
+"""One process life within a run: what its workers are told, and what they tell the supervisor."""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import write_text
+from kohaku_wrap.training.runs.folder import Lock, Run
+
+Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
+Outcome = Literal["finished", "stopped"]
+
+RUN_VARIABLE = "KWRAP_RUN"
+ATTEMPT_VARIABLE = "KWRAP_ATTEMPT"
+
+
+class BadAttempt(KwrapError):
+    """A worker was started without its run, or the attempt's file cannot be read."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The last sign of life of one rank."""
+
+    rank: int
+    """Of the process, from 0."""
+
+    pid: int
+    """The rank's process."""
+
+    phase: Phase
+    """What it is doing; each phase has its own time-out."""
+
+    optimizer_step: int
+    """Optimizer steps done."""
+
+    micro_batch: int
+    """Micro-batches done in this attempt."""
+
+    unix_seconds: float
+    """When it was written."""
+
+    message: str = ""
+    """For people, such as why it pauses."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank gave up, in its own words."""
+
+    rank: int
+    """Of the process, from 0."""
+
+    kind: str
+    """`non-finite-loss`, `nan-latents`, `out-of-memory`, `bad-image`, `disk-full`, `bad-state` or `error`."""
+
+    message: str
+    """One line for people."""
+
+    optimizer_step: int
+    """Optimizer steps done when it happened."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a worker needs to know, all of it read from the run's folder."""
+
+    run: Run
+    """The run it belongs to."""
+
+    number: int
+    """Counted from 1."""
+
+    processes: int
+    """W."""
+
+    accumulation: int
+    """A; W times A is the same in every attempt of a run."""
+
+    workers: int
+    """Loader workers of each process."""
+
+    start_optimizer_step: int
+    """Optimizer steps done before this attempt."""
+
+    state: Path | None
+    """The state to load, absolute; None for a fresh start."""
+
+    allow: frozenset[str] = field(default_factory=frozenset)
+    """Differences and faults that the person accepted, such as `bad-images`."""
+
+    foreign: bool = False
+    """Whether `state` was made by plain sd-scripts and has no manifest."""
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None) -> Attempt:
+        """The attempt that this process belongs to, from KWRAP_RUN and KWRAP_ATTEMPT."""
+        environ = os.environ if environ is None else environ
+        try:
+            run, number = Run(Path(environ[RUN_VARIABLE]).resolve()), int(environ[ATTEMPT_VARIABLE])
+        except (KeyError, ValueError):
+            raise BadAttempt(
+                f"{RUN_VARIABLE} and {ATTEMPT_VARIABLE} do not name an attempt",
+                "Workers are started by `kwrap train` and `kwrap resume`.",
+            ) from None
+        return read_attempt(run, number)
+
+    @property
+    def lock(self) -> Lock:
+        return self.run.lock
+
+    @property
+    def group(self) -> int:
+        return self.processes * self.accumulation
+
+    @property
+    def folder(self) -> Path:
+        return self.run.attempts / str(self.number)
+
+    @property
+    def stop_file(self) -> Path:
+        return self.folder / "stop"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        return self.folder / "supervisor.lock"
+
+    def log_file(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:03d}.log"
+
+    def request_stop(self) -> None:
+        """Ask the workers to finish their optimizer step, save a state and end."""
+        self.stop_file.touch()
+
+    def stop_requested(self) -> bool:
+        """Whether to stop: on request, or because the supervisor is gone.
+
+        Ranks can see it at different moments: let rank 0 read it once an optimizer step and tell the others.
+        """
+        return self.stop_file.exists() or is_lock_free(self.supervisor_lock)
+
+    def stop_on_signals(self) -> None:
+        """Turn SIGINT and SIGTERM into a stop request; torchrun forwards them to every rank."""
+
+        def request(_signal: int, _frame: object) -> None:
+            self.request_stop()
+
+        signal.signal(signal.SIGINT, request)
+        signal.signal(signal.SIGTERM, request)
+
+    def open_log(self, rank: int) -> None:
+        """Send this process's output, Python's and that of libraries, to the rank's log.
+
+        SIGUSR1 then writes the stacks of all threads there, which the supervisor asks for before it ends a hang.
+        """
+        descriptor = os.open(self.log_file(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+    def beat(self, rank: int, phase: Phase, optimizer_step: int, micro_batch: int = 0, message: str = "") -> None:
+        """Leave a sign of life; about 50 microseconds, so once a micro-batch is cheap enough."""
+        beat = Heartbeat(rank, os.getpid(), phase, optimizer_step, micro_batch, time.time(), message)
+        part = self.folder / f".heartbeat-rank-{rank:03d}.part"
+        part.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+        part.replace(self.folder / f"heartbeat-rank-{rank:03d}.json")
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """The last sign of life of each rank, by rank."""
+        return [Heartbeat(**document) for document in read_json_files(self.folder, "heartbeat-rank-*.json")]
+
+    def fail(self, rank: int, kind: str, message: str, optimizer_step: int) -> None:
+        """Leave the reason of a failure for the supervisor; the worker then exits with a code other than 0."""
+        failure = Failure(rank, kind, message, optimizer_step)
+        write_text(self.folder / f"failure-rank-{rank:03d}.json", json.dumps(asdict(failure), indent=2) + "\n")
+
+    def failures(self) -> list[Failure]:
+        """What the ranks said about their failures, by rank."""
+        return [Failure(**document) for document in read_json_files(self.folder, "failure-rank-*.json")]
+
+    def finish(self, outcome: Outcome, optimizer_step: int) -> None:
+        """Rank 0's last word: all steps are done, or a stop was asked for and its state is saved."""
+        result = {"outcome": outcome, "optimizer_step": optimizer_step, "unix_seconds": time.time()}
+        write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None."""
+        found = read_json_files(self.folder, "result.json")
+        return found[0] if found else None
+
+
+def write_attempt(
+    attempt: Attempt, environment: Mapping[str, str], differences: Mapping[str, str] | None = None
+) -> None:
+    """Make the attempt's folder and `attempt.json`, with its environment and the differences that were accepted."""
+    state = attempt.state
+    if state is not None and state.is_relative_to(attempt.run.folder):
+        state = state.relative_to(attempt.run.folder)
+    document = {
+        "number": attempt.number,
+        "processes": attempt.processes,
+        "accumulation": attempt.accumulation,
+        "workers": attempt.workers,
+        "start_optimizer_step": attempt.start_optimizer_step,
+        "state": None if state is None else str(state),
+        "foreign": attempt.foreign,
+        "allow": sorted(attempt.allow),
+        "accepted_differences": dict(differences or {}),
+        "started_unix_seconds": time.time(),
+        "environment": dict(environment),
+    }
+    attempt.folder.mkdir(parents=True)
+    write_text(attempt.folder / "attempt.json", json.dumps(document, indent=2) + "\n")
+
+
+def read_attempt(run: Run, number: int) -> Attempt:
+    """One attempt of a run; raises BadAttempt when its file is missing or not what it should be."""
+    path = run.attempts / str(number) / "attempt.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        state = document["state"]
+        return Attempt(
+            run=run,
+            number=number,
+            processes=int(document["processes"]),
+            accumulation=int(document["accumulation"]),
+            workers=int(document["workers"]),
+            start_optimizer_step=int(document["start_optimizer_step"]),
+            state=None if state is None else run.folder / state,
+            allow=frozenset(document["allow"]),
+            foreign=bool(document.get("foreign", False)),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadAttempt(
+            f"{path}: cannot be read ({error})", "Restore the run's folder, or start a new run."
+        ) from error
+
+
+def list_attempts(run: Run) -> list[Attempt]:
+    """All attempts of a run, by number."""
+    if not run.attempts.is_dir():
+        return []
+    numbers = sorted(int(folder.name) for folder in run.attempts.iterdir() if folder.name.isdigit())
+    return [read_attempt(run, number) for number in numbers if (run.attempts / str(number) / "attempt.json").exists()]
+
+
+def last_kept_steps(attempts: list[Attempt]) -> dict[int, float]:
+    """For each attempt the last optimizer step that still counts: later ones were trained again by a later attempt."""
+    kept: dict[int, float] = {}
+    limit = float("inf")
+    for attempt in sorted(attempts, key=lambda each: each.number, reverse=True):
+        kept[attempt.number] = limit
+        limit = min(limit, attempt.start_optimizer_step)
+    return kept
+
+
+def hold_lock(path: Path) -> int | None:
+    """Take the lock file for the life of this process; its descriptor, or None when another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def is_lock_free(path: Path) -> bool:
+    """Whether the lock file exists and nobody holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def read_json_files(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    """The JSON documents of that name pattern, by name; those being written are left out."""
+    documents = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            documents.append(json.loads(path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):
+            continue
+    return documents

@@ -1,0 +1,147 @@
+"""How an attempt ended, told from its exit code, what its ranks left behind and their logs."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.files import write_text
+from kohaku_wrap.training.records.metrics import iterate_lines
+from kohaku_wrap.training.runs.attempts import Attempt, read_json_files
+
+TAIL_LINES = 12
+TAIL_BYTES = 1 << 16
+LAUNCHER_LOG = "launcher.log"
+END_FILE = "end.json"
+
+OUT_OF_MEMORY = re.compile(
+    r"OutOfMemoryError|CUDA out of memory|out of memory|can't allocate memory|Cannot allocate memory|MemoryError|"
+    r"CUBLAS_STATUS_ALLOC_FAILED"
+)
+
+KILLED_BY_SYSTEM = re.compile(r"Signals\.SIGKILL|Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b|killed by signal: Killed")
+"""What accelerate, torchrun and a loader say of a process that was killed."""
+
+FINISHED = "finished"
+STOPPED = "stopped"
+KILLED = "killed"
+LASTING = frozenset({"bad-image", "bad-state", "refused"})
+"""Failures that the next attempt would only repeat."""
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """The last word about an attempt, kept as `attempts/N/end.json`."""
+
+    kind: str
+    """`finished`, `stopped`, `killed` (by a second signal), `crash`, `hang`, `non-finite-loss`, `nan-latents`,
+    `out-of-memory`, `exited-early`, `bad-image`, `disk-full`, `bad-state` or `refused`."""
+
+    message: str
+    """One line for people."""
+
+    optimizer_step: int
+    """Optimizer steps done, as far as it got."""
+
+    exit_code: int | None
+    """Of the launcher; negative for a signal; None when it was ended by kwrap."""
+
+    unix_seconds: float
+    """When it ended."""
+
+    phase: str = ""
+    """What it was doing."""
+
+    @property
+    def is_failure(self) -> bool:
+        return self.kind not in (FINISHED, STOPPED, KILLED)
+
+    @property
+    def may_restart(self) -> bool:
+        return self.is_failure and self.kind not in LASTING
+
+
+def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
+    """What an attempt that ended by itself came to."""
+    done = steps_done(attempt)
+    total = attempt.lock.total_optimizer_steps
+    result = attempt.result()
+    phase = next((beat.phase for beat in attempt.heartbeats()), "start-up")
+
+    def end(kind: str, message: str) -> AttemptEnd:
+        return AttemptEnd(kind, message, done, exit_code, time.time(), phase)
+
+    if exit_code == 0 and result and result["outcome"] == FINISHED and result["optimizer_step"] >= total:
+        return end(FINISHED, f"all {total:,} optimizer steps are done")
+    if exit_code == 0 and result and result["outcome"] == STOPPED:
+        return end(STOPPED, f"stopped after optimizer step {result['optimizer_step']:,}, its state is saved")
+    failures = attempt.failures()
+    if failures:
+        first = failures[0]
+        kind = "crash" if first.kind == "error" else first.kind
+        return end(kind, f"rank {first.rank}: {first.message}")
+    if exit_code == 0:
+        return end(
+            "exited-early",
+            f"the trainer ended with exit code 0 after {done:,} of {total:,} optimizer steps",
+        )
+    text = "\n".join(line for lines in log_tails(attempt, lines=200).values() for line in lines)
+    if OUT_OF_MEMORY.search(text):
+        return end("out-of-memory", f"out of memory after optimizer step {done:,}")
+    if exit_code == -signal.SIGKILL or KILLED_BY_SYSTEM.search(text):
+        return end("crash", f"killed by SIGKILL after optimizer step {done:,}, perhaps for want of memory (see dmesg)")
+    return end("crash", f"the trainer ended with exit code {exit_code} after optimizer step {done:,}")
+
+
+def steps_done(attempt: Attempt) -> int:
+    """Optimizer steps that the attempt got to, by its metrics and heartbeats."""
+    steps = [attempt.start_optimizer_step]
+    steps += [beat.optimizer_step for beat in attempt.heartbeats()]
+    steps += [
+        int(line["optimizer_step"]) for line in last_lines(attempt.run.metrics) if line["attempt"] == attempt.number
+    ]
+    return max(steps)
+
+
+def last_lines(metrics: Path) -> list[dict[str, Any]]:
+    """The last few hundred lines of the metrics; the rest of a long run need not be read for its end."""
+    try:
+        size_bytes = metrics.stat().st_size
+    except FileNotFoundError:
+        return []
+    return [line for line in iterate_lines(metrics, start=max(0, size_bytes - TAIL_BYTES)) if "attempt" in line]
+
+
+def write_end(attempt: Attempt, end: AttemptEnd) -> None:
+    write_text(attempt.folder / END_FILE, json.dumps(asdict(end), indent=2) + "\n")
+
+
+def read_end(attempt: Attempt) -> AttemptEnd | None:
+    """How the attempt ended; None while it runs, or when its supervisor was killed with it."""
+    found = read_json_files(attempt.folder, END_FILE)
+    return AttemptEnd(**found[0]) if found else None
+
+
+def log_tails(attempt: Attempt, lines: int = TAIL_LINES) -> dict[str, list[str]]:
+    """The last lines of each rank's log, and of the launcher's where no rank told why it failed, by file name."""
+    paths = sorted(attempt.folder.glob("rank-*.log"))
+    if not attempt.failures():
+        paths.insert(0, attempt.folder / LAUNCHER_LOG)
+    tails = {path.name: tail_of(path, lines) for path in paths}
+    return {name: tail for name, tail in tails.items() if tail}
+
+
+def tail_of(path: Path, lines: int) -> list[str]:
+    try:
+        with path.open("rb") as stream:
+            size_bytes = stream.seek(0, 2)
+            stream.seek(max(0, size_bytes - TAIL_BYTES))
+            text = stream.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]

@@ -1,0 +1,204 @@
+"""The folder of a run: what lies where in it, and what its lock says."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.training.data.order import StepCount
+
+LOCK_FILE = "run.lock.toml"
+STATE_NAME = re.compile(r"optimizer-step-(\d{8,})")
+CHECKPOINT_STEP = re.compile(r"-step(\d{8,})\.\w+$")
+
+
+class NoSuchRun(UsageError):
+    """The name or path given is not a run."""
+
+
+class BadRunFolder(KwrapError):
+    """A run's own files cannot be read."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a folder with its lock, attempts, states, checkpoints, metrics and ledger."""
+
+    folder: Path
+    """`runs/NAME`, absolute."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def attempts(self) -> Path:
+        return self.folder / "attempts"
+
+    @property
+    def states(self) -> Path:
+        return self.folder / "states"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger"
+
+    @property
+    def abandoned(self) -> Path:
+        return self.folder / "abandoned"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder / LOCK_FILE
+
+    @property
+    def trainer_config(self) -> Path:
+        return self.folder / "trainer.toml"
+
+    @property
+    def dataset_config(self) -> Path:
+        return self.folder / "dataset.toml"
+
+    @property
+    def accelerate_config(self) -> Path:
+        return self.folder / "accelerate.yaml"
+
+    @cached_property
+    def lock(self) -> Lock:
+        """What was decided when the run was made; raises BadRunFolder when it cannot be read."""
+        try:
+            with self.lock_file.open("rb") as stream:
+                tables = tomllib.load(stream)
+        except FileNotFoundError:
+            raise BadRunFolder(
+                f"{self.folder}: {LOCK_FILE} is missing", "Restore it from a backup, or start a new run."
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise BadRunFolder(
+                f"{self.lock_file}: not TOML ({error})", "Restore it from a backup, or start a new run."
+            ) from error
+        return Lock(tables, self.lock_file)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """`run.lock.toml`, by meaning."""
+
+    tables: Mapping[str, Any]
+    """The whole document."""
+
+    path: Path
+    """Where it was read, for messages."""
+
+    def entry(self, table: str, key: str) -> Any:
+        """One value; raises BadRunFolder that names it when it is missing."""
+        try:
+            return self.tables[table][key]
+        except (KeyError, TypeError):
+            raise BadRunFolder(
+                f"{self.path}: [{table}] {key} is missing", "The lock was edited or cut; restore it or start a new run."
+            ) from None
+
+    @property
+    def engine(self) -> str:
+        return str(self.entry("run", "engine"))
+
+    @property
+    def data(self) -> str:
+        return str(self.entry("run", "data"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.entry("run", "seed"))
+
+    @property
+    def effective_batch(self) -> int:
+        return int(self.entry("run", "effective_batch"))
+
+    @property
+    def batch_per_gpu(self) -> int:
+        return int(self.entry("run", "batch_per_gpu"))
+
+    @property
+    def group(self) -> int:
+        """Batches in one optimizer step."""
+        return self.effective_batch // self.batch_per_gpu
+
+    @property
+    def images(self) -> int:
+        return int(self.entry("plan", "images"))
+
+    @property
+    def batches(self) -> int:
+        """Batches of one epoch, all buckets together."""
+        return int(self.entry("plan", "batches"))
+
+    @property
+    def total_optimizer_steps(self) -> int:
+        return int(self.entry("plan", "total_optimizer_steps"))
+
+    @property
+    def count(self) -> StepCount:
+        return StepCount(batches=self.batches, group=self.group)
+
+    @property
+    def states_kept(self) -> int:
+        return int(self.tables.get("states", {}).get("keep", 3))
+
+    @property
+    def milestone_every(self) -> int:
+        """Optimizer steps between the states that retention never removes; 0 for none."""
+        return int(self.tables.get("states", {}).get("every", 0))
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Every effective sd-scripts option."""
+        return dict(self.tables.get("values", {}))
+
+    @property
+    def dataset_digest(self) -> str:
+        """The digest of the captions and sizes that are trained; empty when the lock has none."""
+        return str(self.tables.get("inputs", {}).get("captions_digest", ""))
+
+    @property
+    def trainer_commit(self) -> str:
+        return str(self.tables.get("trainer", {}).get("commit", ""))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run of kwrap."""
+    return (folder / LOCK_FILE).is_file()
+
+
+def list_runs(runs_folder: Path) -> Iterator[Run]:
+    """The runs in a folder, by name."""
+    if runs_folder.is_dir():
+        for folder in sorted(runs_folder.iterdir()):
+            if is_run(folder):
+                yield Run(folder.resolve())
+
+
+def find_run(name_or_path: str, runs_folders: tuple[Path, ...] = (Path("runs"),)) -> Run:
+    """The run of that path, or of that name in one of the folders; raises NoSuchRun with those there are."""
+    path = Path(name_or_path)
+    candidates = [path, *(folder / name_or_path for folder in runs_folders)]
+    for candidate in candidates:
+        if is_run(candidate):
+            return Run(candidate.resolve())
+    names = [run.name for folder in runs_folders for run in list_runs(folder)]
+    there = f"Runs here: {', '.join(names)}." if names else f"No runs in {', '.join(map(str, runs_folders))}."
+    raise NoSuchRun(f"{name_or_path}: no such run", f"{there} Give a name, or the path of a run's folder.")

@@ -1,0 +1,150 @@
+"""How an attempt is started: the command, its environment and accelerate's own file, decided before anything runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.files import write_text
+from kohaku_wrap.training.runs.attempts import ATTEMPT_VARIABLE, RUN_VARIABLE, Attempt
+from kohaku_wrap.training.runs.folder import Lock
+
+WORKER_MODULES = {
+    "builtin": "kohaku_wrap.training.workers.builtin",
+    "sd-scripts": "kohaku_wrap.training.workers.sd_scripts",
+}
+
+FOLDERS = ("KWRAP_SD_SCRIPTS", "KWRAP_HOME")
+"""Variables of the caller that name folders, maybe relative to where the caller stands."""
+
+SHUTDOWN_TIMEOUT_SECONDS = 7200
+"""torchrun kills its workers 30 s after a signal by itself; an optimizer step and a state take longer."""
+
+MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is started, ready to run or to paste."""
+
+    argv: tuple[str, ...]
+    """The command."""
+
+    environment: Mapping[str, str]
+    """What kwrap sets beside the caller's own variables."""
+
+    folder: Path
+    """The working directory: the run's own, where no package lies that could shadow another."""
+
+    def text(self) -> str:
+        """One line for a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return f"cd {shlex.quote(str(self.folder))} && {' '.join(settings)} {shlex.join(self.argv)}"
+
+
+def plan_launch(
+    run_folder: Path,
+    engine: str,
+    attempt_number: int,
+    processes: int,
+    accumulation: int,
+    on_cpu: bool,
+    threads: int | None = None,
+) -> Launch:
+    """The command of one attempt; nothing is looked up or written."""
+    if engine not in WORKER_MODULES:
+        raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(WORKER_MODULES)}.")
+    several = ("--multi_gpu", "--main_process_port", "0") if processes > 1 else ()
+    argv = (
+        *accelerate_command(),
+        "launch",
+        "--config_file",
+        str(run_folder / "accelerate.yaml"),
+        *several,
+        "--num_processes",
+        str(processes),
+        "-m",
+        WORKER_MODULES[engine],
+        "--config_file",
+        "trainer.toml",
+        "--dataset_config",
+        "dataset.toml",
+        "--gradient_accumulation_steps",
+        str(accumulation),
+    )
+    environment = {
+        RUN_VARIABLE: str(run_folder),
+        ATTEMPT_VARIABLE: str(attempt_number),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads or default_threads(processes, on_cpu)),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_SECONDS),
+    }
+    if on_cpu:
+        # LyCORIS would compile its kernels, and the backend changes the last bits.
+        environment |= {"LYCORIS_KERNEL_BACKEND": "torch", "LYCORIS_KERNEL_TUNE": "off", "CUDA_VISIBLE_DEVICES": ""}
+    # The worker's folder is another one: what is relative here would not be found there.
+    environment |= {
+        name: str(Path(os.environ[name]).expanduser().absolute()) for name in FOLDERS if os.environ.get(name)
+    }
+    return Launch(argv, environment, run_folder)
+
+
+def plan_attempt_launch(attempt: Attempt, threads: int | None = None) -> Launch:
+    """The command of an attempt of a run that is there."""
+    lock = attempt.lock
+    return plan_launch(
+        attempt.run.folder,
+        lock.engine,
+        attempt.number,
+        attempt.processes,
+        attempt.accumulation,
+        is_on_cpu(lock),
+        threads,
+    )
+
+
+def accelerate_command() -> tuple[str, ...]:
+    """The `accelerate` of this very Python, found without a PATH."""
+    script = Path(sys.executable).parent / "accelerate"
+    if script.exists():
+        return (str(script),)
+    return (sys.executable, "-m", "accelerate.commands.accelerate_cli")
+
+
+def default_threads(processes: int, on_cpu: bool) -> int:
+    """Threads of each process: the caller's OMP_NUM_THREADS, else one on a CPU, else the cores shared out.
+
+    Their number changes the last bits of sums, so an attempt keeps that of the one before. What is trained on a CPU
+    is a tiny model, and threads that wait for each other on busy cores make it twenty times slower.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    if on_cpu:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_THREADS, cores // processes))
+
+
+def is_on_cpu(lock: Lock) -> bool:
+    """Whether the run's site has no GPU."""
+    return int(lock.tables.get("machine", {}).get("gpus", 1)) == 0
+
+
+def write_accelerate_config(attempt: Attempt) -> None:
+    """The run's own file for accelerate, for the attempt's processes; the user's default file then has no say."""
+    lock = attempt.lock
+    gpus = 0 if is_on_cpu(lock) else attempt.processes
+    table = describe_accelerate(attempt.processes, gpus, str(lock.values.get("mixed_precision", "no")))
+    if gpus:
+        # The caller's CUDA_VISIBLE_DEVICES stays in force.
+        table["gpu_ids"] = "all"
+    write_text(attempt.run.accelerate_config, render_yaml(table))

@@ -1,0 +1,62 @@
+"""The processes of an attempt: found by the run that their environment names, ended together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from kohaku_wrap.training.runs.attempts import ATTEMPT_VARIABLE, RUN_VARIABLE, Attempt
+from kohaku_wrap.training.runs.folder import Run
+
+END_SECONDS = 30.0
+STACKS_SECONDS = 1.0
+
+
+def list_processes(run: Run, attempt_number: int | None = None) -> list[int]:
+    """The live processes that were started for a run, or for one attempt of it.
+
+    torchrun puts every rank into a session of its own, so neither process groups nor, once the launcher is dead, the
+    process tree would find them all.
+    """
+    run_setting = f"{RUN_VARIABLE}={run.folder}".encode()
+    attempt_setting = None if attempt_number is None else f"{ATTEMPT_VARIABLE}={attempt_number}".encode()
+    found: list[int] = []
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            settings = (entry / "environ").read_bytes().split(b"\0")
+            state = (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z" and run_setting in settings and (attempt_setting is None or attempt_setting in settings):
+            found.append(int(entry.name))
+    return found
+
+
+def end_processes(run: Run, attempt_number: int | None = None) -> None:
+    """Kill all processes of a run or attempt and wait until they are gone."""
+    deadline = time.monotonic() + END_SECONDS
+    while (alive := list_processes(run, attempt_number)) and time.monotonic() < deadline:
+        for pid in alive:
+            send_signal(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def ask_for_stacks(attempt: Attempt) -> None:
+    """Let every rank write the stacks of its threads into its log."""
+    alive = set(list_processes(attempt.run, attempt.number))
+    ranks = [beat.pid for beat in attempt.heartbeats() if beat.pid in alive]
+    for pid in ranks:
+        send_signal(pid, signal.SIGUSR1)
+    if ranks:
+        time.sleep(STACKS_SECONDS)
+
+
+def send_signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return
