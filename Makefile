@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH_INDEX ?=
 SITE ?=
+MAX_MISSING ?=
 ENGINE ?= builtin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream test lint bench bench-dataset bench-merge bench-scale package clean
+.PHONY: help setup epsilon prove prove-upstream test lint bench bench-dataset bench-merge bench-scale docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +25,7 @@ $(READY): setup.cfg constraints.txt
 	@touch $(READY)
 
 epsilon: $(READY)  ## the whole recipe, demo scale (SITE=site.toml: yours)
-	$(BIN)/python -m kohaku_wrap.demo.tour $(if $(SITE),--site $(SITE))
+	$(BIN)/python -m kohaku_wrap.demo.tour $(if $(SITE),--site $(SITE)) $(if $(MAX_MISSING),--max-missing $(MAX_MISSING))
 
 prove: $(READY)  ## train, kill, resume, compare (ENGINE=sd-scripts)
 	$(BIN)/python -m kohaku_wrap.demo.prove --engine $(ENGINE)
@@ -52,6 +53,9 @@ bench-merge: $(READY)  ## merges against cat + cp and sd-mecha (25 GB of disk)
 
 bench-scale: $(READY)  ## 5.2 million entries: start-up and memory
 	$(BIN)/python benchmarks/bench_scale.py
+
+docs: $(READY)  ## write the reference of commands, docs/commands.md, anew
+	$(BIN)/python docs/make_reference.py
 
 package: $(READY)  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build -q

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
 
 
 @click.command(
@@ -81,4 +81,4 @@ def command(
         print_table("Images", [*rows, ("report", payload["report"])])
     report.check(max_missing)
     if not as_json:
-        print_note(f"Next: kwrap caption {selection} --db DB --out {images}")
+        click.echo(f"Next: kwrap caption {selection} --db DB --out {images}")

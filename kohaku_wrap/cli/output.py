@@ -97,9 +97,11 @@ def plain_lines(description: str, unit: str) -> Progress:
         if now - last < PLAIN_LINE_EVERY_SECONDS:
             return
         last = now
+        scale, name = (1_000_000, "MB") if unit == "bytes" else (1, unit)
         rate = done / max(now - started, 1e-9)
         left_seconds = (total - done) / rate if rate else 0.0
-        print_note(f"{description}: {done:,} of {total:,} {unit}, {rate:,.0f}/s, {left_seconds:,.0f} s left")
+        counts = f"{done / scale:,.0f} of {total / scale:,.0f} {name}, {rate / scale:,.0f}/s"
+        print_note(f"{description}: {counts}, {left_seconds:,.0f} s left")
 
     return report
 

@@ -292,8 +292,9 @@ def read_override(text: str, table: OptionTable) -> tuple[dict[str, Entry], list
 
 
 def shorten_path(path: Path) -> str:
-    """The path as a person would write it from here."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    """The path as a person would write it from here; shipped files by folder and name."""
+    path = path.resolve()
+    for root in (Path.cwd(), shipped_folder("templates").parent):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)

@@ -46,13 +46,14 @@ class StageFailed(KwrapError):
         self.exit_code = exit_code
 
 
-def dataset_stages(site: Site, dataset: str, selection: Path) -> list[Stage]:
+def dataset_stages(site: Site, dataset: str, selection: Path, max_missing: int = 0) -> list[Stage]:
     """Select, extract and caption into the site's image folder."""
     paths = site.paths
     database, images = str(paths.db), str(paths.images)
+    extract = ("extract", str(selection), "--tars", str(paths.tars), "--out", images, "--max-missing", str(max_missing))
     return [
         Stage("selection", ("select", dataset, "--db", database, "--out", str(selection)), selection),
-        Stage("images", ("extract", str(selection), "--tars", str(paths.tars), "--out", images), paths.images),
+        Stage("images", extract, paths.images),
         Stage(
             "captions",
             ("caption", str(selection), "--db", database, "--out", images, "--dataset", dataset),
@@ -101,7 +102,7 @@ def run_stage(stage: Stage) -> float:
     return time.monotonic() - started
 
 
-def take_tour(site_file: Path | None) -> None:
+def take_tour(site_file: Path | None, max_missing: int) -> None:
     """Run the recipe from the database to the baked model, and print what was made."""
     stages: list[Stage] = []
     demo = site_file is None
@@ -117,7 +118,7 @@ def take_tour(site_file: Path | None) -> None:
     site = load_site(site_file)
     recipe = "demo" if demo else "epsilon"
     selection = site.paths.images.parent / f"{recipe}.parquet"
-    rest = dataset_stages(site, recipe, selection)
+    rest = dataset_stages(site, recipe, selection, max_missing)
     if not demo:
         rest.append(Stage("machine", ("doctor", recipe, "--site", str(site_file))))
     rest += training_stages(site, site_file, recipe) + result_stages(site)
@@ -151,11 +152,12 @@ def main() -> int:
     """Run the tour and turn a failure into an exit code."""
     parser = argparse.ArgumentParser(prog="make epsilon", description=__doc__)
     parser.add_argument("--site", type=Path, help="what is true of this machine; without it, the demo")
+    parser.add_argument("--max-missing", type=int, default=0, metavar="N", help="images that may lack in the tars")
     arguments = parser.parse_args()
     try:
         if arguments.site is not None and not arguments.site.is_file():
             raise UsageError(f"{arguments.site}: no such file", "docs/guide.md shows what a site.toml holds.")
-        take_tour(arguments.site)
+        take_tour(arguments.site, arguments.max_missing)
     except KwrapError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
