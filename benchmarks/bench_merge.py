@@ -34,15 +34,15 @@ RIVAL = "sd-mecha==1.1.8"
 RIVAL_TORCH = "torch==2.13.0"
 
 RIVAL_SCRIPT = """
-import sys, time, pathlib, torch, sd_mecha
+import sys, pathlib, sd_mecha
+from sd_mecha.extensions.builtin.merge_methods.linear import add_difference, subtract
 folder, threads, buffer_bytes = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 beta7, anxl3, anxl2, base7 = (sd_mecha.model(folder / f"{name}.safetensors") for name in sys.argv[5:])
-recipe = beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)
+recipe = add_difference(beta7, subtract(anxl3, anxl2), alpha=0.8)
+recipe = add_difference(recipe, subtract(base7, beta7), alpha=0.5)
 options = {} if threads < 0 else dict(
     threads=threads, total_buffer_size=buffer_bytes, check_finite_output=False, omit_non_finite_inputs=False,
-    check_extra_keys=False, validate_mm_contract=False, memoize_intermediates=False, tqdm=lambda x=None, **k: x)
-if threads >= 0:
-    del options["tqdm"]
+    check_extra_keys=False, validate_mm_contract=False, memoize_intermediates=False)
 sd_mecha.merge(recipe, output=sys.argv[4], **options)
 """
 

@@ -11,7 +11,7 @@ from kohaku_wrap.merging.layout import BITS_OF_DTYPE
 from kohaku_wrap.merging.networks import Change
 from kohaku_wrap.merging.planning import MergePlan, TensorPlan
 
-CHUNK_ELEMENTS = 1 << 19
+CHUNK_ELEMENTS = 1 << 18
 RAW = "U8"
 
 
@@ -144,7 +144,7 @@ def list_tasks(pieces: list[Piece]) -> Iterator[Task]:
         if piece.deltas:
             yield Task(piece, 0, piece.elements)
             continue
-        length = CHUNK_ELEMENTS * 2 if piece.to == RAW else CHUNK_ELEMENTS
+        length = CHUNK_ELEMENTS * 4 if piece.to == RAW else CHUNK_ELEMENTS
         for first in range(0, piece.elements, length):
             yield Task(piece, first, min(first + length, piece.elements))
 
