@@ -10,7 +10,7 @@ ENGINE ?= builtin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream test lint bench bench-dataset bench-merge bench-scale docs package clean
+.PHONY: help setup epsilon prove prove-upstream test lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,15 @@ bench-merge: $(READY)  ## merges against cat + cp and sd-mecha (25 GB of disk)
 
 bench-scale: $(READY)  ## 5.2 million entries: start-up and memory
 	$(BIN)/python benchmarks/bench_scale.py
+
+bench-states: $(READY)  ## 2,000 states with a failure at every write and rename
+	$(BIN)/python benchmarks/states_under_fault.py
+
+bench-kills: $(READY)  ## 20 SIGKILLs at random moments of whole runs
+	$(BIN)/python benchmarks/kills.py
+
+bench-elastic: $(READY)  ## the same run on 2, 1 and again 2 processes (ENGINE=)
+	$(BIN)/python benchmarks/elastic.py --engine $(ENGINE)
 
 docs: $(READY)  ## write the reference of commands, docs/commands.md, anew
 	$(BIN)/python docs/make_reference.py

@@ -27,13 +27,17 @@ GIB = 1 << 30
 Examples:
   kwrap status
   kwrap status epsilon --watch
+  kwrap status epsilon --csv epsilon-metrics.csv
   kwrap status runs/epsilon --json"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--watch", is_flag=True, help="Show it again every two seconds until Ctrl-C.")
+@click.option(
+    "--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write the metrics that count as a table."
+)
 @site_option
 @json_option
-def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool) -> None:
+def command(name: str | None, watch: bool, table: Path | None, site_file: Path | None, as_json: bool) -> None:
     """Show what a run is doing and what happened to it.
 
     Progress, rate, ETA, loss, learning rates, attempts, states, disk and the last error. Without RUN: one line for
@@ -53,6 +57,12 @@ def command(name: str | None, watch: bool, site_file: Path | None, as_json: bool
         raise UsageError(
             "--watch and --json do not go together", "Call `kwrap status RUN --json` as often as you like."
         )
+    if table:
+        if len(runs) != 1:
+            raise UsageError("--csv writes the metrics of one run", "Name it: kwrap status RUN --csv FILE")
+        from kohaku_wrap.training.records.metrics import write_metrics_table
+
+        write_metrics_table(runs[0], table)
     while True:
         if watch and sys.stdout.isatty():
             click.clear()

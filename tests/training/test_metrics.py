@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 
-from kohaku_wrap.training.records.metrics import MetricsTail, MetricsWriter, read_metrics
+import pandas as pd
+
+from kohaku_wrap.training.records.metrics import MetricsTail, MetricsWriter, read_metrics, write_metrics_table
 from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
 from kohaku_wrap.training.runs.folder import Run
 
@@ -64,3 +67,13 @@ def test_the_tail_gives_whole_new_lines_of_its_attempt(new_run: NewRun) -> None:
         stream.write('empt": 2}\n{"optimizer_step": 9, "attempt": 1}\n')
         stream.flush()
         assert [line["optimizer_step"] for line in tail.new_lines()] == [4]
+
+
+def test_the_table_for_plots_holds_what_counts(new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run()
+    write(begin(run, 1, 0), 1, 7, 0.1)
+    write(begin(run, 2, 4), 5, 9, 0.25)
+    write_metrics_table(run, tmp_path / "metrics.csv")
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    assert table["optimizer_step"].tolist() == list(range(1, 10))
+    assert table["loss"].tolist() == [0.1] * 4 + [0.25] * 5

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from kohaku_wrap.files import atomic_write
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.runs.folder import Run
 
@@ -62,6 +63,14 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
         if step <= kept.get(line.get("attempt", 0), math.inf):
             lines[step] = line
     return [lines[step] for step in sorted(lines)]
+
+
+def write_metrics_table(run: Run, path: Path) -> None:
+    """Write `read_metrics` as CSV for plots: a row an optimizer step, a column a key, empty where a line lacks it."""
+    import pandas as pd
+
+    with atomic_write(path) as stream:
+        pd.DataFrame(read_metrics(run)).to_csv(stream, index=False)
 
 
 def iterate_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
