@@ -221,6 +221,7 @@ def measure_gamma(folder: Path, report: Report, times: int, pool: torch.Tensor) 
     report.add("  … / (cat + cp)", ratio, "x", "bar: <= 2", ratio <= 2)
     report.add("peak anonymous memory", max(peaks), "MiB", "bar: <= 400", max(peaks) * MIB <= 400e6)
     remove(copy)
+    run_timed(merge, folder)
     other = folder / "one-thread.safetensors"
     run_timed([*merge[:6], str(other), *merge[7:], "--threads", "1"], folder)
     same = filecmp.cmp(output, other, shallow=False)
