@@ -36,15 +36,21 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 class MalformedFile(KwrapError):
     """A file that is not a whole and consistent safetensors file."""
 
+    advice = "The file is damaged or was cut short: fetch it again, or save it anew with safetensors."
+
     def __init__(self, path: Path, faults: Iterable[str]) -> None:
         listed = list(faults)
         shown = listed[:FAULTS_SHOWN]
         if len(listed) > len(shown):
             shown.append(f"and {len(listed) - len(shown)} faults more")
         text = f"{path}: {shown[0]}" if len(listed) == 1 else "\n  ".join([f"{path}: {len(listed)} faults", *shown])
-        super().__init__(
-            text, "The file is damaged or was cut short: fetch it again, or save it anew with safetensors."
-        )
+        super().__init__(text, self.advice)
+
+
+class OtherKindOfFile(MalformedFile):
+    """A file that does not begin as safetensors files do."""
+
+    advice = "Give a .safetensors file: a checkpoint, a network, or a part of a model."
 
 
 class PickledFile(KwrapError):
@@ -106,7 +112,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a safetensors file, checked in full; the data is not read.
 
-    Raises PickledFile, or MalformedFile with every fault found.
+    Raises PickledFile, OtherKindOfFile, or MalformedFile with every fault found.
     """
     path = Path(path)
     with path.open("rb") as stream:
@@ -117,6 +123,8 @@ def read_header(path: Path) -> Header:
         if len(start) < LENGTH_BYTES:
             raise MalformedFile(path, [f"{len(start)} bytes are too few for a safetensors file"])
         (header_bytes,) = struct.unpack("<Q", start)
+        if header_bytes > size_bytes - LENGTH_BYTES and stream.read(1) != b"{":
+            raise OtherKindOfFile(path, ["not a safetensors file"])
         if header_bytes > HEADER_LIMIT_BYTES:
             raise MalformedFile(
                 path, [f"the header claims {header_bytes:,} bytes; more than {HEADER_LIMIT_BYTES:,} are not allowed"]

@@ -98,6 +98,10 @@ def test_header_lengths_that_lie(tmp_path: Path) -> None:
         read_header(write_raw(path, b"{}", length=2 * HEADER_LIMIT_BYTES))
     with pytest.raises(MalformedFile, match="claims 18,446,744,073,709,551,615 bytes"):
         read_header(write_raw(path, b"{}", length=2**64 - 1))
+    path.write_text("# notes about a training\n")
+    with pytest.raises(MalformedFile, match="not a safetensors file") as refused:
+        read_header(path)
+    assert "claims" not in str(refused.value)
     path.write_bytes(b"abc")
     with pytest.raises(MalformedFile, match="3 bytes are too few"):
         read_header(path)
