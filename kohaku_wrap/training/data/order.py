@@ -27,6 +27,11 @@ class BadOrder(KwrapError):
     """The numbers given do not make an order of batches."""
 
 
+def divisors_of(number: int) -> list[int]:
+    """All whole numbers that divide `number`, ascending."""
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
 @dataclass(frozen=True)
 class Position:
     """Where training stands after some optimizer steps."""
@@ -72,7 +77,7 @@ class StepCount:
         if processes < 1 or self.group % processes:
             raise BadOrder(
                 f"{processes} processes do not divide the {self.group} batches of an optimizer step",
-                f"Choose a number of processes that divides {self.group}.",
+                f"The number of processes may be {', '.join(map(str, divisors_of(self.group)))}.",
             )
         return self.group // processes
 
