@@ -14,7 +14,13 @@ from kohaku_wrap.cli.doctor import command
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.training.machine import doctor
-from kohaku_wrap.training.machine.doctor import examine_bitsandbytes, examine_files, examine_versions, parse_release
+from kohaku_wrap.training.machine.doctor import (
+    examine_bitsandbytes,
+    examine_builtin_options,
+    examine_files,
+    examine_versions,
+    parse_release,
+)
 from kohaku_wrap.training.machine.doctor_torch import (
     count_processes,
     judge_gpus,
@@ -82,6 +88,15 @@ def test_files_that_are_missing_and_disk_that_is_free(make_site: MakeSite) -> No
     assert findings["base model"].status == "broken"
     assert findings["free disk"].status == "ok"
     assert findings["state folder"].status in ("ok", "warning")
+
+
+def test_options_that_the_builtin_engine_lacks_are_found(make_site: MakeSite) -> None:
+    on_cpu = make_site("gpus = 0\nbatch_per_gpu = 1")
+    findings = list(examine_builtin_options(resolve_template("epsilon", on_cpu)))
+    assert {finding.status for finding in findings} == {"broken"}
+    assert any(finding.what.startswith("mixed_precision: ") and finding.do for finding in findings)
+    [finding] = examine_builtin_options(resolve_template("demo", on_cpu))
+    assert finding.status == "ok"
 
 
 @pytest.mark.slow

@@ -16,10 +16,12 @@ from typing import Any
 
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.config.render import compose_trainer
 from kohaku_wrap.config.sizes import MIB, machine_memory_bytes, show_bytes, total_of
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.training.machine.doctor_torch import Finding, find_torch_faults
 from kohaku_wrap.training.machine.training_plan import TrainingPlan
+from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.trainer.checkout import report_trainer
 
 TESTED_SETS = (
@@ -36,6 +38,7 @@ NEWEST_PYTHON = (3, 13)
 OPEN_FILES_NEEDED = 4096
 SLOW_BYTES_PER_SECOND = 50 * MIB
 WRITE_TEST_BYTES = 64 * MIB
+REFUSED = "This engine refuses what it does not do, so that nothing is left out in silence."
 EARLIEST_CLOCK = 1_735_689_600
 """1 January 2025 in Unix seconds: before every release that kwrap needs."""
 
@@ -50,6 +53,8 @@ def examine_machine(
     yield from examine_versions()
     if engine != "builtin":
         yield examine_trainer(required=engine is not None)
+    if engine == "builtin" and effective and effective.batch:
+        yield from examine_builtin_options(effective)
     yield from find_torch_faults(effective)
     yield from examine_files(effective, plan)
     yield examine_open_files(effective)
@@ -161,6 +166,18 @@ def examine_trainer(*, required: bool) -> Finding:
             "Run `kwrap trainer install`, which puts them beside the checkout.",
         )
     return Finding.ok("sd-scripts", f"{checkout.name} in {checkout.path}")
+
+
+def examine_builtin_options(effective: Effective) -> Iterator[Finding]:
+    """The template's options that the builtin engine does not have on this site; `kwrap train` refuses them."""
+    on_cpu = effective.site is not None and effective.site.machine.gpus == 0
+    try:
+        BuiltinOptions.from_config(compose_trainer(effective, Path.cwd(), "doctor"), on_cpu=on_cpu)
+    except ProblemsFound as found:
+        for problem in found.problems:
+            yield Finding("builtin engine", "broken", f"{problem.where}: {problem.what}", REFUSED, found.next_step)
+    else:
+        yield Finding.ok("builtin engine", f"has every option of {effective.name}")
 
 
 def nearest_folder(path: Path) -> Path:
