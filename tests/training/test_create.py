@@ -17,7 +17,7 @@ from plain_runs import write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.runs.create import create_run, plan_new_run
+from kohaku_wrap.training.runs.create import RunRefused, create_run, plan_new_run
 from kohaku_wrap.training.runs.differences import DifferentRun
 from kohaku_wrap.training.runs.resume import plan_resume
 
@@ -174,3 +174,12 @@ def test_a_model_that_is_none_is_refused_and_the_name_stays_free(site: Path) -> 
 def test_time_outs_are_checked(site: Path, text: str) -> None:
     result = call("train", "demo", "--site", site, "--timeout", text, "--dry-run")
     assert isinstance(result.exception, KwrapError) and "--timeout" in result.exception.message
+
+
+def test_a_run_refused_at_its_start_is_taken_back(site: Path) -> None:
+    with pytest.raises(RunRefused, match="refused before its first step") as refused:
+        run_options = ("--set", BATCH, "--run", "refused", "--json")
+        raise call("train", "demo", "--site", site, *run_options).exception or AssertionError("it was trained")
+    assert "kwrap resume" not in str(refused.value) and "logs" not in str(refused.value)
+    assert "Nothing of the run is kept" in refused.value.next_step
+    assert not (site.parent / "runs" / "refused").exists()

@@ -71,6 +71,9 @@ class Failure:
     optimizer_step: int
     """Optimizer steps done when it happened."""
 
+    next_step: str = ""
+    """What to do about it, where the rank knows."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -184,9 +187,9 @@ class Attempt:
         """The last sign of life of each rank, by rank."""
         return [Heartbeat(**document) for document in read_json_files(self.folder, "heartbeat-rank-*.json")]
 
-    def fail(self, rank: int, kind: str, message: str, optimizer_step: int) -> None:
+    def fail(self, rank: int, kind: str, message: str, optimizer_step: int, next_step: str = "") -> None:
         """Leave the reason of a failure for the supervisor; the worker then exits with a code other than 0."""
-        failure = Failure(rank, kind, message, optimizer_step)
+        failure = Failure(rank, kind, message, optimizer_step, next_step)
         write_text(self.folder / f"failure-rank-{rank:03d}.json", json.dumps(asdict(failure), indent=2) + "\n")
 
     def failures(self) -> list[Failure]:

@@ -31,6 +31,10 @@ class RunExists(UsageError):
     """There is a run of that name already."""
 
 
+class RunRefused(KwrapError):
+    """The trainer refused a new run before its first step; nothing of the run is kept."""
+
+
 class MissingTrainer(KwrapError):
     """The engine is sd-scripts and no checkout is there."""
 

@@ -29,12 +29,12 @@ def report_failures(attempt: Attempt, rank: int, optimizer_steps_done: Callable[
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KwrapError):
-            message = error.message
+            message, next_step = error.message, error.next_step
             print(error, file=sys.stderr)
         else:
-            message = f"{kind.__name__}: {error}"
+            message, next_step = f"{kind.__name__}: {error}", ""
             traceback.print_exception(kind, error, trace)
-        attempt.fail(rank, failure_kind(error), message, optimizer_steps_done())
+        attempt.fail(rank, failure_kind(error), message, optimizer_steps_done(), next_step)
         sys.stdout.flush()
         sys.stderr.flush()
         # The other ranks may wait for this one inside a collective: a tidy exit would wait for them in turn.
