@@ -193,7 +193,8 @@ class BuiltinOptions:
                 problems.append(Problem(name, what))
         for name, field in own.items():
             if field.default is MISSING and values.get(name) is None:
-                problems.append(Problem(name, "is needed by the builtin engine"))
+                where = "; set paths.tokenizers in site.toml" if name == "tokenizer_cache_dir" else ""
+                problems.append(Problem(name, f"is needed by the builtin engine{where}"))
         known: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
@@ -207,7 +208,7 @@ class BuiltinOptions:
             raise ProblemsFound(
                 "options of the builtin engine",
                 problems,
-                'Leave these out for the builtin engine, or use engine = "sd-scripts".',
+                'Mend these for the builtin engine, or use engine = "sd-scripts".',
             )
         return cls(**known)
 
