@@ -379,9 +379,9 @@ def test_interrupt_leaves_whole_files_and_the_next_call_finishes(
     pq.write_table(pa.table(columns), folder.images / "extracted.parquet")
     slow = (
         "import sys, time\nfrom kohaku_wrap.metadata import relations\nrelations.ROWS_A_CHUNK = 500\n"
-        "from kohaku_wrap.dataset.captions import formats as caption_formats\nwrite = caption_formats.write_text_files\n"
+        "from kohaku_wrap.dataset.captions import formats\nwrite = formats.write_text_files\n"
         "def slowly(*arguments):\n    time.sleep(0.05)\n    return write(*arguments)\n"
-        "caption_formats.write_text_files = slowly\n"
+        "formats.write_text_files = slowly\n"
         "from kohaku_wrap.cli import run_program\nsys.exit(run_program(sys.argv[1:]))\n"
     )
     arguments = ["caption", str(folder.selection), "--db", str(folder.database), "--out", str(folder.images)]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.data.captions_file import Columns
 from kohaku_wrap.training.data.columns import (
     BatchKey,
-    Columns,
     ColumnsDataset,
     ItemOptions,
     content_digest,

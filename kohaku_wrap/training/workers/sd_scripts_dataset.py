@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, Sampler
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.data.columns import BatchKey, Columns, ColumnsDataset, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.captions_file import Columns
+from kohaku_wrap.training.data.columns import BatchKey, ColumnsDataset, ItemOptions, read_dataset_options
 from kohaku_wrap.training.data.order import BatchOrder, StepCount
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.torch_streams import isolated_generators

@@ -16,7 +16,8 @@ from engine_world import DATASET_OPTIONS, World
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.files import shipped_folder
-from kohaku_wrap.training.data.columns import Columns, ColumnsDataset, ItemOptions
+from kohaku_wrap.training.data.captions_file import Columns
+from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.tokens import CaptionTokenizer
 from kohaku_wrap.training.data.torch_streams import seed_generators

@@ -14,10 +14,9 @@ import torch
 from engine_world import DATASET_OPTIONS, World
 
 from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.training.data.captions_file import BadCaptions, Columns
 from kohaku_wrap.training.data.columns import (
-    BadCaptions,
     BatchKey,
-    Columns,
     ColumnsDataset,
     ItemOptions,
     content_digest,
