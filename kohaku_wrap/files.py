@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +26,18 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextmanager
+def blamed_on(path: Path, part: Path) -> Iterator[None]:
+    """Let a failure to write `part` name `path`, which it becomes; a write to a full disk names no file by itself."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if unnamed or error.filename == str(part):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` and give it the name only when all is on disk.
 
@@ -35,11 +48,12 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     encoding = None if "b" in mode else "utf-8"
     try:
-        with part.open(mode, encoding=encoding, newline=None if "b" in mode else "\n") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
+        with blamed_on(path, part):
+            with part.open(mode, encoding=encoding, newline=None if "b" in mode else "\n") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

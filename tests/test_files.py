@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -22,6 +23,16 @@ def test_a_failed_write_leaves_the_former_content_and_no_neighbour(tmp_path: Pat
         raise RuntimeError
     assert path.read_text() == "before"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_write_names_the_file_that_was_meant(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError) as failed, atomic_write(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert failed.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as failed, atomic_write(path):
+        (tmp_path / "b.txt").read_text()
+    assert failed.value.filename == str(tmp_path / "b.txt")
 
 
 def test_a_killed_write_never_shows_under_the_final_name(tmp_path: Path) -> None:

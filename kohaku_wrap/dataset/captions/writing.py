@@ -23,7 +23,7 @@ from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, blamed_on
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import database_digest
@@ -295,7 +295,7 @@ def replace_if_changed(path: Path, note: Callable[[bool], None]) -> Iterator[IO[
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w+b") as stream:
+        with blamed_on(path, part), part.open("w+b") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
