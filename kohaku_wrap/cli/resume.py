@@ -145,7 +145,7 @@ def print_plan(plan: ResumePlan) -> None:
         print_note(f"accepted: {problem.where}: {problem.what}")
     if plan.foreign:
         print_note("a state of plain sd-scripts: the order is not provably the same as before it")
-    source = "the beginning, as no state is there" if plan.state is None else str(plan.state)
+    source = "the beginning, as no whole state is there" if plan.state is None else str(plan.state)
     print_note(f"attempt {plan.number} of {plan.run.name} from {source}")
     for path in plan.abandons:
         print_note(f"to abandoned/: {path.relative_to(plan.run.folder)}")

@@ -176,6 +176,13 @@ def test_time_outs_are_checked(site: Path, text: str) -> None:
     assert isinstance(result.exception, KwrapError) and "--timeout" in result.exception.message
 
 
+def test_a_lock_without_its_template_is_named(site: Path) -> None:
+    lock = site.parent / "run.lock.toml"
+    lock.write_text("[run]\n")
+    refused = call("train", "--site", site, "--locked", lock).exception
+    assert isinstance(refused, KwrapError) and f"{lock}: [run] template is missing" in refused.message
+
+
 def test_a_run_refused_at_its_start_is_taken_back(site: Path) -> None:
     with pytest.raises(RunRefused, match="refused before its first step") as refused:
         run_options = ("--set", BATCH, "--run", "refused", "--json")

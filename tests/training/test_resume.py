@@ -222,6 +222,8 @@ def test_without_a_name_the_only_unfinished_run_is_meant(new_run: NewRun, monkey
     train(first)
     assert "no unfinished run" in str(call("resume").exception)
     assert "no such run" in str(call("resume", "third").exception)
+    (first.folder / "run.lock.toml").unlink()
+    assert "run.lock.toml: missing from this run" in str(call("resume", first.folder).exception)
 
 
 def test_a_state_of_plain_sd_scripts(new_run: NewRun) -> None:

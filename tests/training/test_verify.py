@@ -167,8 +167,12 @@ def test_substitutes_are_counted(new_run: NewRun) -> None:
 
 
 def test_without_records_there_is_nothing_to_prove(new_run: NewRun) -> None:
-    with pytest.raises(NoLedger):
-        verify_run(new_run())
+    run = new_run()
+    with pytest.raises(NoLedger, match="no record of any training"):
+        verify_run(run)
+    (run.ledger / "attempt-0001-rank-000.bin").write_text("not a ledger")
+    with pytest.raises(NoLedger, match=r"no whole record in attempt-0001-rank-000\.bin"):
+        verify_run(run)
 
 
 def test_the_trainers_own_dataset_is_compared_between_attempts(new_run: NewRun) -> None:

@@ -174,6 +174,11 @@ def read_records(run: Run, count: StepCount) -> Records:
             starts.append(total)
             processes.append(np.full(len(part), header.processes))
             total += len(part)
+    if not total and (files := sorted(path.name for path in run.ledger.glob("attempt-*"))):
+        raise NoLedger(
+            f"{run.ledger}: no whole record in {', '.join(files)}",
+            f"If the run has trained, they are damaged: restore them. See `kwrap status {run.folder}`.",
+        )
     if not total:
         raise NoLedger(f"{run.ledger}: no record of any training", f"Train first; see `kwrap status {run.folder}`.")
     table = np.concatenate(parts)

@@ -199,7 +199,9 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def template_of_lock(path: Path) -> str:
-    """The template file that a lock was made from, or its name where the file is gone."""
+    """The template file that a lock was made from, or its name where the file is gone. Raises KwrapError."""
     run = read_lock(path).get("run", {})
+    if "template" not in run:
+        raise KwrapError(f"{path}: [run] template is missing", "Give the run.lock.toml of a run, or name the template.")
     files = run.get("template_files") or []
-    return files[-1] if files and Path(files[-1]).is_file() else str(run.get("template", ""))
+    return files[-1] if files and Path(files[-1]).is_file() else str(run["template"])

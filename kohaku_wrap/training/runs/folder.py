@@ -199,6 +199,9 @@ def find_run(name_or_path: str, runs_folders: tuple[Path, ...] = (Path("runs"),)
     for candidate in candidates:
         if is_run(candidate):
             return Run(candidate.resolve())
+    for candidate in candidates:
+        if (candidate / "attempts").is_dir():
+            raise NoSuchRun(f"{candidate / LOCK_FILE}: missing from this run", "Restore it, or start a new run.")
     names = [run.name for folder in runs_folders for run in list_runs(folder)]
     there = f"Runs here: {', '.join(names)}." if names else f"No runs in {', '.join(map(str, runs_folders))}."
     raise NoSuchRun(f"{name_or_path}: no such run", f"{there} Give a name, or the path of a run's folder.")
