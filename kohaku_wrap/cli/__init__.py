@@ -100,8 +100,7 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         usage.show()
         return EXIT_USAGE if isinstance(usage, click.UsageError) else EXIT_FAILED
     except (KeyboardInterrupt, click.Abort):
-        print_error("interrupted", "What was finished is kept; run the same command again to go on.")
-        return EXIT_INTERRUPTED
+        return report_interrupt()
     except KwrapError as error:
         print_error(error.message, error.next_step)
         return error.exit_code
@@ -122,6 +121,12 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def report_interrupt() -> int:
+    """Say that a signal ended the command; its exit code."""
+    print_error("interrupted", "What was finished is kept; run the same command again to go on.")
+    return EXIT_INTERRUPTED
+
+
 def advice_for_os_error(error: OSError) -> tuple[str, str]:
     """What a failed system call means to the person, and what to do next."""
     where = f"{error.filename}: " if error.filename else ""
@@ -132,11 +137,22 @@ def advice_for_os_error(error: OSError) -> tuple[str, str]:
     return f"{where}{error.strerror or error}", "Check the path and run the same command again."
 
 
-def stop_on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> NoReturn:
     """The console script: SIGTERM ends a command as tidily as SIGINT does."""
-    signal.signal(signal.SIGTERM, stop_on_terminate)
-    sys.exit(run_program())
+    is_interrupted = False
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+        nonlocal is_interrupted
+        is_interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        sys.exit(run_program())
+    except (ImportError, AttributeError, SystemError):
+        # A compiled module that is interrupted while it is imported raises these in place of KeyboardInterrupt.
+        if not is_interrupted:
+            raise
+        sys.exit(report_interrupt())

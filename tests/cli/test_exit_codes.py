@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -40,6 +42,35 @@ def test_an_unexpected_missing_module_is_not_hidden(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(program, "main", fail)
     with pytest.raises(ModuleNotFoundError):
         run_program([])
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+from kohaku_wrap import cli
+
+def import_compiled(**arguments):
+    try:
+        if sys.argv[1] == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    finally:
+        raise SystemError("returned a result with an exception set")
+
+cli.program.main = import_compiled
+cli.main()
+"""
+"""What pandas and numpy do when a signal arrives while their compiled modules are imported."""
+
+
+def test_an_interrupt_that_an_import_turns_into_another_error_is_still_one() -> None:
+    def call(how: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", INTERRUPTED_IMPORT, how]
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    stopped = call("interrupted")
+    assert stopped.returncode == 130
+    assert "error: interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert "SystemError" in call("not interrupted").stderr
 
 
 def test_an_unknown_verb_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
