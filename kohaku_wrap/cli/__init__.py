@@ -30,6 +30,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 LONGEST_SENTENCE = 64
 """Of a command's first sentence, so that the list of commands fits 80 columns; narrower ones wrap it."""
 
+IMPORT_WAIT_SECONDS = 0.05
+"""Between two looks whether an import that a signal fell into is over."""
+
 EXTRA_OF_PACKAGE = {
     "torch": "train",
     "accelerate": "train",
@@ -100,7 +103,8 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         usage.show()
         return EXIT_USAGE if isinstance(usage, click.UsageError) else EXIT_FAILED
     except (KeyboardInterrupt, click.Abort):
-        return report_interrupt()
+        print_error("interrupted", "What was finished is kept; run the same command again to go on.")
+        return EXIT_INTERRUPTED
     except KwrapError as error:
         print_error(error.message, error.next_step)
         return error.exit_code
@@ -121,12 +125,6 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def report_interrupt() -> int:
-    """Say that a signal ended the command; its exit code."""
-    print_error("interrupted", "What was finished is kept; run the same command again to go on.")
-    return EXIT_INTERRUPTED
-
-
 def advice_for_os_error(error: OSError) -> tuple[str, str]:
     """What a failed system call means to the person, and what to do next."""
     where = f"{error.filename}: " if error.filename else ""
@@ -137,22 +135,37 @@ def advice_for_os_error(error: OSError) -> tuple[str, str]:
     return f"{where}{error.strerror or error}", "Check the path and run the same command again."
 
 
-def main() -> NoReturn:
-    """The console script: SIGTERM ends a command as tidily as SIGINT does."""
-    is_interrupted = False
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported at this point of the program."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
-    def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-        nonlocal is_interrupted
-        is_interrupted = True
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, after the imports that are under way.
+
+    Compiled modules turn an interrupt of their import into errors of their own or swallow it.
+    """
+    if not is_importing(frame):
         raise KeyboardInterrupt
 
+    def try_again(_alarm: int, later: FrameType | None) -> None:
+        if is_importing(later):
+            signal.setitimer(signal.ITIMER_REAL, IMPORT_WAIT_SECONDS)
+        else:
+            # Not raised from here: the command may have taken the signal over by now.
+            signal.raise_signal(number)
+
+    signal.signal(signal.SIGALRM, try_again)
+    signal.setitimer(signal.ITIMER_REAL, IMPORT_WAIT_SECONDS)
+
+
+def main() -> NoReturn:
+    """The console script: SIGTERM ends a command as tidily as SIGINT does."""
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-    try:
-        sys.exit(run_program())
-    except (ImportError, AttributeError, SystemError):
-        # A compiled module that is interrupted while it is imported raises these in place of KeyboardInterrupt.
-        if not is_interrupted:
-            raise
-        sys.exit(report_interrupt())
+    sys.exit(run_program())
