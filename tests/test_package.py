@@ -67,12 +67,12 @@ def test_the_wheel_works_in_an_empty_environment(built: Path, tmp_path: Path) ->
         ["template", "ls"],
         ["demo", "world", "--posts", "60"],
         ["select", "demo", "--db", "world/danbooru.db", "--out", "demo.parquet"],
-        ["extract", "demo.parquet", "--tars", "world/tars", "--out", "images"],
-        ["caption", "demo.parquet", "--db", "world/danbooru.db", "--out", "images"],
+        ["extract", "demo.parquet", "--tars", "world/tars", "--out", "world/images"],
+        ["caption", "demo.parquet", "--db", "world/danbooru.db", "--out", "world/images"],
     ):
         done = subprocess.run([kwrap, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"kwrap {arguments}\n{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "images" / "metadata_cache.json").is_file()
+    assert (tmp_path / "world" / "images" / "metadata_cache.json").is_file()
     refused = subprocess.run(
         [kwrap, "train", "demo", "--site", "world/site.toml"], cwd=tmp_path, capture_output=True, text=True
     )

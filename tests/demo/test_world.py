@@ -119,7 +119,7 @@ def test_indexes_point_at_the_members(world):
 
 def test_site_names_what_was_made(world):
     site = tomllib.loads((world.folder / "site.toml").read_text())
-    assert site["machine"] == {"engine": "builtin", "gpus": 0, "batch_per_gpu": 2, "workers": 2}
+    assert site["machine"] == {"engine": "builtin", "gpus": 0, "batch_per_gpu": 4, "workers": 2}
     for name in ("db", "tars", "base_model", "tokenizers"):
         assert (world.folder / site["paths"][name]).exists(), name
 

@@ -20,7 +20,7 @@ from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import fsync_folder, write_text
 from kohaku_wrap.training.runs.differences import refuse_other_lock
 from kohaku_wrap.training.runs.folder import Run, is_run
-from kohaku_wrap.training.runs.launch import Launch, plan_launch
+from kohaku_wrap.training.runs.launch import Launch, plan_launch, require_packages
 from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.trainer.checkout import find_checkout, require_supported
 
@@ -137,8 +137,9 @@ def create_run(
     """Count the steps, hash the inputs and make the run's folder, whole or not at all.
 
     `command` is what the person typed, kept as `command.txt`. `locked`: the lock that the new one must equal.
-    Raises NoImages, MissingInput, ProblemsFound with every difference from `locked`.
+    Raises MissingExtra, NoImages, MissingInput, ProblemsFound with every difference from `locked`.
     """
+    require_packages()
     plan = plan_steps(new.effective, read_folder_sizes(new.site.paths.images))
     inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes)
     rendered = compose_run(new.effective, new.site, new.folder, new.name, plan, inputs, new.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import sys
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import MissingExtra, UsageError
 from kohaku_wrap.files import write_text
 from kohaku_wrap.training.runs.attempts import ATTEMPT_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.runs.folder import Lock
@@ -27,6 +28,8 @@ SHUTDOWN_TIMEOUT_SECONDS = 7200
 """torchrun kills its workers 30 s after a signal by itself; an optimizer step and a state take longer."""
 
 MOST_THREADS = 8
+
+NEEDED_PACKAGES = ("torch", "accelerate", "transformers", "diffusers", "lycoris", "bitsandbytes", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,12 @@ def plan_attempt_launch(attempt: Attempt, threads: int | None = None) -> Launch:
         is_on_cpu(lock),
         threads,
     )
+
+
+def require_packages() -> None:
+    """Raises MissingExtra where a package that every engine trains with is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in NEEDED_PACKAGES):
+        raise MissingExtra("training", "train")
 
 
 def accelerate_command() -> tuple[str, ...]:

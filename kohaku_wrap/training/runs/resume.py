@@ -15,7 +15,7 @@ from kohaku_wrap.training.records.states import DamagedState, list_states, read_
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts, write_attempt
 from kohaku_wrap.training.runs.differences import compare_fingerprint, list_changes, refuse_changes
 from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, write_accelerate_config
+from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, require_packages, write_accelerate_config
 
 CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
 CHECKPOINT_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
@@ -150,8 +150,9 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     """Make the attempt, move what no longer counts to `abandoned/`, and say how to start it.
 
     The attempt is written first: from then on the ledger and the states of the line left behind are known as such,
-    even if this process dies in the middle.
+    even if this process dies in the middle. Raises MissingExtra.
     """
+    require_packages()
     attempt = describe_attempt(plan)
     launch = describe_launch(plan)
     differences = {problem.where: problem.what for problem in plan.accepted}
