@@ -14,8 +14,8 @@ from kohaku_wrap.errors import UsageError
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.explanation import PostExplanation
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+    from kohaku_wrap.dataset.captions.report import CaptionReport
     from kohaku_wrap.dataset.captions.statistics import CaptionStatistics
-    from kohaku_wrap.dataset.captions.writing import CaptionReport
 
 STYLES = ("kohaku", "hakubooru")
 FORMATS = ("txt", "cache", "jsonl")

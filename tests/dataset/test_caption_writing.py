@@ -25,7 +25,8 @@ from click.testing import CliRunner
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.cli.caption import command
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
-from kohaku_wrap.dataset.captions.writing import CaptionReport, Changes, NoImages, write_captions
+from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
+from kohaku_wrap.dataset.captions.writing import NoImages, write_captions
 from kohaku_wrap.dataset.recipe import load_dataset, read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.metadata import relations
@@ -127,6 +128,10 @@ def test_digest_does_not_depend_on_pieces(folder: Folder, monkeypatch: pytest.Mo
     pieces = folder.write(("cache", "jsonl"))
     assert pieces.digest == whole.digest and pieces.formats["cache"] == Changes(unchanged=len(folder.ids))
     assert {name: (folder.images / name).read_bytes() for name in before} == before
+    assert pieces.formats["arrow"] == Changes(unchanged=len(folder.ids))
+    # What lies there now has many batches, which are compared with one.
+    monkeypatch.undo()
+    assert folder.write(("txt",)).formats["arrow"] == Changes(unchanged=len(folder.ids))
 
 
 def test_captions_hold_what_json_must_escape(folder: Folder) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -38,6 +38,7 @@ class ColumnsWriter:
     def __init__(self, stream: IO[bytes], about: Mapping[str, Any]) -> None:
         self._stream = stream
         self._digest = hashlib.sha256()
+        self._finished = False
         schema = pa.schema(FIELDS, metadata={METADATA_KEY: json.dumps({"digest": NO_DIGEST, **about}).encode()})
         self._writer = pa.ipc.new_file(stream, schema)
 
@@ -47,9 +48,18 @@ class ColumnsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writer.close()
         if error is None:
+            self.finish()
+        else:
+            self._writer.close()
+
+    def finish(self) -> None:
+        """Write what comes after the last row; the file can be read from then on."""
+        if not self._finished:
+            self._finished = True
+            self._writer.close()
             self._write_digest()
+            self._stream.flush()
 
     def write(
         self,
@@ -86,32 +96,65 @@ class ColumnsWriter:
 
 
 class EarlierCaptions:
-    """The rows of the `captions.arrow` that is there, to count what changes; none where there is no readable one."""
+    """The rows of the `captions.arrow` that is there, to count what changes; none where there is no readable one.
+
+    Captions are read a batch at a time and not mapped: mapped, the whole file would count as memory of this process.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reader: Any = None
+        self._batch: tuple[int, Any] = (-1, None)
+        self.ids = np.empty(0, dtype=np.int64)
+        starts = [0]
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            self.ids = table.column("id").to_numpy()
-            self.files = table.column("file")
-            self._captions = table.column("caption")
+            batches = list(self._read_column(0))
+            self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
         except (OSError, pa.ArrowInvalid, KeyError):
-            self.ids = np.empty(0, dtype=np.int64)
-            self.files = self._captions = pa.chunked_array([], type=pa.string())
+            batches = []
+        for column in batches:
+            starts.append(starts[-1] + len(column))
+        if batches:
+            self.ids = np.concatenate([column.to_numpy() for column in batches])
+        self._starts = np.array(starts)
+
+    def _read_column(self, number: int) -> Iterator[pa.Array]:
+        """One column of each batch; the others are not read."""
+        with pa.OSFile(str(self._path)) as source:
+            reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[number]))
+            for batch in range(reader.num_record_batches):
+                yield reader.get_batch(batch).column(0)
 
     def count_same(self, ids: npt.NDArray[np.int64], captions: pa.Array) -> int:
-        """How many of these captions are there already, word for word; `ids` is ascending."""
+        """How many of these captions are there already, word for word; `ids` is ascending, as from call to call."""
         if not len(ids) or not len(self.ids):
             return 0
         first = int(np.searchsorted(self.ids, ids[0]))
         stop = int(np.searchsorted(self.ids, ids[-1], side="right"))
-        _, old, new = np.intersect1d(self.ids[first:stop], ids, assume_unique=True, return_indices=True)
-        if not len(old):
-            return 0
-        before = self._captions.slice(first, stop - first).combine_chunks().take(pa.array(old))
-        same = pc.equal(before, captions.cast(pa.large_string()).take(pa.array(new)))
-        return int(pc.sum(same).as_py() or 0)
+        same = 0
+        for number in range(len(self._starts) - 1):
+            begin, end = max(first, int(self._starts[number])), min(stop, int(self._starts[number + 1]))
+            if begin >= end:
+                continue
+            _, old, new = np.intersect1d(self.ids[begin:end], ids, assume_unique=True, return_indices=True)
+            if len(old):
+                before = self._captions(number).take(pa.array(old + begin - int(self._starts[number])))
+                after = captions.cast(pa.large_string()).take(pa.array(new))
+                same += int(pc.sum(pc.equal(before, after)).as_py() or 0)
+        return same
+
+    def _captions(self, number: int) -> pa.Array:
+        """The captions of a batch; the last one read is kept."""
+        if self._batch[0] != number:
+            self._batch = (number, self._reader.get_batch(number).column("caption"))
+        return self._batch[1]
 
     def files_gone(self, ids: npt.NDArray[np.int64]) -> list[str]:
         """The files of rows whose ids are not among `ids`."""
-        gone = np.flatnonzero(~np.isin(self.ids, ids, assume_unique=True))
-        return list(self.files.take(pa.array(gone)).to_pylist()) if len(gone) else []
+        gone = ~np.isin(self.ids, ids, assume_unique=True)
+        if not gone.any():
+            return []
+        files: list[str] = []
+        for column, start in zip(self._read_column(1), self._starts, strict=False):
+            files += column.filter(pa.array(gone[start : start + len(column)])).to_pylist()
+        return files

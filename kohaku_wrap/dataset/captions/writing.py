@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,11 +21,13 @@ from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
 from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import Progress, blamed_on
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
+from kohaku_wrap.metadata.parallel import map_in_order
 from kohaku_wrap.metadata.posts import database_digest
 from kohaku_wrap.metadata.relations import RowsOutOfOrder, TagChunk, map_tag_chunks
 from kohaku_wrap.metadata.tags import read_tags
@@ -39,72 +41,6 @@ class NoImages(KwrapError):
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What writing one format did, counted in captions."""
-
-    written: int = 0
-    """New or different."""
-
-    unchanged: int = 0
-    """There already, word for word."""
-
-    removed: int = 0
-    """There before, and no longer selected."""
-
-
-@dataclass(frozen=True)
-class CaptionReport:
-    """What `kwrap caption` made."""
-
-    style: str
-    """kohaku or hakubooru."""
-
-    dataset: str
-    """Whose caption rules."""
-
-    posts: int
-    """Captions made: one a selected post."""
-
-    images: int
-    """Of these, posts whose verified image is on disk."""
-
-    vanished: int
-    """Images that extract wrote and that are no longer there."""
-
-    formats: Mapping[str, Changes]
-    """By format, `arrow` included."""
-
-    digest: str
-    """Of the rows of captions.arrow; empty without images."""
-
-    tags: Mapping[str, int]
-    """Tags of the posts by what became of them."""
-
-    duplicates: int
-    """Tags that a post had twice."""
-
-    lacking: Mapping[str, int]
-    """Posts without tags, date, rating, favourites, quality or year word."""
-
-    cutoffs: Mapping[str, Mapping[str, int | None]]
-    """By rating and percentile the `fav_count` to exceed; None where no post has the rating."""
-
-    sorted_rows: bool
-    """True when the relation's rows had to be sorted first."""
-
-    notes: tuple[str, ...] = field(default_factory=tuple)
-    """What is worth knowing."""
-
-    @property
-    def changes(self) -> Changes:
-        """Of the .txt files where they were asked for, else of captions.arrow, else of captions.jsonl."""
-        for name in ("txt", "arrow", "jsonl"):
-            if name in self.formats:
-                return self.formats[name]
-        return Changes()
-
-
-@dataclass(frozen=True)
 class Piece:
     """The captions of a stretch of posts in every form that is written."""
 
@@ -114,7 +50,6 @@ class Piece:
     captions: pa.Array
     lines: pa.Buffer | None
     entries: pa.Buffer | None
-    texts: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -130,12 +65,11 @@ class Work:
     formats: tuple[str, ...]
 
     def make_piece(self, chunk: TagChunk) -> Piece:
-        """Make the captions of a chunk, write their .txt files, and put the other forms into buffers."""
+        """Make the captions of a chunk and put them into buffers of the forms that are one file."""
         captions, counts = make_captions(self.plan, chunk, self.posts, self.cutoffs)
         here = self.images.slice_of(chunk.first, chunk.stop) if self.images else slice(0, 0)
         own = captions
         lines = entries = None
-        texts = (0, 0)
         escaped = formats_of.escape_json(captions) if {"jsonl", "cache"} & set(self.formats) else captions
         prefix = formats_of.path_prefix(self.folder)
         if "jsonl" in self.formats:
@@ -143,13 +77,11 @@ class Work:
         if self.images:
             rows = pa.array(self.images.places[here] - chunk.first)
             own = captions.take(rows)
-            files = self.images.files.slice(here.start, here.stop - here.start)
             if "cache" in self.formats:
+                files = self.images.files.slice(here.start, here.stop - here.start)
                 sizes = self.images.widths[here], self.images.heights[here]
                 entries = formats_of.cache_entries(prefix, files, escaped.take(rows), *sizes)
-            if "txt" in self.formats:
-                texts = formats_of.write_text_files(self.folder, files, own, self.images.has_text[here])
-        return Piece(chunk.stop - chunk.first, counts, here, own, lines, entries, texts)
+        return Piece(chunk.stop - chunk.first, counts, here, own, lines, entries)
 
     def _lines(self, chunk: TagChunk, here: slice, escaped: pa.Array, prefix: str) -> pa.Buffer:
         """Every post's line: with its image's own name and size, or with the name that it would have."""
@@ -238,7 +170,7 @@ def write_pieces(
     counts = CaptionCounts()
     images = work.images
     changes: dict[str, Changes] = {}
-    same = texts_written = texts_kept = 0
+    same = 0
     digest = ""
     earlier = EarlierCaptions(work.folder / formats_of.ARROW_FILE)
     with contextlib.ExitStack() as stack:
@@ -271,20 +203,46 @@ def write_pieces(
                 files = images.files.slice(here.start, here.stop - here.start)
                 columns.write(images.ids[here], files, images.widths[here], images.heights[here], piece.captions)
                 same += earlier.count_same(images.ids[here], piece.captions)
-            texts_written += piece.texts[0]
-            texts_kept += piece.texts[1]
             if on_progress:
                 on_progress(counts.posts, len(work.posts))
         if cache:
             cache.write(b"{}\n" if first_entry else b"\n}\n")
-        digest = columns.digest if columns else ""
+        if columns and images:
+            columns.finish()
+            digest = columns.digest
+            gone = earlier.files_gone(images.ids)
+            if "txt" in work.formats:
+                # Before captions.arrow is replaced, which knows the texts that an earlier call wrote.
+                written, kept = write_texts(work.folder, images, Path(stream.name), on_progress)
+                changes["txt"] = Changes(written, kept, remove_text_files(work.folder, gone))
     if images:
-        gone = earlier.files_gone(images.ids)
-        if columns:
-            changes["arrow"] = Changes(len(images) - same, same, len(gone))
-        if "txt" in work.formats:
-            changes["txt"] = Changes(texts_written, texts_kept, remove_text_files(work.folder, gone))
+        changes["arrow"] = Changes(len(images) - same, same, len(gone))
     return counts, changes, digest
+
+
+def write_texts(folder: Path, images: CaptionImages, columns: Path, on_progress: Progress | None) -> tuple[int, int]:
+    """Write the .txt files of the captions in a finished `captions.arrow`; how many were written and how many kept.
+
+    One thread does it after all captions are made: beside other threads it would wait for the interpreter's lock
+    after each of its many short system calls. The file is read in pieces and not mapped, so memory stays small.
+    """
+    with pa.OSFile(str(columns)) as source:
+        reader = pa.ipc.open_file(source)
+        starts = [0]
+
+        def write_batch(number: int) -> tuple[int, int]:
+            batch = reader.get_batch(number)
+            start = starts[-1]
+            starts.append(start + batch.num_rows)
+            has_text = images.has_text[start : starts[-1]]
+            return formats_of.write_text_files(folder, batch.column("file"), batch.column("caption"), has_text)
+
+        written = kept = 0
+        for wrote, left in map_in_order(write_batch, range(reader.num_record_batches), 1):
+            written, kept = written + wrote, kept + left
+            if on_progress:
+                on_progress(written + kept, len(images))
+        return written, kept
 
 
 @contextlib.contextmanager
