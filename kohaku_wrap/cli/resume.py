@@ -59,7 +59,7 @@ Examples:
   kwrap resume epsilon --foreign --state plain-step00013600-state --dry-run"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
-@click.option("--step", type=click.IntRange(0), metavar="N", help="From the state of this optimizer step.")
+@click.option("--step", type=click.IntRange(0), metavar="N", help="From the state of this optimizer step; 0: from the beginning.")
 @click.option("--processes", "--gpus", "processes", type=click.IntRange(1), metavar="W",
               help="Train on another number of GPUs; the accumulation follows.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")
@@ -92,7 +92,8 @@ def command(
     """Go on with a run exactly where a state was saved.
 
     Takes the newest whole state of the run's current line, or that of --step. Later states and checkpoints move to
-    abandoned/. A damaged state is named and the one before it is used. Without RUN: the only unfinished run.
+    abandoned/. A damaged state is named and the one before it is used; where none is whole, nothing is trained until
+    --step 0 asks for the beginning. Without RUN: the only unfinished run.
     """
     from kohaku_wrap.training.runs.folder import find_run
     from kohaku_wrap.training.runs.resume import plan_resume
@@ -139,13 +140,17 @@ def states_bytes(run: Run, step: int | None) -> int:
 
 def print_plan(plan: ResumePlan) -> None:
     """What the resume found and will do, on stderr."""
+    from kohaku_wrap.training.records.states import list_states
+
     for damaged in plan.damaged:
         print_note(f"damaged, passed over: {damaged.message}")
     for problem in plan.accepted:
         print_note(f"accepted: {problem.where}: {problem.what}")
     if plan.foreign:
         print_note("a state of plain sd-scripts: the order is not provably the same as before it")
-    source = "the beginning, as no whole state is there" if plan.state is None else str(plan.state)
+    source = str(plan.state)
+    if plan.state is None:
+        source = "the beginning" if list_states(plan.run.states) else "the beginning, as no state is there"
     print_note(f"attempt {plan.number} of {plan.run.name} from {source}")
     for path in plan.abandons:
         print_note(f"to abandoned/: {path.relative_to(plan.run.folder)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from kohaku_wrap.training.records.verify import verify_run
 from kohaku_wrap.training.runs.attempts import list_attempts
 from kohaku_wrap.training.runs.differences import DifferentRun
 from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.resume import NoSuchState, RunFinished, begin_attempt, plan_resume
+from kohaku_wrap.training.runs.resume import NoSuchState, NoWholeState, RunFinished, begin_attempt, plan_resume
 from kohaku_wrap.training.runs.supervise import TrainerFailed, supervise_run
 from kohaku_wrap.training.runs.watch import WatchOptions
 
@@ -72,6 +73,58 @@ def test_takes_the_newest_whole_state_and_names_damaged_ones(new_run: NewRun) ->
     assert verify_run(run).is_proved
 
 
+def damage_states(run: Run) -> None:
+    for _, state in list_states(run.states):
+        os.truncate(state / "weights.bin", 3)
+
+
+def test_a_run_whose_states_are_all_damaged_starts_again_only_when_asked(new_run: NewRun) -> None:
+    run = new_run()
+    crash_at(run, 7)
+    damage_states(run)
+    with pytest.raises(NoWholeState) as refused:
+        plan_resume(run)
+    assert refused.value.exit_code == 1
+    told = refused.value.message
+    assert told.index("00000006: weights.bin is damaged (3 bytes") < told.index("00000004: weights.bin is damaged")
+    assert "--step 0" in refused.value.next_step
+    assert "from the beginning\n" in call("resume", run.folder, "--step", 0, "--dry-run").output
+    resume(run, step=0)
+    assert len(list((run.abandoned / "before-attempt-2" / "states").iterdir())) == 2
+    assert verify_run(run).is_proved
+    damage_states(run)
+    with pytest.raises(RunFinished):
+        plan_resume(run)
+
+
+def test_states_that_went_away_are_missed(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"crash": True, "at": 7}, attempt_2={"crash": True, "at": 7})
+    with pytest.raises(TrainerFailed):
+        train(run, restarts=1)
+    for _, state in list_states(run.states):
+        shutil.rmtree(state)
+    with pytest.raises(NoWholeState, match="the state of optimizer step 6, from which it went on, is gone"):
+        plan_resume(run)
+    assert plan_resume(run, step=0).state is None
+
+
+def test_a_restart_does_not_start_again_over_damaged_states(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"crash": True, "at": 7})
+
+    def begin() -> Any:
+        damage_states(run)
+        attempt, launch = begin_attempt(plan_resume(run))
+        return attempt, plain_launch(attempt, launch)
+
+    with pytest.raises(NoWholeState):
+        supervise_run(
+            run, begin, begin, WatchOptions(restarts=3, first_pause_seconds=0.01), on_event=lambda event: None
+        )
+    assert len(list_attempts(run)) == 1 and steps(run) == [4, 6]
+
+
 def test_a_step_without_a_state_lists_those_there_are(new_run: NewRun) -> None:
     run = new_run()
     crash_at(run, 7)
@@ -85,6 +138,7 @@ def test_without_a_state_it_starts_again(new_run: NewRun) -> None:
     crash_at(run, 1)
     plan = plan_resume(run)
     assert plan.state is None and plan.optimizer_step == 0
+    assert "from the beginning, as no state is there" in call("resume", run.folder, "--dry-run").output
     resume(run)
     report = verify_run(run)
     assert report.is_proved and report.is_finished

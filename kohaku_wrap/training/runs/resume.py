@@ -30,6 +30,20 @@ class NoSuchState(KwrapError):
     """No whole state at the step that was asked for."""
 
 
+class NoWholeState(KwrapError):
+    """States were saved and none can be loaded; starting from the beginning is for the person to decide."""
+
+    def __init__(self, run: Run, damaged: Sequence[DamagedState], last: Attempt | None) -> None:
+        lines = [f"run {run.name}: no whole state is left"]
+        lines += [f"  {each.state.name}: {each.what}" for each in damaged]
+        if not damaged and last is not None:
+            lines.append(f"  the state of optimizer step {last.start_optimizer_step:,}, from which it went on, is gone")
+        advice = f"Restore one into {run.states}, or train from the beginning: kwrap resume {run.folder} --step 0"
+        if last is not None and last.foreign:
+            advice = f"Give the state of plain sd-scripts again: kwrap resume {run.folder} --foreign --state {last.state}"
+        super().__init__("\n".join(lines), advice)
+
+
 @dataclass(frozen=True)
 class ResumePlan:
     """What a resume would do; nothing is changed yet."""
@@ -93,9 +107,16 @@ def plan_resume(
 ) -> ResumePlan:
     """Choose the newest whole state of the run's current line, or that of `step`, and verify it.
 
-    Raises RunFinished, NoSuchState with those there are, DamagedState for an explicit step, DifferentRun with the list
-    of differences between state and run, BadOrder for a number of processes that does not divide.
+    Raises RunFinished, NoSuchState with those there are, DamagedState for an explicit step, NoWholeState where states
+    were saved and none is whole (step 0 then starts from the beginning), DifferentRun with the list of differences
+    between state and run, BadOrder for a number of processes that does not divide.
     """
+    if step is None and foreign_state is None and is_finished(run):
+        # Whatever became of its states.
+        raise RunFinished(
+            f"run {run.name} is finished: all {run.lock.total_optimizer_steps:,} optimizer steps are done",
+            f"Prove it with `kwrap verify {run.folder}`; go back with `--step N`.",
+        )
     attempts = list_attempts(run)
     last = attempts[-1] if attempts else None
     processes = processes or (last.processes if last else first_processes(run))
@@ -117,11 +138,6 @@ def plan_resume(
         ]
     accepted = frozenset(allow) | (last.allow if last else frozenset())
     refuse_changes(f"run {run.name}", changes, accepted)
-    if optimizer_step >= run.lock.total_optimizer_steps and is_finished(run) and step is None:
-        raise RunFinished(
-            f"run {run.name} is finished: {optimizer_step:,} of {run.lock.total_optimizer_steps:,} optimizer steps",
-            f"Prove it with `kwrap verify {run.folder}`; go back with `--step N`.",
-        )
     abandons = [
         path
         for at, path in list_states(run.states)
@@ -192,7 +208,7 @@ def find_state(
     damaged: list[DamagedState],
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[Path | None, int]:
-    """The state to load and its step; (None, 0) when there is none and none was asked for."""
+    """The state to load and its step; (None, 0) when none was ever saved, or step 0 was asked for."""
     kept = last_kept_steps(list(attempts))
     for at, path in reversed(list_states(run.states)):
         if step is not None and at != step:
@@ -210,6 +226,9 @@ def find_state(
     if step:
         there = ", ".join(f"{at:,}" for at, _ in list_states(run.states)) or "none"
         raise NoSuchState(f"run {run.name}: no state at optimizer step {step:,}", f"States there are: {there}.")
+    last = attempts[-1] if attempts else None
+    if step is None and (damaged or (last is not None and last.start_optimizer_step)):
+        raise NoWholeState(run, damaged, last)
     return None, 0
 
 
