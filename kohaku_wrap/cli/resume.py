@@ -59,7 +59,9 @@ Examples:
   kwrap resume epsilon --foreign --state plain-step00013600-state --dry-run"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
-@click.option("--step", type=click.IntRange(0), metavar="N", help="From the state of this optimizer step; 0: from the beginning.")
+@click.option(
+    "--step", type=click.IntRange(0), metavar="N", help="From the state of this optimizer step; 0: from the beginning."
+)
 @click.option("--processes", "--gpus", "processes", type=click.IntRange(1), metavar="W",
               help="Train on another number of GPUs; the accumulation follows.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")

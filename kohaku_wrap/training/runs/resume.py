@@ -40,7 +40,9 @@ class NoWholeState(KwrapError):
             lines.append(f"  the state of optimizer step {last.start_optimizer_step:,}, from which it went on, is gone")
         advice = f"Restore one into {run.states}, or train from the beginning: kwrap resume {run.folder} --step 0"
         if last is not None and last.foreign:
-            advice = f"Give the state of plain sd-scripts again: kwrap resume {run.folder} --foreign --state {last.state}"
+            advice = (
+                f"Give the state of plain sd-scripts again: kwrap resume {run.folder} --foreign --state {last.state}"
+            )
         super().__init__("\n".join(lines), advice)
 
 
