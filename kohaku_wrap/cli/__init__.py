@@ -16,6 +16,7 @@ import click
 
 import kohaku_wrap
 from kohaku_wrap.cli.output import print_error
+from kohaku_wrap.cli.usage import describe_usage_error
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapError, MissingExtra
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -63,11 +64,10 @@ class Verbs(click.Group):
         """The verb that is meant; an unknown one is answered with the nearest."""
         try:
             return super().resolve_command(ctx, args)
-        except click.UsageError as error:
+        except click.UsageError:
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
-            if not near or "Did you mean" in error.message:
-                raise
-            raise click.UsageError(f"{error.message} Did you mean `kwrap {near[0]}`?", ctx) from None
+            meant = f"; did you mean `kwrap {near[0]}`?" if near else ""
+            raise click.UsageError(f"no such command {args[0]}{meant}", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(len(name) for name in self.list_commands(ctx))
@@ -99,9 +99,12 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_request:
         return int(exit_request.exit_code)
-    except click.ClickException as usage:
-        usage.show()
-        return EXIT_USAGE if isinstance(usage, click.UsageError) else EXIT_FAILED
+    except click.exceptions.NoArgsIsHelpError as help_wanted:
+        help_wanted.show()
+        return EXIT_USAGE
+    except click.UsageError as usage:
+        print_error(*describe_usage_error(usage, program, sys.argv[1:] if arguments is None else arguments))
+        return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
         print_error("interrupted", "What was finished is kept; run the same command again to go on.")
         return EXIT_INTERRUPTED

@@ -22,10 +22,9 @@ VERIFY_ELEMENTS = 10_000
 
 
 def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
-    """An option with a few words to choose from; empty where it is not given, so that a recipe may say it."""
+    """An option with a few words to choose from; without a default, so that a recipe may say it."""
     usual = "" if flag == "--dtype" else f" Usually {words[0]}."
-    kind = click.Choice(["", *words])
-    return click.option(flag, default="", type=kind, metavar=f"[{'|'.join(words)}]", help=text + usual)
+    return click.option(flag, type=click.Choice(words), help=text + usual)
 
 
 def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:

@@ -78,9 +78,33 @@ def test_an_import_does_not_swallow_an_interrupt(name: str, tmp_path: Path) -> N
     assert "error: interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
 
 
-def test_an_unknown_verb_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_program(["trian"]) == 2
-    assert "trian" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian", "kwrap: no such command trian; did you mean `kwrap train`?\nRun `kwrap --help` to see the comm"),
+        ("template lss", "kwrap template: no such command lss; did you mean ls?\n"),
+        ("select demo --bd x", "kwrap select: no such option --bd; did you mean --db?\n"),
+        ("select demo", "kwrap select: --db and --out are missing\nRun `kwrap select --help` to see its options"),
+        ("extract", "kwrap extract: SEL.parquet, --tars and --out are missing\n"),
+        ("template cp epsilon", "kwrap template cp: DESTINATION is missing\n"),
+        ("template cp a b c", "kwrap template cp: got unexpected extra argument (c)\n"),
+        ("template show epsilon --set", "kwrap template show: option --set requires an argument\n"),
+        ("doctor --engine other", "kwrap doctor: --engine: 'other' is not one of 'sd-scripts', 'builtin'\n"),
+        ("demo x --posts many", "kwrap demo: --posts: 'many' is not a valid integer\n"),
+        ("plan x --site y --selection z --images 3", "kwrap plan: --selection and --images are two sources"),
+    ],
+)
+def test_a_mistyped_line_is_one_message(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(line.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"error: {said}")
+    assert len(shown.err.splitlines()) == 2 and "--help`" in shown.err
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program([]) == 2
+    assert "Look around:" in capsys.readouterr().err
 
 
 def test_all_problems_are_shown_at_once() -> None:
