@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,44 +238,32 @@ class Pool:
         self.lock = threading.Lock()
         self.stopped = False
         self.done_bytes = 0
-        self.error: BaseException | None = None
 
     def work(self, worker: Worker, descriptor: int, data_start: int) -> None:
         torch.set_num_threads(1)
-        try:
-            while not self.stopped:
-                with self.lock:
-                    task = next(self.tasks, None)
-                if task is None:
-                    return
-                worker.do(task, descriptor, data_start)
-                with self.lock:
-                    self.done_bytes += (task.last - task.first) * task.piece.width
-        except BaseException as error:  # kept, and raised again in the main thread
-            self.error = self.error or error
-            self.stopped = True
+        while not self.stopped:
+            with self.lock:
+                task = next(self.tasks, None)
+            if task is None:
+                return
+            worker.do(task, descriptor, data_start)
+            with self.lock:
+                self.done_bytes += (task.last - task.first) * task.piece.width
 
     def run(
         self, workers: list[Worker], descriptor: int, data_start: int, size_bytes: int, on_progress: Progress
     ) -> None:
-        """Run to the end; an error of a worker is raised here."""
-        threads = [
-            threading.Thread(target=self.work, args=(worker, descriptor, data_start), daemon=True) for worker in workers
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(POLL_SECONDS)
+        """Run to the end; an error of a worker is raised here. No thread works on when this returns or raises."""
+        with ThreadPoolExecutor(len(workers)) as executor:
+            try:
+                pending = {executor.submit(self.work, worker, descriptor, data_start) for worker in workers}
+                while pending:
+                    done, pending = wait(pending, POLL_SECONDS, FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
                     on_progress(self.done_bytes, size_bytes)
-        finally:
-            self.stopped = True
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-        if self.error is not None:
-            raise self.error
+            finally:
+                self.stopped = True
 
 
 @dataclass(frozen=True)
