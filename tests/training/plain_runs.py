@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import toml
 
+from kohaku_wrap.config.base_model import SDXL_SIZES, list_tensor_names
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.runs.folder import Run
@@ -56,6 +57,14 @@ def write_captions(images: Path, count: int, digest: str = "d1g357") -> None:
     images.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(images / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table)
+
+
+def write_base_model(path: Path, weights: str = "weights", without: str = "") -> None:
+    """A file with every tensor name of SDXL, or all but `without`, and no number in any."""
+    names = [name for part in list_tensor_names(SDXL_SIZES).values() for name in part if name != without]
+    spots = {name: {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for name in names}
+    header = json.dumps({"__metadata__": {"weights": weights}, **spots}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def make_run(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from plain_runs import write_captions
+from plain_runs import write_base_model, write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError
@@ -41,7 +41,7 @@ BATCH = "effective_batch=4"
 def site(tmp_path: Path) -> Path:
     """A site with captions and a base model of no use."""
     write_captions(tmp_path / "images", 30)
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_base_model(tmp_path / "model.safetensors")
     (tmp_path / "tokenizers").mkdir()
     return write_site(tmp_path)
 
@@ -121,7 +121,7 @@ def test_a_failure_while_making_it_leaves_nothing(site: Path) -> None:
     (site.parent / "model.safetensors").unlink()
     result = call("train", "demo", "--site", site, "--run", "first")
     assert isinstance(result.exception, KwrapError) and "model.safetensors" in result.exception.message
-    (site.parent / "model.safetensors").write_bytes(b"weights")
+    write_base_model(site.parent / "model.safetensors")
     (site.parent / "images" / "captions.arrow").write_bytes(b"not arrow")
     result = call("train", "demo", "--site", site, "--run", "first")
     assert isinstance(result.exception, KwrapError) and "captions" in result.exception.message
@@ -145,7 +145,7 @@ def test_a_locked_run_refuses_what_differs(site: Path) -> None:
     assert same.name == "second"
     result = call("train", "demo", "--site", site, "--run", "third", "--locked", lock, "--set", "unet_lr=1e-3")
     assert isinstance(result.exception, KwrapError) and "values.unet_lr" in result.exception.message
-    (site.parent / "model.safetensors").write_bytes(b"other weights")
+    write_base_model(site.parent / "model.safetensors", "other weights")
     result = call("train", "--site", site, "--run", "third", "--locked", lock)
     assert "inputs.base_model_sha256" in str(result.exception)
     assert not (site.parent / "runs" / "third").exists()
@@ -158,6 +158,16 @@ def test_a_file_of_the_run_that_is_damaged_is_named(site: Path) -> None:
         plan_resume(run)
     run.lock_file.write_text("[run")
     assert "not TOML" in str(call("status", run.folder).exception)
+
+
+def test_a_base_model_that_lacks_a_tensor_is_refused_before_a_run_is_made(site: Path) -> None:
+    write_base_model(site.parent / "model.safetensors", without="model.diffusion_model.out.2.bias")
+    refused = call("train", "demo", "--site", site, "--set", BATCH).exception
+    assert isinstance(refused, KwrapError) and refused.exit_code == 1
+    assert "the UNet lacks 1 of 1,680 tensors (model.diffusion_model.out.2.bias)" in refused.message
+    assert not (site.parent / "runs").exists()
+    planned = call("plan", "demo", "--site", site, "--no-modules", "--set", BATCH).exception
+    assert isinstance(planned, KwrapError) and "model.diffusion_model.out.2.bias" in planned.message
 
 
 @pytest.mark.slow

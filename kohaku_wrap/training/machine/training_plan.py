@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_wrap.config.base_model import BadBaseModel, check_base_model, needs_own_vae
 from kohaku_wrap.config.checks import check_plan
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.plan import ImageSizes, StepPlan, plan_steps
@@ -81,7 +82,7 @@ def plan_training(
 ) -> TrainingPlan:
     """Count and weigh a training of a template on its site over these images."""
     steps = plan_steps(effective, images)
-    problems = check_plan(effective, steps)
+    problems = check_plan(effective, steps) + check_model(effective)
     counts: tuple[ModuleCounts, ...] = ()
     not_counted = "" if with_modules else "modules, parameters and sizes were not asked for"
     if with_modules and effective.get("network_module") == "lycoris.kohya":
@@ -124,6 +125,18 @@ def count_warmup(effective: Effective, steps: StepPlan) -> tuple[int, int]:
         share = int(warmup * steps.total_optimizer_steps)
         return share, share
     return warmup, -(-warmup // steps.processes)
+
+
+def check_model(effective: Effective) -> list[Problem]:
+    """A base model that is there and cannot be trained; one that is not there yet hinders no plan."""
+    site = effective.site
+    if site is None or not site.paths.base_model.is_file():
+        return []
+    try:
+        check_base_model(site.paths.base_model, needs_own_vae(site))
+    except BadBaseModel as fault:
+        return [Problem("base_model", fault.message, str(site.path))]
+    return []
 
 
 def check_memory(sizes: Sizes) -> list[Problem]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_wrap.config.base_model import check_base_model, needs_own_vae
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.layers import Effective, resolve_template
 from kohaku_wrap.config.plan import plan_steps, read_folder_sizes, shape_batch
@@ -137,9 +138,11 @@ def create_run(
     """Count the steps, hash the inputs and make the run's folder, whole or not at all.
 
     `command` is what the person typed, kept as `command.txt`. `locked`: the lock that the new one must equal.
-    Raises MissingExtra, NoImages, MissingInput, ProblemsFound with every difference from `locked`.
+    Raises MissingExtra, BadBaseModel, NoImages, MissingInput, ProblemsFound with every difference from `locked`.
     """
     require_packages()
+    if new.site.paths.base_model.is_file():
+        check_base_model(new.site.paths.base_model, needs_own_vae(new.site))
     plan = plan_steps(new.effective, read_folder_sizes(new.site.paths.images))
     inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes)
     rendered = compose_run(new.effective, new.site, new.folder, new.name, plan, inputs, new.engine)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,76 +15,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.workers.module_names import UNET_PREFIX, build_named_view, pair_names
+from kohaku_wrap.config.base_model import (
+    TEXT_ENCODER_2_PREFIX,
+    TEXT_ENCODER_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    BadBaseModel,
+    read_sizes,
+)
+from kohaku_wrap.training.workers.module_names import build_named_view, pair_names
 
 Tensors = dict[str, torch.Tensor]
 
-TEXT_ENCODER_PREFIX = "conditioner.embedders.0.transformer."
-TEXT_ENCODER_2_PREFIX = "conditioner.embedders.1.model."
-VAE_PREFIX = "first_stage_model."
 KEYS_SHOWN = 5
-
-CLIP_SIZES = {
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "layer_norm_eps": 1e-5,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
-
-SDXL_SIZES: dict[str, dict[str, Any]] = {
-    "unet": {
-        "sample_size": 128,
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": [320, 640, 1280],
-        "layers_per_block": 2,
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    "text_encoder": {
-        **CLIP_SIZES,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-    },
-    "text_encoder_2": {
-        **CLIP_SIZES,
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-    "vae": {
-        "sample_size": 256,
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [128, 256, 512, 512],
-        "latent_channels": 4,
-        "layers_per_block": 2,
-    },
-}
-"""The sizes of SDXL 1.0, as diffusers' and transformers' configs name them."""
-
-
-class BadBaseModel(KwrapError):
-    """The base model's file cannot be read or is not an SDXL of the expected sizes."""
 
 
 @dataclass(frozen=True)
@@ -149,20 +90,6 @@ def read_tensors(path: Path) -> Tensors:
     except (OSError, SafetensorError) as error:
         raise BadBaseModel(
             f"{path}: not a safetensors file that can be read ({error})", "Set `base_model` in site.toml."
-        ) from error
-
-
-def read_sizes(path: Path) -> Mapping[str, Mapping[str, Any]]:
-    """The configs of the four parts. Raises BadBaseModel where `config.json` lacks one."""
-    config = path.with_name("config.json")
-    if not config.is_file():
-        return SDXL_SIZES
-    try:
-        document = json.loads(config.read_text(encoding="utf-8"))
-        return {part: dict(document[part]) for part in SDXL_SIZES}
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadBaseModel(
-            f"{config}: not the sizes of an SDXL ({error!r})", "Restore it, or remove it for a full SDXL."
         ) from error
 
 

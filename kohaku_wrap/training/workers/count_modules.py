@@ -22,8 +22,8 @@ os.environ.setdefault("LYCORIS_KERNEL_TUNE", "off")
 import torch
 from torch import nn
 
-from kohaku_wrap.training.workers.builtin_models import SDXL_SIZES, read_sizes
-from kohaku_wrap.training.workers.list_sgm_tensors import UNET_PREFIX, list_unet_candidates, match_names
+from kohaku_wrap.config.base_model import SDXL_SIZES, UNET_PREFIX, read_sizes
+from kohaku_wrap.training.workers.list_sgm_tensors import list_unet_candidates, match_names
 from kohaku_wrap.training.workers.module_names import build_named_view, pair_names
 
 

@@ -21,13 +21,11 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from kohaku_wrap.config.base_model import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
+
 Shapes = dict[str, list[int]]
 Converter = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-TEXT_ENCODER_PREFIX = "conditioner.embedders.0.transformer."
-TEXT_ENCODER_2_PREFIX = "conditioner.embedders.1.model."
 RESNET_LAYERS = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
 VAE_RESNET_LAYERS = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
 VAE_ATTENTION_LAYERS = ("norm", "q", "k", "v", "proj_out")

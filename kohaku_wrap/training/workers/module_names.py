@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kohaku_wrap.config.base_model import UNET_PREFIX
 from kohaku_wrap.errors import KwrapError
 
 CLASS_NAMES = {"Attention": "CrossAttention", "TimestepEmbedding": "Sequential"}
 """Where diffusers' class has another name in sd-scripts, which LyCORIS presets go by."""
-
-UNET_PREFIX = "model.diffusion_model."
 
 
 class ConversionChanged(KwrapError):

@@ -15,6 +15,7 @@ import torch
 from engine_world import DATASET_OPTIONS, World
 from safetensors.torch import load_file, save_file
 
+from kohaku_wrap.config.base_model import SDXL_SIZES, BadBaseModel
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.training.data.captions_file import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions
@@ -23,7 +24,7 @@ from kohaku_wrap.training.data.tokens import CaptionTokenizer
 from kohaku_wrap.training.data.torch_streams import seed_generators
 from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_loss import LossOfBatch
-from kohaku_wrap.training.workers.builtin_models import SDXL_SIZES, BadBaseModel, BaseModel, load_base_model
+from kohaku_wrap.training.workers.builtin_models import BaseModel, load_base_model
 from kohaku_wrap.training.workers.builtin_network import create_network
 
 PRESET = shipped_folder("templates") / "presets" / "kohaku-lokr.toml"

@@ -1,0 +1,83 @@
+"""What of a base model is known from its header alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kohaku_wrap.config.base_model import (
+    SDXL_SIZES,
+    VAE_PREFIX,
+    BadBaseModel,
+    check_base_model,
+    list_tensor_names,
+)
+from kohaku_wrap.demo.base_model import load_description
+
+NAMES = [name for part in list_tensor_names(SDXL_SIZES).values() for name in part]
+
+
+def write_header(path: Path, names: list[str], data: bytes = b"") -> Path:
+    """A safetensors file whose tensors are empty, but for the first, which has all data."""
+    header: dict[str, Any] = {name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names}
+    header[names[0]] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}
+    text = json.dumps({"__metadata__": {}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_the_names_are_those_that_diffusers_converts() -> None:
+    described = load_description()
+    names = [name for part in list_tensor_names(described["config"]).values() for name in part]
+    optional = {name for name in described["tensors"] if name.endswith(("position_ids", "logit_scale"))}
+    assert len(names) == len(set(names))
+    assert set(names) == described["tensors"].keys() - optional
+
+
+def test_a_whole_model_passes_and_a_pickle_is_left_to_the_trainer(tmp_path: Path) -> None:
+    check_base_model(write_header(tmp_path / "whole.safetensors", NAMES, b"12345678"))
+    (tmp_path / "other.ckpt").write_bytes(b"PK")
+    check_base_model(tmp_path / "other.ckpt")
+
+
+def test_a_vae_is_needed_where_no_other_takes_its_place(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "m.safetensors", [name for name in NAMES if not name.startswith(VAE_PREFIX)])
+    check_base_model(path, with_vae=False)
+    with pytest.raises(BadBaseModel, match="the VAE lacks 248 of 248 tensors"):
+        check_base_model(path)
+
+
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[-1], "conditioner.embedders.1.model.text_projection"])
+def test_one_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    path = write_header(tmp_path / "m.safetensors", [each for each in NAMES if each != name])
+    with pytest.raises(BadBaseModel, match=rf"not a whole SDXL: .* lacks 1 of [0-9,]+ tensors \({name}\)\n"):
+        check_base_model(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: data[:-3], "bytes instead of"),
+        (lambda data: data + b"x", "bytes instead of"),
+        (lambda data: data[:100], "cut in its header"),
+        (lambda data: b"", "not a safetensors file"),
+        (lambda data: b"a story of a cat\n" * 999, "not a safetensors file"),
+        (lambda data: b"\x02" + bytes(7) + b"[]", "not a safetensors file"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], words: str) -> None:
+    path = write_header(tmp_path / "m.safetensors", NAMES, b"12345678")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(BadBaseModel, match=words) as refused:
+        check_base_model(path)
+    assert str(path) in refused.value.message
+
+
+def test_a_network_is_told_from_a_model(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "m.safetensors", ["lora_unet_conv_in.lokr_w1"])
+    with pytest.raises(BadBaseModel, match="a network, not a base model"):
+        check_base_model(path)
