@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ Progress = Callable[[int, int], None]
 """Called with what is done and the total, in the unit that the caller announced."""
 
 HASH_BLOCK_BYTES = 1 << 22
+
+KEPT_HASHES = "file-hashes.json"
+"""Below kwrap's own folder, so that an unchanged file is read only once."""
+
+HASHES_KEPT = 4096
 
 
 def fsync_folder(folder: Path) -> None:
@@ -75,6 +81,43 @@ def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) ->
             if on_bytes:
                 on_bytes(len(block))
     return digest.hexdigest()
+
+
+def kept_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The file's sha256 in hex; not read again where it is unchanged since it was last hashed."""
+    key = key_of_file(path)
+    if held := load_hashes().get(key):
+        return held[0]
+    digest = sha256_of_file(path, on_bytes)
+    keep_hashes({key: [digest]})
+    return digest
+
+
+def key_of_file(path: Path) -> str:
+    """What must stay the same for a kept hash to hold: path, size, time of change and inode."""
+    status = path.stat()
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+
+
+def load_hashes() -> dict[str, list[str]]:
+    """The kept hashes by key: the sha256, for a safetensors file perhaps also that of its data; none if unreadable."""
+    try:
+        held = json.loads((home_folder() / KEPT_HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(held, dict):
+        return {}
+    return {key: hashes for key, hashes in held.items() if isinstance(hashes, list) and hashes}
+
+
+def keep_hashes(added: dict[str, list[str]]) -> None:
+    """Add to the kept hashes; where they cannot be written it is no failure."""
+    held = {**load_hashes(), **added}
+    newest = dict(list(held.items())[-HASHES_KEPT:])
+    try:
+        write_text(home_folder() / KEPT_HASHES, json.dumps(newest, indent=0))
+    except OSError:
+        return
 
 
 def home_folder() -> Path:

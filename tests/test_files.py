@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.files import atomic_write, home_folder, sha256_of_file, shipped_folder, write_text
+from kohaku_wrap.files import atomic_write, home_folder, kept_sha256, sha256_of_file, shipped_folder, write_text
 
 
 def test_a_failed_write_leaves_the_former_content_and_no_neighbour(tmp_path: Path) -> None:
@@ -33,6 +33,18 @@ def test_a_failed_write_names_the_file_that_was_meant(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as failed, atomic_write(path):
         (tmp_path / "b.txt").read_text()
     assert failed.value.filename == str(tmp_path / "b.txt")
+
+
+def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
+    path, read = tmp_path / "a.bin", list[int]()
+    path.write_bytes(b"before")
+    assert kept_sha256(path, read.append) == kept_sha256(path, read.append) == hashlib.sha256(b"before").hexdigest()
+    assert read == [6]
+    path.write_bytes(b"after")
+    assert kept_sha256(path, read.append) == hashlib.sha256(b"after").hexdigest()
+    assert read == [6, 5]
+    (home_folder() / "file-hashes.json").write_text("[1")
+    assert kept_sha256(path, read.append) == hashlib.sha256(b"after").hexdigest() and read == [6, 5, 5]
 
 
 def test_a_killed_write_never_shows_under_the_final_name(tmp_path: Path) -> None:

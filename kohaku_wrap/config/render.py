@@ -25,7 +25,7 @@ from kohaku_wrap.config.trainer_arguments import (
     section_of,
 )
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import sha256_of_file, write_text
+from kohaku_wrap.files import kept_sha256, sha256_of_file, write_text
 
 TRAINER_FILE = "trainer.toml"
 DATASET_FILE = "dataset.toml"
@@ -249,7 +249,7 @@ def hash_inputs(
     selection: Path | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """The run's inputs with their sha256; reads the whole base model. Raises MissingInput."""
+    """The run's inputs with their sha256; reads a base model that it did not know. Raises MissingInput."""
     inputs = name_inputs(site)
     files = {"base_model": site.paths.base_model, "vae": site.paths.vae, "selection": selection}
     for name, path in files.items():
@@ -258,7 +258,7 @@ def hash_inputs(
         if not path.is_file():
             raise MissingInput(f"{path}: no such file ({name})", f"Mend paths.{name} in {site.path}.")
         inputs[name] = str(path)
-        inputs[f"{name}_sha256"] = sha256_of_file(path, on_bytes)
+        inputs[f"{name}_sha256"] = kept_sha256(path, on_bytes)
     inputs["captions_digest"] = read_captions_metadata(site.paths.images).get("digest", "")
     for index, path in enumerate(effective.files):
         inputs[f"template_{index}_sha256"] = sha256_of_file(path)

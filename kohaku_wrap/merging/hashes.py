@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, home_folder, write_text
+from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, keep_hashes, key_of_file, load_hashes
 from kohaku_wrap.merging.layout import read_header
-
-CACHE_NAME = "file-hashes.json"
-CACHE_LIMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -32,33 +28,6 @@ class FileHashes:
     def auto_v2(self) -> str:
         """The short hash that model sites show."""
         return self.sha256[:10]
-
-
-def cache_key(path: Path) -> str:
-    """What must stay the same for a kept hash to hold: path, size, time of change and inode."""
-    status = path.stat()
-    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
-
-
-def load_cache() -> dict[str, list[str]]:
-    """The kept hashes; none if there is no cache or it cannot be read."""
-    try:
-        held = json.loads((home_folder() / CACHE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(held, dict):
-        return {}
-    return {key: value for key, value in held.items() if isinstance(value, list) and len(value) == 2}
-
-
-def store_cache(added: dict[str, list[str]]) -> None:
-    """Add to the kept hashes; a cache that cannot be written is no failure."""
-    held = {**load_cache(), **added}
-    newest = dict(list(held.items())[-CACHE_LIMIT:])
-    try:
-        write_text(home_folder() / CACHE_NAME, json.dumps(newest, indent=0))
-    except OSError:
-        return
 
 
 class HashCounter:
@@ -102,8 +71,8 @@ def hash_files(
     paths: Sequence[Path], threads: int = 0, on_progress: Progress = lambda done, total: None
 ) -> list[FileHashes]:
     """The hashes of safetensors files, from the cache where a file is unchanged since it was hashed."""
-    held = load_cache()
-    keys = [cache_key(path) for path in paths]
+    held = {key: hashes for key, hashes in load_hashes().items() if len(hashes) == 2}
+    keys = [key_of_file(path) for path in paths]
     wanted = {key: path for key, path in zip(keys, paths, strict=True) if key not in held}
     if wanted:
         counter = HashCounter(sum(path.stat().st_size for path in wanted.values()), on_progress)
@@ -115,5 +84,5 @@ def hash_files(
                 raise
         added = {key: [hashes.sha256, hashes.data_sha256] for key, hashes in zip(wanted, found, strict=True)}
         held.update(added)
-        store_cache(added)
+        keep_hashes(added)
     return [FileHashes(*held[key]) for key in keys]

@@ -13,7 +13,9 @@ import pyarrow as pa
 import toml
 
 from kohaku_wrap.config.base_model import SDXL_SIZES, list_tensor_names
+from kohaku_wrap.config.plan import read_captions_metadata
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.dataset.captions.columns import ColumnsWriter
 from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch
@@ -32,31 +34,15 @@ DATASET_OPTIONS = {
 }
 
 
-def write_captions(images: Path, count: int, digest: str = "d1g357") -> None:
+def write_captions(images: Path, count: int, last_tag: str = "newest") -> None:
     """The columns of `count` images of three shapes; the images themselves are not needed."""
-    schema = pa.schema(
-        [
-            ("id", pa.int64()),
-            ("file", pa.string()),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("caption", pa.large_string()),
-        ],
-        metadata={"kwrap": json.dumps({"digest": digest, "count": count})},
-    )
     ids = np.arange(count, dtype=np.int64) * 7 + 3
-    shapes = [((64, 64), (96, 48), (48, 96))[int(each) % 3] for each in ids]
-    columns = [
-        ids,
-        [f"{each % 1000:04d}/{each}.png" for each in ids],
-        [shape[0] for shape in shapes],
-        [shape[1] for shape in shapes],
-        [f"1girl ||| tag {each} ||| newest" for each in ids],
-    ]
-    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
+    shapes = np.array([(64, 64), (96, 48), (48, 96)], dtype=np.int32)[ids % 3]
+    files = pa.array([f"{each % 1000:04d}/{each}.png" for each in ids])
+    captions = pa.array([f"1girl ||| tag {each} ||| {last_tag}" for each in ids])
     images.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(images / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(table)
+    with (images / "captions.arrow").open("w+b") as stream, ColumnsWriter(stream, {"count": count}) as columns:
+        columns.write(ids, files, shapes[:, 0], shapes[:, 1], captions)
 
 
 def write_base_model(path: Path, weights: str = "weights", without: str = "") -> None:
@@ -100,7 +86,7 @@ def make_run(
         "states": {"keep": 2, "every": 6},
         "values": {"seed": 31337, "save_every_n_steps": 2, "train_batch_size": 2},
         "dataset": {**DATASET_OPTIONS, "image_dir": str(image_folder)},
-        "inputs": {"images": str(image_folder), "captions_digest": "d1g357"},
+        "inputs": {"images": str(image_folder), "captions_digest": read_captions_metadata(image_folder)["digest"]},
         "machine": {"gpus": 0, "processes": processes, "workers": 0},
     }
     for name, table in tables.items():

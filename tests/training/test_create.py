@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import struct
 import subprocess
 import sys
 import time
@@ -109,7 +110,7 @@ def test_a_run_is_made_whole(site: Path) -> None:
         "run.lock.toml", "trainer.toml", "dataset.toml", "preset.toml", "accelerate.yaml", "command.txt",
         "attempts", "states", "checkpoints", "ledger",
     }  # fmt: skip
-    assert run.lock.engine == "builtin" and run.lock.group == 2 and run.lock.dataset_digest == "d1g357"
+    assert run.lock.engine == "builtin" and run.lock.group == 2 and len(run.lock.dataset_digest) == 64
     assert str(run.folder / "checkpoints") in run.trainer_config.read_text()
     first, second = (run.folder / "command.txt").read_text().splitlines()
     assert first == "kwrap train demo" and "accelerate" in second
@@ -158,6 +159,26 @@ def test_a_file_of_the_run_that_is_damaged_is_named(site: Path) -> None:
         plan_resume(run)
     run.lock_file.write_text("[run")
     assert "not TOML" in str(call("status", run.folder).exception)
+
+
+def flip_bit(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [b"tag 3 |||", b"0010/10.png", struct.pack("<4q", 3, 10, 17, 24), struct.pack("<4i", 64, 96, 48, 64)],
+    ids=["caption", "file", "id", "width"],
+)
+def test_captions_with_a_flipped_bit_are_refused_before_a_run_is_made(site: Path, what: bytes) -> None:
+    captions = site.parent / "images" / "captions.arrow"
+    flip_bit(captions, captions.read_bytes().index(what))
+    refused = call("train", "demo", "--site", site, "--set", BATCH).exception
+    assert isinstance(refused, KwrapError) and f"{captions}: damaged" in refused.message
+    assert "kwrap caption" in refused.next_step
+    assert not (site.parent / "runs").exists()
 
 
 def test_a_base_model_that_lacks_a_tensor_is_refused_before_a_run_is_made(site: Path) -> None:

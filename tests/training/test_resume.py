@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 from plain_runs import misbehave, plain_launch, train, write_captions
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.dataset.captions.columns import DamagedCaptions
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.order import BadOrder
 from kohaku_wrap.training.records.metrics import read_metrics
@@ -246,6 +248,35 @@ def test_another_run_is_refused_and_can_be_accepted(new_run: NewRun, key: str, c
     record = json.loads((attempt.folder / "attempt.json").read_text())
     assert record["allow"] == [key] and list(record["accepted_differences"]) == [key]
     assert plan_resume(run).allow == {key}, "accepted once, recorded, and so for later attempts too"
+
+
+def test_captions_that_were_damaged_since_are_not_trained(new_run: NewRun) -> None:
+    run = new_run()
+    crash_at(run, 3)
+    captions = run.folder.parent.parent / "images" / "captions.arrow"
+    captions.write_bytes(captions.read_bytes().replace(b"1girl ||| tag 3 |||", b"1girl ||| tug 3 |||"))
+    with pytest.raises(DamagedCaptions, match=r"captions\.arrow: damaged: its rows have the digest"):
+        resume(run)
+    assert len(list_attempts(run)) == 1
+
+
+def test_another_base_model_is_refused_and_can_be_accepted(new_run: NewRun, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(b"weights")
+    inputs = {"base_model": str(model), "base_model_sha256": hashlib.sha256(b"weights").hexdigest()}
+    run = new_run(inputs=inputs, values={"pretrained_model_name_or_path": str(model)})
+    change_text(run.trainer_config, "seed =", f'pretrained_model_name_or_path = "{model}"\nseed =')
+    crash_at(run, 3)
+    model.write_bytes(b"others!")
+    with pytest.raises(DifferentRun) as refused:
+        plan_resume(run)
+    was, now = inputs["base_model_sha256"][:12], hashlib.sha256(b"others!").hexdigest()[:12]
+    assert f"{model}: the sha256 was {was}…, is now {now}…" in refused.value.message
+    assert "--allow base_model" in refused.value.next_step
+    assert plan_resume(run, allow=["base_model"]).accepted[0].where == "base_model"
+    model.unlink()
+    with pytest.raises(DifferentRun, match="no such file"):
+        plan_resume(run)
 
 
 def test_all_differences_are_told_at_once(new_run: NewRun) -> None:

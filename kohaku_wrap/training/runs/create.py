@@ -13,10 +13,11 @@ from pathlib import Path
 from kohaku_wrap.config.base_model import check_base_model, needs_own_vae
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.layers import Effective, resolve_template
-from kohaku_wrap.config.plan import plan_steps, read_folder_sizes, shape_batch
+from kohaku_wrap.config.plan import CAPTIONS_FILE, plan_steps, read_folder_sizes, shape_batch
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
 from kohaku_wrap.config.site import ENGINES, Site, load_site
 from kohaku_wrap.config.templates import read_toml
+from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import fsync_folder, write_text
 from kohaku_wrap.training.runs.differences import refuse_other_lock
@@ -138,12 +139,15 @@ def create_run(
     """Count the steps, hash the inputs and make the run's folder, whole or not at all.
 
     `command` is what the person typed, kept as `command.txt`. `locked`: the lock that the new one must equal.
-    Raises MissingExtra, BadBaseModel, NoImages, MissingInput, ProblemsFound with every difference from `locked`.
+    Raises MissingExtra, BadBaseModel, NoImages, DamagedCaptions, MissingInput, ProblemsFound with every
+    difference from `locked`.
     """
     require_packages()
     if new.site.paths.base_model.is_file():
         check_base_model(new.site.paths.base_model, needs_own_vae(new.site))
-    plan = plan_steps(new.effective, read_folder_sizes(new.site.paths.images))
+    sizes = read_folder_sizes(new.site.paths.images)
+    check_columns(new.site.paths.images / CAPTIONS_FILE)
+    plan = plan_steps(new.effective, sizes)
     inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes)
     rendered = compose_run(new.effective, new.site, new.folder, new.name, plan, inputs, new.engine)
     if locked is not None:

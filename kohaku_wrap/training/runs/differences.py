@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.installed import find_trainer, read_commit
-from kohaku_wrap.config.plan import NoImages, read_captions_metadata
+from kohaku_wrap.config.plan import CAPTIONS_FILE, NoImages, read_captions_metadata
+from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.files import kept_sha256
 from kohaku_wrap.training.records.states import Fingerprint
 from kohaku_wrap.training.runs.folder import Run
 
@@ -31,6 +33,9 @@ BY_ATTEMPT = frozenset({"gradient_accumulation_steps", "max_data_loader_n_worker
 
 RENDERED_LISTS = frozenset({"network_args", "optimizer_args", "lr_scheduler_args"})
 """Options that the lock keeps as tables, by other names and types."""
+
+MODELS = {"base_model": "pretrained_model_name_or_path", "vae": "vae"}
+"""Files that the lock has the sha256 of, and the trainer's option that names each."""
 
 PLACES = frozenset(
     {
@@ -62,12 +67,13 @@ class DifferentRun(ProblemsFound):
 
 
 def list_changes(run: Run) -> list[Problem]:
-    """What changed since the run was locked: its own TOML files, the dataset, the trainer."""
+    """What changed since the run was locked: its own TOML files, its models, the dataset, the trainer."""
     trainer = read_trainer(run.trainer_config)
     return [
         *compare_options(trainer, run.lock.values, BY_ATTEMPT | RENDERED_LISTS),
         *compare_place(run, trainer),
         *compare_options(read_dataset(run.dataset_config), run.lock.tables.get("dataset", {}), frozenset()),
+        *compare_models(run, trainer),
         *compare_dataset(run),
         *compare_trainer(run),
     ]
@@ -118,6 +124,19 @@ def compare_place(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("output_dir", f"is {written}: the run's folder was moved; move it back, or mend its TOML files")
 
 
+def compare_models(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
+    """The files that the trainer would load, against the lock's digests; an unchanged one is not read again."""
+    inputs = run.lock.tables.get("inputs", {})
+    for name, option in MODELS.items():
+        locked, path = inputs.get(f"{name}_sha256"), Path(trainer.get(option, ""))
+        if not locked:
+            continue
+        if not path.is_file():
+            yield Problem(name, f"{path}: no such file")
+        elif (now := kept_sha256(path)) != locked:
+            yield Problem(name, f"{path}: the sha256 was {locked[:12]}…, is now {now[:12]}…")
+
+
 def compare_dataset(run: Run) -> Iterator[Problem]:
     """The digest of the captions that would be read, against the lock's."""
     images = run.lock.tables.get("inputs", {}).get("images")
@@ -131,6 +150,13 @@ def compare_dataset(run: Run) -> Iterator[Problem]:
         return
     if digest != run.lock.dataset_digest:
         yield Problem("dataset", f"the captions had the digest {run.lock.dataset_digest[:12]}…, now {digest[:12]}…")
+
+
+def check_captions(run: Run) -> None:
+    """Read the captions that would be trained; raises DamagedCaptions."""
+    path = Path(run.lock.tables.get("inputs", {}).get("images", "")) / CAPTIONS_FILE
+    if path.is_file():
+        check_columns(path)
 
 
 def compare_trainer(run: Run) -> Iterator[Problem]:

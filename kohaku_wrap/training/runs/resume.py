@@ -13,7 +13,7 @@ from kohaku_wrap.training.data.order import Position
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import DamagedState, list_states, read_manifest, verify_state
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts, write_attempt
-from kohaku_wrap.training.runs.differences import compare_fingerprint, list_changes, refuse_changes
+from kohaku_wrap.training.runs.differences import check_captions, compare_fingerprint, list_changes, refuse_changes
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, require_packages, write_accelerate_config
 
@@ -168,9 +168,12 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     """Make the attempt, move what no longer counts to `abandoned/`, and say how to start it.
 
     The attempt is written first: from then on the ledger and the states of the line left behind are known as such,
-    even if this process dies in the middle. Raises MissingExtra.
+    even if this process dies in the middle. Raises MissingExtra, DamagedCaptions.
     """
     require_packages()
+    if plan.number > 1:
+        # Those of the first attempt were read when the run was made.
+        check_captions(plan.run)
     attempt = describe_attempt(plan)
     launch = describe_launch(plan)
     differences = {problem.where: problem.what for problem in plan.accepted}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image
+
+from kohaku_wrap.dataset.captions.columns import ColumnsWriter
 
 SIZES = ((150, 140), (96, 170), (130, 131), (101, 180), (140, 150), (64, 64), (90, 160))
 """Seven images; at an area of 64x64 they make two shapes, and one of them has to grow."""
@@ -63,15 +64,13 @@ def write_images(folder: Path, sizes: Sequence[tuple[int, int]] = SIZES) -> None
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / name)
         rows.append((post, name, width, height, CAPTION.format(index, index)))
-    columns = list(zip(*rows, strict=True))
-    table = pa.table(
-        {
-            "id": pa.array(columns[0], pa.int64()),
-            "file": pa.array(columns[1], pa.string()),
-            "width": pa.array(columns[2], pa.int32()),
-            "height": pa.array(columns[3], pa.int32()),
-            "caption": pa.array(columns[4], pa.large_string()),
-        }
-    ).replace_schema_metadata({"kwrap": json.dumps({"digest": "0" * 64, "count": len(rows)})})
-    with pa.OSFile(str(folder / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
+    with (folder / "captions.arrow").open("w+b") as stream, ColumnsWriter(stream, {"count": len(rows)}) as writer:
+        for start in range(0, len(rows), 3):
+            ids, files, widths, heights, captions = zip(*rows[start : start + 3], strict=True)
+            writer.write(
+                np.array(ids, np.int64),
+                pa.array(files),
+                np.array(widths, np.int32),
+                np.array(heights, np.int32),
+                pa.array(captions),
+            )
