@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import format_share, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -231,8 +231,12 @@ def rows_of_statistics(statistics: CaptionStatistics) -> list[tuple[str, Any]]:
     total = max(sum(statistics.groups.values()), 1)
     rows: list[tuple[str, Any]] = [("captions", statistics.posts), ("distinct words", statistics.distinct_words)]
     for group, count in statistics.groups.items():
-        words = ", ".join(f"{word} ({uses / posts:.1%})" for word, uses in statistics.frequent.get(group, ())[:5])
-        rows.append((group, f"{count:,} words, {count / total:.1%} of all, {count / posts:.1f} a caption: {words}"))
+        words = ", ".join(
+            f"{word} ({format_share(uses / posts)})" for word, uses in statistics.frequent.get(group, ())[:5]
+        )
+        rows.append(
+            (group, f"{count:,} words, {format_share(count / total)} of all, {count / posts:.1f} a caption: {words}")
+        )
     rows += [(f"tags: {fate.replace('_', ' ')}", count) for fate, count in statistics.tags.items() if count]
     rows += [(f"posts: {what.replace('_', ' ')}", count) for what, count in statistics.lacking.items() if count]
     rows += [
@@ -246,7 +250,7 @@ def rows_of_statistics(statistics: CaptionStatistics) -> list[tuple[str, Any]]:
     how = "an estimate, no tokenizer at hand" if statistics.tokens_by == "estimate" else statistics.tokens_by
     rows.append(("tokens a caption", f"{quantiles} ({how})"))
     rows += [
-        (f"cut at max_token_length {limit}", f"{count:,} captions ({count / posts:.1%})")
+        (f"cut at max_token_length {limit}", f"{count:,} captions ({format_share(count / posts)})")
         for limit, count in statistics.cut.items()
     ]
     return rows

@@ -28,6 +28,7 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
     run the whole recipe in minutes, without a GPU or a download. The same posts and seed make the
     same bytes; a world that is there already is kept.
     """
+    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.demo.world import make_world
 
     with progress_bar("pictures", "posts", quiet=as_json) as report:
@@ -50,7 +51,7 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
         ("posts", world.posts),
         ("files in tars", f"{world.images:,} in {world.tars:,} tars"),
         ("base model", world.folder / "base" / "model.safetensors"),
-        ("size", f"{world.size_bytes / 1e6:.0f} MB"),
+        ("size", show_bytes(world.size_bytes)),
     ]
     database, selection = world.folder / "danbooru.db", world.folder / "demo.parquet"
     title = "Embedded world, there already" if world.kept else "Embedded world"

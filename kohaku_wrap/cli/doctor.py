@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json
+from kohaku_wrap.cli.output import json_option, print_json, print_lines
 from kohaku_wrap.errors import KwrapError
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.machine.doctor_torch import Finding
 
-MARKS = {"ok": ("ok     ", "green"), "warning": ("warning", "yellow"), "broken": ("broken ", "red")}
+COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
 Path_ = click.Path(path_type=Path)
 
 
@@ -89,8 +89,6 @@ def command(
 
 def print_finding(finding: Finding) -> None:
     """One line, and two more where something is to be done."""
-    mark, colour = MARKS[finding.status]
-    click.echo(f"{click.style(mark, fg=colour)} {finding.name}: {finding.what}")
+    print_lines(f"{finding.status:<9}{finding.name}: {finding.what}", fg=COLOURS[finding.status])
     if finding.status != "ok":
-        click.echo(f"        why: {finding.why}")
-        click.echo(f"        do:  {finding.do}")
+        print_lines(f"{'':<9}why: {finding.why}\n{'':<9}do:  {finding.do}")

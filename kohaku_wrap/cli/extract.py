@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+
+ONLY_IF_ANY = {
+    "reduced": "made smaller",
+    "other_size": "of another size than in the database",
+    "refused_members": "refused members of tars",
+    "damaged_tars": "damaged tars",
+}
+"""Counts that are shown where there are any."""
 
 
 @click.command(
@@ -73,12 +82,11 @@ def command(
     if as_json:
         print_json("extract", payload)
     else:
-        rows = [
-            (name.replace("_", " "), payload[name]) for name in ("selected", "written", "kept", "missing", "corrupt")
+        rows: list[tuple[str, Any]] = [
+            (name, payload[name]) for name in ("selected", "written", "kept", "missing", "corrupt")
         ]
-        extra = ("reduced", "other_size", "refused_members", "damaged_tars")
-        rows += [(name.replace("_", " "), payload[name]) for name in extra if payload[name]]
-        print_table("Images", [*rows, ("report", payload["report"])])
+        rows += [(label, payload[name]) for name, label in ONLY_IF_ANY.items() if payload[name]]
+        print_table("Images", [*rows, ("report", images / REPORT_FILE)])
     report.check(max_missing)
     if not as_json:
         click.echo(f"Next: kwrap caption {selection} --db DB --out {images}")

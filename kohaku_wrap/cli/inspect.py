@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.output import count_of, json_option, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
     from kohaku_wrap.merging.inspecting import FileReport
@@ -34,23 +34,24 @@ def rows_of_recipe(report: FileReport) -> list[tuple[str, Any]]:
 
 
 def print_report(report: FileReport) -> None:
+    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.merging.inspecting import short_metadata
 
     header = report.header
     rows: list[tuple[str, Any]] = [
         ("kind", report.kind),
-        ("bytes", header.size_bytes),
+        ("size", f"{show_bytes(header.size_bytes)} ({header.size_bytes:,} bytes)"),
         ("tensors", len(header.tensors)),
     ]
     rows += list(report.parts.items())
     rows += [
-        (name, f"{tensors:,} tensors, {elements:,} numbers, {size:,} bytes")
+        (name, f"{count_of(tensors, 'tensor')}, {count_of(elements, 'number')}, {show_bytes(size)}")
         for name, (tensors, elements, size) in report.dtypes.items()
     ]
     if report.hashes:
         rows += [("AutoV2", report.hashes.auto_v2), ("sha256", report.hashes.sha256)]
-        rows += [("sshs_model_hash", report.hashes.data_sha256)]
-    rows += list(short_metadata(header.metadata).items())
+        rows += [("sha256 of the data", report.hashes.data_sha256)]
+    rows += sorted(short_metadata(header.metadata).items())
     rows += rows_of_recipe(report)
     print_table(str(header.path), rows, report.replay or f"kwrap inspect {header.path} --json")
 
@@ -87,6 +88,7 @@ def command(file: Path, no_hash: bool, as_json: bool) -> None:
 
 def inspect_database(file: Path, as_json: bool) -> None:
     """Show a metadata database."""
+    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.metadata.description import describe_database
 
     described = asdict(describe_database(file))
@@ -99,6 +101,8 @@ def inspect_database(file: Path, as_json: bool) -> None:
             value = ", ".join(f"{key} {count:,}" for key, count in value.items())
         elif isinstance(value, tuple):
             value = ", ".join(value)
+        elif name == "size_bytes":
+            name, value = "size", f"{show_bytes(value)} ({value:,} bytes)"
         if name != "path" and value not in (None, ""):
             rows.append((name.replace("_", " "), value))
     print_table(str(file), rows, f"kwrap caption --db {file} --post ID")

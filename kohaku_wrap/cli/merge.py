@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,20 +78,23 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
 
 
 def print_plan(described: dict[str, Any], next_step: str) -> None:
+    from kohaku_wrap.config.sizes import show_bytes
+
     rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("anchor", described["anchor"])]
     rows += [(name, path) for name, path in {**described["models"], **described["networks"]}.items()]
-    rows += [("computes" if place == 0 else "", f"{item['sum']}  ({item['tensors']} tensors)")
+    rows += [("computes" if place == 0 else "", f"{item['sum']}  ({count_of(item['tensors'], 'tensor')})")
              for place, item in enumerate(described["coefficients"])]  # fmt: skip
     rows += [
-        (name, f"{entry['tensors']:,} tensors, {entry['bytes']:,} bytes") for name, entry in described["dtypes"].items()
+        (name, f"{count_of(entry['tensors'], 'tensor')}, {show_bytes(entry['bytes'])}")
+        for name, entry in described["dtypes"].items()
     ]
     rows += [
-        ("reads", f"{described['read_bytes']:,} bytes"),
-        ("writes", f"{described['data_bytes']:,} bytes and a header"),
+        ("reads", show_bytes(described["read_bytes"])),
+        ("writes", f"{show_bytes(described['data_bytes'])} and a header"),
     ]
     rows += [("license", described["license"] or "none")]
     rows += [("note", line) for line in described["decisions"]]
-    print_table("merge plan", rows, next_step)
+    print_table("Merge plan", rows, next_step)
 
 
 @click.command(
@@ -170,6 +173,7 @@ def command(
     if output is None:
         raise UsageError("no output is named", "Add -o FILE.safetensors, or --dry-run to see what would be computed.")
 
+    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.merging.hashes import hash_files
     from kohaku_wrap.merging.running import check_output, run_merge
 
@@ -194,11 +198,15 @@ def command(
         payload.pop("layout")
         print_json("merge", {"dry_run": False, **payload})
         return
-    rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("file", output), ("bytes", result.size_bytes)]
+    rows: list[tuple[str, Any]] = [
+        ("formula", described["formula"]),
+        ("file", output),
+        ("size", show_bytes(result.size_bytes)),
+    ]
     rows += [("tensors", described["tensors"])]
     if verify:
         rows.append(("verified", f"{result.verified:,} random numbers equal rational arithmetic"))
         if result.unverified:
             rows.append(("not verified", f"{result.unverified:,} numbers that DoRA sets in float32"))
     rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
-    print_table("merged", rows, f"kwrap inspect {output}")
+    print_table("Merged", rows, f"kwrap inspect {output}")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -33,41 +38,99 @@ def print_json(command: str, payload: dict[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
 
 
+def paint(text: str, **style: Any) -> str:
+    """The text in colour, unless NO_COLOR is set; click takes it off again where the output is no terminal."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, **style)
+
+
 def print_error(message: str, next_step: str = "") -> None:
     """Print a failure on stderr: what was wrong, then what to do next."""
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    print_lines(f"error: {message}", err=True, fg="red", bold=True)
     if next_step:
-        click.echo(next_step, err=True)
+        print_lines(next_step, err=True)
 
 
 def print_note(text: str) -> None:
     """Print something worth knowing on stderr."""
-    click.echo(text, err=True)
+    print_lines(text, err=True)
+
+
+def print_lines(text: str, err: bool = False, **style: Any) -> None:
+    """Print lines, broken between words on a terminal; `style` is that of the first word."""
+    if (sys.stderr if err else sys.stdout).isatty():
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(wrap_line(line, width) for line in text.split("\n"))
+    first, space, rest = text.partition(" ")
+    click.echo(f"{paint(first, **style)}{space}{rest}" if style else text, err=err)
+
+
+def wrap_line(line: str, width: int) -> str:
+    """One line, broken between words, with later lines under its text or its second column.
+
+    What stands in backticks is kept together, and no word is broken, so that commands and paths can be copied.
+    """
+    if len(line) <= width:
+        return line
+    column = re.match(r" *(?:\S+ {2,})?", line)
+    hang = min(column.end() if column else 0, width // 2)
+    # NUL stands for a space that must not be broken at.
+    kept = re.sub(r"`[^`]*`", lambda quoted: quoted[0].replace(" ", "\0"), line[hang:])
+    pieces = textwrap.wrap(kept, width - hang, break_long_words=False, break_on_hyphens=False)
+    return (line[:hang] + f"\n{' ' * hang}".join(pieces)).replace("\0", " ")
+
+
+def show_path(path: Path) -> str:
+    """The path as one would type it here: relative where it lies below the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def format_share(share: float) -> str:
+    """A part of 1 in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def count_of(count: int, noun: str) -> str:
+    """A number with its noun: `1 tensor`, `2 processes`."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def format_duration(seconds: float) -> str:
+    """Days, hours, minutes or seconds, two units at most."""
+    whole = max(0, round(seconds))
+    days, rest = divmod(whole, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, left = divmod(rest, 60)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {left} s" if minutes else f"{left} s"
 
 
 def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") -> None:
-    """Print a title, aligned name and value pairs, and the next command to try, on stdout."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    """Print a title, aligned name and value pairs, and the next command to try, on stdout.
 
-    table = Table(
-        title=escape(title) if title else None,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=False,
-        pad_edge=False,
-    )
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
+    On a terminal long values are broken within their column; elsewhere each row is one line.
+    """
+    column = max((len(name) for name, _ in rows), default=0) + 2
+    if title:
+        click.echo(paint(title, bold=True))
     for name, value in rows:
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else escape(str(value))
-        table.add_row(name, shown)
-    console = Console(highlight=False)
-    console.print(table)
+        text = show_value(value)
+        if sys.stdout.isatty():
+            width = max(shutil.get_terminal_size().columns - column, 20)
+            text = f"\n{' ' * column}".join(textwrap.wrap(text, width, break_on_hyphens=False))
+        click.echo(f"{paint(name.ljust(column), fg='cyan')}{text}".rstrip())
     if next_step:
-        console.print(f"Next: {next_step}", soft_wrap=True, markup=False)
+        click.echo(f"Next: {next_step}")
+
+
+def show_value(value: Any) -> str:
+    """A value of a table: numbers with their thousands, paths as one would type them."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return show_path(value) if isinstance(value, Path) else str(value)
 
 
 @contextmanager

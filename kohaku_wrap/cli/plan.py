@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.output import (
+    count_of,
+    format_duration,
+    format_share,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+)
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 
 if TYPE_CHECKING:
+    from kohaku_wrap.config.plan import StepPlan
     from kohaku_wrap.training.machine.training_plan import TrainingPlan
 
 BUCKETS_SHOWN = 8
@@ -161,28 +170,26 @@ def print_plan(plan: TrainingPlan, notes: list[str], template: str, site_file: P
     rows: list[tuple[str, Any]] = [
         ("images", f"{steps.images:,} from {plan.sizes_from}"),
         ("buckets", f"{len(steps.buckets)}; {shown}" + (f", and {rest} more" if rest > 0 else "")),
-        ("batches", f"{steps.batches:,} of {steps.batch_size}, {steps.bucket_fill:.2%} full"),
+        ("batches", f"{steps.batches:,} of {steps.batch_size}, {format_share(steps.bucket_fill)} full"),
         (
             "effective batch",
-            f"{steps.effective_batch} = {steps.batch_size} images x {steps.accumulation} accumulation x "
-            f"{steps.processes} processes ({steps.images_per_optimizer_step:.1f} images on average)",
+            f"{steps.effective_batch} = {steps.batch_size} images × {steps.accumulation} accumulation × "
+            f"{count_of(steps.processes, 'process')} ({steps.images_per_optimizer_step:.1f} images on average)",
         ),
         ("micro-batches per process", f"{steps.micro_batches_per_epoch:,} in an epoch"),
-        ("optimizer steps", f"{steps.total_optimizer_steps:,} = {steps.epochs} x {steps.optimizer_steps_per_epoch:,}"),
+        ("optimizer steps", show_steps(steps)),
         (
             "warm-up",
             f"{plan.warmup_optimizer_steps:,} optimizer steps; under plain sd-scripts {plan.warmup_plain:,}",
         ),
     ]
-    rows += [
-        (
-            "network",
-            f"{counts.unet_modules:,} UNet + {counts.text_encoder_modules:,} text encoder modules, "
-            f"{counts.parameters:,} parameters = {counts.unet_parameters:,} + {counts.text_encoder_parameters:,} "
-            f"(the UNet of {counts.counted_on})",
-        )
-        for counts in plan.counts
-    ]
+    for counts in plan.counts:
+        modules = f"{counts.unet_modules:,} UNet + {counts.text_encoder_modules:,} text encoder modules"
+        by_part = f"{counts.unet_parameters:,} + {counts.text_encoder_parameters:,}"
+        rows += [
+            ("network", f"{modules} (the UNet of {counts.counted_on})"),
+            ("parameters", f"{counts.parameters:,} = {by_part}"),
+        ]
     if plan.sizes:
         rows += [
             ("checkpoint", show_bytes(plan.sizes.checkpoint_bytes)),
@@ -194,10 +201,10 @@ def print_plan(plan: TrainingPlan, notes: list[str], template: str, site_file: P
             ("GPU memory, estimated", plan.sizes.gpu_memory),
         ):
             if parts:
-                listed = ", ".join(f"{part.name} {show_bytes(part.size_bytes)}" for part in parts)
-                rows.append((title, f"{show_bytes(total_of(parts))}: {listed}"))
+                rows.append((title, show_bytes(total_of(parts))))
+                rows += [("", f"{show_bytes(part.size_bytes):>8}  {part.name}") for part in parts]
     if plan.eta_seconds is not None:
-        rows.append(("time", f"{show_duration(plan.eta_seconds)} at {plan.seconds_per_step:.3g} s a step"))
+        rows.append(("time", f"{format_duration(plan.eta_seconds)} at {plan.seconds_per_step:.3g} s a step"))
     else:
         rows.append(("time", "unknown; add --seconds-per-step S, or --measured RUN"))
     print_table(f"Plan of {plan.template}", rows, f"kwrap train {template} --site {site_file} --dry-run")
@@ -207,10 +214,8 @@ def print_plan(plan: TrainingPlan, notes: list[str], template: str, site_file: P
         print_note(f"note: {plan.not_counted}")
 
 
-def show_duration(seconds: float) -> str:
-    """Days, hours or minutes, whichever says most."""
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:.1f} days"
-    if seconds >= 2 * 3600:
-        return f"{seconds / 3600:.1f} hours"
-    return f"{seconds / 60:.1f} minutes"
+def show_steps(steps: StepPlan) -> str:
+    """Optimizer steps of the whole run, and of each epoch where there are several."""
+    if steps.epochs == 1:
+        return f"{steps.total_optimizer_steps:,} in one epoch"
+    return f"{steps.total_optimizer_steps:,} = {steps.epochs} epochs × {steps.optimizer_steps_per_epoch:,}"

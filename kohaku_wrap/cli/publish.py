@@ -65,4 +65,4 @@ def command(
         return
     rows: list[tuple[str, object]] = [(file, sha256) for file, sha256 in report.files.items()]
     rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]
-    print_table(f"published in {report.folder}", rows, f"read {report.card}, then upload the folder")
+    print_table(f"Published in {report.folder}", rows, f"read {report.card}, then upload the folder")

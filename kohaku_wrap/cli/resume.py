@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar, show_path
 from kohaku_wrap.cli.train import print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.errors import UsageError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.runs.resume import ResumePlan
 
 DEFAULT_SITE = Path("site.toml")
-MIB = 1 << 20
 
 
 def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
@@ -97,6 +96,7 @@ def command(
     abandoned/. A damaged state is named and the one before it is used; where none is whole, nothing is trained until
     --step 0 asks for the beginning. Without RUN: the only unfinished run.
     """
+    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.training.runs.folder import find_run
     from kohaku_wrap.training.runs.resume import plan_resume
 
@@ -120,7 +120,7 @@ def command(
         if not as_json:
             print_plan(found)
             if done:
-                print_note(f"verified {done / MIB:,.1f} MiB of states in {time.monotonic() - started:.1f} s")
+                print_note(f"verified {show_bytes(done)} of states in {time.monotonic() - started:.1f} s")
         return found
 
     if dry_run:
@@ -168,7 +168,7 @@ def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
         payload = {
             "run": str(plan.run.folder),
             "attempt": plan.number,
-            "state": None if plan.state is None else str(plan.state),
+            "state": None if plan.state is None else show_path(plan.state),
             "optimizer_step": plan.optimizer_step,
             "epoch": position.epoch,
             "micro_batch": position.micro_batch,

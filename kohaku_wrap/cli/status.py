@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_table
+from kohaku_wrap.cli.output import (
+    count_of,
+    format_duration,
+    format_share,
+    json_option,
+    print_json,
+    print_table,
+    show_path,
+)
 from kohaku_wrap.cli.resume import runs_folders, site_option
-from kohaku_wrap.cli.train import format_duration
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +26,6 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.runs.status import RunStatus
 
 WATCH_SECONDS = 2.0
-GIB = 1 << 30
 
 
 @click.command(
@@ -101,14 +107,16 @@ def describe(status: RunStatus) -> dict[str, Any]:
 
 
 def one_line(status: RunStatus) -> str:
-    share = 100 * status.optimizer_step / max(status.total_optimizer_steps, 1)
-    steps = f"{status.optimizer_step:,} of {status.total_optimizer_steps:,} ({share:.1f} %)"
+    share = format_share(status.optimizer_step / max(status.total_optimizer_steps, 1))
+    steps = f"{status.optimizer_step:,} of {status.total_optimizer_steps:,} ({share})"
     eta = "" if status.eta_seconds is None else f", {format_duration(status.eta_seconds)} left"
     return f"{status.condition}, optimizer step {steps}{eta}"
 
 
 def print_run(status: RunStatus) -> None:
     """One run in full."""
+    from kohaku_wrap.config.sizes import show_bytes
+
     rows: list[tuple[str, Any]] = [("progress", one_line(status))]
     if status.phase:
         silent = "" if status.silent_seconds is None else f", last sign of life {status.silent_seconds:,.0f} s ago"
@@ -121,13 +129,13 @@ def print_run(status: RunStatus) -> None:
     rows += [(name, f"{rate:.3g}") for name, rate in status.learning_rates.items()]
     for attempt in status.attempts:
         steps = f"steps {attempt.start_optimizer_step:,} to {attempt.optimizer_step:,}"
-        shape = f"{attempt.processes} × {attempt.accumulation}"
+        shape = f"{count_of(attempt.processes, 'process')}, accumulation {attempt.accumulation}"
         rows.append((f"attempt {attempt.number}", f"{steps}, {shape}, {attempt.end}: {attempt.message}"))
     marks = [f"{state.optimizer_step:,}" + ("" if state.is_sealed else " (damaged)") for state in status.states]
     rows.append(("states", ", ".join(marks) or "none"))
-    rows.append(("disk", f"{status.disk_used_bytes / GIB:.2f} GiB used, {status.disk_free_bytes / GIB:,.1f} GiB free"))
+    rows.append(("disk", f"{show_bytes(status.disk_used_bytes)} used, {show_bytes(status.disk_free_bytes)} free"))
     if status.last_error:
         rows.append(("last error", status.last_error))
-    folder = status.run.folder
+    folder = show_path(status.run.folder)
     following = {"finished": f"kwrap verify {folder}", "running": f"kwrap status {folder} --watch"}
     print_table(f"Run {status.run.name}", rows, following.get(status.condition, f"kwrap resume {folder}"))

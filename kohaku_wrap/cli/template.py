@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_table
+from kohaku_wrap.cli.output import json_option, paint, print_json, print_lines, print_table, show_path
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kohaku_wrap.config.site import Site
 
 Path_ = click.Path(path_type=Path)
+LONGEST_VALUE = 48
+"""Longer values push their origin aside."""
 
 
 class TemplateExists(UsageError):
@@ -99,17 +101,24 @@ def show_command(
 
 def print_values(effective: Effective, values: dict[str, Any], why: bool) -> None:
     """Aligned `key = value` lines, with the layer behind each."""
-    click.echo(click.style(f"{effective.name}: {effective.title}", bold=True))
+    click.echo(paint(f"{effective.name}: {effective.title}", bold=True))
     for note in effective.notes:
-        click.echo(f"  {note}")
+        print_lines(f"  {note}")
     shown = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in values.items()}
-    width = max((len(key) for key in shown), default=0)
-    value_width = min(max((len(text) for text in shown.values()), default=0), 48)
-    for key, text in sorted(shown.items(), key=lambda item: ("." in item[0], item[0])):
-        line = f"{key:<{width}}  {text:<{value_width}}  {effective.origin(key)}" if why else f"{key:<{width}}  {text}"
-        click.echo(line.rstrip())
+    # Each table's keys are aligned by themselves: those of dataset_options are longer than all others.
+    widths = {table: max(len(key) for key in shown if table_of(key) == table) for table in map(table_of, shown)}
+    origins_at = max((widths[table_of(key)] + min(len(text), LONGEST_VALUE) for key, text in shown.items()), default=0)
+    for key, text in sorted(shown.items(), key=lambda item: (table_of(item[0]), item[0])):
+        width = widths[table_of(key)]
+        origin = f"  {effective.origin(key)}" if why else ""
+        click.echo(f"{paint(key.ljust(width), fg='cyan')}  {text.ljust(origins_at - width if why else 0)}{origin}")
     if not why:
         click.echo(f"Next: kwrap template show {effective.name} --why")
+
+
+def table_of(key: str) -> str:
+    """The table that a key stands in: `dataset_options`; empty for those at the top."""
+    return key.rpartition(".")[0]
 
 
 @command.command("check", epilog="\b\nExamples:\n  kwrap template check mine.toml\n  kwrap template check templates/")
@@ -153,7 +162,7 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
             raise click.exceptions.Exit(1)
         return
     for path, problems in faulty:
-        click.echo(ProblemsFound(str(path), problems).message)
+        print_lines(ProblemsFound(show_path(path), problems).message)
     if faulty:
         count = sum(len(problems) for _, problems in faulty)
         raise FaultyTemplates(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import (
+    format_duration,
+    format_share,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+    progress_bar,
+    show_path,
+)
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,11 +99,12 @@ class EventPrinter:
         if not self.is_terminal and now - self.last_seconds < SECONDS_BETWEEN_LINES and not is_last:
             return
         self.last_seconds = now
-        share = 100 * event.optimizer_step / max(event.total_optimizer_steps, 1)
+        share = format_share(event.optimizer_step / max(event.total_optimizer_steps, 1))
         eta = "" if event.eta_seconds is None else f"  {format_duration(event.eta_seconds)} left"
-        text = f"step {event.optimizer_step:,}/{event.total_optimizer_steps:,} ({share:.1f} %)  {event.message}{eta}"
+        text = f"step {event.optimizer_step:,}/{event.total_optimizer_steps:,} ({share})  {event.message}{eta}"
         if self.is_terminal:
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+            # A line that wrapped could not be written over.
+            click.echo(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
             self.open_line = True
         else:
             print_note(text)
@@ -104,23 +115,10 @@ class EventPrinter:
             self.open_line = False
 
 
-def format_duration(seconds: float) -> str:
-    """Days, hours, minutes or seconds, two units at most."""
-    whole = max(0, round(seconds))
-    days, rest = divmod(whole, 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, left = divmod(rest, 60)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {left} s" if minutes else f"{left} s"
-
-
 def print_finished(command: str, report: RunReport, as_json: bool) -> None:
     """The closing table of a run that reached its end."""
     run = report.run
-    networks = sorted(str(path) for path in run.checkpoints.glob(f"{run.name}.*"))
+    networks = sorted(run.checkpoints.glob(f"{run.name}.*"))
     if as_json:
         print_json(
             command,
@@ -128,7 +126,7 @@ def print_finished(command: str, report: RunReport, as_json: bool) -> None:
                 "run": str(run.folder),
                 "attempts": report.attempts,
                 "optimizer_steps": report.optimizer_step,
-                "networks": networks,
+                "networks": [str(network) for network in networks],
             },
         )
         return
@@ -138,7 +136,7 @@ def print_finished(command: str, report: RunReport, as_json: bool) -> None:
         ("attempts", report.attempts),
         *(("network", network) for network in networks),
     ]
-    print_table(f"Trained {run.name}", rows, f"kwrap verify {run.folder}")
+    print_table(f"Trained {run.name}", rows, f"kwrap verify {show_path(run.folder)}")
 
 
 @click.command(
@@ -228,7 +226,7 @@ def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
 
         run = create_run(new, sys.argv, locked, count)
     if not as_json:
-        print_note(f"run: {run.folder}, {run.lock.total_optimizer_steps:,} optimizer steps")
+        print_note(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
     return run
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_error, print_json, print_note, print_table
+from kohaku_wrap.cli.output import json_option, print_error, print_json, print_note, print_table, show_path
 from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import EXIT_FAILED
 
@@ -89,15 +89,15 @@ def print_report(report: VerifyReport) -> None:
         lines = "\n".join(f"  {describe_fault(fault)}" for fault in report.faults)
         print_error(
             f"run {report.run.name}: the ledger does not prove the run\n{lines}",
-            f"Resume from a state before the first of these steps: kwrap resume {report.run.folder} --step N",
+            f"Go back to a state before the first of these: kwrap resume {show_path(report.run.folder)} --step N",
         )
 
 
 def next_step(report: VerifyReport) -> str:
     if not report.is_finished:
-        return f"kwrap resume {report.run.folder}"
+        return f"kwrap resume {show_path(report.run.folder)}"
     network = report.run.checkpoints / f"{report.run.name}.safetensors"
-    return f"kwrap inspect {network}"
+    return f"kwrap inspect {show_path(network)}"
 
 
 def describe_fault(fault: Fault) -> str:

@@ -272,6 +272,6 @@ def suppose_sizes(images: int, effective: Effective) -> ImageSizes:
     return ImageSizes(
         np.full(images, width, dtype=np.int64),
         np.full(images, height, dtype=np.int64),
-        source=f"{images:,} supposed images of {width}x{height} in one bucket",
+        source=f"a supposition: all of {width}x{height}, in one bucket",
         exact=False,
     )

@@ -292,9 +292,10 @@ def read_override(text: str, table: OptionTable) -> tuple[dict[str, Entry], list
 
 
 def shorten_path(path: Path) -> str:
-    """The path as a person would write it from here; shipped files by folder and name."""
+    """The path as a person would write it from here; shipped templates by their file's name."""
     path = path.resolve()
-    for root in (Path.cwd(), shipped_folder("templates").parent):
+    shipped = shipped_folder("templates")
+    for root in (shipped, Path.cwd(), shipped.parent):
         if path.is_relative_to(root):
             return str(path.relative_to(root))
     return str(path)

@@ -69,14 +69,16 @@ def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | 
         for candidate in [beside / path, path] if beside else [path]:
             if candidate.is_file():
                 return candidate
-        raise UnknownTemplate(f"{text}: no such {kind} file", "`kwrap template ls` lists those that have a name.")
+        named = ", ".join(list_names(folders))
+        raise UnknownTemplate(f"{text}: no such {kind} file", f"Check the path, or give a name: {named}.")
     for folder in folders:
         if (path := folder / f"{text}.toml").is_file():
             return path
     known = list_names(folders)
+    listed = ", ".join(known) or "none"
     raise UnknownTemplate(
-        f"no {kind} is called {text}{suggest(text, known)}",
-        f"There are: {', '.join(known) or 'none'}. A path to a .toml file will do too.",
+        f"no {kind} is called {text}{suggest(text, known) or f'; there are {listed}'}",
+        f"Give one of {listed}, or the path of a .toml file.",
     )
 
 

@@ -11,10 +11,10 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kohaku_wrap.config.site import Site, load_site
+from kohaku_wrap.config.site import Site, SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, UsageError
 
 DEMO_FOLDER = Path("epsilon-demo")
@@ -92,6 +92,17 @@ def result_stages(site: Site) -> list[Stage]:
     ]
 
 
+def shorten_paths(paths: SitePaths) -> SitePaths:
+    """The same paths as one would type them here: relative where they lie below the current folder."""
+    here = Path.cwd()
+    below = {
+        name: path.relative_to(here)
+        for name, path in vars(paths).items()
+        if isinstance(path, Path) and path.is_relative_to(here)
+    }
+    return replace(paths, **below)
+
+
 def run_stage(stage: Stage) -> float:
     """Run one command in its own process; seconds taken. Raises StageFailed."""
     print(f"\n$ kwrap {shlex.join(stage.arguments)}", flush=True)
@@ -107,7 +118,7 @@ def take_tour(site_file: Path | None, max_missing: int) -> None:
     stages: list[Stage] = []
     demo = site_file is None
     if site_file is None:
-        print("This is the Epsilon recipe at demo scale: a made-up database, small pictures, a tiny SDXL.")
+        print("Epsilon's recipe at demo scale: made-up posts, small pictures, a tiny SDXL.")
         print("On real data: make epsilon SITE=site.toml (docs/guide.md shows the file).")
         site_file = DEMO_FOLDER / "site.toml"
         world = Stage("embedded world", ("demo", str(DEMO_FOLDER)), DEMO_FOLDER)
@@ -116,6 +127,7 @@ def take_tour(site_file: Path | None, max_missing: int) -> None:
     else:
         seconds = {}
     site = load_site(site_file)
+    site = replace(site, paths=shorten_paths(site.paths))
     recipe = "demo" if demo else "epsilon"
     selection = site.paths.images.parent / f"{recipe}.parquet"
     rest = dataset_stages(site, recipe, selection, max_missing)
@@ -136,7 +148,10 @@ def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) ->
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="What was made" + (" (demo scale)" if demo else ""), title_justify="left", box=None)
+    title = "What was made" + (" (demo scale)" if demo else "")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False, padding=(0, 2)
+    )
     table.add_column("what", style="cyan", no_wrap=True)
     table.add_column("seconds", justify="right")
     table.add_column("where", overflow="fold")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from kohaku_wrap.cli.template import command
 from kohaku_wrap.config.check_files import check_files
 from kohaku_wrap.config.options import load_recorded_table
+from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.files import shipped_folder
 
 BROKEN = Path(__file__).with_name("broken")
@@ -44,14 +45,14 @@ def test_every_planted_fault_is_found_and_no_other(path: Path) -> None:
     assert planted
     assert set(planted) == {problem.where for problem in problems}
     for problem in problems:
-        assert "templates/" in problem.layer, problem
+        assert ".toml" in problem.layer, problem
 
 
 def test_a_fault_names_the_layer_that_brought_it_in() -> None:
     [(_, problems)] = check_files([str(BROKEN / "two_attentions.toml")], None, load_recorded_table())
     assert problems[0].layer.startswith("base ")
-    assert problems[0].layer.endswith("templates/sdxl-lokr.toml")
-    assert "templates/broken/two_attentions.toml)" in problems[0].what
+    assert problems[0].layer.endswith("base sdxl-lokr.toml")
+    assert "broken/two_attentions.toml)" in problems[0].what
 
 
 def test_check_command_prints_all_faults_and_exits_1() -> None:
@@ -106,7 +107,7 @@ def test_users_own_epsilon_may_extend_the_shipped_one(tmp_path: Path, monkeypatc
     document = json.loads(CliRunner().invoke(command, ["show", "epsilon", "--json"]).stdout)
     assert document["values"]["seed"] == 5
     assert document["values"]["effective_batch"] == 256
-    assert document["origins"]["effective_batch"].endswith("templates/epsilon.toml")
+    assert document["origins"]["effective_batch"].endswith("base epsilon.toml")
 
 
 def test_diff_shows_what_differs_in_effect() -> None:
@@ -118,12 +119,22 @@ def test_diff_shows_what_differs_in_effect() -> None:
     assert "network_dim" not in differences
 
 
+def test_an_unknown_preset_is_answered_with_those_that_exist() -> None:
+    result = CliRunner().invoke(command, ["show", "epsilon", "--set", "preset=nothing"])
+    assert isinstance(result.exception, ProblemsFound)
+    assert result.exception.problems[0].what == "no preset is called nothing; there are kohaku-lokr, small-24gib"
+    result = CliRunner().invoke(command, ["show", "epsilon", "--set", "preset=kohaku-lora"])
+    assert isinstance(result.exception, ProblemsFound)
+    assert result.exception.problems[0].what.endswith("did you mean kohaku-lokr?")
+
+
 def test_show_why_names_layer_and_file() -> None:
     result = CliRunner().invoke(command, ["show", "demo", "--why"])
     lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
-    assert lines["unet_lr"].endswith("templates/demo.toml")
-    assert lines["min_snr_gamma"].endswith("templates/epsilon.toml")
-    assert lines["network_dim"].endswith("templates/sdxl-lokr.toml")
+    assert max(map(len, lines.values())) <= 80
+    assert lines["unet_lr"].endswith("template demo.toml")
+    assert lines["min_snr_gamma"].endswith("base epsilon.toml")
+    assert lines["network_dim"].endswith("base sdxl-lokr.toml")
 
 
 def test_an_optimizer_of_ones_own_is_asked_for_its_signature(tmp_path: Path) -> None:

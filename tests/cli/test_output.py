@@ -1,0 +1,72 @@
+"""How lines and tables look: wrapped between words on a terminal, as they are elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kohaku_wrap.cli import output
+
+
+@pytest.mark.parametrize(
+    ("line", "width", "shown"),
+    [
+        ("short", 20, ["short"]),
+        ("one two three four", 10, ["one two", "three four"]),
+        ("run `kwrap resume first` now", 16, ["run", "`kwrap resume first`", "now"]),
+        ("    indented words here", 16, ["    indented", "    words here"]),
+        ("  seed    two words of text", 20, ["  seed    two words", "          of text"]),
+        ("/a/path/longer/than/the/line is kept", 12, ["/a/path/longer/than/the/line", "is kept"]),
+    ],
+)
+def test_a_long_line_breaks_between_words(line: str, width: int, shown: list[str]) -> None:
+    assert output.wrap_line(line, width).split("\n") == shown
+
+
+def test_a_pipe_gets_lines_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_error("word " * 60, "next " * 60)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_table_shows_paths_as_typed_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output.print_table("", [("here", tmp_path / "runs" / "a"), ("count", 12345), ("word", "x")], "kwrap status")
+    assert capsys.readouterr().out.splitlines() == ["here   runs/a", "count  12,345", "word   x", "Next: kwrap status"]
+
+
+def test_a_row_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    output.print_table("Title", [("name", "word " * 40)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_row_keeps_its_column_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    output.print_table("Title", [("name", "word " * 10), ("hash", "f" * 64)])
+    assert capsys.readouterr().out.splitlines() == [
+        "Title",
+        "name  word word word word word word word",
+        "      word word word",
+        "hash  " + "f" * 34,
+        "      " + "f" * 30,
+    ]
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert output.paint("error:", fg="red") == "error:"
+    monkeypatch.delenv("NO_COLOR")
+    assert output.paint("error:", fg="red") != "error:"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (75, "1 min 15 s"), (7_260, "2 h 1 min"), (1_007_424, "11 d 15 h")]
+)
+def test_a_duration_has_two_units(seconds: float, shown: str) -> None:
+    assert output.format_duration(seconds) == shown
