@@ -40,7 +40,9 @@ EXTRA_OF_PACKAGE = {
     "transformers": "train",
     "diffusers": "train",
     "bitsandbytes": "train",
+    "llvmlite": "merge",
     "lycoris": "merge",
+    "numba": "merge",
     "safetensors": "merge",
 }
 

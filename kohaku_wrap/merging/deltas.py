@@ -6,12 +6,35 @@ LoHa and are not used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
 from typing import cast
 
+import numpy as np
 import torch
-from lycoris.functional import locon, loha, lokr
-from lycoris.functional.general import weight_decompose
+from numpy.typing import NDArray
+
+SLOW_IMPORTS = ("bitsandbytes", "lycoris.kohya")
+
+
+@contextmanager
+def without_imports(names: tuple[str, ...]) -> Iterator[None]:
+    """Meanwhile, modules that are not yet imported count as not installed."""
+    modules = cast("dict[str, ModuleType | None]", sys.modules)
+    hidden = [name for name in names if name not in modules]
+    modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del modules[name]
+
+
+with without_imports(SLOW_IMPORTS):  # only training needs them, and they take seconds
+    from lycoris.functional import locon, loha, lokr
+    from lycoris.functional.general import weight_decompose
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -64,9 +87,10 @@ def delta_of_lora(tensors: Tensors) -> torch.Tensor:
 class Delta:
     """The delta of one module, in float32, by rows."""
 
-    def __init__(self, algorithm: str, kind: str, tensors: Tensors) -> None:
-        """`tensors`: the module's, in float32, by the part of the key after its name. `kind`: weight or bias."""
-        self.tensors = tensors
+    def __init__(self, algorithm: str, kind: str, arrays: Mapping[str, NDArray[np.float32]]) -> None:
+        """`arrays`: the module's tensors by the part of the key after its name. `kind`: weight or bias."""
+        torch.set_num_threads(1)  # of the calling thread; a merge has threads of its own
+        self.tensors = tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self.period = 0
         self.whole: torch.Tensor | None = None
         if kind == "bias":
@@ -85,28 +109,31 @@ class Delta:
         else:
             self.whole = delta_of_lokr(tensors)
 
-    def whole_delta(self) -> torch.Tensor:
+    def whole_delta(self) -> NDArray[np.float32]:
         """All of it."""
-        return self.whole if self.whole is not None else delta_of_lokr(self.tensors)
+        return (self.whole if self.whole is not None else delta_of_lokr(self.tensors)).numpy()
 
-    def rows(self, first: int, last: int) -> torch.Tensor:
+    def rows(self, first: int, last: int) -> NDArray[np.float32]:
         """Rows `first` to `last` (not included), flat.
 
         Where LoKr's factors are whole, only these rows are computed: each number is one product, so they are the
         same as in the whole delta. Then all rows must lie within one multiple of `period`.
         """
         if self.whole is not None:
-            return self.whole.reshape(self.whole.shape[0] if self.whole.dim() else 1, -1)[first:last].reshape(-1)
-        block, start = divmod(first, self.period)
-        stop = start + last - first
-        rows = lokr.make_kron(self.outer[block : block + 1], self.inner[start:stop], 1.0)
-        return cast(torch.Tensor, rows).reshape(-1)
+            rows = self.whole.reshape(self.whole.shape[0] if self.whole.dim() else 1, -1)[first:last]
+        else:
+            block, start = divmod(first, self.period)
+            rows = lokr.make_kron(self.outer[block : block + 1], self.inner[start : start + last - first], 1.0)
+        return cast(NDArray[np.float32], rows.reshape(-1).numpy())
 
+    def decompose(self, base: NDArray[np.float32], multiplier: float) -> NDArray[np.float32]:
+        """`base` (out, in, …) plus this delta, with the norms that DoRA learned; flat.
 
-def decompose_weight(weight: torch.Tensor, dora_scale: torch.Tensor, multiplier: float) -> torch.Tensor:
-    """The weight with the norms that DoRA learned, in float32.
-
-    `weight`: base plus delta, (out, in, …). `dora_scale`: (out, 1, …), or (1, in, …) for norms over the input.
-    """
-    on_output = dora_scale.shape[0] == weight.shape[0] and dora_scale.numel() == weight.shape[0]
-    return cast(torch.Tensor, weight_decompose(weight, dora_scale, multiplier, wd_on_out=on_output, backend=BACKEND))
+        The norms are over the inputs of each output, or the other way, by the shape of `dora_scale`: (out, 1, …) or
+        (1, in, …).
+        """
+        weight = torch.from_numpy(base) + torch.from_numpy(self.whole_delta()).reshape(base.shape)
+        scale = self.tensors["dora_scale"]
+        on_output = scale.shape[0] == weight.shape[0] and scale.numel() == weight.shape[0]
+        merged = weight_decompose(weight, scale, multiplier, wd_on_out=on_output, backend=BACKEND)
+        return cast(NDArray[np.float32], merged.reshape(-1).numpy())

@@ -109,7 +109,7 @@ def installed_version(package: str) -> str:
 
 def versions_used(plan: MergePlan) -> dict[str, str]:
     """What computed the merge."""
-    packages = ["torch", "numpy", *(["lycoris-lora"] if plan.networks else [])]
+    packages = ["numba", "numpy", *(["torch", "lycoris-lora"] if plan.networks else [])]
     return {"kwrap": kohaku_wrap.__version__, **{package: installed_version(package) for package in packages}}
 
 

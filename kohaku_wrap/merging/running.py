@@ -11,21 +11,24 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import Progress, fsync_folder
-from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch
+from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers
 from kohaku_wrap.merging.layout import BITS_OF_DTYPE, Header, encode_header
 from kohaku_wrap.merging.networks import Change, raise_problems
 from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task, cut_pieces, list_tasks
 from kohaku_wrap.merging.planning import MergePlan
 from kohaku_wrap.merging.rounding import FORMATS, Combination
+
+if TYPE_CHECKING:
+    from kohaku_wrap.merging.deltas import Delta
 
 POLL_SECONDS = 0.1
 DISK_RESERVE_BYTES = 16 << 20
@@ -132,7 +135,7 @@ class Worker:
 
     def __init__(self, plan: MergePlan, files: Files, finder: KeyFinder, faults: Faults, lock: threading.Lock) -> None:
         self.plan, self.files, self.finder, self.faults, self.lock = plan, files, finder, faults, lock
-        self.scratch = Scratch(CHUNK_ELEMENTS)
+        self.scratch = Scratch()
         self.kernels: dict[Any, Kernel] = {}
 
     def do(self, task: Task, descriptor: int, data_start: int) -> None:
@@ -144,23 +147,26 @@ class Worker:
         for first, output in blocks:
             write_at(descriptor, output, data_start + task.piece.begin + first * task.piece.width)
 
-    def compute(self, piece: Piece, first: int, last: int, deltas: list[torch.Tensor], to: str = "") -> NDArray[Any]:
-        """Elements `first` to `last` of a piece, as bits in a buffer that the next call reuses."""
-        inputs = []
-        for place, source in enumerate(piece.sources):
-            width = BYTES_OF_KIND[source.kind]
-            kind = np.uint8 if source.kind == RAW else BITS_DTYPES[width]
-            buffer = self.scratch.take(f"input {place}", kind, last - first)
-            self.files.read(source.name, source.begin + first * width, buffer)
-            inputs.append(buffer)
+    def compute(self, piece: Piece, first: int, last: int, deltas: list[NDArray[Any]], to: str = "") -> NDArray[Any]:
+        """Elements `first` to `last` of a piece, as bits in a buffer that the next call reuses.
+
+        `deltas`: what each network adds there, float32.
+        """
+        size = last - first
         if piece.to == RAW:
-            return inputs[0]
-        inputs += [delta.numpy().view(np.uint32) for delta in deltas]
+            output = self.scratch.take("output", np.uint8, size)
+            self.files.read(piece.sources[0].name, piece.sources[0].begin + first, output)
+            return output
         weights = piece.coefficients + tuple(weight for _, weight, _ in piece.deltas[: len(deltas)])
         kinds = tuple(source.kind for source in piece.sources) + ("F32",) * len(deltas)
         to = to or piece.to
         kernel = self.kernel(kinds, weights, to)
-        output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[to]], last - first)
+        inputs = kernel.take_inputs(size, self.scratch)
+        for source, row in zip(piece.sources, inputs.rows, strict=False):
+            self.files.read(source.name, source.begin + first * BYTES_OF_KIND[source.kind], row)
+        for delta, row in zip(deltas, inputs.rows[len(piece.sources) :], strict=True):
+            np.copyto(row, delta.view(np.uint32))
+        output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[to]], size)
         not_finite, overflow = kernel.run(inputs, output, self.scratch)
         self.count(self.faults.inputs, piece, first, not_finite)
         self.count(self.faults.overflows, piece, first, overflow)
@@ -178,30 +184,28 @@ class Worker:
             with self.lock:
                 counter.update(keys)
 
-    def read_module(self, network: str, change: Change) -> dict[str, torch.Tensor]:
+    def read_module(self, network: str, change: Change) -> dict[str, NDArray[np.float32]]:
         """A module's tensors in float32."""
         tensors = {}
         for suffix, spot in change.module.tensors.items():
             kind = FORMATS[spot.dtype]
             bits = np.empty(spot.elements, dtype=BITS_DTYPES[kind.size_bytes])
             self.files.read(network, spot.begin, bits)
-            signed = torch.from_numpy(bits.view(np.int16 if kind.size_bytes == 2 else np.int32))
-            dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[spot.dtype]
-            tensors[suffix] = signed.view(dtype).to(torch.float32).reshape(spot.shape)
+            tensors[suffix] = as_numbers(bits, kind).reshape(spot.shape)
         return tensors
+
+    def open_delta(self, network: str, change: Change) -> Delta:
+        """What a module adds, from its tensors in the network's file."""
+        from kohaku_wrap.merging.deltas import Delta
+
+        return Delta(change.module.algorithm, change.kind, self.read_module(network, change))
 
     def compute_with_deltas(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
         """A piece that networks change, by blocks of rows: the first element and the bits of each."""
-        from kohaku_wrap.merging.deltas import Delta
-
-        modules = [self.read_module(name, change) for name, _, change in piece.deltas]
+        deltas = [self.open_delta(name, change) for name, _, change in piece.deltas]
         if any(change.module.has_dora and change.kind == "weight" for _, _, change in piece.deltas):
-            yield 0, self.compute_dora(piece, modules[0])
+            yield 0, self.compute_dora(piece, deltas[0])
             return
-        deltas = [
-            Delta(change.module.algorithm, change.kind, module)
-            for (_, _, change), module in zip(piece.deltas, modules, strict=True)
-        ]
         row_elements = piece.elements // piece.rows
         step = max(1, CHUNK_ELEMENTS // row_elements)
         first = 0
@@ -210,24 +214,22 @@ class Worker:
             for delta in deltas:
                 if delta.period:
                     last = min(last, (first // delta.period + 1) * delta.period)
-            rows = [delta.rows(first, last).contiguous() for delta in deltas]
+            rows = [delta.rows(first, last) for delta in deltas]
             yield first * row_elements, self.compute(piece, first * row_elements, last * row_elements, rows)
             first = last
 
-    def compute_dora(self, piece: Piece, module: dict[str, torch.Tensor]) -> NDArray[Any]:
+    def compute_dora(self, piece: Piece, delta: Delta) -> NDArray[Any]:
         """A whole weight whose norms the network sets: float32 arithmetic, rounded once more to the output."""
-        from kohaku_wrap.merging.deltas import Delta, decompose_weight
-
-        _, weight, change = piece.deltas[0]
-        base = torch.from_numpy(self.compute(piece, 0, piece.elements, [], "F32").view(np.float32)).clone()
-        base = base.reshape(piece.shape)
-        delta = Delta(change.module.algorithm, "weight", module).whole_delta().reshape(piece.shape)
-        merged = decompose_weight(base + delta, module["dora_scale"], float(weight)).contiguous()
-        width = BYTES_OF_KIND[piece.to]
-        dtype = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[piece.to]
-        output = merged.to(dtype).reshape(-1)
-        self.count(self.faults.overflows, piece, 0, np.flatnonzero(~torch.isfinite(output).numpy()))
-        return output.view(torch.int16 if width == 2 else torch.int32).numpy()
+        _, weight, _ = piece.deltas[0]
+        base = self.compute(piece, 0, piece.elements, [], "F32").view(np.float32).copy()
+        merged = delta.decompose(base.reshape(piece.shape), float(weight))
+        kernel = self.kernel(("F32",), (Fraction(1),), piece.to)
+        inputs = kernel.take_inputs(piece.elements, self.scratch)
+        np.copyto(inputs.rows[0], merged.view(np.uint32))
+        output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[piece.to]], piece.elements)
+        for places in kernel.run(inputs, output, self.scratch):
+            self.count(self.faults.overflows, piece, 0, places)
+        return output
 
 
 class Pool:
@@ -240,7 +242,6 @@ class Pool:
         self.done_bytes = 0
 
     def work(self, worker: Worker, descriptor: int, data_start: int) -> None:
-        torch.set_num_threads(1)
         while not self.stopped:
             with self.lock:
                 task = next(self.tasks, None)
@@ -313,21 +314,18 @@ def run_merge(
     pieces = cut_pieces(plan)
     faults, lock, finder = Faults(), threading.Lock(), KeyFinder(plan)
     files = Files(headers)
-    before = torch.get_num_threads()
     try:
         with new_file(output, size_bytes) as descriptor:
             write_at(descriptor, np.frombuffer(start, dtype=np.uint8), 0)
             os.ftruncate(descriptor, size_bytes)
             count = min(threads or count_threads(), max(1, len(pieces) * 64))
             workers = [Worker(plan, files, finder, faults, lock) for _ in range(count)]
-            torch.set_num_threads(1)
             Pool(list_tasks(pieces)).run(workers, descriptor, len(start), plan.data_bytes, on_progress)
             raise_faults(plan, faults)
             verified = unverified = 0
             if verify_elements:
                 verified, unverified = verify_elements_of(workers[0], pieces, descriptor, len(start), verify_elements)
     finally:
-        torch.set_num_threads(before)
         files.close()
     return MergeResult(output, size_bytes, faults, verified, unverified)
 

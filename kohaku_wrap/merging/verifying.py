@@ -89,10 +89,8 @@ def read_number(worker: Worker, name: str, begin: int, kind: str, element: int) 
 
 def deltas_at(worker: Worker, piece: Piece, elements: Sequence[int]) -> list[list[float]]:
     """For each element, what each network adds there before its coefficient."""
-    from kohaku_wrap.merging.deltas import Delta
-
     columns = []
     for name, _, change in piece.deltas:
-        delta = Delta(change.module.algorithm, change.kind, worker.read_module(name, change)).whole_delta().reshape(-1)
+        delta = worker.open_delta(name, change).whole_delta().reshape(-1)
         columns.append([float(delta[element]) for element in elements])
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in elements]

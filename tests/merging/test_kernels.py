@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kohaku_wrap.merging.kernels import BITS_DTYPES, TORCH_DTYPES, Kernel, Scratch, as_tensor, infinity_bits
+from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers, infinity_bits
 from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
 
 GAMMA = (Fraction(1, 2), Fraction(4, 5), Fraction(-4, 5), Fraction(1, 2))
@@ -24,11 +24,7 @@ COEFFICIENTS = [
     (Fraction(1), Fraction(4, 5)),
 ]
 KINDS = ("F16", "BF16", "F32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 def draw_bits(generator: np.random.Generator, kind: str, size: int, hostile: bool) -> np.ndarray:
@@ -45,13 +41,24 @@ def draw_bits(generator: np.random.Generator, kind: str, size: int, hostile: boo
 
 
 def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    return as_tensor(bits, FORMATS[kind]).to(torch.float32).numpy()
+    return as_numbers(bits, FORMATS[kind])
+
+
+def run_kernel(
+    inputs: list[np.ndarray], kinds: list[str], coefficients: tuple[Fraction, ...], to: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bits of the sums, and the places of non-finite inputs and of overflow."""
+    kernel, scratch = Kernel(kinds, Combination.of(coefficients), to), Scratch()
+    buffers = kernel.take_inputs(inputs[0].size, scratch)
+    for row, bits in zip(buffers.rows, inputs, strict=True):
+        row[:] = bits
+    output = np.empty(inputs[0].size, dtype=BITS_DTYPES[FORMATS[to].size_bytes])
+    return output, *kernel.run(buffers, output, scratch)
 
 
 def check_exact(inputs: list[np.ndarray], kinds: list[str], coefficients: tuple[Fraction, ...], to: str) -> None:
     sum_of = Combination.of(coefficients)
-    output = np.empty(inputs[0].size, dtype=BITS_DTYPES[FORMATS[to].size_bytes])
-    bad_inputs, overflows = Kernel(kinds, sum_of, to).run(inputs, output, Scratch(1024))
+    output, bad_inputs, overflows = run_kernel(inputs, kinds, coefficients, to)
     found = numbers(output, to)
     values = [numbers(bits, kind) for bits, kind in zip(inputs, kinds, strict=True)]
     assert bad_inputs.size == 0
@@ -106,10 +113,7 @@ def test_plain_float32_sums_would_fail_here() -> None:
 
 def test_faults_are_told_apart() -> None:
     inputs = [np.array([60000, np.inf, 1, np.nan], dtype=np.float16).view(np.uint16)] * 2
-    output = np.empty(4, dtype=np.uint16)
-    bad, overflows = Kernel(["F16"] * 2, Combination.of((Fraction(1), Fraction(1))), "F16").run(
-        inputs, output, Scratch(4)
-    )
+    _, bad, overflows = run_kernel(inputs, ["F16"] * 2, (Fraction(1), Fraction(1)), "F16")
     assert (bad.tolist(), overflows.tolist()) == ([1, 3], [0])
 
 
