@@ -24,7 +24,8 @@ from pathlib import Path
 from kohaku_wrap.demo.killing import command_of, run_kwrap
 from kohaku_wrap.demo.likeness import Difference, compare_runs
 from kohaku_wrap.demo.prove import SETTINGS, Bench, Configuration
-from kohaku_wrap.training.records.states import DamagedState, list_states, verify_state
+from kohaku_wrap.training.records.manifest import DamagedState
+from kohaku_wrap.training.records.states import list_states, verify_state
 from kohaku_wrap.training.records.verify import verify_run
 from kohaku_wrap.training.runs.attempts import list_attempts
 from kohaku_wrap.training.runs.folder import Run, is_run

@@ -62,7 +62,8 @@ def command(
     sizes, IMAGES/extract-report.json what is missing or corrupt and why. Run it again to go on: what is
     there and verified is kept.
     """
-    from kohaku_wrap.dataset.images.extract import REPORT_FILE, extract_images
+    from kohaku_wrap.dataset.images.extract import extract_images
+    from kohaku_wrap.dataset.images.extract_report import REPORT_FILE
 
     with progress_bar("images", "posts", quiet=as_json) as report_progress:
         report = extract_images(selection, tars, images, jobs, max_pixels, on_progress=report_progress)

@@ -131,7 +131,8 @@ def command(
 
 def states_bytes(run: Run, step: int | None) -> int:
     """Bytes of the state that is looked at first."""
-    from kohaku_wrap.training.records.states import DamagedState, list_states, read_manifest
+    from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+    from kohaku_wrap.training.records.states import list_states
 
     states = [path for at, path in list_states(run.states) if step is None or at == step]
     try:

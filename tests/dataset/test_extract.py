@@ -23,7 +23,8 @@ from PIL import Image
 from kohaku_wrap.cli.extract import command
 from kohaku_wrap.dataset.images import extract
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
-from kohaku_wrap.dataset.images.extract import BadSelection, ImagesMissing, NoTars, extract_images, find_tars
+from kohaku_wrap.dataset.images.extract import BadSelection, NoTars, extract_images, find_tars
+from kohaku_wrap.dataset.images.extract_report import ImagesMissing
 from kohaku_wrap.dataset.images.extracted import FolderBusy, JournalFolder
 
 

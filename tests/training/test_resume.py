@@ -18,8 +18,9 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.captions.columns import DamagedCaptions
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.order import BadOrder
+from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.states import DamagedState, list_states, state_folder
+from kohaku_wrap.training.records.states import list_states, state_folder
 from kohaku_wrap.training.records.verify import verify_run
 from kohaku_wrap.training.runs.attempts import list_attempts
 from kohaku_wrap.training.runs.differences import DifferentRun

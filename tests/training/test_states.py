@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint, read_manifest
 from kohaku_wrap.training.records.retention import remove_old_states
 from kohaku_wrap.training.records.states import (
-    DamagedState,
     DiskFull,
-    Fingerprint,
     check_state_sizes,
     is_disk_full,
     list_states,
     newest_whole_state,
-    read_manifest,
     state_folder,
     verify_state,
     write_state,

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kohaku_wrap.dataset.images.extract_report import ExtractReport, write_report
 from kohaku_wrap.dataset.images.extract_shard import (
     FOLDERS,
     PART_SUFFIX,
@@ -40,9 +39,8 @@ from kohaku_wrap.dataset.images.extracted import (
 )
 from kohaku_wrap.dataset.selection_file import BadSelection
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.files import Progress, atomic_write
+from kohaku_wrap.files import Progress
 
-REPORT_FILE = "extract-report.json"
 SHARD_NAME = re.compile(r"data-\d(\d{3})\.tar")
 """`data-0NNN.tar` and `data-1NNN.tar`: ids that end in NNN."""
 
@@ -63,80 +61,8 @@ class NoTars(UsageError):
     """The folder holds no tar that could hold images of posts."""
 
 
-class ImagesMissing(KwrapError):
-    """More images are missing or corrupt than was allowed."""
-
-
 class WorkerDied(KwrapError):
     """A process of the extraction was killed, most often for memory."""
-
-
-@dataclass
-class ExtractReport:
-    """What became of a selection's images; every selected post is in exactly one of the four."""
-
-    images: Path
-    """The folder that holds them."""
-
-    selected: int
-    """Posts of the selection."""
-
-    written: int = 0
-    """Extracted and verified now."""
-
-    kept: int = 0
-    """There already, verified by an earlier run, and of the same size."""
-
-    missing: list[tuple[int, str]] = field(default_factory=list)
-    """Ids that no tar holds, with the reason."""
-
-    corrupt: list[tuple[int, str]] = field(default_factory=list)
-    """Ids whose members were refused, with the reason."""
-
-    reduced: int = 0
-    """Of the written, smaller copies made for `max_pixels`."""
-
-    other_size: int = 0
-    """Of the written, images whose real size is not the database's."""
-
-    refused: list[tuple[str, str, str]] = field(default_factory=list)
-    """Members refused for what they are, wanted or not: tar, name, reason."""
-
-    damaged: list[tuple[str, str]] = field(default_factory=list)
-    """Damaged and unreadable tars, with the reason."""
-
-    def add(self, result: ShardResult) -> None:
-        """Add what became of one task's posts."""
-        self.written += result.written
-        self.kept += result.kept
-        self.reduced += result.reduced
-        self.other_size += result.other_size
-        self.missing += result.missing
-        self.corrupt += result.corrupt
-        self.refused += result.refused
-        self.damaged += result.damaged
-
-    def sort(self) -> None:
-        """Put all lists in the order of ids and names; those of tars without the repeats of several tasks."""
-        self.missing.sort()
-        self.corrupt.sort()
-        self.refused = sorted(set(self.refused))
-        self.damaged = sorted(set(self.damaged))
-
-    def check(self, max_missing: int) -> None:
-        """Raise ImagesMissing when more than `max_missing` images are missing or corrupt, or all of them."""
-        lacking = len(self.missing) + len(self.corrupt)
-        found = self.selected - lacking
-        if lacking <= max_missing and found:
-            return
-        first = min([*self.missing[:1], *self.corrupt[:1]])
-        what = f"{lacking:,} images missing or corrupt among" if found else "no image of"
-        allow = f", or allow it with --max-missing {lacking}" if found else ""
-        raise ImagesMissing(
-            f"{what} {self.selected:,} selected posts: {len(self.missing):,} missing, {len(self.corrupt):,} corrupt;"
-            f" the first is {first[0]}: {first[1]}",
-            f"{self.images / REPORT_FILE} lists them all. Fetch them and run the same command again{allow}.",
-        )
 
 
 @dataclass(frozen=True)
@@ -355,31 +281,3 @@ def remove_parts(images: Path) -> None:
             parts = [entry.path for entry in entries if entry.name.startswith(".") and entry.name.endswith(PART_SUFFIX)]
         for part in parts:
             Path(part).unlink(missing_ok=True)
-
-
-def write_report(report: ExtractReport, selection: Path, tars: Path) -> None:
-    """Write all lists of the report, one entry a line, as extract-report.json."""
-    counts: dict[str, Any] = {
-        "selection": str(selection),
-        "tars": str(tars),
-        "selected": report.selected,
-        "written": report.written,
-        "kept": report.kept,
-        "reduced": report.reduced,
-        "other_size": report.other_size,
-    }
-    lists: dict[str, Iterable[dict[str, Any]]] = {
-        "missing": ({"id": post_id, "reason": reason} for post_id, reason in report.missing),
-        "corrupt": ({"id": post_id, "reason": reason} for post_id, reason in report.corrupt),
-        "refused": ({"tar": tar, "member": name, "reason": reason} for tar, name, reason in report.refused),
-        "damaged": ({"tar": tar, "reason": reason} for tar, reason in report.damaged),
-    }
-    with atomic_write(report.images / REPORT_FILE) as stream:
-        stream.write(json.dumps(counts, indent=2)[:-2])
-        for name, entries in lists.items():
-            stream.write(f',\n  "{name}": [')
-            for index, entry in enumerate(entries):
-                # Names of members may hold bytes that are no text; JSON escapes carry them.
-                stream.write(("," if index else "") + "\n    " + json.dumps(entry))
-            stream.write("\n  ]")
-        stream.write("\n}\n")

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kohaku_wrap.training.records.states import (
-    DamagedState,
-    check_state_sizes,
-    list_states,
-    read_manifest,
-    remove_state,
-    state_folder,
-)
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.states import check_state_sizes, list_states, remove_state, state_folder
 
 
 def remove_old_states(states: Path, keep: int, every: int = 0) -> list[int]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.training.records.manifest import Fingerprint
 from kohaku_wrap.training.records.retention import remove_old_states
-from kohaku_wrap.training.records.states import DiskFull, Fingerprint, write_state
+from kohaku_wrap.training.records.states import DiskFull, write_state
 from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.runs.folder import Run
 

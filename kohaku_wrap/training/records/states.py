@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import kohaku_wrap
+from kohaku_wrap.config.sizes import show_bytes
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder, sha256_of_file
+from kohaku_wrap.training.records.manifest import (
+    MANIFEST,
+    DamagedState,
+    Fingerprint,
+    Manifest,
+    SealedFile,
+    manifest_text,
+    read_manifest,
+)
 from kohaku_wrap.training.runs.folder import STATE_NAME
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 PART_SUFFIX = ".partial"
 REMOVED_SUFFIX = ".removed"
 HASHING_THREADS = 4
@@ -29,105 +33,8 @@ SIZE_MARGIN = 1.05
 """A state may be a little larger than the one before it."""
 
 
-class DamagedState(KwrapError):
-    """A state is not what its manifest says; never loaded."""
-
-    def __init__(self, state: Path, what: str) -> None:
-        super().__init__(f"{state}: {what}", "Resume from another state: `kwrap resume` takes the newest whole one.")
-        self.state = state
-        self.what = what
-
-
 class DiskFull(KwrapError):
     """There is no room for a state; nothing was written under a final name."""
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What must be equal for a state to continue a run, and where in the run it stands."""
-
-    engine: str
-    """Which trainer made it."""
-
-    data: str
-    """`kwrap`, or `sd-scripts` for the trainer's own dataset."""
-
-    seed: int
-    """Of order, captions and noise."""
-
-    group: int
-    """Batches in one optimizer step: processes times accumulation."""
-
-    processes: int
-    """Of the attempt that wrote it."""
-
-    accumulation: int
-    """Of the attempt that wrote it."""
-
-    batch_size: int
-    """Images of one batch."""
-
-    batches: int
-    """Batches of one epoch, all buckets together."""
-
-    images: int
-    """Images of the dataset."""
-
-    dataset_digest: str
-    """Of ids, sizes and captions."""
-
-    trainer_commit: str
-    """Of sd-scripts; empty for the builtin engine."""
-
-    epoch: int
-    """Counted from 0, of the next optimizer step."""
-
-    position: int
-    """Global batch positions of that epoch already trained."""
-
-    micro_batch: int
-    """Micro-batches of that epoch already done by each process."""
-
-
-@dataclass(frozen=True)
-class SealedFile:
-    """One file of a state."""
-
-    size_bytes: int
-    """Its length."""
-
-    sha256: str
-    """Of its content, in hex."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The seal of a state."""
-
-    optimizer_step: int
-    """Optimizer steps done."""
-
-    fingerprint: Fingerprint
-    """What it belongs to."""
-
-    files: Mapping[str, SealedFile]
-    """By path relative to the state, with forward slashes."""
-
-    attempt: int
-    """The attempt that wrote it."""
-
-    scheduled: bool
-    """False for one that was saved because of a stop; it goes as soon as a scheduled one follows."""
-
-    written_unix_seconds: float
-    """When it was sealed."""
-
-    extra: Mapping[str, Any]
-    """What the engine wants to find again."""
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(each.size_bytes for each in self.files.values())
 
 
 def state_folder(states: Path, optimizer_step: int) -> Path:
@@ -219,41 +126,6 @@ def seal_file(path: Path) -> SealedFile:
 
 def relative_name(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def manifest_text(manifest: Manifest) -> str:
-    """The manifest as JSON with the digest of its own content, so that a flipped byte in it is seen too."""
-    body = {"format": FORMAT, "kwrap_version": kohaku_wrap.__version__, **asdict(manifest)}
-    return json.dumps({**body, "digest": document_digest(body)}, indent=2, ensure_ascii=False) + "\n"
-
-
-def document_digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def read_manifest(state: Path) -> Manifest:
-    """The manifest alone, proved by its own digest; raises DamagedState."""
-    path = state / MANIFEST
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        digest = body.pop("digest")
-    except FileNotFoundError:
-        raise DamagedState(state, f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedState(state, f"{MANIFEST} is damaged ({error})") from error
-    if document_digest(body) != digest:
-        raise DamagedState(state, f"{MANIFEST} is damaged (its content does not match its digest)")
-    if body["format"] != FORMAT:
-        raise DamagedState(state, f"{MANIFEST} has format {body['format']}; this kwrap reads {FORMAT}")
-    return Manifest(
-        optimizer_step=body["optimizer_step"],
-        fingerprint=Fingerprint(**body["fingerprint"]),
-        files={name: SealedFile(**sealed) for name, sealed in body["files"].items()},
-        attempt=body["attempt"],
-        scheduled=body["scheduled"],
-        written_unix_seconds=body["written_unix_seconds"],
-        extra=body["extra"],
-    )
 
 
 def verify_state(state: Path, on_bytes: Callable[[int], None] | None = None) -> Manifest:
@@ -349,10 +221,10 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def disk_full_message(states: Path, optimizer_step: int | None, needed_bytes: int = 0) -> tuple[str, str]:
-    free_mib = shutil.disk_usage(states).free / (1 << 20)
-    needs = f", a state needs {needed_bytes / (1 << 20):,.0f} MiB" if needed_bytes else ""
+    free = show_bytes(shutil.disk_usage(states).free)
+    needs = f", a state needs {show_bytes(needed_bytes)}" if needed_bytes else ""
     step = "" if optimizer_step is None else f" (optimizer step {optimizer_step})"
     return (
-        f"{states}: the disk is full, no state can be written{step}: {free_mib:,.0f} MiB free{needs}",
+        f"{states}: the disk is full, no state can be written{step}: {free} free{needs}",
         "Free some space, or keep fewer states ([states] keep); nothing is half-written.",
     )

@@ -12,7 +12,7 @@ from kohaku_wrap.config.plan import CAPTIONS_FILE, NoImages, read_captions_metad
 from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.files import kept_sha256
-from kohaku_wrap.training.records.states import Fingerprint
+from kohaku_wrap.training.records.manifest import Fingerprint
 from kohaku_wrap.training.runs.folder import Run
 
 KEY_OF_FINGERPRINT = {

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, Problem, UsageError
 from kohaku_wrap.training.data.order import Position
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
-from kohaku_wrap.training.records.states import DamagedState, list_states, read_manifest, verify_state
+from kohaku_wrap.training.records.states import list_states, verify_state
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts, write_attempt
 from kohaku_wrap.training.runs.differences import check_captions, compare_fingerprint, list_changes, refuse_changes
 from kohaku_wrap.training.runs.folder import Run

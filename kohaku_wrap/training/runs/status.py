@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.states import DamagedState, list_states, read_manifest
+from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.runs.attempts import Attempt, Heartbeat, is_lock_free, list_attempts
 from kohaku_wrap.training.runs.ends import AttemptEnd, read_end, steps_done
 from kohaku_wrap.training.runs.folder import Run

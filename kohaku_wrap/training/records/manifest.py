@@ -1,0 +1,148 @@
+"""The seal of a state: what it belongs to, its files with their sha256, and a digest of the seal itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import kohaku_wrap
+from kohaku_wrap.errors import KwrapError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+class DamagedState(KwrapError):
+    """A state is not what its manifest says; never loaded."""
+
+    def __init__(self, state: Path, what: str) -> None:
+        super().__init__(f"{state}: {what}", "Resume from another state: `kwrap resume` takes the newest whole one.")
+        self.state = state
+        self.what = what
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What must be equal for a state to continue a run, and where in the run it stands."""
+
+    engine: str
+    """Which trainer made it."""
+
+    data: str
+    """`kwrap`, or `sd-scripts` for the trainer's own dataset."""
+
+    seed: int
+    """Of order, captions and noise."""
+
+    group: int
+    """Batches in one optimizer step: processes times accumulation."""
+
+    processes: int
+    """Of the attempt that wrote it."""
+
+    accumulation: int
+    """Of the attempt that wrote it."""
+
+    batch_size: int
+    """Images of one batch."""
+
+    batches: int
+    """Batches of one epoch, all buckets together."""
+
+    images: int
+    """Images of the dataset."""
+
+    dataset_digest: str
+    """Of ids, sizes and captions."""
+
+    trainer_commit: str
+    """Of sd-scripts; empty for the builtin engine."""
+
+    epoch: int
+    """Counted from 0, of the next optimizer step."""
+
+    position: int
+    """Global batch positions of that epoch already trained."""
+
+    micro_batch: int
+    """Micro-batches of that epoch already done by each process."""
+
+
+@dataclass(frozen=True)
+class SealedFile:
+    """One file of a state."""
+
+    size_bytes: int
+    """Its length."""
+
+    sha256: str
+    """Of its content, in hex."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The seal of a state."""
+
+    optimizer_step: int
+    """Optimizer steps done."""
+
+    fingerprint: Fingerprint
+    """What it belongs to."""
+
+    files: Mapping[str, SealedFile]
+    """By path relative to the state, with forward slashes."""
+
+    attempt: int
+    """The attempt that wrote it."""
+
+    scheduled: bool
+    """False for one that was saved because of a stop; it goes as soon as a scheduled one follows."""
+
+    written_unix_seconds: float
+    """When it was sealed."""
+
+    extra: Mapping[str, Any]
+    """What the engine wants to find again."""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(each.size_bytes for each in self.files.values())
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The manifest as JSON with the digest of its own content, so that a flipped byte in it is seen too."""
+    body = {"format": FORMAT, "kwrap_version": kohaku_wrap.__version__, **asdict(manifest)}
+    return json.dumps({**body, "digest": document_digest(body)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def document_digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(state: Path) -> Manifest:
+    """The manifest alone, proved by its own digest; raises DamagedState."""
+    path = state / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        digest = body.pop("digest")
+    except FileNotFoundError:
+        raise DamagedState(state, f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise DamagedState(state, f"{MANIFEST} is damaged ({error})") from error
+    if document_digest(body) != digest:
+        raise DamagedState(state, f"{MANIFEST} is damaged (its content does not match its digest)")
+    if body["format"] != FORMAT:
+        raise DamagedState(state, f"{MANIFEST} has format {body['format']}; this kwrap reads {FORMAT}")
+    return Manifest(
+        optimizer_step=body["optimizer_step"],
+        fingerprint=Fingerprint(**body["fingerprint"]),
+        files={name: SealedFile(**sealed) for name, sealed in body["files"].items()},
+        attempt=body["attempt"],
+        scheduled=body["scheduled"],
+        written_unix_seconds=body["written_unix_seconds"],
+        extra=body["extra"],
+    )
