@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,10 +39,7 @@ from kohaku_wrap.training.workers.builtin_network import (
     save_network,
 )
 from kohaku_wrap.training.workers.builtin_state import Trained
-
-
-class NonFiniteLoss(KwrapError):
-    """The loss of an optimizer step is not a number."""
+from kohaku_wrap.training.workers.step_sums import StepSums
 
 
 class WrongProcesses(KwrapError):
@@ -58,29 +52,6 @@ class WrongProcesses(KwrapError):
         )
 
 
-@dataclass
-class StepSums:
-    """What is summed over the micro-batches of one optimizer step, first on this rank, then over all."""
-
-    loss: float = 0.0
-    """Sum of the micro-batches' losses."""
-
-    images: int = 0
-    """Images trained."""
-
-    nan_latents: int = 0
-    """Images whose latents were not numbers."""
-
-    substitutes: int = 0
-    """Unreadable images that were replaced."""
-
-    rates: dict[str, float] = field(default_factory=dict)
-    """The rates of this optimizer step by their names in the metrics."""
-
-    started: float = field(default_factory=time.monotonic)
-    """When the step's first micro-batch was asked for."""
-
-
 class BuiltinRun:
     """One process of one attempt."""
 
@@ -90,6 +61,7 @@ class BuiltinRun:
         self.optimizer_steps_done = attempt.start_optimizer_step
         self.micro_batches_done = 0
         self.total_optimizer_steps = attempt.lock.total_optimizer_steps
+        self.rates: dict[str, float] = {}
 
     def prepare(self) -> None:
         """Load the model, make the network, and take up the attempt's state."""
@@ -242,7 +214,7 @@ class BuiltinRun:
         sums.images += len(facts["image_ids"])
         sums.nan_latents += result.nan_latents
         sums.substitutes += len(facts["substituted"])
-        sums.rates = {name: rates[group] for name, group in self.rate_groups.items()}
+        self.rates = {name: rates[group] for name, group in self.rate_groups.items()}
 
     def average_gradients(self) -> None:
         """Replace each gradient by its mean over the ranks, as sd-scripts' `all_reduce_network` does."""
@@ -257,33 +229,15 @@ class BuiltinRun:
 
     def finish_step(self, epoch: int, sums: StepSums) -> bool:
         """Count the optimizer step, record it, save what is due; whether a stop was asked for."""
-        self.optimizer_steps_done += 1
-        done = self.optimizer_steps_done
-        loss, images, nan_latents, substitutes, stop = self.sum_over_ranks(sums)
-        loss /= self.attempt.group
-        if not math.isfinite(loss) and "non-finite-loss" not in self.attempt.allow:
-            self.optimizer_steps_done -= 1
-            raise NonFiniteLoss(
-                f"the loss of optimizer step {done} is {loss}",
-                "Resume from an earlier state with a lower rate, or with `--allow non-finite-loss`.",
-            )
+        done = self.optimizer_steps_done + 1
+        stop = sums.sum_over_ranks(self.attempt, self.rank, self.accelerator.device)
+        sums.check_loss(self.attempt, done)
+        self.optimizer_steps_done = done
         steps_per_epoch = self.order.count.optimizer_steps_per_epoch
-        average = self.trained.losses.add((done - 1) % steps_per_epoch, loss)
+        average = self.trained.losses.add((done - 1) % steps_per_epoch, sums.loss / self.attempt.group)
         if self.metrics is not None:
-            seconds = time.monotonic() - sums.started
-            line: dict[str, Any] = {
-                "optimizer_step": done,
-                "epoch": epoch,
-                "micro_batch": done * self.attempt.accumulation,
-                "loss": loss,
-                "loss_average": average,
-                **sums.rates,
-                "seconds": round(seconds, 4),
-                "images": int(images),
-                "skipped_images_loaded": self.dataset.images_loaded_too_early,
-            }
-            extras = {"nan_latents": int(nan_latents), "substitutes": int(substitutes)}
-            self.metrics.append(line | {name: number for name, number in extras.items() if number})
+            skipped = self.dataset.images_loaded_too_early
+            self.metrics.append(sums.metrics_line(self.attempt, done, epoch, average, self.rates, skipped))
         due = bool(self.options.save_every_n_steps) and done % (self.options.save_every_n_steps or 1) == 0
         if due:
             self.save_checkpoint(f"{self.options.output_name}-step{done:08d}", done)
@@ -292,20 +246,10 @@ class BuiltinRun:
             self.remove_old_checkpoint(
                 "-step{:08d}", done, self.options.save_every_n_steps, self.options.save_last_n_steps
             )
-        stopping = bool(stop) and done < self.total_optimizer_steps
+        stopping = stop and done < self.total_optimizer_steps
         if stopping:
             self.save_state(scheduled=False)
         return stopping
-
-    def sum_over_ranks(self, sums: StepSums) -> list[float]:
-        """Loss, images, NaN latents, substitutes and wish to stop, over all ranks; every rank gets the same."""
-        stop = self.rank == 0 and self.attempt.stop_requested()
-        numbers = [sums.loss, float(sums.images), float(sums.nan_latents), float(sums.substitutes), float(stop)]
-        if self.accelerator.num_processes == 1:
-            return numbers
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
-        distributed.all_reduce(total)
-        return [float(number) for number in total.tolist()]
 
     def save_checkpoint(self, name: str, optimizer_step: int) -> None:
         """Write the network's weights on rank 0."""

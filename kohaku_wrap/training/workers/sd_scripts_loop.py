@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.saving import save_run_state
 from kohaku_wrap.training.runs.attempts import Attempt
-from kohaku_wrap.training.workers.sd_scripts_sums import MicroBatch, StepSums
+from kohaku_wrap.training.workers.step_sums import StepSums
 
 LOSSES_FILE = "kwrap_losses.pt"
 """The loss average, within a state."""
@@ -44,10 +45,6 @@ SEAMS = (
 """What must have been called by the end of the first optimizer step."""
 
 
-class NonFiniteLoss(KwrapError):
-    """The loss of an optimizer step is not a number."""
-
-
 class SilentSeam(KwrapError):
     """The trainer did not call what kwrap relies on."""
 
@@ -62,6 +59,26 @@ class OutOfOrder(KwrapError):
 
 class StopRequested(KwrapError):
     """A stop was asked for, and the state is saved."""
+
+
+@dataclass
+class MicroBatch:
+    """What is known of the micro-batch in work."""
+
+    facts: Mapping[str, Any]
+    """Epoch, position, image ids and content, as the dataset put them."""
+
+    learning_rate: float
+    """The UNet's rate in this optimizer step."""
+
+    timesteps: torch.Tensor | None = None
+    """(images,) noise levels, on the trainer's device."""
+
+    nan_latents: torch.Tensor | None = None
+    """() count, on the trainer's device."""
+
+    loss: torch.Tensor | None = None
+    """() mean loss, on the trainer's device."""
 
 
 class Loop:
@@ -139,14 +156,10 @@ class Loop:
         """One more step; called after the optimizer's, before anything is saved. Raises NonFiniteLoss."""
         self.fired.add("count of optimizer steps")
         self.record_micro_batch()
-        self.agree()
-        loss = self.sums.loss / self.attempt.group
+        self.stopping = self.sums.sum_over_ranks(self.attempt, self.rank, self.accelerator.device) or self.stopping
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
-        if not math.isfinite(loss) and not skipped and "non-finite-loss" not in self.attempt.allow:
-            raise NonFiniteLoss(
-                f"the loss of optimizer step {optimizer_steps + 1} is {loss}",
-                "Resume from an earlier state with a lower rate, or with `--allow non-finite-loss`.",
-            )
+        if not skipped:
+            self.sums.check_loss(self.attempt, optimizer_steps + 1)
         self.optimizer_steps = optimizer_steps + 1
         self.step_ended = True
         self.step_skipped = skipped
@@ -256,40 +269,21 @@ class Loop:
         self.sums.nan_latents += int(done.nan_latents) if done.nan_latents is not None else 0
         self.sums.substitutes += len(facts["substituted"])
 
-    def agree(self) -> None:
-        """Sum over the ranks, and let them all know whether rank 0 was asked to stop."""
-        stop = self.rank == 0 and self.attempt.stop_requested()
-        sums = self.sums
-        numbers = [sums.loss, float(sums.images), float(sums.nan_latents), float(sums.substitutes), float(stop)]
-        if self.attempt.processes > 1:
-            total = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
-            torch.distributed.all_reduce(total)
-            numbers = total.tolist()
-        sums.loss, images, nan_latents, substitutes, stop_sum = numbers
-        sums.images, sums.nan_latents, sums.substitutes = int(images), int(nan_latents), int(substitutes)
-        self.stopping = self.stopping or bool(stop_sum)
-
     def write_metrics(self) -> None:
         """One line of metrics.jsonl, on rank 0, once the trainer has recorded the loss."""
         if self.metrics is None:
             return
-        line: dict[str, Any] = {
-            "optimizer_step": self.optimizer_steps,
-            "epoch": (self.optimizer_steps - 1) // self.count.optimizer_steps_per_epoch,
-            "micro_batch": self.optimizer_steps * self.attempt.accumulation,
-            "loss": self.sums.loss / self.attempt.group,
-            "loss_average": float(self.loss_recorders[0].moving_average) if self.loss_recorders else math.nan,
-            **dict(zip(self.rate_names, self.rates, strict=False)),
-            "seconds": round(time.monotonic() - self.sums.started, 4),
-            "images": self.sums.images,
-            "skipped_images_loaded": int(self.dataset.images_loaded_too_early),
-        }
-        extras = {
-            "nan_latents": self.sums.nan_latents,
-            "substitutes": self.sums.substitutes,
-            "optimizer_step_skipped": int(self.step_skipped),
-        }
-        self.metrics.append(line | {name: number for name, number in extras.items() if number})
+        self.metrics.append(
+            self.sums.metrics_line(
+                self.attempt,
+                self.optimizer_steps,
+                epoch=(self.optimizer_steps - 1) // self.count.optimizer_steps_per_epoch,
+                loss_average=float(self.loss_recorders[0].moving_average) if self.loss_recorders else math.nan,
+                rates=dict(zip(self.rate_names, self.rates, strict=False)),
+                skipped_images_loaded=int(self.dataset.images_loaded_too_early),
+                optimizer_step_skipped=int(self.step_skipped),
+            )
+        )
 
     def unet_rate(self) -> float:
         """The UNet's learning rate; the first group's where there is no UNet."""

@@ -14,15 +14,13 @@ from kohaku_wrap.demo.likeness import compare_runs
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.runs.folder import Run
 
-STEPS = 6
-RESUME_AT = 4
 TRAIN = (
     "--engine",
     "sd-scripts",
     "--set",
-    "effective_batch=8",
+    "effective_batch=16",
     "--set",
-    "save_every_n_steps=2",
+    "save_every_n_steps=1",
     "--set",
     "states.keep=9",
 )
