@@ -115,6 +115,14 @@ def test_an_unreadable_image_is_not_tried_again(new_run: NewRun) -> None:
     assert "--allow bad-images" in failed.value.next_step
 
 
+def test_no_substitute_is_promised_for_the_trainers_own_dataset(new_run: NewRun) -> None:
+    run = new_run(run={"data": "sd-scripts"})
+    misbehave(run, every={"fail": "bad-image", "at": 3})
+    with pytest.raises(TrainerFailed) as failed:
+        train(run)
+    assert "--allow" not in failed.value.next_step and "Mend the image" in failed.value.next_step
+
+
 def test_hooks_tell_the_story(new_run: NewRun) -> None:
     run = new_run()
     misbehave(run, attempt_1={"crash": True, "at": 3})

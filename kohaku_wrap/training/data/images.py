@@ -19,14 +19,17 @@ INTERPOLATIONS = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic"
 """The names that sd-scripts takes for `resize_interpolation`."""
 
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no whole image."""
+
+
 class UnreadableImage(KwrapError):
     """An image of the dataset that cannot be opened, or is not what the dataset says it is."""
 
+    advice = "Run `kwrap extract` again to mend it, or resume with `--allow bad-images` to train a substitute."
+
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"{path}: {reason}",
-            "Run `kwrap extract` and `kwrap caption` again, or resume with `--allow bad-images` to train a substitute.",
-        )
+        super().__init__(f"{path}: {reason}", self.advice)
         self.path = path
         self.reason = reason
 
@@ -44,7 +47,7 @@ def load_pixels(path: Path, expected_size: tuple[int, int]) -> Pixels:
         with Image.open(path) as image:
             size = image.size
             pixels = np.array(image.convert("RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UnreadableImage(path, f"the image cannot be read ({error})") from error
     if size != expected_size:
         raise UnreadableImage(

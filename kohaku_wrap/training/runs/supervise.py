@@ -167,7 +167,8 @@ def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
     """What to do after a failure of this kind."""
     resume = f"kwrap resume {attempt.run.folder}"
     advice = {
-        "bad-image": f"Mend or remove the image, or train a substitute in its place: {resume} --allow bad-images",
+        "bad-image": f"Mend the image (`kwrap extract` makes it again), then: {resume}. Or train a substitute in its "
+        f"place: {resume} --allow bad-images",
         "out-of-memory": f"Lower [machine] batch_per_gpu for a new run, or free memory; then: {resume}",
         "disk-full": f"Free some space, then: {resume}",
         "non-finite-loss": f"Look at the last losses with `kwrap status {attempt.run.folder}`; go back further with: "
@@ -177,4 +178,6 @@ def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
         "hang": f"The stacks of the hang are in the logs under {attempt.folder}. Go on with: {resume}",
         "exited-early": f"The logs under {attempt.folder} may tell why. Go on with: {resume}",
     }
+    if end.kind == "bad-image" and attempt.lock.data != "kwrap":
+        return f'Mend the image, then: {resume}. Only kwrap\'s dataset (data = "kwrap") can train a substitute.'
     return advice.get(end.kind, f"The whole logs are in {attempt.folder}. Go on with: {resume}")

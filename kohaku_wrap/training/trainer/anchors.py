@@ -193,6 +193,7 @@ SEAM_ANCHORS: tuple[Anchor, ...] = (
         "expression",
         "dataset_class(tokenizer, args.max_token_length, args.resolution, args.debug_dataset)",
     ),
+    Anchor("images of its own dataset", "library/train_util.py", "", "definition", "load_image(image_path, alpha)"),
     Anchor("scheduler", "library/train_util.py", "", "definition", "get_scheduler_fix(args, optimizer, num_processes)"),
     Anchor(
         "state after steps",

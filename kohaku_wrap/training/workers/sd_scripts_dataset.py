@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from library import train_util
 from library.strategy_base import TokenizeStrategy
 from torch.utils.data import Dataset, Sampler
 
-from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.data.captions_file import Columns
-from kohaku_wrap.training.data.columns import BatchKey, ColumnsDataset, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.columns import BatchKey, ColumnsDataset
+from kohaku_wrap.training.data.images import UNREADABLE, UnreadableImage
 from kohaku_wrap.training.data.order import BatchOrder, StepCount
+from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.torch_streams import isolated_generators
 from kohaku_wrap.training.runs.attempts import Attempt
@@ -51,8 +50,10 @@ DATASET_DEFAULTS: dict[str, Any] = {
 """What sd-scripts writes about a dataset into each checkpoint."""
 
 
-class DatasetChanged(KwrapError):
-    """The dataset on disk is not the one that the run was planned for."""
+class UnreadableByTrainer(UnreadableImage):
+    """An image that sd-scripts' own dataset cannot open."""
+
+    advice = 'Mend the image; only kwrap\'s dataset (data = "kwrap") can train a substitute in its place.'
 
 
 class KwrapDataset(train_util.MinimalDataset):  # type: ignore[misc]  # sd-scripts has no type information
@@ -60,29 +61,11 @@ class KwrapDataset(train_util.MinimalDataset):  # type: ignore[misc]  # sd-scrip
 
     def __init__(self, tokenizer: Any, max_token_length: int | None, resolution: Any, debug_dataset: bool) -> None:
         """Called by sd-scripts; all that matters is read from the run's folder."""
-        attempt = Attempt.load()
-        lock = attempt.lock
-        options = read_dataset_options(tomllib.loads(attempt.run.dataset_config.read_text(encoding="utf-8")))
-        resolution = options.get("resolution", resolution)
-        super().__init__(side_pair(resolution), 1.0, debug_dataset)
-        columns = Columns.open(Path(options["image_dir"]))
-        start = lock.count.position_of(attempt.start_optimizer_step, attempt.processes)
-        self.batches = ColumnsDataset(
-            columns,
-            ItemOptions.from_dataset_options(options),
-            lock.batch_per_gpu,
-            lock.seed,
-            lock.group,
-            tokenize_as_trainer,
-            substitute_bad_images="bad-images" in attempt.allow,
-            start=(start.epoch, start.global_position),
-        )
-        if self.batches.order.batches != lock.batches:
-            raise DatasetChanged(
-                f"{columns.folder}: {self.batches.order.batches:,} batches, the run was planned for {lock.batches:,}",
-                "Restore the images and captions of the plan, or start a new run.",
-            )
-        self.batch_size = lock.batch_per_gpu
+        batches, options = open_run_dataset(Attempt.load(), tokenize_as_trainer)
+        super().__init__(side_pair(options.get("resolution", resolution)), 1.0, debug_dataset)
+        self.batches = batches
+        columns = batches.columns
+        self.batch_size = batches.order.batch_size
         self.num_train_images = len(columns)
         self.img_count = len(columns)
         self.image_dir = str(columns.folder)
@@ -154,6 +137,7 @@ class TrainersOwnDataset(Dataset[dict[str, Any]]):
         # One entry a batch: which images a batch holds is the trainer's own business.
         self.order = BatchOrder([0] * count.batches, 1, seed, count.group)
         self._images_loaded_too_early = multiprocessing.Value("q", 0)
+        train_util.load_image = name_unreadable(train_util.load_image)
         self.about_captions = self.take_tag_tables()
 
     def take_tag_tables(self) -> dict[str, str]:
@@ -196,6 +180,18 @@ class TrainersOwnDataset(Dataset[dict[str, Any]]):
             "substituted": [],
         }
         return example
+
+
+def name_unreadable(load_image: Callable[..., Any]) -> Callable[..., Any]:
+    """The trainer's `load_image` with failures that name the file."""
+
+    def load(image_path: str, *arguments: Any) -> Any:
+        try:
+            return load_image(image_path, *arguments)
+        except UNREADABLE as error:
+            raise UnreadableByTrainer(Path(image_path), f"the image cannot be read ({error})") from error
+
+    return load
 
 
 class EpochSampler(Sampler[BatchKey]):

@@ -123,6 +123,28 @@ def test_a_dataset_that_grew_since_the_plan_is_refused(whole: Run, tmp_path: Pat
         open_run_dataset(read_attempt(run, 1), None)
 
 
+@pytest.mark.slow
+def test_an_image_that_was_damaged_is_named_and_its_substitute_recorded(world: World, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(world.images, images)
+    document = toml.loads(world.site.read_text(encoding="utf-8"))
+    document["paths"] = {name: str(world.folder / place) for name, place in document["paths"].items()}
+    document["paths"] |= {"images": str(images), "runs": str(tmp_path / "runs")}
+    site = tmp_path / "site.toml"
+    site.write_text(toml.dumps(document), encoding="utf-8")
+    damaged = images / "0004" / "1004.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    failed = kwrap(*train_arguments(site, "bad", "max_train_epochs=1"))
+    assert failed.returncode == 3
+    assert f"{damaged}: the image cannot be read" in failed.stderr
+    assert "--allow bad-images" in failed.stderr.splitlines()[-1]
+    run = Run(tmp_path / "runs" / "bad")
+    resumed = kwrap("resume", str(run.folder), "--allow", "bad-images")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert sum(line.get("substitutes", 0) for line in read_metrics(run)) == 1
+    assert json.loads(kwrap("verify", str(run.folder), "--json").stdout)["substitutes"] == 1
+
+
 def test_two_processes_join(world: World, tmp_path: Path) -> None:
     document = toml.loads(world.site.read_text(encoding="utf-8"))
     document["machine"]["processes"] = 2

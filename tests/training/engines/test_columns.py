@@ -239,3 +239,15 @@ def make_their_dataset(world: World, sd_scripts: Any, options: dict[str, Any]) -
     dataset.tokenize_strategy = SimpleNamespace(tokenize=lambda text: [torch.zeros(1, 1, 77)])
     dataset.text_encoder_output_caching_strategy = None
     return dataset
+
+
+@pytest.mark.sd_scripts
+def test_the_trainers_own_dataset_names_the_image_too(sd_scripts: Any, tmp_path: Path) -> None:
+    from kohaku_wrap.training.workers.sd_scripts_dataset import name_unreadable
+
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
+    load = name_unreadable(sd_scripts.train_util.load_image)
+    for name in ("cut.png", "gone.png"):
+        with pytest.raises(UnreadableImage, match=rf"{name}: the image cannot be read") as unreadable:
+            load(str(tmp_path / name), False)
+        assert "--allow" not in unreadable.value.next_step
