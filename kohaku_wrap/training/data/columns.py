@@ -39,7 +39,6 @@ UNUSED_BY_TRAINING = frozenset({"batch_size", "image_dir", "metadata_file", "cap
 """Dataset options that say where things lie, not what an item is."""
 
 ITEM_DEFAULTS: dict[str, tuple[Any, ...]] = {
-    "num_repeats": (1,),
     "color_aug": (False,),
     "face_crop_aug_range": (None, ""),
     "alpha_mask": (False,),
@@ -84,12 +83,15 @@ class ItemOptions:
     resize_interpolation: str | None = None
     """One of sd-scripts' names; None chooses by direction."""
 
+    num_repeats: int = 1
+    """How often an epoch trains each image, each time with draws of its own."""
+
     @classmethod
     def from_dataset_options(cls, options: Mapping[str, Any]) -> ItemOptions:
         """From sd-scripts' dataset options; raises ProblemsFound that names each one this dataset does not have."""
         caption_names = {field.name for field in fields(CaptionOptions)}
         bucket_names = {field.name for field in fields(BucketOptions)}
-        own = {"flip_aug", "random_crop", "resize_interpolation"}
+        own = {"flip_aug", "random_crop", "resize_interpolation", "num_repeats"}
         given = {name: value for name, value in options.items() if value is not None}
         problems = [
             Problem(name, f"{value!r} is not supported by kwrap's dataset; only {ITEM_DEFAULTS[name][0]!r} is")
@@ -103,6 +105,9 @@ class ItemOptions:
             problems.append(
                 Problem("resize_interpolation", f"{interpolation!r} is not one of {', '.join(INTERPOLATIONS)}")
             )
+        repeats = given.get("num_repeats", 1)
+        if not isinstance(repeats, int) or repeats < 1:
+            problems.append(Problem("num_repeats", f"{repeats!r} is not a whole number from 1"))
         if problems:
             next_step = 'Leave these options out, or use data = "sd-scripts" with the sd-scripts engine.'
             raise ProblemsFound("dataset options", problems, next_step)
@@ -160,7 +165,8 @@ class ColumnsDataset(Dataset[dict[str, Any]]):
         self.substitute_bad_images = substitute_bad_images
         self.start = start
         self.buckets: BucketAssignment = assign_buckets(columns.widths, columns.heights, options.buckets)
-        self.order = BatchOrder(self.buckets.bucket_of_image, batch_size, seed, group)
+        entries = np.tile(self.buckets.bucket_of_image, options.num_repeats)
+        self.order = BatchOrder(entries, batch_size, seed, group)
         # Shared with the loader workers, which only add to it.
         self._images_loaded_too_early = multiprocessing.Value("q", 0)
 
@@ -177,10 +183,10 @@ class ColumnsDataset(Dataset[dict[str, Any]]):
         width, height = self.buckets.resolutions[self.buckets.bucket_of_image[row]]
         return int(width), int(height)
 
-    def draw_item(self, row: int, epoch: int) -> Item:
-        """What the seed decides about one image in one epoch; no file is opened."""
+    def draw_item(self, row: int, epoch: int, repeat: int = 0) -> Item:
+        """What the seed decides about one image in one epoch, for each repeat anew; no file is opened."""
         image_id = int(self.columns.ids[row])
-        draw = item_generator(self.seed, epoch, image_id)
+        draw = item_generator(self.seed, epoch, image_id, repeat)
         flipped = self.options.flip_aug and draw.random() < 0.5
         bucket, resized = self.resolution_of(row), self.buckets.resized_sizes[row]
         spare = max(int(resized[0]) - bucket[0], 0), max(int(resized[1]) - bucket[1], 0)
@@ -193,8 +199,9 @@ class ColumnsDataset(Dataset[dict[str, Any]]):
 
     def draw_batch(self, key: BatchKey) -> list[Item]:
         """The items of a batch as far as they are known without opening an image."""
-        rows = self.order.epoch(key.epoch).images_of_batch(key.batch_index)
-        return [self.draw_item(int(row), key.epoch) for row in rows]
+        entries = self.order.epoch(key.epoch).images_of_batch(key.batch_index)
+        places = [divmod(int(entry), len(self.columns)) for entry in entries]
+        return [self.draw_item(row, key.epoch, repeat) for repeat, row in places]
 
     def load_image(self, item: Item) -> torch.Tensor:
         """The item's pixels: (3, height, width) float32 in -1 … 1. Raises UnreadableImage."""

@@ -16,9 +16,10 @@ import torch
 from kohaku_wrap.streams import seed_of
 
 
-def item_generator(seed: int, epoch: int, image_id: int) -> random.Random:
-    """The generator behind one image's flip, crop and caption in one epoch."""
-    return random.Random(seed_of("item", seed, epoch, image_id))
+def item_generator(seed: int, epoch: int, image_id: int, repeat: int = 0) -> random.Random:
+    """The generator behind one image's flip, crop and caption in one epoch, and in each repeat of it there."""
+    again = (repeat,) if repeat else ()
+    return random.Random(seed_of("item", seed, epoch, image_id, *again))
 
 
 def step_seed(seed: int, epoch: int, position: int) -> int:

@@ -133,7 +133,7 @@ class BuiltinRun:
         inputs = self.attempt.lock.tables.get("inputs", {})
         facts = {
             "ss_new_sd_model_hash": inputs.get("base_model_sha256") or sha256_of_file(base),
-            "ss_num_train_images": len(self.dataset.columns),
+            "ss_num_train_images": self.attempt.lock.images,
             "ss_num_batches_per_epoch": self.order.batches,
             "ss_batch_size_per_device": self.attempt.lock.batch_per_gpu,
             "ss_gradient_accumulation_steps": self.attempt.accumulation,

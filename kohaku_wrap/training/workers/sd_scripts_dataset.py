@@ -66,7 +66,7 @@ class KwrapDataset(train_util.MinimalDataset):  # type: ignore[misc]  # sd-scrip
         self.batches = batches
         columns = batches.columns
         self.batch_size = batches.order.batch_size
-        self.num_train_images = len(columns)
+        self.num_train_images = len(columns) * batches.options.num_repeats
         self.img_count = len(columns)
         self.image_dir = str(columns.folder)
         self.metadata_file = "captions.arrow"
@@ -114,7 +114,7 @@ def describe_buckets(batches: ColumnsDataset) -> dict[str, Any]:
     sizes = batches.buckets.resolutions.tolist()
     return {
         "buckets": {
-            str(bucket): {"resolution": size, "count": count}
+            str(bucket): {"resolution": size, "count": count * batches.options.num_repeats}
             for bucket, (size, count) in enumerate(zip(sizes, counts, strict=False))
             if count
         }

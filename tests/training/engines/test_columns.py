@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import torch
 from engine_world import DATASET_OPTIONS, World
 
+from kohaku_wrap.config.plan import StepPlan, count_steps, read_folder_sizes
+from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.training.data.captions_file import BadCaptions, Columns
 from kohaku_wrap.training.data.columns import (
@@ -30,6 +33,12 @@ from kohaku_wrap.training.data.sampler import PositionSampler
 def open_dataset(images: Path, options: Mapping[str, Any] | None = None, **arguments: Any) -> ColumnsDataset:
     chosen = ItemOptions.from_dataset_options({**DATASET_OPTIONS, **(options or {})})
     return ColumnsDataset(Columns.open(images), chosen, 2, arguments.pop("seed", 5), 2, None, **arguments)
+
+
+def plan_of(world: World, num_repeats: int) -> StepPlan:
+    sizes = read_folder_sizes(world.images)
+    options = BucketOptions.from_dataset_options(DATASET_OPTIONS)
+    return count_steps(sizes.widths, sizes.heights, options, 2, 1, 2, epochs=1, num_repeats=num_repeats)
 
 
 def keys_of(dataset: ColumnsDataset, epoch: int) -> list[BatchKey]:
@@ -173,6 +182,25 @@ def test_every_option_it_does_not_have_is_named_at_once() -> None:
 
 def test_defaults_of_sd_scripts_are_no_fault() -> None:
     ItemOptions.from_dataset_options({**DATASET_OPTIONS, "color_aug": False, "num_repeats": 1, "is_reg": False})
+
+
+@pytest.mark.parametrize("repeats", [0, 1.5, "2"])
+def test_a_number_of_repeats_that_is_none_is_refused(repeats: Any) -> None:
+    with pytest.raises(ProblemsFound, match="not a whole number"):
+        ItemOptions.from_dataset_options({**DATASET_OPTIONS, "num_repeats": repeats})
+
+
+def test_repeats_are_trained_as_often_as_planned_each_with_its_own_draws(world: World) -> None:
+    once, thrice = open_dataset(world.images), open_dataset(world.images, {"num_repeats": 3})
+    items = [item for key in range(len(thrice)) for item in thrice.draw_batch(BatchKey(0, 0, key, False))]
+    assert Counter(item.row for item in items) == dict.fromkeys(range(len(once.columns)), 3)
+    shapes = {thrice.resolution_of(item.row) for item in thrice.draw_batch(keys_of(thrice, 0)[0])}
+    assert len(shapes) == 1
+    captions = {row: {item.caption for item in items if item.row == row} for row in range(len(once.columns))}
+    assert all(len(texts) == 3 for texts in captions.values())
+    assert all(once.draw_item(row, 0).caption in texts for row, texts in captions.items()), "the first is that of one"
+    sizes = plan_of(world, 3)
+    assert (len(thrice), len(items)) == (sizes.batches, sizes.images)
 
 
 def test_a_dataset_file_of_several_parts_is_refused() -> None:
