@@ -1,8 +1,8 @@
 """Exact sums over chunks of tensors: compiled loops for all elements, a careful way for the few they cannot vouch for.
 
 The loops add whole-number multiples of the inputs in float64 and divide once. That is exact, with one rounding to
-the output's type, wherever the inputs of an element are of like size, as they are for all float16 inputs; the loops
-name the elements where they are not, and there sum_exactly decides.
+the output's type, wherever the inputs of an element are of like size, and always for float16 inputs; the loops name
+the elements that could have come out wrong, and there sum_exactly decides.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 TILE_ELEMENTS = 2048
+SAFETY = 4
 HALF, BFLOAT, SINGLE = 0, 1, 2
 BELOW_SINGLE = (1 << 29) - 1
 MAGNITUDE_BITS = np.uint32(0x7FFFFFFF)
@@ -145,6 +146,24 @@ def round_to_singles(total: NDArray[Any], denominator: float, output: NDArray[An
 
 
 @compiled
+def round_quotients(total: NDArray[Any], denominator: float, to: int, output: NDArray[Any]) -> int:
+    """Quotients as bits of the type `to`, and how many are not finite."""
+    if to == HALF:
+        return round_to_halves(total, denominator, output)
+    if to == BFLOAT:
+        return round_to_bfloats(total, denominator, output)
+    return round_to_singles(total, denominator, output)
+
+
+@compiled
+def round_alike(total: float, error: float, denominator: float, to: int, output: NDArray[Any]) -> bool:
+    """Whether everything within `error` of a sum rounds to the same number; `output`: room for two."""
+    ends = np.array([total - error, total + error])
+    round_quotients(ends, denominator, to, output)
+    return bool(output[0] == output[1])
+
+
+@compiled
 def combine(
     halves: NDArray[Any],
     half_kinds: NDArray[Any],
@@ -160,13 +179,17 @@ def combine(
     """Fill `output` with sums of rows, each times its numerator, over the denominator.
 
     `halves`: (inputs, elements) uint16, each row HALF or BFLOAT by `half_kinds`; `singles`: (inputs, elements)
-    uint32, bits of float32. `output`: uint16 or uint32, bits of the type `to`. Places of elements whose largest
-    input is more than `spread_limit` times the smallest go into `doubtful`, (elements,) int64; 0 is no limit.
+    uint32, bits of float32. `output`: uint16 or uint32, bits of the type `to`. Sums of elements whose largest input
+    is more than `spread_limit` times the smallest (0: no limit) may be inexact; where that could change the output,
+    their places go into `doubtful`, (elements,) int64.
     Returns how many those are, and how many outputs are not finite.
     """
     elements = output.size
     total, wide = np.empty(TILE_ELEMENTS), np.empty(TILE_ELEMENTS, np.float32)
     largest, smallest = np.empty(TILE_ELEMENTS, np.uint32), np.empty(TILE_ELEMENTS, np.uint32)
+    weight = np.abs(half_numerators).sum() + np.abs(single_numerators).sum()
+    error_unit = (len(halves) + len(singles) + SAFETY) * 2.0**-52 * weight
+    pair = np.empty(2, output.dtype)
     doubts = faults = 0
     for first in range(0, elements, TILE_ELEMENTS):
         count = min(TILE_ELEMENTS, elements - first)
@@ -184,15 +207,12 @@ def combine(
             add_term(singles[row, first:last].view(np.float32), single_numerators[row], tile)
             if spread_limit:
                 note_sizes(singles[row, first:last], high, low)
-        if to == HALF:
-            faults += round_to_halves(tile, denominator, output[first:last])
-        elif to == BFLOAT:
-            faults += round_to_bfloats(tile, denominator, output[first:last])
-        else:
-            faults += round_to_singles(tile, denominator, output[first:last])
+        faults += round_quotients(tile, denominator, to, output[first:last])
         if spread_limit and count_wide_spreads(high, low, spread_limit):
             for place in range(count):
                 if count_wide_spreads(high[place : place + 1], low[place : place + 1], spread_limit):
-                    doubtful[doubts] = first + place
-                    doubts += 1
+                    error = np.float64(np.uint32(high[place]).view(np.float32)) * error_unit
+                    if not round_alike(tile[place], error, denominator, to, pair):
+                        doubtful[doubts] = first + place
+                        doubts += 1
     return doubts, faults

@@ -13,22 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import Progress, fsync_folder
+from kohaku_wrap.merging.deltas import Delta
 from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers
 from kohaku_wrap.merging.layout import BITS_OF_DTYPE, Header, encode_header
 from kohaku_wrap.merging.networks import Change, raise_problems
 from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task, cut_pieces, list_tasks
 from kohaku_wrap.merging.planning import MergePlan
 from kohaku_wrap.merging.rounding import FORMATS, Combination
-
-if TYPE_CHECKING:
-    from kohaku_wrap.merging.deltas import Delta
 
 POLL_SECONDS = 0.1
 DISK_RESERVE_BYTES = 16 << 20
@@ -147,10 +145,10 @@ class Worker:
         for first, output in blocks:
             write_at(descriptor, output, data_start + task.piece.begin + first * task.piece.width)
 
-    def compute(self, piece: Piece, first: int, last: int, deltas: list[NDArray[Any]], to: str = "") -> NDArray[Any]:
+    def compute(self, piece: Piece, first: int, last: int, deltas: list[Delta], to: str = "") -> NDArray[Any]:
         """Elements `first` to `last` of a piece, as bits in a buffer that the next call reuses.
 
-        `deltas`: what each network adds there, float32.
+        With `deltas`, those are whole rows.
         """
         size = last - first
         if piece.to == RAW:
@@ -165,7 +163,8 @@ class Worker:
         for source, row in zip(piece.sources, inputs.rows, strict=False):
             self.files.read(source.name, source.begin + first * BYTES_OF_KIND[source.kind], row)
         for delta, row in zip(deltas, inputs.rows[len(piece.sources) :], strict=True):
-            np.copyto(row, delta.view(np.uint32))
+            row_elements = piece.elements // piece.rows
+            delta.fill_rows(first // row_elements, last // row_elements, row.view(np.float32))
         output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[to]], size)
         not_finite, overflow = kernel.run(inputs, output, self.scratch)
         self.count(self.faults.inputs, piece, first, not_finite)
@@ -196,8 +195,6 @@ class Worker:
 
     def open_delta(self, network: str, change: Change) -> Delta:
         """What a module adds, from its tensors in the network's file."""
-        from kohaku_wrap.merging.deltas import Delta
-
         return Delta(change.module.algorithm, change.kind, self.read_module(network, change))
 
     def compute_with_deltas(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
@@ -214,8 +211,7 @@ class Worker:
             for delta in deltas:
                 if delta.period:
                     last = min(last, (first // delta.period + 1) * delta.period)
-            rows = [delta.rows(first, last) for delta in deltas]
-            yield first * row_elements, self.compute(piece, first * row_elements, last * row_elements, rows)
+            yield first * row_elements, self.compute(piece, first * row_elements, last * row_elements, deltas)
             first = last
 
     def compute_dora(self, piece: Piece, delta: Delta) -> NDArray[Any]:

@@ -91,6 +91,6 @@ def deltas_at(worker: Worker, piece: Piece, elements: Sequence[int]) -> list[lis
     """For each element, what each network adds there before its coefficient."""
     columns = []
     for name, _, change in piece.deltas:
-        delta = worker.open_delta(name, change).whole_delta().reshape(-1)
+        delta = worker.open_delta(name, change).compute_whole()
         columns.append([float(delta[element]) for element in elements])
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in elements]
