@@ -71,6 +71,15 @@ class Verbs(click.Group):
             meant = f"; did you mean `kwrap {near[0]}`?" if near else ""
             raise click.UsageError(f"no such command {args[0]}{meant}", ctx) from None
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb. A reader of our output that went away (`kwrap … | head`) is not a failure of ours."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The interpreter flushes stdout once more at exit, so it must point at something that takes it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(len(name) for name in self.list_commands(ctx))
         for section, names in SECTIONS.items():
@@ -120,11 +129,6 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         advice = MissingExtra(f"this command ({package})", EXTRA_OF_PACKAGE[package])
         print_error(advice.message, advice.next_step)
         return EXIT_FAILED
-    except BrokenPipeError:
-        # The reader of our output went away (`kwrap … | head`): not a failure of ours. The interpreter
-        # flushes stdout once more at exit, so it must point at something that takes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as failed_call:
         print_error(*advice_for_os_error(failed_call))
         return EXIT_FAILED

@@ -171,7 +171,7 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
         )
     checked = "1 file" if len(reports) == 1 else f"{len(reports)} files"
     click.echo(f"{checked}, no problems (options of {table.source}).")
-    click.echo(f"Next: kwrap plan {reports[0][0] if len(reports) == 1 else 'TEMPLATE'} --site site.toml")
+    click.echo(f"Next: kwrap plan {files[0] if len(reports) == 1 else 'TEMPLATE'} --site {site or 'site.toml'}")
 
 
 class FaultyTemplates(KwrapError):

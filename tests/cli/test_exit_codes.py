@@ -78,6 +78,15 @@ def test_an_import_does_not_swallow_an_interrupt(name: str, tmp_path: Path) -> N
     assert "error: interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
 
 
+def test_a_reader_that_goes_away_is_no_failure() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-m", "kohaku_wrap", "template", "show", "epsilon"]
+    shown = subprocess.run(argv, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    os.close(writer)
+    assert (shown.returncode, shown.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -89,7 +89,7 @@ def plan_training(
         try:
             counts = tuple(count_network_everywhere(effective))
         except NotCounted as fault:
-            not_counted = fault.message
+            not_counted = f"{fault.message}. {fault.next_step}"
     sizes = None
     if counts:
         first = counts[0]
