@@ -104,9 +104,6 @@ class BucketAssignment:
     resized_sizes: Int32Array
     """(images, 2): width and height to resize to before the crop to the bucket's resolution."""
 
-    mean_aspect_error: float
-    """Mean of |bucket aspect - image aspect|, as sd-scripts reports it."""
-
     @property
     def images_of_bucket(self) -> Int64Array:
         """(buckets,): how many images each bucket holds."""
@@ -167,13 +164,10 @@ def assign_buckets(widths: npt.ArrayLike, heights: npt.ArrayLike, options: Bucke
     bucket_width, bucket_height, resized_width, resized_height = fit(width, height, options)
 
     keys, bucket_of_size = np.unique(bucket_width << 32 | bucket_height, return_inverse=True)
-    aspect_error = np.abs(bucket_width / bucket_height - width / height)
-    images_of_size = np.bincount(image_to_size, minlength=len(sizes))
     return BucketAssignment(
         resolutions=np.stack([keys >> 32, keys & 0xFFFF_FFFF], axis=1).astype(np.int32),
         bucket_of_image=bucket_of_size[image_to_size].astype(np.int32),
         resized_sizes=np.stack([resized_width, resized_height], axis=1).astype(np.int32)[image_to_size],
-        mean_aspect_error=float((aspect_error * images_of_size).sum() / max(len(image_to_size), 1)),
     )
 
 

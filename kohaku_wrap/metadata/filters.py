@@ -10,8 +10,6 @@ STILL_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif")
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 """Names of `post.rating` 0 … 3."""
 
-UNKNOWN_RATING = -1
-
 
 def quote(text: str) -> str:
     """`text` as a literal of SQL."""
@@ -72,8 +70,3 @@ def extension_filter(name: str, extensions: Sequence[str]) -> Filter:
     """Drop posts whose file has another extension than these."""
     wanted = ", ".join(quote(extension.lower().lstrip(".")) for extension in extensions)
     return Filter(name, f"{EXTENSION_SQL} NOT IN ({wanted})")
-
-
-def size_filter(name: str, expression: str, smallest: int) -> Filter:
-    """Drop posts whose width, height or area (`expression`) is below `smallest` or unknown."""
-    return range_filter(name, expression, smallest, None)

@@ -17,7 +17,6 @@ from kohaku_wrap.metadata.database import Database
 TAG_TYPES = ("general", "artist", "character", "copyright", "meta")
 """Names of `tag.type` 0 … 4."""
 
-UNKNOWN_TYPE = -1
 NO_TAG = -1
 """What `TagTable.rows_of` answers for an id that no tag has."""
 

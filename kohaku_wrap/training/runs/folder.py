@@ -15,7 +15,6 @@ from kohaku_wrap.training.data.order import StepCount
 
 LOCK_FILE = "run.lock.toml"
 STATE_NAME = re.compile(r"optimizer-step-(\d{8,})")
-CHECKPOINT_STEP = re.compile(r"-step(\d{8,})\.\w+$")
 
 
 class NoSuchRun(UsageError):
