@@ -1,6 +1,24 @@
-"""`python -m kohaku_wrap` is the `kwrap` command."""
+"""`kwrap` and `python -m kohaku_wrap`: signals are taken from the first moment on, before the command is imported."""
 
-from kohaku_wrap.cli import main
+import os
+import signal
+
+
+def leave(_number: int, _frame: object) -> None:
+    """End at once; nothing has begun."""
+    os.write(2, b"error: interrupted\nNothing was begun.\n")
+    os._exit(130)
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    from kohaku_wrap import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -117,8 +117,7 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         print_error(*describe_usage_error(usage, program, sys.argv[1:] if arguments is None else arguments))
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
-        print_error("interrupted", "What was finished is kept; run the same command again to go on.")
-        return EXIT_INTERRUPTED
+        return tell_interrupted()
     except KwrapError as error:
         print_error(error.message, error.next_step)
         return error.exit_code
@@ -132,6 +131,12 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
     except OSError as failed_call:
         print_error(*advice_for_os_error(failed_call))
         return EXIT_FAILED
+
+
+def tell_interrupted() -> int:
+    """The last words after a signal, and the exit code."""
+    print_error("interrupted", "What was finished is kept; run the same command again to go on.")
+    return EXIT_INTERRUPTED
 
 
 def advice_for_os_error(error: OSError) -> tuple[str, str]:
@@ -175,6 +180,13 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def main() -> NoReturn:
     """The console script: SIGTERM ends a command as tidily as SIGINT does."""
     signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
-    sys.exit(run_program())
+    try:
+        code = run_program()
+        if signal.setitimer(signal.ITIMER_REAL, 0)[0]:
+            # It fell into the command's last imports; the alarm would end the interpreter's own end.
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        code = tell_interrupted()
+    sys.exit(code)

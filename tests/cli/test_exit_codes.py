@@ -78,6 +78,47 @@ def test_an_import_does_not_swallow_an_interrupt(name: str, tmp_path: Path) -> N
     assert "error: interrupted" in stopped.stderr and "Traceback" not in stopped.stderr
 
 
+LATE = """
+import os, signal, sys, time
+from kohaku_wrap import cli
+from kohaku_wrap.__main__ import main
+
+def work(**arguments):
+    import sending
+
+cli.program.main = work
+main()
+"""
+SENDING_MODULE = """
+import os, signal
+os.kill(os.getpid(), signal.{name})
+"""
+
+EARLY = """
+import importlib, os, signal, sys
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == "kohaku_wrap.cli.output":
+            os.kill(os.getpid(), signal.{name})
+
+sys.meta_path.insert(0, Sender())
+from kohaku_wrap.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("program", [EARLY, LATE], ids=["before the command is imported", "in its last import"])
+def test_a_signal_at_the_edges_is_one_message(name: str, program: str, tmp_path: Path) -> None:
+    (tmp_path / "sending.py").write_text(SENDING_MODULE.format(name=name))
+    argv = [sys.executable, "-c", program.format(name=name)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    stopped = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment, timeout=25)
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.startswith("error: interrupted\n") and "Traceback" not in stopped.stderr
+
+
 def test_a_reader_that_goes_away_is_no_failure() -> None:
     reader, writer = os.pipe()
     os.close(reader)
