@@ -207,11 +207,11 @@ def print_plan(plan: TrainingPlan, notes: list[str], template: str, site_file: P
         rows.append(("time", f"{format_duration(plan.eta_seconds)} at {plan.seconds_per_step:.3g} s a step"))
     else:
         rows.append(("time", "unknown; add --seconds-per-step S, or --measured RUN"))
-    print_table(f"Plan of {plan.template}", rows, f"kwrap train {template} --site {site_file} --dry-run")
     for note in notes:
         print_note(f"note: {note}")
     if plan.not_counted:
         print_note(f"note: {plan.not_counted}")
+    print_table(f"Plan of {plan.template}", rows, f"kwrap train {template} --site {site_file} --dry-run")
 
 
 def show_steps(steps: StepPlan) -> str:
