@@ -189,4 +189,9 @@ def main() -> NoReturn:
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         code = tell_interrupted()
+    # All is done and said: what comes now only shortens the interpreter's end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: os._exit(code))
+    sys.stdout.flush()
     sys.exit(code)
