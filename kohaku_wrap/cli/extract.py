@@ -11,7 +11,7 @@ from kohaku_wrap.cli.output import json_option, print_json, print_table, progres
 
 ONLY_IF_ANY = {
     "reduced": "made smaller",
-    "other_size": "of another size than in the database",
+    "other_size": "size not as in DB",
     "refused_members": "refused members of tars",
     "damaged_tars": "damaged tars",
 }
