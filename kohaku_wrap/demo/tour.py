@@ -145,22 +145,13 @@ def take_tour(site_file: Path | None, max_missing: int) -> None:
 
 def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) -> None:
     """Print what was made, where, and how long each took."""
-    from rich.console import Console
-    from rich.table import Table
-
-    title = "What was made" + (" (demo scale)" if demo else "")
-    table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="", box=None, pad_edge=False, padding=(0, 2)
-    )
-    table.add_column("what", style="cyan", no_wrap=True)
-    table.add_column("seconds", justify="right")
-    table.add_column("where", overflow="fold")
-    for stage in stages:
-        if stage.result:
-            table.add_row(stage.title, f"{seconds[stage.title]:.0f}", str(stage.result))
-    table.add_row("in all", f"{sum(seconds.values()):.0f}", "")
-    print()
-    Console(highlight=False).print(table)
+    made = [stage for stage in stages if stage.result]
+    width = max(len(stage.title) for stage in made)
+    print(f"\nWhat was made{' (demo scale)' if demo else ''}")
+    print(f"{'what':<{width}}  seconds  where")
+    for stage in made:
+        print(f"{stage.title:<{width}}  {seconds[stage.title]:>7.0f}  {stage.result}")
+    print(f"{'in all':<{width}}  {sum(seconds.values()):>7.0f}")
 
 
 def main() -> int:
