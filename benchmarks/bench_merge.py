@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -137,16 +138,17 @@ def run_timed(command: list[str], folder: Path) -> float:
 
 def run_measured(command: list[str], folder: Path) -> tuple[float, float]:
     """Wall seconds and peak anonymous memory in MiB, its children included."""
-    started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(folder))
-    peak = 0
-    while child.poll() is None:
-        peak = max(peak, anonymous_bytes(child.pid))
-        time.sleep(SAMPLE_SECONDS)
-    seconds = time.perf_counter() - started
-    if child.returncode:
-        errors = child.stderr.read().decode() if child.stderr else ""
-        raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors[-2000:]}")
+    with tempfile.TemporaryFile() as errors:
+        started = time.perf_counter()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment(folder))
+        peak = 0
+        while child.poll() is None:
+            peak = max(peak, anonymous_bytes(child.pid))
+            time.sleep(SAMPLE_SECONDS)
+        seconds = time.perf_counter() - started
+        if child.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors.read().decode()[-2000:]}")
     return seconds, peak / MIB
 
 

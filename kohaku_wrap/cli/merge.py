@@ -13,7 +13,7 @@ from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.merging.planning import MergeOptions, MergePlan
+    from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,7 +44,7 @@ def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
 
 def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeOptions:
     """The options of the command line over those of the recipe."""
-    from kohaku_wrap.merging.planning import MergeOptions
+    from kohaku_wrap.merging.plan import MergeOptions
 
     given = {name: value for name, value in asked.items() if value}
     options = replace(MergeOptions(), **{**from_recipe, **given})
@@ -54,7 +54,7 @@ def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeO
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
     """What `--dry-run --json` shows."""
     from kohaku_wrap.merging.formula import format_formula
-    from kohaku_wrap.merging.planning import estimate_formats, read_bytes_of
+    from kohaku_wrap.merging.plan import estimate_formats, read_bytes_of
     from kohaku_wrap.merging.recipes import describe_sums, join_licenses
 
     rights = join_licenses({**plan.files, **plan.networks})

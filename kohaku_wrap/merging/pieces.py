@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from kohaku_wrap.merging.layout import BITS_OF_DTYPE
 from kohaku_wrap.merging.networks import Change
-from kohaku_wrap.merging.planning import MergePlan, TensorPlan
+from kohaku_wrap.merging.plan import MergePlan, TensorPlan
 
 CHUNK_ELEMENTS = 1 << 18
 RAW = "U8"

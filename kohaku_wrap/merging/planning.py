@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,112 +15,11 @@ from kohaku_wrap.merging.layout import FLOAT_DTYPES, Header, TensorSpot, lay_out
 from kohaku_wrap.merging.names import table_of_targets
 from kohaku_wrap.merging.networks import Change, is_network, match_modules, raise_problems
 from kohaku_wrap.merging.parser import parse_formula
+from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan, WeightedSum
 
 LIKE = "(like)"
 VAE = "(vae)"
 KEYS_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """What to do where the files leave a choice."""
-
-    like: str = ""
-    """The name or path of the anchor; empty for the formula's first model."""
-
-    vae_from: str = ""
-    """The name or path of the model whose VAE is taken; empty for the anchor's."""
-
-    merge_vae: bool = False
-    """Whether the formula also applies to the VAE."""
-
-    dtype: str = ""
-    """F16, BF16 or F32 for all floating tensors; empty for the anchor's types."""
-
-    missing: str = "fail"
-    """A model with weight lacks a key: fail, anchor (copy the anchor's tensor) or zero (count it as 0)."""
-
-    shapes: str = "fail"
-    """Shapes differ: fail, or anchor (copy the anchor's tensor)."""
-
-    sums: str = "warn"
-    """The coefficients of a tensor do not sum to 1: warn or fail."""
-
-    non_finite: str = "fail"
-    """An input is infinite or not a number: fail, or keep."""
-
-    overflow: str = "fail"
-    """A result is too large for the output's type: fail, or keep the infinity."""
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """How one tensor of the output is made."""
-
-    key: str
-    """Its name."""
-
-    spot: TensorSpot
-    """Its place in the output."""
-
-    sources: tuple[str, ...]
-    """The names of the checkpoints that are read; one for a copy."""
-
-    coefficients: tuple[Fraction, ...]
-    """One for each source; empty for a copy of the bytes."""
-
-    changes: tuple[tuple[str, Fraction, Change], ...] = ()
-    """Networks that change it: name, coefficient and module."""
-
-
-@dataclass(frozen=True)
-class WeightedSum:
-    """Exact coefficients that some tensors of the output share."""
-
-    models: tuple[tuple[str, Fraction], ...]
-    """Checkpoints and their coefficients, in the order of the formula."""
-
-    networks: tuple[tuple[str, Fraction], ...]
-    """Networks and theirs."""
-
-    def __str__(self) -> str:
-        parts = [f"{value} {name}" for name, value in self.models]
-        parts += [f"{value} net({name})" for name, value in self.networks]
-        return " + ".join(parts).replace("+ -", "- ")
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """A whole merge, ready to run."""
-
-    formula: Formula
-    """What to compute."""
-
-    files: dict[str, Header]
-    """The checkpoints by name."""
-
-    networks: dict[str, Header]
-    """The networks by name."""
-
-    anchor: str
-    """The checkpoint that gives key set, types and VAE."""
-
-    tensors: tuple[TensorPlan, ...]
-    """In the order of the output's data."""
-
-    options: MergeOptions
-    """As asked."""
-
-    decisions: tuple[str, ...] = ()
-    """What was decided where the files left a choice, one line each."""
-
-    combinations: dict[WeightedSum, int] = field(default_factory=dict)
-    """How many tensors each sum of coefficients is used for."""
-
-    @property
-    def data_bytes(self) -> int:
-        """The size of the output without its header."""
-        return max((tensor.spot.end for tensor in self.tensors), default=0)
 
 
 class UnboundName(UsageError):
@@ -207,6 +105,7 @@ class Planner:
             for change in match_modules(header, table, tensors):
                 self.changes.setdefault(change.target.key, []).append((name, change))
         drafts = [self.plan_tensor(key, spot) for key, spot in tensors.items()]
+        self.note_lost_changes(drafts)
         self.note_names_without_keys()
         self.note_extra_keys()
         raise_problems("the files do not fit the formula", self.problems, self.advice())
@@ -359,6 +258,14 @@ class Planner:
                     if not any(weight.first <= block <= weight.last for block in present):
                         self.note(f"blocks: {weight.first} has no tensor in {self.shown(self.anchor)}", "")
 
+    def note_lost_changes(self, drafts: list[TensorPlan]) -> None:
+        """Say which changes of networks are left out because their tensor is copied."""
+        for draft in drafts:
+            kept = {name for name, _, _ in draft.changes}
+            asked = self.formula.reduce_for_key(draft.key, frozenset()).networks if draft.key in self.changes else {}
+            for name in sorted({name for name, _ in self.changes.get(draft.key, [])} & set(asked) - kept):
+                self.note(f"net({name}) is left out where the tensor is copied", draft.key)
+
     def note_extra_keys(self) -> None:
         keys = self.files[self.anchor].tensors
         for name, header in self.files.items():
@@ -370,17 +277,3 @@ class Planner:
         for name in self.models:
             if is_network(self.files[name]):
                 self.note(f"{name} is a network: mixing its factors is not mixing what they do; use net({name})", "")
-
-
-def estimate_formats(plan: MergePlan) -> dict[str, tuple[int, int]]:
-    """For each type of the output, how many tensors and bytes it has."""
-    table: dict[str, tuple[int, int]] = {}
-    for tensor in plan.tensors:
-        count, size = table.get(tensor.spot.dtype, (0, 0))
-        table[tensor.spot.dtype] = count + 1, size + tensor.spot.size_bytes
-    return table
-
-
-def read_bytes_of(plan: MergePlan) -> int:
-    """How much of the checkpoints is read."""
-    return sum(plan.files[name].tensors[tensor.key].size_bytes for tensor in plan.tensors for name in tensor.sources)

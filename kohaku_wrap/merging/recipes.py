@@ -17,7 +17,8 @@ from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.merging.layout import Header
-from kohaku_wrap.merging.planning import LIKE, VAE, MergeOptions, MergePlan
+from kohaku_wrap.merging.plan import MergeOptions, MergePlan
+from kohaku_wrap.merging.planning import LIKE, VAE
 
 RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
 NESTED_VALUE_LIMIT = 16_384

@@ -25,11 +25,12 @@ from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers
 from kohaku_wrap.merging.layout import BITS_OF_DTYPE, Header, encode_header
 from kohaku_wrap.merging.networks import Change, raise_problems
 from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task, cut_pieces, list_tasks
-from kohaku_wrap.merging.planning import MergePlan
+from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.rounding import FORMATS, Combination
 
 POLL_SECONDS = 0.1
 DISK_RESERVE_BYTES = 16 << 20
+write_out = getattr(os, "fdatasync", os.fsync)
 BYTES_OF_KIND = {name: BITS_OF_DTYPE[name] // 8 for name in (*FORMATS, RAW)}
 
 
@@ -250,7 +251,10 @@ class Pool:
     def run(
         self, workers: list[Worker], descriptor: int, data_start: int, size_bytes: int, on_progress: Progress
     ) -> None:
-        """Run to the end; an error of a worker is raised here. No thread works on when this returns or raises."""
+        """Run to the end; an error of a worker is raised here. No thread works on when this returns or raises.
+
+        Meanwhile this thread has the disk write what is there already, so that little is left for the end.
+        """
         with ThreadPoolExecutor(len(workers)) as executor:
             try:
                 pending = {executor.submit(self.work, worker, descriptor, data_start) for worker in workers}
@@ -259,6 +263,7 @@ class Pool:
                     for future in done:
                         future.result()
                     on_progress(self.done_bytes, size_bytes)
+                    write_out(descriptor)
             finally:
                 self.stopped = True
 

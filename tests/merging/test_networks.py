@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.merging.layout import read_header
 from kohaku_wrap.merging.names import checkpoint_name, table_of_targets
 from kohaku_wrap.merging.networks import NotANetwork, match_modules
+from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.running import run_merge
 
@@ -170,6 +171,21 @@ def test_a_module_without_a_key_is_an_error(write_model: WriteModel, write_netwo
     network = write_network("n", {f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(2, 2)})
     with pytest.raises(ProblemsFound, match=r"lora_unet_no_such_module +the checkpoint has no weight of that name"):
         plan_merge("base + net(n)", {"base": write_model("base"), "n": network})
+
+
+def test_a_change_that_a_copied_tensor_loses_is_told(
+    tmp_path: Path, write_model: WriteModel, write_network: WriteNetwork
+) -> None:
+    a, b = write_model("a", 1), write_model("b", 2)
+    odd = load_file(b)
+    odd[LINEAR] = torch.zeros(32, 32)
+    save_file(odd, b)
+    network = write_network("n", {f"{NAME_OF_LINEAR}.diff": torch.ones(64, 32)})
+    formula = "a + 0.5 * (b - a) + net(n)"
+    plan = plan_merge(formula, {"a": a, "b": b, "n": network}, MergeOptions(shapes="anchor"))
+    assert f"net(n) is left out where the tensor is copied: 1 tensor ({LINEAR})" in plan.decisions
+    whole = plan_merge("a + net(n)", {"a": a, "n": network}, MergeOptions(shapes="anchor"))
+    assert not [line for line in whole.decisions if "left out where" in line]
 
 
 def test_wrong_shapes_and_unknown_algorithms_are_errors(write_model: WriteModel, write_network: WriteNetwork) -> None:

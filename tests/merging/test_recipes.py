@@ -19,7 +19,8 @@ from kohaku_wrap.merging.formula import names_of_models, names_of_networks
 from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import describe_report, inspect_file
 from kohaku_wrap.merging.parser import parse_formula
-from kohaku_wrap.merging.planning import MergeOptions, MergePlan, plan_merge
+from kohaku_wrap.merging.plan import MergeOptions, MergePlan
+from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import build_metadata, find_recipe, read_recipe
 from kohaku_wrap.merging.running import run_merge
 

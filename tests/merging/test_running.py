@@ -21,7 +21,8 @@ from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.merging import pieces, running
 from kohaku_wrap.merging.parser import FormulaError
 from kohaku_wrap.merging.pieces import cut_pieces
-from kohaku_wrap.merging.planning import MergeOptions, MergePlan, UnboundName, plan_merge
+from kohaku_wrap.merging.plan import MergeOptions, MergePlan
+from kohaku_wrap.merging.planning import UnboundName, plan_merge
 from kohaku_wrap.merging.rounding import FORMATS, round_fraction
 from kohaku_wrap.merging.running import BadOutput, run_merge
 from kohaku_wrap.merging.verifying import MismatchFound
