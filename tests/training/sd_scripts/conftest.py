@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.trainer.checkout import Checkout, TrainerMissing, find_checkout
 from kohaku_wrap.training.trainer.requirements import check_requirements
 
 HOW_TO_ENABLE = "enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT"
+SETTINGS = ("effective_batch=16", "save_every_n_steps=1", "states.keep=9")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def use_trainer(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     return trainer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def kwrap() -> Callable[..., str]:
     """Runs one `kwrap` command in its own process; its output. Fails with its last lines."""
 
@@ -64,13 +66,31 @@ def kwrap() -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
-def world(tmp_path: Path, kwrap: Callable[..., str]) -> Path:
-    """A demo world with images and captions, and a site with the real trainer on one process."""
-    folder = tmp_path / "world"
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, kwrap: Callable[..., str]) -> Path:
+    """A demo world with images and captions; its site trains on one process of the CPU."""
+    folder = tmp_path_factory.mktemp("demo") / "world"
     kwrap("demo", str(folder), "--posts", "24")
     database, images, selection = folder / "danbooru.db", folder / "images", folder / "demo.parquet"
     kwrap("select", "demo", "--db", str(database), "--out", str(selection))
     kwrap("extract", str(selection), "--tars", str(folder / "tars"), "--out", str(images))
     kwrap("caption", str(selection), "--db", str(database), "--out", str(images), "--dataset", "demo")
     return folder
+
+
+@pytest.fixture(scope="session")
+def train(trainer: Trainer, kwrap: Callable[..., str], world: Path) -> Callable[[str, str], Run]:
+    """Trains a run of that name and engine in the world: two epochs, accumulation that does not divide the batches."""
+
+    def run(name: str, engine: str) -> Run:
+        options = [part for setting in SETTINGS for part in ("--set", setting)]
+        kwrap("train", "demo", "--site", str(world / "site.toml"), "--run", name, "--engine", engine, *options)
+        return Run(world / "runs" / name)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole(train: Callable[[str, str], Run]) -> Run:
+    """An uninterrupted run of the real trainer."""
+    return train("whole", "sd-scripts")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +12,6 @@ from safetensors import safe_open
 from kohaku_wrap.demo.likeness import compare_runs
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.runs.folder import Run
-
-TRAIN = (
-    "--engine",
-    "sd-scripts",
-    "--set",
-    "effective_batch=16",
-    "--set",
-    "save_every_n_steps=1",
-    "--set",
-    "states.keep=9",
-)
 
 
 def copy_run(run: Run, name: str) -> Run:
@@ -40,11 +28,8 @@ def copy_run(run: Run, name: str) -> Run:
 @pytest.mark.sd_scripts
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_resumed_run_ends_as_the_whole_one(use_trainer: Any, kwrap: Callable[..., str], world: Path) -> None:
+def test_a_resumed_run_ends_as_the_whole_one(use_trainer: Any, kwrap: Callable[..., str], whole: Run) -> None:
     """Accumulation that does not divide the batches, second epoch, other loader workers, Lion8bit, both encoders."""
-    site = world / "site.toml"
-    kwrap("train", "demo", "--site", str(site), "--run", "whole", *TRAIN)
-    whole = Run(world / "runs" / "whole")
     steps, per_epoch = whole.lock.total_optimizer_steps, whole.lock.count.optimizer_steps_per_epoch
     resume_at = per_epoch + 1
     assert resume_at < steps
