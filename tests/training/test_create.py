@@ -18,9 +18,11 @@ from plain_runs import write_base_model, write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.runs import create
 from kohaku_wrap.training.runs.create import RunRefused, create_run, plan_new_run
 from kohaku_wrap.training.runs.differences import DifferentRun
-from kohaku_wrap.training.runs.resume import plan_resume
+from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.trainer import requirements
 
 SITE = """
 [paths]
@@ -93,6 +95,27 @@ def test_the_engine_is_never_chosen_in_silence(site: Path, monkeypatch: pytest.M
     told = json.loads(call("train", "demo", "--site", site, "--engine", "builtin", "--dry-run", "--json").stdout)
     assert (told["engine"], told["engine_origin"]) == ("builtin", "--engine")
     assert "no such engine" in str(call("train", "demo", "--site", site, "--engine", "other", "--dry-run").exception)
+
+
+def test_a_trainer_that_lacks_a_package_is_refused_before_a_run_is_made(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as torchvision: it would fail at its imports, after the base model was hashed and the run was made."""
+    lacking = requirements.Requirement("no_such_module", "no-such-package", "1.2.3")
+    monkeypatch.setattr(requirements, "REQUIREMENTS", ())
+    monkeypatch.setattr(requirements, "torchvision_requirement", lambda: lacking)
+    monkeypatch.setattr(create, "find_trainer", lambda: site.parent)
+    monkeypatch.setattr(create, "find_checkout", lambda: None)
+    monkeypatch.setattr(create, "require_supported", lambda checkout: checkout)
+    refused = call("train", "demo", "--site", site, "--engine", "sd-scripts", "--set", BATCH).exception
+    assert isinstance(refused, KwrapError) and refused.exit_code == 1
+    assert "sd-scripts lacks no-such-package 1.2.3" in refused.message
+    assert refused.next_step.endswith("kwrap trainer install --requirements-only")
+    assert not (site.parent / "runs").exists()
+    run = create_run(plan_new_run("demo", site, "first", overrides=[BATCH]), ["kwrap"])
+    run.lock.tables["run"]["engine"] = "sd-scripts"
+    with pytest.raises(requirements.MissingRequirements):
+        begin_attempt(plan_resume(run))
 
 
 def test_several_processes_are_started_by_torchrun(site: Path) -> None:

@@ -25,6 +25,7 @@ from kohaku_wrap.training.runs.folder import Run, is_run
 from kohaku_wrap.training.runs.launch import Launch, plan_launch, require_packages
 from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.trainer.checkout import find_checkout, require_supported
+from kohaku_wrap.training.trainer.requirements import require_requirements
 
 COMMAND_FILE = "command.txt"
 
@@ -104,7 +105,7 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
     """The engine and who chose it.
 
     Raises MissingTrainer where sd-scripts is meant and not installed, AnchorsMissing or UnsupportedTrainer where the
-    one that is there cannot be corrected.
+    one that is there cannot be corrected, MissingRequirements where it would fail at its imports.
     """
     if asked is not None:
         engine, origin = asked, "--engine"
@@ -121,6 +122,7 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
         )
     if engine == "sd-scripts":
         require_supported(find_checkout())
+        require_requirements()
     return engine, origin
 
 

@@ -17,6 +17,7 @@ from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_at
 from kohaku_wrap.training.runs.differences import check_captions, compare_fingerprint, list_changes, refuse_changes
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, require_packages, write_accelerate_config
+from kohaku_wrap.training.trainer.requirements import require_requirements
 
 CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
 CHECKPOINT_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
@@ -169,9 +170,11 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     """Make the attempt, move what no longer counts to `abandoned/`, and say how to start it.
 
     The attempt is written first: from then on the ledger and the states of the line left behind are known as such,
-    even if this process dies in the middle. Raises MissingExtra, DamagedCaptions.
+    even if this process dies in the middle. Raises MissingExtra, MissingRequirements, DamagedCaptions.
     """
     require_packages()
+    if plan.run.lock.engine == "sd-scripts":
+        require_requirements()
     if plan.number > 1:
         # Those of the first attempt were read when the run was made.
         check_captions(plan.run)

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,16 @@ from kohaku_wrap.files import fsync_folder
 
 class InstallFailed(KwrapError):
     """git or pip could not do its part."""
+
+
+class MissingRequirements(KwrapError):
+    """Packages that the trainer imports are not there."""
+
+    def __init__(self, missing: Sequence[Requirement]) -> None:
+        super().__init__(
+            f"sd-scripts lacks {', '.join(f'{each.distribution} {each.version}' for each in missing)}",
+            "Install what is missing, for the trainer alone: kwrap trainer install --requirements-only",
+        )
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,13 @@ def check_requirements() -> list[RequirementState]:
         else:
             states.append(RequirementState(requirement, "", None))
     return states
+
+
+def require_requirements() -> None:
+    """Raises MissingRequirements with every package that the trainer would not find."""
+    missing = [state.requirement for state in check_requirements() if state.is_missing]
+    if missing:
+        raise MissingRequirements(missing)
 
 
 def installed_version(requirement: Requirement) -> str:
