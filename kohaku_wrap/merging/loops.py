@@ -22,6 +22,7 @@ BELOW_SINGLE = (1 << 29) - 1
 MAGNITUDE_BITS = np.uint32(0x7FFFFFFF)
 ONE = np.uint32(1)
 EXPONENT_BITS = 0x7FF0000000000000
+FRACTION_BITS = 0x000FFFFFFFFFFFFF
 BFLOAT_UNIT = 2.0**-7
 SMALLEST_BFLOAT = 2.0**-133
 ROUNDING = 1.5 * 2.0**52
@@ -98,15 +99,29 @@ def count_wide_spreads(largest: NDArray[Any], smallest: NDArray[Any], limit: flo
 
 
 @compiled
-def round_to_halves(total: NDArray[Any], denominator: float, output: NDArray[Any]) -> int:
-    """Quotients as float16, and how many are not finite.
+def divide(total: NDArray[Any], denominator: float) -> None:
+    """total /= denominator; by a product, several times faster, where that is the same number."""
+    inverse = 1.0 / denominator
+    if denominator == 1.0:
+        return
+    if np.float64(inverse).view(np.int64) & FRACTION_BITS == 0:
+        for place in range(total.size):
+            total[place] *= inverse
+    else:
+        for place in range(total.size):
+            total[place] /= denominator
+
+
+@compiled
+def round_to_halves(values: NDArray[Any], output: NDArray[Any]) -> int:
+    """Numbers as float16, and how many are not finite.
 
     The float64 is cut to what float32 holds, with the last bit set where something was cut off: the rounding
     to 11 bits that follows is then the only one.
     """
     faults = 0
     for place in range(output.size):
-        bits = np.float64(total[place] / denominator).view(np.int64)
+        bits = np.float64(values[place]).view(np.int64)
         odd = np.int64((((bits & BELOW_SINGLE) + BELOW_SINGLE) | bits) & ~BELOW_SINGLE).view(np.float64)
         pattern = narrow_to_half(np.float32(odd))
         faults += int((pattern & 0x7FFF) >= 0x7C00)
@@ -115,14 +130,14 @@ def round_to_halves(total: NDArray[Any], denominator: float, output: NDArray[Any
 
 
 @compiled
-def round_to_bfloats(total: NDArray[Any], denominator: float, output: NDArray[Any]) -> int:
-    """Quotients as bfloat16, and how many are not finite.
+def round_to_bfloats(values: NDArray[Any], output: NDArray[Any]) -> int:
+    """Numbers as bfloat16, and how many are not finite.
 
     Adding and taking away 1.5 x 2**52 units of the last place rounds to whole units, ties to even.
     """
     faults = 0
     for place in range(output.size):
-        value = np.float64(total[place] / denominator)
+        value = np.float64(values[place])
         bits = value.view(np.int64)
         magnitude = abs(value)
         binade = np.int64(bits & EXPONENT_BITS).view(np.float64)
@@ -135,11 +150,11 @@ def round_to_bfloats(total: NDArray[Any], denominator: float, output: NDArray[An
 
 
 @compiled
-def round_to_singles(total: NDArray[Any], denominator: float, output: NDArray[Any]) -> int:
-    """Quotients as the bits of float32, and how many are not finite."""
+def round_to_singles(values: NDArray[Any], output: NDArray[Any]) -> int:
+    """Numbers as the bits of float32, and how many are not finite."""
     faults = 0
     for place in range(output.size):
-        pattern = np.float32(total[place] / denominator).view(np.uint32)
+        pattern = np.float32(values[place]).view(np.uint32)
         faults += int((pattern & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000))
         output[place] = pattern
     return faults
@@ -147,19 +162,20 @@ def round_to_singles(total: NDArray[Any], denominator: float, output: NDArray[An
 
 @compiled
 def round_quotients(total: NDArray[Any], denominator: float, to: int, output: NDArray[Any]) -> int:
-    """Quotients as bits of the type `to`, and how many are not finite."""
+    """Turn sums into quotients, and those into bits of the type `to`; how many are not finite."""
+    divide(total, denominator)
     if to == HALF:
-        return round_to_halves(total, denominator, output)
+        return round_to_halves(total, output)
     if to == BFLOAT:
-        return round_to_bfloats(total, denominator, output)
-    return round_to_singles(total, denominator, output)
+        return round_to_bfloats(total, output)
+    return round_to_singles(total, output)
 
 
 @compiled
-def round_alike(total: float, error: float, denominator: float, to: int, output: NDArray[Any]) -> bool:
-    """Whether everything within `error` of a sum rounds to the same number; `output`: room for two."""
-    ends = np.array([total - error, total + error])
-    round_quotients(ends, denominator, to, output)
+def round_alike(value: float, error: float, to: int, output: NDArray[Any]) -> bool:
+    """Whether everything within `error` of a value rounds to the same number; `output`: room for two."""
+    ends = np.array([value - error, value + error])
+    round_quotients(ends, 1.0, to, output)
     return bool(output[0] == output[1])
 
 
@@ -212,7 +228,7 @@ def combine(
             for place in range(count):
                 if count_wide_spreads(high[place : place + 1], low[place : place + 1], spread_limit):
                     error = np.float64(np.uint32(high[place]).view(np.float32)) * error_unit
-                    if not round_alike(tile[place], error, denominator, to, pair):
+                    if not round_alike(tile[place], error / denominator, to, pair):
                         doubtful[doubts] = first + place
                         doubts += 1
     return doubts, faults
