@@ -130,7 +130,8 @@ def write_network(path: Path, tensors: Iterable[tuple[str, Shape]], pool: torch.
 
 
 def run_timed(command: list[str], folder: Path) -> float:
-    """Wall seconds of a command that must succeed."""
+    """Wall seconds of a command that must succeed, once earlier writes are on disk."""
+    os.sync()
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(folder))
     return time.perf_counter() - started
@@ -138,6 +139,7 @@ def run_timed(command: list[str], folder: Path) -> float:
 
 def run_measured(command: list[str], folder: Path) -> tuple[float, float]:
     """Wall seconds and peak anonymous memory in MiB, its children included."""
+    os.sync()
     with tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment(folder))
@@ -190,6 +192,7 @@ def measure_gamma(folder: Path, report: Report, times: int, pool: torch.Tensor) 
 
     def floor() -> float:
         remove(copy)
+        os.sync()
         with Path(os.devnull).open("wb") as sink:
             started = time.perf_counter()
             subprocess.run(["cat", *map(str, files)], check=True, stdout=sink)
@@ -198,6 +201,7 @@ def measure_gamma(folder: Path, report: Report, times: int, pool: torch.Tensor) 
 
     def inside() -> float:
         remove(output)
+        os.sync()
         command = [sys.executable, "-c", INSIDE_SCRIPT, FORMULA, str(output), *pairs]
         return float(
             subprocess.run(command, check=True, capture_output=True, text=True, env=environment(folder)).stdout
