@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from epsilon_run import EPSILON_IMAGES, EPSILON_STEP, make_run
+
+from kohaku_wrap.training.trainer.checkout import TrainerMissing, find_checkout
 
 MEGABYTE = 1 << 20
 BARS = {
@@ -109,10 +110,9 @@ def measure_upstream(run_folder: Path, entries: int) -> dict[str, float]:
         config = {
             "datasets": [{**rename_for_upstream(options), "subsets": [{"image_dir": folder, "cache_info": True}]}]
         }
-        from kohaku_wrap.training.workers.torchvision_on_cpu import import_torchvision
+        from kohaku_wrap.training.workers.sd_scripts import enter_checkout
 
-        import_torchvision()
-        sys.path.insert(0, os.environ["KWRAP_SD_SCRIPTS"])
+        enter_checkout(find_checkout())
         from library import config_util
 
         arguments = argparse.Namespace(**UPSTREAM_ARGUMENTS)
@@ -166,8 +166,10 @@ def show(images: int, figures: dict[str, float]) -> None:
 
 def show_upstream(images: int, run_folder: Path) -> None:
     """Print sd-scripts' own dataset beside ours, extrapolated from a size that fits."""
-    if not os.environ.get("KWRAP_SD_SCRIPTS"):
-        print("  sd-scripts' own dataset: not measured; set KWRAP_SD_SCRIPTS to a checkout")
+    try:
+        find_checkout()
+    except TrainerMissing:
+        print("  sd-scripts' own dataset: not measured; `kwrap trainer install`, or set KWRAP_SD_SCRIPTS to a checkout")
         return
     small, large = (in_own_process("upstream", run_folder, n) for n in (UPSTREAM_ENTRIES // 4, UPSTREAM_ENTRIES))
     scale = (images - UPSTREAM_ENTRIES // 4) / (UPSTREAM_ENTRIES - UPSTREAM_ENTRIES // 4)
