@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar, show_path
-from kohaku_wrap.cli.train import print_finished, supervisor_options, watch_options, watch_run
+from kohaku_wrap.cli.train import EventPrinter, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.runs.folder import Run
     from kohaku_wrap.training.runs.resume import ResumePlan
+    from kohaku_wrap.training.runs.supervise import RunReport
 
 DEFAULT_SITE = Path("site.toml")
+
+JOINING = frozenset({"name", "site_file", "machine_rank", "dry_run", "as_json"})
+"""What a machine may say that trains along."""
 
 
 def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
@@ -55,6 +59,7 @@ Examples:
   kwrap resume
   kwrap resume epsilon --step 13600 --dry-run
   kwrap resume epsilon --processes 2 --restarts 5
+  kwrap resume epsilon --machine-rank 1
   kwrap resume epsilon --foreign --state plain-step00013600-state --dry-run"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
@@ -63,6 +68,10 @@ Examples:
 )
 @click.option("--processes", "--gpus", "processes", type=click.IntRange(1), metavar="W",
               help="Train on another number of GPUs; the accumulation follows.")  # fmt: skip
+@click.option("--machines", type=click.IntRange(1), metavar="N",
+              help="Train on so many of the site's machines, from now on.")  # fmt: skip
+@click.option("--machine-rank", type=click.IntRange(0), default=0, metavar="K",
+              help="Train along as machine K of a run of several; machine 0 makes the attempts.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")
 @click.option(
     "--foreign", is_flag=True, help="Take a state of plain sd-scripts; the order is then not provably the same."
@@ -77,6 +86,8 @@ def command(
     name: str | None,
     step: int | None,
     processes: int | None,
+    machines: int | None,
+    machine_rank: int,
     workers: int | None,
     foreign: bool,
     foreign_state: Path | None,
@@ -95,6 +106,9 @@ def command(
     Takes the newest whole state of the run's current line, or that of --step. Later states and checkpoints move to
     abandoned/. A damaged state is named and the one before it is used; where none is whole, nothing is trained until
     --step 0 asks for the beginning. Without RUN: the only unfinished run.
+
+    With --machine-rank K this machine makes no attempt: it trains along in those of machine 0, which runs `kwrap train`
+    or `kwrap resume`, joins the next one after a restart, and returns when the run is finished or stopped.
     """
     from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.training.runs.folder import find_run
@@ -102,9 +116,18 @@ def command(
 
     if foreign_state is not None and not foreign:
         raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
+    if machine_rank:
+        refuse_choices_of_machine_0()
     options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, hook)
     folders = runs_folders(site_file)
     run = find_run(name, folders) if name else find_unfinished_run(folders)
+
+    if machine_rank:
+        if dry_run:
+            show_join(run, machine_rank, as_json)
+        else:
+            print_finished("resume", join_machine(run, machine_rank, as_json), as_json)
+        return
 
     def plan() -> ResumePlan:
         done, total = 0, states_bytes(run, step)
@@ -116,7 +139,7 @@ def command(
                 done += size_bytes
                 report(done, max(total, done))
 
-            found = plan_resume(run, step, processes, workers, allow, foreign, foreign_state, count)
+            found = plan_resume(run, step, processes, workers, allow, foreign, foreign_state, count, machines)
         if not as_json:
             print_plan(found)
             if done:
@@ -127,6 +150,51 @@ def command(
         show_dry_run(plan(), as_json)
         return
     print_finished("resume", watch_run(run, plan, allow, options, as_json), as_json)
+
+
+def refuse_choices_of_machine_0() -> None:
+    """Raise UsageError for options that a machine which trains along has no say in."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in JOINING
+        and context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.DEFAULT
+    ]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: for machine 0 to say, not for one that trains along",
+            "Give it there; leave it out with --machine-rank.",
+        )
+
+
+def join_machine(run: Run, machine_rank: int, as_json: bool) -> RunReport:
+    """Train along, with a line of progress."""
+    from kohaku_wrap.training.runs.join import join_run
+
+    printer = EventPrinter()
+    try:
+        return join_run(run, machine_rank, (lambda event: None) if as_json else printer)
+    finally:
+        printer.end_line()
+
+
+def show_join(run: Run, machine_rank: int, as_json: bool) -> None:
+    """The command of this machine."""
+    from kohaku_wrap.training.runs.join import describe_join
+
+    launch = describe_join(run, machine_rank)
+    if not as_json:
+        click.echo(launch.text())
+        return
+    payload = {
+        "run": str(run.folder),
+        "machine_rank": machine_rank,
+        "argv": list(launch.argv),
+        "environment": dict(launch.environment),
+        "folder": str(launch.folder),
+    }
+    print_json("resume", payload)
 
 
 def states_bytes(run: Run, step: int | None) -> int:

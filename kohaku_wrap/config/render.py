@@ -105,7 +105,9 @@ def compose_run(
     dataset = compose_dataset(effective, site)
     lock = compose_lock(effective, site, run_name, plan, trainer, inputs or name_inputs(site), engine)
     machine = site.machine
-    accelerate = describe_accelerate(machine.processes, machine.gpus, trainer.get("mixed_precision", "no"))
+    accelerate = describe_accelerate(
+        machine.processes, machine.gpus, trainer.get("mixed_precision", "no"), machines=machine.accelerate
+    )
     sectioned: dict[str, dict[str, Any]] = {}
     for name, value in trainer.items():
         sectioned.setdefault(section_of(name, SECTIONS), {})[name] = value
@@ -226,7 +228,8 @@ def compose_lock(
             "workers": trainer.get("max_data_loader_n_workers", 0),
             "platform": platform.platform(),
             "python": platform.python_version(),
-        },
+        }
+        | ({"accelerate": dict(site.machine.accelerate)} if site.machine.accelerate else {}),
     }
     return lock
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.machines import check_accelerate
 from kohaku_wrap.config.options import suggest
 from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
@@ -30,6 +31,7 @@ MACHINE_TYPES: dict[str, type] = {
     "processes": int,
     "batch_per_gpu": int,
     "workers": int,
+    "accelerate": dict,
 }
 SMALLEST = {"gpus": 0, "processes": 1, "batch_per_gpu": 1, "workers": 0}
 
@@ -72,16 +74,29 @@ class Machine:
     """The trainer: sd-scripts or builtin."""
 
     gpus: int = 1
-    """GPUs to train on; 0 trains on the CPU."""
+    """GPUs of each machine to train on; 0 trains on the CPU."""
 
     processes: int = 1
-    """Training processes: one a GPU, unless the file says otherwise."""
+    """Training processes of all machines together: one a GPU, unless the file says otherwise."""
 
     batch_per_gpu: int = 1
     """Images in one micro-batch of one process."""
 
     workers: int | None = None
     """Loader workers per process; None: as the template says."""
+
+    accelerate: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `accelerate launch` that say how several machines find each other."""
+
+    @property
+    def machines(self) -> int:
+        """Machines that train together."""
+        return int(self.accelerate.get("num_machines", 1))
+
+    @property
+    def processes_here(self) -> int:
+        """Training processes of one machine."""
+        return self.processes // self.machines
 
 
 @dataclass(frozen=True)
@@ -165,6 +180,10 @@ def read_machine(table: dict[str, Any]) -> tuple[Machine, list[Problem]]:
             problems.append(Problem(where, f"unknown key{suggest(name, MACHINE_TYPES)}"))
         elif MACHINE_TYPES[name] is int and (not isinstance(value, int) or isinstance(value, bool)):
             problems.append(Problem(where, f"{value!r} is not a whole number"))
+        elif name == "accelerate" and not isinstance(value, dict):
+            problems.append(Problem(where, "must be a table: accelerate = { num_machines = 2, … }"))
+        elif name == "accelerate" and (faults := check_accelerate(value)):
+            problems += faults
         elif MACHINE_TYPES[name] is int and value < SMALLEST[name]:
             problems.append(Problem(where, f"{value} is below {SMALLEST[name]}"))
         elif name == "engine" and value not in ENGINES:
@@ -174,4 +193,5 @@ def read_machine(table: dict[str, Any]) -> tuple[Machine, list[Problem]]:
         else:
             values[name] = value
     values.setdefault("processes", max(values.get("gpus", 1), 1))
+    values["processes"] *= int(values.get("accelerate", {}).get("num_machines", 1))
     return Machine(**values), problems

@@ -144,35 +144,36 @@ def weigh_disk(effective: Effective, plan: StepPlan, checkpoint: int, state: int
 def weigh_host_memory(
     effective: Effective, plan: StepPlan, images: ImageSizes, base_parameters: int, weight_bytes: int
 ) -> tuple[Part, ...]:
-    """Dataset, processes and loader workers, with the pages that workers copy."""
+    """Dataset, processes and loader workers of one machine, with the pages that workers copy."""
+    processes = effective.site.machine.processes_here if effective.site is not None else plan.processes
     workers = effective.get("max_data_loader_n_workers", 8)
     width, height = parse_resolution(effective.get("dataset_options.resolution", 1024))
     image_bytes = width * height * 3 * 5
-    batches = plan.processes * max(workers, 1) * PREFETCHED_BATCHES * plan.batch_size * image_bytes
+    batches = processes * max(workers, 1) * PREFETCHED_BATCHES * plan.batch_size * image_bytes
     on_cpu = effective.site is not None and effective.site.machine.gpus == 0
     # safetensors maps the file, so all processes share its pages until a precision changes.
     model = (
-        Part("base model in each process", plan.processes * base_parameters * 4)
+        Part("base model in each process", processes * base_parameters * 4)
         if on_cpu
         else Part("base model, mapped once for all while loading", base_parameters * 2)
     )
     parts = [
-        Part(f"trainer processes ({plan.processes})", plan.processes * PROCESS_BYTES),
+        Part(f"trainer processes ({processes})", processes * PROCESS_BYTES),
         model,
-        Part(f"loader workers ({plan.processes * workers})", plan.processes * workers * WORKER_BYTES),
+        Part(f"loader workers ({processes * workers})", processes * workers * WORKER_BYTES),
         Part("batches made ahead", batches),
     ]
     if on_cpu:
-        parts.append(Part("network, gradients and optimizer in each process", plan.processes * weight_bytes * 3))
+        parts.append(Part("network, gradients and optimizer in each process", processes * weight_bytes * 3))
     if effective.get("kwrap.data") == "sd-scripts":
         objects = plan.images * SD_SCRIPTS_IMAGE_BYTES
-        parts.append(Part("dataset objects in each process", plan.processes * objects))
-        copied = int(plan.processes * workers * objects * COPIED_SHARE)
+        parts.append(Part("dataset objects in each process", processes * objects))
+        copied = int(processes * workers * objects * COPIED_SHARE)
         parts.append(Part("dataset pages copied by loader workers", copied))
     else:
         captions = images.caption_bytes if images.caption_bytes is not None else plan.images * CAPTION_BYTES
         parts.append(Part("captions and sizes, mapped once for all", captions + plan.images * COLUMN_IMAGE_BYTES))
-        parts.append(Part("order and buckets in each process", plan.processes * plan.images * KWRAP_IMAGE_BYTES))
+        parts.append(Part("order and buckets in each process", processes * plan.images * KWRAP_IMAGE_BYTES))
     return tuple(parts)
 
 

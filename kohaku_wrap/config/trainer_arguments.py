@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 BRACKETS = re.compile(r"(?<!\\)([()\[\]])")
+MACHINES_IN_FILE = ("num_machines", "main_process_ip", "main_process_port")
+"""Options of `accelerate launch` for several machines that its file takes too."""
+
 WEIGHTED = re.compile(r"^\((?P<words>.+):(?P<weight>\d+(?:\.\d+)?)\)$")
 
 
@@ -69,10 +72,12 @@ def render_yaml(table: Mapping[str, Any]) -> str:
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in table.items())
 
 
-def describe_accelerate(processes: int, gpus: int, mixed_precision: str, threads: int = 0) -> dict[str, Any]:
+def describe_accelerate(
+    processes: int, gpus: int, mixed_precision: str, threads: int = 0, machines: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """accelerate's own file for a run, so that a person's default file cannot leak in.
 
-    `threads`: CPU threads of a process, 0 for accelerate's own choice.
+    `threads`: CPU threads of a process, 0 for accelerate's own choice. `machines`: how several find each other.
     """
     distributed = "NO" if processes == 1 else "MULTI_GPU" if gpus else "MULTI_CPU"
     table: dict[str, Any] = {
@@ -96,6 +101,7 @@ def describe_accelerate(processes: int, gpus: int, mixed_precision: str, threads
         table["gpu_ids"] = ",".join(str(index) for index in range(gpus))
     if threads:
         table["num_cpu_threads_per_process"] = threads
+    table |= {name: value for name, value in (machines or {}).items() if name in MACHINES_IN_FILE}
     return table
 
 

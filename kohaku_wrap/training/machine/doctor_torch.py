@@ -209,9 +209,10 @@ def count_processes(effective: Effective) -> dict[str, Any]:
     if site is None:
         return {"error": "no site"}
     machine = site.machine
-    table = describe_accelerate(machine.processes, machine.gpus, str(effective.get("mixed_precision", "no")))
-    several = ["--multi_gpu", "--main_process_port", "0"] if machine.processes > 1 else []
-    several += ["--num_processes", str(machine.processes)]
+    here = machine.processes_here
+    table = describe_accelerate(here, machine.gpus, str(effective.get("mixed_precision", "no")))
+    several = ["--multi_gpu", "--main_process_port", "0"] if here > 1 else []
+    several += ["--num_processes", str(here)]
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "accelerate.yaml"
         config.write_text(render_yaml(table), encoding="utf-8")
@@ -239,7 +240,7 @@ def count_processes(effective: Effective) -> dict[str, Any]:
 def judge_processes(facts: dict[str, Any], effective: Effective) -> Finding:
     """Whether accelerate, with the run's own file, reached what the site asks for."""
     machine = effective.site.machine if effective.site else None
-    wanted = machine.processes if machine else 1
+    wanted = machine.processes_here if machine else 1
     device = "cuda" if machine and machine.gpus else "cpu"
     precision = effective.get("mixed_precision", "no")
     if "error" in facts:

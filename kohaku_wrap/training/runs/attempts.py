@@ -21,8 +21,11 @@ from kohaku_wrap.training.runs.folder import Lock, Run
 Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
 Outcome = Literal["finished", "stopped"]
 
+SUPERVISOR_BEAT = "supervisor-beat"
 RUN_VARIABLE = "KWRAP_RUN"
 ATTEMPT_VARIABLE = "KWRAP_ATTEMPT"
+MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
+"""Only where several machines train together."""
 
 
 class BadAttempt(KwrapError):
@@ -106,6 +109,9 @@ class Attempt:
     foreign: bool = False
     """Whether `state` was made by plain sd-scripts and has no manifest."""
 
+    machines: int = 1
+    """Machines that share the processes evenly; each holds the ranks after those of the one before it."""
+
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Attempt:
         """The attempt that this process belongs to, from KWRAP_RUN and KWRAP_ATTEMPT."""
@@ -138,6 +144,33 @@ class Attempt:
     @property
     def supervisor_lock(self) -> Path:
         return self.folder / "supervisor.lock"
+
+    @property
+    def processes_here(self) -> int:
+        """Processes of one machine."""
+        return self.processes // self.machines
+
+    def watch_beat(self, beat: int) -> None:
+        """Let other machines see that the supervisor is at work."""
+        part = self.folder / ".supervisor-beat.part"
+        part.write_text(str(beat), encoding="utf-8")
+        part.replace(self.folder / SUPERVISOR_BEAT)
+
+    def read_watch_beat(self) -> str:
+        """The supervisor's last sign of life; clocks of machines differ, so only its change means something."""
+        try:
+            return (self.folder / SUPERVISOR_BEAT).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def leave(self, machine_rank: int, why: str) -> None:
+        """Tell machine 0 that this machine trains no longer in the attempt; it then ends it."""
+        document = {"machine_rank": machine_rank, "why": why, "unix_seconds": time.time()}
+        write_text(self.folder / f"machine-{machine_rank:03d}-left.json", json.dumps(document, indent=2) + "\n")
+
+    def machines_left(self) -> list[str]:
+        """What machines said when they left, by rank."""
+        return [str(document["why"]) for document in read_json_files(self.folder, "machine-*-left.json")]
 
     def log_file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:03d}.log"
@@ -218,6 +251,7 @@ def write_attempt(
         "number": attempt.number,
         "processes": attempt.processes,
         "accumulation": attempt.accumulation,
+        "machines": attempt.machines,
         "workers": attempt.workers,
         "start_optimizer_step": attempt.start_optimizer_step,
         "state": None if state is None else str(state),
@@ -247,6 +281,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
             state=None if state is None else run.folder / state,
             allow=frozenset(document["allow"]),
             foreign=bool(document.get("foreign", False)),
+            machines=int(document.get("machines", 1)),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadAttempt(

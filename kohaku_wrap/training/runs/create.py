@@ -23,6 +23,7 @@ from kohaku_wrap.files import fsync_folder, write_text
 from kohaku_wrap.training.runs.differences import refuse_other_lock
 from kohaku_wrap.training.runs.folder import Run, is_run
 from kohaku_wrap.training.runs.launch import Launch, plan_launch, require_packages
+from kohaku_wrap.training.runs.machines import Machines
 from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.trainer.checkout import find_checkout, require_supported
 from kohaku_wrap.training.trainer.requirements import require_requirements
@@ -97,7 +98,9 @@ def plan_new_run(
     if engine == "builtin":
         # The worker would refuse them too, but only after the run is made and torch is loaded.
         BuiltinOptions.from_config(compose_trainer(effective, folder, name), on_cpu=site.machine.gpus == 0)
-    launch = plan_launch(folder, engine, 1, shape.processes, shape.accumulation, on_cpu=site.machine.gpus == 0)
+    on_cpu = site.machine.gpus == 0
+    machines = Machines(site.machine.machines, 0, site.machine.accelerate)
+    launch = plan_launch(folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines)
     return NewRun(name, folder, engine, engine_origin, effective, site, launch)
 
 

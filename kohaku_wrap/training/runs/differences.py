@@ -57,6 +57,8 @@ PLACES = frozenset(
         "inputs.selection",
         "trainer.path",
         "machine.platform",
+        "machine.accelerate.main_process_ip",
+        "machine.accelerate.main_process_port",
     }
 )
 """Entries of a lock that say where things are, not what they are."""

@@ -82,9 +82,11 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
         return end(STOPPED, f"stopped after optimizer step {result['optimizer_step']:,}, its state is saved")
     failures = attempt.failures()
     if failures:
-        first = failures[0]
+        # A rank that fails takes the others with it: theirs is only the lost connection.
+        first = next((each for each in failures if each.kind != "error"), failures[0])
         kind = "crash" if first.kind == "error" else first.kind
-        return end(kind, f"rank {first.rank}: {first.message}")
+        left = attempt.machines_left() if kind == "crash" else []
+        return end(kind, "; ".join([*left, f"rank {first.rank}: {first.message}"]))
     if exit_code == 0:
         return end(
             "exited-early",
@@ -131,7 +133,7 @@ def log_tails(attempt: Attempt, lines: int = TAIL_LINES) -> dict[str, list[str]]
     """The last lines of each rank's log, and of the launcher's where no rank told why it failed, by file name."""
     paths = sorted(attempt.folder.glob("rank-*.log"))
     if not attempt.failures():
-        paths.insert(0, attempt.folder / LAUNCHER_LOG)
+        paths = [attempt.folder / LAUNCHER_LOG, *sorted(attempt.folder.glob("launcher-machine-*.log")), *paths]
     tails = {path.name: tail_of(path, lines) for path in paths}
     return {name: tail for name, tail in tails.items() if tail}
 

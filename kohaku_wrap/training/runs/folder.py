@@ -138,6 +138,16 @@ class Lock:
         return self.effective_batch // self.batch_per_gpu
 
     @property
+    def accelerate(self) -> Mapping[str, Any]:
+        """Options of `accelerate launch` that say how several machines find each other."""
+        return dict(self.tables.get("machine", {}).get("accelerate", {}))
+
+    @property
+    def machines(self) -> int:
+        """Machines that the run was made for."""
+        return int(self.accelerate.get("num_machines", 1))
+
+    @property
     def images(self) -> int:
         return int(self.entry("plan", "images"))
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
 from kohaku_wrap.errors import MissingExtra, UsageError
 from kohaku_wrap.files import write_text
-from kohaku_wrap.training.runs.attempts import ATTEMPT_VARIABLE, RUN_VARIABLE, Attempt
+from kohaku_wrap.training.runs.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.runs.folder import Lock
+from kohaku_wrap.training.runs.machines import ONE_MACHINE, Machines
 
 WORKER_MODULES = {
     "builtin": "kohaku_wrap.training.workers.builtin",
@@ -59,11 +60,12 @@ def plan_launch(
     accumulation: int,
     on_cpu: bool,
     threads: int | None = None,
+    machines: Machines = ONE_MACHINE,
 ) -> Launch:
     """The command of one attempt; nothing is looked up or written."""
     if engine not in WORKER_MODULES:
         raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(WORKER_MODULES)}.")
-    several = ("--multi_gpu", "--main_process_port", "0") if processes > 1 else ()
+    several = tuple(machines.arguments()) if processes > 1 else ()
     argv = (
         *accelerate_command(),
         "launch",
@@ -85,11 +87,15 @@ def plan_launch(
         RUN_VARIABLE: str(run_folder),
         ATTEMPT_VARIABLE: str(attempt_number),
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(threads or default_threads(processes, on_cpu)),
+        "OMP_NUM_THREADS": str(threads or default_threads(processes // machines.count, on_cpu)),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_SECONDS),
     }
+    if machines.count > 1:
+        environment[MACHINE_VARIABLE] = str(machines.rank)
+        # torchrun reads it: a machine that still starts an attempt which is over meets nobody of the next one.
+        environment["PET_RDZV_ID"] = f"{run_folder.name}-{attempt_number}"
     if on_cpu:
         # LyCORIS would compile its kernels, and the backend changes the last bits.
         environment |= {"LYCORIS_KERNEL_BACKEND": "torch", "LYCORIS_KERNEL_TUNE": "off", "CUDA_VISIBLE_DEVICES": ""}
@@ -100,8 +106,8 @@ def plan_launch(
     return Launch(argv, environment, run_folder)
 
 
-def plan_attempt_launch(attempt: Attempt, threads: int | None = None) -> Launch:
-    """The command of an attempt of a run that is there."""
+def plan_attempt_launch(attempt: Attempt, threads: int | None = None, machine_rank: int = 0) -> Launch:
+    """The command of an attempt of a run that is there, on one of its machines."""
     lock = attempt.lock
     return plan_launch(
         attempt.run.folder,
@@ -111,6 +117,7 @@ def plan_attempt_launch(attempt: Attempt, threads: int | None = None) -> Launch:
         attempt.accumulation,
         is_on_cpu(lock),
         threads,
+        Machines(attempt.machines, machine_rank, lock.accelerate),
     )
 
 
@@ -152,7 +159,9 @@ def write_accelerate_config(attempt: Attempt) -> None:
     """The run's own file for accelerate, for the attempt's processes; the user's default file then has no say."""
     lock = attempt.lock
     gpus = 0 if is_on_cpu(lock) else attempt.processes
-    table = describe_accelerate(attempt.processes, gpus, str(lock.values.get("mixed_precision", "no")))
+    machines = lock.accelerate if attempt.machines > 1 else {}
+    precision = str(lock.values.get("mixed_precision", "no"))
+    table = describe_accelerate(attempt.processes, gpus, precision, machines=machines)
     if gpus:
         # The caller's CUDA_VISIBLE_DEVICES stays in force.
         table["gpu_ids"] = "all"

@@ -17,6 +17,7 @@ from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_at
 from kohaku_wrap.training.runs.differences import check_captions, compare_fingerprint, list_changes, refuse_changes
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, require_packages, write_accelerate_config
+from kohaku_wrap.training.runs.machines import refuse_machines
 from kohaku_wrap.training.trainer.requirements import require_requirements
 
 CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
@@ -76,6 +77,9 @@ class ResumePlan:
     workers: int
     """Loader workers of each process."""
 
+    machines: int
+    """Machines of the next attempt."""
+
     threads: int | None
     """OMP_NUM_THREADS of the attempt before; None for the first."""
 
@@ -108,6 +112,7 @@ def plan_resume(
     foreign: bool = False,
     foreign_state: Path | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    machines: int | None = None,
 ) -> ResumePlan:
     """Choose the newest whole state of the run's current line, or that of `step`, and verify it.
 
@@ -123,7 +128,10 @@ def plan_resume(
         )
     attempts = list_attempts(run)
     last = attempts[-1] if attempts else None
-    processes = processes or (last.processes if last else first_processes(run))
+    before = (last.processes, last.machines) if last else (first_processes(run), run.lock.machines)
+    machines = machines or before[1]
+    processes = processes or before[0] // before[1] * machines
+    refuse_machines(run, machines, processes)
     accumulation = run.lock.count.accumulation(processes)
     damaged: list[DamagedState] = []
     state: Path | None
@@ -157,6 +165,7 @@ def plan_resume(
         processes=processes,
         accumulation=accumulation,
         workers=workers if workers is not None else (last.workers if last else first_workers(run)),
+        machines=machines,
         threads=threads_of(last),
         damaged=tuple(damaged),
         abandons=tuple(abandons),
@@ -202,6 +211,7 @@ def describe_attempt(plan: ResumePlan) -> Attempt:
         state=plan.state,
         allow=plan.allow,
         foreign=plan.foreign,
+        machines=plan.machines,
     )
 
 

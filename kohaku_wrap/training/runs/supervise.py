@@ -114,15 +114,15 @@ def supervise_run(
 
 def await_orphans(run: Run, stop: StopSignals, on_event: OnEvent) -> None:
     """Wait for processes whose supervisor was killed: they save a state and end; then end what is left."""
-    if not list_processes(run):
+    if not list_processes(run, machine_rank=0):
         return
     on_event(
         Event("note", "an earlier attempt is still running without its supervisor: waiting until it has saved a state")
     )
     waited_seconds = 0.0
-    while list_processes(run) and waited_seconds < ORPHAN_PATIENCE_SECONDS and not stop.wait(0.5):
+    while list_processes(run, machine_rank=0) and waited_seconds < ORPHAN_PATIENCE_SECONDS and not stop.wait(0.5):
         waited_seconds += 0.5
-    end_processes(run)
+    end_processes(run, machine_rank=0)
 
 
 def why_give_up(end: AttemptEnd, failures_at: Counter[int], number: int, options: WatchOptions) -> str:

@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.training.records.metrics import MetricsTail
@@ -33,6 +34,10 @@ PHASE_TIMEOUTS_SECONDS: Mapping[Phase, float] = {
 NAN_WINDOW_STEPS = 50
 NAN_LATENTS_AT_LEAST = 4
 RATE_WINDOW_STEPS = 20
+
+LOOKS_PER_BEAT = 5
+LEFT_SECONDS = 10.0
+"""How long the ranks here may take to end by themselves after another machine's processes did."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +145,11 @@ class AttemptWatch:
         metrics = MetricsTail(self.attempt.run.metrics, self.attempt.number)
         self.tell("start", f"attempt {self.attempt.number} starts after optimizer step {self.done:,}")
         started = time.time()
-        with (self.attempt.folder / LAUNCHER_LOG).open("ab") as log:
-            process = subprocess.Popen(
-                self.launch.argv,
-                cwd=self.launch.folder,
-                env={**os.environ, **self.launch.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        process = start_launcher(self.launch, self.attempt.folder / LAUNCHER_LOG)
         try:
             end = self.follow(process, metrics, started)
         finally:
-            end_processes(self.attempt.run, self.attempt.number)
+            end_processes(self.attempt.run, self.attempt.number, 0)
             process.wait()
             if lock is not None:
                 os.close(lock)
@@ -164,7 +160,12 @@ class AttemptWatch:
     def follow(self, process: subprocess.Popen[bytes], metrics: MetricsTail, started: float) -> AttemptEnd:
         """Look at the attempt until it ends or has to be ended."""
         stop_told = False
+        looks = 0
+        left_at = math.inf
         while True:
+            looks += 1
+            if self.attempt.machines > 1 and looks % LOOKS_PER_BEAT == 0:
+                self.attempt.watch_beat(looks)
             exit_code = process.poll()
             for line in metrics.new_lines():
                 fault = self.take_line(line)
@@ -180,6 +181,10 @@ class AttemptWatch:
                 stop_told = True
                 self.attempt.request_stop()
                 self.tell("stop", "finishing the optimizer step and saving a state; once more to stop at once")
+            if self.attempt.machines > 1 and self.attempt.machines_left():
+                left_at = min(left_at, time.monotonic())
+                if time.monotonic() - left_at > LEFT_SECONDS:
+                    return self.end_without_machine()
             fault = self.find_hang(started)
             if fault is not None:
                 return fault
@@ -252,9 +257,15 @@ class AttemptWatch:
             phase,
         )
 
+    def end_without_machine(self) -> AttemptEnd:
+        """An end for the reason that another machine told."""
+        end_processes(self.attempt.run, self.attempt.number, 0)
+        told = judge_end(self.attempt, exit_code=1)
+        return told if self.attempt.failures() else replace(told, message="; ".join(self.attempt.machines_left()))
+
     def end_now(self, kind: str, message: str, phase: str = "") -> AttemptEnd:
         """End all processes; the attempt's end, for a reason that kwrap found."""
-        end_processes(self.attempt.run, self.attempt.number)
+        end_processes(self.attempt.run, self.attempt.number, 0)
         beats = self.attempt.heartbeats()
         phase = phase or (beats[0].phase if beats else "start-up")
         return AttemptEnd(kind, message, steps_done(self.attempt), None, time.time(), phase)
@@ -266,6 +277,20 @@ class AttemptWatch:
         trouble = self.hook.call(event, message, optimizer_step)
         if trouble:
             self.tell("note", trouble)
+
+
+def start_launcher(launch: Launch, log_file: Path) -> subprocess.Popen[bytes]:
+    """accelerate in a session of its own, its output in a log."""
+    with log_file.open("ab") as log:
+        return subprocess.Popen(
+            launch.argv,
+            cwd=launch.folder,
+            env={**os.environ, **launch.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def find_slowest(beats: list[Heartbeat], processes: int) -> Heartbeat | None:
