@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from kohaku_wrap.demo.killing import Kill, train_with_kills
 from kohaku_wrap.demo.likeness import Difference, compare_runs
 from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.records.states import list_states, verify_state
 from kohaku_wrap.training.runs.attempts import read_attempt
 from kohaku_wrap.training.runs.folder import Run
 
@@ -33,6 +35,9 @@ SETTINGS = (
     "dataset_options.min_bucket_reso=32",
     "dataset_options.max_bucket_reso=128",
 )
+
+ROOM_BYTES = 3_300_000
+"""A checkpoint has 2.2 MB, a state 3.3 MB."""
 
 
 def train_arguments(site: Path, name: str, *settings: str) -> tuple[str, ...]:
@@ -143,6 +148,55 @@ def test_an_image_that_was_damaged_is_named_and_its_substitute_recorded(world: W
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert sum(line.get("substitutes", 0) for line in read_metrics(run)) == 1
     assert json.loads(kwrap("verify", str(run.folder), "--json").stdout)["substitutes"] == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 48 MiB of its own; the test is skipped where mounting is not permitted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+@pytest.mark.slow
+def test_a_full_disk_pauses_a_run_that_then_ends_as_the_whole_one(
+    world: World, whole: Run, small_disk: Path, tmp_path: Path
+) -> None:
+    """Room is left for a checkpoint and the records, not for a state."""
+    document = toml.loads(world.site.read_text(encoding="utf-8"))
+    document["paths"] = {name: str(world.folder / place) for name, place in document["paths"].items()}
+    document["paths"]["runs"] = str(small_disk)
+    site, log = tmp_path / "site.toml", tmp_path / "kwrap.log"
+    site.write_text(toml.dumps(document), encoding="utf-8")
+    run, filler = Run(small_disk / "full"), small_disk / "filler"
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "kohaku_wrap", *train_arguments(site, "full")]
+        kwrap_process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        await_text(log, "state of optimizer step 1 saved", kwrap_process)
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - ROOM_BYTES))
+        await_text(log, "the disk is full", kwrap_process)
+        step, state = list_states(run.states)[-1]
+        assert verify_state(state).optimizer_step == step < whole.lock.total_optimizer_steps
+        filler.unlink()
+        assert kwrap_process.wait(120) == 0, log.read_text()
+    finally:
+        kwrap_process.kill()
+        kwrap_process.wait()
+    assert log.read_text().count("the disk is full") == 1
+    assert compare_runs(whole, run).attempts == 1
+
+
+def await_text(log: Path, words: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while words not in log.read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
 
 
 def test_two_processes_join(world: World, tmp_path: Path) -> None:
