@@ -24,7 +24,7 @@ from kohaku_wrap.training.runs.processes import list_processes, send_signal
 
 SETTINGS = (
     "effective_batch=4",
-    "max_train_epochs=4",
+    "max_train_epochs=3",
     "save_every_n_steps=1",
     "save_precision=float",
     "max_token_length=150",
@@ -33,7 +33,7 @@ SETTINGS = (
     "dataset_options.max_bucket_reso=128",
 )
 SETS = [part for setting in SETTINGS for part in ("--set", setting)]
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 
 
 def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
@@ -76,7 +76,7 @@ def site_of_two(world: World) -> str:
 def test_a_machine_is_killed_and_the_network_is_that_of_one_machine(
     world: World, site_of_two: str, tmp_path: Path
 ) -> None:
-    """Machine 1 is killed with its kwrap; a restart follows, then a stop by a signal to machine 1, then a resume."""
+    """Machine 1 is killed with its kwrap; it comes back, and the restart goes on with it."""
     site_of_one = write_site(world, "one", processes=2)
     one = start("train", "demo", "--site", site_of_one, "--run", "one", *SETS, log=tmp_path / "one.log")
     assert one.wait() == 0, (tmp_path / "one.log").read_text()
@@ -95,13 +95,6 @@ def test_a_machine_is_killed_and_the_network_is_that_of_one_machine(
             send_signal(pid, signal.SIGKILL)
         machine.wait()
         machine = start(*along, log=logs[1])
-        await_that(lambda: len(read_metrics(run)) >= 5, supervisor, machine)
-        machine.send_signal(signal.SIGINT)
-        assert machine.wait(PATIENCE_SECONDS) == 130, logs[1].read_text()
-        assert supervisor.wait(PATIENCE_SECONDS) == 130, logs[0].read_text()
-
-        machine = start(*along, log=logs[1])
-        supervisor = start("resume", str(run.folder), log=logs[0])
         assert supervisor.wait(PATIENCE_SECONDS) == 0, logs[0].read_text()
         assert machine.wait(PATIENCE_SECONDS) == 0, logs[1].read_text()
     finally:
@@ -112,9 +105,9 @@ def test_a_machine_is_killed_and_the_network_is_that_of_one_machine(
             send_signal(pid, signal.SIGKILL)
 
     attempts = list_attempts(run)
-    assert [end.kind for attempt in attempts if (end := read_end(attempt))] == ["crash", "stopped", "finished"]
+    assert [end.kind for attempt in attempts if (end := read_end(attempt))] == ["crash", "finished"]
     assert all(attempt.log_file(rank).exists() for attempt in attempts for rank in range(2))
-    assert all(f"machine 1 of 2 joins attempt {number}" in logs[1].read_text() for number in (1, 2, 3))
+    assert all(f"machine 1 of 2 joins attempt {number}" in logs[1].read_text() for number in (1, 2))
     likeness = compare_runs(Run(world.folder / "runs" / "one"), run)
-    assert likeness.attempts == 3
-    assert likeness.tensors > 3000
+    assert likeness.attempts == 2
+    assert likeness.tensors > 1000
