@@ -106,7 +106,6 @@ class Formula:
         if self.kind_of(tree) == "number":
             raise self.error("the formula is a number; it names no model", tree.span)
         self.patterns = tuple(dict.fromkeys(part.pattern for part in walk_formula(tree) if isinstance(part, Only)))
-        self.block_weights = [part for part in walk_formula(tree) if isinstance(part, Blocks)]
         self.reduce_case: Callable[[Case], Reduction] = cache(self._reduce)
 
     def error(self, message: str, span: Span) -> FormulaError:
