@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.output import count_of, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.errors import command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.merging.inspecting import FileReport
@@ -21,7 +22,7 @@ def rows_of_recipe(report: FileReport) -> list[tuple[str, Any]]:
         return [("merge recipe", report.recipe)] if report.recipe is not None else []
     recipe = report.recipe
     rows: list[tuple[str, Any]] = [("merge formula", recipe.get("formula", recipe.get("interp_method", "")))]
-    sums = [entry for entry in recipe.get("coefficients", []) if isinstance(entry, dict)]
+    sums = [entry for entry in as_list(recipe.get("coefficients")) if isinstance(entry, dict)]
     rows += [("computed", f"{entry.get('sum')}  ({entry.get('tensors')} tensors)") for entry in sums]
     for table in ("models", "networks"):
         named = recipe.get(table)
@@ -29,8 +30,13 @@ def rows_of_recipe(report: FileReport) -> list[tuple[str, Any]]:
             parent = report.parents.get(str(sha256))
             file = parent.get("name", "") if isinstance(parent, dict) else ""
             rows.append((f"parent {name}", f"{str(sha256)[:10]} {file}"))
-    rows += [("decision", line) for line in recipe.get("decisions", [])]
+    rows += [("decision", line) for line in as_list(recipe.get("decisions"))]
     return rows
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of metadata, which anyone may have written; empty where it is none."""
+    return value if isinstance(value, list) else []
 
 
 def print_report(report: FileReport) -> None:
@@ -53,7 +59,9 @@ def print_report(report: FileReport) -> None:
         rows += [("sha256 of the data", report.hashes.data_sha256)]
     rows += sorted(short_metadata(header.metadata).items())
     rows += rows_of_recipe(report)
-    print_table(str(header.path), rows, report.replay or f"kwrap inspect {header.path} --json")
+    print_table(str(header.path), rows, "" if report.replay else command_line("inspect", header.path, "--json"))
+    if report.replay:
+        click.echo(f"Made by, with the files' names of then: {report.replay}")
 
 
 @click.command(
@@ -105,4 +113,4 @@ def inspect_database(file: Path, as_json: bool) -> None:
             name, value = "size", f"{show_bytes(value)} ({value:,} bytes)"
         if name != "path" and value not in (None, ""):
             rows.append((name.replace("_", " "), value))
-    print_table(str(file), rows, f"kwrap caption --db {file} --post ID")
+    print_table(str(file), rows, command_line("caption", "--db", file, "--post", described["last_id"] or "ID"))

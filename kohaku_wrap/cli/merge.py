@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note, print_table, progress_bar
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.merging.plan import MergeOptions, MergePlan
@@ -19,6 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 VERIFY_ELEMENTS = 10_000
+COMPILING = "note: the first merge of an installation compiles its loops first, for some ten seconds"
 
 
 def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
@@ -118,6 +119,7 @@ Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
                               VAE; 1 where not named
   only("pattern", x, else=y)  x for the keys that match, y (or nothing) for
                               the others
+A formula that begins with - goes last, after --.
 """
 )
 @click.argument("formula_or_recipe")
@@ -168,14 +170,18 @@ def command(
         if as_json:
             print_json("merge", {"dry_run": True, **described})
         else:
-            print_plan(described, "the same command without --dry-run")
+            print_plan(
+                described, "the same command " + ("without --dry-run" if output else "with -o FILE, without --dry-run")
+            )
         return
     if output is None:
         raise UsageError("no output is named", "Add -o FILE.safetensors, or --dry-run to see what would be computed.")
 
     from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.merging.hashes import hash_files
-    from kohaku_wrap.merging.running import check_output, run_merge
+    from kohaku_wrap.merging.kernels import loops_are_compiled
+    from kohaku_wrap.merging.open_files import check_output
+    from kohaku_wrap.merging.running import run_merge
 
     headers = {**plan.files, **plan.networks}
     check_output(output, {name: header.path for name, header in headers.items()})
@@ -184,7 +190,9 @@ def command(
     with progress_bar("hash the inputs", "bytes", quiet=as_json) as report:
         hashes = hash_files([header.path for header in headers.values()], threads, report)
     metadata = build_metadata(plan, dict(zip(headers, hashes, strict=True)), title, date, recipe)
-    with progress_bar("merge", "bytes", quiet=as_json) as report:
+    if not loops_are_compiled():
+        print_note(COMPILING)
+    with progress_bar("merge and verify" if verify else "merge", "bytes", quiet=as_json) as report:
         result = run_merge(plan, output, metadata, threads, VERIFY_ELEMENTS if verify else 0, report)
     kept = {"non_finite": dict(result.faults.inputs), "overflow": dict(result.faults.overflows)}
     if as_json:
@@ -209,4 +217,4 @@ def command(
         if result.unverified:
             rows.append(("not verified", f"{result.unverified:,} numbers that DoRA sets in float32"))
     rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
-    print_table("Merged", rows, f"kwrap inspect {output}")
+    print_table("Merged", rows, command_line("inspect", output))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.merge import COMPILING
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.cli.resume import runs_folders, site_option
 
 
@@ -44,11 +45,14 @@ def command(
     The card tells recipe, hyperparameters, dataset counts, attempts and prompt format from the run's lock, and the
     digest of its ledger. SHA256SUMS is written last: a folder that has it is whole.
     """
+    from kohaku_wrap.merging.kernels import loops_are_compiled
     from kohaku_wrap.merging.publishing import publish_run
     from kohaku_wrap.training.runs.folder import find_run
 
     run = find_run(name, runs_folders(site_file))
-    with progress_bar("bake", "bytes", quiet=as_json) as on_progress:
+    if not no_bake and not loops_are_compiled():
+        print_note(COMPILING)
+    with progress_bar("publish", "bytes", quiet=as_json) as on_progress:
         report = publish_run(run.folder, run.lock.tables, out, step, rights, not no_bake, threads, on_progress)
     if as_json:
         print_json(

@@ -42,11 +42,6 @@ class Reduction:
     dropped: tuple[str, ...] = ()
     """The difference groups, as text, that count as 0 because a member lacks the key."""
 
-    @property
-    def total(self) -> Fraction:
-        """The sum of the checkpoints' coefficients; 1 keeps the size of the weights."""
-        return sum(self.models.values(), Fraction(0))
-
 
 @dataclass(frozen=True)
 class Value:

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kohaku_wrap.merging.kernels import Product
+from kohaku_wrap.merging.loops import fill_kronecker
+
 Array = NDArray[np.float32]
 
 STORED = {
@@ -23,7 +26,7 @@ class Delta:
     """The delta of one module.
 
     A stored difference is taken as it is, and LoKr of two whole factors is one float32 product for each number, made
-    as its row is asked for. All else is computed by lycoris-lora, whose import takes seconds.
+    as it is added. All else is computed by lycoris-lora, whose import takes seconds.
     """
 
     def __init__(self, algorithm: str, kind: str, arrays: Mapping[str, Array]) -> None:
@@ -43,23 +46,34 @@ class Delta:
             self.whole = compute_delta(algorithm, arrays)
 
     def fill_rows(self, first: int, last: int, out: NDArray[Any]) -> None:
-        """Write rows `first` to `last` (not included) into the flat float32 array `out`.
-
-        Of a Kronecker product they must lie within one block: kron(w1, w2)[i p + k, j q + l] = w1[i, j] w2[k, l]
-        with (p, q) the shape of w2, and so for the kernels of a convolution behind each l.
-        """
-        if self.whole is not None:
+        """Write rows `first` to `last` (not included) into the flat float32 array `out`."""
+        if self.period:
+            product = self.factor_rows(first, last)
+            fill_kronecker(product.outer, product.inner, 0, out)
+        elif self.whole is not None:
             np.copyto(
                 out, self.whole.reshape(self.whole.shape[0] if self.whole.ndim else 1, -1)[first:last].reshape(-1)
             )
-            return
+
+    def factor_rows(self, first: int, last: int) -> Product:
+        """Rows of a Kronecker product, still in its factors; they must lie within one block.
+
+        kron(w1, w2)[i p + k, j q + l] = w1[i, j] w2[k, l] with (p, q) the shape of w2, and so for the kernels of a
+        convolution behind each l.
+        """
         block, start = divmod(first, self.period)
-        rows = last - first
-        np.multiply(
-            self.outer[block].reshape(1, -1, 1),
-            self.inner[start : start + rows].reshape(rows, 1, -1),
-            out=out.reshape(rows, self.outer.shape[1], -1),
-        )
+        inner = self.inner.reshape(self.period, -1)
+        return Product(self.outer[block], inner[start : start + last - first])
+
+    def at(self, places: NDArray[Any]) -> Array:
+        """The numbers at flat places."""
+        if not self.period:
+            return np.asarray(self.compute_whole()[places])
+        inner = self.inner.reshape(self.period, -1)
+        rows, columns = np.divmod(places, self.outer.shape[1] * inner.shape[1])
+        blocks, inner_rows = np.divmod(rows, self.period)
+        outer_columns, inner_columns = np.divmod(columns, inner.shape[1])
+        return np.asarray(self.outer[blocks, outer_columns] * inner[inner_rows, inner_columns])
 
     def compute_whole(self) -> Array:
         """All of it, flat."""

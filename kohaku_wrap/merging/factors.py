@@ -60,9 +60,10 @@ def decompose_weight(weight: Array, dora_scale: Array, multiplier: float) -> Arr
     """
     torch.set_num_threads(1)
     on_output = dora_scale.shape[0] == weight.shape[0] and dora_scale.size == weight.shape[0]
-    merged = weight_decompose(
-        torch.from_numpy(weight), torch.from_numpy(dora_scale), multiplier, wd_on_out=on_output, backend=BACKEND
-    )
+    # As many dimensions as the weight has, which a 1 x 1 convolution and its linear layer tell differently.
+    ones = [1] * (weight.ndim - 1)
+    norms = torch.from_numpy(dora_scale).reshape([-1, *ones] if on_output else [1, -1, *ones[1:]])
+    merged = weight_decompose(torch.from_numpy(weight), norms, multiplier, wd_on_out=on_output, backend=BACKEND)
     return cast(Array, merged.contiguous().numpy())
 
 

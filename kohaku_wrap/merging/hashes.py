@@ -13,6 +13,8 @@ from threading import Lock
 from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, keep_hashes, key_of_file, load_hashes
 from kohaku_wrap.merging.layout import read_header
 
+AUTO_V2_DIGITS = 10
+
 
 @dataclass(frozen=True)
 class FileHashes:
@@ -27,7 +29,7 @@ class FileHashes:
     @property
     def auto_v2(self) -> str:
         """The short hash that model sites show."""
-        return self.sha256[:10]
+        return self.sha256[:AUTO_V2_DIGITS]
 
 
 class HashCounter:

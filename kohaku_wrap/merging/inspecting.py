@@ -50,6 +50,8 @@ class FileReport:
 
 def is_database(path: Path) -> bool:
     """Whether a file is an sqlite database, by its first bytes."""
+    if not path.is_file():
+        return False
     with path.open("rb") as stream:
         return stream.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
 
@@ -75,7 +77,7 @@ def inspect_file(path: Path, hashed: bool = True, on_progress: Progress = lambda
         parts_of_file(header),
         recipe,
         parents,
-        command_of_recipe(recipe, parents, path.name) if ours else "",
+        command_of_recipe(recipe, parents, header.metadata, path.name) if ours else "",
     )
 
 

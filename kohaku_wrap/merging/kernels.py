@@ -1,14 +1,15 @@
 """Exact sums over chunks of tensors: compiled loops for all elements, a careful way for the few they cannot vouch for.
 
 The loops add whole-number multiples of the inputs in float64 and divide once. That is exact, with one rounding to
-the output's type, wherever the inputs of an element are of like size, and always for float16 inputs; the loops name
-the elements that could have come out wrong, and there sum_exactly decides.
+the output's type, wherever the inputs of an element are of like size, and always for float16 inputs and for sums
+and differences of two; the loops name the elements that could have come out wrong, and there sum_exactly decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ class Scratch:
         return held[: elements * width].view(dtype)
 
 
+def loops_are_compiled() -> bool:
+    """Whether this installation has the loops as machine code already; compiling them takes some ten seconds."""
+    loop: Any = combine
+    folder = Path(loop.stats.cache_path or "")
+    return any(folder.glob(f"*.combine-{loop.py_func.__code__.co_firstlineno}.*.nbi"))
+
+
 def as_numbers(bits: Bits, kind: FloatFormat) -> NDArray[np.float32]:
     """The numbers that raw bits stand for; float32 holds every one."""
     if kind.name == "F16":
@@ -69,8 +77,28 @@ def infinity_bits(kind: FloatFormat) -> int:
 
 
 @dataclass(frozen=True)
+class Product:
+    """Rows of a Kronecker product, made as they are added: each row of `inner` times each number of `outer`."""
+
+    outer: NDArray[np.float32]
+    """(columns,)"""
+
+    inner: NDArray[np.float32]
+    """(rows, width)"""
+
+    def at(self, places: NDArray[Any]) -> NDArray[np.float32]:
+        """The numbers at flat places."""
+        repeats, columns = np.divmod(places, self.inner.shape[1])
+        rows, outer = np.divmod(repeats, self.outer.size)
+        return np.asarray(self.outer[outer] * self.inner[rows, columns])
+
+
+NO_PRODUCT = Product(np.empty(0, np.float32), np.empty((0, 0), np.float32))
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """The buffers that a chunk's inputs are read into, those of one width side by side."""
+    """The buffers that a chunk's inputs are read into, those of one width side by side, and what is made of factors."""
 
     halves: NDArray[np.uint16]
     """The 16-bit inputs: (inputs, elements)."""
@@ -81,22 +109,32 @@ class Inputs:
     rows: list[Bits]
     """The row of each input, in the order of the kernel's types."""
 
+    product: Product | None
+    """The input after those, if there is one; its type is F32."""
+
+    def numbers_at(self, places: NDArray[Any], kinds: Sequence[FloatFormat]) -> list[NDArray[np.float32]]:
+        """The numbers of every input at `places`."""
+        numbers = [as_numbers(bits[places], kind) for bits, kind in zip(self.rows, kinds, strict=False)]
+        return numbers if self.product is None else [*numbers, self.product.at(places)]
+
 
 class Kernel:
     """Computes one combination for inputs and an output of given types."""
 
-    def __init__(self, kinds: Sequence[str], sum_of: Combination, to: str) -> None:
-        """`kinds` and `to` are dtypes as headers spell them: F16, BF16 or F32."""
+    def __init__(self, kinds: Sequence[str], sum_of: Combination, to: str, has_product: bool = False) -> None:
+        """`kinds` and `to` are dtypes as headers spell them: F16, BF16 or F32; that of a product comes last."""
         self.kinds = [FORMATS[kind] for kind in kinds]
         self.sum_of = sum_of
         self.to = FORMATS[to]
-        self.is_half = [kind.size_bytes == 2 for kind in self.kinds]
+        self.is_half = [kind.size_bytes == 2 for kind in self.kinds[: len(kinds) - has_product]]
         halves = [place for place, is_half in enumerate(self.is_half) if is_half]
         singles = [place for place, is_half in enumerate(self.is_half) if not is_half]
+        order = [*halves, *singles, *range(len(self.is_half), len(kinds))]
         self.half_kinds = np.array([CODES[self.kinds[place].name] for place in halves], dtype=np.int64)
-        self.half_numerators = np.array([float(sum_of.numerators[place]) for place in halves])
-        self.single_numerators = np.array([float(sum_of.numerators[place]) for place in singles])
-        self.is_copy = sum_of.numerators == (1,) and sum_of.denominator == 1 and self.kinds[0] == self.to
+        self.numerators = np.array([float(sum_of.numerators[place]) for place in order])
+        self.is_copy = (
+            sum_of.numerators == (1,) and sum_of.denominator == 1 and self.kinds[0] == self.to and not has_product
+        )
 
     @property
     def is_usable(self) -> bool:
@@ -118,14 +156,15 @@ class Kernel:
         precision = max(kind.precision for kind in self.kinds)
         return float(2.0 ** (DOUBLE_PRECISION - 1 - precision) / (self.sum_of.weight or 1))
 
-    def take_inputs(self, elements: int, scratch: Scratch) -> Inputs:
+    def take_inputs(self, elements: int, scratch: Scratch, product: Product | None = None) -> Inputs:
         """Buffers for the inputs of a chunk."""
-        shape = (len(self.half_kinds), elements)
+        shape = (self.is_half.count(True), elements)
         halves = scratch.take("halves", np.uint16, shape[0] * elements).reshape(shape)
-        shape = (len(self.single_numerators), elements)
+        shape = (self.is_half.count(False), elements)
         singles = scratch.take("singles", np.uint32, shape[0] * elements).reshape(shape)
         of_halves, of_singles = iter(halves), iter(singles)
-        return Inputs(halves, singles, [next(of_halves if is_half else of_singles) for is_half in self.is_half])
+        rows = [next(of_halves if is_half else of_singles) for is_half in self.is_half]
+        return Inputs(halves, singles, rows, product)
 
     def run(self, inputs: Inputs, output: Bits, scratch: Scratch) -> tuple[NDArray[Any], NDArray[Any]]:
         """Fill `output` and return the places where an input is not finite, and where a finite sum overflows.
@@ -140,12 +179,14 @@ class Kernel:
             self.settle(inputs, output, np.arange(output.size))
             return self.find_faults(inputs, output)
         doubtful = scratch.take("doubtful", np.int64, output.size)
-        doubts, faults = combine(
+        product = inputs.product or NO_PRODUCT
+        doubts, has_faults = combine(
             inputs.halves,
             self.half_kinds,
-            self.half_numerators,
             inputs.singles,
-            self.single_numerators,
+            product.outer,
+            product.inner,
+            self.numerators,
             float(self.sum_of.denominator),
             self.spread_limit,
             CODES[self.to.name],
@@ -154,15 +195,15 @@ class Kernel:
         )
         if doubts:
             self.settle(inputs, output, doubtful[:doubts])
-            faults += self.find_not_finite(output[doubtful[:doubts]]).size
-        return self.find_faults(inputs, output) if faults else (doubtful[:0], doubtful[:0])
+            has_faults |= bool(self.find_not_finite(output[doubtful[:doubts]]).size)
+        return self.find_faults(inputs, output) if has_faults else (doubtful[:0], doubtful[:0])
 
     def settle(self, inputs: Inputs, output: Bits, places: NDArray[Any]) -> None:
         """Compute the elements at `places` carefully."""
         if not places.size:
             return
-        gathered = [as_numbers(bits[places], kind) for bits, kind in zip(inputs.rows, self.kinds, strict=True)]
-        output[places] = as_bits(sum_exactly(gathered, self.kinds, self.sum_of, self.to), self.to)
+        numbers = inputs.numbers_at(places, self.kinds)
+        output[places] = as_bits(sum_exactly(numbers, self.kinds, self.sum_of, self.to), self.to)
 
     def find_not_finite(self, output: Bits) -> NDArray[Any]:
         """Places of infinities and NaN among bits of the output's type."""
@@ -174,6 +215,6 @@ class Kernel:
         self.settle(inputs, output, places)
         still = places[self.find_not_finite(output[places])]
         from_input = np.zeros(still.size, dtype=bool)
-        for bits, kind in zip(inputs.rows, self.kinds, strict=True):
-            from_input |= (bits[still] & bits.dtype.type(magnitude_mask(kind))) >= infinity_bits(kind)
+        for numbers in inputs.numbers_at(still, self.kinds):
+            from_input |= ~np.isfinite(numbers)
         return still[from_input], still[~from_input]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 import struct
 from collections.abc import Iterable, Mapping
@@ -17,8 +18,13 @@ from kohaku_wrap.errors import KwrapError
 LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 100_000_000
 HEADER_ALIGNMENT_BYTES = 8
+TOKENS_LIMIT = 2_000_000
 FAULTS_SHOWN = 8
+FAULT_LENGTH = 400
 DIMENSIONS_LIMIT = 64
+
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[,\[{]', re.DOTALL)
+"""A JSON string, also one that the text ends in, or a mark that a value follows."""
 
 BITS_OF_DTYPE = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -33,6 +39,12 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 """The types that a formula can compute with."""
 
 
+def shorten(text: str) -> str:
+    """Both ends of a text that is too long for a message: names of tensors have no limit."""
+    half = FAULT_LENGTH // 2
+    return text if len(text) <= FAULT_LENGTH else f"{text[:half]}…{text[-half:]}"
+
+
 class MalformedFile(KwrapError):
     """A file that is not a whole and consistent safetensors file."""
 
@@ -40,10 +52,10 @@ class MalformedFile(KwrapError):
 
     def __init__(self, path: Path, faults: Iterable[str]) -> None:
         listed = list(faults)
-        shown = listed[:FAULTS_SHOWN]
+        shown = [shorten(fault) for fault in listed[:FAULTS_SHOWN]]
         if len(listed) > len(shown):
-            shown.append(f"and {len(listed) - len(shown)} faults more")
-        text = f"{path}: {shown[0]}" if len(listed) == 1 else "\n  ".join([f"{path}: {len(listed)} faults", *shown])
+            shown.append(f"and {len(listed) - len(shown):,} faults more")
+        text = f"{path}: {shown[0]}" if len(listed) == 1 else "\n  ".join([f"{path}: {len(listed):,} faults", *shown])
         super().__init__(text, self.advice)
 
 
@@ -115,6 +127,8 @@ def read_header(path: Path) -> Header:
     Raises PickledFile, OtherKindOfFile, or MalformedFile with every fault found.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OtherKindOfFile(path, ["not a regular file"])
     with path.open("rb") as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
         start = stream.read(LENGTH_BYTES)
@@ -192,6 +206,8 @@ def load_json(path: Path, text: bytes) -> dict[str, Any]:
     """The header's JSON object; a name that stands twice, at any depth, is refused."""
     if not text.startswith(b"{"):
         raise MalformedFile(path, ["the header does not begin with '{': this is not a safetensors file"])
+    if has_too_many_tokens(text):
+        raise MalformedFile(path, [f"the header holds more than {TOKENS_LIMIT:,} words and brackets"])
     try:
         decoded = text.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -207,6 +223,13 @@ def load_json(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise MalformedFile(path, ["the header is not a JSON object"])
     return document
+
+
+def has_too_many_tokens(text: bytes) -> bool:
+    """Whether JSON would take gigabytes when it is parsed, as no real header does; long strings are no harm."""
+    if sum(text.count(mark) for mark in (b",", b"[", b"{", b'"')) <= TOKENS_LIMIT:
+        return False
+    return any(number >= TOKENS_LIMIT for number, _ in enumerate(TOKEN.finditer(text)))
 
 
 def is_count(value: object) -> bool:
@@ -250,8 +273,10 @@ def fault_of_size(spot: TensorSpot, data_bytes: int) -> str:
     if spot.end > data_bytes:
         return f"its data ends at byte {spot.end:,}, but the file holds {data_bytes:,} bytes of data"
     bits = spot.elements * BITS_OF_DTYPE[spot.dtype]
+    if bits % 8:
+        return f"{spot.dtype} {list(spot.shape)} takes {bits:,} bits, which are no whole bytes"
     if bits != spot.size_bytes * 8:
-        return f"{spot.dtype} {list(spot.shape)} takes {(bits + 7) // 8:,} bytes, not {spot.size_bytes:,}"
+        return f"{spot.dtype} {list(spot.shape)} takes {bits // 8:,} bytes, not {spot.size_bytes:,}"
     return ""
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kohaku_wrap.merging.hashes import FileHashes
+from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
 
 TRAINING_VALUES = (
     "optimizer_type", "unet_lr", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "min_snr_gamma", "noise_offset",
@@ -17,11 +18,15 @@ DATASET_VALUES = (
     "resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "shuffle_caption",
     "keep_tokens_separator", "caption_tag_dropout_rate",
 )  # fmt: skip
-PROMPT_FORMAT = (
-    "<1girl/1boy/1other/...>, <character>, <series>, <artists>, <general tags>, <quality tags>, <year tags>, "
-    "<meta tags>, <rating tags>"
-)
-
+NETWORK_VALUES = ("network_dim", "network_alpha")
+MARKDOWN_MARKS = frozenset("*\\<[`|{")
+LICENSES_BY_NAME = frozenset(
+    (
+        "apache-2.0", "mit", "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "cc0-1.0",
+        "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "agpl-3.0", "gpl-3.0", "lgpl-3.0", "mpl-2.0",
+        "unlicense", "wtfpl", "other", "unknown",
+    )
+)  # fmt: skip
 PROMPT_NOTE = "Brackets in tags are written `\\(` and `\\)` in webui-style front ends."
 
 
@@ -67,9 +72,9 @@ def show_value(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(show_value(item) for item in value)
-    if isinstance(value, Mapping):
-        return json.dumps(value, ensure_ascii=False).replace("|", "\\|")
-    return str(value).replace("|", "\\|")
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
+    # Markdown would read patterns as emphasis and as escapes.
+    return f"`{text}`".replace("|", "\\|") if set(text) & MARKDOWN_MARKS else text
 
 
 def table_of(title: str, lines: Sequence[str], heads: str = "| what | value |\n|---|---|") -> str:
@@ -92,10 +97,17 @@ def lineage_lines(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def front_matter(facts: CardFacts) -> str:
-    """The YAML head that model sites read; JSON strings are YAML strings."""
-    lines = ["---", f"license: {json.dumps(facts.license or 'unknown', ensure_ascii=False)}", "language: [en]"]
-    lines += ["pipeline_tag: text-to-image", "tags: [stable-diffusion-xl, lycoris, lokr, kwrap]", "---"]
-    return "\n".join(lines) + "\n"
+    """The YAML head that model sites read; JSON strings are YAML strings.
+
+    Hugging Face takes its own short names as a license, and another one as `other` with a name in small letters.
+    """
+    short = re.sub(r"[^a-z0-9.+]+", "-", facts.license.lower()).strip("-")
+    named = [f"license: {short or 'unknown'}"]
+    if short and short not in LICENSES_BY_NAME:
+        named = ["license: other", f"license_name: {json.dumps(short)}"]
+    tags = ["stable-diffusion-xl", "lycoris", str(facts.lock.get("network_args", {}).get("algo", "lora")), "kwrap"]
+    lines = ["---", *named, "language: [en]", "pipeline_tag: text-to-image"]
+    return "\n".join([*lines, f"tags: {json.dumps(tags, ensure_ascii=False)}", "---", ""])
 
 
 def compose_card(facts: CardFacts) -> str:
@@ -105,11 +117,16 @@ def compose_card(facts: CardFacts) -> str:
     total = plan.get("total_optimizer_steps")
     step = facts.optimizer_step if facts.optimizer_step is not None else total
     at = f"optimizer step {step:,} of {total:,}" if isinstance(step, int) and isinstance(total, int) else "the end"
-    dataset = f", dataset `{run['dataset']}`" if run.get("dataset") else ""
+    inputs = lock.get("inputs", {})
+    name = inputs.get("captions_dataset") or run.get("dataset")
+    dataset = f", dataset `{name}`" if name else ""
+    base = f"`{facts.base_name}`" if facts.base_name else "a base model"
+    if inputs.get("base_model_sha256"):
+        base += f" (AutoV2 {inputs['base_model_sha256'][:AUTO_V2_DIGITS]})"
     parts = [
         front_matter(facts),
         f"# {facts.name}\n\nThe network and the model at {at}, trained with kwrap {run.get('kwrap_version', '')} "
-        f"from the template `{run.get('template', '')}`{dataset}, on {facts.base_name or 'a base model'}.\n",
+        f"from the template `{run.get('template', '')}`{dataset}, on {base}.\n",
         table_of(
             "Files",
             [
@@ -120,26 +137,41 @@ def compose_card(facts: CardFacts) -> str:
         ),
         table_of(
             "Dataset",
-            list_values(plan, ("images", "batches", "epochs")) + list_values(lock.get("dataset", {}), DATASET_VALUES),
+            list_values(plan, ("images", "batches", "epochs"))
+            + list_values(lock.get("dataset", {}), DATASET_VALUES)
+            + list_values(inputs, ("selection_sha256", "captions_digest")),
         ),
         table_of(
             "Training",
             list_values(run, ("engine", "effective_batch"))
+            + list_values({"trainer_commit": lock.get("trainer", {}).get("commit")})
             + list_values(plan, ("optimizer_steps_per_epoch", "total_optimizer_steps"))
             + list_values(lock.get("values", {}), TRAINING_VALUES)
             + list_values(lock.get("optimizer_args", {})),
         ),
-        table_of("Network", list_values(lock.get("network_args", {})) + list_values(lock.get("preset", {}))),
+        table_of(
+            "Network",
+            list_values(lock.get("values", {}), NETWORK_VALUES)
+            + list_values(lock.get("network_args", {}))
+            + list_values(lock.get("preset", {})),
+        ),
         table_of(
             "Attempts",
             lineage_lines(facts.lineage),
             "| attempt | from optimizer step | processes | accumulation | end |\n|---|---|---|---|---|",
         ),
-        f"## Prompts\n\n```\n{PROMPT_FORMAT}\n```\n\n{PROMPT_NOTE}\n",
+        prompt_text(inputs.get("prompt_format", "")),
         proof_text(facts),
         f"## License\n\n{facts.license or 'Not stated: neither the base model nor the publisher names one.'}\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def prompt_text(prompt_format: str) -> str:
+    """How to write prompts, as the captions were."""
+    if not prompt_format:
+        return "## Prompts\n\nThe run did not record how its captions were made.\n"
+    return f"## Prompts\n\n```\n{prompt_format}\n```\n\n{PROMPT_NOTE}\n"
 
 
 def proof_text(facts: CardFacts) -> str:

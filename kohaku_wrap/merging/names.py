@@ -11,6 +11,13 @@ from kohaku_wrap.merging.blocks import UNET_PREFIX
 TEXT_ENCODER_1_PREFIX = "conditioner.embedders.0.transformer."
 TEXT_ENCODER_2_PREFIX = "conditioner.embedders.1.model."
 
+NETWORK_PREFIXES = {
+    UNET_PREFIX: "lora_unet_",
+    TEXT_ENCODER_1_PREFIX: "lora_te1_",
+    "cond_stage_model.transformer.": "lora_te_",
+}
+"""How the names of a network begin for the parts that it names as the checkpoint does; the last is SD 1's."""
+
 FUSED_PARTS = ("q_proj", "k_proj", "v_proj")
 
 RESBLOCK = re.compile(r"transformer\.resblocks\.([0-9]+)\.(.+)")
@@ -66,14 +73,12 @@ def table_of_targets(keys: Iterable[str]) -> dict[str, dict[str, Target]]:
     """
     table: dict[str, dict[str, Target]] = {}
     for key in keys:
-        if key.startswith(UNET_PREFIX):
-            path, kind = split_kind(key.removeprefix(UNET_PREFIX))
-            add_target(table, f"lora_unet_{path.replace('.', '_')}", kind, Target(key))
-        elif key.startswith(TEXT_ENCODER_1_PREFIX):
-            path, kind = split_kind(key.removeprefix(TEXT_ENCODER_1_PREFIX))
-            add_target(table, f"lora_te1_{path.replace('.', '_')}", kind, Target(key))
-        elif key.startswith(TEXT_ENCODER_2_PREFIX):
+        if key.startswith(TEXT_ENCODER_2_PREFIX):
             add_text_encoder_2(table, key)
+        for prefix, network_prefix in NETWORK_PREFIXES.items():
+            if key.startswith(prefix):
+                path, kind = split_kind(key.removeprefix(prefix))
+                add_target(table, f"{network_prefix}{path.replace('.', '_')}", kind, Target(key))
     return table
 
 

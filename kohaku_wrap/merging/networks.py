@@ -34,6 +34,10 @@ ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 MARK_OF_ALGORITHM = {"lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm"}
 PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
 PROBLEMS_SHOWN = 12
+ALPHA_DTYPES = (*FLOAT_DTYPES, "F64", "I64", "I32")
+"""An alpha that was never converted is what Python made of a number: sd-scripts saves a whole one as I64."""
+
+Shape = tuple[int, ...]
 
 
 class NotANetwork(KwrapError):
@@ -67,32 +71,73 @@ class Module:
     def delta_size(self) -> tuple[int, int]:
         """Rows and elements of the weight's delta.
 
-        Raises KeyError where the factors do not make a whole delta.
+        Raises KeyError, IndexError or ValueError where the factors do not make a whole delta.
         """
         shape = {suffix: spot.shape for suffix, spot in self.tensors.items()}
         if self.algorithm == "LoKr":
-            return self.size_of_kron(shape)
+            (outer_rows, outer_columns), inner = shapes_of_kron(shape)
+            return outer_rows * inner[0], outer_rows * outer_columns * math.prod(inner)
         if self.algorithm == "LoHa":
-            kernel = math.prod(shape["hada_t1"][2:]) if "hada_t1" in shape else 1
-            out = shape["hada_w1_a"][1 if "hada_t1" in shape else 0]
-            return out, out * kernel * math.prod(shape["hada_w1_b"][1:])
-        if self.algorithm == "LoRA":
-            kernel = math.prod(shape["lora_mid.weight"][2:]) if "lora_mid.weight" in shape else 1
-            out = shape["lora_up.weight"][0]
-            return out, out * kernel * math.prod(shape["lora_down.weight"][1:])
-        whole = shape["diff" if self.algorithm == "full" else "w_norm"]
-        return (whole[0] if whole else 1), math.prod(whole)
-
-    def size_of_kron(self, shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        outer = shape["lokr_w1"] if "lokr_w1" in shape else (shape["lokr_w1_a"][0], shape["lokr_w1_b"][1])
-        if "lokr_w2" in shape:
-            rows, columns = shape["lokr_w2"][0], math.prod(shape["lokr_w2"][1:])
-        elif "lokr_t2" in shape:
-            rows = shape["lokr_w2_a"][1]
-            columns = shape["lokr_w2_b"][1] * math.prod(shape["lokr_t2"][2:])
+            whole = shape_of_hadamard(shape)
+        elif self.algorithm == "LoRA":
+            whole = shape_of_lora(shape)
         else:
-            rows, columns = shape["lokr_w2_a"][0], math.prod(shape["lokr_w2_b"][1:])
-        return outer[0] * rows, outer[0] * rows * outer[1] * columns
+            whole = shape["diff" if self.algorithm == "full" else "w_norm"] or (1,)
+        return whole[0], math.prod(whole)
+
+
+def flatten(shape: Shape) -> Shape:
+    """As a matrix: all after the first dimension in one."""
+    return shape[0], math.prod(shape[1:])
+
+
+def shape_of_product(left: Shape, right: Shape) -> Shape:
+    """Of a product of two matrices."""
+    (rows, rank), (other_rank, columns) = left, right
+    if rank != other_rank or not rank:
+        raise ValueError
+    return rows, columns
+
+
+def shape_of_tucker(core: Shape, left: Shape, right: Shape) -> Shape:
+    """Of a Tucker product: `core` (rank, other rank, …), `left` (rank, rows), `right` (other rank, columns)."""
+    (rank, rows), (other_rank, columns) = left, right
+    if core[:2] != (rank, other_rank) or not rank * other_rank:
+        raise ValueError
+    return rows, columns, *core[2:]
+
+
+def shapes_of_kron(shape: Mapping[str, Shape]) -> tuple[Shape, Shape]:
+    """Of both factors of a LoKr module."""
+    outer = shape.get("lokr_w1") or shape_of_product(shape["lokr_w1_a"], shape["lokr_w1_b"])
+    if "lokr_w2" in shape:
+        return outer, shape["lokr_w2"]
+    left, right = shape["lokr_w2_a"], shape["lokr_w2_b"]
+    if "lokr_t2" in shape:
+        return outer, shape_of_tucker(shape["lokr_t2"], left, right)
+    return outer, shape_of_product(left, flatten(right))
+
+
+def shape_of_hadamard(shape: Mapping[str, Shape]) -> Shape:
+    """Of both factors of a LoHa module, which must be alike."""
+    pairs = [(shape[f"hada_w{half}_a"], shape[f"hada_w{half}_b"]) for half in (1, 2)]
+    if "hada_t1" in shape or "hada_t2" in shape:
+        cores = shape["hada_t1"], shape["hada_t2"]
+        found = {shape_of_tucker(core, *pair) for core, pair in zip(cores, pairs, strict=True)}
+    else:
+        found = {shape_of_product(*pair) for pair in pairs}
+    if len(found) > 1:
+        raise ValueError
+    return found.pop()
+
+
+def shape_of_lora(shape: Mapping[str, Shape]) -> Shape:
+    up, down = shape["lora_up.weight"], shape["lora_down.weight"]
+    if math.prod(up[2:]) != 1:
+        raise ValueError
+    if "lora_mid.weight" in shape:
+        return shape_of_tucker(shape["lora_mid.weight"], (up[1], up[0]), flatten(down))
+    return shape_of_product(up[:2], flatten(down))
 
 
 @dataclass(frozen=True)
@@ -143,7 +188,11 @@ def read_modules(header: Header) -> list[Module]:
     modules, problems = [], []
     for name, tensors in group_modules(header).items():
         algorithm = algorithm_of(tensors)
-        odd = [suffix for suffix, spot in tensors.items() if spot.dtype not in FLOAT_DTYPES]
+        odd = [
+            suffix
+            for suffix, spot in tensors.items()
+            if spot.dtype not in (ALPHA_DTYPES if suffix == "alpha" else FLOAT_DTYPES)
+        ]
         if algorithm is None:
             known = ", ".join(ALGORITHMS)
             problems.append(Problem(name, f"its tensors ({', '.join(sorted(tensors))}) are none of {known}"))
@@ -207,13 +256,25 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
         return "" if delta == elements else f"its bias has {delta} numbers, {target.key} has {elements}"
     try:
         delta_rows, delta_elements = module.delta_size()
-    except (KeyError, IndexError):
-        return "its factors do not make a whole delta"
+    except (KeyError, IndexError, ValueError):
+        shapes = ", ".join(f"{suffix} {list(spot.shape)}" for suffix, spot in sorted(module.tensors.items()))
+        return f"its factors do not make a whole delta ({shapes})"
     if (delta_rows, delta_elements) != (rows, elements):
         return (
             f"its delta has {delta_rows} rows and {delta_elements:,} numbers, {target.key} has {rows} and {elements:,}"
         )
+    alpha, dora = module.tensors.get("alpha"), module.tensors.get("dora_scale")
+    if alpha and alpha.elements != 1:
+        return f"its alpha has {alpha.elements} numbers, not one"
+    if dora and not is_norm_of(dora.shape, rows, spot.shape):
+        return f"its dora_scale {list(dora.shape)} is neither one number for each output nor one for each input"
     return ""
+
+
+def is_norm_of(dora: Shape, rows: int, weight: Shape) -> bool:
+    """Whether DoRA's norms are those of a weight's outputs, (rows, 1, …), or of its inputs, (1, columns, …)."""
+    by_output = dora[:1] == (rows,) and math.prod(dora) == rows
+    return by_output or (dora[:2] == (1, *weight[1:2]) and math.prod(dora) == math.prod(weight[1:2]))
 
 
 def problems_of_fused(changes: Iterable[Change]) -> list[Problem]:

@@ -280,7 +280,7 @@ def read_block_weight(reader: Reader) -> BlockWeight:
     if reader.token.kind == "range":
         reader.take()
         last = read_block(reader)
-        if first.rstrip("0123456789") != last.rstrip("0123456789") or first == last or first > last:
+        if first.rstrip("0123456789") != last.rstrip("0123456789") or len(first) != len(last) or first >= last:
             raise reader.error(f"{first}..{last} is not a range of blocks", reader.span_from(start))
     reader.expect("=", f"after the block {last}")
     value = read_signed_number(reader, f"for the block {last}")

@@ -127,6 +127,10 @@ class Planner:
 
     def advice(self) -> str:
         kinds = {problem.what.split(":")[0] for problem in self.problems}
+        if any("whose VAE" in kind for kind in kinds):
+            return (
+                "Give --vae-from a checkpoint of the same kind: its VAE under `first_stage_model.`, in the same shapes."
+            )
         if any("lacks" in kind for kind in kinds):
             return (
                 "`--missing anchor` copies such tensors from the anchor, `--missing zero` counts the model as 0 there."

@@ -130,20 +130,24 @@ def publish_run(
             f"the base model {base} is not there, so nothing can be baked",
             "Put it back where run.lock.toml names it, or publish the network alone with --no-bake.",
         )
+    read_header(network)
+    rights = rights or (read_header(base).metadata.get("modelspec.license", "") if base.is_file() else "")
     out.mkdir(parents=True, exist_ok=True)
     baked = f"{network.stem}-baked.safetensors"
     ours = {network.name, baked, f"{baked}.part", CARD_NAME, SUMS_NAME}
     foreign = [path.name for path in out.iterdir() if path.name not in ours]
+    others = [name for name in foreign if name.endswith(".safetensors")]
     if foreign and not (out / SUMS_NAME).is_file():
         raise CannotPublish(f"{out} is not empty ({foreign[0]}, …)", "Choose a new folder with --out.")
+    if others:
+        raise CannotPublish(f"{out} holds what another step offers ({others[0]})", "Choose a new folder with --out.")
     (out / SUMS_NAME).unlink(missing_ok=True)
     copy_file(network, out / network.name)
     written = [network.name]
-    rights = rights or (read_header(base).metadata.get("modelspec.license", "") if base.is_file() else "")
     if bake:
         bake_network(base, network, out / baked, f"{name} baked into {base.stem}", threads, on_progress)
         written.append(baked)
-    hashes = dict(zip(written, hash_files([out / file for file in written], threads), strict=True))
+    hashes = dict(zip(written, hash_files([out / file for file in written], threads, on_progress), strict=True))
     ledger = digest_of_ledger(folder / "ledger")
     facts = CardFacts(name, optimizer_step, lock, read_lineage(folder / "attempts"), hashes, ledger, rights, base.name)
     write_text(out / CARD_NAME, compose_card(facts))
@@ -158,7 +162,7 @@ def bake_network(base: Path, network: Path, output: Path, title: str, threads: i
     from kohaku_wrap.merging.running import run_merge
 
     plan = plan_merge(BAKE_FORMULA, {"base": base, "network": network})
-    found: list[FileHashes] = hash_files([base, network], threads)
+    found: list[FileHashes] = hash_files([base, network], threads, on_progress)
     recipe = Recipe(BAKE_FORMULA, title=title)
     metadata = build_metadata(plan, dict(zip(("base", "network"), found, strict=True)), recipe=recipe)
     run_merge(plan, output, metadata, threads, on_progress=on_progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import tomllib
 from collections.abc import Mapping
@@ -15,16 +16,27 @@ import kohaku_wrap
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.merging.formula import format_formula
-from kohaku_wrap.merging.hashes import FileHashes
+from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
 from kohaku_wrap.merging.layout import Header
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import LIKE, VAE
 
 RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
 NESTED_VALUE_LIMIT = 16_384
+NESTING_LIMIT = 64
 NESTED_PREFIXES = ("ss_", "sshs_", "modelspec.")
 MODELSPEC_VERSION = "1.0.1"
 RECIPE_TYPE = "kwrap"
+
+WORDS_OF_OPTION = {
+    "dtype": ("fp16", "bf16", "fp32"),
+    "missing": ("fail", "anchor", "zero"),
+    "shapes": ("fail", "anchor"),
+    "sums": ("warn", "fail"),
+    "non_finite": ("fail", "keep"),
+    "overflow": ("fail", "keep"),
+}
+"""What an option of a recipe may say, where there is a choice; the same words as on the command line."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +86,33 @@ def read_recipe(path: Path) -> Recipe:
     models, options = document.get("models", {}), document.get("options", {})
     if not isinstance(models, dict) or not all(isinstance(text, str) for text in models.values()):
         problems.append(Problem("models", "is not a table of names with a text each"))
-    known = {option.name for option in fields(MergeOptions)}
-    for name in options if isinstance(options, dict) else {"options": None}:
-        if name not in known:
-            problems.append(Problem(f"options.{name}", f"unknown; there are {', '.join(sorted(known))}"))
+    if isinstance(options, dict):
+        problems += problems_of_options(options)
+    else:
+        problems.append(Problem("options", "is not a table"))
     if problems:
         raise ProblemsFound(str(path), problems, "`kwrap merge --help` tells what the options mean.")
     return Recipe(
         document["formula"], dict(models), document.get("title", ""), document.get("notes", ""), dict(options)
     )
+
+
+def problems_of_options(options: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with a recipe's options."""
+    types = {option.name: type(option.default) for option in fields(MergeOptions)}
+    problems = []
+    for name, value in options.items():
+        words = WORDS_OF_OPTION.get(name)
+        if name not in types:
+            what = f"unknown; there are {', '.join(sorted(types))}"
+        elif words and value not in words:
+            what = f"{json.dumps(value, default=str)} is not one of {', '.join(words)}"
+        elif type(value) is not types[name]:
+            what = "is not true or false" if types[name] is bool else "is not text"
+        else:
+            continue
+        problems.append(Problem(f"options.{name}", what))
+    return problems
 
 
 def find_recipe(text: str) -> Recipe:
@@ -152,6 +182,11 @@ def join_licenses(headers: Mapping[str, Header]) -> License:
     return License("", f"the parents' licenses differ ({listed}); the merge names none")
 
 
+def name_of_file(path: Path) -> str:
+    """The file's name, as text that can be written: a name may hold bytes that are not UTF-8."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
+
+
 def parent_entry(header: Header) -> dict[str, Any]:
     """What the merged file keeps of one parent: its name, its recipe, and its own metadata."""
     kept, left_out = {}, []
@@ -163,18 +198,26 @@ def parent_entry(header: Header) -> dict[str, Any]:
         else:
             kept[key] = value
     recipe = header.metadata.get("sd_merge_recipe")
-    entry: dict[str, Any] = {"name": header.path.name, "sd_merge_recipe": parse_json(recipe), "metadata": kept}
+    entry: dict[str, Any] = {"name": name_of_file(header.path), "sd_merge_recipe": parse_json(recipe), "metadata": kept}
     return {**entry, "left_out": left_out} if left_out else entry
 
 
 def parse_json(text: str | None) -> Any:
-    """The value of JSON text; the text itself where it is none."""
+    """The value of JSON text; the text itself where it is none, or holds what could not be written again."""
     if text is None:
         return None
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        dump_json(value).encode("utf-8")  # escapes can hold halves of characters
     except (ValueError, RecursionError):
         return text
+    return value if is_shallow(value) else text
+
+
+def is_shallow(value: Any, levels: int = NESTING_LIMIT) -> bool:
+    """Whether JSON is nested at most so many levels deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(is_shallow(item, levels - 1) for item in inner)
 
 
 def dump_json(value: Any) -> str:
@@ -219,7 +262,7 @@ def build_metadata(
         "modelspec.implementation": anchor.get("modelspec.implementation")
         or "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title or (recipe.title if recipe else "") or plan.formula.source,
-        "modelspec.merged_from": ", ".join(header.path.name for header in headers.values()),
+        "modelspec.merged_from": ", ".join(name_of_file(header.path) for header in headers.values()),
     }
     for key in ("modelspec.resolution", "modelspec.prediction_type"):
         if key in anchor:
@@ -239,7 +282,7 @@ def changed_options(options: MergeOptions) -> dict[str, Any]:
     changed = {name: value for name, value in asdict(options).items() if value != usual[name]}
     for name in ("like", "vae_from"):
         if name in changed:
-            changed[name] = Path(str(changed[name])).name
+            changed[name] = name_of_file(Path(str(changed[name])))
     return changed
 
 
@@ -257,25 +300,38 @@ OPTION_FLAGS = {
 }
 
 
-def command_of_recipe(recipe: Mapping[str, Any], parents: Mapping[str, Any], output: str) -> str:
+def command_of_recipe(
+    recipe: Mapping[str, Any], parents: Mapping[str, Any], metadata: Mapping[str, str], output: str
+) -> str:
     """The command that would make a merged file again, from its `sd_merge_recipe` and `sd_merge_models`.
 
-    Files are called by the names that they had; LIKE and VAE stand-ins are options, not models.
+    Files are called by the names that they had, with their hash for a folder where two had the same; LIKE and VAE
+    stand-ins are options, not models.
     """
-    words: list[str] = ["kwrap", "merge", str(recipe.get("formula", ""))]
+    formula = str(recipe.get("formula", ""))
     bound = {**as_table(recipe.get("models")), **as_table(recipe.get("networks"))}
+    hashes_of_file: dict[str, set[str]] = {}
+    files = {}
     for name, sha256 in bound.items():
-        if name in (LIKE, VAE):
-            continue
-        parent = as_table(parents.get(str(sha256)))
-        words += ["-m", f"{name}={parent.get('name', f'{name}.safetensors')}"]
+        files[name] = str(as_table(parents.get(str(sha256))).get("name", f"{name}.safetensors"))
+        hashes_of_file.setdefault(files[name], set()).add(str(sha256))
+    words: list[str] = []
+    for name, file in files.items():
+        if name not in (LIKE, VAE):
+            folder = f"{str(bound[name])[:AUTO_V2_DIGITS]}/" if len(hashes_of_file[file]) > 1 else ""
+            words += ["-m", f"{name}={folder}{file}"]
     options = as_table(recipe.get("options"))
     if options.get("merge_vae"):
         words.append("--merge-vae")
     for name, flag in OPTION_FLAGS.items():
         if name in options:
             words += [flag, WORD_OF_DTYPE.get(str(options[name]), str(options[name]))]
-    return shlex.join([*words, "-o", output])
+    for key, flag in {"modelspec.title": "--title", "modelspec.date": "--date"}.items():
+        if metadata.get(key, formula) != formula:
+            words += [flag, metadata[key]]
+    words += ["-o", output]
+    # What begins with a minus would be read as an option.
+    return shlex.join(["kwrap", "merge", *([*words, "--", formula] if formula.startswith("-") else [formula, *words])])
 
 
 def as_table(value: Any) -> dict[str, Any]:

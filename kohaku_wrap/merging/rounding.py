@@ -144,8 +144,8 @@ def sum_exactly(inputs: Sequence[Array], units: Sequence[FloatFormat], sum_of: C
     and quotient is exact or rounds only once; float64 with a bound on its error where both ends of the bound
     round alike; integers.
     """
-    values = [array.astype(np.float64) for array in inputs]
     with np.errstate(all="ignore"):
+        values = [array.astype(np.float64) for array in inputs]
         approximate, error, certain = sum_with_bound(values, units, sum_of, to)
         rounded = round_array(approximate, to)
         tiny = np.zeros(certain.shape, dtype=bool)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -18,28 +15,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kohaku_wrap.errors import KwrapError, Problem
-from kohaku_wrap.files import Progress, fsync_folder
+from kohaku_wrap.errors import Problem
+from kohaku_wrap.files import Progress
 from kohaku_wrap.merging.deltas import Delta
 from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers
-from kohaku_wrap.merging.layout import BITS_OF_DTYPE, Header, encode_header
+from kohaku_wrap.merging.layout import BITS_OF_DTYPE, encode_header
 from kohaku_wrap.merging.networks import Change, raise_problems
+from kohaku_wrap.merging.open_files import Files, check_output, new_file, reserve_space, write_at
 from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task, cut_pieces, list_tasks
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.rounding import FORMATS, Combination
 
 POLL_SECONDS = 0.1
-DISK_RESERVE_BYTES = 16 << 20
 write_out = getattr(os, "fdatasync", os.fsync)
+NUMPY_DTYPES = {"F64": np.float64, "I64": np.int64, "I32": np.int32}
 BYTES_OF_KIND = {name: BITS_OF_DTYPE[name] // 8 for name in (*FORMATS, RAW)}
-
-
-class BadOutput(KwrapError):
-    """An output path that cannot be written to."""
-
-
-class ChangedInput(KwrapError):
-    """A file that became shorter while it was read."""
 
 
 @dataclass
@@ -51,90 +41,6 @@ class Faults:
 
     overflows: Counter[str] = field(default_factory=Counter)
     """Because the exact sum is too large for the output's type."""
-
-
-class Files:
-    """The open inputs of a merge."""
-
-    def __init__(self, headers: Mapping[str, Header]) -> None:
-        self.headers = headers
-        self.descriptors = {name: os.open(header.path, os.O_RDONLY) for name, header in headers.items()}
-
-    def close(self) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
-
-    def read(self, name: str, begin: int, buffer: NDArray[Any]) -> None:
-        """Fill `buffer` from byte `begin` of a file's data."""
-        view = memoryview(buffer.view(np.uint8).data)
-        place = self.headers[name].data_start + begin
-        while len(view):
-            count = os.preadv(self.descriptors[name], [view], place)
-            if not count:
-                raise ChangedInput(f"{self.headers[name].path}: it became shorter while it was read", "Start again.")
-            view, place = view[count:], place + count
-
-
-def write_at(descriptor: int, buffer: NDArray[Any], place: int) -> None:
-    """Write all of `buffer` at byte `place` of a file."""
-    view = memoryview(buffer.view(np.uint8).data)
-    while len(view):
-        count = os.pwrite(descriptor, view, place)
-        view, place = view[count:], place + count
-
-
-def reserve_space(descriptor: int, size_bytes: int) -> None:
-    """Make a file `size_bytes` long, its blocks reserved where the system can: writes then take a third less time."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size_bytes)
-    else:
-        os.ftruncate(descriptor, size_bytes)
-
-
-@contextmanager
-def new_file(path: Path, size_bytes: int) -> Iterator[int]:
-    """A descriptor of `<path>.part`, which gets its name only when all is on disk; nothing is left on failure."""
-    part = path.with_name(f"{path.name}.part")
-    free_bytes = shutil.disk_usage(path.parent).free
-    if free_bytes < size_bytes + DISK_RESERVE_BYTES:
-        raise BadOutput(
-            f"{path.parent}: the output takes {size_bytes:,} bytes and only {free_bytes:,} are free",
-            "Free some space, or choose another place with -o.",
-        )
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadOutput(f"{part}: another merge is writing it", "Wait for it, or choose another name.") from None
-        try:
-            os.ftruncate(descriptor, 0)
-            yield descriptor
-            os.fsync(descriptor)
-            part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    finally:
-        os.close(descriptor)
-    fsync_folder(path.parent)
-
-
-def check_output(output: Path, inputs: Mapping[str, Path]) -> None:
-    """Raise BadOutput where the output is one of the inputs, is a folder, or has no folder to lie in."""
-    if output.is_dir() or not output.name:
-        raise BadOutput(f"{output} is a folder", "Name a file with -o, such as merged.safetensors.")
-    if output.suffix != ".safetensors":
-        raise BadOutput(f"{output}: kwrap writes .safetensors files", f"Try -o {output.with_suffix('.safetensors')}")
-    if not output.parent.is_dir():
-        raise BadOutput(f"{output.parent} does not exist", "Make the folder first, or choose another place with -o.")
-    part = output.with_name(f"{output.name}.part")
-    for name, path in inputs.items():
-        for candidate in (output, part):
-            if candidate.exists() and candidate.samefile(path):
-                raise BadOutput(
-                    f"{candidate} is the input {name}", "Choose another name with -o; inputs are never overwritten."
-                )
 
 
 class Worker:
@@ -164,26 +70,35 @@ class Worker:
             output = self.scratch.take("output", np.uint8, size)
             self.files.read(piece.sources[0].name, piece.sources[0].begin + first, output)
             return output
-        weights = piece.coefficients + tuple(weight for _, weight, _ in piece.deltas[: len(deltas)])
-        kinds = tuple(source.kind for source in piece.sources) + ("F32",) * len(deltas)
+        row_elements = piece.elements // piece.rows
+        first_row, last_row = first // row_elements, last // row_elements
+        weights = tuple(weight for _, weight, _ in piece.deltas[: len(deltas)])
+        # One product is made as it is added, and comes last.
+        lazy = next((place for place, delta in enumerate(deltas) if delta.period), None)
+        product = None
+        if lazy is not None:
+            product = deltas[lazy].factor_rows(first_row, last_row)
+            deltas = deltas[:lazy] + deltas[lazy + 1 :]
+            weights = (*weights[:lazy], *weights[lazy + 1 :], weights[lazy])
+        kinds = tuple(source.kind for source in piece.sources) + ("F32",) * len(weights)
         to = to or piece.to
-        kernel = self.kernel(kinds, weights, to)
-        inputs = kernel.take_inputs(size, self.scratch)
+        kernel = self.kernel(kinds, piece.coefficients + weights, to, product is not None)
+        inputs = kernel.take_inputs(size, self.scratch, product)
         for source, row in zip(piece.sources, inputs.rows, strict=False):
             self.files.read(source.name, source.begin + first * BYTES_OF_KIND[source.kind], row)
         for delta, row in zip(deltas, inputs.rows[len(piece.sources) :], strict=True):
-            row_elements = piece.elements // piece.rows
-            delta.fill_rows(first // row_elements, last // row_elements, row.view(np.float32))
+            delta.fill_rows(first_row, last_row, row.view(np.float32))
         output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[to]], size)
         not_finite, overflow = kernel.run(inputs, output, self.scratch)
         self.count(self.faults.inputs, piece, first, not_finite)
         self.count(self.faults.overflows, piece, first, overflow)
         return output
 
-    def kernel(self, kinds: tuple[str, ...], weights: tuple[Any, ...], to: str) -> Kernel:
-        known = self.kernels.get((kinds, weights, to))
+    def kernel(self, kinds: tuple[str, ...], weights: tuple[Any, ...], to: str, has_product: bool = False) -> Kernel:
+        settings = kinds, weights, to, has_product
+        known = self.kernels.get(settings)
         if known is None:
-            known = self.kernels[kinds, weights, to] = Kernel(kinds, Combination.of(weights), to)
+            known = self.kernels[settings] = Kernel(kinds, Combination.of(weights), to, has_product)
         return known
 
     def count(self, counter: Counter[str], piece: Piece, first: int, places: NDArray[Any]) -> None:
@@ -196,7 +111,12 @@ class Worker:
         """A module's tensors in float32."""
         tensors = {}
         for suffix, spot in change.module.tensors.items():
-            kind = FORMATS[spot.dtype]
+            kind = FORMATS.get(spot.dtype)
+            if kind is None:  # an alpha
+                number = np.empty(1, dtype=NUMPY_DTYPES[spot.dtype])
+                self.files.read(network, spot.begin, number)
+                tensors[suffix] = number.astype(np.float32)
+                continue
             bits = np.empty(spot.elements, dtype=BITS_DTYPES[kind.size_bytes])
             self.files.read(network, spot.begin, bits)
             tensors[suffix] = as_numbers(bits, kind).reshape(spot.shape)
@@ -311,7 +231,8 @@ def run_merge(
 ) -> MergeResult:
     """Write the merge to `output`: whole, checked and on disk, or not at all.
 
-    The bytes do not depend on `threads` (0: one for each processor). `on_progress` is told bytes of the output.
+    The bytes do not depend on `threads` (0: one for each processor). `on_progress` is told bytes of the output, those
+    that are verified a second time.
     Raises BadOutput, ProblemsFound for non-finite elements that are not allowed, or MismatchFound.
     """
     from kohaku_wrap.merging.verifying import verify_elements_of
@@ -329,11 +250,19 @@ def run_merge(
             reserve_space(descriptor, size_bytes)
             count = min(threads or count_threads(), max(1, len(pieces) * 64))
             workers = [Worker(plan, files, finder, faults, lock) for _ in range(count)]
-            Pool(list_tasks(pieces)).run(workers, descriptor, len(start), plan.data_bytes, on_progress)
+            total_bytes = plan.data_bytes * (2 if verify_elements else 1)
+            Pool(list_tasks(pieces)).run(workers, descriptor, len(start), total_bytes, on_progress)
             raise_faults(plan, faults)
             verified = unverified = 0
             if verify_elements:
-                verified, unverified = verify_elements_of(workers[0], pieces, descriptor, len(start), verify_elements)
+                verified, unverified = verify_elements_of(
+                    workers[0],
+                    pieces,
+                    descriptor,
+                    len(start),
+                    verify_elements,
+                    lambda done: on_progress(plan.data_bytes + done, total_bytes),
+                )
     finally:
         files.close()
     return MergeResult(output, size_bytes, faults, verified, unverified)

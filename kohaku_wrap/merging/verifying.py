@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -48,15 +48,22 @@ def draw_elements(pieces: Sequence[Piece], count: int) -> dict[int, list[int]]:
 
 
 def verify_elements_of(
-    worker: Worker, pieces: Sequence[Piece], descriptor: int, data_start: int, count: int
+    worker: Worker,
+    pieces: Sequence[Piece],
+    descriptor: int,
+    data_start: int,
+    count: int,
+    on_done: Callable[[int], None],
 ) -> tuple[int, int]:
     """Check `count` random elements of a written merge; how many were checked, and how many DoRA sets.
 
-    A network's delta counts as the float32 numbers that lycoris-lora computes. Raises MismatchFound.
+    `on_done` is told how many bytes of the output lie behind. A network's delta counts as the float32 numbers that
+    lycoris-lora computes. Raises MismatchFound.
     """
     checked = skipped = 0
     for place, elements in draw_elements(pieces, count).items():
         piece = pieces[place]
+        on_done(piece.begin)
         if any(change.module.has_dora and change.kind == "weight" for _, _, change in piece.deltas):
             skipped += len(elements)
             continue
@@ -77,6 +84,7 @@ def verify_elements_of(
                         "Nothing was written. Please report this with the formula and the types of the files.",
                     )
             checked += 1
+    on_done(sum(piece.size_bytes for piece in pieces))
     return checked, skipped
 
 
@@ -91,6 +99,5 @@ def deltas_at(worker: Worker, piece: Piece, elements: Sequence[int]) -> list[lis
     """For each element, what each network adds there before its coefficient."""
     columns = []
     for name, _, change in piece.deltas:
-        delta = worker.open_delta(name, change).compute_whole()
-        columns.append([float(delta[element]) for element in elements])
+        columns.append(worker.open_delta(name, change).at(np.array(elements)).tolist())
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in elements]

@@ -21,6 +21,8 @@ def test_rows_of_a_kronecker_product_are_those_of_lycoris(inner_shape: tuple[int
     delta = Delta("LoKr", "weight", arrays)
     wanted = lokr.make_kron(torch.from_numpy(arrays["lokr_w1"]), torch.from_numpy(arrays["lokr_w2"]), 1.0).numpy()
     assert np.array_equal(delta.compute_whole(), wanted.reshape(-1))
+    places = np.arange(wanted.size)[::3]
+    assert np.array_equal(delta.at(places), wanted.reshape(-1)[places])
     last = delta.period
     rows = np.empty((last - last // 2, wanted[0].size), dtype=np.float32)
     delta.fill_rows(2 * last + last // 2, 3 * last, rows.reshape(-1))
@@ -41,4 +43,5 @@ def test_low_rank_factors_go_through_lycoris() -> None:
     )
     delta = Delta("LoKr", "weight", arrays)
     assert np.array_equal(delta.compute_whole(), wanted.numpy().reshape(-1))
+    assert np.array_equal(delta.at(np.array([3, 50])), wanted.numpy().reshape(-1)[[3, 50]])
     assert abs(wanted).max() > 0

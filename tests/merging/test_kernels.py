@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers, infinity_bits
+from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Product, Scratch, as_numbers, infinity_bits
 from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
 
 GAMMA = (Fraction(1, 2), Fraction(4, 5), Fraction(-4, 5), Fraction(1, 2))
@@ -21,6 +21,8 @@ COEFFICIENTS = [
     (Fraction(123456789, 10**9), Fraction(876543211, 10**9)),
     (Fraction(10**15 + 1, 10**15), Fraction(-1, 10**15)),
     (Fraction(1), Fraction(-1, 4)),
+    (Fraction(1), Fraction(1)),
+    (Fraction(-1), Fraction(1)),
     (Fraction(1), Fraction(4, 5)),
 ]
 KINDS = ("F16", "BF16", "F32")
@@ -96,6 +98,41 @@ def test_a_float32_delta_on_a_16_bit_weight(to: str, coefficient: Fraction) -> N
     for hostile in (False, True):
         inputs = [draw_bits(generator, to, 2000, hostile), draw_bits(generator, "F32", 2000, hostile)]
         check_exact(inputs, [to, "F32"], (Fraction(1), coefficient), to)
+
+
+@pytest.mark.parametrize("coefficients", [(1, 1), (1, -1), (1, Fraction(4, 5)), (1, 1, 1), (Fraction(1, 3),)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_added_as_if_it_lay_there(kind: str, coefficients: tuple[Fraction, ...]) -> None:
+    generator = np.random.default_rng(10)
+    factors = [draw_bits(generator, "F32", size, True).view(np.float32) % 1e6 for size in (5, 30 * 37)]
+    product = Product(factors[0], factors[1].reshape(30, 37))
+    whole = (product.outer[None, :, None] * product.inner[:, None, :]).reshape(-1)
+    assert np.array_equal(product.at(np.arange(whole.size)), whole)
+    kinds = [kind] * (len(coefficients) - 1)
+    inputs = [draw_bits(generator, kind, whole.size, hostile) for hostile, _ in zip((False, True), kinds, strict=False)]
+    sum_of = Combination.of(tuple(map(Fraction, coefficients)))
+    wanted, _, _ = run_kernel(
+        [*inputs, whole.view(np.uint32)], [*kinds, "F32"], tuple(map(Fraction, coefficients)), kind
+    )
+
+    kernel, scratch = Kernel([*kinds, "F32"], sum_of, kind, has_product=True), Scratch()
+    buffers = kernel.take_inputs(whole.size, scratch, product)
+    for row, bits in zip(buffers.rows, inputs, strict=True):
+        row[:] = bits
+    output = np.empty(whole.size, dtype=BITS_DTYPES[FORMATS[kind].size_bytes])
+    kernel.run(buffers, output, scratch)
+    assert np.array_equal(output, wanted)
+    check_exact([*inputs, whole.view(np.uint32)], [*kinds, "F32"], tuple(map(Fraction, coefficients)), kind)
+
+
+@pytest.mark.parametrize("to", ["F16", "BF16"])
+def test_faults_of_a_sum_of_two_are_told_apart(to: str) -> None:
+    base = torch.tensor([3e38 if to == "BF16" else 6e4, np.nan, 1.0, 1.0, -np.inf]).to(TORCH_DTYPES[to])
+    delta = np.array([3e38, 1.0, np.inf, 1.0, np.inf], dtype=np.float32)
+    delta[3] = np.uint32(0x7FFFFFFF).view(np.float32)
+    inputs = [base.view(torch.int16).numpy().view(np.uint16), delta.view(np.uint32)]
+    _, bad, overflows = run_kernel(inputs, [to, "F32"], (Fraction(1), Fraction(1)), to)
+    assert (bad.tolist(), overflows.tolist()) == ([1, 2, 3, 4], [0])
 
 
 def test_a_sum_just_beside_a_tie_is_not_taken_for_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from kohaku_wrap.merging.inspecting import is_database
 from kohaku_wrap.merging.layout import (
     HEADER_LIMIT_BYTES,
     MalformedFile,
+    OtherKindOfFile,
     PickledFile,
     encode_header,
     lay_out_tensors,
@@ -74,6 +77,10 @@ FAULTS: dict[str, tuple[bytes | dict[str, Any], bytes, str]] = {
     "metadata with a number": ({"__metadata__": {"x": 1}, "a": entry()}, bytes(4), "must map strings to strings"),
     "a list": (b"[1]", b"", "does not begin with '{'"),
     "not JSON": (b'{"a":', b"", "is not valid JSON"),
+    "half a byte": ({"a": entry(0, 2, "F4", (3,))}, bytes(2), "takes 12 bits, which are no whole bytes"),
+    "too many values": (b'{"a":[' + b"[]," * 1_000_000 + b"[]]}", b"", "more than 2,000,000 words and brackets"),
+    "too many words": (b'{"a":[' + b'"",' * 1_000_000 + b"1]}", b"", "more than 2,000,000 words and brackets"),
+    "endless word": (b'{"a":"' + b'\\",' * 1_000_000 + b"\\", b"", "is not valid JSON"),
     "NaN": (b'{"a": NaN}', b"", "NaN is not JSON"),
     "not UTF-8": (b'{"\xff":1}', b"", "is not UTF-8"),
     "half a character": (b'{"\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4), "not UTF-8"),
@@ -105,6 +112,22 @@ def test_header_lengths_that_lie(tmp_path: Path) -> None:
     path.write_bytes(b"abc")
     with pytest.raises(MalformedFile, match="3 bytes are too few"):
         read_header(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(OtherKindOfFile, match="not a regular file"):
+        read_header(tmp_path / "pipe.safetensors")
+    assert not is_database(tmp_path / "pipe.safetensors")
+
+
+def test_long_metadata_and_long_names_are_no_harm(tmp_path: Path) -> None:
+    held = {"ss_tag_frequency": '{"a": [' + "1," * 2_000_000}
+    path = write_raw(tmp_path / "a.safetensors", {"__metadata__": held, "b": entry()}, bytes(4))
+    assert read_header(path).metadata == held
+    with pytest.raises(MalformedFile, match=r"'b+…b+': unknown dtype 'X'") as refused:
+        read_header(write_raw(path, {"b" * 1_000_000: entry(dtype="X")}, bytes(4)))
+    assert len(str(refused.value)) < 1000
 
 
 def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:

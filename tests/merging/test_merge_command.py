@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click import Choice
 from click.testing import CliRunner, Result
 
-from kohaku_wrap.cli import program, run_program
+from kohaku_wrap.cli import merge, program, run_program
+from kohaku_wrap.merging import kernels
+from kohaku_wrap.merging.recipes import WORDS_OF_OPTION
 
 from .conftest import WriteModel
 
@@ -73,6 +77,46 @@ def test_errors_are_messages_with_exit_codes(
     for arguments, code, text in cases:
         assert run_program(arguments) == code, arguments
         assert text in capsys.readouterr().err
+
+
+def test_recipes_take_the_words_of_the_options() -> None:
+    choices = {
+        option.name: tuple(option.type.choices) for option in merge.command.params if isinstance(option.type, Choice)
+    }
+    assert choices == WORDS_OF_OPTION
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path, write_model: WriteModel) -> None:
+    odd = write_model("a", 1).rename(tmp_path / os.fsdecode(b"a\xff.safetensors"))
+    output = tmp_path / os.fsdecode(b"o\xff.safetensors")
+    inspect = ["inspect", "--no-hash", str(output)]
+    for words in (["merge", "a", "-m", f"a={odd}", "-o", str(output)], inspect, [*inspect, "--json"]):
+        shown = subprocess.run(
+            [sys.executable, "-m", "kohaku_wrap", *words],
+            capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        ).stdout.decode()  # fmt: skip
+        assert "o\\udcff" in shown and ("a\ufffd.safetensors" in shown or words[0] == "merge")
+
+
+def test_hostile_metadata_is_shown(tmp_path: Path, write_model: WriteModel) -> None:
+    for recipe in ({"type": "kwrap", "coefficients": 5, "decisions": None, "models": ["x"]}, {"coefficients": None}):
+        path = write_model("a", 1, metadata={"sd_merge_recipe": json.dumps(recipe)})
+        shown = call("inspect", str(path), "--no-hash")
+        assert shown.exit_code == 0 and "merge formula" in shown.output, shown.output
+
+
+def test_the_first_merge_says_that_it_compiles(
+    tmp_path: Path, four_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["merge", "beta7", "-m", f"beta7={four_models['beta7']}", "-o", str(tmp_path / "o.safetensors")]
+    for known in (True, False):
+        monkeypatch.setattr(kernels, "loops_are_compiled", lambda known=known: known)
+        assert (merge.COMPILING not in call(*words).stderr) == known
+
+
+def test_compiled_loops_are_found(four_models: dict[str, Path], tmp_path: Path) -> None:
+    assert call("merge", GAMMA, *bind(four_models), "-o", str(tmp_path / "o.safetensors")).exit_code == 0
+    assert kernels.loops_are_compiled()
 
 
 def test_values_are_shown_with_their_brackets(tmp_path: Path, write_model: WriteModel) -> None:

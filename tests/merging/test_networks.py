@@ -16,7 +16,7 @@ from torch import nn
 
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.merging.layout import read_header
-from kohaku_wrap.merging.names import checkpoint_name, table_of_targets
+from kohaku_wrap.merging.names import checkpoint_name, find_targets, table_of_targets
 from kohaku_wrap.merging.networks import NotANetwork, match_modules
 from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
@@ -201,6 +201,44 @@ def test_wrong_shapes_and_unknown_algorithms_are_errors(write_model: WriteModel,
         plan_merge("base + net(n)", {"base": base, "n": write_model("other")})
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"lora_up.weight": (64, 4), "lora_down.weight": (3, 32)},
+        {"lora_up.weight": (64, 0), "lora_down.weight": (0, 32)},
+        {"lora_up.weight": (64, 4, 1, 1), "lora_down.weight": (4, 32, 1, 1), "lora_mid.weight": (3, 3, 1, 1)},
+        {"lora_up.weight": (64, 4), "lora_down.weight": (4, 32), "alpha": (2,)},
+        {"hada_w1_a": (64, 4), "hada_w1_b": (4, 32), "hada_w2_a": (1, 4), "hada_w2_b": (4, 32)},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (32, 4), "lokr_w2_b": (3, 16)},
+        {"lokr_w1": (2, 2), "lokr_t2": (2, 2, 1, 1), "lokr_w2_a": (3, 32), "lokr_w2_b": (2, 16)},
+        {"lokr_w1": (2, 2, 3), "lokr_w2": (32, 16)},
+        {"lokr_w1": (2, 2), "lokr_w2": (32, 16), "dora_scale": (5,)},
+        {"lokr_w1": (2, 2), "lokr_w2": (32, 16), "dora_scale": (64, 32)},
+    ],
+    ids=lambda shapes: " ".join(f"{name}{list(shape)}" for name, shape in shapes.items()),
+)
+def test_factors_that_do_not_fit_together_are_refused_from_the_header(
+    write_model: WriteModel, write_network: WriteNetwork, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    network = write_network("n", {f"{NAME_OF_LINEAR}.{name}": torch.ones(shape) for name, shape in shapes.items()})
+    with pytest.raises(ProblemsFound, match=r"do not make a whole delta|its alpha has 2|its dora_scale"):
+        plan_merge("base + net(n)", {"base": write_model("base"), "n": network})
+
+
+def test_an_alpha_of_whole_numbers_and_flat_norms(
+    tmp_path: Path, write_model: WriteModel, write_network: WriteNetwork
+) -> None:
+    base = write_model("base", 1, torch.float32)
+    factors = {f"{NAME_OF_CONV}.lora_up.weight": torch.randn(64, 4, 1, 1)}
+    factors[f"{NAME_OF_CONV}.lora_down.weight"] = torch.randn(4, 32, 3, 3)
+    norms = torch.rand(64)
+    baked = []
+    for alpha, shape in ((torch.tensor(2.0), (64, 1, 1, 1)), (torch.tensor(2), (64,))):
+        added = {f"{NAME_OF_CONV}.alpha": alpha, f"{NAME_OF_CONV}.dora_scale": norms.reshape(shape)}
+        baked.append(bake(tmp_path, base, write_network("n", factors | added))[CONV])
+    assert torch.equal(*baked)
+
+
 def test_dora_does_not_share_a_tensor(write_model: WriteModel, write_network: WriteNetwork) -> None:
     base_path = write_model("base", 1, torch.float32)
     module = train_module(
@@ -222,6 +260,14 @@ def test_alpha_zero_or_absent_means_the_rank(
     zero = bake(tmp_path, base_path, write_network("m", {**factors, f"{NAME_OF_LINEAR}.alpha": torch.tensor(0.0)}))
     assert torch.equal(without[LINEAR], zero[LINEAR])
     assert torch.equal(without[LINEAR], load_file(base_path)[LINEAR] + up @ down)
+
+
+def test_a_network_of_sd_1_finds_its_keys() -> None:
+    keys = ["cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"]
+    keys.append(f"{UNET}input_blocks.1.1.proj_in.weight")
+    table = table_of_targets(keys)
+    names = ["lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_unet_down_blocks_0_attentions_0_proj_in"]
+    assert [(find_targets(name, table) or {})["weight"].key for name in names] == keys
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,10 @@ def test_networks_are_told_from_models() -> None:
             "blocks(OUT03..IN00=1) * a",
             "formula: OUT03..IN00 is not a range of blocks\n    blocks(OUT03..IN00=1) * a\n           ^^^^^^^^^^^",
         ),
+        (
+            "blocks(TE..TE1=1) * a",
+            "formula: TE..TE1 is not a range of blocks\n    blocks(TE..TE1=1) * a\n           ^^^^^^^",
+        ),
         ('only("x, a)', "formula: a pattern's closing quote is missing\n    only(\"x, a)\n         ^^^^^^"),
     ],
 )

@@ -50,7 +50,15 @@ def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
         "plan": {"images": 5210319, "total_optimizer_steps": 20354, "epochs": 1},
         "values": {"unet_lr": 2e-5, "optimizer_type": "Lion8bit"},
         "dataset": {"keep_tokens_separator": "|||"},
-        "inputs": {"base_model": str(base)},
+        "network_args": {"algo": "lokr", "factor": 8},
+        "preset": {"unet_target_name": [".*time_embed\\..+", "^out\\..+"]},
+        "trainer": {"commit": "48d368f"},
+        "inputs": {
+            "base_model": str(base),
+            "base_model_sha256": "0123456789abcdef",
+            "captions_dataset": "mine",
+            "prompt_format": "<artists>, <general tags>",
+        },
     }
     return folder, lock
 
@@ -62,13 +70,21 @@ def test_a_step_is_published_whole(tmp_path: Path, run: tuple[Path, dict[str, An
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "SHA256SUMS", "epsilon-step00013600-baked.safetensors", "epsilon-step00013600.safetensors",
     ]  # fmt: skip
+    assert "from the template `epsilon`, dataset `mine`, on " in (out / "README.md").read_text()
     for line in (out / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest == report.files[name]
     card = (out / "README.md").read_text()
     facts = ["optimizer step 13,600 of 20,354", "5,210,319", "2e-05", "Fair AI", report.ledger_sha256]
     facts += ["| 1 | 0 | 4 | 16 | crash at optimizer step 15,300 |", "| 2 | 13600 |"]
-    facts += ["<artists>, <general tags>", "\\|\\|\\|"]
+    facts += [
+        "<artists>, <general tags>",
+        "`\\|\\|\\|`",
+        "(AutoV2 0123456789)",
+        "48d368f",
+        "`.*time_embed\\..+`, `^out\\..+`",
+    ]
+    facts += ['license: other\nlicense_name: "fair-ai"\n', '["stable-diffusion-xl", "lycoris", "lokr", "kwrap"]']
     for fact in facts:
         assert fact in card, fact
     assert str(tmp_path) not in card
@@ -80,7 +96,17 @@ def test_the_end_without_baking_and_again(tmp_path: Path, run: tuple[Path, dict[
     first = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
     again = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
     assert first.files == again.files and set(first.files) == {"epsilon.safetensors", "README.md"}
-    assert 'license: "MIT"' in first.card.read_text()
+    assert "license: mit\n" in first.card.read_text()
+    with pytest.raises(CannotPublish, match=r"another step offers \(epsilon\.safetensors\)"):
+        publish_run(folder, lock, tmp_path / "out", 13600, bake=False)
+    assert set(first.files) < {path.name for path in first.folder.iterdir()}, "nothing was removed"
+
+
+def test_a_run_without_a_prompt_format_names_none(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, lock = run
+    del lock["inputs"]["prompt_format"]
+    card = publish_run(folder, lock, tmp_path / "out", bake=False).card.read_text()
+    assert "did not record how its captions were made" in card and "<general tags>" not in card
 
 
 def test_what_is_not_there_is_told(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kohaku_wrap.cli import run_program
 from kohaku_wrap.errors import ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.merging import hashes as hashing
@@ -44,7 +45,7 @@ def test_recipes_are_shipped() -> None:
 def test_shipped_recipes_name_their_models(path: Path) -> None:
     recipe = read_recipe(path)
     tree = parse_formula(recipe.formula)
-    assert Formula(recipe.formula, tree).reduce_for_key("x").total == 1
+    assert sum(Formula(recipe.formula, tree).reduce_for_key("x").models.values()) == 1
     assert set(recipe.models) == {*names_of_models(tree), *names_of_networks(tree)}
     assert recipe.title and recipe.notes and not any("/" in text for text in recipe.models.values())
 
@@ -61,6 +62,24 @@ def test_a_word_is_a_recipe_or_a_formula(tmp_path: Path) -> None:
     path.write_text("formula = ")
     with pytest.raises(UsageError, match="not a TOML file"):
         find_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        ('dtype = "fp64"', r'dtype +"fp64" is not one of fp16, bf16, fp32'),
+        ('missing = "maybe"', 'missing +"maybe" is not one of fail, anchor, zero'),
+        ('dtype = ["fp16"]', r'dtype +\["fp16"\] is not one of'),
+        ("sums = true", "sums +true is not one of"),
+        ('merge_vae = "yes"', "merge_vae +is not true or false"),
+        ("like = 5", "like +is not text"),
+    ],
+)
+def test_options_of_a_recipe_are_checked(tmp_path: Path, option: str, fault: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f'formula = "a"\n[options]\n{option}\n')
+    with pytest.raises(ProblemsFound, match=fault):
+        read_recipe(path)
 
 
 def test_the_file_tells_how_it_was_made(tmp_path: Path, write_model: WriteModel) -> None:
@@ -84,6 +103,43 @@ def test_the_file_tells_how_it_was_made(tmp_path: Path, write_model: WriteModel)
         "kwrap", "merge", "a + 0.8 * (b - a)", "-m", "a=a.safetensors", "-m", "b=b.safetensors",
         "--vae-from", "b", "--dtype", "bf16", "-o", "o.safetensors",
     ]  # fmt: skip
+
+
+def test_what_is_replayed_makes_the_same_file(
+    tmp_path: Path, write_model: WriteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("it's a", "$(b)")):
+        write_model(name, seed)
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "a=it's a.safetensors", "-m", "b=$(b).safetensors", "--dtype", "bf16", "--like", "b"]
+    words += ["--title", 'two "models"', "--date", "2025-01-01", "-o", "o.safetensors", "--", "-a + 2 * b"]
+    assert run_program(["merge", *words]) == 0
+    made = Path("o.safetensors").read_bytes()
+    replay = shlex.split(inspect_file(Path("o.safetensors")).replay)
+    Path("o.safetensors").unlink()
+    assert run_program(replay[1:]) == 0
+    assert Path("o.safetensors").read_bytes() == made
+
+
+def test_files_of_one_name_are_not_replayed_as_one(tmp_path: Path, write_model: WriteModel) -> None:
+    paths = {}
+    for seed, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        paths[name] = write_model("model", seed).rename(tmp_path / name / "model.safetensors")
+    plan = plan_merge("0.5 * a + 0.5 * b", paths)
+    run_merge(plan, tmp_path / "o.safetensors", metadata_of(plan))
+    short = [hashlib.sha256(path.read_bytes()).hexdigest()[:10] for path in paths.values()]
+    words = shlex.split(inspect_file(tmp_path / "o.safetensors").replay)
+    assert [f"a={short[0]}/model.safetensors", f"b={short[1]}/model.safetensors"] == [words[4], words[6]]
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', "[" * 500 + "]" * 500, "[" * 100_000, '{"type": NaN', "5"])
+def test_odd_recipes_of_a_parent_are_carried(tmp_path: Path, write_model: WriteModel, text: str) -> None:
+    odd = write_model("a", 1, metadata={"sd_merge_recipe": text, "sd_merge_models": text})
+    plan = plan_merge("a", {"a": odd})
+    run_merge(plan, tmp_path / "o.safetensors", metadata_of(plan))
+    for path in (odd, tmp_path / "o.safetensors"):
+        json.dumps(describe_report(inspect_file(path)), indent=2)
 
 
 def test_grandparents_are_kept(tmp_path: Path, write_model: WriteModel) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.errors import KwrapError, ProblemsFound
-from kohaku_wrap.merging import pieces, running
+from kohaku_wrap.merging import open_files, pieces, running
+from kohaku_wrap.merging.open_files import BadOutput, new_file
 from kohaku_wrap.merging.parser import FormulaError
 from kohaku_wrap.merging.pieces import cut_pieces
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import UnboundName, plan_merge
 from kohaku_wrap.merging.rounding import FORMATS, round_fraction
-from kohaku_wrap.merging.running import BadOutput, run_merge
+from kohaku_wrap.merging.running import run_merge
 from kohaku_wrap.merging.verifying import MismatchFound
 
 from .conftest import SHAPES, UNET, Tensors, WriteModel
@@ -169,6 +172,10 @@ def test_the_vae_is_the_anchors_unless_asked(tmp_path: Path, write_model: WriteM
     assert torch.equal(merge(plan_merge(half, paths), output)[VAE_KEY], a)
     assert torch.equal(merge(plan_merge(half, paths, MergeOptions(vae_from="b")), output)[VAE_KEY], b)
     assert torch.equal(merge(plan_merge(half, paths, MergeOptions(vae_from=str(paths["b"]))), output)[VAE_KEY], b)
+    bare = write_model("bare", 5, change=lambda tensors: tensors.pop(VAE_KEY))
+    with pytest.raises(ProblemsFound, match="whose VAE was asked for, lacks it") as caught:
+        plan_merge(half, paths, MergeOptions(vae_from=str(bare)))
+    assert "--missing" not in caught.value.next_step
     assert torch.equal(merge(plan_merge(half, paths, MergeOptions(merge_vae=True)), output)[VAE_KEY], average)
     named = "a + blocks(VAE=0.5) * (b - a)"
     assert torch.equal(merge(plan_merge(named, paths), output)[VAE_KEY], average)
@@ -254,7 +261,7 @@ def test_outputs_that_cannot_be(tmp_path: Path, four_models: dict[str, Path], mo
         run_merge(plan, tmp_path / "no" / "o.safetensors", {})
     with pytest.raises(BadOutput, match=r"kwrap writes \.safetensors"):
         run_merge(plan, tmp_path / "o.ckpt", {})
-    monkeypatch.setattr(running, "DISK_RESERVE_BYTES", 1 << 62)
+    monkeypatch.setattr(open_files, "DISK_RESERVE_BYTES", 1 << 62)
     with pytest.raises(BadOutput, match=r"only .* are free"):
         run_merge(plan, tmp_path / "o.safetensors", {})
     assert not (tmp_path / "o.safetensors.part").exists()
@@ -282,3 +289,46 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, number: signal.Sign
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130, errors
     assert not list(tmp_path.glob("o.*"))
+
+
+def test_a_part_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "o.safetensors.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(BadOutput, match="is a link to another file"), new_file(tmp_path / "o.safetensors", 10):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "o.safetensors").exists()
+
+
+def test_a_part_that_was_just_given_its_name_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, part = tmp_path / "o.safetensors", tmp_path / "o.safetensors.part"
+    part.write_text("whole")
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (part.replace(output), lock(*arguments)))
+    with pytest.raises(BadOutput, match="another merge"), new_file(output, 10):
+        pass
+    assert output.read_text() == "whole"
+
+
+def test_what_a_killed_merge_left_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = tmp_path / "o.safetensors.part"
+    part.write_bytes(bytes(100))
+    measure = shutil.disk_usage
+
+    def usage(folder: Path) -> object:
+        free = open_files.DISK_RESERVE_BYTES + 100 - (part.stat().st_size if part.exists() else 0)
+        return measure(folder)._replace(free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with new_file(tmp_path / "o.safetensors", 100):
+        pass
+    with pytest.raises(BadOutput, match="takes 101 bytes and only"), new_file(tmp_path / "p.safetensors", 101):
+        pass
+
+
+@pytest.mark.parametrize("verify_elements", [0, 500])
+def test_progress_ends_at_the_total(tmp_path: Path, four_models: dict[str, Path], verify_elements: int) -> None:
+    plan, told = plan_merge(GAMMA, four_models), []
+    run_merge(plan, tmp_path / "o.safetensors", {}, 2, verify_elements, lambda done, total: told.append((done, total)))
+    whole = plan.data_bytes * (2 if verify_elements else 1)
+    assert told[-1] == (whole, whole) and told == sorted(told)
+    assert not verify_elements or any(plan.data_bytes < done < whole for done, _ in told)
