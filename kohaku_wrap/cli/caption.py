@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.next_steps import extract_command, plan_command
 from kohaku_wrap.cli.output import format_share, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.errors import UsageError
 
@@ -48,7 +49,13 @@ Examples:
     help="What to write, beside captions.arrow.",
 )
 @click.option("--style", type=click.Choice(STYLES), help="Overrides the dataset's.")
-@click.option("--post", "post_id", type=int, metavar="ID", help="Explain the caption of one post.")
+@click.option(
+    "--post",
+    "post_id",
+    type=int,
+    metavar="ID",
+    help="Explain the caption of one post; with SEL.parquet, as it is written there.",
+)
 @click.option("--stats", is_flag=True, help="Count tags and tokens, write nothing.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats.")
 @click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
@@ -77,9 +84,9 @@ def command(
     if relocate:
         print_relocation(require(out, "--out IMAGES", "--relocate"), as_json)
         return
-    database = require(db, "--db DB", "a caption")
+    database = require(db, "--db DB", "captions")
     if post_id is not None:
-        print_explanation(database, choose_recipe(None, dataset, style)[1], post_id, as_json)
+        print_explanation(database, choose_recipe(selection, dataset, style)[1], post_id, selection, as_json)
         return
     selection = require(selection, "SEL.parquet", "captions (or --post ID)")
     name, recipe = choose_recipe(selection, dataset, style)
@@ -164,18 +171,17 @@ def next_command(report: CaptionReport, selection: Path, out: Path, dataset: str
     from kohaku_wrap.config.templates import list_templates
 
     if not report.images:
-        return f"kwrap extract {selection} --tars TARS --out {out}"
+        return extract_command(selection, out)
     template = dataset if dataset in {each.name for each in list_templates()} else "TEMPLATE"
-    beside = out.parent / "site.toml"
-    return f"kwrap plan {template} --site {beside if beside.is_file() else 'site.toml'}"
+    return plan_command(template, out.parent)
 
 
-def print_explanation(db: Path, recipe: CaptionRecipe, post_id: int, as_json: bool) -> None:
+def print_explanation(db: Path, recipe: CaptionRecipe, post_id: int, selection: Path | None, as_json: bool) -> None:
     """Print one post's caption, group by group."""
     from kohaku_wrap.dataset.captions.explanation import explain_post
     from kohaku_wrap.metadata.database import open_database
 
-    explanation = explain_post(open_database(db), recipe, post_id)
+    explanation = explain_post(open_database(db), recipe, post_id, selection)
     if as_json:
         groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
         print_json("caption", {"style": recipe.style, **asdict(explanation), "groups": groups})

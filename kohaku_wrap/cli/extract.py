@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kohaku_wrap.cli.next_steps import caption_command
 from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
 
 ONLY_IF_ANY = {
@@ -90,4 +91,4 @@ def command(
         print_table("Images", [*rows, ("report", images / REPORT_FILE)])
     report.check(max_missing)
     if not as_json:
-        click.echo(f"Next: kwrap caption {selection} --db DB --out {images}")
+        click.echo(f"Next: {caption_command(selection, images)}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.next_steps import extract_command
 from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
         return
     for warning in report.warnings:
         print_note(f"note: {warning}")
-    print_table(f"Selection {recipe.name}, seed {report.seed}", list(rows_of_report(report, out)), next_command(out))
+    print_table(f"Selection {recipe.name}, seed {report.seed}", list(rows_of_report(report, out)), extract_command(out))
 
 
 def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
@@ -63,8 +64,3 @@ def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
     rows.append(("sampled", report.sampled))
     rows += [(f"dropped: {reason}", count) for reason, count in report.dropped.items()]
     return [*rows, ("selected", report.selected), ("written to", out)]
-
-
-def next_command(out: Path) -> str:
-    """What comes after the selection."""
-    return f"kwrap extract {out} --tars TARS --out IMAGES"

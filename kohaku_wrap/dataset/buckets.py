@@ -109,14 +109,6 @@ class BucketAssignment:
         """(buckets,): how many images each bucket holds."""
         return np.bincount(self.bucket_of_image, minlength=len(self.resolutions)).astype(np.int64)
 
-    def batches_of_bucket(self, batch_size: int) -> Int64Array:
-        """(buckets,): n images make ceil(n / batch_size) batches, the last one perhaps short."""
-        return -(-self.images_of_bucket // batch_size)
-
-    def count_batches(self, batch_size: int) -> int:
-        """Batches of all buckets in one epoch."""
-        return int(self.batches_of_bucket(batch_size).sum())
-
 
 def parse_resolution(value: Any) -> tuple[int, int]:
     """Width and height from sd-scripts' forms of `resolution`: 1024, [1024, 768], "1024" or "1024,768"."""

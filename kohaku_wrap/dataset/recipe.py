@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import itertools
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,8 @@ def _read_range(where: str, value: Any, kind: type, keys: tuple[str, str], probl
         problems.append(Problem(where, f"a table with {keys[0]} or {keys[1]} or both is wanted, not {value!r}"))
         return None, None
     reader = TableReader(where, value, keys, problems)
-    read = reader.integer if kind is int else reader.date
+    read: Callable[[str], Any] = reader.integer if kind is int else reader.date
     low, high = read(keys[0]), read(keys[1])
-    if low is not None and high is not None and low > high:  # type: ignore[operator]
+    if low is not None and high is not None and low > high:
         problems.append(Problem(where, f"{keys[0]} {low} is above {keys[1]} {high}"))
     return low, high

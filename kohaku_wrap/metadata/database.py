@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
@@ -78,6 +80,7 @@ class Database:
         with _explained(self.path):
             connection = sqlite3.connect(self.uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)
             try:
+                connection.text_factory = _decode
                 if self.private_wal_index:
                     connection.execute(PRIVATE_WAL_INDEX).fetchall()
                 yield connection
@@ -93,7 +96,8 @@ class Database:
     def scan(self, query: str) -> Iterator[pa.RecordBatch]:
         """The rows of a large query as Arrow batches of some 65,000, read without a Python object a value.
 
-        Columns take the type of their first values, so a query casts what may be NULL or of mixed type.
+        Columns take the type of their first values, so a query casts what may be NULL or of mixed type. Bytes of a
+        text that are no UTF-8 come as U+FFFD.
         """
         import adbc_driver_sqlite.dbapi as adbc
 
@@ -107,7 +111,19 @@ class Database:
                 cursor.fetchall()
             cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(ROWS_A_BATCH)})
             cursor.execute(query)
-            yield from cursor.fetch_record_batch()
+            yield from map(_with_readable_text, cursor.fetch_record_batch())
+
+    def scan_numbers(self, query: str) -> Iterator[tuple[npt.NDArray[np.int64], ...]]:
+        """The columns of each batch of a large query for whole numbers. Raises DatabaseDamaged for anything else."""
+        for batch in self.scan(query):
+            if not batch.num_rows:
+                continue
+            for column, name in zip(batch.columns, batch.schema.names, strict=True):
+                if not pa.types.is_integer(column.type) or column.null_count:
+                    raise DatabaseDamaged(
+                        f"{self.path}: the column {name} holds what is no whole number", "Download or copy it again."
+                    )
+            yield tuple(column.to_numpy().astype(np.int64, copy=False) for column in batch.columns)
 
 
 def open_database(path: Path) -> Database:
@@ -128,6 +144,7 @@ def open_database(path: Path) -> Database:
     with _explained(path):
         connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)
         try:
+            connection.text_factory = _decode
             if private_wal_index:
                 connection.execute(PRIVATE_WAL_INDEX).fetchall()
             columns = _columns_of_tables(connection)
@@ -215,6 +232,24 @@ def _has_row_ids(connection: sqlite3.Connection) -> bool:
         "SELECT type, sql FROM sqlite_master WHERE lower(name) = 'posttagrelation' AND type IN ('table', 'view')"
     ).fetchone()
     return kind == "table" and "WITHOUT ROWID" not in " ".join(definition.upper().split())
+
+
+def _decode(text: bytes) -> str:
+    """A text of sqlite, which keeps bytes as they come; those that are no UTF-8 become U+FFFD."""
+    return text.decode("utf-8", "replace")
+
+
+def _with_readable_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, with U+FFFD where bytes of a text are no UTF-8."""
+    for number, column in enumerate(batch.columns):
+        if not pa.types.is_string(column.type):
+            continue
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            texts = [None if text is None else _decode(text) for text in column.cast(pa.binary()).to_pylist()]
+            batch = batch.set_column(number, batch.schema.names[number], pa.array(texts, type=pa.string()))
+    return batch
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.metadata.database import open_database
-from kohaku_wrap.metadata.filters import EXTENSION_SQL, FLAGS, RATING_SQL, RATINGS
+from kohaku_wrap.metadata.filters import DAY_SQL, EXTENSION_SQL, FLAGS, RATING_SQL, RATINGS, READABLE_DATE_SQL
 from kohaku_wrap.metadata.tags import TAG_TYPES
 
 
@@ -76,13 +76,12 @@ KNOWN_TABLES = frozenset({"post", "tag", "posttagrelation", "localpost"})
 def describe_database(path: Path) -> DatabaseDescription:
     """Describe the database at `path`; raises what `open_database` raises."""
     database = open_database(path)
-    readable = "created_at GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]*'"
     sums = ", ".join(f"coalesce(sum({drops}), 0)" for drops in FLAGS.values())
     with database.connect() as connection:
         posts, first_id, last_id, known, first_date, last_date, *dropped = connection.execute(
-            f"SELECT count(*), min(id), max(id), coalesce(sum({readable}), 0), "
-            f"min(CASE WHEN {readable} THEN substr(created_at, 1, 10) END), "
-            f"max(CASE WHEN {readable} THEN substr(created_at, 1, 10) END), {sums} FROM post"
+            f"SELECT count(*), min(id), max(id), coalesce(sum({READABLE_DATE_SQL}), 0), "
+            f"min(CASE WHEN {READABLE_DATE_SQL} THEN {DAY_SQL} END), "
+            f"max(CASE WHEN {READABLE_DATE_SQL} THEN {DAY_SQL} END), {sums} FROM post"
         ).fetchone()
         grouped = connection.execute(
             f"SELECT {RATING_SQL} AS r, {EXTENSION_SQL} AS e, count(*) FROM post GROUP BY r, e"

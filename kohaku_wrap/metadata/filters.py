@@ -18,6 +18,9 @@ def quote(text: str) -> str:
 
 RATING_SQL = "CASE WHEN rating IN (0, 1, 2, 3) THEN CAST(rating AS INTEGER) ELSE -1 END"
 EXTENSION_SQL = "lower(coalesce(file_ext, ''))"
+DAY_SQL = "substr(created_at, 1, 10)"
+READABLE_DATE_SQL = f"coalesce(date({DAY_SQL}, '+0 days') = {DAY_SQL}, 0)"
+"""sqlite gives NULL for what is no date, and another day for the 31st of June once days are added."""
 
 FLAGS: Mapping[str, str] = {
     "deleted": "coalesce(is_deleted, 0) <> 0",
@@ -53,10 +56,9 @@ def range_filter(name: str, column: str, smallest: int | None, largest: int | No
 
 def date_filter(name: str, first: datetime.date | None, last: datetime.date | None) -> Filter:
     """Drop posts uploaded outside first … last (inclusive, the local date as written) or without a readable date."""
-    day = "substr(created_at, 1, 10)"
-    outside = [f"coalesce({day}, '') NOT GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]'"]
-    outside += [f"{day} < {quote(first.isoformat())}"] if first else []
-    outside += [f"{day} > {quote(last.isoformat())}"] if last else []
+    outside = [f"NOT ({READABLE_DATE_SQL})"]
+    outside += [f"{DAY_SQL} < {quote(first.isoformat())}"] if first else []
+    outside += [f"{DAY_SQL} > {quote(last.isoformat())}"] if last else []
     return Filter(name, " OR ".join(outside))
 
 

@@ -18,15 +18,21 @@ Int64Array = npt.NDArray[np.int64]
 MOST_FILTERS = 62
 """Filters that fit the bits of one integer."""
 
+
+def _int32(value: str) -> str:
+    """SQL for `value` as a whole number, the nearest one that 32 bits hold."""
+    return f"CAST(max(min({value}, 2147483647), -2147483648) AS INTEGER)"
+
+
 POST_COLUMNS: tuple[tuple[str, str, pa.DataType], ...] = (
     ("id", "CAST(id AS INTEGER)", pa.int64()),
     ("rating", RATING_SQL, pa.int8()),
-    ("fav_count", "CAST(coalesce(fav_count, -2147483648) AS INTEGER)", pa.int32()),
-    ("score", "CAST(coalesce(score, 0) AS INTEGER)", pa.int32()),
+    ("fav_count", _int32("coalesce(fav_count, -2147483648)"), pa.int32()),
+    ("score", _int32("coalesce(score, 0)"), pa.int32()),
     ("created_at", "CAST(coalesce(created_at, '') AS TEXT)", pa.string()),
     ("file_ext", f"CAST({EXTENSION_SQL} AS TEXT)", pa.string()),
-    ("image_width", "CAST(coalesce(image_width, 0) AS INTEGER)", pa.int32()),
-    ("image_height", "CAST(coalesce(image_height, 0) AS INTEGER)", pa.int32()),
+    ("image_width", _int32("coalesce(image_width, 0)"), pa.int32()),
+    ("image_height", _int32("coalesce(image_height, 0)"), pa.int32()),
     ("md5", "CAST(coalesce(md5, '') AS TEXT)", pa.string()),
 )
 """Name, SQL and type of what later steps need of a post."""
@@ -48,10 +54,10 @@ def read_drops(
     drops: list[Int64Array] = []
     done = 0
     total = int(database.value("SELECT max(rowid) FROM post") or 0) if on_posts else 0
-    for batch in database.scan(f"SELECT CAST(id AS INTEGER), CAST({bits} AS INTEGER) FROM post ORDER BY id"):
-        ids.append(batch.column(0).to_numpy().astype(np.int64))
-        drops.append(batch.column(1).to_numpy().astype(np.int64))
-        done += batch.num_rows
+    for some, bits_of_some in database.scan_numbers(f"SELECT id, CAST({bits} AS INTEGER) FROM post ORDER BY id"):
+        ids.append(some)
+        drops.append(bits_of_some)
+        done += len(some)
         if on_posts:
             on_posts(min(done, total), total)
     all_ids = np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
@@ -84,10 +90,7 @@ def count_favourites(database: Database) -> dict[int, tuple[Int64Array, Int64Arr
     parts: dict[int, list[tuple[Int64Array, Int64Array]]] = {}
     graded = "fav_count IS NOT NULL AND rating IN (0, 1, 2, 3)"
     query = f"SELECT {RATING_SQL}, CAST(fav_count AS INTEGER) FROM post WHERE {graded}"
-    for batch in database.scan(query):
-        if not batch.num_rows:
-            continue
-        ratings, favourites = batch.column(0).to_numpy(), batch.column(1).to_numpy()
+    for ratings, favourites in database.scan_numbers(query):
         for rating in np.unique(ratings).tolist():
             parts.setdefault(rating, []).append(np.unique(favourites[ratings == rating], return_counts=True))
     return {rating: merge_counts(some) for rating, some in sorted(parts.items())}
@@ -107,16 +110,14 @@ def posts_with_tags(database: Database, tag_ids: Sequence[int]) -> dict[int, Int
     if not database.layout.has_relation:
         for tag_id in tag_ids:
             token = quote_token(tag_id, database.token_base)
-            query = f"SELECT CAST(id AS INTEGER) FROM post WHERE instr(upper(tag_list), '{token}') > 0 ORDER BY id"
-            found[tag_id] = [batch.column(0).to_numpy().astype(np.int64) for batch in database.scan(query)]
+            query = f"SELECT id FROM post WHERE instr(upper(tag_list), '{token}') > 0 ORDER BY id"
+            found[tag_id] = [posts for (posts,) in database.scan_numbers(query)]
     elif tag_ids:
         listed = ", ".join(map(str, tag_ids))
         query = f"SELECT post_id, tag_id FROM posttagrelation WHERE tag_id IN ({listed}) AND post_id IS NOT NULL"
-        for batch in database.scan(query):
-            if batch.num_rows:
-                posts, tags = batch.column(0).to_numpy(), batch.column(1).to_numpy()
-                for tag_id in tag_ids:
-                    found[tag_id].append(posts[tags == tag_id].astype(np.int64))
+        for posts, tags in database.scan_numbers(query):
+            for tag_id in tag_ids:
+                found[tag_id].append(posts[tags == tag_id])
     empty = np.empty(0, dtype=np.int64)
     return {tag_id: np.unique(np.concatenate([empty, *parts])) for tag_id, parts in found.items()}
 

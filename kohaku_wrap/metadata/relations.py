@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +31,9 @@ ROWS_A_LOOKUP = 200
 """A post is looked up through an index when that reads fewer rows than a scan, at this many rows a lookup."""
 
 IDS_A_QUERY = 500
+
+NO_ROWS: tuple[Int64Array, ...] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+"""Post and tag ids of no rows."""
 
 
 class RowsOutOfOrder(Exception):
@@ -85,27 +86,25 @@ def map_tag_chunks(
     """
     if not len(post_ids):
         return
-    with contextlib.ExitStack() as stack:
-        if not database.layout.has_relation:
-            pieces: Iterable[Callable[[], TagChunk]] = _token_pieces(database, tags, post_ids)
-        elif _lookup_is_cheaper(database, len(post_ids)):
-            pieces = _lookup_pieces(database, tags, post_ids)
-        elif spill_folder is None:
-            pieces = _ordered_pieces(database, tags, post_ids)
-        else:
-            from kohaku_wrap.metadata.spill import sorted_pieces
+    if not database.layout.has_relation:
+        pieces: Iterable[Callable[[], TagChunk]] = _token_pieces(database, tags, post_ids)
+    elif _lookup_is_cheaper(database, len(post_ids)):
+        pieces = _lookup_pieces(database, tags, post_ids)
+    elif spill_folder is None:
+        pieces = _ordered_pieces(database, tags, post_ids)
+    else:
+        from kohaku_wrap.metadata.spill import sorted_pieces
 
-            spill_folder.mkdir(parents=True, exist_ok=True)
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".kwrap-sort-", dir=spill_folder))
-            pieces = sorted_pieces(database, tags, post_ids, Path(folder), threads)
+        spill_folder.mkdir(parents=True, exist_ok=True)
+        pieces = sorted_pieces(database, tags, post_ids, spill_folder, threads)
 
-        def read_and_work(piece: Callable[[], TagChunk]) -> Result | None:
-            chunk = piece()
-            return work(chunk) if chunk.stop > chunk.first else None
+    def read_and_work(piece: Callable[[], TagChunk]) -> Result | None:
+        chunk = piece()
+        return work(chunk) if chunk.stop > chunk.first else None
 
-        for result in map_in_order(read_and_work, pieces, threads):
-            if result is not None:
-                yield result
+    for result in map_in_order(read_and_work, pieces, threads):
+        if result is not None:
+            yield result
 
 
 def relation_rows(database: Database) -> tuple[int, int]:
@@ -156,18 +155,16 @@ def _lookup_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> 
 
     def read(first: int, stop: int) -> TagChunk:
         wanted = post_ids[first:stop]
-        rows: list[tuple[int, int]] = []
+        rows = [NO_ROWS]
         row_order = ", rowid" if database.has_row_ids else ""
-        with database.connect() as connection:
-            for start in range(0, len(wanted), IDS_A_QUERY):
-                some = ", ".join(map(str, wanted[start : start + IDS_A_QUERY].tolist()))
-                rows += connection.execute(
-                    f"SELECT post_id, tag_id FROM posttagrelation WHERE post_id IN ({some}) "
-                    f"AND tag_id IS NOT NULL ORDER BY post_id{row_order}"
-                ).fetchall()
-        pairs = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        posts = np.searchsorted(wanted, pairs[:, 0]).astype(np.int32)
-        return TagChunk(first, stop, posts, tags.rows_of(pairs[:, 1]))
+        for start in range(0, len(wanted), IDS_A_QUERY):
+            some = ", ".join(map(str, wanted[start : start + IDS_A_QUERY].tolist()))
+            rows += database.scan_numbers(
+                f"SELECT post_id, tag_id FROM posttagrelation WHERE post_id IN ({some}) "
+                f"AND tag_id IS NOT NULL ORDER BY post_id{row_order}"
+            )
+        posts, tag_ids = map(np.concatenate, zip(*rows, strict=True))
+        return TagChunk(first, stop, np.searchsorted(wanted, posts).astype(np.int32), tags.rows_of(tag_ids))
 
     yield from _by_posts(len(post_ids), read)
 
@@ -220,11 +217,8 @@ def read_rows(database: Database, first_row: int, stop_row: int) -> tuple[Int64A
         f"SELECT post_id, tag_id FROM posttagrelation WHERE rowid >= {first_row} AND rowid < {stop_row} "
         "AND post_id IS NOT NULL AND tag_id IS NOT NULL ORDER BY rowid"
     )
-    batches = [batch for batch in database.scan(query) if batch.num_rows]
-    if not batches:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    posts = np.concatenate([batch.column(0).to_numpy() for batch in batches])
-    return posts, np.concatenate([batch.column(1).to_numpy() for batch in batches])
+    posts, tag_ids = map(np.concatenate, zip(NO_ROWS, *database.scan_numbers(query), strict=True))
+    return posts, tag_ids
 
 
 def _cut_between_posts(database: Database) -> Iterator[_Stretch]:
@@ -232,18 +226,18 @@ def _cut_between_posts(database: Database) -> Iterator[_Stretch]:
     first_row, last_row = relation_rows(database)
     begins: list[tuple[int, int]] = [(first_row, SMALLEST)]
     with database.connect() as connection:
-        for row in range(first_row + ROWS_A_CHUNK, last_row + 1, ROWS_A_CHUNK):
-            if row <= begins[-1][0]:
-                continue
-            at = "SELECT rowid, post_id FROM posttagrelation WHERE rowid >= ? {} ORDER BY rowid LIMIT 1"
+        # Counted from the last stretch's first row: rowids may have wide gaps.
+        while (row := begins[-1][0] + ROWS_A_CHUNK) <= last_row:
+            at = (
+                "SELECT rowid, CAST(post_id AS INTEGER) FROM posttagrelation WHERE rowid >= ? {} ORDER BY rowid LIMIT 1"
+            )
             here = connection.execute(at.format("AND post_id IS NOT NULL"), (row,)).fetchone()
             after = here and connection.execute(at.format("AND post_id <> ?"), (row, here[1])).fetchone()
             if not after:
                 break
             if after[1] <= max(begins[-1][1], here[1]):
                 raise RowsOutOfOrder
-            if after[0] > begins[-1][0]:
-                begins.append((after[0], after[1]))
+            begins.append((after[0], after[1]))
     ends = [*begins[1:], (last_row + 1, LARGEST)]
     for (start, first_post), (stop, stop_post) in zip(begins, ends, strict=True):
         yield _Stretch(start, stop, first_post, stop_post)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.parallel import map_in_order
-from kohaku_wrap.metadata.relations import ROWS_A_CHUNK, TagChunk, read_rows, relation_rows
+from kohaku_wrap.metadata.relations import TagChunk, relation_rows
 from kohaku_wrap.metadata.tags import TagTable
 
 Int64Array = npt.NDArray[np.int64]
@@ -21,7 +23,7 @@ ROWS_A_PARTITION = 1 << 21
 MOST_PARTITIONS = 256
 DENSE_LIMIT = 1 << 26
 
-Rows = tuple[Int64Array, Int64Array]
+Rows = tuple[Int64Array, ...]
 
 
 def sorted_pieces(
@@ -29,7 +31,7 @@ def sorted_pieces(
 ) -> Iterator[Callable[[], TagChunk]]:
     """Chunks of the relation's wanted rows by post; rows of one post keep the order of the table.
 
-    The rows go to files in `folder` by stretches of posts, 8 bytes each; each file is sorted in memory and removed.
+    The rows go to files without a name in `folder` by stretches of posts, 8 bytes each, that are sorted in memory.
     """
     first_row, last_row = relation_rows(database) if database.has_row_ids else (0, -1)
     rows = last_row - first_row + 1
@@ -37,7 +39,7 @@ def sorted_pieces(
     posts_a_partition = -(-len(post_ids) // partitions)
     place_of = _places(post_ids)
 
-    def find(read: tuple[Int64Array, Int64Array]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def find(read: Rows) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Rows of wanted posts by partition: (rows, 2) of place and tag row, and the partition of each."""
         places = place_of(read[0])
         wanted = np.flatnonzero(places >= 0)
@@ -46,29 +48,24 @@ def sorted_pieces(
         order = np.argsort(partition.astype(np.uint16), kind="stable")
         return pairs[order], np.searchsorted(partition[order], np.arange(partitions + 1))
 
-    paths = [folder / f"{number:03d}" for number in range(partitions)]
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(path.open("wb")) for path in paths]
-        for pairs, bounds in map_in_order(find, _all_rows(database, first_row, last_row), threads):
+        streams = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(partitions)]
+        for pairs, bounds in map_in_order(find, _all_rows(database), threads):
             for number in np.flatnonzero(np.diff(bounds)).tolist():
                 streams[number].write(pairs[bounds[number] : bounds[number + 1]].tobytes())
-    for number, path in enumerate(paths):
+        # From here on each file is closed, and with it gone, by the piece that sorts it.
+        stack.pop_all()
+    for number, stream in enumerate(streams):
         first = number * posts_a_partition
         stop = min(first + posts_a_partition, len(post_ids))
         if stop > first:
-            yield partial(_sort_partition, path, first, stop)
+            yield partial(_sort_partition, stream, first, stop)
 
 
-def _all_rows(database: Database, first_row: int, last_row: int) -> Iterator[Rows]:
-    """Every row of the relation in the order of the table, in stretches."""
-    if database.has_row_ids:
-        for start in range(first_row, last_row + 1, ROWS_A_CHUNK):
-            yield read_rows(database, start, min(start + ROWS_A_CHUNK, last_row + 1))
-        return
+def _all_rows(database: Database) -> Iterator[Rows]:
+    """Every row of the relation in the order of the table."""
     query = "SELECT post_id, tag_id FROM posttagrelation WHERE post_id IS NOT NULL AND tag_id IS NOT NULL"
-    for batch in database.scan(query):
-        if batch.num_rows:
-            yield batch.column(0).to_numpy(), batch.column(1).to_numpy()
+    return database.scan_numbers(query + " ORDER BY rowid" * database.has_row_ids)
 
 
 def _places(post_ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32]]:
@@ -86,11 +83,12 @@ def _places(post_ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32
     return bisect
 
 
-def _sort_partition(path: Path, first: int, stop: int) -> TagChunk:
-    pairs = np.fromfile(path, dtype=np.int32).reshape(-1, 2)
+def _sort_partition(stream: IO[bytes], first: int, stop: int) -> TagChunk:
+    with stream:
+        stream.seek(0)
+        pairs = np.frombuffer(stream.read(), dtype=np.int32).reshape(-1, 2)
     # Sorting (place, row) as one number keeps the table's order within a post and is faster than a stable argsort.
     keys = (pairs[:, 0].astype(np.int64) << 32) | np.arange(len(pairs), dtype=np.int64)
     keys.sort()
     order = keys & 0xFFFF_FFFF
-    path.unlink()
     return TagChunk(first, stop, pairs[order, 0] - np.int32(first), pairs[order, 1])

@@ -100,7 +100,7 @@ def read_tags(database: Database) -> TagTable:
     """Every tag of the database."""
     batches = list(
         database.scan(
-            "SELECT CAST(id AS INTEGER), CAST(coalesce(name, '') AS TEXT), "
+            "SELECT coalesce(CAST(id AS INTEGER), -1), CAST(coalesce(name, '') AS TEXT), "
             "CASE WHEN type IN (0, 1, 2, 3, 4) THEN CAST(type AS INTEGER) ELSE -1 END, "
             "CAST(coalesce(popularity, 0) AS INTEGER) FROM tag ORDER BY id"
         )

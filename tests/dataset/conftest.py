@@ -1,36 +1,14 @@
-"""Small databases in every layout, and folders of extracted images, as fixtures."""
+"""Folders of extracted images, as fixtures."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-
-WRITER = Path(__file__).resolve().parents[1] / "metadata" / "database_writer.py"
-
-
-def load_writer() -> ModuleType:
-    """`database_writer.py`, which two test folders share."""
-    if "kwrap_database_writer" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("kwrap_database_writer", WRITER)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["kwrap_database_writer"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["kwrap_database_writer"]
-
-
-@pytest.fixture(scope="session")
-def writer() -> ModuleType:
-    """`make_world`, `make_post`, `write_layout`, `shuffled`, `LAYOUTS`, `World`."""
-    return load_writer()
 
 
 @pytest.fixture(scope="session")

@@ -53,18 +53,15 @@ def test_resolutions_of_epsilon():
     assert all(w % 64 == h % 64 == 0 and w * h <= 1024 * 1024 for w, h in resolutions)
 
 
-def test_batches_are_rounded_up_in_each_bucket():
+def test_only_buckets_with_images_are_listed():
     assignment = assign_buckets([1024] * 5 + [832] * 4 + [1216], [1024] * 5 + [1216] * 4 + [832], EPSILON)
     assert assignment.resolutions.tolist() == [[832, 1216], [1024, 1024], [1216, 832]]
     assert assignment.images_of_bucket.tolist() == [4, 5, 1]
-    assert assignment.batches_of_bucket(4).tolist() == [1, 2, 1]
-    assert assignment.count_batches(4) == 4
 
 
 def test_no_images_make_no_buckets():
     assignment = assign_buckets([], [], EPSILON)
-    assert len(assignment.resolutions) == 0
-    assert assignment.count_batches(4) == 0
+    assert len(assignment.resolutions) == 0 == assignment.images_of_bucket.sum()
 
 
 def test_limits_are_rounded_to_steps():

@@ -24,6 +24,8 @@ from click.testing import CliRunner
 
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.cli.caption import command
+from kohaku_wrap.dataset.captions.folder import CaptionsBusy, lock_captions
+from kohaku_wrap.dataset.captions.quality import SelectionNeeded
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
 from kohaku_wrap.dataset.captions.writing import NoImages, write_captions
@@ -109,6 +111,8 @@ def test_columns_carry_their_digest(folder: Folder) -> None:
     report = folder.write(("jsonl",))
     table = folder.columns()
     about = json.loads(table.schema.metadata[b"kwrap"])
+    assert about["prompt_format"].startswith("<1girl/1boy/1other/...>, <character>, <series>, <artists>, <gener")
+    assert about["selection_sha256"] == hashlib.sha256(folder.selection.read_bytes()).hexdigest()
     told = "".join(
         f"{row['id']}\t{row['file']}\t{row['width']}\t{row['height']}\t{row['caption']}\n" for row in table.to_pylist()
     )
@@ -250,6 +254,40 @@ def test_another_database_and_stale_files_are_told(folder: Folder) -> None:
     ]
 
 
+def test_texts_that_are_not_written_again_are_told(folder: Folder) -> None:
+    folder.extract(folder.selection, folder.images)
+    images = folder.write(("txt",)).images
+    assert folder.write(("cache",)).notes == (
+        f".txt files beside {images} images were not written now; add txt to --format to write them",
+    )
+
+
+def test_what_a_killed_call_left_is_removed(folder: Folder) -> None:
+    folder.extract(folder.selection, folder.images)
+    for name in (".captions.arrow.1.part", ".captions.jsonl.1.part", ".metadata_cache.json.1.part", ".captioning"):
+        (folder.images / name).write_bytes(b"half")
+    folder.write()
+    assert not list(folder.images.rglob(".*"))
+
+
+def test_two_calls_do_not_share_a_folder(folder: Folder) -> None:
+    folder.extract(folder.selection, folder.images)
+    before = folder.write()
+    with lock_captions(folder.images), pytest.raises(CaptionsBusy, match="another `kwrap caption` writes in"):
+        folder.write()
+    assert folder.write().digest == before.digest
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.extract(folder.selection, folder.images)
+    folder.write(("txt",))
+    before = folder.texts()
+    monkeypatch.setattr("kohaku_wrap.dataset.captions.formats.os.write", lambda descriptor, content: 1)
+    with pytest.raises(OSError, match="No space left"):
+        folder.write(("txt",), suffix=["rating"])
+    assert folder.texts() == before
+
+
 def test_rows_out_of_order_are_sorted_and_told(
     folder: Folder, writer: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +361,22 @@ def test_command_explains_one_post(folder: Folder) -> None:
     assert [group["group"] for group in document["groups"]] == [
         "people", "character", "series", "artist", "|||", "general", "|||", "quality", "year", "meta", "rating",
     ]  # fmt: skip
+
+
+def test_an_explained_caption_is_the_one_that_is_written(folder: Folder) -> None:
+    caption = {"suffix": ["quality"], "quality": {"cutoffs": "selection"}}
+    dataset = folder.path / "mine.toml"
+    dataset.write_text('[selection]\n[caption]\nsuffix = ["quality"]\n[caption.quality]\ncutoffs = "selection"\n')
+    folder.write(("jsonl",), **caption)
+    arguments = ["--db", str(folder.database), "--dataset", str(dataset)]
+    for post, line in zip(folder.ids[:20], folder.lines(), strict=False):
+        result = CliRunner().invoke(command, [str(folder.selection), "--post", str(post), *arguments])
+        assert result.stdout.splitlines()[-1] == line["caption"]
+    with pytest.raises(SelectionNeeded):
+        CliRunner().invoke(command, ["--post", str(folder.ids[0]), *arguments], catch_exceptions=False)
+    # Without --dataset it is the selection's own recipe.
+    plain = CliRunner().invoke(command, [str(folder.selection), "--post", str(folder.ids[0]), *arguments[:2]])
+    assert "quality" not in plain.stdout
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_underscores(maker: Maker) -> None:
     assert own[-2:] == ["a_b_c", "cat (animal)"] and own[0] == names[0].replace("_", " ")
 
 
-BREAKING = ["a,b", "a|||b", "|||", "a\nb", "a\rb", "a\u2028b", "a\tb", " ", ""]
+BREAKING = ["a,b", "a|||b", "|||", "a\nb", "a\rb", "a\u2028b", "a\tb", "a\ufffdb", " ", ""]
 
 
 @pytest.mark.parametrize("name", BREAKING)
@@ -287,6 +287,12 @@ def test_every_layout_and_order_gives_the_same_captions(maker: Maker, writer: Mo
     for layout in writer.LAYOUTS:
         path = writer.write_layout(maker.folder / f"{layout}-plain.db", world, layout, indexed=False)
         assert maker.make_all(path, recipe) == expected
+
+
+def test_no_post_has_an_id_beyond_64_bits(tmp_path: Path, writer: ModuleType) -> None:
+    database = open_database(writer.write_layout(tmp_path / "a.db", writer.make_world(3)))
+    with pytest.raises(NoSuchPost):
+        explain_post(database, CaptionRecipe(), 1 << 64)
 
 
 def test_explanation_is_the_caption(maker: Maker, writer: ModuleType) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,6 +28,7 @@ from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
 from kohaku_wrap.dataset.images.extract import BadSelection, NoTars, extract_images, find_tars
 from kohaku_wrap.dataset.images.extract_report import ImagesMissing
 from kohaku_wrap.dataset.images.extracted import FolderBusy, JournalFolder
+from kohaku_wrap.training.data.images import UnreadableImage
 
 
 def draw(size: tuple[int, int] = (40, 30), kind: str = "JPEG", **options) -> bytes:
@@ -147,7 +150,8 @@ def test_missing_and_corrupt_are_listed_with_reasons(place):
     report = place.extract([1001, 2001, 3001, 4001, 5001, 6001, 7001, 8002])
     assert [post_id for post_id, _ in report.corrupt] == [2001, 3001, 4001, 5001, 6001]
     reasons = dict(report.corrupt)
-    assert "does not decode" in reasons[2001] and "does not decode" in reasons[6001]
+    assert "does not decode" in reasons[2001] and reasons[6001].endswith("6001.jpg is empty")
+    assert reasons[3001] == "data-0001.tar: 3001.png is no image of a format that is read"
     assert "4001.gif is no still image" in reasons[4001]
     assert "is a GIF under the name of a jpg" in reasons[5001]
     assert report.missing == [
@@ -269,6 +273,31 @@ def test_two_extracts_do_not_share_a_folder(place):
         place.extract([1001])
     other.close(finished=False)
     assert place.extract([1001]).written == 1
+
+
+def test_the_lock_of_a_call_that_ended_meanwhile_is_none(place, monkeypatch):
+    lock = fcntl.flock
+
+    def end_the_other_first(file, how):
+        shutil.rmtree(place.images / ".extracting")
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", end_the_other_first)
+    with pytest.raises(FolderBusy, match="another extract"):
+        JournalFolder.open(place.images)
+
+
+def test_a_damaged_image_is_made_anew_as_training_advises(place):
+    write_tar(place.tars / "data-0001.tar", {"1001.jpg": draw()})
+    place.extract([1001])
+    image = place.images / "0001" / "1001.jpg"
+    whole = image.read_bytes()
+    # As after a power cut. Its size is right, so that extract alone would keep it.
+    image.write_bytes(bytes(len(whole)))
+    assert UnreadableImage.advice.startswith("Remove it and run `kwrap extract` again")
+    image.unlink()
+    assert place.extract([1001]).written == 1
+    assert image.read_bytes() == whole
 
 
 def test_tars_are_sorted_by_what_they_can_hold(tmp_path):

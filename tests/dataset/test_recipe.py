@@ -96,7 +96,11 @@ def test_all_faults_are_told_at_once() -> None:
                 "prefix": ["people", "tags"],
                 "suffix": ["people"],
                 "quality": {"percentiles": [10, 90], "words": ["good"]},
-                "years": [{"word": "old", "first": 2005, "last": 2010}, {"word": "x", "first": 2010, "last": 2012}],
+                "years": [
+                    {"word": "old", "first": 2005, "last": 2010},
+                    {"word": "x", "first": 2010, "last": 2012},
+                    {"word": "bc", "first": -9, "last": -2},
+                ],
                 "ratings": {"safe": ["safe"]},
                 "aliases": {"a": "b,c"},
             },
@@ -119,6 +123,7 @@ def test_all_faults_are_told_at_once() -> None:
         "caption.quality.percentiles": "not descending numbers between 0 and 100",
         "caption.quality.words": "2 percentiles need 3 words, not 1",
         "caption.years 2": "2010 to 2012 overlaps an earlier range",
+        "caption.years 3": "needs a word, a first year from 1 on and a last year that is not before it",
         "caption.ratings.safe": told["caption.ratings.safe"],
         "caption.aliases.a": "'b,c' cannot stand in a caption",
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kohaku_wrap.dataset.years import read_iso_year
 from kohaku_wrap.metadata import filters
-from kohaku_wrap.metadata.database import Database, open_database
+from kohaku_wrap.metadata.database import Database, DatabaseDamaged, open_database
 from kohaku_wrap.metadata.description import describe_database
 from kohaku_wrap.metadata.posts import count_favourites, database_digest, posts_with_tags, read_drops, read_posts
 from kohaku_wrap.metadata.tags import UnknownTags, read_tags
@@ -67,7 +70,7 @@ def test_flags_drop_what_they_say(database: Database, world: Any) -> None:
         ),
         (
             filters.date_filter("date", datetime.date(2010, 1, 1), datetime.date(2019, 6, 30)),
-            lambda post: "2010-01-01" <= post["created_at"][:10] <= "2019-06-30" and post["created_at"][4:5] == "-",
+            lambda post: "2010-01-01" <= post["created_at"][:10] <= "2019-06-30" and read_iso_year(post["created_at"]),
         ),
     ],
 )
@@ -132,3 +135,47 @@ def test_description_counts(tmp_path: Path, writer: ModuleType, world: Any) -> N
     assert description.tag_types["unknown"] == 1 and sum(description.tag_types.values()) == len(world.tags)
     assert sum(description.extensions.values()) == 200
     assert description.indexes == ("tag.name",)
+
+
+def test_no_post_is_without_an_id(tmp_path: Path, writer: ModuleType, world: Any) -> None:
+    path = writer.write_layout(tmp_path / "a.db", world)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE other AS SELECT * FROM post")
+        connection.execute("UPDATE other SET id = NULL WHERE id = 30")
+        connection.execute("DROP TABLE post")
+        connection.execute("ALTER TABLE other RENAME TO post")
+    with pytest.raises(DatabaseDamaged, match="no whole number"):
+        read_drops(open_database(path), [])
+
+
+def test_texts_that_are_no_utf8_are_read(tmp_path: Path, writer: ModuleType, world: Any) -> None:
+    path = writer.write_layout(tmp_path / "a.db", world)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE post SET created_at = CAST(x'66ff' AS TEXT), file_ext = CAST(x'fe' AS TEXT)")
+        connection.execute("UPDATE tag SET name = CAST(x'61ff62' AS TEXT) WHERE id = 1")
+    database = open_database(path)
+    assert "a\ufffdb" in read_tags(database).names
+    batch = next(read_posts(database, np.array([3], dtype=np.int64)))
+    assert batch.column("created_at").to_pylist() == ["f\ufffd"] and batch.column("file_ext").to_pylist() == ["\ufffd"]
+    description = describe_database(path)
+    assert description.unknown_dates == 200 and dict(description.extensions) == {"\ufffd": 200}
+
+
+def test_dates_are_read_as_captions_read_them(tmp_path: Path, writer: ModuleType, world: Any) -> None:
+    dates = ["2016-02-30", "2016-13-01", "20160101T000000", "2016-1-1", "now", "", "x", "2016-02-29T00:00:00"]
+    for post, date in zip(world.posts, dates, strict=False):
+        post["created_at"] = date
+    path = writer.write_layout(tmp_path / "a.db", world)
+    unreadable = {post["id"] for post in world.posts if not read_iso_year(post["created_at"])}
+    assert describe_database(path).unknown_dates == len(unreadable)
+    assert dropped_by(open_database(path), filters.date_filter("date", None, datetime.date.max)) == unreadable
+
+
+def test_numbers_beyond_32_bits_do_not_wrap_around(tmp_path: Path, writer: ModuleType, world: Any) -> None:
+    world.posts[0] |= {"fav_count": 1 << 32, "score": -(1 << 32), "image_width": (1 << 33) + 1, "image_height": 7}
+    database = open_database(writer.write_layout(tmp_path / "a.db", world))
+    row = next(read_posts(database, np.array([3], dtype=np.int64))).to_pylist()[0]
+    largest = (1 << 31) - 1
+    assert (row["fav_count"], row["score"], row["image_width"], row["image_height"]) == (
+        largest, -largest - 1, largest, 7,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kohaku_wrap.metadata import relations, spill
-from kohaku_wrap.metadata.database import Database, open_database
+from kohaku_wrap.metadata.database import Database, DatabaseDamaged, open_database
 from kohaku_wrap.metadata.relations import RowsOutOfOrder, TagChunk, map_tag_chunks
 from kohaku_wrap.metadata.tags import NO_TAG, read_tags
 
@@ -22,7 +22,6 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relations, "ROWS_A_CHUNK", 300)
     monkeypatch.setattr(relations, "POSTS_A_CHUNK", 37)
     monkeypatch.setattr(relations, "IDS_A_QUERY", 5)
-    monkeypatch.setattr(spill, "ROWS_A_CHUNK", 300)
     monkeypatch.setattr(spill, "ROWS_A_PARTITION", 500)
 
 
@@ -137,3 +136,26 @@ def test_rows_of_no_tag_no_post_and_null(tmp_path: Path, writer: ModuleType) -> 
     assert sorted(found[3]) == [NO_TAG, NO_TAG, tag]
     assert found[6] == [tag]
     assert sum(map(len, found.values())) == 4
+
+
+def test_rowids_with_wide_gaps(tmp_path: Path, writer: ModuleType) -> None:
+    world = writer.make_world(40)
+    path = writer.write_layout(tmp_path / "a.db", world, indexed=False)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE posttagrelation SET id = id * 1000000000000 WHERE id > 5")
+    wanted = np.array([post["id"] for post in world.posts], dtype=np.int64)
+    expected = expected_tags(world, wanted)
+    assert collect(open_database(path), wanted) == expected
+    assert collect(open_database(path), wanted, spill_folder=tmp_path) == expected
+
+
+@pytest.mark.parametrize("value", ["'x'", "1.5", "x'00ff'"])
+@pytest.mark.parametrize("posts", [1, 40])
+def test_what_is_no_whole_number_is_damage(tmp_path: Path, writer: ModuleType, value: str, posts: int) -> None:
+    world = writer.make_world(40)
+    path = writer.write_layout(tmp_path / "a.db", world, indexed=False)
+    wanted = np.array([post["id"] for post in world.posts], dtype=np.int64)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"INSERT INTO posttagrelation (post_id, tag_id) VALUES ({wanted[-1]}, {value})")
+    with pytest.raises(DatabaseDamaged, match="the column tag_id holds what is no whole number"):
+        collect(open_database(path), wanted[-posts:])

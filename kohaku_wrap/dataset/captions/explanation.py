@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from kohaku_wrap.dataset.captions.making import arrange_elements, join_elements
 from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, WRITTEN, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
-from kohaku_wrap.dataset.selection_file import SelectedPosts
+from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.database import Database
@@ -74,9 +75,12 @@ class PostExplanation:
     """Of upload, None where it cannot be read."""
 
 
-def explain_post(database: Database, recipe: CaptionRecipe, post_id: int) -> PostExplanation:
-    """Make and explain the caption of one post. Raises NoSuchPost."""
-    ids = np.array([post_id], dtype=np.int64)
+def explain_post(
+    database: Database, recipe: CaptionRecipe, post_id: int, selection: Path | None = None
+) -> PostExplanation:
+    """Make and explain the caption of one post, as it is in the captions of `selection`. Raises NoSuchPost."""
+    fits = -(1 << 63) <= post_id < 1 << 63
+    ids = np.array([post_id] if fits else [], dtype=np.int64)
     batches = list(read_posts(database, ids))
     if not batches:
         raise NoSuchPost(f"{database.path}: no post {post_id}", "`kwrap inspect DB` tells the range of its ids.")
@@ -92,7 +96,8 @@ def explain_post(database: Database, recipe: CaptionRecipe, post_id: int) -> Pos
     )
     tags = read_tags(database)
     plan = plan_captions(recipe, tags)
-    cutoffs = find_cutoffs(plan.recipe.quality, database, None)
+    selected = read_selected_posts(selection) if selection else None
+    cutoffs = find_cutoffs(plan.recipe.quality, database, selected)
     chunks: list[TagChunk] = list(map_tag_chunks(database, tags, ids, lambda chunk: chunk, 1, None))
     elements, _ = arrange_elements(plan, chunks[0], posts, cutoffs)
     texts = [plan.texts[int(element)].as_py() for element in elements.of]

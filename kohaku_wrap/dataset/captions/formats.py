@@ -17,6 +17,8 @@ CACHE_FILE = "metadata_cache.json"
 LINES_FILE = "captions.jsonl"
 ARROW_FILE = "captions.arrow"
 ENTRY_SEPARATOR = b",\n"
+TEXT_PART = ".caption.txt.part"
+"""Name of a text that will replace another; one a shard, so that a killed call leaves no more."""
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -107,15 +109,18 @@ def write_text_files(
 ) -> tuple[int, int]:
     """Write each caption beside its image where it is not there yet; how many were written and how many kept.
 
-    One line without an end, as HakuBooru writes it. Where the disk is full the begun file is removed.
+    One line without an end, as HakuBooru writes it. Another text is replaced whole; a new one is written in place,
+    which is twice as fast. Where the disk is full the begun file is removed.
     """
     written = 0
     root = os.fspath(folder)
     for name, caption, exists in zip(files.to_pylist(), captions.to_pylist(), has_text.tolist(), strict=True):
-        path = f"{root}/{name[: name.rindex('.')]}.txt"
+        final = path = f"{root}/{name[: name.rindex('.')]}.txt"
         content = caption.encode()
-        if exists and Path(path).read_bytes() == content:
-            continue
+        if exists:
+            if Path(final).read_bytes() == content:
+                continue
+            path = f"{root}/{name[: name.rindex('/') + 1]}{TEXT_PART}"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             if os.write(descriptor, content) != len(content):
@@ -125,5 +130,7 @@ def write_text_files(
             raise
         finally:
             os.close(descriptor)
+        if exists:
+            Path(path).replace(final)
         written += 1
     return written, len(files) - written

@@ -67,7 +67,7 @@ def find_images(folder: Path, post_ids: npt.NDArray[np.int64]) -> CaptionImages 
         table = pq.read_table(path, columns=list(COLUMNS), memory_map=False)
     except (pa.ArrowInvalid, KeyError, OSError) as error:
         raise BadImageList(
-            f"{path}: {error}", "Run `kwrap extract` again; it keeps the images that are right."
+            f"{path}: {error}", "Remove it and run `kwrap extract` again; it checks all images from the tars."
         ) from error
     ids = table.column("id").to_numpy().astype(np.int64)
     if (ids[1:] <= ids[:-1]).any():

@@ -80,7 +80,7 @@ class CaptionPlan:
     """Whether a tag that a post has twice is written once."""
 
     unused: tuple[str, ...]
-    """Aliases, patterns and people tags of the recipe that fit no tag of the database."""
+    """Aliases and patterns of the recipe that fit no tag of the database."""
 
 
 def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kohaku_wrap.dataset.captions.recipe import QualityRecipe
 from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERCENTILES
 from kohaku_wrap.dataset.selection_file import SelectedPosts
+from kohaku_wrap.errors import UsageError
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, count_favourites
@@ -23,16 +24,24 @@ NEVER = np.iinfo(np.int64).max
 """Cut-off of a rating that no counted post has."""
 
 
+class SelectionNeeded(UsageError):
+    """Cut-offs of the selection were asked for, and none was given."""
+
+
 def find_cutoffs(recipe: QualityRecipe, database: Database, selection: SelectedPosts | None) -> npt.NDArray[np.int64]:
     """(4, percentiles) the `fav_count` that a post of each rating must exceed for each percentile, descending.
 
     The cut-off of percentile P is the smallest value that at least P % of the rating's posts do not exceed (nearest
-    rank). Posts without a rating or without favourites are not counted.
+    rank). Posts without a rating or without favourites are not counted. Raises SelectionNeeded.
     """
     if recipe.cutoffs == "published":
         places = [PUBLISHED_PERCENTILES.index(percentile) for percentile in recipe.percentiles]
         return np.array([[PUBLISHED_CUTOFFS[rating][place] for place in places] for rating in RATINGS], dtype=np.int64)
-    if recipe.cutoffs == "selection" and selection is not None:
+    if recipe.cutoffs == "selection":
+        if selection is None:
+            raise SelectionNeeded(
+                "the recipe's quality words depend on the selection", "Give SEL.parquet before --post too."
+            )
         counts = tally_favourites(selection.ratings, selection.favourites)
     else:
         counts = count_favourites(database)

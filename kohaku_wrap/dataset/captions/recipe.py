@@ -24,6 +24,12 @@ from kohaku_wrap.metadata.filters import RATINGS
 
 STYLES = ("kohaku", "hakubooru")
 GROUPS = ("people", "character", "series", "artist", "general", "quality", "year", "meta", "rating")
+PROMPT_WORDS = {
+    "people": "1girl/1boy/1other/...",
+    "artist": "artists",
+    **{group: f"{group} tags" for group in ("general", "quality", "year", "meta", "rating")},
+}
+"""How a prompt format names the groups, as Epsilon's page does; character and series as they are."""
 PREFIX = ("people", "character", "series", "artist")
 SHUFFLED = ("general",)
 SUFFIX = ("quality", "year", "meta", "rating")
@@ -108,6 +114,13 @@ class CaptionRecipe:
     ratings: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(RATING_WORDS))
     """The group `rating`: the words of each rating."""
 
+    @property
+    def prompt_format(self) -> str:
+        """What a prompt of a network that learned these captions looks like: its groups in order."""
+        return ", ".join(
+            f"<{PROMPT_WORDS.get(group, group)}>" for group in (*self.prefix, *self.shuffled, *self.suffix)
+        )
+
 
 def read_caption_recipe(table: Mapping[str, Any], problems: list[Problem]) -> CaptionRecipe:
     """The `[caption]` table; faults go to `problems`."""
@@ -181,8 +194,10 @@ def _read_years(reader: TableReader, problems: list[Problem]) -> tuple[YearRange
         where = f"caption.years {number}"
         one = TableReader(where, table, ("word", "first", "last"), problems)
         word, first, last = one.text("word"), one.integer("first"), one.integer("last")
-        if not word or first is None or last is None or first > last:
-            problems.append(Problem(where, "needs a word, a first year and a last year that is not before it"))
+        if not word or first is None or last is None or not 1 <= first <= last:
+            problems.append(
+                Problem(where, "needs a word, a first year from 1 on and a last year that is not before it")
+            )
             continue
         _check_words(where, (word,), problems)
         if any(first <= other.last and other.first <= last for other in ranges):

@@ -58,9 +58,12 @@ PUBLISHED_CUTOFFS: Mapping[str, tuple[int, ...]] = {
 }
 """`fav_count` at PUBLISHED_PERCENTILES of danbooru2023, as HakuBooru 0.0.3 has them."""
 
-_BREAKING = re.compile(r"[,\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|\|\|\|")
+_BREAKING = re.compile(r"[,\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]|\|\|\|")
 
 
 def breaks_caption(text: str) -> bool:
-    """Whether `text` would be read as more or less than one tag: a comma, a separator, a line break, only blanks."""
+    """Whether `text` would be read as more or less than one tag: a comma, a separator, a line break, only blanks.
+
+    So would U+FFFD, which stands for bytes that are no text.
+    """
     return not text.strip() or _BREAKING.search(text) is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from kohaku_wrap.dataset.captions import formats as formats_of
 from kohaku_wrap.dataset.captions.columns import ColumnsWriter, EarlierCaptions
+from kohaku_wrap.dataset.captions.folder import lock_captions
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, make_captions
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
 from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
@@ -23,8 +24,8 @@ from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
-from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import Progress, blamed_on
+from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.parallel import map_in_order
@@ -112,7 +113,7 @@ def write_captions(
 
     Files that are right already are left alone; the others appear whole or not at all. Text files are finished one
     by one, so an interrupted call can simply be repeated. Raises NoImages when only formats that list images are
-    asked for and there are none.
+    asked for and there are none, CaptionsBusy while another call writes in the folder.
     """
     posts = read_selected_posts(selection, "dateutil" if recipe.style == "hakubooru" else "iso")
     images = find_images(folder, posts.ids)
@@ -120,9 +121,10 @@ def write_captions(
     if not images:
         without = "nothing was extracted into" if images is None else "none of the selected images is in"
         if not set(formats) - set(NEED_IMAGES):
+            extract = command_line("extract", selection, "--tars", "TARS", "--out", folder)
             raise NoImages(
                 f"{folder}: {without} this folder, and {' and '.join(formats)} list images on disk",
-                f"Run `kwrap extract {selection} --tars TARS --out {folder}` first, or ask for --format jsonl.",
+                f"Run `{extract}` first, or ask for --format jsonl.",
             )
         notes.append(f"{without} {folder}: only captions.jsonl was written; run `kwrap extract`, then this again")
         formats = [name for name in formats if name not in NEED_IMAGES]
@@ -134,18 +136,24 @@ def write_captions(
     notes += [f"the recipe names {name!r}, which fits no tag of the database" for name in plan.unused]
     cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
     work = Work(database, plan, posts, cutoffs, images, folder, tuple(formats))
-    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "dataset": dataset,
+        "style": plan.recipe.style,
+        "prompt_format": plan.recipe.prompt_format,
+        "selection_sha256": sha256_of_file(selection),
+    }
 
     def read_and_write(spill_folder: Path | None) -> tuple[CaptionCounts, dict[str, Changes], str]:
         pieces = map_tag_chunks(database, tags, posts.ids, work.make_piece, threads, spill_folder)
-        return write_pieces(work, pieces, dataset, on_progress)
+        return write_pieces(work, pieces, about, on_progress)
 
-    try:
-        counts, changes, digest = read_and_write(None)
-        sorted_rows = False
-    except RowsOutOfOrder:
-        counts, changes, digest = read_and_write(folder)
-        sorted_rows = True
+    with lock_captions(folder):
+        try:
+            counts, changes, digest = read_and_write(None)
+            sorted_rows = False
+        except RowsOutOfOrder:
+            counts, changes, digest = read_and_write(folder)
+            sorted_rows = True
     return CaptionReport(
         style=recipe.style,
         dataset=dataset,
@@ -159,12 +167,12 @@ def write_captions(
         lacking=dict(zip(POST_COUNTS, counts.lacking.tolist(), strict=True)),
         cutoffs=describe_cutoffs(plan, cutoffs),
         sorted_rows=sorted_rows,
-        notes=(*notes, *find_stale_files(folder, formats)),
+        notes=(*notes, *find_stale_files(folder, formats, images)),
     )
 
 
 def write_pieces(
-    work: Work, pieces: Iterator[Piece], dataset: str, on_progress: Progress | None
+    work: Work, pieces: Iterator[Piece], about: Mapping[str, str], on_progress: Progress | None
 ) -> tuple[CaptionCounts, dict[str, Changes], str]:
     """Write all pieces in order; the counts, what changed in each format, and the digest."""
     counts = CaptionCounts()
@@ -185,9 +193,8 @@ def write_pieces(
         cache = replace("cache", formats_of.CACHE_FILE, len(images or ())) if "cache" in work.formats else None
         columns = None
         if images:
-            about = {"count": len(images), "dataset": dataset, "style": work.plan.recipe.style}
             stream = replace("arrow", formats_of.ARROW_FILE, len(images))
-            columns = stack.enter_context(ColumnsWriter(stream, about))
+            columns = stack.enter_context(ColumnsWriter(stream, {"count": len(images), **about}))
         first_entry = True
         for piece in pieces:
             counts.add(piece.counts)
@@ -279,8 +286,11 @@ def remove_text_files(folder: Path, files: Sequence[str]) -> int:
     return removed
 
 
-def find_stale_files(folder: Path, formats: Sequence[str]) -> Iterator[str]:
+def find_stale_files(folder: Path, formats: Sequence[str], images: CaptionImages | None) -> Iterator[str]:
     """Files of other formats that lie there from an earlier call and were not written now."""
+    if "txt" not in formats and images and images.has_text.any():
+        texts = int(images.has_text.sum())
+        yield f".txt files beside {texts:,} images were not written now; add txt to --format to write them"
     for name, file in (("cache", formats_of.CACHE_FILE), ("jsonl", formats_of.LINES_FILE)):
         if name not in formats and (folder / file).exists():
             yield f"{folder / file} is from an earlier call; add {name} to --format to bring it up to date"

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kohaku_wrap.errors import KwrapError
 
@@ -102,6 +102,9 @@ def check_image(
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=READ_FORMATS) as image:
                 return check_opened(image, content, extension, max_pixels, known_size)
+    except UnidentifiedImageError as error:
+        # Pillow's own words hold an address, another one in each run.
+        raise ImageRefused("is empty" if not content else "is no image of a format that is read") from error
     except DECODER_ERRORS as error:
         raise ImageRefused(f"does not decode: {error or type(error).__name__}") from error
 

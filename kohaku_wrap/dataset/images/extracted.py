@@ -16,7 +16,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import atomic_write
+from kohaku_wrap.files import atomic_write, take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
 JOURNAL_FOLDER = ".extracting"
@@ -55,16 +55,12 @@ class JournalFolder:
     @classmethod
     def open(cls, images: Path) -> JournalFolder:
         """Make or find the journals of `images`. Raises FolderBusy."""
-        import fcntl
-
         path = images / JOURNAL_FOLDER
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not take_lock(lock.fileno(), path / "lock"):
             lock.close()
-            raise FolderBusy(f"another extract works in {images}", "Wait for it to end, or stop it.") from error
+            raise FolderBusy(f"another extract works in {images}", "Wait for it to end, or stop it.")
         return cls(path, lock)
 
     def close(self, finished: bool) -> None:
@@ -105,7 +101,7 @@ def read_extracted(images: Path) -> pa.Table:
         return table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ExtractedUnreadable(
-            f"{path} cannot be read: {error}", "Remove it; the images are then checked again from the tars."
+            f"{path}: {error}", "Remove it and run `kwrap extract` again; it checks all images from the tars."
         ) from error
 
 
