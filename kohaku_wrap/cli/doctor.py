@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.output import json_option, print_json, print_lines
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.machine.doctor_torch import Finding
@@ -84,7 +84,7 @@ def command(
     if broken:
         raise NotReady(f"not ready: {', '.join(broken)}", "Mend these and run `kwrap doctor` again.")
     click.echo("Ready." if template else "Ready; name a template and --site to look closer.")
-    click.echo(f"Next: kwrap plan {template or 'epsilon'} --site {site_file or 'site.toml'}")
+    click.echo(f"Next: {command_line('plan', template or 'epsilon', '--site', site_file or 'site.toml')}")
 
 
 def print_finding(finding: Finding) -> None:

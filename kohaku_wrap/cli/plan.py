@@ -16,7 +16,7 @@ from kohaku_wrap.cli.output import (
     print_note,
     print_table,
 )
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.config.plan import StepPlan
@@ -33,7 +33,7 @@ Examples:
   kwrap plan epsilon --site site.toml
   kwrap plan epsilon --site site.toml --images 5210319 --seconds-per-step 49.5
   kwrap plan epsilon --site site.toml --selection epsilon.parquet
-  kwrap plan epsilon --site site.toml --measured runs/first --json""",
+  kwrap plan epsilon --site site.toml --measured first --json""",
 )
 @click.argument("template")
 @click.option("--site", "site_file", type=Path_, required=True, help="The machine: paths, GPUs, batch per GPU.")
@@ -48,7 +48,7 @@ Examples:
     metavar="S",
     help="For the ETA: one optimizer step.",
 )
-@click.option("--measured", type=Path_, metavar="RUN", help="For the ETA: the step time that this run measured.")
+@click.option("--measured", metavar="RUN", help="For the ETA: the step time that this run measured.")
 @click.option("--modules/--no-modules", default=True, help="Count LoKr modules and parameters (starts torch once).")
 @json_option
 def command(
@@ -58,7 +58,7 @@ def command(
     selection: Path | None,
     images: int | None,
     seconds_per_step: float | None,
-    measured: Path | None,
+    measured: str | None,
     modules: bool,
     as_json: bool,
 ) -> None:
@@ -70,9 +70,10 @@ def command(
     from kohaku_wrap.config.checks import describe_notes
     from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.layers import resolve_template
-    from kohaku_wrap.config.plan import read_folder_sizes, read_selection_sizes, suppose_sizes
+    from kohaku_wrap.config.plan import other_dataset, read_folder_sizes, read_selection_sizes, suppose_sizes
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.training.machine.training_plan import plan_training, read_step_seconds
+    from kohaku_wrap.training.runs.folder import find_run
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
@@ -83,15 +84,18 @@ def command(
     else:
         sizes = read_selection_sizes(selection) if selection else read_folder_sizes(site.paths.images)
     if measured:
-        seconds_per_step = read_step_seconds(measured)
+        seconds_per_step = read_step_seconds(find_run(measured, (site.paths.runs,)).folder)
     plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules)
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:
         notes.append(f"Counted from {sizes.source}.")
+    elif captioned := other_dataset(effective, site.paths.images):
+        notes.append(captioned)
     if as_json:
         print_json("plan", describe_plan(plan, notes))
     else:
-        print_plan(plan, notes, template, site_file)
+        following = [word for text in overrides for word in ("--set", text)]
+        print_plan(plan, notes, command_line("train", template, "--site", site_file, *following, "--dry-run"))
     if plan.problems:
         raise PlanCannotWork(template, plan.problems)
 
@@ -159,8 +163,8 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
     return document
 
 
-def print_plan(plan: TrainingPlan, notes: list[str], template: str, site_file: Path) -> None:
-    """The plan for people."""
+def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
+    """The plan for people; `next_step` is not for one that cannot work."""
     from kohaku_wrap.config.sizes import show_bytes, total_of
 
     steps = plan.steps
@@ -211,7 +215,7 @@ def print_plan(plan: TrainingPlan, notes: list[str], template: str, site_file: P
         print_note(f"note: {note}")
     if plan.not_counted:
         print_note(f"note: {plan.not_counted}")
-    print_table(f"Plan of {plan.template}", rows, f"kwrap train {template} --site {site_file} --dry-run")
+    print_table(f"Plan of {plan.template}", rows, "" if plan.problems else next_step)
 
 
 def show_steps(steps: StepPlan) -> str:

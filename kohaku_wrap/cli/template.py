@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, paint, print_json, print_lines, print_table, show_path
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
+from kohaku_wrap.cli.output import count_of, json_option, paint, print_json, print_lines, print_table, show_path
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.config.layers import Effective
@@ -94,13 +94,13 @@ def show_command(
             },
         )
     else:
-        print_values(effective, values, why)
+        print_values(effective, values, why, name)
     if problems:
         raise ProblemsFound(str(effective.path), problems, "Mend these and look again.")
 
 
-def print_values(effective: Effective, values: dict[str, Any], why: bool) -> None:
-    """Aligned `key = value` lines, with the layer behind each."""
+def print_values(effective: Effective, values: dict[str, Any], why: bool, typed: str) -> None:
+    """Aligned `key = value` lines, with the layer behind each; `typed` is what the template was called by."""
     click.echo(paint(f"{effective.name}: {effective.title}", bold=True))
     for note in effective.notes:
         print_lines(f"  {note}")
@@ -113,7 +113,7 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool) -> Non
         origin = f"  {effective.origin(key)}" if why else ""
         click.echo(f"{paint(key.ljust(width), fg='cyan')}  {text.ljust(origins_at - width if why else 0)}{origin}")
     if not why:
-        click.echo(f"Next: kwrap template show {effective.name} --why")
+        click.echo(f"Next: {command_line('template', 'show', typed, '--why')}")
 
 
 def table_of(key: str) -> str:
@@ -130,8 +130,8 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
     """Find every fault of template files or folders.
 
     Names, types, choices and contradictions. Exit code 1 if any has one. A folder means its *.toml files, and its
-    presets/*.toml as presets. Patterns of a preset of your own are matched against SDXL's modules where torch and
-    LyCORIS are installed; that takes some seconds once.
+    presets/*.toml as presets; a site file is checked as a site. Patterns of a preset of your own are matched against
+    SDXL's modules where torch and LyCORIS are installed; that takes some seconds once.
     """
     from importlib.util import find_spec
 
@@ -166,12 +166,12 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
     if faulty:
         count = sum(len(problems) for _, problems in faulty)
         raise FaultyTemplates(
-            f"{count} problems in {len(faulty)} of {len(reports)} files",
-            f"Run `kwrap template show {faulty[0][0]} --why` to see where each value comes from.",
+            f"{count_of(count, 'problem')} in {len(faulty)} of {count_of(len(reports), 'file')}",
+            f"Run `{command_line('template', 'show', faulty[0][0], '--why')}` to see where each value comes from.",
         )
-    checked = "1 file" if len(reports) == 1 else f"{len(reports)} files"
-    click.echo(f"{checked}, no problems (options of {table.source}).")
-    click.echo(f"Next: kwrap plan {files[0] if len(reports) == 1 else 'TEMPLATE'} --site {site or 'site.toml'}")
+    click.echo(f"{count_of(len(reports), 'file')}, no problems (options of {table.source}).")
+    template = files[0] if len(reports) == 1 else "TEMPLATE"
+    click.echo(f"Next: {command_line('plan', template, '--site', site or 'site.toml')}")
 
 
 class FaultyTemplates(KwrapError):
@@ -189,7 +189,14 @@ def check_modules(path: Path, site: Site | None, table: OptionTable) -> list[Pro
     return check_unmatched(effective, count_network(effective))
 
 
-@command.command("cp", epilog="\b\nExamples:\n  kwrap template cp epsilon mine.toml\n  kwrap template cp epsilon mine")
+@command.command(
+    "cp",
+    epilog="""\b
+Examples:
+  kwrap template cp epsilon mine.toml
+  kwrap template cp epsilon mine
+  kwrap template cp gamma-rev1 my-merge.toml""",
+)
 @click.argument("name")
 @click.argument("destination")
 @click.option("--force", is_flag=True, help="Replace a file of that name.")
@@ -197,25 +204,34 @@ def check_modules(path: Path, site: Site | None, table: OptionTable) -> list[Pro
 def copy_command(name: str, destination: str, force: bool, as_json: bool) -> None:
     """Copy a template to change it.
 
-    DESTINATION is a path, or a name in your own folder ($KWRAP_HOME/templates). What it extends is found by name as
-    before, so the copy holds only the differences.
+    NAME may also be a preset (kohaku-lokr, small-24gib) or a merge recipe (bake-network, gamma-rev1). DESTINATION is a
+    path, or a name in your own folder ($KWRAP_HOME/templates). What a template extends is found by name as before, so
+    the copy holds only the differences. A preset belongs into a folder presets/ beside the template that names it.
     """
-    from kohaku_wrap.config.templates import find_template, user_templates
+    from kohaku_wrap.config.templates import find_source, user_templates
     from kohaku_wrap.files import write_text
 
-    source = find_template(name)
+    source = find_source(name)
+    kind = source.parent.name
     target = Path(destination).expanduser()
     if target.is_dir():
-        target = target / source.name
+        folder = target / "presets" if kind == "presets" and target.name != "presets" else target
+        target = folder / source.name
     elif target.suffix != ".toml":
-        target = user_templates() / f"{destination}.toml" if "/" not in destination else Path(f"{destination}.toml")
+        own = {"presets": user_templates() / "presets", "merges": Path()}.get(kind, user_templates())
+        target = own / f"{destination}.toml" if "/" not in destination else Path(f"{destination}.toml")
     if target.exists() and not force:
         raise TemplateExists(f"{target}: already there", "Choose another name, or add --force.")
     write_text(target, source.read_text(encoding="utf-8"))
     if as_json:
         print_json("template cp", {"source": str(source), "path": str(target)})
         return
-    print_table("", [("copied", source), ("to", target)], f"edit it, then kwrap template check {target}")
+    following = {
+        "presets": f'name it in a template: preset = "{target.stem}"',
+        "merges": command_line("merge", target, "--dry-run") + " with -m NAME=FILE for each of its models",
+    }
+    check = command_line("template", "check", target)
+    print_table("", [("copied", source), ("to", target)], f"edit it, then {following.get(kind, check)}")
 
 
 @command.command("diff", epilog="\b\nExample:\n  kwrap template diff epsilon delta")
@@ -243,7 +259,7 @@ def diff_command(first: str, second: str, as_json: bool) -> None:
         click.echo(f"{left.name} and {right.name} are the same in effect.")
         return
     rows_for_people = [(key, f"{show_value(pair[0])} → {show_value(pair[1])}") for key, pair in changed.items()]
-    print_table(f"{left.name} → {right.name}", rows_for_people, f"kwrap template show {right.name} --why")
+    print_table(f"{left.name} → {right.name}", rows_for_people, command_line("template", "show", second, "--why"))
 
 
 def flatten_values(effective: Effective) -> dict[str, Any]:

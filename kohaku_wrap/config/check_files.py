@@ -1,4 +1,4 @@
-"""Whole files and folders of templates and presets checked, none of their faults hiding another's."""
+"""Whole files and folders of templates, presets and sites checked, none of their faults hiding another's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kohaku_wrap.config.layers import Effective, load_layers
 from kohaku_wrap.config.network import check_preset
 from kohaku_wrap.config.options import OptionTable
 from kohaku_wrap.config.reading import Entry, shorten_path
-from kohaku_wrap.config.site import Site
+from kohaku_wrap.config.site import TABLES, Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate, find_template, read_toml
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.files import shipped_folder
@@ -41,14 +41,34 @@ def list_files(names: Iterable[str]) -> list[Path]:
 
 
 def check_files(names: Sequence[str], site: Site | None, table: OptionTable) -> list[tuple[Path, list[Problem]]]:
-    """Every file and its faults, in order; files under `presets` are checked as presets."""
-    return [
-        (
-            path,
-            check_preset_file(path, table) if path.parent.name == "presets" else check_template(path, site, table),
-        )
-        for path in list_files(names)
-    ]
+    """Every file and its faults, in order; files under `presets` are checked as presets, site files as sites."""
+    reports = []
+    for path in list_files(names):
+        if path.parent.name == "presets":
+            problems = check_preset_file(path, table)
+        elif is_site(path):
+            problems = check_site_file(path, table)
+        else:
+            problems = check_template(path, site, table)
+        reports.append((path, problems))
+    return reports
+
+
+def is_site(path: Path) -> bool:
+    """Whether a file has only the tables of a site, and one that no template has."""
+    try:
+        tables = set(read_toml(path))
+    except KwrapError:
+        return False
+    return tables <= set(TABLES) and bool(tables & {"paths", "machine"})
+
+
+def check_site_file(path: Path, table: OptionTable) -> list[Problem]:
+    """All faults of a site, those of its `[trainer]` among them."""
+    try:
+        return load_layers("sdxl-lokr", load_site(path), (), table)[1]
+    except ProblemsFound as found:
+        return [Problem(fault.where, fault.what, f"site {shorten_path(path)}") for fault in found.problems]
 
 
 def check_template(path: Path, site: Site | None, table: OptionTable) -> list[Problem]:
@@ -67,6 +87,8 @@ def load_for_modules(path: Path, site: Site | None, table: OptionTable) -> Effec
 
     A preset file is counted with the arguments of the base template.
     """
+    if is_site(path):
+        return None
     try:
         if path.parent.name != "presets":
             effective, _ = load_layers(path, site, (), table)

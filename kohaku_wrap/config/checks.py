@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from kohaku_wrap.config.installed import ask_optimizer
 from kohaku_wrap.config.layers import Effective
@@ -20,6 +20,31 @@ TYPICAL_WEIGHT = 0.02
 
 HALF_ULP_FP16 = 2.0**-17
 """Half the distance between neighbouring fp16 numbers at TYPICAL_WEIGHT, which lies between 2^-6 and 2^-5."""
+
+
+LIMITS: Mapping[str, tuple[int, int | None]] = {
+    "learning_rate": (0, None),
+    "unet_lr": (0, None),
+    "text_encoder_lr": (0, None),
+    "lr_warmup_steps": (0, None),
+    "max_grad_norm": (0, None),
+    "min_snr_gamma": (0, None),
+    "network_dim": (1, None),
+    "network_dropout": (0, 1),
+    "max_data_loader_n_workers": (0, None),
+    "seed": (0, (1 << 32) - 1),
+    "dataset_options.num_repeats": (1, None),
+    "dataset_options.keep_tokens": (0, None),
+    "dataset_options.caption_dropout_rate": (0, 1),
+    "dataset_options.caption_tag_dropout_rate": (0, 1),
+    "states.keep": (1, None),
+    "states.every": (1, None),
+    "samples.every": (1, None),
+    "samples.steps": (1, None),
+    "save_every_n_steps": (1, None),
+    "save_every_n_epochs": (1, None),
+}
+"""The smallest and largest value of numbers that mean nothing beyond; the trainer takes any in silence."""
 
 
 def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> list[Problem]:
@@ -46,7 +71,7 @@ def check_plan(effective: Effective, plan: StepPlan) -> list[Problem]:
     for key in ("save_every_n_steps", "samples.every", "sample_every_n_steps"):
         every = effective.get(key)
         if every and every > plan.total_optimizer_steps:
-            what = f"{every:,} is larger than the whole run of {plan.total_optimizer_steps:,} optimizer steps"
+            what = f"{every:,} is larger than the whole run: optimizer steps in all {plan.total_optimizer_steps:,}"
             problems.append(Problem(key, what, effective.origin(key)))
     return problems
 
@@ -261,16 +286,20 @@ def refuse_missing_partners(effective: Effective) -> Faults:
         yield "fused_backward_pass", "does not work with gradient accumulation"
 
 
+def refuse_out_of_range(effective: Effective) -> Faults:
+    for key, (smallest, largest) in LIMITS.items():
+        value = effective.get(key)
+        if not effective.is_set(key) or value is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if one < smallest or (largest is not None and one > largest):
+                wanted = f"at least {smallest}" if largest is None else f"between {smallest} and {largest}"
+                yield key, f"{one} is out of range: it must be {wanted}"
+
+
 def refuse_missing_seed(effective: Effective) -> Faults:
     if is_complete(effective) and effective.get("seed") is None:
         yield "seed", "is not set: order, captions and noise follow from it, and a resume needs it"
-
-
-def refuse_bad_states(effective: Effective) -> Faults:
-    for key in ("states.keep", "states.every", "samples.every", "save_every_n_steps", "save_every_n_epochs"):
-        value = effective.get(key)
-        if value is not None and value < 1:
-            yield key, f"{value} is below 1"
 
 
 RULES: tuple[Callable[[Effective], Faults], ...] = (
@@ -290,6 +319,6 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_two_network_parts,
     refuse_missing_partners,
     refuse_missing_seed,
-    refuse_bad_states,
+    refuse_out_of_range,
 )
 """Each looks at the whole and yields what contradicts."""

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from kohaku_wrap.config.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
-from kohaku_wrap.config.trainer_commits import SUPPORTED, installed_checkouts
+from kohaku_wrap.config.trainer_commits import find_known, installed_checkouts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
 
@@ -33,10 +33,10 @@ def find_trainer(commit: str = "") -> Path | None:
 
 
 def read_trainer_commit(checkout: Path) -> str:
-    """The commit of the checkout itself, not of a repository around it; its folder's name where git is not there."""
-    commit = read_commit(checkout) if (checkout / ".git").exists() else ""
-    named = checkout.name if checkout.name in {known.commit for known in SUPPORTED} else ""
-    return commit or named
+    """The commit of the checkout itself: by its files, which need no git, else the one that git names."""
+    if known := find_known(checkout):
+        return known.commit
+    return read_commit(checkout) if (checkout / ".git").exists() else ""
 
 
 def read_commit(folder: Path) -> str:

@@ -13,11 +13,11 @@ from typing import Any
 
 from kohaku_wrap.config.installed import find_option_table
 from kohaku_wrap.config.options import OptionTable
-from kohaku_wrap.config.reading import Entry, LayerReader, read_override, shorten_path
+from kohaku_wrap.config.reading import LENGTHS, Entry, LayerReader, read_override, shorten_path
 from kohaku_wrap.config.schema import ARGUMENT_TABLES, OWN_TABLES
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.templates import find_template, read_toml
-from kohaku_wrap.errors import Problem, ProblemsFound
+from kohaku_wrap.errors import Problem, ProblemsFound, command_line
 from kohaku_wrap.files import shipped_folder
 
 
@@ -140,23 +140,19 @@ def load_layers(
     reader = LayerReader(table)
     for file in files:
         reader.read_file(file, "template" if file == path else "base")
-    dataset = reader.entries.get("kwrap.dataset")
     override_problems: list[Problem] = []
-    override_layers = []
+    given: dict[str, Entry] = {}
     for text in overrides:
         layer, problems = read_override(text, table)
-        override_layers.append(layer)
+        given |= layer
         override_problems += problems
-    named = [entry for layer in override_layers if (entry := layer.get("kwrap.dataset"))]
-    dataset = named[-1] if named else dataset
-    if dataset:
+    if dataset := given.get("kwrap.dataset", reader.entries.get("kwrap.dataset")):
         reader.read_dataset(str(dataset.value))
     if site:
         reader.read_site(site)
-    for layer in override_layers:
-        reader.entries.update(layer)
-        if "preset" in layer:
-            reader.preset_source = (layer["preset"].value, "--set", None)
+    reader.lay_over(given)
+    if "preset" in given:
+        reader.preset_source = (given["preset"].value, "--set", None)
     settle_length(reader.entries)
     header = read_toml(path)
     notes = header.get("notes", [])
@@ -194,19 +190,15 @@ def resolve_template(
         raise ProblemsFound(
             shorten_path(effective.path),
             problems,
-            f"Run `kwrap template show {name_or_path} --why` to see where each value comes from.",
+            f"Run `{command_line('template', 'show', name_or_path, '--why')}` to see where each value comes from.",
         )
     return effective
 
 
 def settle_length(entries: dict[str, Entry]) -> None:
-    """Steps or epochs: 0 leaves one of them out, and what `--set` gives wins over the other one."""
-    keys = ("max_train_steps", "max_train_epochs")
-    for key, other in (keys, keys[::-1]):
-        if key not in entries or other not in entries:
-            continue
-        given, over = entries[key], entries[other]
-        if over.value == 0 or (given.layer == "--set" and over.layer != "--set"):
+    """Steps or epochs: 0 leaves one of them out."""
+    for key, other in (LENGTHS, LENGTHS[::-1]):
+        if key in entries and other in entries and entries[other].value == 0:
             del entries[other]
 
 

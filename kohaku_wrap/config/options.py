@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,9 +80,6 @@ class OptionTable:
     source: str
     """Where the table was read: an installed checkout or the recorded table."""
 
-    commits: Mapping[str, str] = field(default_factory=dict)
-    """Version name to commit, of those that the table speaks for."""
-
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the nearest known name, or nothing."""
@@ -104,7 +103,7 @@ def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:
         name: Option(name, tuple(entry["types"]), default=entry["default"], level=entry["level"])
         for name, entry in document["dataset_options"].items()
     }
-    return OptionTable(options, dataset_options, source, document.get("commits", {}))
+    return OptionTable(options, dataset_options, source)
 
 
 @cache
@@ -134,6 +133,23 @@ def parse_literal(text: str) -> Any:
         return text
 
 
+def parse_argument(text: str) -> Any:
+    """The value of an optimizer's argument, as TOML spells it or as sd-scripts takes it: 0.9,0.95, (0.9, 0.95), False.
+
+    sd-scripts evaluates Python literals; left as text, `amsgrad=False` would become the text "False", which is true.
+    """
+    value = parse_literal(text)
+    if not isinstance(value, str):
+        return value
+    try:
+        literal = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return value
+    if isinstance(literal, tuple):
+        return list(literal)
+    return literal if isinstance(literal, (bool, int, float, list)) else value
+
+
 def parse_text_for(option: Option, text: str) -> Any:
     """The value of `--set NAME=text`, typed as the option is. Raises UnfitValue."""
     plain_text = option.types == ("str",) and not option.many
@@ -143,7 +159,7 @@ def parse_text_for(option: Option, text: str) -> Any:
     elif option.many and not isinstance(value, list):
         value = [parse_literal(part.strip()) if option.types != ("str",) else part.strip() for part in text.split(",")]
     elif {"two_ints", "two_floats"} & set(option.types) and isinstance(value, str) and "," in value:
-        value = [parse_literal(part.strip()) for part in text.split(",")]
+        value = [parse_literal(part.strip()) for part in value.split(",")]
     elif plain_text:
         # Quotes of TOML are allowed, but a bare number or word stays the text that was typed.
         value = value if isinstance(value, str) else text
@@ -163,6 +179,8 @@ def check_value(option: Option, value: Any) -> Any:
 
 def check_single(option: Option, value: Any) -> Any:
     """One value, or UnfitValue that says what the option takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UnfitValue(f"{value} is no finite number")
     fitting = any(fits(kind, value) for kind in option.types)
     if fitting and (option.choices is None or value in option.choices):
         return float(value) if option.types == ("float",) else value

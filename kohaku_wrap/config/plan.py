@@ -211,8 +211,16 @@ def plan_steps(effective: Effective, sizes: ImageSizes) -> StepPlan:
 
 
 def read_captions_metadata(images: Path) -> Mapping[str, Any]:
-    """What `kwrap caption` wrote about the folder: digest, count, dataset, style. Raises NoImages."""
+    """What `kwrap caption` wrote about the folder: digest, count, dataset, style, selection. Raises NoImages."""
     return dict(json.loads((open_captions(images).schema.metadata or {}).get(b"kwrap", b"{}")))
+
+
+def other_dataset(effective: Effective, images: Path) -> str:
+    """A note where the images were captioned for another dataset than the template's; empty where not."""
+    captioned, named = read_captions_metadata(images).get("dataset", ""), effective.get("kwrap.dataset", "")
+    if not captioned or not named or Path(captioned).stem == Path(named).stem:
+        return ""
+    return f"The captions are of the dataset {captioned}; the template names {named} ([kwrap] dataset)."
 
 
 def open_captions(images: Path) -> Any:
@@ -246,20 +254,24 @@ def read_folder_sizes(images: Path) -> ImageSizes:
 
 
 def read_selection_sizes(selection: Path) -> ImageSizes:
-    """The sizes that the database gives for a selection; shards of shrunk images hold smaller ones. Raises NoImages."""
-    import pyarrow as pa
-    import pyarrow.parquet
+    """The sizes that the database gives for a selection, posts without one left out.
 
-    try:
-        table = pyarrow.parquet.read_table(selection, columns=["image_width", "image_height"])
-    except FileNotFoundError:
-        raise NoImages(f"{selection}: no such selection", "Run `kwrap select` first.") from None
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise NoImages(f"{selection}: not a selection ({error})", "Run `kwrap select` again.") from None
+    Shards of shrunk images hold smaller ones. Raises BadSelection and NoImages.
+    """
+    from kohaku_wrap.dataset.selection_file import open_selection
+
+    with open_selection(selection) as file:
+        table = file.read(columns=["image_width", "image_height"])
+    widths, heights = (column.to_numpy().astype(np.int64) for column in table.columns)
+    known = (widths > 0) & (heights > 0)
+    if not known.any():
+        raise NoImages(f"{selection}: the database gives no sizes", "Run `kwrap extract`, which measures the images.")
+    unknown = len(known) - int(known.sum())
+    left_out = f"; {unknown:,} without a size left out" if unknown else ""
     return ImageSizes(
-        widths=table["image_width"].to_numpy().astype(np.int64),
-        heights=table["image_height"].to_numpy().astype(np.int64),
-        source=f"the database's sizes in {selection}; images that are missing or were shrunk are not known yet",
+        widths=widths[known],
+        heights=heights[known],
+        source=f"the database's sizes in {selection}; what is missing or was shrunk is not known yet{left_out}",
         exact=False,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from kohaku_wrap.config.options import (
     OptionTable,
     UnfitValue,
     check_value,
+    parse_argument,
     parse_literal,
     parse_text_for,
     suggest,
@@ -34,6 +35,15 @@ from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.templates import find_preset, read_toml
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import shipped_folder
+
+LENGTHS = ("max_train_steps", "max_train_epochs")
+"""Two options that say how long a run is; the trainer would ignore the first beside the second."""
+
+LITERALS_OF: Mapping[str, Callable[[str], Any]] = {
+    "optimizer_args": parse_argument,
+    "lr_scheduler_args": parse_argument,
+}
+"""How values of these tables are read where they are text; LyCORIS converts those of network_args itself."""
 
 LOOKS_LIKE_PATH = re.compile(r"^(~|/|\.{1,2}/|[A-Za-z]:[\\/])")
 
@@ -132,6 +142,7 @@ class LayerReader:
         """Check each setting and put those that hold."""
         origin = f"{layer} {file}".rstrip()
         seen: dict[str, str] = {}
+        given: dict[str, Entry] = {}
         for setting in settings:
             if setting.key in seen:
                 self.problems.append(Problem(setting.where, f"set twice: also as {seen[setting.key]}", origin))
@@ -142,7 +153,15 @@ class LayerReader:
             except UnfitValue as fault:
                 self.problems.append(Problem(setting.where, fault.message, origin))
                 continue
-            self.entries[setting.key] = Entry(value, layer, file)
+            given[setting.key] = Entry(value, layer, file)
+        self.lay_over(given)
+
+    def lay_over(self, given: Mapping[str, Entry]) -> None:
+        """Put one layer's entries over those before it; its steps end what they say of epochs, and the reverse."""
+        for key, other in (LENGTHS, LENGTHS[::-1]):
+            if key in given and given[key].value != 0 and other not in given:
+                self.entries.pop(other, None)
+        self.entries.update(given)
 
     def load_preset(self) -> dict[str, Any]:
         """The LyCORIS preset that the last layer named, from its file or inline."""
@@ -193,9 +212,10 @@ def list_settings(document: dict[str, Any], table: OptionTable) -> Iterator[Sett
 def canonical_settings(key: str, where: str, value: Any, table: OptionTable) -> Iterator[Setting]:
     """A line of a section: an option, or one that belongs to dataset.toml, or a list of `key=value` strings."""
     if key in ARGUMENT_TABLES and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        parse = LITERALS_OF.get(key, parse_literal)
         for item in value:
             name, equals, text = item.partition("=")
-            yield Setting(where, f"{key}.{name.strip()}" if equals else key, parse_literal(text.strip()))
+            yield Setting(where, f"{key}.{name.strip()}" if equals else key, parse(text.strip()))
     elif key in table.dataset_options and key in table.options:
         yield Setting(where, f"dataset_options.{key}", value)
     else:
@@ -278,7 +298,7 @@ def read_override(text: str, table: OptionTable) -> tuple[dict[str, Entry], list
         if option and key not in OWNED_OPTIONS:
             value = parse_text_for(option, raw.strip())
         else:
-            value = parse_literal(raw.strip())
+            value = LITERALS_OF.get(prefix, parse_literal)(raw.strip())
         if prefix == "preset":
             raise UnfitValue("a preset's keys cannot be set here: write a preset of your own and name it")
         if key == "preset":

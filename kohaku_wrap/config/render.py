@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import toml
-
 import kohaku_wrap
 from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit, read_trainer_commit
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.plan import StepPlan, read_captions_metadata, shape_batch
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.config.site import Site
+from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.config.trainer_arguments import (
     describe_accelerate,
     render_literals,
@@ -69,25 +68,11 @@ class RenderedRun:
     texts: Mapping[str, str]
     """Every file by its name in the folder."""
 
-    def write(self) -> None:
+    def write(self) -> RenderedRun:
         """Write all files, the lock last: a folder with a lock is whole."""
         for name, text in self.texts.items():
             write_text(self.folder / name, text)
-
-
-def render_run(
-    effective: Effective,
-    site: Site,
-    run_folder: Path,
-    run_name: str,
-    plan: StepPlan,
-    inputs: Mapping[str, Any] | None = None,
-    engine: str | None = None,
-) -> RenderedRun:
-    """Compose the run's files and write them. `inputs`: what `hash_inputs` gave; without it only paths are locked."""
-    rendered = compose_run(effective, site, run_folder, run_name, plan, inputs, engine)
-    rendered.write()
-    return rendered
+        return self
 
 
 def compose_run(
@@ -99,7 +84,10 @@ def compose_run(
     inputs: Mapping[str, Any] | None = None,
     engine: str | None = None,
 ) -> RenderedRun:
-    """Compose the run's files without touching the disk or hashing anything."""
+    """Compose the run's files without touching the disk or hashing anything.
+
+    `inputs`: what `hash_inputs` gave; without it only paths are locked.
+    """
     folder = Path(run_folder).absolute()
     trainer = compose_trainer(effective, folder, run_name)
     dataset = compose_dataset(effective, site)
@@ -112,15 +100,15 @@ def compose_run(
     for name, value in trainer.items():
         sectioned.setdefault(section_of(name, SECTIONS), {})[name] = value
     texts = {
-        TRAINER_FILE: toml.dumps(sectioned),
-        DATASET_FILE: toml.dumps(dataset),
-        PRESET_FILE: toml.dumps(dict(effective.preset)),
+        TRAINER_FILE: toml_text(sectioned),
+        DATASET_FILE: toml_text(dataset),
+        PRESET_FILE: toml_text(effective.preset),
         ACCELERATE_FILE: render_yaml(accelerate),
     }
     samples = effective.subtable("samples", with_defaults=True)
     if samples.get("prompts"):
         texts[PROMPTS_FILE] = render_prompts(samples)
-    texts[LOCK_FILE] = toml.dumps(lock)
+    texts[LOCK_FILE] = toml_text(lock)
     return RenderedRun(folder, run_name, trainer, dataset, lock, texts)
 
 
@@ -249,12 +237,14 @@ def name_inputs(site: Site) -> dict[str, Any]:
 def hash_inputs(
     effective: Effective,
     site: Site,
-    selection: Path | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """The run's inputs with their sha256; reads a base model that it did not know. Raises MissingInput."""
+    """The run's inputs with their sha256; reads a base model that it did not know. Raises MissingInput.
+
+    The selection's sha256 is the one that the captions were made from.
+    """
     inputs = name_inputs(site)
-    files = {"base_model": site.paths.base_model, "vae": site.paths.vae, "selection": selection}
+    files = {"base_model": site.paths.base_model, "vae": site.paths.vae}
     for name, path in files.items():
         if path is None:
             continue
@@ -262,10 +252,14 @@ def hash_inputs(
             raise MissingInput(f"{path}: no such file ({name})", f"Mend paths.{name} in {site.path}.")
         inputs[name] = str(path)
         inputs[f"{name}_sha256"] = kept_sha256(path, on_bytes)
-    inputs["captions_digest"] = read_captions_metadata(site.paths.images).get("digest", "")
+    captions = read_captions_metadata(site.paths.images)
+    inputs["captions_digest"] = captions.get("digest", "")
+    inputs["captions_dataset"] = captions.get("dataset", "")
+    inputs["prompt_format"] = captions.get("prompt_format")
+    inputs["selection_sha256"] = captions.get("selection_sha256")
     for index, path in enumerate(effective.files):
         inputs[f"template_{index}_sha256"] = sha256_of_file(path)
-    inputs["preset_sha256"] = sha256_of_text(toml.dumps(dict(effective.preset)))
+    inputs["preset_sha256"] = sha256_of_text(toml_text(effective.preset))
     return inputs
 
 

@@ -135,8 +135,11 @@ def weigh_disk(effective: Effective, plan: StepPlan, checkpoint: int, state: int
     kept_states = min(states_made, keep + milestones)
     writing = 1 if states_made else 0
     return (
-        Part(f"{kept_checkpoints + 1} checkpoints", (kept_checkpoints + 1) * checkpoint),
-        Part(f"{kept_states} states kept, {writing} being written", (kept_states + writing) * state),
+        Part(f"{kept_checkpoints + 1} checkpoint{'s' * (kept_checkpoints > 0)}", (kept_checkpoints + 1) * checkpoint),
+        Part(
+            f"{kept_states} state{'s' * (kept_states != 1)} kept, {writing} being written",
+            (kept_states + writing) * state,
+        ),
         Part("metrics and ledger", steps * (400 + 16 * plan.group)),
     )
 

@@ -12,6 +12,9 @@ from kohaku_wrap.config.options import suggest
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import home_folder, shipped_folder
 
+KINDS = ("presets", "merges")
+"""The folders of what is no template beside the shipped templates."""
+
 
 class UnknownTemplate(UsageError):
     """No template or preset of that name or path."""
@@ -93,6 +96,13 @@ def find_preset(name: str | Path, beside: Path | None = None) -> Path:
     """The LyCORIS preset's file, looked up as templates are, in their `presets` folders."""
     folders = [user_templates() / "presets", shipped_folder("templates") / "presets"]
     return find_named(name, "preset", [beside / "presets", *folders] if beside else folders, beside)
+
+
+def find_source(name: str) -> Path:
+    """The file to copy under this name: a template, else a preset or a merge recipe."""
+    own, shipped = user_templates(), shipped_folder("templates")
+    folders = [own, shipped, own / "presets", *(shipped / kind for kind in KINDS)]
+    return find_named(name, "template, preset or merge recipe", folders)
 
 
 def list_templates() -> list[TemplateFile]:

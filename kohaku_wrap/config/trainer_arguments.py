@@ -39,11 +39,11 @@ def render_network_args(table: Mapping[str, Any]) -> list[str]:
 
 
 def escape_tags(prompt: str) -> str:
-    """Plain tags, separated by commas, as the front ends read them: brackets of a tag escaped, weights kept.
+    """Plain tags, separated by commas, as the front ends read them: one line, brackets of a tag escaped, weights kept.
 
     `hatsune miku (cosplay), (azuuru:1.1)` becomes `hatsune miku \\(cosplay\\), (azuuru:1.1)`.
     """
-    return ", ".join(escape_tag(tag.strip()) for tag in prompt.split(",") if tag.strip())
+    return ", ".join(escape_tag(" ".join(tag.split())) for tag in prompt.split(",") if tag.strip())
 
 
 def escape_tag(tag: str) -> str:

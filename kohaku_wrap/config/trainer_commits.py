@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,22 @@ SUPPORTED = (
 """The default first."""
 
 SUPPORTED_TEXT = ", ".join(f"{each.name} ({each.commit[:10]})" for each in SUPPORTED)
+
+
+def digest_sources(checkout: Path) -> str:
+    """One digest over the scripts and the library; line ends do not count."""
+    digest = hashlib.sha256()
+    paths = [*checkout.glob("library/*.py"), checkout / "sdxl_train_network.py", checkout / "train_network.py"]
+    for name, path in sorted((path.relative_to(checkout).as_posix(), path) for path in paths if path.is_file()):
+        content = path.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def find_known(checkout: Path) -> SupportedCommit | None:
+    """The supported commit whose very files these are."""
+    digest = digest_sources(checkout)
+    return next((known for known in SUPPORTED if known.digest == digest), None)
 
 
 def trainer_folder() -> Path:

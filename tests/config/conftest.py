@@ -38,7 +38,15 @@ def write_captions() -> Callable[[Path, Sequence[tuple[int, int]]], None]:
 
 def make_captions(images: Path, sizes: Sequence[tuple[int, int]]) -> None:
     images.mkdir(parents=True, exist_ok=True)
-    metadata = {"kwrap": json.dumps({"digest": "d" * 64, "count": len(sizes), "dataset": "demo", "style": "kohaku"})}
+    about = {
+        "digest": "d" * 64,
+        "count": len(sizes),
+        "dataset": "demo",
+        "style": "kohaku",
+        "prompt_format": "<general tags>",
+        "selection_sha256": "5" * 64,
+    }
+    metadata = {"kwrap": json.dumps(about)}
     fields = [("id", pa.int64()), ("file", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
     schema = pa.schema([*fields, ("caption", pa.large_string())], metadata=metadata)
     columns = {

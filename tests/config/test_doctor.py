@@ -82,6 +82,20 @@ def test_torch_facts_are_judged(make_site: MakeSite) -> None:
     assert judge_processes(one, effective).status == "broken"
 
 
+@pytest.mark.parametrize(("hard", "advice"), [(-1, "ulimit -n 2304"), (4096, "ulimit -n 2304"), (512, "limit of 512")])
+def test_advice_about_open_files_can_be_followed(monkeypatch: pytest.MonkeyPatch, hard: int, advice: str) -> None:
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, hard))
+    assert advice in doctor.examine_open_files(None).do
+
+
+def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from kohaku_wrap.training.workers.check_machine import run_check
+
+    first = tmp_path / "openai_clip-vit-large-patch14"
+    assert run_check("tokenizers", {"tokenizers": str(tmp_path)}) == {"error": f"{first} is not there"}
+
+
 def test_files_that_are_missing_and_disk_that_is_free(make_site: MakeSite) -> None:
     effective = resolve_template("epsilon", make_site())
     findings = {finding.name: finding for finding in examine_files(effective, None)}

@@ -10,6 +10,7 @@ import pytest
 from kohaku_wrap.config.layers import load_layers, resolve_template
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate
+from kohaku_wrap.config.trainer_arguments import escape_tags, render_literals
 from kohaku_wrap.errors import ProblemsFound
 
 MakeSite = Callable[..., Site]
@@ -50,10 +51,12 @@ def test_later_layers_win_and_are_named(tmp_path: Path, make_site: MakeSite) -> 
         ('training_comment="a b"', "training_comment", "a b"),
         ("resolution=512", "dataset_options.resolution", 512),
         ("resolution=512,768", "dataset_options.resolution", [512, 768]),
+        ('resolution="512,768"', "dataset_options.resolution", [512, 768]),
         ("dataset_options.resolution=[512, 768]", "dataset_options.resolution", [512, 768]),
         ("caption_tag_dropout_rate=0", "dataset_options.caption_tag_dropout_rate", 0),
         ("network_args.factor=4", "network_args.factor", 4),
         ("optimizer_args.betas=[0.9, 0.99]", "optimizer_args.betas", [0.9, 0.99]),
+        ("optimizer_args.betas=0.9,0.99", "optimizer_args.betas", [0.9, 0.99]),
         ("effective_batch=64", "effective_batch", 64),
         ("batch.effective_batch=64", "effective_batch", 64),
         ("states.keep=5", "states.keep", 5),
@@ -98,6 +101,14 @@ def test_set_steps_win_over_the_templates_epochs() -> None:
     assert not effective.is_set("max_train_epochs")
     with pytest.raises(ProblemsFound, match="both given"):
         resolve_template("epsilon", None, ["max_train_steps=1700", "max_train_epochs=2"])
+
+
+def test_a_templates_steps_win_over_its_bases_epochs(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.toml", 'extends = "epsilon"\nmax_train_steps = 17000\n')
+    effective = resolve_template(base)
+    assert effective.get("max_train_steps") == 17000 and not effective.is_set("max_train_epochs")
+    effective = resolve_template(write(tmp_path / "mine.toml", f'extends = "{base}"\nmax_train_epochs = 3\n'))
+    assert effective.get("max_train_epochs") == 3 and not effective.is_set("max_train_steps")
 
 
 def test_a_circle_is_named(tmp_path: Path) -> None:
@@ -164,3 +175,22 @@ def test_no_persistent_workers_without_workers(make_site: MakeSite) -> None:
     effective = resolve_template("epsilon", make_site("gpus = 4\nbatch_per_gpu = 4\nworkers = 0"))
     assert effective.get("max_data_loader_n_workers") == 0
     assert effective.get("persistent_data_loader_workers") is False
+
+
+def test_arguments_may_be_written_as_sd_scripts_takes_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'extends = "epsilon"\n[optimizer]\noptimizer_type = "AdamW"\n'
+        'optimizer_args = ["weight_decay=0.1", "betas=0.9,0.95", "eps=(1e-6)", "amsgrad=False"]\n'
+        'network_args = ["factor=4", "algo=lokr"]\n'
+    )
+    effective, problems = load_layers(path)
+    assert not problems
+    arguments = effective.subtable("optimizer_args")
+    assert arguments == {"weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-6, "amsgrad": False}
+    assert "amsgrad=False" in render_literals(arguments)
+    assert effective.get("network_args.algo") == "lokr"
+
+
+def test_a_prompt_is_one_line() -> None:
+    assert escape_tags("1girl,\n  long hair\n(cosplay)") == r"1girl, long hair \(cosplay\)"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,8 @@ from kohaku_wrap.config.plan import (
 )
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.dataset.selection_file import BadSelection
+from kohaku_wrap.metadata.posts import POST_SCHEMA
 from kohaku_wrap.training.data.order import BatchOrder
 
 MakeSite = Callable[..., Site]
@@ -106,8 +110,23 @@ def test_missing_and_damaged_sizes_say_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "captions.arrow").write_bytes(b"not arrow at all")
     with pytest.raises(NoImages, match="not a captions file"):
         read_folder_sizes(tmp_path)
-    with pytest.raises(NoImages, match="no such selection"):
+    with pytest.raises(BadSelection, match="no such file"):
         read_selection_sizes(tmp_path / "none.parquet")
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(BadSelection, match="no column rating"):
+        read_selection_sizes(tmp_path / "other.parquet")
+
+
+def test_posts_without_a_size_are_left_out_and_told(tmp_path: Path) -> None:
+    columns = {field.name: pa.array([0, 1, 2]).cast(field.type) for field in POST_SCHEMA}
+    path = tmp_path / "sel.parquet"
+    pq.write_table(pa.table(columns, schema=POST_SCHEMA), path)
+    sizes = read_selection_sizes(path)
+    assert sizes.widths.tolist() == sizes.heights.tolist() == [1, 2]
+    assert "1 without a size left out" in sizes.source
+    pq.write_table(pa.table(columns, schema=POST_SCHEMA).slice(0, 1), path)
+    with pytest.raises(NoImages, match="gives no sizes"):
+        read_selection_sizes(path)
 
 
 def test_batch_that_does_not_divide_names_what_would(make_site: MakeSite) -> None:

@@ -125,6 +125,25 @@ def test_disk_under_the_retention_policy(make_site: MakeSite) -> None:
     assert [part.name for part in sizes.disk[:2]] == ["12 checkpoints", "5 states kept, 1 being written"]
     assert sizes.disk[0].size_bytes == 12 * sizes.checkpoint_bytes
     assert sizes.disk[1].size_bytes == 6 * sizes.state_bytes
+    few = suppose_sizes(256, effective)
+    sizes = weigh_training(effective, plan_steps(effective, few), few, 384_645_360, 3686, EPSILON_BASE)
+    assert [part.name for part in sizes.disk[:2]] == ["1 checkpoint", "1 state kept, 1 being written"]
+
+
+def test_captions_of_another_dataset_are_noted(
+    make_site: MakeSite, write_captions: Callable[[Path, Sequence[tuple[int, int]]], None]
+) -> None:
+    site = make_site('engine = "builtin"\ngpus = 0\nbatch_per_gpu = 2')
+    write_captions(site.paths.images, [(128, 128)] * 21)
+    arguments = ["demo", "--site", str(site.path), "--no-modules", "--json"]
+    notes = {
+        dataset: json.loads(CliRunner().invoke(command, [*arguments, "--set", f"kwrap.dataset={dataset}"]).stdout)[
+            "notes"
+        ]
+        for dataset in ("demo", "delta")
+    }
+    assert not any("the template names" in note for note in notes["demo"])
+    assert "The captions are of the dataset demo; the template names delta ([kwrap] dataset)." in notes["delta"]
 
 
 def test_measured_step_time(tmp_path: Path) -> None:

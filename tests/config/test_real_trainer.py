@@ -16,7 +16,7 @@ from kohaku_wrap.config.installed import ask_trainer
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.options import load_recorded_table, parse_table
 from kohaku_wrap.config.plan import ImageSizes, plan_steps
-from kohaku_wrap.config.render import render_run
+from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.site import Site
 
 pytestmark = [pytest.mark.sd_scripts, pytest.mark.slow]
@@ -61,7 +61,7 @@ def test_every_value_arrives_and_counts_are_equal(
     (site.paths.images / "metadata_cache.json").write_text(json.dumps(cache), encoding="utf-8")
     widths, heights = np.array(sizes).T
     plan = plan_steps(effective, ImageSizes(widths, heights, "generated"))
-    run = render_run(effective, site, tmp_path / "runs" / "first", "first", plan)
+    run = compose_run(effective, site, tmp_path / "runs" / "first", "first", plan).write()
 
     answer = ask_about(checkout, run.folder)
     for name, value in run.trainer.items():

@@ -13,7 +13,7 @@ import pytest
 from kohaku_wrap.config import render
 from kohaku_wrap.config.layers import Effective, resolve_template
 from kohaku_wrap.config.plan import StepPlan, plan_steps, suppose_sizes
-from kohaku_wrap.config.render import MissingInput, compose_run, hash_inputs, render_run
+from kohaku_wrap.config.render import MissingInput, compose_run, hash_inputs
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.trainer_arguments import (
     escape_tags,
@@ -35,7 +35,7 @@ def demo(make_site: MakeSite) -> tuple[Effective, Site, StepPlan]:
 
 def test_files_of_a_run(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) -> None:
     effective, site, plan = demo
-    run = render_run(effective, site, tmp_path / "runs" / "one", "one", plan)
+    run = compose_run(effective, site, tmp_path / "runs" / "one", "one", plan).write()
     names = {path.name for path in run.folder.iterdir()}
     assert names == {
         "trainer.toml",
@@ -69,7 +69,7 @@ def test_files_of_a_run(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) 
 
 def test_lock_holds_every_value(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) -> None:
     effective, site, plan = demo
-    run = render_run(effective, site, tmp_path / "one", "one", plan)
+    run = compose_run(effective, site, tmp_path / "one", "one", plan).write()
     lock = tomllib.loads((tmp_path / "one" / "run.lock.toml").read_text())
     assert lock["run"]["template"] == "demo"
     assert lock["run"]["engine"] == "builtin"
@@ -112,9 +112,10 @@ def test_inputs_are_hashed(
     read = []
     inputs = hash_inputs(effective, site, on_bytes=read.append)
     assert inputs["base_model_sha256"] == hashlib.sha256(b"model").hexdigest()
-    assert inputs["captions_digest"] == "d" * 64
+    assert inputs["captions_digest"] == "d" * 64 and inputs["captions_dataset"] == "demo"
+    assert inputs["selection_sha256"] == "5" * 64 and inputs["prompt_format"] == "<general tags>"
     assert sum(read) == 5
-    lock = render_run(effective, site, tmp_path / "one", "one", plan, inputs).lock
+    lock = compose_run(effective, site, tmp_path / "one", "one", plan, inputs).write().lock
     assert lock["inputs"]["captions_digest"] == "d" * 64
 
 

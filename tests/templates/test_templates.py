@@ -14,6 +14,7 @@ from kohaku_wrap.config.check_files import check_files
 from kohaku_wrap.config.options import load_recorded_table
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.merging.recipes import find_recipe
 
 BROKEN = Path(__file__).with_name("broken")
 SHIPPED = [path for path in sorted(shipped_folder("templates").rglob("*.toml")) if path.parent.name != "merges"]
@@ -100,6 +101,23 @@ def test_copy_lands_in_the_users_folder_and_is_found_first(tmp_path: Path, monke
     assert again.exit_code != 0
 
 
+def test_presets_and_merge_recipes_are_copied_by_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(command, ["cp", "small-24gib", "tiny"]).exit_code == 0
+    assert (home / "templates" / "presets" / "tiny.toml").is_file()
+    Path("mine.toml").write_text('extends = "epsilon"\npreset = "tiny"\n')
+    assert CliRunner().invoke(command, ["check", "mine.toml", "--no-modules"]).exit_code == 0
+    assert CliRunner().invoke(command, ["cp", "small-24gib", "."]).exit_code == 0
+    assert Path("presets", "small-24gib.toml").is_file()
+    copied = CliRunner().invoke(command, ["cp", "gamma-rev1", "recipe"])
+    assert "kwrap merge recipe.toml --dry-run" in copied.stdout
+    assert find_recipe("recipe.toml") == find_recipe("gamma-rev1")
+    unknown = CliRunner().invoke(command, ["cp", "gamma-rev", "x.toml"])
+    assert "did you mean gamma-rev1?" in str(unknown.exception)
+
+
 def test_users_own_epsilon_may_extend_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KWRAP_HOME", str(tmp_path))
     (tmp_path / "templates").mkdir()
@@ -146,3 +164,16 @@ def test_an_optimizer_of_ones_own_is_asked_for_its_signature(tmp_path: Path) -> 
     [(_, problems)] = check_files([str(own)], None, load_recorded_table())
     assert [problem.where for problem in problems] == ["optimizer_args.momentum_decai"]
     assert "did you mean momentum_decay?" in problems[0].what
+
+
+def test_a_site_beside_templates_is_checked_as_a_site(tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('[paths]\nimages = "images"\n[machine]\ngpus = 2\n[trainer]\nsdpa = false\nxformers = true\n')
+    assert check_files([str(tmp_path)], None, load_recorded_table()) == [(site, [])]
+    site.write_text('[paths]\nimage = "images"\n[machine]\ngpus = "2"\n')
+    [(_, problems)] = check_files([str(site)], None, load_recorded_table())
+    assert [problem.where for problem in problems] == ["paths.image", "machine.gpus"]
+    assert {problem.layer for problem in problems} == {f"site {site}"}
+    site.write_text("[machine]\ngpus = 2\n[trainer]\nlearning_rat = 1\n")
+    [(_, [problem])] = check_files([str(site)], None, load_recorded_table())
+    assert problem.where == "trainer.learning_rat"
