@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint
 from kohaku_wrap.training.records.retention import remove_old_states
-from kohaku_wrap.training.records.states import DiskFull, list_states, newest_whole_state, verify_state, write_state
+from kohaku_wrap.training.records.states import DiskFull, list_states, verify_state, write_state
 
 Failure = Literal[
     "killed before", "killed after", "input/output error", "disk full", "power cut before", "power cut after"
@@ -206,18 +206,19 @@ def main() -> int:
             status = try_write(states, step, at, failure)
             ended = "killed" if os.WIFSIGNALED(status) else ENDS[os.WEXITSTATUS(status)]
             outcomes[ended] += 1
+            whole = [0]
             for _, path in list_states(states):
                 try:
-                    verify_state(path)
+                    whole.append(verify_state(path).optimizer_step)
                 except DamagedState as damaged:
                     torn += 1
                     print(f"TORN  {failure} operation {at}: {damaged.message}")
-            newest = newest_whole_state(states)
-            at_least = step if ended == "wrote it" else last_good
-            if newest is None or newest[1].optimizer_step < at_least:
+            newest = max(whole)
+            wanted = step if ended == "wrote it" else last_good
+            if newest < wanted:
                 lost += 1
-                print(f"LOST  {failure} operation {at}: newest {newest and newest[0].name}, wanted {at_least}")
-            last_good = max(last_good, newest[1].optimizer_step if newest else 0)
+                print(f"LOST  {failure} operation {at}: newest is of step {newest}, wanted {wanted}")
+            last_good = max(last_good, newest)
         left = len(list_states(states))
     print(f"{chosen.writes:,} writes, failing at each of {operations} operations in {len(FAILURES)} ways")
     print("  " + ", ".join(f"{name}: {count:,}" for name, count in sorted(outcomes.items())))

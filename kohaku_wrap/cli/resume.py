@@ -43,7 +43,10 @@ def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
         return unfinished[0]
     where = " or ".join(str(folder) for folder in folders)
     if not unfinished:
-        raise UsageError(f"no unfinished run in {where}", "Give the path of a run: kwrap resume runs/NAME")
+        raise UsageError(
+            f"no unfinished run in {where}",
+            "Give the path of a run, kwrap resume runs/NAME, or add --site with its site file.",
+        )
     names = "\n".join(f"  {run.folder}" for run in unfinished)
     raise UsageError(f"{len(unfinished)} unfinished runs; which one?\n{names}", "Name it: kwrap resume RUN")
 
@@ -141,7 +144,9 @@ def command(
 
             found = plan_resume(run, step, processes, workers, allow, foreign, foreign_state, count, machines)
         if not as_json:
-            print_plan(found)
+            print_findings(found)
+            if not dry_run:
+                print_start(found)
             if done:
                 print_note(f"verified {show_bytes(done)} of states in {time.monotonic() - started:.1f} s")
         return found
@@ -209,20 +214,28 @@ def states_bytes(run: Run, step: int | None) -> int:
         return 0
 
 
-def print_plan(plan: ResumePlan) -> None:
-    """What the resume found and will do, on stderr."""
-    from kohaku_wrap.training.records.states import list_states
-
+def print_findings(plan: ResumePlan) -> None:
+    """What the resume found and how it takes it, on stderr."""
     for damaged in plan.damaged:
         print_note(f"damaged, passed over: {damaged.message}")
     for problem in plan.accepted:
         print_note(f"accepted: {problem.where}: {problem.what}")
     if plan.foreign:
         print_note("a state of plain sd-scripts: the order is not provably the same as before it")
-    source = str(plan.state)
-    if plan.state is None:
-        source = "the beginning" if list_states(plan.run.states) else "the beginning, as no state is there"
-    print_note(f"attempt {plan.number} of {plan.run.name} from {source}")
+
+
+def source_of(plan: ResumePlan) -> str:
+    """The state's folder, or the beginning."""
+    from kohaku_wrap.training.records.states import list_states
+
+    if plan.state is not None:
+        return show_path(plan.state)
+    return "the beginning" if list_states(plan.run.states) else "the beginning, as no state is there"
+
+
+def print_start(plan: ResumePlan) -> None:
+    """Where the attempt starts, and what moves for it, on stderr."""
+    print_note(f"attempt {plan.number} of {plan.run.name} from {source_of(plan)}")
     for path in plan.abandons:
         print_note(f"to abandoned/: {path.relative_to(plan.run.folder)}")
 
@@ -257,7 +270,7 @@ def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
         print_json("resume", payload)
         return
     rows: list[tuple[str, Any]] = [
-        ("state", plan.state or "none: from the beginning"),
+        ("state", plan.state or f"none: from {source_of(plan)}"),
         ("optimizer steps done", f"{plan.optimizer_step:,} of {plan.run.lock.total_optimizer_steps:,}"),
         ("epoch", position.epoch),
         ("micro-batch of each rank", position.micro_batch),

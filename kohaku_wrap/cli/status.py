@@ -19,7 +19,7 @@ from kohaku_wrap.cli.output import (
     show_path,
 )
 from kohaku_wrap.cli.resume import runs_folders, site_option
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.runs.folder import Run
@@ -137,5 +137,6 @@ def print_run(status: RunStatus) -> None:
     if status.last_error:
         rows.append(("last error", status.last_error))
     folder = show_path(status.run.folder)
-    following = {"finished": f"kwrap verify {folder}", "running": f"kwrap status {folder} --watch"}
-    print_table(f"Run {status.run.name}", rows, following.get(status.condition, f"kwrap resume {folder}"))
+    following = {"finished": ("verify", folder), "running": ("status", folder, "--watch")}
+    words = following.get(status.condition, ("resume", folder))
+    print_table(f"Run {status.run.name}", rows, command_line(*words))

@@ -19,7 +19,7 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     show_path,
 )
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,10 +133,10 @@ def print_finished(command: str, report: RunReport, as_json: bool) -> None:
     rows: list[tuple[str, Any]] = [
         ("run", run.folder),
         ("optimizer steps", report.optimizer_step),
-        ("attempts", report.attempts),
+        *([("attempts just now", report.attempts)] if report.attempts > 1 else []),
         *(("network", network) for network in networks),
     ]
-    print_table(f"Trained {run.name}", rows, f"kwrap verify {show_path(run.folder)}")
+    print_table(f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))
 
 
 @click.command(
@@ -181,6 +181,7 @@ def command(
     trainer failed.
     """
     from kohaku_wrap.training.runs.create import plan_new_run
+    from kohaku_wrap.training.runs.differences import refuse_unknown
 
     if template is None and locked is not None:
         from kohaku_wrap.training.runs.differences import template_of_lock
@@ -189,6 +190,7 @@ def command(
     if template is None:
         raise UsageError("no TEMPLATE given", "See `kwrap template ls`.")
     options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, hook)
+    refuse_unknown(allow)
     new = plan_new_run(template, site_file, name, engine, overrides)
     if not as_json:
         print_note(f"engine: {new.engine} ({new.engine_origin})")

@@ -78,7 +78,7 @@ def show(as_json: bool) -> None:
     stand = sum(match.count == 1 for match in report.anchors)
     rows = [
         *checkout_rows(report.checkout),
-        ("anchors", f"{stand} of {len(report.anchors)} stand"),
+        ("places in its code", f"{stand} of {len(report.anchors)} are as kwrap knows them"),
         *[(f"  {match.anchor.name}", anchor_text(match.anchor.replacement, match.count)) for match in report.anchors],
         *[(state.requirement.distribution, requirement_text(state)) for state in report.requirements],
         ("installed", ", ".join(each.name for each in report.installed) or "none"),
@@ -88,10 +88,10 @@ def show(as_json: bool) -> None:
 
 
 def anchor_text(replacement: str | None, count: int) -> str:
-    """One anchor for people."""
+    """One place in the trainer's code for people."""
     if count != 1:
         return f"found {count} times, must be 1"
-    return "stands" if replacement is None else "stands, corrected when loaded"
+    return "as known" if replacement is None else "as known, corrected when loaded"
 
 
 def requirement_text(state: RequirementState) -> str:

@@ -9,7 +9,9 @@ import click
 
 from kohaku_wrap.cli.output import json_option, print_error, print_json, print_note, print_table, show_path
 from kohaku_wrap.cli.resume import runs_folders, site_option
-from kohaku_wrap.errors import EXIT_FAILED
+from kohaku_wrap.errors import EXIT_FAILED, command_line
+
+FILLS = "to fill an epoch's last optimizer step with a batch of it"
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.ledger_checks import Fault
@@ -64,7 +66,10 @@ def print_report(report: VerifyReport) -> None:
     """The report for people."""
     rows: list[tuple[str, Any]] = [
         ("optimizer steps", f"{report.optimizer_steps:,} of {report.total_optimizer_steps:,}"),
-        ("positions trained once", f"{report.positions:,}, of which {report.fills:,} fills"),
+        (
+            "positions trained once",
+            f"{report.positions:,}" + (f", {report.fills:,} of them {FILLS}" if report.fills else ""),
+        ),
         ("attempts", report.attempts),
         ("records", report.records),
     ]
@@ -89,15 +94,16 @@ def print_report(report: VerifyReport) -> None:
         lines = "\n".join(f"  {describe_fault(fault)}" for fault in report.faults)
         print_error(
             f"run {report.run.name}: the ledger does not prove the run\n{lines}",
-            f"Go back to a state before the first of these: kwrap resume {show_path(report.run.folder)} --step N",
+            "Go back to a state before the first of these: "
+            + command_line("resume", show_path(report.run.folder), "--step", "N"),
         )
 
 
 def next_step(report: VerifyReport) -> str:
     if not report.is_finished:
-        return f"kwrap resume {show_path(report.run.folder)}"
+        return command_line("resume", show_path(report.run.folder))
     network = report.run.checkpoints / f"{report.run.name}.safetensors"
-    return f"kwrap inspect {show_path(network)}"
+    return command_line("inspect", show_path(network))
 
 
 def describe_fault(fault: Fault) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +20,19 @@ def new_run(tmp_path: Path) -> Callable[..., Run]:
     from plain_runs import make_run
 
     return lambda name="r", **options: make_run(tmp_path / "runs" / name, **options)
+
+
+@pytest.fixture
+def mount_disk() -> Iterator[Callable[[Path, int], None]]:
+    """Mounts a tmpfs of so many MiB on a folder; the test is skipped where that is not permitted."""
+    folders: list[Path] = []
+
+    def mount(folder: Path, size_mib: int) -> None:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs is not permitted here")
+        folders.append(folder)
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "-l", str(folder)], check=False)

@@ -63,7 +63,7 @@ def make_run(
     buckets = assign_buckets(
         [size[0] for size in sizes], [size[1] for size in sizes], BucketOptions.from_dataset_options(DATASET_OPTIONS)
     )
-    batches, group = buckets.count_batches(2), processes * accumulation
+    batches, group = int((-(-buckets.images_of_bucket // 2)).sum()), processes * accumulation
     steps_per_epoch = -(-batches // group)
     lock: dict[str, Any] = {
         "run": {

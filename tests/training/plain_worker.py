@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
-from kohaku_wrap.training.records.saving import save_run_state
+from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
 from kohaku_wrap.training.records.verify import read_order
 from kohaku_wrap.training.runs.attempts import Attempt
 
@@ -43,6 +44,7 @@ def main() -> int:
     weights = b"0" if attempt.state is None else (attempt.state / "weights.bin").read_bytes()
     order, ids = read_order(attempt.run)
     group = attempt.group
+    patience = {"pause_seconds": 0.1, "patience_seconds": faults.get("patience_seconds", 20)}
     ledger = LedgerWriter(
         attempt.run.ledger,
         LedgerHeader(attempt.number, 0, attempt.processes, attempt.accumulation, lock.batch_per_gpu, lock.seed),
@@ -60,7 +62,7 @@ def main() -> int:
         ledger.sync()
         if faults.get("hang") == "saving":
             hang()
-        save_run_state(attempt, done, fill, scheduled=scheduled, pause_seconds=0.1, patience_seconds=20)
+        save_run_state(attempt, done, fill, scheduled=scheduled, **patience)
 
     while done < lock.total_optimizer_steps:
         epoch, first = order.count.position_of(done, 1).epoch, order.count.position_of(done, 1).global_position
@@ -80,6 +82,7 @@ def main() -> int:
                 is_fill=order.epoch(epoch).is_fill(position),
             )
             attempt.beat(0, "step", done, position)
+            wait_for_room(attempt, ledger.write_out, done, position, "step", **patience)
             if done == faults.get("at", 1) and position == first + 1:
                 act_within(faults)
         done += 1
@@ -98,7 +101,7 @@ def main() -> int:
             save(scheduled=due)
         if stop:
             attempt.finish("stopped", done)
-            return 0
+            return int(faults.get("exit_code", 0))
     (attempt.run.checkpoints / f"{attempt.run.name}.safetensors").write_bytes(weights)
     attempt.finish("finished", done)
     return 0
@@ -112,11 +115,22 @@ def act(attempt: Attempt, faults: dict[str, object], done: int) -> None:
         raise ValueError("a tensor was not what it should be")
     if faults.get("memory"):
         raise MemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    if faults.get("fill_disk"):
+        fill_disk(attempt.run.folder / "filler")
     if faults.get("exit_0"):
         sys.exit(0)
     if kind := faults.get("fail"):
         attempt.fail(0, str(kind), f"{kind} at /images/0003/3.png", done)
         sys.exit(1)
+
+
+def fill_disk(filler: Path) -> None:
+    """Leave not a byte of room."""
+    with filler.open("ab", buffering=0) as stream:
+        for size_bytes in (1 << 16, 1):
+            with suppress(OSError):
+                while True:
+                    stream.write(bytes(size_bytes))
 
 
 def act_within(faults: dict[str, object]) -> None:

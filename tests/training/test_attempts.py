@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from kohaku_wrap.training.records.saving import wait_for_room
+from kohaku_wrap.training.records.states import DiskFull
 from kohaku_wrap.training.runs.attempts import (
     Attempt,
     BadAttempt,
@@ -103,3 +106,23 @@ def test_processes_are_found_by_their_run_and_ended(attempt: Attempt, tmp_path: 
             child.wait()
             if child.stdout is not None:
                 child.stdout.close()
+
+
+def test_what_finds_no_room_is_written_later(attempt: Attempt) -> None:
+    refusals: list[Exception] = [OSError(errno.ENOSPC, "full"), DiskFull("states: the disk is full, 1 B free", "Free.")]
+    told: list[str] = []
+
+    def write() -> str:
+        told.extend(beat.phase for beat in attempt.heartbeats())
+        if refusals:
+            raise refusals.pop()
+        return "written"
+
+    assert wait_for_room(attempt, write, 4, 8, pause_seconds=0.01) == "written"
+    assert told == ["saving"] * 2 and attempt.heartbeats()[0].micro_batch == 8
+    refusals.append(OSError(errno.ENOSPC, "full"))
+    with pytest.raises(DiskFull, match="the disk is full"):
+        wait_for_room(attempt, write, 4, pause_seconds=0.02, patience_seconds=0.01)
+    refusals += [OSError(errno.EIO, "broken")]
+    with pytest.raises(OSError, match="broken"):
+        wait_for_room(attempt, write, 4, pause_seconds=0.01)

@@ -206,8 +206,10 @@ def test_captions_with_a_flipped_bit_are_refused_before_a_run_is_made(site: Path
 
 def test_a_base_model_that_lacks_a_tensor_is_refused_before_a_run_is_made(site: Path) -> None:
     write_base_model(site.parent / "model.safetensors", without="model.diffusion_model.out.2.bias")
-    refused = call("train", "demo", "--site", site, "--set", BATCH).exception
+    arguments = ("train", "demo", "--site", site, "--set", BATCH)
+    refused = call(*arguments).exception
     assert isinstance(refused, KwrapError) and refused.exit_code == 1
+    assert str(call(*arguments, "--dry-run").exception) == str(refused)
     assert "the UNet lacks 1 of 1,680 tensors (model.diffusion_model.out.2.bias)" in refused.message
     assert not (site.parent / "runs").exists()
     planned = call("plan", "demo", "--site", site, "--no-modules", "--set", BATCH).exception

@@ -88,7 +88,7 @@ def test_sigkill_loses_no_record(tmp_path: Path) -> None:
         "import sys, os, signal; sys.path.insert(0, sys.argv[1]); from test_ledger import write, FIRST, LedgerWriter\n"
         "from pathlib import Path; ledger = LedgerWriter(Path(sys.argv[2]), FIRST)\n"
         "for step in range(1, 8): ledger.append(optimizer_step=step, epoch=0, position=step, order_digest=0,"
-        " content_digest=0, loss=0, learning_rate=0)\n"
+        " content_digest=0, loss=0, learning_rate=0); ledger.write_out()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=False)

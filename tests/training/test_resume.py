@@ -15,15 +15,17 @@ from click.testing import CliRunner, Result
 from plain_runs import misbehave, plain_launch, train, write_captions
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.config import trainer_commits
+from kohaku_wrap.config.trainer_commits import SupportedCommit, digest_sources
 from kohaku_wrap.dataset.captions.columns import DamagedCaptions
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.training.data.order import BadOrder
 from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, state_folder
 from kohaku_wrap.training.records.verify import verify_run
 from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.differences import DifferentRun
+from kohaku_wrap.training.runs.differences import DifferentRun, list_changes
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.resume import NoSuchState, NoWholeState, RunFinished, begin_attempt, plan_resume
 from kohaku_wrap.training.runs.supervise import TrainerFailed, supervise_run
@@ -141,7 +143,7 @@ def test_without_a_state_it_starts_again(new_run: NewRun) -> None:
     crash_at(run, 1)
     plan = plan_resume(run)
     assert plan.state is None and plan.optimizer_step == 0
-    assert "from the beginning, as no state is there" in call("resume", run.folder, "--dry-run").output
+    assert "from the beginning, as no state is there" in call("resume", run.folder, "--dry-run").stdout
     resume(run)
     report = verify_run(run)
     assert report.is_proved and report.is_finished
@@ -251,6 +253,19 @@ def test_another_run_is_refused_and_can_be_accepted(new_run: NewRun, key: str, c
     assert plan_resume(run).allow == {key}, "accepted once, recorded, and so for later attempts too"
 
 
+def test_what_is_not_as_it_looks_is_said(new_run: NewRun) -> None:
+    run = new_run()
+    crash_at(run, 3)
+    change_text(run.trainer_config, "seed = 31337", "seed = 1")
+    change_text(run.lock_file, "effective_batch = 8", "effective_batch = 16")
+    with pytest.raises(DifferentRun) as refused:
+        plan_resume(Run(run.folder))
+    assert "was 31337, is now 1; the lock decides, 31337 is trained" in refused.value.message
+    assert "the state was made with 4 batches an optimizer step, the run has 8" in refused.value.message
+    with pytest.raises(UsageError, match=r"--allow bad-image: there is no such fault or option; did you mean bad-imag"):
+        plan_resume(run, allow=["seed", "bad-image"])
+
+
 def test_captions_that_were_damaged_since_are_not_trained(new_run: NewRun) -> None:
     run = new_run()
     crash_at(run, 3)
@@ -327,3 +342,22 @@ def test_a_state_of_plain_sd_scripts(new_run: NewRun) -> None:
     assert "not provably the same" in call("resume", run.folder, "--foreign", "--dry-run").output
     attempt, _ = begin_attempt(given)
     assert attempt.foreign and list_attempts(run)[0].state == given.state
+
+
+def test_a_trainer_without_git_is_known_by_its_files(
+    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from an archive; where it lies in another repository, that one's commit means nothing."""
+    checkouts = [tmp_path / name for name in ("one", "other")]
+    for checkout in checkouts:
+        checkout.mkdir()
+        (checkout / "sdxl_train_network.py").write_text(f"# {checkout.name}\n")
+    known = tuple(SupportedCommit(each.name, each.name * 10, digest_sources(each)) for each in checkouts)
+    monkeypatch.setattr(trainer_commits, "SUPPORTED", known)
+    run = new_run(run={"engine": "sd-scripts"})
+    run.lock_file.write_text(run.lock_file.read_text() + f'[trainer]\ncommit = "{known[0].commit}"\n')
+    run = Run(run.folder)
+    monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(checkouts[0]))
+    assert not list_changes(run)
+    monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(checkouts[1]))
+    assert [problem.where for problem in list_changes(run)] == ["trainer_commit"]

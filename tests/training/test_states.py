@@ -17,7 +17,6 @@ from kohaku_wrap.training.records.states import (
     check_state_sizes,
     is_disk_full,
     list_states,
-    newest_whole_state,
     state_folder,
     verify_state,
     write_state,
@@ -67,20 +66,6 @@ def test_a_missing_or_cut_file_is_named(tmp_path: Path, name: str) -> None:
     (state / name).unlink()
     with pytest.raises(DamagedState, match=f"{name} is missing"):
         check_state_sizes(state)
-
-
-def test_the_newest_whole_state_is_taken_and_damaged_ones_are_told(tmp_path: Path) -> None:
-    for step in (2, 4, 6, 8):
-        write(tmp_path, step)
-    (state_folder(tmp_path, 8) / "network.bin").write_bytes(b"x" * 3000)
-    (state_folder(tmp_path, 6) / "manifest.json").unlink()
-    (tmp_path / ".optimizer-step-00000010.partial").mkdir()
-    damaged: list[DamagedState] = []
-    found = newest_whole_state(tmp_path, on_damaged=damaged.append)
-    assert found is not None and found[0] == state_folder(tmp_path, 4)
-    assert [each.state.name[-1] for each in damaged] == ["8", "6"]
-    assert newest_whole_state(tmp_path, at_most=3)[0] == state_folder(tmp_path, 2)  # type: ignore[index]
-    assert newest_whole_state(tmp_path / "none") is None
 
 
 def test_a_failure_while_filling_leaves_nothing(tmp_path: Path) -> None:
@@ -154,7 +139,7 @@ def test_the_last_good_state_is_never_removed(tmp_path: Path) -> None:
     for step in (4, 6):
         os.truncate(state_folder(tmp_path, step) / "network.bin", 5)
     assert remove_old_states(tmp_path, keep=2) == []
-    assert newest_whole_state(tmp_path)[0] == state_folder(tmp_path, 2)  # type: ignore[index]
+    assert verify_state(state_folder(tmp_path, 2)).optimizer_step == 2
 
 
 def test_the_manifest_can_be_read_by_people(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,13 +17,16 @@ from plain_runs import make_run, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import EXIT_TRAINER_FAILED
-from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.records.states import DiskFull, list_states
 from kohaku_wrap.training.records.verify import verify_run
-from kohaku_wrap.training.runs.attempts import list_attempts
+from kohaku_wrap.training.runs.attempts import Attempt, list_attempts
 from kohaku_wrap.training.runs.ends import read_end
 from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.launch import Launch
 from kohaku_wrap.training.runs.processes import list_processes
-from kohaku_wrap.training.runs.supervise import TrainerFailed
+from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.runs.supervise import RunStopped, TrainerFailed, await_orphans, supervise_run
+from kohaku_wrap.training.runs.watch import StopSignals, WatchOptions
 
 NewRun = Callable[..., Run]
 
@@ -163,7 +165,8 @@ def wait_for_step(run: Run, step: int) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_state_and_ends(new_run: NewRun, whole: bytes, number: int) -> None:
     run = new_run()
-    misbehave(run, attempt_1={"seconds_per_step": 0.3})
+    # A signal to all processes ends the launcher with another code.
+    misbehave(run, attempt_1={"seconds_per_step": 0.3, "exit_code": number == signal.SIGTERM})
     supervisor = start_supervisor(run)
     wait_for_step(run, 3)
     supervisor.send_signal(number)
@@ -207,6 +210,38 @@ def test_workers_of_a_killed_supervisor_save_and_end(new_run: NewRun, whole: byt
     assert report.is_proved and report.attempts == 2 and not report.repeats
 
 
+def test_a_signal_leaves_workers_of_a_killed_supervisor_to_their_work(new_run: NewRun, whole: bytes) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"seconds_per_step": 0.5})
+    supervisor = start_supervisor(run)
+    wait_for_step(run, 3)
+    supervisor.kill()
+    supervisor.wait()
+    stop = StopSignals()
+    stop.count = 1
+    with pytest.raises(RunStopped, match="stopped while an earlier attempt saves a state"):
+        await_orphans(run, stop, lambda event: None)
+    train(run)
+    assert weights(run) == whole
+    report = verify_run(run)
+    assert report.is_proved and not report.repeats
+
+
+def test_a_signal_before_the_launch_is_obeyed(new_run: NewRun, whole: bytes) -> None:
+    """Such as while a state is verified."""
+    run = new_run()
+
+    def begin() -> tuple[Attempt, Launch]:
+        signal.raise_signal(signal.SIGINT)
+        return begin_attempt(plan_resume(run))
+
+    with pytest.raises(RunStopped, match="stopped before its first step"):
+        supervise_run(run, begin, begin, WatchOptions(), lambda event: None)
+    assert ends(run) == ["stopped"] and not run.metrics.exists()
+    train(run)
+    assert weights(run) == whole
+
+
 def test_two_supervisors_do_not_train_one_run(new_run: NewRun) -> None:
     run = new_run()
     misbehave(run, attempt_1={"seconds_per_step": 0.3})
@@ -220,30 +255,62 @@ def test_two_supervisors_do_not_train_one_run(new_run: NewRun) -> None:
     supervisor.wait(30)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-def test_a_full_disk_pauses_and_goes_on(new_run: NewRun, whole: bytes) -> None:
+def test_a_full_disk_pauses_and_goes_on(new_run: NewRun, whole: bytes, mount_disk: Callable[[Path, int], None]) -> None:
     run = new_run()
     misbehave(run, attempt_1={"state_blocks": 40_000})
+    mount_disk(run.states, 14)
+    filler = run.states / "filler"
+    filler.write_bytes(bytes(9 << 20))
+    supervisor = start_supervisor(run)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        told = json.loads(CliRunner().invoke(program, ["status", str(run.folder), "--json"]).stdout)
+        if "the disk is full" in told["phase"]:
+            break
+        time.sleep(0.1)
+    assert "the disk is full" in told["phase"]
+    filler.unlink()
+    supervisor.wait(60)
+    assert weights(run) == whole
+    assert not [path for path in run.states.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, mount_disk: Callable[[Path, int], None]) -> Run:
+    """A run on a disk of 4 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount_disk(folder, 4)
+    return make_run(folder / "runs" / "r")
+
+
+def test_a_disk_filled_to_the_last_byte_is_waited_out(small_run: Run, whole: bytes) -> None:
+    """No room for a record, a metric, a line of a log or a sign of life."""
+    misbehave(small_run, attempt_1={"fill_disk": True, "at": 3})
+    supervisor = start_supervisor(small_run)
     try:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(run.states)], check=True, capture_output=True
-        )
-    except subprocess.CalledProcessError:
-        pytest.skip("mounting a small tmpfs is not allowed here")
-    try:
-        filler = run.states / "filler"
-        filler.write_bytes(bytes(9 << 20))
-        supervisor = start_supervisor(run)
+        wait_for_step(small_run, 3)
         deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            told = json.loads(CliRunner().invoke(program, ["status", str(run.folder), "--json"]).stdout)
-            if "the disk is full" in told["phase"]:
-                break
-            time.sleep(0.1)
-        assert "the disk is full" in told["phase"]
-        filler.unlink()
-        supervisor.wait(60)
-        assert weights(run) == whole
-        assert not [path for path in run.states.iterdir() if path.name.startswith(".")]
+        while not any(beat.phase == "paused" for beat in list_attempts(small_run)[0].heartbeats()):
+            assert time.monotonic() < deadline and supervisor.poll() is None
+            time.sleep(0.05)
+        (small_run.folder / "filler").unlink()
+        assert supervisor.wait(30) == 0
     finally:
-        subprocess.run(["umount", "-l", str(run.states)], check=False)
+        supervisor.kill()
+        supervisor.wait()
+    assert weights(small_run) == whole and ends(small_run) == ["finished"]
+    assert verify_run(small_run).is_proved and verify_run(small_run).attempts == 1
+
+
+def test_a_disk_that_stays_full_ends_a_run_with_the_way_on(small_run: Run, whole: bytes) -> None:
+    misbehave(small_run, attempt_1={"fill_disk": True, "at": 3, "patience_seconds": 0.3})
+    with pytest.raises(TrainerFailed, match=r"disk-full: .*the disk is full") as failed:
+        train(small_run)
+    assert failed.value.next_step.startswith("Free some space, then: kwrap resume ")
+    with pytest.raises(DiskFull, match=r"attempts/2.*the disk is full") as refused:
+        train(small_run)
+    assert refused.value.next_step == f"Free some space, then: kwrap resume {small_run.folder}"
+    (small_run.folder / "filler").unlink()
+    train(small_run)
+    assert weights(small_run) == whole and verify_run(small_run).is_proved

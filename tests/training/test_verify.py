@@ -19,6 +19,7 @@ from kohaku_wrap.training.records.ledger import (
     MAGIC,
     RECORD,
     SUBSTITUTE,
+    BadLedger,
     Records,
     ledger_file,
     read_ledger_file,
@@ -27,6 +28,7 @@ from kohaku_wrap.training.records.ledger_checks import digest_blocks
 from kohaku_wrap.training.records.verify import NoLedger, VerifyReport, read_order, verify_run
 from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
 from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.supervise import TrainerFailed
 
 NewRun = Callable[..., Run]
 Change = Callable[[Records], Records]
@@ -125,9 +127,15 @@ def test_a_run_on_its_way_is_proved_as_far_as_it_is(new_run: NewRun) -> None:
         (set_record(9, optimizer_step=4), "misplaced", (1, 4, 9)),
         (set_record(23, flags=0), "mark", (1, 6, 23)),
         (set_record(9, flags=FILL), "mark", (1, 3, 9)),
+        (set_record(9, attempt=1 << 31), "misplaced", (1, 3, 9)),
+        (set_record(9, rank=1), "misplaced", (1, 3, 9)),
+        (set_record(9, position=(1 << 63) + 9), "misplaced", (1, 3, 1 << 62)),
     ],
-    ids=["missing", "gap", "twice", "swapped", "other images", "other step", "unmarked fill", "false fill"],
-)
+    ids=[
+        "missing", "gap", "twice", "swapped", "other images", "other step", "unmarked fill", "false fill",
+        "other attempt", "other rank", "no position",
+    ],
+)  # fmt: skip
 def test_a_fault_is_found_where_it_is(new_run: NewRun, change: Change, kind: str, first: tuple[int, int, int]) -> None:
     run = new_run()
     assert run.lock.count.positions_per_epoch == 24 > run.lock.count.batches == 23
@@ -150,6 +158,45 @@ def test_a_resume_that_skipped_steps_is_found(new_run: NewRun) -> None:
     write_life(run, 1, 1, 0, 4)
     write_life(run, 2, 1, 6, 12)
     assert faults(run)["missing"] == (8, 5, 16)
+
+
+def test_a_ledger_that_ends_before_the_newest_state_is_found(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"crash": True, "at": 5})
+    with pytest.raises(TrainerFailed):
+        train(run)
+    assert verify_run(run).is_proved and not verify_run(run).is_finished
+    path = ledger_file(run.ledger, 1, 0)
+    path.write_bytes(path.read_bytes()[: HEADER.size + RECORD.itemsize * 3 * 4 - 1])
+    # The newest state is of step 4; of the four records of step 3 one is torn.
+    assert faults(run) == {"missing": (5, 3, 11)}
+
+
+def test_a_file_under_the_name_of_another_is_refused(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 2, 0, 12)
+    one, other = ledger_file(run.ledger, 1, 0), ledger_file(run.ledger, 1, 1)
+    one_bytes, other_bytes = one.read_bytes(), other.read_bytes()
+    one.write_bytes(other_bytes), other.write_bytes(one_bytes)
+    with pytest.raises(BadLedger, match=r"attempt-0001-rank-000.bin: the header is of attempt 1, rank 1 of 2"):
+        verify_run(run)
+    one.write_bytes(one_bytes), other.unlink()
+    # Two of each step; the last one may be in progress.
+    assert faults(run) == {"missing": (2 * 11, 1, 1)}
+
+
+def test_steps_of_plain_sd_scripts_are_noted_and_the_rest_is_proved(new_run: NewRun) -> None:
+    run = new_run()
+    write_attempt(Attempt(run, 1, 1, run.lock.group, 0, 3, run.folder, foreign=True), {})
+    write_ledger(run, 1, 0, 1, expected_records(run, 1, 0, 1, 4, 9))
+    write_life(run, 2, 1, 6, 12)
+    report = verify_run(run)
+    assert report.is_proved and "plain sd-scripts up to optimizer step 3" in report.notes[0]
+    write_life(run, 3, 1, 7, 12, lambda records: np.delete(records, 2))
+    assert faults(run)["missing"] == (1, 8, 6)
+    write_life(run, 4, 1, 0, 12)
+    report = verify_run(run)
+    assert not report.notes and "missing" not in faults(run)
 
 
 def test_another_dataset_is_found(new_run: NewRun) -> None:

@@ -26,7 +26,10 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class UnreadableImage(KwrapError):
     """An image of the dataset that cannot be opened, or is not what the dataset says it is."""
 
-    advice = "Run `kwrap extract` again to mend it, or resume with `--allow bad-images` to train a substitute."
+    advice = (
+        "Remove it and run `kwrap extract` again, which makes it anew, "
+        "or resume with `--allow bad-images` to train a substitute."
+    )
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}", self.advice)

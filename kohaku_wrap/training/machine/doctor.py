@@ -275,7 +275,9 @@ def examine_open_files(effective: Effective | None) -> Finding:
             "warning",
             f"the limit is {soft:,}",
             f"{workers} loader workers pass batches through files; about {needed:,} may be open at once.",
-            f"Raise it before training: ulimit -n {min(hard, 65536) if hard > 0 else 65536}",
+            f"Raise it before training: ulimit -n {needed}"
+            if hard == resource.RLIM_INFINITY or hard >= needed
+            else f"Have root raise the hard limit of {hard:,}: nofile in limits.conf, or --ulimit of the container.",
         )
     return Finding.ok("open files", f"the limit is {soft:,}")
 

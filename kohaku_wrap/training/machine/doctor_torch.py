@@ -58,7 +58,7 @@ def find_torch_faults(effective: Effective | None) -> Iterator[Finding]:
             "broken",
             str(facts["error"]),
             "Nothing trains without it.",
-            "Run `make setup`, or mend the package.",
+            "Mend it, or install it anew: pip install 'kohaku-wrap[train]', or `make setup` in a checkout.",
         )
         return
     yield from judge_gpus(facts["torch"], effective)
@@ -246,13 +246,15 @@ def judge_processes(facts: dict[str, Any], effective: Effective) -> Finding:
     if "error" in facts:
         found = facts["error"]
     elif facts["processes"] != wanted or facts["device"] != device or facts["mixed_precision"] != precision:
-        found = f"processes: {facts['processes']} on {facts['device']} in {facts['mixed_precision']}"
+        found = f"processes: {facts['processes']} on {facts['device']}, mixed precision {facts['mixed_precision']}"
     else:
-        return Finding.ok("accelerate", f"processes: {wanted} on {device} in {precision}, by the run's own file")
+        return Finding.ok(
+            "accelerate", f"processes: {wanted} on {device}, mixed precision {precision}, by the run's own file"
+        )
     return Finding(
         "accelerate",
         "broken",
-        f"{found}; the site and the template ask for {wanted} on {device} in {precision}",
+        f"{found}; the site and the template ask for {wanted} on {device}, mixed precision {precision}",
         "The effective batch and the precision would be others than planned.",
         "Look at CUDA_VISIBLE_DEVICES and at ACCELERATE_… variables in the environment; set gpus in site.toml.",
     )

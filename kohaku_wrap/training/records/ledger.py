@@ -79,7 +79,7 @@ def ledger_file(ledger: Path, attempt: int, rank: int) -> Path:
 
 
 class LedgerWriter:
-    """Appends the records of one rank; each is handed to the system at once, so that SIGKILL loses none."""
+    """Appends the records of one rank; after `write_out` SIGKILL loses none."""
 
     def __init__(self, ledger: Path, header: LedgerHeader) -> None:
         ledger.mkdir(parents=True, exist_ok=True)
@@ -89,11 +89,10 @@ class LedgerWriter:
         self._descriptor = os.open(self.path, flags, 0o644)
         self._record = np.zeros(1, dtype=RECORD)
         self._record["attempt"], self._record["rank"] = header.attempt, header.rank
-        packed = HEADER.pack(
+        self._unwritten = HEADER.pack(
             MAGIC, RECORD.itemsize, header.attempt, header.rank, header.processes, header.accumulation,
             header.batch_size, header.seed,
         )  # fmt: skip
-        os.write(self._descriptor, packed)
 
     def append(
         self,
@@ -108,21 +107,26 @@ class LedgerWriter:
         is_fill: bool = False,
         is_substitute: bool = False,
     ) -> None:
-        """Record one micro-batch after its backward pass; digests are unsigned 64-bit."""
+        """Note one micro-batch after its backward pass, for `write_out`; digests are unsigned 64-bit."""
         record = self._record
         record["optimizer_step"], record["epoch"], record["position"] = optimizer_step, epoch, position
         record["flags"] = FILL * is_fill | SUBSTITUTE * is_substitute
         record["order_digest"], record["content_digest"] = order_digest, content_digest
         record["loss"], record["learning_rate"] = loss, learning_rate
-        data = record.tobytes()
-        if os.write(self._descriptor, data) != len(data):
-            raise OSError(28, "No space left on device", str(self.path))
+        self._unwritten += record.tobytes()
+
+    def write_out(self) -> None:
+        """Hand what was noted to the system; may be called again after a full disk, which takes a part of a record."""
+        while self._unwritten:
+            self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
 
     def sync(self) -> None:
         """Make the records durable; called on every rank before a state is written."""
+        self.write_out()
         os.fsync(self._descriptor)
 
     def close(self) -> None:
+        self.write_out()
         os.close(self._descriptor)
 
     def __enter__(self) -> LedgerWriter:

@@ -52,10 +52,10 @@ class Records:
     """All records of a run as columns, in the order of attempt, rank and time."""
 
     attempt: Int64Array
-    """(records,)"""
+    """(records,) of the file."""
 
     rank: Int64Array
-    """(records,)"""
+    """(records,) of the file."""
 
     processes: Int64Array
     """(records,) W of the attempt."""
@@ -83,6 +83,9 @@ class Records:
 
     global_index: Int64Array
     """(records,) epoch times positions per epoch, plus position."""
+
+    strays: BoolArray
+    """(records,) whether the record names another attempt or rank than its file does."""
 
     file_starts: list[int] = field(default_factory=list)
     """Where each file's records begin."""
@@ -124,8 +127,8 @@ class Checker:
         records, count = self.records, self.count
         steps = records.epoch * count.optimizer_steps_per_epoch + records.position // count.group + 1
         wrong = (records.position >= count.positions_per_epoch) | (records.optimizer_step != steps)
-        wrong |= records.position % records.processes != records.rank
-        self.report("misplaced", wrong, "recorded under another optimizer step or rank than its position has")
+        wrong |= (records.position % records.processes != records.rank) | records.strays
+        self.report("misplaced", wrong, "recorded under another optimizer step, attempt or rank than its position has")
         is_fill = records.position >= count.batches
         self.report("mark", is_fill != ((records.flags & FILL) > 0), "marked as a fill and is none, or the other way")
 
@@ -139,8 +142,12 @@ class Checker:
         expected[records.file_starts] = True
         self.report("out-of-order", ~expected, "does not follow the record before it")
 
-    def check_coverage(self, kept: BoolArray, total_steps: int, finished: bool) -> tuple[int, int]:
-        """Every position of the line trained once; the whole steps proved, and records of a step not whole yet."""
+    def check_coverage(self, kept: BoolArray, total_steps: int, steps_due: int, foreign: int = 0) -> tuple[int, int]:
+        """Every position of the line trained once; the whole steps proved, and records of a step not whole yet.
+
+        `steps_due`: optimizer steps that must be there, as the run is finished or has a state of them; `foreign`: the
+        first ones of them that plain sd-scripts trained.
+        """
         group = self.count.group
         index = self.records.global_index[kept]
         trained = np.bincount(index[(index >= 0) & (index < total_steps * group)], minlength=total_steps * group)
@@ -148,8 +155,8 @@ class Checker:
         last = int(seen[-1]) // group + 1 if len(seen) else 0
         # The last step seen may be in progress; any other must be whole.
         whole = last if last and trained[(last - 1) * group : last * group].all() else max(last - 1, 0)
-        steps = total_steps if finished else whole
-        missing = np.flatnonzero(trained[: steps * group] == 0)
+        steps = max(whole, min(steps_due, total_steps))
+        missing = np.flatnonzero(trained[foreign * group : steps * group] == 0) + foreign * group
         self.report_position("missing", missing, "never trained on the run's line")
         twice = np.zeros(len(trained), dtype=bool)
         twice[trained > 1] = True

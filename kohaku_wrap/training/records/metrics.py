@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from kohaku_wrap.files import atomic_write
+from kohaku_wrap.training.records.saving import wait_for_room
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.runs.folder import Run
 
@@ -23,11 +24,11 @@ class MetricsWriter:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(attempt.run.metrics, flags, 0o644)
         size_bytes = os.fstat(self._descriptor).st_size
-        if size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n":
-            os.write(self._descriptor, b"\n")
+        is_torn = size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n"
+        self._unwritten = b"\n" if is_torn else b""
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write one optimizer step's line; the attempt is added.
+        """Write one optimizer step's line; the attempt is added. A full disk is waited out.
 
         Keys: `optimizer_step` (steps done, from 1), `epoch`, `micro_batch`, `loss`, `lr_unet`, `lr_text_encoder`,
         `seconds`, `images`, and `nan_latents` and `substitutes` where there are any. Numbers that JSON
@@ -35,7 +36,13 @@ class MetricsWriter:
         """
         plain = {key: plain_number(value) for key, value in line.items()}
         text = json.dumps({**plain, "attempt": self.attempt.number}, allow_nan=False)
-        os.write(self._descriptor, text.encode() + b"\n")
+        self._unwritten += text.encode() + b"\n"
+        wait_for_room(self.attempt, self.write_out, int(line["optimizer_step"]), phase="step")
+
+    def write_out(self) -> None:
+        """Hand the line to the system; a full disk takes a part of it."""
+        while self._unwritten:
+            self._unwritten = self._unwritten[os.write(self._descriptor, self._unwritten) :]
 
     def close(self) -> None:
         os.close(self._descriptor)

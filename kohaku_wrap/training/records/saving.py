@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kohaku_wrap.training.records.manifest import Fingerprint
 from kohaku_wrap.training.records.retention import remove_old_states
-from kohaku_wrap.training.records.states import DiskFull, write_state
-from kohaku_wrap.training.runs.attempts import Attempt
+from kohaku_wrap.training.records.states import DiskFull, is_disk_full, write_state
+from kohaku_wrap.training.runs.attempts import Attempt, Phase
 from kohaku_wrap.training.runs.folder import Run
+
+Written = TypeVar("Written")
 
 PAUSE_SECONDS = 10.0
 """Between two looks at a full disk."""
@@ -60,26 +62,54 @@ def save_run_state(
     when a stop is requested, DiskFull is raised. `scheduled` is False for a state that is saved because of a stop.
     """
     fingerprint = fingerprint_of(attempt.run, optimizer_step, attempt.processes)
+
+    def write() -> Path:
+        return write_state(
+            attempt.run.states,
+            optimizer_step,
+            fill,
+            fingerprint,
+            attempt=attempt.number,
+            scheduled=scheduled,
+            extra=extra,
+            expected_bytes=expected_bytes,
+        )
+
+    state = wait_for_room(
+        attempt, write, optimizer_step, pause_seconds=pause_seconds, patience_seconds=patience_seconds
+    )
+    remove_old_states(attempt.run.states, attempt.lock.states_kept, attempt.lock.milestone_every)
+    return state
+
+
+def wait_for_room(
+    attempt: Attempt,
+    write: Callable[[], Written],
+    optimizer_step: int,
+    micro_batch: int = 0,
+    phase: Phase = "saving",
+    rank: int = 0,
+    pause_seconds: float = PAUSE_SECONDS,
+    patience_seconds: float = PATIENCE_SECONDS,
+) -> Written:
+    """What `write` returns, which is called again while the disk is full; `phase` goes on after such a pause.
+
+    Raises DiskFull after `patience_seconds`, or when a stop is requested; any other error at once.
+    """
     deadline = time.monotonic() + patience_seconds
     while True:
-        attempt.beat(0, "saving", optimizer_step)
         try:
-            state = write_state(
-                attempt.run.states,
-                optimizer_step,
-                fill,
-                fingerprint,
-                attempt=attempt.number,
-                scheduled=scheduled,
-                extra=extra,
-                expected_bytes=expected_bytes,
-            )
-        except DiskFull as full:
-            if time.monotonic() + pause_seconds > deadline or attempt.stop_requested():
+            return write()
+        # torch and safetensors tell of a full disk by errors of several types.
+        except Exception as error:
+            if not is_disk_full(error):
                 raise
-            print(f"{full.message}; waiting for room", flush=True)
-            attempt.beat(0, "paused", optimizer_step, message=full.message)
-            time.sleep(pause_seconds)
-            continue
-        remove_old_states(attempt.run.states, attempt.lock.states_kept, attempt.lock.milestone_every)
-        return state
+            message = error.message if isinstance(error, DiskFull) else f"{attempt.run.folder}: the disk is full"
+            if time.monotonic() + pause_seconds > deadline or attempt.stop_requested():
+                if isinstance(error, DiskFull):
+                    raise
+                raise DiskFull(message) from error
+        print(f"{message}; waiting for room", flush=True)
+        attempt.beat(rank, "paused", optimizer_step, micro_batch, message)
+        time.sleep(pause_seconds)
+        attempt.beat(rank, phase, optimizer_step, micro_batch)

@@ -160,24 +160,6 @@ def digest_or_none(path: Path, on_bytes: Callable[[int], None] | None) -> str | 
         return None
 
 
-def newest_whole_state(
-    states: Path,
-    at_most: int | None = None,
-    on_damaged: Callable[[DamagedState], None] | None = None,
-    on_bytes: Callable[[int], None] | None = None,
-) -> tuple[Path, Manifest] | None:
-    """The newest state that verifies, and its manifest; each damaged one on the way is told to `on_damaged`."""
-    for step, path in reversed(list_states(states)):
-        if at_most is not None and step > at_most:
-            continue
-        try:
-            return path, verify_state(path, on_bytes)
-        except DamagedState as damaged:
-            if on_damaged:
-                on_damaged(damaged)
-    return None
-
-
 def remove_state(state: Path) -> None:
     """Remove a state so that a crash on the way leaves no half of it under its name."""
     away = state.with_name(f".{state.name}{REMOVED_SUFFIX}")
@@ -211,6 +193,8 @@ def known_sizes(states: Path) -> Iterator[int]:
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether a failed write says that the disk or the quota is full; torch hides the number in a text."""
     while error is not None:
+        if isinstance(error, DiskFull):
+            return True
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         text = str(error)

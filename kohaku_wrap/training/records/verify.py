@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +15,22 @@ import numpy as np
 
 from kohaku_wrap.config.plan import open_captions
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.data.order import BatchOrder, StepCount
-from kohaku_wrap.training.records.ledger import FILL, SUBSTITUTE, list_ledger_files, read_ledger_file
+from kohaku_wrap.training.records.ledger import FILL, SUBSTITUTE, BadLedger, list_ledger_files, read_ledger_file
 from kohaku_wrap.training.records.ledger_checks import BoolArray, Checker, Fault, Int64Array, Records
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.runs.attempts import last_kept_steps, list_attempts
+from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.resume import is_finished
 
 RECOMPUTE_WORKER = "kohaku_wrap.training.workers.recompute"
+
+FARTHEST = np.uint64(1 << 62)
+"""A damaged position may be any 64 bits; this one still adds up."""
 
 
 class CannotRecompute(KwrapError):
@@ -119,7 +125,8 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
     """
     count = run.lock.count
     records = read_records(run, count)
-    kept_until = last_kept_steps(list_attempts(run))
+    attempts = list_attempts(run)
+    kept_until = last_kept_steps(attempts)
     limits = np.array(
         [min(kept_until.get(int(number), np.inf), 2.0**62) for number in range(records.attempt.max() + 1)]
     )
@@ -127,8 +134,13 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
     checker = Checker(count, records)
     checker.check_places()
     checker.check_file_order()
-    steps, in_progress = checker.check_coverage(kept, run.lock.total_optimizer_steps, is_finished(run))
+    total = run.lock.total_optimizer_steps
+    steps_due = total if is_finished(run) else max([0, *list_saved_steps(run, attempts)])
+    foreign = max((each.start_optimizer_step for each in list_foreign(attempts, kept_until)), default=0)
+    steps, in_progress = checker.check_coverage(kept, total, steps_due, foreign)
     notes = []
+    if foreign:
+        notes.append(f"trained by plain sd-scripts up to optimizer step {foreign:,} (--foreign): proved from there on")
     order_checked = run.lock.data == "kwrap"
     if order_checked:
         order, ids = read_order(run)
@@ -147,7 +159,7 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
         attempts=len(set(records.attempt.tolist())),
         records=len(records),
         optimizer_steps=steps,
-        total_optimizer_steps=run.lock.total_optimizer_steps,
+        total_optimizer_steps=total,
         is_finished=is_finished(run),
         positions=int(np.unique(records.global_index[on_line]).size),
         fills=int(((records.flags & FILL) > 0)[on_line].sum()),
@@ -163,30 +175,54 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
     )
 
 
+def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:
+    """The attempts on the line that began from a state of plain sd-scripts."""
+    return [each for each in attempts if each.foreign and each.start_optimizer_step <= kept[each.number]]
+
+
+def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
+    """Optimizer steps that the line has a state of, or had: the ledger is on disk before a state is written."""
+    yield from (attempt.start_optimizer_step for attempt in attempts[-1:])
+    kept = last_kept_steps(attempts)
+    for step, path in list_states(run.states):
+        with suppress(DamagedState):
+            if step <= kept.get(read_manifest(path).attempt, 0):
+                yield step
+
+
 def read_records(run: Run, count: StepCount) -> Records:
-    """The records of all files. Raises NoLedger where there are none."""
-    parts, starts, processes = [], [], []
+    """The records of all files. Raises NoLedger where there are none, BadLedger for a file under another's name."""
+    parts, starts, owners = [], [], []
     total = 0
-    for _, _, path in list_ledger_files(run.ledger):
+    for attempt, rank, path in list_ledger_files(run.ledger):
         header, part = read_ledger_file(path)
+        if (header.attempt, header.rank) != (attempt, rank) or not header.processes:
+            raise BadLedger(
+                f"{path}: the header is of attempt {header.attempt}, rank {header.rank} of {header.processes}",
+                "The file was renamed, swapped or damaged: restore it.",
+            )
         if len(part):
             parts.append(part)
             starts.append(total)
-            processes.append(np.full(len(part), header.processes))
+            owners.append(np.full((len(part), 3), (attempt, rank, header.processes), dtype=np.int64))
             total += len(part)
     if not total and (files := sorted(path.name for path in run.ledger.glob("attempt-*"))):
         raise NoLedger(
             f"{run.ledger}: no whole record in {', '.join(files)}",
-            f"If the run has trained, they are damaged: restore them. See `kwrap status {run.folder}`.",
+            f"If the run has trained, they are damaged: restore them. See `{command_line('status', run.folder)}`.",
         )
     if not total:
-        raise NoLedger(f"{run.ledger}: no record of any training", f"Train first; see `kwrap status {run.folder}`.")
+        raise NoLedger(
+            f"{run.ledger}: no record of any training", f"Train first; see `{command_line('status', run.folder)}`."
+        )
     table = np.concatenate(parts)
-    epoch, position = table["epoch"].astype(np.int64), table["position"].astype(np.int64)
+    owner = np.concatenate(owners)
+    epoch = table["epoch"].astype(np.int64)
+    position = np.minimum(table["position"], FARTHEST).astype(np.int64)
     return Records(
-        attempt=table["attempt"].astype(np.int64),
-        rank=table["rank"].astype(np.int64),
-        processes=np.concatenate(processes).astype(np.int64),
+        attempt=owner[:, 0],
+        rank=owner[:, 1],
+        processes=owner[:, 2],
         optimizer_step=table["optimizer_step"].astype(np.int64),
         epoch=epoch,
         position=position,
@@ -195,6 +231,7 @@ def read_records(run: Run, count: StepCount) -> Records:
         content_digest=table["content_digest"],
         learning_rate=table["learning_rate"],
         global_index=epoch * count.positions_per_epoch + position,
+        strays=(table["attempt"] != owner[:, 0]) | (table["rank"] != owner[:, 1]),
         file_starts=starts,
     )
 

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,13 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import take_lock, write_text
 from kohaku_wrap.training.runs.folder import Lock, Run
+from kohaku_wrap.training.runs.signs import leave_sign, send_output_to
 
 Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
 Outcome = Literal["finished", "stopped"]
 
 SUPERVISOR_BEAT = "supervisor-beat"
+MESSAGE_LENGTH = 500
+"""Of a heartbeat's message, so that a sign of life holds it in any alphabet."""
+
 RUN_VARIABLE = "KWRAP_RUN"
 ATTEMPT_VARIABLE = "KWRAP_ATTEMPT"
 MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
@@ -152,9 +155,7 @@ class Attempt:
 
     def watch_beat(self, beat: int) -> None:
         """Let other machines see that the supervisor is at work."""
-        part = self.folder / ".supervisor-beat.part"
-        part.write_text(str(beat), encoding="utf-8")
-        part.replace(self.folder / SUPERVISOR_BEAT)
+        leave_sign(self.folder / SUPERVISOR_BEAT, str(beat))
 
     def read_watch_beat(self) -> str:
         """The supervisor's last sign of life; clocks of machines differ, so only its change means something."""
@@ -200,21 +201,14 @@ class Attempt:
 
         SIGUSR1 then writes the stacks of all threads there, which the supervisor asks for before it ends a hang.
         """
-        descriptor = os.open(self.log_file(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        os.close(descriptor)
+        send_output_to(self.log_file(rank))
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
     def beat(self, rank: int, phase: Phase, optimizer_step: int, micro_batch: int = 0, message: str = "") -> None:
-        """Leave a sign of life; about 50 microseconds, so once a micro-batch is cheap enough."""
-        beat = Heartbeat(rank, os.getpid(), phase, optimizer_step, micro_batch, time.time(), message)
-        part = self.folder / f".heartbeat-rank-{rank:03d}.part"
-        part.write_text(json.dumps(asdict(beat)), encoding="utf-8")
-        part.replace(self.folder / f"heartbeat-rank-{rank:03d}.json")
+        """Leave a sign of life; about 20 microseconds, so once a micro-batch is cheap enough."""
+        beat = Heartbeat(rank, os.getpid(), phase, optimizer_step, micro_batch, time.time(), message[:MESSAGE_LENGTH])
+        leave_sign(self.folder / f"heartbeat-rank-{rank:03d}.json", json.dumps(asdict(beat)))
 
     def heartbeats(self) -> list[Heartbeat]:
         """The last sign of life of each rank, by rank."""
@@ -310,12 +304,10 @@ def last_kept_steps(attempts: list[Attempt]) -> dict[int, float]:
 def hold_lock(path: Path) -> int | None:
     """Take the lock file for the life of this process; its descriptor, or None when another process holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    if take_lock(descriptor, path):
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def is_lock_free(path: Path) -> bool:

@@ -18,7 +18,7 @@ from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
 from kohaku_wrap.config.site import ENGINES, Site, load_site
 from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.dataset.captions.columns import check_columns
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import fsync_folder, write_text
 from kohaku_wrap.training.runs.differences import refuse_other_lock
 from kohaku_wrap.training.runs.folder import Run, is_run
@@ -76,9 +76,10 @@ def plan_new_run(
     engine: str | None = None,
     overrides: Sequence[str] = (),
 ) -> NewRun:
-    """Resolve and check everything that needs no reading of images or models; takes well under a second.
+    """Resolve and check everything but what reads images or whole models; takes well under a second.
 
-    Raises ProblemsFound (also for options that the builtin engine lacks), MissingTrainer, RunExists, BadBatch.
+    Raises ProblemsFound (also for options that the builtin engine lacks), MissingTrainer, RunExists, BadBatch,
+    BadBaseModel for one whose header tells it.
     """
     site = load_site(site_file)
     engine, engine_origin = settle_engine(site, engine)
@@ -91,13 +92,16 @@ def plan_new_run(
     folder = site.paths.runs / name
     if is_run(folder):
         raise RunExists(
-            f"{folder}: this run exists", f"Go on with it: kwrap resume {folder}. Or start another with --run NAME."
+            f"{folder}: this run exists",
+            f"Go on with it: {command_line('resume', folder)}. Or start another with --run NAME.",
         )
     if folder.exists():
         raise RunExists(f"{folder}: is in the way and not a run", "Remove it, or choose another name with --run NAME.")
     if engine == "builtin":
         # The worker would refuse them too, but only after the run is made and torch is loaded.
         BuiltinOptions.from_config(compose_trainer(effective, folder, name), on_cpu=site.machine.gpus == 0)
+    if site.paths.base_model.is_file():
+        check_base_model(site.paths.base_model, needs_own_vae(site))
     on_cpu = site.machine.gpus == 0
     machines = Machines(site.machine.machines, 0, site.machine.accelerate)
     launch = plan_launch(folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines)
@@ -144,12 +148,10 @@ def create_run(
     """Count the steps, hash the inputs and make the run's folder, whole or not at all.
 
     `command` is what the person typed, kept as `command.txt`. `locked`: the lock that the new one must equal.
-    Raises MissingExtra, BadBaseModel, NoImages, DamagedCaptions, MissingInput, ProblemsFound with every
+    Raises MissingExtra, NoImages, DamagedCaptions, MissingInput, ProblemsFound with every
     difference from `locked`.
     """
     require_packages()
-    if new.site.paths.base_model.is_file():
-        check_base_model(new.site.paths.base_model, needs_own_vae(new.site))
     sizes = read_folder_sizes(new.site.paths.images)
     check_columns(new.site.paths.images / CAPTIONS_FILE)
     plan = plan_steps(new.effective, sizes)

@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.installed import find_trainer, read_commit
+from kohaku_wrap.config.installed import find_trainer, read_trainer_commit
+from kohaku_wrap.config.options import suggest
 from kohaku_wrap.config.plan import CAPTIONS_FILE, NoImages, read_captions_metadata
 from kohaku_wrap.dataset.captions.columns import check_columns
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import kept_sha256
-from kohaku_wrap.training.records.manifest import Fingerprint
+from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
+from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.runs.folder import Run
 
 KEY_OF_FINGERPRINT = {
@@ -34,6 +36,12 @@ BY_ATTEMPT = frozenset({"gradient_accumulation_steps", "max_data_loader_n_worker
 RENDERED_LISTS = frozenset({"network_args", "optimizer_args", "lr_scheduler_args"})
 """Options that the lock keeps as tables, by other names and types."""
 
+DECIDED_BY_LOCK = frozenset({"seed", "train_batch_size", "batch_size"})
+"""Options of the trainer's files whose value is taken from the lock all the same: the plan follows from them."""
+
+ACCEPTED_FAULTS = frozenset({"bad-images", "nan-latents", "non-finite-loss"})
+"""What `--allow` takes besides a difference."""
+
 MODELS = {"base_model": "pretrained_model_name_or_path", "vae": "vae"}
 """Files that the lock has the sha256 of, and the trainer's option that names each."""
 
@@ -54,7 +62,6 @@ PLACES = frozenset(
         "inputs.images",
         "inputs.vae",
         "inputs.tokenizers",
-        "inputs.selection",
         "trainer.path",
         "machine.platform",
         "machine.accelerate.main_process_ip",
@@ -68,10 +75,10 @@ class DifferentRun(ProblemsFound):
     """The run is no longer what its state was made with."""
 
 
-def list_changes(run: Run) -> list[Problem]:
-    """What changed since the run was locked: its own TOML files, its models, the dataset, the trainer."""
+def list_changes(run: Run, state: Path | None = None) -> list[Problem]:
+    """What changed since the run was locked, and since a state of it was written: options, models, dataset, trainer."""
     trainer = read_trainer(run.trainer_config)
-    return [
+    changes = [
         *compare_options(trainer, run.lock.values, BY_ATTEMPT | RENDERED_LISTS),
         *compare_place(run, trainer),
         *compare_options(read_dataset(run.dataset_config), run.lock.tables.get("dataset", {}), frozenset()),
@@ -79,13 +86,17 @@ def list_changes(run: Run) -> list[Problem]:
         *compare_dataset(run),
         *compare_trainer(run),
     ]
+    told = {problem.where for problem in changes}
+    made = [] if state is None else compare_fingerprint(read_manifest(state).fingerprint, run)
+    return changes + [problem for problem in made if problem.where not in told]
 
 
 def compare_options(now: Mapping[str, Any], locked: Mapping[str, Any], left_out: Collection[str]) -> Iterator[Problem]:
     """Options that are set otherwise than the lock says; the lock may hold defaults that no file repeats."""
     for name, value in now.items():
         if name not in left_out and name in locked and locked[name] != value:
-            yield Problem(name, f"was {locked[name]!r}, is now {value!r}")
+            lasting = f"; the lock decides, {locked[name]!r} is trained" if name in DECIDED_BY_LOCK else ""
+            yield Problem(name, f"was {locked[name]!r}, is now {value!r}{lasting}")
         elif name not in left_out and name not in locked:
             yield Problem(name, f"was not set, is now {value!r}")
 
@@ -166,17 +177,19 @@ def compare_trainer(run: Run) -> Iterator[Problem]:
     if run.lock.engine != "sd-scripts" or not run.lock.trainer_commit:
         return
     checkout = find_trainer(run.lock.trainer_commit)
-    commit = read_commit(checkout) if checkout else ""
+    commit = read_trainer_commit(checkout) if checkout else ""
     if commit != run.lock.trainer_commit:
         yield Problem("trainer_commit", f"was {run.lock.trainer_commit[:7]}, is now {commit[:7] or 'not installed'}")
 
 
-def compare_fingerprint(found: Fingerprint, wanted: Fingerprint) -> Iterator[Problem]:
+def compare_fingerprint(found: Fingerprint, run: Run) -> Iterator[Problem]:
     """What a state was made with, against what the run has."""
+    wanted = fingerprint_of(run, 0, found.processes)
     for name, key in KEY_OF_FINGERPRINT.items():
         made, has = getattr(found, name), getattr(wanted, name)
+        unit = " batches an optimizer step" if name == "group" else ""
         if made != has:
-            yield Problem(key, f"the state was made with {made!r}, the run has {has!r}")
+            yield Problem(key, f"the state was made with {made!r}{unit}, the run has {has!r}")
 
 
 def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str]) -> None:
@@ -185,6 +198,22 @@ def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str])
     if left:
         keys = " ".join(f"--allow {key}" for key in dict.fromkeys(problem.where for problem in left))
         raise DifferentRun(subject, left, f"Undo these changes, or accept them knowingly: {keys}")
+
+
+def refuse_unknown(allow: Collection[str], run: Run | None = None, changes: Collection[Problem] = ()) -> None:
+    """Raise UsageError for a key of `--allow` that stands for nothing, such as one mistyped.
+
+    Differences are those of a run; without one only faults can be allowed.
+    """
+    known = {*ACCEPTED_FAULTS, *(problem.where for problem in changes)}
+    if run is not None:
+        known |= {*KEY_OF_FINGERPRINT.values(), *MODELS, *run.lock.values, *run.lock.tables.get("dataset", {})}
+    for key in allow:
+        if key not in known:
+            raise UsageError(
+                f"--allow {key}: there is no such fault or option{suggest(key, known)}",
+                f"Faults: {', '.join(sorted(ACCEPTED_FAULTS))}. A resume that is refused names its differences.",
+            )
 
 
 def compare_locks(locked: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,11 @@ from kohaku_wrap.training.records.metrics import iterate_lines
 from kohaku_wrap.training.runs.attempts import Attempt, read_json_files
 
 TAIL_LINES = 12
+REPORT_LINES = 200
 TAIL_BYTES = 1 << 16
+TIGHT_BYTES = 1 << 16
+"""A disk with less room is taken for full."""
+
 LAUNCHER_LOG = "launcher.log"
 END_FILE = "end.json"
 
@@ -26,6 +32,12 @@ OUT_OF_MEMORY = re.compile(
 
 KILLED_BY_SYSTEM = re.compile(r"Signals\.SIGKILL|Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b|killed by signal: Killed")
 """What accelerate, torchrun and a loader say of a process that was killed."""
+
+RANK_DIED = re.compile(r"rank\s+: (\d+) .*\n\s+exitcode\s+: -(\d+)")
+"""In torchrun's report of failures."""
+
+DEADLY = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
+"""Signals that a process dies of by itself, or by the system; torchrun ends the others by SIGTERM."""
 
 FINISHED = "finished"
 STOPPED = "stopped"
@@ -76,14 +88,17 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
     def end(kind: str, message: str) -> AttemptEnd:
         return AttemptEnd(kind, message, done, exit_code, time.time(), phase)
 
-    if exit_code == 0 and result and result["outcome"] == FINISHED and result["optimizer_step"] >= total:
+    # Whatever the exit code: a signal to all processes ends the launcher too, after everything is on disk.
+    if result and result["outcome"] == FINISHED and result["optimizer_step"] >= total:
         return end(FINISHED, f"all {total:,} optimizer steps are done")
-    if exit_code == 0 and result and result["outcome"] == STOPPED:
+    if result and result["outcome"] == STOPPED:
         return end(STOPPED, f"stopped after optimizer step {result['optimizer_step']:,}, its state is saved")
     failures = attempt.failures()
     if failures:
         # A rank that fails takes the others with it: theirs is only the lost connection.
         first = next((each for each in failures if each.kind != "error"), failures[0])
+        if first.kind == "error" and (death := find_death(attempt)):
+            return end("crash", f"{death} after optimizer step {done:,}")
         kind = "crash" if first.kind == "error" else first.kind
         left = attempt.machines_left() if kind == "crash" else []
         return end(kind, "; ".join([*left, f"rank {first.rank}: {first.message}"]))
@@ -92,12 +107,23 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
             "exited-early",
             f"the trainer ended with exit code 0 after {done:,} of {total:,} optimizer steps",
         )
-    text = "\n".join(line for lines in log_tails(attempt, lines=200).values() for line in lines)
+    if shutil.disk_usage(attempt.folder).free < TIGHT_BYTES:
+        return end("disk-full", f"the disk is full, {attempt.folder} could not be written")
+    text = "\n".join(line for lines in log_tails(attempt, REPORT_LINES).values() for line in lines)
     if OUT_OF_MEMORY.search(text):
         return end("out-of-memory", f"out of memory after optimizer step {done:,}")
     if exit_code == -signal.SIGKILL or KILLED_BY_SYSTEM.search(text):
         return end("crash", f"killed by SIGKILL after optimizer step {done:,}, perhaps for want of memory (see dmesg)")
     return end("crash", f"the trainer ended with exit code {exit_code} after optimizer step {done:,}")
+
+
+def find_death(attempt: Attempt) -> str:
+    """The rank that died of a signal, by torchrun's report, and of which; empty without one."""
+    for rank, number in RANK_DIED.findall("\n".join(tail_of(attempt.folder / LAUNCHER_LOG, REPORT_LINES))):
+        if int(number) in DEADLY:
+            why = ", perhaps for want of memory (see dmesg)," if int(number) == signal.SIGKILL else ""
+            return f"rank {rank}: killed by {signal.Signals(int(number)).name}{why}"
+    return ""
 
 
 def steps_done(attempt: Attempt) -> int:
@@ -120,11 +146,13 @@ def last_lines(metrics: Path) -> list[dict[str, Any]]:
 
 
 def write_end(attempt: Attempt, end: AttemptEnd) -> None:
-    write_text(attempt.folder / END_FILE, json.dumps(asdict(end), indent=2) + "\n")
+    """Keep an end beside its logs; the person is told of it even where the disk has no room for it."""
+    with suppress(OSError):
+        write_text(attempt.folder / END_FILE, json.dumps(asdict(end), indent=2) + "\n")
 
 
 def read_end(attempt: Attempt) -> AttemptEnd | None:
-    """How the attempt ended; None while it runs, or when its supervisor was killed with it."""
+    """How the attempt ended; None while it runs, when its supervisor was killed with it, or the disk was full."""
     found = read_json_files(attempt.folder, END_FILE)
     return AttemptEnd(**found[0]) if found else None
 

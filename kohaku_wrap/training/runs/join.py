@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 
+from kohaku_wrap.errors import command_line
 from kohaku_wrap.training.runs.attempts import Attempt, hold_lock, list_attempts
 from kohaku_wrap.training.runs.differences import list_changes, refuse_changes
 from kohaku_wrap.training.runs.ends import FINISHED, KILLED, STOPPED, AttemptEnd, read_end, tail_of
@@ -15,7 +16,7 @@ from kohaku_wrap.training.runs.machines import refuse_rank
 from kohaku_wrap.training.runs.processes import end_processes, list_processes
 from kohaku_wrap.training.runs.resume import RunFinished, describe_attempt, is_finished, plan_resume, threads_of
 from kohaku_wrap.training.runs.supervise import RunIsBusy, RunReport, RunStopped
-from kohaku_wrap.training.runs.watch import Event, OnEvent, StopSignals, start_launcher
+from kohaku_wrap.training.runs.watch import Event, EventKind, OnEvent, StopSignals, start_launcher
 from kohaku_wrap.training.trainer.requirements import require_requirements
 
 POLL_SECONDS = 0.3
@@ -35,7 +36,7 @@ def check_join(run: Run, machine_rank: int) -> None:
     """
     refuse_rank(run, machine_rank)
     if is_finished(run):
-        raise RunFinished(f"run {run.name} is finished", f"Prove it with `kwrap verify {run.folder}`.")
+        raise RunFinished(f"run {run.name} is finished", f"Prove it with `{command_line('verify', run.folder)}`.")
     require_packages()
     if run.lock.engine == "sd-scripts":
         require_requirements()
@@ -65,7 +66,7 @@ def join_run(run: Run, machine_rank: int, on_event: OnEvent) -> RunReport:
     if lock is None:
         raise RunIsBusy(f"{run.name}: another kwrap trains along as machine {machine_rank}", "One is enough.")
     stop = StopSignals()
-    go_on = f"Train along again with: kwrap resume {run.folder} --machine-rank {machine_rank}"
+    go_on = f"Train along again with: {command_line('resume', run.folder, '--machine-rank', machine_rank)}"
     joined = 0
     over = {attempt.number for attempt in list_attempts(run) if read_end(attempt) is not None}
     try:
@@ -200,5 +201,5 @@ class MachineWatch:
         """An end that machine 0 did not write."""
         return AttemptEnd(kind, message, max(self.told_step, 0), None, time.time())
 
-    def tell(self, kind: str, message: str) -> None:
-        self.on_event(Event(kind, message))  # type: ignore[arg-type]
+    def tell(self, kind: EventKind, message: str) -> None:
+        self.on_event(Event(kind, message))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.training.runs.folder import Run
 
 SEVERAL = "Several are said in the site before `kwrap train`: [machine] accelerate = { num_machines = 2, … }"
@@ -67,6 +67,6 @@ def refuse_rank(run: Run, machine_rank: int) -> None:
     if not 0 < machine_rank < machines:
         raise UsageError(
             f"run {run.name} has no machine of rank {machine_rank} to train along",
-            f"It is of {machines} machines: rank 0 is `kwrap resume {run.folder}` itself, the others are 1 to "
-            f"{machines - 1}.",
+            f"It is of {machines} machines: rank 0 is `{command_line('resume', run.folder)}` itself, the "
+            f"others are 1 to {machines - 1}.",
         )

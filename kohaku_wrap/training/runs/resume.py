@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kohaku_wrap.errors import KwrapError, Problem, UsageError
+from kohaku_wrap.errors import KwrapError, Problem, UsageError, command_line
 from kohaku_wrap.training.data.order import Position
-from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
-from kohaku_wrap.training.records.saving import fingerprint_of
+from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.states import list_states, verify_state
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts, write_attempt
-from kohaku_wrap.training.runs.differences import check_captions, compare_fingerprint, list_changes, refuse_changes
+from kohaku_wrap.training.runs.differences import check_captions, list_changes, refuse_changes, refuse_unknown
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, require_packages, write_accelerate_config
 from kohaku_wrap.training.runs.machines import refuse_machines
@@ -41,11 +40,11 @@ class NoWholeState(KwrapError):
         lines += [f"  {each.state.name}: {each.what}" for each in damaged]
         if not damaged and last is not None:
             lines.append(f"  the state of optimizer step {last.start_optimizer_step:,}, from which it went on, is gone")
-        advice = f"Restore one into {run.states}, or train from the beginning: kwrap resume {run.folder} --step 0"
+        beginning = command_line("resume", run.folder, "--step", 0)
+        advice = f"Restore one into {run.states}, or train from the beginning: {beginning}"
         if last is not None and last.foreign:
-            advice = (
-                f"Give the state of plain sd-scripts again: kwrap resume {run.folder} --foreign --state {last.state}"
-            )
+            again = command_line("resume", run.folder, "--foreign", "--state", last.state)
+            advice = f"Give the state of plain sd-scripts again: {again}"
         super().__init__("\n".join(lines), advice)
 
 
@@ -124,7 +123,7 @@ def plan_resume(
         # Whatever became of its states.
         raise RunFinished(
             f"run {run.name} is finished: all {run.lock.total_optimizer_steps:,} optimizer steps are done",
-            f"Prove it with `kwrap verify {run.folder}`; go back with `--step N`.",
+            f"Prove it with `{command_line('verify', run.folder)}`; go back with `--step N`.",
         )
     attempts = list_attempts(run)
     last = attempts[-1] if attempts else None
@@ -139,15 +138,8 @@ def plan_resume(
         state, optimizer_step = find_foreign_state(run, step, foreign_state)
     else:
         state, optimizer_step = find_state(run, attempts, step, damaged, on_bytes)
-    changes = list_changes(run)
-    if state is not None and not foreign:
-        found = read_manifest(state).fingerprint
-        told = {problem.where for problem in changes}
-        changes += [
-            problem
-            for problem in compare_fingerprint(found, fingerprint_of(run, 0, found.processes))
-            if problem.where not in told
-        ]
+    changes = list_changes(run, None if foreign else state)
+    refuse_unknown(allow, run, changes)
     accepted = frozenset(allow) | (last.allow if last else frozenset())
     refuse_changes(f"run {run.name}", changes, accepted)
     abandons = [

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError
+from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError, command_line
+from kohaku_wrap.training.records.states import DiskFull, is_disk_full
 from kohaku_wrap.training.runs.attempts import Attempt, hold_lock
 from kohaku_wrap.training.runs.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
 from kohaku_wrap.training.runs.folder import Run
@@ -81,18 +82,18 @@ def supervise_run(
     """
     lock = hold_lock(run.folder / LOCK_FILE)
     if lock is None:
-        raise RunIsBusy(f"{run.name}: another kwrap is training it", f"See `kwrap status {run.folder}`.")
+        raise RunIsBusy(f"{run.name}: another kwrap is training it", f"See `{command_line('status', run.folder)}`.")
     hook = Hook(options.hook, run)
     failures_at: Counter[int] = Counter()
     stop = StopSignals()
-    go_on = f"Go on with: kwrap resume {run.folder}"
+    go_on = f"Go on with: {command_line('resume', run.folder)}"
     try:
         with stop.caught():
             await_orphans(run, stop, on_event)
             number = 0
             while True:
                 number += 1
-                attempt, launch = (first if number == 1 else following)()
+                attempt, launch = begin(run, first if number == 1 else following)
                 tell_trouble(hook.call("start", f"attempt {attempt.number}", attempt.start_optimizer_step), on_event)
                 end = AttemptWatch(attempt, launch, options, stop, on_event).run()
                 tell_end(attempt, end, hook, on_event)
@@ -112,15 +113,32 @@ def supervise_run(
         os.close(lock)
 
 
+def begin(run: Run, next_attempt: NextAttempt) -> tuple[Attempt, Launch]:
+    """The next attempt; raises DiskFull, with the way on, where its files find no room."""
+    try:
+        return next_attempt()
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        go_on = f"Free some space, then: {command_line('resume', run.folder)}"
+        raise DiskFull(f"{error.filename or run.folder}: the disk is full", go_on) from error
+
+
 def await_orphans(run: Run, stop: StopSignals, on_event: OnEvent) -> None:
-    """Wait for processes whose supervisor was killed: they save a state and end; then end what is left."""
+    """Wait for processes whose supervisor was killed: they save a state and end; then end what is left.
+
+    Raises RunStopped on a signal, which leaves them to their work.
+    """
     if not list_processes(run, machine_rank=0):
         return
     on_event(
         Event("note", "an earlier attempt is still running without its supervisor: waiting until it has saved a state")
     )
     waited_seconds = 0.0
-    while list_processes(run, machine_rank=0) and waited_seconds < ORPHAN_PATIENCE_SECONDS and not stop.wait(0.5):
+    while list_processes(run, machine_rank=0) and waited_seconds < ORPHAN_PATIENCE_SECONDS:
+        if stop.wait(0.5):
+            go_on = f"Go on with: {command_line('resume', run.folder)}"
+            raise RunStopped(f"run {run.name}: stopped while an earlier attempt saves a state and ends", go_on)
         waited_seconds += 0.5
     end_processes(run, machine_rank=0)
 
@@ -165,14 +183,14 @@ def tell_end(attempt: Attempt, end: AttemptEnd, hook: Hook, on_event: OnEvent) -
 
 def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
     """What to do after a failure of this kind."""
-    resume = f"kwrap resume {attempt.run.folder}"
+    resume = command_line("resume", attempt.run.folder)
     advice = {
-        "bad-image": f"Mend the image (`kwrap extract` makes it again), then: {resume}. Or train a substitute in its "
-        f"place: {resume} --allow bad-images",
+        "bad-image": f"Remove the image and run `kwrap extract` again, which makes it anew, then: {resume}. "
+        f"Or train a substitute in its place: {resume} --allow bad-images",
         "out-of-memory": f"Lower [machine] batch_per_gpu for a new run, or free memory; then: {resume}",
         "disk-full": f"Free some space, then: {resume}",
-        "non-finite-loss": f"Look at the last losses with `kwrap status {attempt.run.folder}`; go back further with: "
-        f"{resume} --step N",
+        "non-finite-loss": f"Look at the last losses with `{command_line('status', attempt.run.folder)}`; "
+        f"go back further with: {resume} --step N",
         "nan-latents": f"Mend the VAE's precision for a new run, or accept it: {resume} --allow nan-latents",
         "bad-state": f"Choose another state: {resume} --step N",
         "hang": f"The stacks of the hang are in the logs under {attempt.folder}. Go on with: {resume}",

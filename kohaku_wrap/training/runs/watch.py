@@ -17,7 +17,7 @@ from typing import Any, Literal
 from kohaku_wrap.training.records.metrics import MetricsTail
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.runs.attempts import Attempt, Heartbeat, Phase, hold_lock
-from kohaku_wrap.training.runs.ends import KILLED, LAUNCHER_LOG, AttemptEnd, judge_end, steps_done, write_end
+from kohaku_wrap.training.runs.ends import KILLED, LAUNCHER_LOG, STOPPED, AttemptEnd, judge_end, steps_done, write_end
 from kohaku_wrap.training.runs.hooks import Hook
 from kohaku_wrap.training.runs.launch import Launch
 from kohaku_wrap.training.runs.processes import ask_for_stacks, end_processes
@@ -69,11 +69,14 @@ class WatchOptions:
         return self.timeouts_seconds.get(phase, PHASE_TIMEOUTS_SECONDS[phase])
 
 
+EventKind = Literal["start", "progress", "state", "pause", "stop", "crash", "restart", "finish", "note"]
+
+
 @dataclass(frozen=True)
 class Event:
     """Something worth a line on the screen."""
 
-    kind: Literal["start", "progress", "state", "pause", "stop", "crash", "restart", "finish", "note"]
+    kind: EventKind
     """What happened."""
 
     message: str
@@ -141,6 +144,11 @@ class AttemptWatch:
 
     def run(self) -> AttemptEnd:
         """The attempt's end, also written beside its logs; no process of it is left."""
+        if self.stop.count:
+            # A signal came while its state was verified.
+            end = AttemptEnd(STOPPED, "stopped before its first step", self.done, None, time.time())
+            write_end(self.attempt, end)
+            return end
         lock = hold_lock(self.attempt.supervisor_lock)
         metrics = MetricsTail(self.attempt.run.metrics, self.attempt.number)
         self.tell("start", f"attempt {self.attempt.number} starts after optimizer step {self.done:,}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from kohaku_wrap.config.trainer_commits import (
     SUPPORTED,
     SUPPORTED_TEXT,
     SupportedCommit,
+    find_known,
     installed_checkouts,
     trainer_folder,
 )
@@ -87,25 +87,13 @@ class TrainerReport:
         return self.checkout.is_supported and anchors_stand and not any(each.is_missing for each in self.requirements)
 
 
-def digest_sources(checkout: Path) -> str:
-    """One digest over the scripts and the library; line ends do not count."""
-    digest = hashlib.sha256()
-    paths = [*checkout.glob("library/*.py"), checkout / SCRIPT, checkout / "train_network.py"]
-    for name, path in sorted((path.relative_to(checkout).as_posix(), path) for path in paths):
-        content = path.read_bytes().replace(b"\r\n", b"\n")
-        digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())
-    return digest.hexdigest()
-
-
 def inspect_checkout(path: Path, chosen_by: str) -> Checkout:
     """What the folder is. Raises TrainerMissing when it is no sd-scripts at all."""
     path = path.expanduser().resolve()
     if not (path / SCRIPT).is_file() or not (path / "train_network.py").is_file():
         raise TrainerMissing(f"{path}: no sd-scripts checkout ({SCRIPT} is not there)", install_advice(chosen_by))
-    digest = digest_sources(path)
-    for known in SUPPORTED:
-        if known.digest == digest:
-            return Checkout(path, known.commit, known.name, True, False, chosen_by)
+    if known := find_known(path):
+        return Checkout(path, known.commit, known.name, True, False, chosen_by)
     commit = read_commit(path)
     known_commit = next((known for known in SUPPORTED if known.commit == commit), None)
     name = known_commit.name if known_commit else commit[:10] or "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from kohaku_wrap.training.records.saving import wait_for_room
 from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.workers.failures import report_failures
 
@@ -37,7 +38,8 @@ def main() -> int:
     run.prepare()
     outcome = run.train()
     if rank == 0:
-        attempt.finish(outcome, run.optimizer_steps_done)
+        done = run.optimizer_steps_done
+        wait_for_room(attempt, lambda: attempt.finish(outcome, done), done)
     run.close()
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.loss_average import LossAverage
 from kohaku_wrap.training.records.metrics import MetricsWriter
-from kohaku_wrap.training.records.saving import save_run_state
+from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
 from kohaku_wrap.training.records.states import check_state_sizes, state_folder
 from kohaku_wrap.training.runs.attempts import Attempt, Outcome
 from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
@@ -67,7 +68,7 @@ class BuiltinRun:
         """Load the model, make the network, and take up the attempt's state."""
         document = tomllib.loads(self.attempt.run.trainer_config.read_text(encoding="utf-8"))
         on_cpu = not torch.cuda.is_available()
-        options = BuiltinOptions.from_config(document, on_cpu)
+        options = replace(BuiltinOptions.from_config(document, on_cpu), seed=self.attempt.lock.seed)
         self.options = options
         self.accelerator = Accelerator(
             gradient_accumulation_steps=self.attempt.accumulation,
@@ -210,6 +211,9 @@ class BuiltinRun:
         )
         self.micro_batches_done += 1
         self.attempt.beat(self.rank, "step", self.optimizer_steps_done, self.micro_batches_done)
+        wait_for_room(
+            self.attempt, self.ledger.write_out, self.optimizer_steps_done, self.micro_batches_done, "step", self.rank
+        )
         sums.loss += loss
         sums.images += len(facts["image_ids"])
         sums.nan_latents += result.nan_latents
@@ -252,7 +256,7 @@ class BuiltinRun:
         return stopping
 
     def save_checkpoint(self, name: str, optimizer_step: int) -> None:
-        """Write the network's weights on rank 0."""
+        """Write the network's weights on rank 0; a full disk is waited out."""
         self.attempt.beat(self.rank, "saving", self.optimizer_steps_done, self.micro_batches_done)
         if self.rank == 0:
             epoch = -(-optimizer_step // self.order.count.optimizer_steps_per_epoch)
@@ -262,7 +266,12 @@ class BuiltinRun:
                 "ss_training_finished_at": str(time.time()),
             }
             path = Path(self.options.output_dir) / f"{name}.safetensors"
-            save_network(self.network, path, self.options, self.metadata | facts)
+            wait_for_room(
+                self.attempt,
+                lambda: save_network(self.network, path, self.options, self.metadata | facts),
+                self.optimizer_steps_done,
+                self.micro_batches_done,
+            )
             print(f"saved {path.name}", flush=True)
 
     def remove_old_checkpoint(self, pattern: str, newest: int, every: int | None, span: int | None) -> None:

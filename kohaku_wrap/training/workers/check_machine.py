@@ -90,12 +90,17 @@ def look_at_lycoris(_request: Facts) -> Facts:
 
 def load_tokenizers(request: Facts) -> Facts:
     """Both tokenizers without the network, from the site's folder or the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
     from transformers import CLIPTokenizer
 
     folder = request.get("tokenizers")
     lengths = {}
     for name in TOKENIZERS:
         source = str(Path(folder) / name.replace("/", "_")) if folder else name
+        # Without it transformers would try the one format after the other and name a package that the last one needs.
+        vocabulary = Path(source, "vocab.json") if folder else try_to_load_from_cache(name, "vocab.json")
+        if not isinstance(vocabulary, str | Path) or not Path(vocabulary).is_file():
+            return {"error": f"{source} is not there" if folder else f"{name} is not in the hub's cache"}
         tokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=True)
         lengths[name] = len(tokenizer("1girl, solo").input_ids)
     return {"folder": folder or "the hub's cache", "tokens": lengths}

@@ -72,15 +72,16 @@ def count_parameters(modules: Iterable[nn.Module]) -> int:
 
 def create_network(request: Mapping[str, Any], unet: nn.Module, text_encoders: list[nn.Module], folder: Path) -> Any:
     """The network as sd-scripts creates it, on the meta device."""
-    import toml
     from lycoris import kohya
     from lycoris.logging import logger
+
+    from kohaku_wrap.config.toml_text import toml_text
 
     logger.setLevel(logging.ERROR)
     arguments = dict(item.split("=", 1) for item in request["network_args"])
     if request["preset"]:
         preset = folder / "preset.toml"
-        preset.write_text(toml.dumps(request["preset"]), encoding="utf-8")
+        preset.write_text(toml_text(request["preset"]), encoding="utf-8")
         arguments["preset"] = str(preset)
     arguments.setdefault("dropout", None)
     with torch.device("meta"):

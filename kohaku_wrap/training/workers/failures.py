@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from kohaku_wrap.errors import KwrapError
@@ -34,7 +35,9 @@ def report_failures(attempt: Attempt, rank: int, optimizer_steps_done: Callable[
         else:
             message, next_step = f"{kind.__name__}: {error}", ""
             traceback.print_exception(kind, error, trace)
-        attempt.fail(rank, failure_kind(error), message, optimizer_steps_done(), next_step)
+        # A full disk may not take the reason; the supervisor then looks at the disk itself.
+        with suppress(OSError):
+            attempt.fail(rank, failure_kind(error), message, optimizer_steps_done(), next_step)
         sys.stdout.flush()
         sys.stderr.flush()
         # The other ranks may wait for this one inside a collective: a tidy exit would wait for them in turn.

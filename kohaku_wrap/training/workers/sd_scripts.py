@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.runs.attempts import Attempt
-from kohaku_wrap.training.trainer.checkout import Checkout, find_checkout, require_supported
+from kohaku_wrap.training.records.saving import wait_for_room
+from kohaku_wrap.training.runs.attempts import Attempt, Outcome
+from kohaku_wrap.training.trainer.checkout import Checkout, find_checkout, list_installed, require_supported
 from kohaku_wrap.training.trainer.requirements import requirement_paths
 from kohaku_wrap.training.workers.failures import report_failures
 
@@ -38,7 +39,9 @@ def main() -> int:
     attempt.stop_on_signals()
     attempt.beat(rank, "start-up", attempt.start_optimizer_step)
     report_failures(attempt, rank, lambda: attempt.start_optimizer_step)
-    commit = "" if "trainer_commit" in attempt.allow else attempt.lock.trainer_commit
+    commit = attempt.lock.trainer_commit
+    if "trainer_commit" in attempt.allow and commit not in {each.commit for each in list_installed()}:
+        commit = ""
     checkout = require_supported(find_checkout(commit))
     enter_checkout(checkout)
     # Only now: the trainer's modules are found, and torch reads what the launch has set.
@@ -54,13 +57,13 @@ def main() -> int:
     except StopRequested as stopped:
         print(stopped.message, flush=True)
         loop.accelerator.end_training()
-        outcome = "stopped"
+        outcome: Outcome = "stopped"
     else:
         outcome = "finished"
         require_end(loop)
     loop.close()
     if rank == 0:
-        attempt.finish("stopped" if outcome == "stopped" else "finished", loop.optimizer_steps)
+        wait_for_room(attempt, lambda: attempt.finish(outcome, loop.optimizer_steps), loop.optimizer_steps)
     return 0
 
 

@@ -17,7 +17,7 @@ from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
-from kohaku_wrap.training.records.saving import save_run_state
+from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
 from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.workers.step_sums import StepSums
 
@@ -264,6 +264,7 @@ class Loop:
         self.micro_batches += 1
         self.micro_batch_of_epoch += 1
         self.attempt.beat(self.rank, "step", self.optimizer_steps, self.micro_batches)
+        wait_for_room(self.attempt, self.ledger.write_out, self.optimizer_steps, self.micro_batches, "step", self.rank)
         self.sums.loss += loss
         self.sums.images += len(facts["image_ids"])
         self.sums.nan_latents += int(done.nan_latents) if done.nan_latents is not None else 0

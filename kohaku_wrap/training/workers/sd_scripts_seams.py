@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 import train_network
 from accelerate.scheduler import AcceleratedScheduler
 from library import train_util
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, RandomSampler
 
 import kohaku_wrap
@@ -22,8 +20,8 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
-from kohaku_wrap.training.records.saving import PATIENCE_SECONDS, PAUSE_SECONDS
-from kohaku_wrap.training.records.states import check_state_sizes, is_disk_full
+from kohaku_wrap.training.records.saving import wait_for_room
+from kohaku_wrap.training.records.states import check_state_sizes
 from kohaku_wrap.training.trainer.anchors import LOOP
 from kohaku_wrap.training.trainer.checkout import Checkout
 from kohaku_wrap.training.trainer.corrections import correct_loop
@@ -251,21 +249,11 @@ def whole_checkpoints(save_weights: Callable[..., None], loop: Loop) -> Callable
     """
 
     def save(file: str, dtype: Any, metadata: dict[str, str] | None) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            loop.attempt.beat(loop.rank, "saving", loop.optimizer_steps, loop.micro_batches)
-            try:
-                write_whole(Path(file), lambda part: save_weights(part, dtype, describe_checkpoint(metadata, loop)))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                is_late = time.monotonic() + PAUSE_SECONDS > deadline or loop.attempt.stop_requested()
-                if not is_disk_full(error) or is_late:
-                    raise
-                message = f"{file}: the disk is full"
-                print(f"{message}; waiting for room", flush=True)
-                loop.attempt.beat(loop.rank, "paused", loop.optimizer_steps, loop.micro_batches, message)
-                time.sleep(PAUSE_SECONDS)
-                continue
-            return
+        def write() -> None:
+            write_whole(Path(file), lambda part: save_weights(part, dtype, describe_checkpoint(metadata, loop)))
+
+        loop.attempt.beat(loop.rank, "saving", loop.optimizer_steps, loop.micro_batches)
+        wait_for_room(loop.attempt, write, loop.optimizer_steps, loop.micro_batches)
 
     return save
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from kohaku_wrap.demo.likeness import Difference, compare_runs
 from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, verify_state
-from kohaku_wrap.training.runs.attempts import read_attempt
+from kohaku_wrap.training.runs.attempts import list_attempts, read_attempt
 from kohaku_wrap.training.runs.folder import Run
 
 SETTINGS = (
@@ -151,15 +153,12 @@ def test_an_image_that_was_damaged_is_named_and_its_substitute_recorded(world: W
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 48 MiB of its own; the test is skipped where mounting is not permitted."""
+def small_disk(tmp_path: Path, mount_disk: Callable[[Path, int], None]) -> Path:
+    """A disk of 48 MiB of its own."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=False)
+    mount_disk(folder, 48)
+    return folder
 
 
 @pytest.mark.slow
@@ -209,6 +208,25 @@ def test_two_processes_join(world: World, tmp_path: Path) -> None:
     run = Run(world.folder / "runs" / "two")
     assert len(list(run.ledger.glob("*.bin"))) == 2
     assert all(line["images"] <= 4 for line in read_metrics(run))
+
+
+def test_a_killed_rank_is_named_and_not_the_one_that_lost_it(world: World, tmp_path: Path) -> None:
+    document = toml.loads(world.site.read_text(encoding="utf-8"))
+    document["machine"]["processes"] = 2
+    site, log = world.site.with_name("two.toml"), tmp_path / "kwrap.log"
+    site.write_text(toml.dumps(document), encoding="utf-8")
+    run = Run(world.folder / "runs" / "killed-rank")
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "kohaku_wrap", *train_arguments(site, run.name)]
+        kwrap_process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        await_text(log, "state of optimizer step 1 saved", kwrap_process)
+        os.kill(list_attempts(run)[0].heartbeats()[1].pid, signal.SIGKILL)
+        assert kwrap_process.wait(120) == 3
+    finally:
+        kwrap_process.kill()
+        kwrap_process.wait()
+    assert "crash: rank 1: killed by SIGKILL, perhaps for want of memory (see dmesg), after" in log.read_text()
 
 
 @pytest.mark.parametrize(
