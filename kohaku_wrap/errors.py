@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_TRAINER_FAILED = 3
 EXIT_INTERRUPTED = 130
+
+
+def command_line(*words: object) -> str:
+    """`kwrap` with these words as one types it into a shell: what needs quotes has them."""
+    return shlex.join(["kwrap", *map(str, words)])
 
 
 class KwrapError(Exception):
@@ -37,9 +43,10 @@ class UsageError(KwrapError):
 class MissingExtra(KwrapError):
     """A feature needs packages that were not installed."""
 
-    def __init__(self, feature: str, extra: str) -> None:
+    def __init__(self, feature: str, extra: str, package: str = "") -> None:
+        named = f": {package}" if package else ""
         super().__init__(
-            f"{feature} needs packages that are not installed",
+            f"{feature} needs packages that are not installed{named}",
             f"Install them with: pip install 'kohaku-wrap[{extra}]'",
         )
 

@@ -31,13 +31,24 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def take_lock(descriptor: int, path: Path) -> bool:
+    """Whether the open file is now ours alone, and still the one at `path`: who held it before may have removed it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
 @contextmanager
 def blamed_on(path: Path, part: Path) -> Iterator[None]:
     """Let a failure to write `part` name `path`, which it becomes; a write to a full disk names no file by itself."""
     try:
         yield
     except OSError as error:
-        unnamed = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        unnamed = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if unnamed or error.filename == str(part):
             error.filename = str(path)
         raise

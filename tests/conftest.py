@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import ModuleType
 
+import database_writer
 import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -20,6 +22,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return folder
+
+
+@pytest.fixture(scope="session")
+def writer() -> ModuleType:
+    """Small databases: `make_world`, `make_post`, `write_layout`, `shuffled`, `LAYOUTS`, `World`."""
+    return database_writer
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -125,7 +126,7 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         package = (missing.name or "").split(".")[0]
         if package not in EXTRA_OF_PACKAGE:
             raise
-        advice = MissingExtra(f"this command ({package})", EXTRA_OF_PACKAGE[package])
+        advice = MissingExtra("this command", EXTRA_OF_PACKAGE[package], package)
         print_error(advice.message, advice.next_step)
         return EXIT_FAILED
     except OSError as failed_call:
@@ -179,6 +180,9 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> NoReturn:
     """The console script: SIGTERM ends a command as tidily as SIGINT does."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+from kohaku_wrap.errors import command_line
 
 
 @click.command(
@@ -55,4 +56,4 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
     ]
     database, selection = world.folder / "danbooru.db", world.folder / "demo.parquet"
     title = "Embedded world, there already" if world.kept else "Embedded world"
-    print_table(title, rows, f"kwrap select demo --db {database} --out {selection}")
+    print_table(title, rows, command_line("select", "demo", "--db", database, "--out", selection))

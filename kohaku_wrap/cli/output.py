@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 PLAIN_LINE_EVERY_SECONDS = 10
+SHARE_BEFORE_RATE = 0.005
+ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+"""Control characters as Python writes them: what stands in a file shall not steer a terminal."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -111,14 +114,14 @@ def format_duration(seconds: float) -> str:
 def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") -> None:
     """Print a title, aligned name and value pairs, and the next command to try, on stdout.
 
-    On a terminal long values are broken within their column; elsewhere each row is one line.
+    On a terminal long values are broken within their column, paths never; elsewhere each row is one line.
     """
-    column = max((len(name) for name, _ in rows), default=0) + 2
+    shown = [(name.translate(ESCAPES), show_value(value).translate(ESCAPES)) for name, value in rows]
+    column = max((len(name) for name, _ in shown), default=0) + 2
     if title:
         click.echo(paint(title, bold=True))
-    for name, value in rows:
-        text = show_value(value)
-        if sys.stdout.isatty():
+    for (name, text), (_, value) in zip(shown, rows, strict=True):
+        if sys.stdout.isatty() and not isinstance(value, Path):
             width = max(shutil.get_terminal_size().columns - column, 20)
             text = f"\n{' ' * column}".join(textwrap.wrap(text, width, break_on_hyphens=False))
         click.echo(f"{paint(name.ljust(column), fg='cyan')}{text}".rstrip())
@@ -163,8 +166,9 @@ def plain_lines(description: str, unit: str) -> Progress:
         scale, name = (1_000_000, "MB") if unit == "bytes" else (1, unit)
         rate = done / max(now - started, 1e-9)
         left_seconds = (total - done) / rate if rate else 0.0
-        counts = f"{done / scale:,.0f} of {total / scale:,.0f} {name}, {rate / scale:,.0f}/s"
-        print_note(f"{description}: {counts}, {left_seconds:,.0f} s left")
+        counts = f"{description}: {done / scale:,.0f} of {total / scale:,.0f} {name}"
+        too_early = done < total * SHARE_BEFORE_RATE
+        print_note(counts if too_early else f"{counts}, {rate / scale:,.0f}/s, {left_seconds:,.0f} s left")
 
     return report
 

@@ -11,16 +11,16 @@ import os
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import toml
-
 from kohaku_wrap.config.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
 from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.config.trainer_commits import SUPPORTED, installed_checkouts
 from kohaku_wrap.demo.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
 from kohaku_wrap.demo.likeness import Difference, compare_runs
@@ -128,7 +128,7 @@ class Bench:
 
     def write_site(self, case: str, configuration: Configuration, workers: int) -> Path:
         """The world's site with the processes and workers of a case."""
-        document = toml.loads((self.world / "site.toml").read_text(encoding="utf-8"))
+        document = tomllib.loads((self.world / "site.toml").read_text(encoding="utf-8"))
         document["paths"] = {name: str((self.world / path).resolve()) for name, path in document["paths"].items()} | {
             "runs": str(self.runs.resolve())
         }
@@ -140,7 +140,7 @@ class Bench:
         }
         path = self.folder / "sites" / f"{self.engine}-{case}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(toml.dumps(document), encoding="utf-8")
+        path.write_text(toml_text(document), encoding="utf-8")
         return path
 
     def train(self, case: Case) -> Run:

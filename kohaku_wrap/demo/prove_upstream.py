@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import toml
 
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.plan import plan_steps, read_folder_sizes
-from kohaku_wrap.config.render import DATASET_FILE, TRAINER_FILE, render_run
+from kohaku_wrap.config.render import DATASET_FILE, TRAINER_FILE, compose_run
 from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.demo.killing import run_kwrap
 from kohaku_wrap.errors import KwrapError
 
@@ -95,14 +95,14 @@ class PlainRuns:
         """The demo template's options for plain sd-scripts, and its dataset file's text."""
         site = load_site(self.site)
         effective = resolve_template("demo", site, ["kwrap.data=sd-scripts"])
-        rendered = render_run(
+        rendered = compose_run(
             effective,
             site,
             self.folder / "rendered",
             "plain",
             plan_steps(effective, read_folder_sizes(site.paths.images)),
             engine="sd-scripts",
-        )
+        ).write()
         options = {
             **rendered.trainer,
             "gradient_accumulation_steps": shape.accumulation,
@@ -124,7 +124,7 @@ class PlainRuns:
         options |= {"output_dir": str(folder / "out"), "output_name": "plain"}
         if resume is not None:
             options |= {"resume": str(resume), "skip_until_initial_step": True}
-        (folder / TRAINER_FILE).write_text(toml.dumps({"all": options}), encoding="utf-8")
+        (folder / TRAINER_FILE).write_text(toml_text({"all": options}), encoding="utf-8")
         (folder / DATASET_FILE).write_text(dataset, encoding="utf-8")
         several = ("--multi_gpu", "--main_process_port", "0") if shape.processes > 1 else ()
         command = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kohaku_wrap.config.site import Site, SitePaths, load_site
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
 
 DEMO_FOLDER = Path("epsilon-demo")
 RUN_NAME = "epsilon"
@@ -138,9 +139,7 @@ def take_tour(site_file: Path | None, max_missing: int) -> None:
         seconds[stage.title] = run_stage(stage)
     stages += rest
     print_results(stages, seconds, demo)
-    print(f"Next: kwrap status {site.paths.runs / RUN_NAME}")
-    if demo:
-        print("At full scale: write a site.toml with your paths and run make epsilon SITE=site.toml")
+    print_next(site.paths.runs / RUN_NAME, demo)
 
 
 def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) -> None:
@@ -152,6 +151,15 @@ def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) ->
     for stage in made:
         print(f"{stage.title:<{width}}  {seconds[stage.title]:>7.0f}  {stage.result}")
     print(f"{'in all':<{width}}  {sum(seconds.values()):>7.0f}")
+
+
+def print_next(run: Path, demo: bool) -> None:
+    """Print the command to try, and what it takes to try it."""
+    print(f"Next: {command_line('status', run)}")
+    if shutil.which("kwrap") is None:
+        print("(`. .venv/bin/activate` puts kwrap on the path)")
+    if demo:
+        print("At full scale: write a site.toml with your paths and run make epsilon SITE=site.toml")
 
 
 def main() -> int:

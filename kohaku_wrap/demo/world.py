@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import toml
-
 import kohaku_wrap
+from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.database import write_database
 from kohaku_wrap.demo.pictures import encode_file
@@ -154,7 +153,7 @@ def write_world(part: Path, folder: Path, posts: int, seed: int, on_progress: Pr
     write_database(part / "danbooru.db", made, sizes, seed)
     write_base_model(part / "base", seed)
     write_tokenizers(part / "base" / "tokenizers", list_texts(made))
-    (part / "site.toml").write_text(SITE_COMMENT + toml.dumps(SITE), encoding="utf-8")
+    (part / "site.toml").write_text(SITE_COMMENT + toml_text(SITE), encoding="utf-8")
     # The site is for people to change; all else stays as it was made.
     in_record = {
         str(path.relative_to(part).as_posix()): path.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,27 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_duration_has_two_units(seconds: float, shown: str) -> None:
     assert output.format_duration(seconds) == shown
+
+
+def test_a_path_is_never_broken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    path = Path("/data/a long folder", "f" * 40)
+    output.print_table("", [("file", path)])
+    assert capsys.readouterr().out == f"file  {path}\n"
+
+
+def test_control_characters_of_a_file_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_table("", [("a\x1b[31m", "one\ntwo\x9b2J")])
+    assert capsys.readouterr().out == "a\\x1b[31m  one\\ntwo\\x9b2J\n"
+
+
+def test_no_rate_is_told_before_there_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter((0.0, 20.0, 40.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    report = output.plain_lines("merge", "bytes")
+    report(1, 30_000_000)
+    report(15_000_000, 30_000_000)
+    assert capsys.readouterr().err == "merge: 0 of 30 MB\nmerge: 15 of 30 MB, 0/s, 40 s left\n"

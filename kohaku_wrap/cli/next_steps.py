@@ -1,0 +1,48 @@
+"""The next command to try in the making of a dataset, with the paths of the site file that lies near."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kohaku_wrap.cli.output import show_path
+from kohaku_wrap.errors import KwrapError, command_line
+
+if TYPE_CHECKING:
+    from kohaku_wrap.config.site import SitePaths
+
+
+def find_site(near: Path) -> Path | None:
+    """The `site.toml` of this folder, else of the current one; None where neither has one."""
+    return next((file for file in (near / "site.toml", Path("site.toml")) if file.is_file()), None)
+
+
+def read_site_paths(near: Path) -> SitePaths | None:
+    """The paths of the site file near this folder; None where there is none, or one with faults."""
+    from kohaku_wrap.config.site import load_site
+
+    file = find_site(near)
+    try:
+        return load_site(file).paths if file else None
+    except KwrapError:
+        return None
+
+
+def extract_command(selection: Path, images: Path | None = None) -> str:
+    """`kwrap extract`; words in capitals stand for what no site file tells."""
+    paths = read_site_paths(selection.parent)
+    tars = show_path(paths.tars) if paths and paths.tars.is_dir() else "TARS"
+    folder = images or (show_path(paths.images) if paths else "IMAGES")
+    return command_line("extract", selection, "--tars", tars, "--out", folder)
+
+
+def caption_command(selection: Path, images: Path) -> str:
+    """`kwrap caption`; `DB` stands for a database that no site file tells."""
+    paths = read_site_paths(selection.parent)
+    database = show_path(paths.db) if paths and paths.db.is_file() else "DB"
+    return command_line("caption", selection, "--db", database, "--out", images)
+
+
+def plan_command(template: str, near: Path) -> str:
+    """`kwrap plan` with the site file near this folder."""
+    return command_line("plan", template, "--site", find_site(near) or "site.toml")

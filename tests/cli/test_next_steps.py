@@ -1,0 +1,55 @@
+"""What stands after `Next:` can be pasted: it runs as it is, in folders with spaces and with the site's paths."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.errors import command_line
+
+
+def follow(words: list[str]) -> list[str]:
+    """Run a command; the words of its next command."""
+    result = CliRunner().invoke(program, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("Next: ")]
+    name, *following = shlex.split(line.removeprefix("Next: "))
+    assert name == "kwrap"
+    return following
+
+
+def test_the_way_to_a_plan_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["demo", "my world", "--posts", "40"]
+    verbs = []
+    while words[0] != "train":
+        if words[0] == "plan":
+            words.append("--no-modules")
+        verbs.append(words[0])
+        words = follow(words)
+    assert verbs == ["demo", "select", "extract", "caption", "plan"]
+    assert words == ["train", "demo", "--site", "my world/site.toml", "--dry-run"]
+
+
+def test_a_plan_hands_its_overrides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    follow(["demo", "world", "--posts", "40"])
+    at_site = ["demo", "--site", "world/site.toml"]
+    words = follow(["plan", *at_site, "--images", "64", "--no-modules", "--set", "seed=7"])
+    assert words == ["train", *at_site, "--set", "seed=7", "--dry-run"]
+
+
+def test_a_copied_template_is_called_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(program, ["template", "cp", "epsilon", "mine.toml"]).exit_code == 0
+    shown = ["template", "show", "mine.toml", "--why"]
+    assert follow(["template", "show", "mine.toml"]) == shown
+    assert follow(["template", "diff", "delta", "mine.toml"]) == shown
+
+
+def test_a_command_line_is_quoted() -> None:
+    assert command_line("resume", Path("my runs/a"), "--step", 4) == "kwrap resume 'my runs/a' --step 4"
