@@ -71,3 +71,4 @@ package: $(READY)  ## build the sdist and the wheel into dist/
 
 clean:  ## remove all that make made, .venv and the demo too
 	rm -rf $(VENV) build dist *.egg-info epsilon-demo prove .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from epsilon_run import EPSILON_IMAGES, EPSILON_STEP, make_run
+from epsilon_run import EPSILON_IMAGES, make_run
 
+from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.trainer.checkout import TrainerMissing, find_checkout
 
 MEGABYTE = 1 << 20
@@ -30,7 +31,7 @@ BARS = {
     "growth of a loader worker, MB": 200.0,
     "resume --dry-run, seconds": 10.0,
 }
-UPSTREAM_ENTRIES = 20_000
+UPSTREAM_ENTRIES = 200_000
 
 
 def proportional_set_bytes() -> int:
@@ -119,10 +120,11 @@ def measure_upstream(run_folder: Path, entries: int) -> dict[str, float]:
         before, started = proportional_set_bytes(), time.monotonic()
         generator = config_util.BlueprintGenerator(config_util.ConfigSanitizer(True, True, False, True))
         blueprint = generator.generate(config, arguments)
-        config_util.generate_dataset_group_by_blueprint(blueprint.dataset_group)
+        group = config_util.generate_dataset_group_by_blueprint(blueprint.dataset_group)
         return {
             "seconds": time.monotonic() - started,
-            "MB": (proportional_set_bytes() - before) / MEGABYTE,
+            # While the group is still there.
+            "MB": (proportional_set_bytes() - before) / MEGABYTE if group else 0.0,
         }
 
 
@@ -146,9 +148,10 @@ def in_own_process(task: str, run_folder: Path, number: int) -> dict[str, float]
 
 
 def time_resume(run_folder: Path) -> float:
-    """Seconds of `kwrap resume --step 13600 --dry-run`, whole process."""
+    """Seconds of `kwrap resume --step 13600 --dry-run`, whole process; a smaller run has an earlier step."""
+    step = list_states(run_folder / "states")[-1][0]
     started = time.monotonic()
-    command = [sys.executable, "-m", "kohaku_wrap", "resume", str(run_folder), "--step", str(EPSILON_STEP), "--dry-run"]
+    command = [sys.executable, "-m", "kohaku_wrap", "resume", str(run_folder), "--step", str(step), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"resume failed:\n{done.stdout}{done.stderr}")

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.plan import plan_steps, read_captions_metadata, read_folder_sizes
-from kohaku_wrap.config.render import render_run
+from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.files import atomic_write, write_text
 from kohaku_wrap.streams import draws, stream_key
@@ -93,7 +93,7 @@ def make_run(folder: Path, images: int, engine: str = "sd-scripts", template: st
         "base_model": str(site.paths.base_model),
         "captions_digest": read_captions_metadata(site.paths.images)["digest"],
     }
-    render_run(effective, site, run_folder, "epsilon", plan, inputs)
+    compose_run(effective, site, run_folder, "epsilon", plan, inputs).write()
     run = Run(run_folder)
     step = min(EPSILON_STEP, plan.total_optimizer_steps - 1)
     write_state(run.states, step, fill_state, fingerprint_of(run, step, processes=site.machine.processes))
