@@ -23,6 +23,7 @@ from kohaku_wrap.training.machine.doctor import (
 )
 from kohaku_wrap.training.machine.doctor_torch import (
     count_processes,
+    find_reason,
     judge_gpus,
     judge_optimizer,
     judge_processes,
@@ -126,6 +127,18 @@ def test_accelerate_follows_the_runs_file_and_not_the_users(
     assert facts.get("ranks") == [0, 1], facts
     assert (facts["device"], facts["mixed_precision"]) == ("cpu", "no")
     assert judge_processes(facts, effective).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("[rank1]: RuntimeError: no device\ntorch.distributed.ChildFailedError: \n", "RuntimeError: no device"),
+        ("ChildFailedError: \n  exitcode  : -15 (SIGTERM)\n  exitcode  : -6 (SIGABRT)\n", "exitcode  : -6 (SIGABRT)"),
+        ("usage: accelerate\n", "accelerate failed"),
+    ],
+)
+def test_the_reason_is_the_processes_own(stderr: str, reason: str) -> None:
+    assert find_reason(stderr).endswith(reason)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -231,10 +232,18 @@ def count_processes(effective: Effective) -> dict[str, Any]:
             return {"error": str(error)}
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     if result.returncode or not lines:
-        words = [line for line in result.stderr.strip().splitlines() if "Error" in line] or ["accelerate failed"]
-        return {"error": words[-1].strip()}
+        return {"error": find_reason(result.stderr)}
     facts: dict[str, Any] = json.loads(lines[-1])
     return facts
+
+
+def find_reason(stderr: str) -> str:
+    """What a process of `accelerate launch` died of: its own error, else its exit code, else that it failed."""
+    lines = [line.strip() for line in stderr.splitlines()]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: *)?[\w.]*Error\b", line)]
+    own = [line for line in errors if "ChildFailedError" not in line]
+    codes = [line for line in lines if re.match(r"exitcode *:", line)]
+    return (own or codes or ["accelerate failed"])[-1]
 
 
 def judge_processes(facts: dict[str, Any], effective: Effective) -> Finding:

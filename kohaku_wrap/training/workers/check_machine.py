@@ -174,6 +174,9 @@ def count_ranks() -> Facts:
     # On the CPU accelerate joins processes only where it is told so, as the engines do.
     accelerator = Accelerator(cpu=os.environ.get("CUDA_VISIBLE_DEVICES") == "")
     ranks = accelerator.gather(torch.tensor([accelerator.process_index], device=accelerator.device))
+    # A process that ends while gloo's threads still run is aborted now and then; the other must have its answer first.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return {
         "processes": accelerator.num_processes,
         "ranks": sorted(int(rank) for rank in ranks),
