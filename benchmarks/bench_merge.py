@@ -112,20 +112,28 @@ def factor_of(size: int, wanted: int) -> int:
     return max(divisor for divisor in range(1, wanted + 1) if size % divisor == 0)
 
 
-def write_network(path: Path, tensors: Iterable[tuple[str, Shape]], pool: torch.Tensor) -> None:
-    """A LoKr of full matrices over all weights of the UNet with two or more dimensions, factor 4."""
+def parts_of_lokr(shape: Shape) -> dict[str, Shape]:
+    """Full matrices, factor 4."""
+    rows, columns = factor_of(shape[0], 4), factor_of(shape[1], 4)
+    return {"lokr_w1": (rows, columns), "lokr_w2": (shape[0] // rows, shape[1] // columns, *shape[2:])}
+
+
+def parts_of_lora(shape: Shape) -> dict[str, Shape]:
+    """Rank 16."""
+    return {"lora_up.weight": (shape[0], 16, *[1 for _ in shape[2:]]), "lora_down.weight": (16, *shape[1:])}
+
+
+def write_network(
+    path: Path, tensors: Iterable[tuple[str, Shape]], parts_of: Callable[[Shape], dict[str, Shape]], pool: torch.Tensor
+) -> None:
+    """A network over all weights of the UNet with two or more dimensions."""
     parts: list[tuple[str, Shape]] = []
     for name, shape in tensors:
         if name.startswith("model.diffusion_model.") and len(shape) >= 2:
-            module = "lora_unet_" + name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(
-                ".", "_"
-            )
-            rows, columns = factor_of(shape[0], 4), factor_of(shape[1], 4)
-            parts += [
-                (f"{module}.alpha", ()),
-                (f"{module}.lokr_w1", (rows, columns)),
-                (f"{module}.lokr_w2", (shape[0] // rows, shape[1] // columns, *shape[2:])),
-            ]
+            path_in_unet = name.removeprefix("model.diffusion_model.").removesuffix(".weight")
+            module = "lora_unet_" + path_in_unet.replace(".", "_")
+            of_module: dict[str, Shape] = {"alpha": (), **parts_of(shape)}
+            parts += [(f"{module}.{part}", its_shape) for part, its_shape in of_module.items()]
     write_checkpoint(path, sorted(parts), 0, pool * 0.1)
 
 
@@ -268,19 +276,27 @@ def measure_rival(folder: Path, report: Report) -> None:
 
 
 def measure_baking(folder: Path, report: Report, times: int, pool: torch.Tensor) -> None:
-    """A LoKr over a full-size SDXL against copying the file."""
+    """Networks over a full-size SDXL against copying the file."""
     tensors = list_tensors()
-    base, network = folder / "base.safetensors", folder / "network.safetensors"
+    base = folder / "base.safetensors"
     write_checkpoint(base, tensors, 1, pool)
-    write_network(network, tensors, pool)
-    os.sync()
-    print(f"{base.stat().st_size:,} bytes of checkpoint, {network.stat().st_size:,} of network")
+    for kind, parts_of in (("LoKr", parts_of_lokr), ("LoRA", parts_of_lora)):
+        network = folder / "network.safetensors"
+        write_network(network, tensors, parts_of, pool)
+        os.sync()
+        print(f"{base.stat().st_size:,} bytes of checkpoint, {network.stat().st_size:,} of a {kind}")
+        measure_bake(folder, report, times, kind, base, network)
+        remove(network)
+    remove(base)
+
+
+def measure_bake(folder: Path, report: Report, times: int, kind: str, base: Path, network: Path) -> None:
+    """Copying and baking in turn, the best of each."""
     copy, output = folder / "copy.safetensors", folder / "baked.safetensors"
     command = [sys.executable, "-m", "kohaku_wrap", "merge", "base + 1.0 * net(network)", "-o", str(output)]
     command += ["-m", f"base={base}", "-m", f"network={network}"]
     run_timed([*command, "--dry-run"], folder)
-    subprocess.run([sys.executable, "-m", "kohaku_wrap", "inspect", str(base)], check=True, stdout=subprocess.DEVNULL,
-                   env=environment(folder))  # fmt: skip
+    run_timed([sys.executable, "-m", "kohaku_wrap", "inspect", str(base)], folder)
     copies, bakes, peaks = [], [], []
     for _ in range(times):
         remove(copy, output)
@@ -290,11 +306,11 @@ def measure_baking(folder: Path, report: Report, times: int, pool: torch.Tensor)
         bakes.append(seconds)
         peaks.append(peak)
     report.add("cp of the full-size checkpoint", min(copies), "s")
-    report.add("baking the LoKr, whole process", min(bakes), "s")
+    report.add(f"baking the {kind}, whole process", min(bakes), "s")
     ratio = min(bakes) / min(copies)
     report.add("  … / cp", ratio, "x", "bar: <= 3", ratio <= 3)
     report.add("  peak anonymous memory", max(peaks), "MiB", "bar: <= 400", max(peaks) * MIB <= 400e6)
-    remove(base, network, output)
+    remove(output)
 
 
 def main() -> int:

@@ -23,37 +23,64 @@ STORED = {
 
 
 class Delta:
-    """The delta of one module.
+    """The delta of one module, which is never whole in memory unless it is stored so.
 
-    A stored difference is taken as it is, and LoKr of two whole factors is one float32 product for each number, made
-    as it is added. All else is computed by lycoris-lora, whose import takes seconds.
+    A stored difference is taken as it is. LoKr is the product of two factors, made as it is added; where a factor is
+    itself a product, and for all else, lycoris-lora computes, whose import takes seconds.
     """
 
     def __init__(self, algorithm: str, kind: str, arrays: Mapping[str, Array]) -> None:
         """`arrays`: the module's tensors by the part of the key after its name. `kind`: weight or bias."""
         self.arrays = arrays
         self.period = 0
-        """Rows of one block of a Kronecker product; 0 where the whole delta is at hand."""
+        """Rows of one block of a Kronecker product; 0 for any other delta."""
+        self.scale = np.float32(1)
+        """What the numbers of a Kronecker product are multiplied by, rounded once more."""
         self.whole: Array | None = None
         if (algorithm, kind) in STORED:
-            self.whole = arrays[STORED[algorithm, kind]]
-        elif "lokr_w1" in arrays and "lokr_w2" in arrays:
-            self.outer, self.inner = arrays["lokr_w1"], arrays["lokr_w2"]
+            whole = arrays[STORED[algorithm, kind]]
+            self.whole = whole.reshape(whole.shape[0] if whole.ndim else 1, -1)
+        elif algorithm == "LoKr":
+            if "lokr_w1" in arrays and "lokr_w2" in arrays:
+                self.outer, self.inner = arrays["lokr_w1"], arrays["lokr_w2"]
+            else:
+                from kohaku_wrap.merging.factors import find_kronecker_factors
+
+                self.outer, self.inner, self.scale = find_kronecker_factors(arrays)
             self.period = self.inner.shape[0]
         else:
-            from kohaku_wrap.merging.factors import compute_delta
+            from kohaku_wrap.merging.factors import LowRank
 
-            self.whole = compute_delta(algorithm, arrays)
+            self.low_rank = LowRank(algorithm, arrays)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether factor_rows gives its numbers."""
+        return bool(self.period) and self.scale == 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows, and numbers in a row."""
+        if self.whole is not None:
+            return self.whole.shape[0], self.whole.shape[1]
+        if self.period:
+            return self.outer.shape[0] * self.period, self.outer.shape[1] * self.inner.size // self.period
+        return self.low_rank.shape
 
     def fill_rows(self, first: int, last: int, out: NDArray[Any]) -> None:
-        """Write rows `first` to `last` (not included) into the flat float32 array `out`."""
+        """Write rows `first` to `last` (not included) into the flat float32 array `out`.
+
+        Those of a Kronecker product must lie within one block of it.
+        """
         if self.period:
             product = self.factor_rows(first, last)
             fill_kronecker(product.outer, product.inner, 0, out)
+            if self.scale != 1:
+                np.multiply(out, self.scale, out=out)
         elif self.whole is not None:
-            np.copyto(
-                out, self.whole.reshape(self.whole.shape[0] if self.whole.ndim else 1, -1)[first:last].reshape(-1)
-            )
+            np.copyto(out, self.whole[first:last].reshape(-1))
+        else:
+            self.low_rank.fill_rows(first, last, out)
 
     def factor_rows(self, first: int, last: int) -> Product:
         """Rows of a Kronecker product, still in its factors; they must lie within one block.
@@ -67,26 +94,37 @@ class Delta:
 
     def at(self, places: NDArray[Any]) -> Array:
         """The numbers at flat places."""
-        if not self.period:
-            return np.asarray(self.compute_whole()[places])
-        inner = self.inner.reshape(self.period, -1)
-        rows, columns = np.divmod(places, self.outer.shape[1] * inner.shape[1])
-        blocks, inner_rows = np.divmod(rows, self.period)
-        outer_columns, inner_columns = np.divmod(columns, inner.shape[1])
-        return np.asarray(self.outer[blocks, outer_columns] * inner[inner_rows, inner_columns])
+        rows, columns = np.divmod(places, self.shape[1])
+        numbers = np.empty(len(places), dtype=np.float32)
+        row = np.empty(self.shape[1], dtype=np.float32)
+        for wanted in np.unique(rows):
+            self.fill_rows(wanted, wanted + 1, row)
+            numbers[rows == wanted] = row[columns[rows == wanted]]
+        return numbers
 
-    def compute_whole(self) -> Array:
-        """All of it, flat."""
-        if self.whole is not None:
-            return self.whole.reshape(-1)
-        whole = np.empty((self.outer.shape[0], self.outer.shape[1] * self.inner.size), dtype=np.float32)
-        for block, rows in enumerate(whole):
-            self.fill_rows(block * self.period, (block + 1) * self.period, rows)
-        return whole.reshape(-1)
+    def compute_rows(self, first: int, last: int) -> Array:
+        """Any rows, as (rows, numbers in a row)."""
+        computed = np.empty((last - first, self.shape[1]), dtype=np.float32)
+        period = self.period or last
+        for start in range(first - first % period, last, period):
+            begin, end = max(start, first), min(start + period, last)
+            self.fill_rows(begin, end, computed[begin - first : end - first].reshape(-1))
+        return computed
 
-    def decompose(self, base: Array, multiplier: float) -> Array:
-        """`base` (out, in, …) plus this delta, with the norms that DoRA learned; flat."""
+    def sets_norms_of_rows(self, rows: int) -> bool:
+        """Whether DoRA learned a norm for each of the weight's rows, not for each of its columns."""
+        norms = self.arrays["dora_scale"]
+        return bool(norms.shape[0] == norms.size == rows)
+
+    def decompose(self, base: Array, rows: int, first: int, multiplier: float) -> Array:
+        """Rows of the weight plus this delta, with the norms that DoRA learned; flat.
+
+        `base`: from row `first` on, (some of `rows`, in, …); all of them where the norms are those of columns.
+        """
         from kohaku_wrap.merging.factors import decompose_weight
 
-        weight = base + self.compute_whole().reshape(base.shape)
-        return decompose_weight(weight, self.arrays["dora_scale"], multiplier).reshape(-1)
+        last = first + base.shape[0]
+        weight = base + self.compute_rows(first, last).reshape(base.shape)
+        norms = self.arrays["dora_scale"]
+        by_row = self.sets_norms_of_rows(rows)
+        return decompose_weight(weight, norms[first:last] if by_row else norms, multiplier, by_row).reshape(-1)

@@ -1,4 +1,4 @@
-"""Deltas from low-rank factors, and DoRA, computed in float32 by lycoris-lora's functional API.
+"""Deltas of low-rank factors, and DoRA, computed in float32 by lycoris-lora's functional API.
 
 `get_diff_weight`, `merge_to` and `lycoris.utils.merge` of lycoris-lora 4.1.3 apply the scale twice for LoKr and
 LoHa and are not used.
@@ -6,11 +6,12 @@ LoHa and are not used.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,26 +41,67 @@ Array = NDArray[np.float32]
 Tensors = Mapping[str, torch.Tensor]
 
 BACKEND = "torch"
+BLOCK_ELEMENTS = 1 << 18
+LEAST_ROWS = 16
+PARTS = {
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_t1"),
+    "LoRA": ("lora_up.weight", "lora_down.weight", "lora_mid.weight"),
+}
+"""By algorithm, the tensors that have the delta's rows, its columns, and its kernel."""
+
+ROWS_OF_DELTA = {"hada_w1_a", "hada_w2_a", "lora_up.weight"}
+"""The tensors that have the delta's rows, all of them."""
 
 
-def compute_delta(algorithm: str, arrays: Mapping[str, Array]) -> Array:
-    """What a LoKr, LoHa or LoRA module adds to its weight: (out, in, …).
+class LowRank:
+    """Rows of a LoHa or LoRA module's delta, computed some at a time.
 
-    `arrays`: the module's tensors by the part of the key after its name.
+    Always the same rows together: how a product of matrices rounds may depend on how many rows it has. Few of them
+    may round unlike the whole, so a block has many.
     """
-    torch.set_num_threads(1)  # of the calling thread; a merge has threads of its own
-    of_algorithm = {"LoKr": delta_of_lokr, "LoHa": delta_of_loha, "LoRA": delta_of_lora}[algorithm]
-    delta = of_algorithm({name: torch.from_numpy(array) for name, array in arrays.items()})
-    return cast(Array, delta.numpy())
+
+    def __init__(self, algorithm: str, arrays: Mapping[str, Array]) -> None:
+        """`arrays`: the module's tensors by the part of the key after its name."""
+        self.algorithm = algorithm
+        self.tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        left, right, core = PARTS[algorithm]
+        self.row_dimension = int(algorithm == "LoHa" and core in arrays)
+        kernel = arrays[core].shape[2:] if core in arrays else ()
+        columns = math.prod(arrays[right].shape[1:]) * math.prod(kernel)
+        self.shape = arrays[left].shape[self.row_dimension], columns
+        """Rows of the delta, and numbers in a row."""
+        blocks = max(1, self.shape[0] // max(LEAST_ROWS, BLOCK_ELEMENTS // columns))
+        self.block_rows = -(-self.shape[0] // blocks)
+        self.block, self.block_first = np.empty((0, columns), dtype=np.float32), 0
+
+    def fill_rows(self, first: int, last: int, out: NDArray[Any]) -> None:
+        """Write rows `first` to `last` (not included) into the flat float32 array `out`."""
+        rows = out.reshape(last - first, -1)
+        while first < last:
+            if not self.block_first <= first < self.block_first + len(self.block):
+                self.block_first = first - first % self.block_rows
+                self.block = self.compute_block(self.block_first, self.block_first + self.block_rows)
+            part = self.block[first - self.block_first :][: last - first]
+            rows[: len(part)] = part
+            rows, first = rows[len(part) :], first + len(part)
+
+    def compute_block(self, first: int, last: int) -> Array:
+        """Rows `first` to `last`, or to the end, by lycoris-lora."""
+        torch.set_num_threads(1)  # of the calling thread; a merge has threads of its own
+        chosen = dict(self.tensors)
+        for name in ROWS_OF_DELTA & chosen.keys():
+            chosen[name] = chosen[name].narrow(self.row_dimension, first, min(last, self.shape[0]) - first)
+        delta = delta_of_loha(chosen) if self.algorithm == "LoHa" else delta_of_lora(chosen)
+        return cast(Array, delta.numpy().reshape(-1, self.shape[1]))
 
 
-def decompose_weight(weight: Array, dora_scale: Array, multiplier: float) -> Array:
+def decompose_weight(weight: Array, dora_scale: Array, multiplier: float, on_output: bool) -> Array:
     """The weight with the norms that DoRA learned.
 
-    `weight`: base plus delta, (out, in, …). `dora_scale`: (out, 1, …), or (1, in, …) for norms over the outputs.
+    `weight`: base plus delta, (out, in, …). `dora_scale`: (out, 1, …) if `on_output`, else (1, in, …), norms over the
+    outputs.
     """
     torch.set_num_threads(1)
-    on_output = dora_scale.shape[0] == weight.shape[0] and dora_scale.size == weight.shape[0]
     # As many dimensions as the weight has, which a 1 x 1 convolution and its linear layer tell differently.
     ones = [1] * (weight.ndim - 1)
     norms = torch.from_numpy(dora_scale).reshape([-1, *ones] if on_output else [1, -1, *ones[1:]])
@@ -73,12 +115,18 @@ def scale_of(tensors: Tensors, rank: int) -> float:
     return (alpha or rank) / rank
 
 
-def delta_of_lokr(tensors: Tensors) -> torch.Tensor:
-    """scale x kron(w1, w2), (rows, columns) or (out, in, kh, kw)."""
-    scale = scale_of_lokr(tensors)
-    names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    delta = lokr.kron_weight(*(tensors.get(name) for name in names), scale=scale, backend=BACKEND)
-    return cast(torch.Tensor, delta)
+def find_kronecker_factors(arrays: Mapping[str, Array]) -> tuple[Array, Array, np.float32]:
+    """w1 and w2 of a LoKr module, each whole, and the scale of their product.
+
+    Each is made as lycoris-lora makes it, by a Kronecker product with the number 1.
+    """
+    torch.set_num_threads(1)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    first, second = ("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    one = torch.ones(1, 1)
+    w1 = lokr.kron_weight(*(tensors.get(name) for name in first), one, None, None, backend=BACKEND)
+    w2 = lokr.kron_weight(one, None, None, *(tensors.get(name) for name in second), backend=BACKEND)
+    return w1.numpy(), w2.numpy(), np.float32(scale_of_lokr(tensors))
 
 
 def scale_of_lokr(tensors: Tensors) -> float:

@@ -74,7 +74,7 @@ class Worker:
         first_row, last_row = first // row_elements, last // row_elements
         weights = tuple(weight for _, weight, _ in piece.deltas[: len(deltas)])
         # One product is made as it is added, and comes last.
-        lazy = next((place for place, delta in enumerate(deltas) if delta.period), None)
+        lazy = next((place for place, delta in enumerate(deltas) if delta.is_product), None)
         product = None
         if lazy is not None:
             product = deltas[lazy].factor_rows(first_row, last_row)
@@ -130,7 +130,7 @@ class Worker:
         """A piece that networks change, by blocks of rows: the first element and the bits of each."""
         deltas = [self.open_delta(name, change) for name, _, change in piece.deltas]
         if any(change.module.has_dora and change.kind == "weight" for _, _, change in piece.deltas):
-            yield 0, self.compute_dora(piece, deltas[0])
+            yield from self.compute_dora(piece, deltas[0])
             return
         row_elements = piece.elements // piece.rows
         step = max(1, CHUNK_ELEMENTS // row_elements)
@@ -143,18 +143,26 @@ class Worker:
             yield first * row_elements, self.compute(piece, first * row_elements, last * row_elements, deltas)
             first = last
 
-    def compute_dora(self, piece: Piece, delta: Delta) -> NDArray[Any]:
-        """A whole weight whose norms the network sets: float32 arithmetic, rounded once more to the output."""
+    def compute_dora(self, piece: Piece, delta: Delta) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A weight whose norms the network sets: float32 arithmetic, rounded once more to the output.
+
+        By blocks of rows where each row has its norm, else in one.
+        """
         _, weight, _ = piece.deltas[0]
-        base = self.compute(piece, 0, piece.elements, [], "F32").view(np.float32).copy()
-        merged = delta.decompose(base.reshape(piece.shape), float(weight))
+        row_elements = piece.elements // piece.rows
+        step = max(1, CHUNK_ELEMENTS // row_elements) if delta.sets_norms_of_rows(piece.rows) else piece.rows
         kernel = self.kernel(("F32",), (Fraction(1),), piece.to)
-        inputs = kernel.take_inputs(piece.elements, self.scratch)
-        np.copyto(inputs.rows[0], merged.view(np.uint32))
-        output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[piece.to]], piece.elements)
-        for places in kernel.run(inputs, output, self.scratch):
-            self.count(self.faults.overflows, piece, 0, places)
-        return output
+        for first_row in range(0, piece.rows, step):
+            rows = min(step, piece.rows - first_row)
+            first, size = first_row * row_elements, rows * row_elements
+            base = self.compute(piece, first, first + size, [], "F32").view(np.float32)
+            merged = delta.decompose(base.reshape(rows, *piece.shape[1:]), piece.rows, first_row, float(weight))
+            inputs = kernel.take_inputs(size, self.scratch)
+            np.copyto(inputs.rows[0], merged.view(np.uint32))
+            output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[piece.to]], size)
+            for places in kernel.run(inputs, output, self.scratch):
+                self.count(self.faults.overflows, piece, first, places)
+            yield first, output
 
 
 class Pool:
