@@ -10,7 +10,7 @@ ENGINE ?= builtin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream test lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
+.PHONY: help setup epsilon prove prove-upstream test fuzz lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ prove-upstream: $(READY)  ## the same for plain sd-scripts: why kwrap exists
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+fuzz: $(READY)  ## formulas and headers at random, some minutes
+	$(BIN)/python -m pytest -n auto -m fuzz --hypothesis-profile fuzz --timeout 0 tests/merging $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff, mypy and the import directions
 	$(BIN)/ruff check .

@@ -8,6 +8,12 @@ from types import ModuleType
 
 import database_writer
 import pytest
+from hypothesis import settings
+
+settings.register_profile("plain", max_examples=300, deadline=None)
+# `make fuzz`: the same properties for minutes.
+settings.register_profile("fuzz", max_examples=50_000, deadline=None)
+settings.load_profile("plain")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs so, and children would inherit it: no interrupt could be tested.

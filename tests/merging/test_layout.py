@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -190,15 +190,30 @@ entries = st.fixed_dictionaries(
 
 
 @given(st.dictionaries(st.text(max_size=6), entries | json_values, max_size=4), st.integers(0, 64))
-@settings(max_examples=300, deadline=None)
+@pytest.mark.fuzz
 def test_any_json_is_a_header_or_refused(document: dict[str, Any], data_bytes: int) -> None:
     check_parse(json.dumps(document).encode(), data_bytes)
 
 
 @given(st.binary(max_size=200).map(lambda tail: b"{" + tail) | st.binary(max_size=50), st.integers(0, 64))
-@settings(max_examples=300, deadline=None)
+@pytest.mark.fuzz
 def test_any_bytes_are_a_header_or_refused(text: bytes, data_bytes: int) -> None:
     check_parse(text, data_bytes)
+
+
+VALID = (
+    b'{"__metadata__":{"k":"v"},"a":{"dtype":"F16","shape":[2,3],"data_offsets":[0,12]},'
+    b'"b":{"dtype":"I64","shape":[],"data_offsets":[12,20]}}'
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, len(VALID)), st.integers(0, 6), st.binary(max_size=4)), max_size=3))
+@pytest.mark.fuzz
+def test_a_damaged_header_is_read_or_refused(damages: list[tuple[int, int, bytes]]) -> None:
+    text = VALID
+    for place, removed, added in damages:
+        text = text[:place] + added + text[place + removed :]
+    check_parse(text, 20)
 
 
 def check_parse(text: bytes, data_bytes: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kohaku_wrap.merging.formula import (
@@ -57,13 +57,13 @@ trees = st.recursive(leaves, grow, max_leaves=12)
 
 
 @given(trees)
-@settings(max_examples=300, deadline=None)
+@pytest.mark.fuzz
 def test_parsing_undoes_formatting(tree: Node) -> None:
     assert parse_formula(format_formula(tree)) == tree
 
 
 @given(st.text(max_size=60) | st.text(alphabet='ab0.5+-*/()net,blocks="only=IN ', max_size=60))
-@settings(max_examples=500, deadline=None)
+@pytest.mark.fuzz
 def test_any_text_is_a_formula_or_refused_with_a_mark(text: str) -> None:
     try:
         tree = parse_formula(text)
