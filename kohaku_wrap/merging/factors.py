@@ -155,4 +155,4 @@ def delta_of_lora(tensors: Tensors) -> torch.Tensor:
     delta = locon.diff_weight(
         down, tensors["lora_up.weight"], tensors.get("lora_mid.weight"), gamma=1.0, backend=BACKEND
     )
-    return cast(torch.Tensor, delta * scale_of(tensors, down.shape[0]))
+    return cast(torch.Tensor, delta.mul_(scale_of(tensors, down.shape[0])))
