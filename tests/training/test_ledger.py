@@ -49,20 +49,21 @@ def test_reads_what_was_appended(tmp_path: Path) -> None:
 
 
 def test_the_form_on_disk_is_pinned(tmp_path: Path) -> None:
-    assert (HEADER.size, RECORD.itemsize) == (64, 56)
+    assert (HEADER.size, RECORD.itemsize) == (64, 60)
     data = write(tmp_path, 1).read_bytes()
-    assert data[:8] == b"KWRAPLG1" and len(data) == 64 + 56
+    assert data[:8] == b"KWRAPLG2" and len(data) == 64 + 60
     assert data[64:].hex() == (
         "01000000" "01000000" "00000000" "0200" "0000" "0200000000000000"
         "ffffffffffffffff" "0000000000000000" "000000000000e03f" "2d431cebe2361a3f"
+        "94d3724f"
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("cut", [1, 55, 56, 57])
+@pytest.mark.parametrize("cut", [1, 59, 60, 61])
 def test_a_torn_end_is_left_out(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path, 3)
     os.truncate(path, path.stat().st_size - cut)
-    assert len(read_ledger_file(path)[1]) == (2 if cut <= 56 else 1)
+    assert len(read_ledger_file(path)[1]) == (2 if cut <= 60 else 1)
 
 
 def test_blocks_that_a_power_cut_left_empty_are_left_out(tmp_path: Path) -> None:

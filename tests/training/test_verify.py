@@ -16,12 +16,14 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.training.records.ledger import (
     FILL,
     HEADER,
-    MAGIC,
     RECORD,
     SUBSTITUTE,
     BadLedger,
+    LedgerHeader,
     Records,
+    compute_checksums,
     ledger_file,
+    pack_header,
     read_ledger_file,
 )
 from kohaku_wrap.training.records.ledger_checks import digest_blocks
@@ -55,7 +57,8 @@ def expected_records(run: Run, attempt: int, rank: int, processes: int, first_st
 
 def write_ledger(run: Run, attempt: int, rank: int, processes: int, records: Records) -> None:
     accumulation = run.lock.group // processes
-    header = HEADER.pack(MAGIC, RECORD.itemsize, attempt, rank, processes, accumulation, 2, run.lock.seed)
+    header = pack_header(LedgerHeader(attempt, rank, processes, accumulation, 2, run.lock.seed))
+    records["checksum"] = compute_checksums(records)
     ledger_file(run.ledger, attempt, rank).write_bytes(header + records.tobytes())
 
 
@@ -151,6 +154,30 @@ def test_attempts_that_disagree_are_found(new_run: NewRun, name: str, kind: str)
     write_life(run, 1, 1, 0, 8)
     write_life(run, 2, 1, 6, 12, set_record(3, **{name: 9}))
     assert faults(run)[kind] == (1, 7, 3)
+
+
+@pytest.mark.parametrize("byte", range(RECORD.itemsize))
+def test_any_flipped_bit_of_a_record_is_found(new_run: NewRun, byte: int) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 12)
+    path = ledger_file(run.ledger, 1, 0)
+    data = bytearray(path.read_bytes())
+    data[HEADER.size + 7 * RECORD.itemsize + byte] ^= 1 << byte % 8
+    path.write_bytes(data)
+    report = verify_run(run)
+    [damaged] = [fault for fault in report.faults if fault.kind == "damaged"]
+    assert damaged.count == 1 and not report.is_proved
+
+
+def test_any_flipped_bit_of_a_header_is_refused(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 12)
+    path = ledger_file(run.ledger, 1, 0)
+    whole = path.read_bytes()
+    for byte in range(HEADER.size):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :])
+        with pytest.raises(BadLedger):
+            verify_run(run)
 
 
 def test_a_resume_that_skipped_steps_is_found(new_run: NewRun) -> None:

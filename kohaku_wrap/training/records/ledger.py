@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +15,9 @@ import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
 
-MAGIC = b"KWRAPLG1"
-HEADER = struct.Struct("<8sIIIIIIq24x")
-"""Magic, record size, attempt, rank, processes, accumulation, batch size, seed; 64 bytes."""
+MAGIC = b"KWRAPLG2"
+HEADER = struct.Struct("<8sIIIIIIq20xI")
+"""Magic, record size, attempt, rank, processes, accumulation, batch size, seed, and the CRC-32 of these; 64 bytes."""
 
 RECORD = np.dtype(
     [
@@ -30,9 +31,15 @@ RECORD = np.dtype(
         ("content_digest", "<u8"),
         ("loss", "<f8"),
         ("learning_rate", "<f8"),
+        ("checksum", "<u4"),
     ]
 )
-"""`optimizer_step` counts from 1 and is the step that the micro-batch belongs to; 0 marks no record."""
+"""`optimizer_step` counts from 1 and is the step that the micro-batch belongs to; 0 marks no record.
+
+`checksum`: the CRC-32 of the bytes before it.
+"""
+
+CHECKED_BYTES = RECORD.itemsize - 4
 
 FILL = 1
 """The position only completes the epoch's last optimizer step."""
@@ -73,6 +80,22 @@ class LedgerHeader:
     """Of the run."""
 
 
+def pack_header(header: LedgerHeader) -> bytes:
+    """The first bytes of a ledger file."""
+    fields = (
+        header.attempt, header.rank, header.processes, header.accumulation, header.batch_size, header.seed,
+    )  # fmt: skip
+    unchecked = HEADER.pack(MAGIC, RECORD.itemsize, *fields, 0)
+    return HEADER.pack(MAGIC, RECORD.itemsize, *fields, zlib.crc32(unchecked[:-4]))
+
+
+def compute_checksums(records: Records) -> npt.NDArray[np.uint32]:
+    """What the checksum of each record must be."""
+    data, size = memoryview(records.tobytes()), RECORD.itemsize
+    checksums = (zlib.crc32(data[start : start + CHECKED_BYTES]) for start in range(0, len(data), size))
+    return np.fromiter(checksums, dtype=np.uint32, count=len(records))
+
+
 def ledger_file(ledger: Path, attempt: int, rank: int) -> Path:
     """Where one rank of one attempt writes."""
     return ledger / f"attempt-{attempt:04d}-rank-{rank:03d}.bin"
@@ -89,10 +112,7 @@ class LedgerWriter:
         self._descriptor = os.open(self.path, flags, 0o644)
         self._record = np.zeros(1, dtype=RECORD)
         self._record["attempt"], self._record["rank"] = header.attempt, header.rank
-        self._unwritten = HEADER.pack(
-            MAGIC, RECORD.itemsize, header.attempt, header.rank, header.processes, header.accumulation,
-            header.batch_size, header.seed,
-        )  # fmt: skip
+        self._unwritten = pack_header(header)
 
     def append(
         self,
@@ -113,6 +133,7 @@ class LedgerWriter:
         record["flags"] = FILL * is_fill | SUBSTITUTE * is_substitute
         record["order_digest"], record["content_digest"] = order_digest, content_digest
         record["loss"], record["learning_rate"] = loss, learning_rate
+        record["checksum"] = compute_checksums(record)
         self._unwritten += record.tobytes()
 
     def write_out(self) -> None:
@@ -141,15 +162,17 @@ def read_ledger_file(path: Path) -> tuple[LedgerHeader, Records]:
     data = path.read_bytes()
     if len(data) < HEADER.size:
         raise BadLedger(f"{path}: the header is cut", "The crash came before the first record; remove this file.")
-    magic, record_size, attempt, rank, processes, accumulation, batch_size, seed = HEADER.unpack_from(data)
+    magic, record_size, *fields, checksum = HEADER.unpack_from(data)
     if magic != MAGIC or record_size != RECORD.itemsize:
         raise BadLedger(f"{path}: not a ledger of this kwrap", "Move files that are not kwrap's out of ledger/.")
+    if zlib.crc32(data[: HEADER.size - 4]) != checksum:
+        raise BadLedger(f"{path}: the header differs from its checksum", "The file was damaged: restore it.")
     whole = (len(data) - HEADER.size) // RECORD.itemsize
     records = np.frombuffer(data, dtype=RECORD, count=whole, offset=HEADER.size)
     # A power cut can leave a grown file whose last blocks were never written: they read as zeros.
     written = np.flatnonzero(records["optimizer_step"])
     records = records[: written[-1] + 1] if len(written) else records[:0]
-    return LedgerHeader(attempt, rank, processes, accumulation, batch_size, seed), records
+    return LedgerHeader(*fields), records
 
 
 def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:

@@ -23,7 +23,7 @@ class Fault:
     """One kind of fault, with its first place."""
 
     kind: str
-    """`missing`, `duplicate`, `out-of-order`, `misplaced`, `order`, `content`, `rate`, `mark` or `deep`."""
+    """`damaged`, `missing`, `duplicate`, `out-of-order`, `misplaced`, `order`, `content`, `rate`, `mark` or `deep`."""
 
     count: int
     """Records or positions that have it."""
@@ -87,6 +87,9 @@ class Records:
     strays: BoolArray
     """(records,) whether the record names another attempt or rank than its file does."""
 
+    damaged: BoolArray
+    """(records,) whether the record differs from its checksum."""
+
     file_starts: list[int] = field(default_factory=list)
     """Where each file's records begin."""
 
@@ -121,6 +124,10 @@ class Checker:
             epoch, position = divmod(int(places[0]), self.count.positions_per_epoch)
             step = self.count.optimizer_step_of(epoch, position)
             self.faults.append(Fault(kind, len(places), 0, 0, step, epoch, position, what))
+
+    def check_bits(self) -> None:
+        """Each record is as it was written."""
+        self.report("damaged", self.records.damaged, "differs from its checksum: the file has changed since training")
 
     def check_places(self) -> None:
         """Rank, step and mark of each record follow from its position."""

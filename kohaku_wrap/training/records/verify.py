@@ -18,7 +18,14 @@ from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.data.order import BatchOrder, StepCount
-from kohaku_wrap.training.records.ledger import FILL, SUBSTITUTE, BadLedger, list_ledger_files, read_ledger_file
+from kohaku_wrap.training.records.ledger import (
+    FILL,
+    SUBSTITUTE,
+    BadLedger,
+    compute_checksums,
+    list_ledger_files,
+    read_ledger_file,
+)
 from kohaku_wrap.training.records.ledger_checks import BoolArray, Checker, Fault, Int64Array, Records
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
@@ -132,6 +139,7 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
     )
     kept = records.optimizer_step <= limits[records.attempt].astype(np.int64)
     checker = Checker(count, records)
+    checker.check_bits()
     checker.check_places()
     checker.check_file_order()
     total = run.lock.total_optimizer_steps
@@ -231,6 +239,7 @@ def read_records(run: Run, count: StepCount) -> Records:
         content_digest=table["content_digest"],
         learning_rate=table["learning_rate"],
         global_index=epoch * count.positions_per_epoch + position,
+        damaged=table["checksum"] != compute_checksums(table),
         strays=(table["attempt"] != owner[:, 0]) | (table["rank"] != owner[:, 1]),
         file_starts=starts,
     )
