@@ -141,6 +141,11 @@ def publish_run(
         raise CannotPublish(f"{out} is not empty ({foreign[0]}, …)", "Choose a new folder with --out.")
     if others:
         raise CannotPublish(f"{out} holds what another step offers ({others[0]})", "Choose a new folder with --out.")
+    if not bake and (out / baked).exists():
+        raise CannotPublish(
+            f"{out} holds {baked} of an earlier call, which --no-bake would leave without a hash",
+            "Publish without --no-bake, remove that file, or choose a new folder with --out.",
+        )
     (out / SUMS_NAME).unlink(missing_ok=True)
     copy_file(network, out / network.name)
     written = [network.name]

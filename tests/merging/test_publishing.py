@@ -100,6 +100,11 @@ def test_the_end_without_baking_and_again(tmp_path: Path, run: tuple[Path, dict[
     with pytest.raises(CannotPublish, match=r"another step offers \(epsilon\.safetensors\)"):
         publish_run(folder, lock, tmp_path / "out", 13600, bake=False)
     assert set(first.files) < {path.name for path in first.folder.iterdir()}, "nothing was removed"
+    publish_run(folder, lock, tmp_path / "out", rights="MIT")
+    sums = (tmp_path / "out" / "SHA256SUMS").read_text()
+    with pytest.raises(CannotPublish, match=r"epsilon-baked\.safetensors of an earlier call"):
+        publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
+    assert (tmp_path / "out" / "SHA256SUMS").read_text() == sums
 
 
 def test_a_run_without_a_prompt_format_names_none(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
