@@ -20,6 +20,7 @@ from safetensors import safe_open
 from kohaku_wrap.demo.killing import Kill, train_with_kills
 from kohaku_wrap.demo.likeness import Difference, compare_runs
 from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
+from kohaku_wrap.training.records.ledger import RECORD
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, verify_state
 from kohaku_wrap.training.runs.attempts import list_attempts, read_attempt
@@ -105,12 +106,17 @@ def flip_byte(path: Path, place: int) -> None:
     path.write_bytes(bytes(data))
 
 
+def place_in_last_record(field: str) -> int:
+    """Of the field's first byte, counted from the end of a ledger file."""
+    return RECORD.fields[field][1] - RECORD.itemsize
+
+
 @pytest.mark.parametrize(
     ("where", "place", "words"),
     [
         ("checkpoints/whole.safetensors", -1, "1 of 1022 tensors differ"),
-        ("ledger/attempt-0001-rank-000.bin", -9, "differ in the loss"),
-        ("ledger/attempt-0001-rank-000.bin", -20, "differ in the content digest"),
+        ("ledger/attempt-0001-rank-000.bin", place_in_last_record("loss"), "differ in the loss"),
+        ("ledger/attempt-0001-rank-000.bin", place_in_last_record("content_digest"), "differ in the content digest"),
     ],
 )
 def test_one_bit_is_a_difference(whole: Run, tmp_path: Path, where: str, place: int, words: str) -> None:
