@@ -23,7 +23,7 @@ STORED = {
 
 
 class Delta:
-    """The delta of one module, which is never whole in memory unless it is stored so.
+    """The delta of one module, by rows: whole in memory only where it is stored so, or DoRA sets norms of columns.
 
     A stored difference is taken as it is. LoKr is the product of two factors, made as it is added; where a factor is
     itself a product, and for all else, lycoris-lora computes, whose import takes seconds.
