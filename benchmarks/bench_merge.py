@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from sdxl_shapes import Shape, list_tensors
 
-from kohaku_wrap.merging.layout import encode_header, lay_out_tensors
+from kohaku_wrap.formats.safetensors import encode_header, lay_out_tensors
 
 FORMULA = "beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)"
 NAMES = ("beta7", "anxl3", "anxl2", "base7")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kohaku_wrap.formats.safetensors import encode_header, lay_out_tensors
 from kohaku_wrap.streams import draws, stream_key
 
 Array = npt.NDArray[Any]
@@ -68,22 +69,11 @@ def write_base_model(folder: Path, seed: int) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
-    """Write fp16 and int64 arrays as a safetensors file, the wider type first so that all lie aligned.
-
-    Written here because the demo must run where only the light packages are installed.
-    Source: the format's description at huggingface/safetensors.
-    """
+    """Write fp16 and int64 arrays as a safetensors file, the wider type first so that all lie aligned."""
     types = {np.dtype(np.float16): "F16", np.dtype(np.int64): "I64"}
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, array in ordered:
-        end = offset + array.nbytes
-        header[name] = {"dtype": types[array.dtype], "shape": list(array.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    spots = lay_out_tensors((name, types[array.dtype], array.shape) for name, array in ordered)
     with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(encode_header(spots, metadata))
         for _, array in ordered:
             stream.write(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes())

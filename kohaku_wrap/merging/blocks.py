@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-UNET_PREFIX = "model.diffusion_model."
+from kohaku_wrap.formats.sdxl import UNET_PREFIX, VAE_PREFIX
+
 UNET_BLOCK = re.compile(r"model\.diffusion_model\.(input_blocks|middle_block|output_blocks)\.(?:([0-9]+)\.)?")
 OUTPUT_BLOCK_BEFORE_OUT = 8
 
@@ -23,7 +24,7 @@ def is_block(name: str) -> bool:
 
 def is_vae(key: str) -> bool:
     """Whether a tensor belongs to the image encoder or decoder."""
-    return key.startswith("first_stage_model.")
+    return key.startswith(VAE_PREFIX)
 
 
 def blocks_of_key(key: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 
 from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, keep_hashes, key_of_file, load_hashes
-from kohaku_wrap.merging.layout import read_header
+from kohaku_wrap.formats.safetensors import read_header
 
 AUTO_V2_DIGITS = 10
 

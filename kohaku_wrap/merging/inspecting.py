@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.files import Progress
-from kohaku_wrap.merging.blocks import UNET_PREFIX, is_vae
+from kohaku_wrap.formats.safetensors import Header, read_header
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
+from kohaku_wrap.merging.blocks import is_vae
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
-from kohaku_wrap.merging.layout import Header, read_header
-from kohaku_wrap.merging.names import TEXT_ENCODER_1_PREFIX, TEXT_ENCODER_2_PREFIX, is_diffusers_name
+from kohaku_wrap.merging.names import is_diffusers_name
 from kohaku_wrap.merging.networks import algorithm_of, group_modules, is_network
 from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 
@@ -114,7 +115,7 @@ def parts_of_file(header: Header) -> dict[str, int]:
             place = "UNet" if name.startswith("lora_unet_") else "text encoder"
             parts[f"{place} modules, {algorithm_of(tensors) or 'unknown'}"] += 1
         return dict(parts)
-    names = {UNET_PREFIX: "UNet", TEXT_ENCODER_1_PREFIX: "text encoder 1", TEXT_ENCODER_2_PREFIX: "text encoder 2"}
+    names = {UNET_PREFIX: "UNet", TEXT_ENCODER_PREFIX: "text encoder 1", TEXT_ENCODER_2_PREFIX: "text encoder 2"}
     counts: Counter[str] = Counter()
     for key in header.tensors:
         part = next(

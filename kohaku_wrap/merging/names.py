@@ -6,14 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from kohaku_wrap.merging.blocks import UNET_PREFIX
-
-TEXT_ENCODER_1_PREFIX = "conditioner.embedders.0.transformer."
-TEXT_ENCODER_2_PREFIX = "conditioner.embedders.1.model."
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
 
 NETWORK_PREFIXES = {
     UNET_PREFIX: "lora_unet_",
-    TEXT_ENCODER_1_PREFIX: "lora_te1_",
+    TEXT_ENCODER_PREFIX: "lora_te1_",
     "cond_stage_model.transformer.": "lora_te_",
 }
 """How the names of a network begin for the parts that it names as the checkpoint does; the last is SD 1's."""

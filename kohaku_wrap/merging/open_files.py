@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import blamed_on, fsync_folder, take_lock
-from kohaku_wrap.merging.layout import Header
+from kohaku_wrap.formats.safetensors import Header
 
 DISK_RESERVE_BYTES = 16 << 20
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from kohaku_wrap.merging.layout import BITS_OF_DTYPE
+from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
 from kohaku_wrap.merging.networks import Change
 from kohaku_wrap.merging.plan import MergePlan, TensorPlan
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from kohaku_wrap.formats.safetensors import Header, TensorSpot
 from kohaku_wrap.merging.coefficients import Formula
-from kohaku_wrap.merging.layout import Header, TensorSpot
 from kohaku_wrap.merging.networks import Change
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, atomic_write, sha256_of_file, write_text
+from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
-from kohaku_wrap.merging.layout import read_header
 from kohaku_wrap.merging.model_card import CardFacts, compose_card
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe, build_metadata

@@ -15,9 +15,9 @@ from typing import Any
 import kohaku_wrap
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
-from kohaku_wrap.merging.layout import Header
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import LIKE, VAE
 

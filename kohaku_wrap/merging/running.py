@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.files import Progress
+from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE, encode_header
 from kohaku_wrap.merging.deltas import Delta
 from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers
-from kohaku_wrap.merging.layout import BITS_OF_DTYPE, encode_header
 from kohaku_wrap.merging.networks import Change, raise_problems
 from kohaku_wrap.merging.open_files import Files, check_output, new_file, reserve_space, write_at
 from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task, cut_pieces, list_tasks

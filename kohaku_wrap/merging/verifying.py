@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.merging.layout import BITS_OF_DTYPE
+from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
 from kohaku_wrap.merging.pieces import RAW, Piece
 from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
 from kohaku_wrap.streams import draws, stream_key

@@ -9,14 +9,9 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.config.base_model import (
-    SDXL_SIZES,
-    VAE_PREFIX,
-    BadBaseModel,
-    check_base_model,
-    list_tensor_names,
-)
+from kohaku_wrap.config.base_model import BadBaseModel, check_base_model
 from kohaku_wrap.demo.base_model import load_description
+from kohaku_wrap.formats.sdxl import SDXL_SIZES, VAE_PREFIX, list_tensor_names
 
 NAMES = [name for part in list_tensor_names(SDXL_SIZES).values() for name in part]
 
@@ -61,10 +56,10 @@ def test_one_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda data: data[:-3], "bytes instead of"),
-        (lambda data: data + b"x", "bytes instead of"),
-        (lambda data: data[:100], "cut in its header"),
-        (lambda data: b"", "not a safetensors file"),
+        (lambda data: data[:-3], "the file holds 5 bytes"),
+        (lambda data: data + b"x", "1 trailing bytes"),
+        (lambda data: data[:100], "only 92 follow"),
+        (lambda data: b"", "too few for a safetensors file"),
         (lambda data: b"a story of a cat\n" * 999, "not a safetensors file"),
         (lambda data: b"\x02" + bytes(7) + b"[]", "not a safetensors file"),
     ],

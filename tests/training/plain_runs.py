@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import toml
 
-from kohaku_wrap.config.base_model import SDXL_SIZES, list_tensor_names
 from kohaku_wrap.config.plan import read_captions_metadata
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.dataset.captions.columns import ColumnsWriter
+from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch

@@ -15,14 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from kohaku_wrap.config.base_model import (
-    TEXT_ENCODER_2_PREFIX,
-    TEXT_ENCODER_PREFIX,
-    UNET_PREFIX,
-    VAE_PREFIX,
-    BadBaseModel,
-    read_sizes,
-)
+from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
 from kohaku_wrap.training.workers.module_names import build_named_view, pair_names
 
 Tensors = dict[str, torch.Tensor]

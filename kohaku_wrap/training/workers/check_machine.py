@@ -112,7 +112,8 @@ def encode_with_vae(request: Facts) -> Facts:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     from safetensors import safe_open
 
-    from kohaku_wrap.config.base_model import VAE_PREFIX, read_sizes
+    from kohaku_wrap.config.base_model import read_sizes
+    from kohaku_wrap.formats.sdxl import VAE_PREFIX
 
     path = Path(request["vae"] or request["base_model"])
     with safe_open(str(path), framework="pt") as file:

@@ -22,8 +22,9 @@ os.environ.setdefault("LYCORIS_KERNEL_TUNE", "off")
 import torch
 from torch import nn
 
-from kohaku_wrap.config.base_model import SDXL_SIZES, UNET_PREFIX, read_sizes
-from kohaku_wrap.training.workers.list_sgm_tensors import list_unet_candidates, match_names
+from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.formats.sdxl import SDXL_SIZES, name_unet
+from kohaku_wrap.training.workers.list_sgm_tensors import match_names
 from kohaku_wrap.training.workers.module_names import build_named_view, pair_names
 
 
@@ -35,9 +36,7 @@ def build_diffusers_unet(sizes: Mapping[str, Any]) -> tuple[nn.Module, nn.Module
     with torch.device("meta"):
         unet = UNet2DConditionModel(**sizes)
     config = dict(unet.config)
-    levels, layers = len(config["block_out_channels"]), config["layers_per_block"]
-    candidates = [UNET_PREFIX + name for name in list_unet_candidates(unet, levels, layers)]
-    shapes = match_names(unet, candidates, lambda marked: convert_ldm_unet_checkpoint(marked, config))
+    shapes = match_names(unet, name_unet(config), lambda marked: convert_ldm_unet_checkpoint(marked, config))
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     converted = convert_ldm_unet_checkpoint(dict(tensors), config)
     return unet, build_named_view(unet, pair_names(tensors, converted))

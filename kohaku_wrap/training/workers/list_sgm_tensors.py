@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,56 +21,19 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from kohaku_wrap.config.base_model import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, name_text_encoder, name_unet, name_vae
 
 Shapes = dict[str, list[int]]
 Converter = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
-RESNET_LAYERS = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
-VAE_RESNET_LAYERS = ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
-VAE_ATTENTION_LAYERS = ("norm", "q", "k", "v", "proj_out")
 
-
-def list_unet_candidates(model: torch.nn.Module, levels: int, layers: int) -> Iterator[str]:
-    """Every layer that an SDXL UNet of this depth could have, by its sgm name."""
-    inside_attention = {
-        name.split(".attentions.")[1].split(".", 1)[1].rsplit(".", 1)[0]
-        for name in model.state_dict()
-        if ".attentions." in name
-    }
-    yield from ("time_embed.0", "time_embed.2", "label_emb.0.0", "label_emb.0.2", "input_blocks.0.0", "out.0", "out.2")
-    blocks = [f"input_blocks.{index}" for index in range(1, levels * (layers + 1))]
-    blocks += [f"output_blocks.{index}" for index in range(levels * (layers + 1))]
-    for block in blocks:
-        yield from (f"{block}.0.{layer}" for layer in RESNET_LAYERS)
-        yield from (f"{block}.1.{layer}" for layer in inside_attention)
-    yield from (f"middle_block.{index}.{layer}" for index in (0, 2) for layer in RESNET_LAYERS)
-    yield from (f"middle_block.1.{layer}" for layer in inside_attention)
-    for level in range(1, levels):
-        yield f"input_blocks.{level * (layers + 1)}.0.op"
-        yield f"output_blocks.{level * (layers + 1) - 1}.2.conv"
-
-
-def list_vae_candidates(levels: int, layers: int) -> Iterator[str]:
-    """Every layer that an SDXL VAE of this depth could have, by its sgm name."""
-    yield from ("quant_conv", "post_quant_conv")
-    for half, way, resize in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        yield from (f"{half}.{layer}" for layer in ("conv_in", "conv_out", "norm_out"))
-        yield from (f"{half}.mid.block_{index}.{layer}" for index in (1, 2) for layer in VAE_RESNET_LAYERS)
-        yield from (f"{half}.mid.attn_1.{layer}" for layer in VAE_ATTENTION_LAYERS)
-        for level in range(levels):
-            yield f"{half}.{way}.{level}.{resize}.conv"
-            for block in range(layers + 1):
-                yield from (f"{half}.{way}.{level}.block.{block}.{layer}" for layer in VAE_RESNET_LAYERS)
-
-
-def match_names(model: torch.nn.Module, candidates: list[str], convert: Converter) -> Shapes:
+def match_names(model: torch.nn.Module, candidates: Iterable[str], convert: Converter) -> Shapes:
     """The candidates that the converter turns into parameters of `model`, with their shapes in the file.
 
     Raises RuntimeError when a parameter is left without a name.
     """
     wanted = model.state_dict()
-    names = [f"{layer}.{kind}" for layer in candidates for kind in ("weight", "bias")]
+    names = list(candidates)
     # The VAE's attention is a 1x1 convolution in the file and a linear layer in diffusers.
     as_convolution = {name for name in names if ".attn_1." in name and name.endswith("weight") and ".norm." not in name}
     marked = {
@@ -121,15 +84,16 @@ def list_sgm_tensors(config: Mapping[str, Mapping[str, Any]]) -> Shapes:
         vae = AutoencoderKL(**config["vae"])
         text_encoder = CLIPTextModel(CLIPTextConfig(**config["text_encoder"]))
         text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"]))
-    levels, layers = len(config["unet"]["block_out_channels"]), config["unet"]["layers_per_block"]
-    unet_names = [UNET_PREFIX + name for name in list_unet_candidates(unet, levels, layers)]
-    vae_sizes = len(config["vae"]["block_out_channels"]), config["vae"]["layers_per_block"]
-    vae_names = [VAE_PREFIX + name for name in list_vae_candidates(*vae_sizes)]
-    clip_names = {TEXT_ENCODER_PREFIX + name.rsplit(".", 1)[0]: None for name in text_encoder.state_dict()}
-    shapes = match_names(unet, unet_names, lambda marked: convert_ldm_unet_checkpoint(marked, dict(unet.config)))
-    shapes |= match_names(vae, vae_names, lambda marked: convert_ldm_vae_checkpoint(marked, dict(vae.config)))
+    shapes = match_names(
+        unet, name_unet(config["unet"]), lambda marked: convert_ldm_unet_checkpoint(marked, dict(unet.config))
+    )
     shapes |= match_names(
-        text_encoder, list(clip_names), lambda marked: convert_ldm_clip_checkpoint(marked, TEXT_ENCODER_PREFIX)
+        vae, name_vae(config["vae"]), lambda marked: convert_ldm_vae_checkpoint(marked, dict(vae.config))
+    )
+    shapes |= match_names(
+        text_encoder,
+        name_text_encoder(config["text_encoder"]),
+        lambda marked: convert_ldm_clip_checkpoint(marked, TEXT_ENCODER_PREFIX),
     )
     second = list_text_encoder_2_shapes(text_encoder_2, config["text_encoder_2"])
     shapes |= {TEXT_ENCODER_2_PREFIX + name: shape for name, shape in second.items()}

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kohaku_wrap.config.base_model import UNET_PREFIX
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.sdxl import UNET_PREFIX
 
 CLASS_NAMES = {"Attention": "CrossAttention", "TimestepEmbedding": "Sequential"}
 """Where diffusers' class has another name in sd-scripts, which LyCORIS presets go by."""

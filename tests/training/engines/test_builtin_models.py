@@ -15,8 +15,9 @@ import torch
 from engine_world import DATASET_OPTIONS, World
 from safetensors.torch import load_file, save_file
 
-from kohaku_wrap.config.base_model import SDXL_SIZES, BadBaseModel
+from kohaku_wrap.config.base_model import BadBaseModel
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.formats.sdxl import SDXL_SIZES
 from kohaku_wrap.training.data.captions_file import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions
 from kohaku_wrap.training.data.sampler import PositionSampler

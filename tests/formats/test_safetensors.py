@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from kohaku_wrap.merging.inspecting import is_database
-from kohaku_wrap.merging.layout import (
+from kohaku_wrap.formats.safetensors import (
     HEADER_LIMIT_BYTES,
     MalformedFile,
     OtherKindOfFile,
@@ -25,6 +24,7 @@ from kohaku_wrap.merging.layout import (
     parse_header,
     read_header,
 )
+from kohaku_wrap.merging.inspecting import is_database
 
 
 def write_raw(path: Path, header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> Path:
