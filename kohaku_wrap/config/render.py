@@ -11,6 +11,7 @@ from typing import Any
 import kohaku_wrap
 from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit, read_trainer_commit
 from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.config.options_digest import digest_options
 from kohaku_wrap.config.plan import StepPlan, read_captions_metadata, shape_batch
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.config.site import Site
@@ -32,6 +33,9 @@ PRESET_FILE = "preset.toml"
 ACCELERATE_FILE = "accelerate.yaml"
 LOCK_FILE = "run.lock.toml"
 PROMPTS_FILE = "sample_prompts.txt"
+
+LOCK_FORMAT = 2
+"""Without the entry it is 1, that of kwrap 0.1."""
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("model", ("pretrained_model", "vae", "tokenizer_cache", "no_half_vae", "v2", "v_param")),
@@ -83,10 +87,11 @@ def compose_run(
     plan: StepPlan,
     inputs: Mapping[str, Any] | None = None,
     engine: str | None = None,
+    run_id: str = "",
 ) -> RenderedRun:
     """Compose the run's files without touching the disk or hashing anything.
 
-    `inputs`: what `hash_inputs` gave; without it only paths are locked.
+    `inputs`: what `hash_inputs` gave; without it only paths are locked. `run_id`: made at random for a run to train.
     """
     folder = Path(run_folder).absolute()
     trainer = compose_trainer(effective, folder, run_name)
@@ -108,6 +113,8 @@ def compose_run(
     samples = effective.subtable("samples", with_defaults=True)
     if samples.get("prompts"):
         texts[PROMPTS_FILE] = render_prompts(samples)
+    lock["run"] |= {"id": run_id, "options_digest": digest_options(lock)}
+    lock["files"] = dict(texts)
     texts[LOCK_FILE] = toml_text(lock)
     return RenderedRun(folder, run_name, trainer, dataset, lock, texts)
 
@@ -186,6 +193,7 @@ def compose_lock(
     }
     states = {"keep": effective.get("states.keep"), "every": effective.get("states.every")}
     lock: dict[str, Any] = {
+        "format": LOCK_FORMAT,
         "run": run,
         "plan": {
             "images": plan.images,

@@ -8,7 +8,6 @@ import shlex
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +66,10 @@ def test_a_dry_run_prints_the_command_and_makes_nothing(site: Path) -> None:
     (site.parent / "images" / "captions.arrow").unlink()
     (site.parent / "model.safetensors").unlink()
     before = files(site.parent)
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "kohaku_wrap", "train", "demo", "--site", str(site), "--set", BATCH, "--dry-run"],
         capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "3"},
     )  # fmt: skip
-    assert time.monotonic() - started < 6, "2 s on an idle machine"
     assert files(site.parent) == before
     words = shlex.split(done.stdout)
     assert words[:3] == ["cd", str(site.parent / "runs" / "demo"), "&&"]

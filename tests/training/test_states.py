@@ -144,5 +144,5 @@ def test_the_last_good_state_is_never_removed(tmp_path: Path) -> None:
 
 def test_the_manifest_can_be_read_by_people(tmp_path: Path) -> None:
     document = json.loads((write(tmp_path, 2) / "manifest.json").read_text())
-    assert document["format"] == 1 and document["fingerprint"]["position"] == 8
+    assert document["format"] == 2 and document["fingerprint"]["position"] == 8
     assert document["files"]["network.bin"]["size_bytes"] == 3000

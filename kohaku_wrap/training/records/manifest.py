@@ -13,7 +13,10 @@ import kohaku_wrap
 from kohaku_wrap.errors import KwrapError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+
+READABLE_FORMATS = (1, FORMAT)
+"""1 is that of kwrap 0.1: its fingerprint names no run and no options."""
 
 
 class DamagedState(KwrapError):
@@ -70,6 +73,12 @@ class Fingerprint:
 
     micro_batch: int
     """Micro-batches of that epoch already done by each process."""
+
+    run_id: str = ""
+    """The id of the run that wrote it; empty in a state of kwrap 0.1."""
+
+    options_digest: str = ""
+    """Of all options that decide the weights; empty in a state of kwrap 0.1."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +144,8 @@ def read_manifest(state: Path) -> Manifest:
         raise DamagedState(state, f"{MANIFEST} is damaged ({error})") from error
     if document_digest(body) != digest:
         raise DamagedState(state, f"{MANIFEST} is damaged (its content does not match its digest)")
-    if body["format"] != FORMAT:
-        raise DamagedState(state, f"{MANIFEST} has format {body['format']}; this kwrap reads {FORMAT}")
+    if body["format"] not in READABLE_FORMATS:
+        raise DamagedState(state, f"{MANIFEST} has format {body['format']}; this kwrap reads 1 to {FORMAT}")
     return Manifest(
         optimizer_step=body["optimizer_step"],
         fingerprint=Fingerprint(**body["fingerprint"]),

@@ -41,6 +41,8 @@ def fingerprint_of(run: Run, optimizer_step: int, processes: int) -> Fingerprint
         epoch=position.epoch,
         position=position.global_position,
         micro_batch=position.micro_batch,
+        run_id=lock.run_id,
+        options_digest=lock.options_digest,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
@@ -156,7 +157,9 @@ def create_run(
     check_columns(new.site.paths.images / CAPTIONS_FILE)
     plan = plan_steps(new.effective, sizes)
     inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes)
-    rendered = compose_run(new.effective, new.site, new.folder, new.name, plan, inputs, new.engine)
+    rendered = compose_run(
+        new.effective, new.site, new.folder, new.name, plan, inputs, new.engine, secrets.token_hex(16)
+    )
     if locked is not None:
         refuse_other_lock(locked, rendered.lock)
     new.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,9 @@ MODELS = {"base_model": "pretrained_model_name_or_path", "vae": "vae"}
 
 PLACES = frozenset(
     {
+        "format",
+        "run.id",
+        "run.options_digest",
         "run.name",
         "run.template_files",
         "run.template_commit",
@@ -68,7 +71,7 @@ PLACES = frozenset(
         "machine.accelerate.main_process_port",
     }
 )
-"""Entries of a lock that say where things are, not what they are."""
+"""Entries of a lock that say where things are and which run it is, not what is trained."""
 
 
 class DifferentRun(ProblemsFound):
@@ -222,7 +225,7 @@ def compare_locks(locked: Mapping[str, Any], new: Mapping[str, Any]) -> list[Pro
     return [
         Problem(key, f"locked {describe(before, key)}, here {describe(after, key)}")
         for key in sorted(before.keys() | after.keys())
-        if key not in PLACES and before.get(key) != after.get(key)
+        if key not in PLACES and not key.startswith("files.") and before.get(key) != after.get(key)
     ]
 
 

@@ -113,6 +113,26 @@ class Lock:
             ) from None
 
     @property
+    def format(self) -> int:
+        """Of the lock; 1 is that of kwrap 0.1, which kept no texts of the run's files, no id and no options digest."""
+        return int(self.tables.get("format", 1))
+
+    @property
+    def run_id(self) -> str:
+        """Made at random with the run; empty for a run of kwrap 0.1."""
+        return str(self.entry("run", "id")) if self.format > 1 else ""
+
+    @property
+    def options_digest(self) -> str:
+        """The sha256 over all options that decide the weights; empty for a run of kwrap 0.1."""
+        return str(self.entry("run", "options_digest")) if self.format > 1 else ""
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The text of each of the run's files as it was written; empty for a run of kwrap 0.1."""
+        return dict(self.tables.get("files", {}))
+
+    @property
     def engine(self) -> str:
         return str(self.entry("run", "engine"))
 
