@@ -1,0 +1,137 @@
+"""What each option decides: the weights, files only, or nothing because it is refused; one table, `fates.toml`."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+FATES_FILE = Path(__file__).with_name("fates.toml")
+"""The table; its head says what each column means."""
+
+Place = Literal["option", "dataset", "network_args", "preset", "optimizer_args", "lr_scheduler_args"]
+"""Where an option stands: trainer.toml, dataset.toml, the trainer's lists of `key=value`, the LyCORIS preset."""
+
+FateKind = Literal["weights", "files", "refused", "unverified"]
+"""Decides the weights; decides files, logs or speed; refused by name; left to the trainer."""
+
+Apart = Literal["", "place", "length", "attempt"]
+"""Why an option that decides the weights is not in the digest."""
+
+ARGUMENT_PLACES: tuple[Place, ...] = ("network_args", "optimizer_args", "lr_scheduler_args")
+"""Tables whose names belong to a class that may be anybody's."""
+
+MOST_UNVERIFIED = 15
+"""Rows that may be left to the trainer."""
+
+UNKNOWN_ARGUMENT = "not in kwrap's table: an argument of a class of its own"
+UNKNOWN_OPTION = "not in kwrap's table: the trainer is newer"
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What one option decides."""
+
+    kind: FateKind
+    """One of the four."""
+
+    reason: str = ""
+    """Why it is refused or unverified."""
+
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    """What must hold beside it for it to do anything, by key of a template; a list names several that will do."""
+
+    other: Any = None
+    """A value unlike the default, which the census sets; None where it sets none."""
+
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """What the census sets with it so that a difference can show."""
+
+    untestable: str = ""
+    """Why the census does not set it."""
+
+    apart: Apart = ""
+    """Why it is not in the digest."""
+
+    given_by: str = ""
+    """What kwrap takes it from; a template may not set it."""
+
+    @property
+    def in_digest(self) -> bool:
+        """Whether the options digest of a run holds it; unknown and unverified ones may decide the weights too."""
+        return self.kind in ("weights", "unverified") and not self.apart
+
+    def describe(self) -> str:
+        """The fate in a few words, for `template show --why`."""
+        words = {"weights": "weights", "files": "files only", "refused": "refused", "unverified": "unverified"}[
+            self.kind
+        ]
+        return f"{words} (not testable here: {self.untestable})" if self.untestable else words
+
+
+@cache
+def load_fates() -> dict[tuple[str, str], Fate]:
+    """Every row, by place and name."""
+    return parse_fates(FATES_FILE.read_text(encoding="utf-8"))
+
+
+def parse_fates(text: str) -> dict[tuple[str, str], Fate]:
+    """The rows of a table in TOML. Raises ValueError for an unknown place, kind or column."""
+    rows: dict[tuple[str, str], Fate] = {}
+    for place, table in tomllib.loads(text).items():
+        if place not in get_args(Place):
+            raise ValueError(f"fates: [{place}] is no place")
+        for name, row in table.items():
+            columns = dict(row)
+            kind = columns.pop("fate")
+            if kind not in get_args(FateKind):
+                raise ValueError(f"fates: {place}.{name}: {kind!r} is no fate")
+            try:
+                rows[place, name] = Fate(kind, **columns)
+            except TypeError as error:
+                raise ValueError(f"fates: {place}.{name}: {error}") from None
+    return rows
+
+
+def fate_of(place: Place, name: str) -> Fate:
+    """The fate of an option; `unverified` for one that no row names.
+
+    A name that both files of the trainer have is asked for in either place. An argument of a class that kwrap does
+    not know decides the weights: it belongs into the digest, and no census has looked at it.
+    """
+    rows = load_fates()
+    row = rows.get((place, name))
+    if row is None and place in ("option", "dataset"):
+        row = rows.get(("dataset" if place == "option" else "option", name))
+    if row is None and place == "preset":
+        row = rows.get((place, f"map.{name.rpartition('.')[2]}"))
+    if row is not None:
+        return row
+    if place in ARGUMENT_PLACES or place == "preset":
+        return Fate("weights", untestable=UNKNOWN_ARGUMENT)
+    return Fate("unverified", reason=UNKNOWN_OPTION)
+
+
+def fate_of_key(key: str) -> Fate | None:
+    """The fate of a template's key, `learning_rate`, `dataset_options.resolution`, `network_args.factor`.
+
+    None for what is kwrap's own: `effective_batch`, `[kwrap]`, `[states]`, `[samples]`, and the preset's name.
+    """
+    table, _, name = key.rpartition(".")
+    place = "dataset" if table == "dataset_options" else table
+    if place in ("dataset", *ARGUMENT_PLACES):
+        return fate_of(place, name)
+    if table or key in ("effective_batch", "preset"):
+        return None
+    return fate_of("option", key)
+
+
+def list_unverified(keys: Iterable[str]) -> Iterator[str]:
+    """Those of a template's keys that are left to the trainer."""
+    for key in keys:
+        fate = fate_of_key(key)
+        if fate is not None and fate.kind == "unverified":
+            yield key

@@ -1,0 +1,90 @@
+"""Every option has a row in the table of fates, and a row cannot be made of anything else."""
+
+import pytest
+
+from kohaku_wrap.config.fates import (
+    MOST_UNVERIFIED,
+    Fate,
+    fate_of,
+    fate_of_key,
+    list_unverified,
+    load_fates,
+    parse_fates,
+)
+from kohaku_wrap.config.layers import load_layers
+from kohaku_wrap.config.network import DEPRECATED_ARGS, MODULE_ARGS, NETWORK_ARGS, PRESET_KEYS
+from kohaku_wrap.config.optimizers import load_signatures
+from kohaku_wrap.config.options import load_recorded_table
+from kohaku_wrap.config.schema import DEPRECATED_OPTIONS, OWNED_OPTIONS
+from kohaku_wrap.config.templates import list_templates
+
+
+def test_every_option_has_a_row() -> None:
+    table, rows = load_recorded_table(), load_fates()
+    assert len(table.options) >= 196
+    missing = [name for name in table.options if not {("option", name), ("dataset", name)} & rows.keys()]
+    missing += [name for name in table.dataset_options if ("dataset", name) not in rows]
+    missing += [name for name in (*NETWORK_ARGS, *DEPRECATED_ARGS) if ("network_args", name) not in rows]
+    missing += [name for name in PRESET_KEYS if ("preset", name) not in rows]
+    missing += [name for name in MODULE_ARGS if ("preset", f"map.{name}") not in rows]
+    taken = {name for entry in load_signatures().values() for name in entry["arguments"] or ()}
+    missing += [name for name in taken if ("optimizer_args", name) not in rows]
+    assert missing == []
+
+
+def test_every_row_says_why_or_how_it_is_tried() -> None:
+    for (place, name), fate in load_fates().items():
+        assert fate.reason if fate.kind in ("refused", "unverified") else not fate.reason, (place, name)
+        if fate.kind in ("weights", "files"):
+            assert fate.other is not None or fate.untestable or fate.given_by, (place, name)
+
+
+def test_few_are_left_to_the_trainer_and_no_shipped_template_uses_one() -> None:
+    assert sum(fate.kind == "unverified" for fate in load_fates().values()) <= MOST_UNVERIFIED
+    names = [template.name for template in list_templates() if template.origin != "yours"]
+    assert names
+    for name in names:
+        effective, _ = load_layers(name)
+        fates = {key: fate_of_key(key) for key in effective.entries}
+        assert {key for key, fate in fates.items() if fate and fate.kind in ("refused", "unverified")} == set(), name
+
+
+def test_what_kwrap_sets_itself_and_what_is_old_is_so_in_the_table() -> None:
+    for key in (*OWNED_OPTIONS, *DEPRECATED_OPTIONS):
+        fate = fate_of_key(key)
+        assert fate is not None
+        assert fate.kind == "refused" or fate.given_by, key
+
+
+def test_a_name_of_both_files_is_found_in_either_place() -> None:
+    assert fate_of("option", "shuffle_caption") == fate_of("dataset", "shuffle_caption")
+    assert fate_of("preset", "name_algo_map.lora_unet.factor") == fate_of("preset", "map.factor")
+
+
+def test_what_no_row_names_is_unverified_and_in_the_digest() -> None:
+    fate = fate_of("option", "an_option_of_next_year")
+    assert fate.kind == "unverified" and fate.in_digest
+    assert list(list_unverified(["seed", "an_option_of_next_year"])) == ["an_option_of_next_year"]
+    assert fate_of("optimizer_args", "an_argument_of_ones_own") == Fate(
+        "weights", untestable="not in kwrap's table: an argument of a class of its own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('[options]\na = {fate = "files"}', r"\[options\] is no place"),
+        ('[option]\na = {fate = "maybe"}', "option.a: 'maybe' is no fate"),
+        ('[option]\na = {fate = "files", ohter = 1}', "option.a: .*ohter"),
+    ],
+)
+def test_a_row_of_anything_else_is_refused(row: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        parse_fates(row)
+
+
+def test_places_lengths_and_what_an_attempt_may_have_are_not_in_the_digest() -> None:
+    for name in ("pretrained_model_name_or_path", "max_train_steps", "gradient_accumulation_steps", "save_state"):
+        assert not fate_of("option", name).in_digest
+    for name in ("min_snr_gamma", "xformers", "torch_compile", "train_batch_size"):
+        assert fate_of("option", name).in_digest
