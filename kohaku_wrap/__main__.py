@@ -1,7 +1,11 @@
 """`kwrap` and `python -m kohaku_wrap`: signals are taken from the first moment on, before the command is imported."""
 
-import os
-import signal
+from kohaku_wrap.import_path import drop_current_folder
+
+drop_current_folder()
+
+import os  # noqa: E402
+import signal  # noqa: E402
 
 
 def leave(_number: int, _frame: object) -> None:

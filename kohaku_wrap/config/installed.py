@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from kohaku_wrap.config.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
 from kohaku_wrap.config.trainer_commits import find_known, installed_checkouts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
+from kohaku_wrap.processes import NoAnswer, ask_python
 
 CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
 """The environment variable that points at an existing sd-scripts checkout."""
@@ -76,16 +77,13 @@ def find_option_table(*, read_live: bool = True) -> OptionTable:
     return load_option_table(commit)
 
 
-def run_reader(module: str, argument: str) -> subprocess.CompletedProcess[str]:
-    """Run a worker that reads what only an import can tell, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", f"kohaku_wrap.training.workers.{module}", argument],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-        timeout=READ_TIMEOUT_SECONDS,
+def ask_reader(worker: str, argument: str) -> Any:
+    """The answer of a worker that reads what only an import can tell. Raises NoAnswer."""
+    return ask_python(
+        f"kohaku_wrap.training.workers.{worker}",
+        argument,
+        added={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout_seconds=READ_TIMEOUT_SECONDS,
     )
 
 
@@ -101,12 +99,9 @@ def ask_optimizer(path: str) -> list[str] | None:
     kept = cached_table_file(f"optimizer-{path}-{version}")
     if not kept.is_file():
         try:
-            result = run_reader("list_optimizers", path)
-        except subprocess.TimeoutExpired:
+            write_text(kept, json.dumps(ask_reader("list_optimizers", path)))
+        except NoAnswer:
             return None
-        if result.returncode:
-            return None
-        write_text(kept, result.stdout)
     arguments: list[str] | None = json.loads(kept.read_text(encoding="utf-8"))[path]["arguments"]
     return arguments
 
@@ -114,14 +109,9 @@ def ask_optimizer(path: str) -> list[str] | None:
 def ask_trainer(checkout: Path) -> str:
     """The options of a checkout as JSON, read from its own parser in a process of its own. Raises UnreadableTrainer."""
     try:
-        result = run_reader("list_options", str(checkout))
-    except subprocess.TimeoutExpired:
-        raise UnreadableTrainer(f"{checkout}: its parser gave no answer", "Run `kwrap doctor`.") from None
-    last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
-    if result.returncode:
+        return json.dumps(ask_reader("list_options", str(checkout)))
+    except NoAnswer as failed:
         raise UnreadableTrainer(
-            f"{checkout}: its parser could not be read: {last_line}",
+            f"{checkout}: its parser could not be read: {failed.message}",
             "Run `kwrap doctor --engine sd-scripts`; it names the package that is missing.",
-        )
-    json.loads(result.stdout)
-    return result.stdout
+        ) from None

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import metadata
 from typing import Any
 
-from kohaku_wrap.config.installed import run_reader
+from kohaku_wrap.config.installed import ask_reader
 from kohaku_wrap.config.options import Option, UnfitValue, cached_table_file, check_value, suggest
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.files import write_text
+from kohaku_wrap.processes import NoAnswer
 
 OWN = {
     "machine_rank": "differs from machine to machine: `kwrap train` is 0, `kwrap resume RUN --machine-rank K` is K",
@@ -35,12 +35,9 @@ def ask_launcher() -> Mapping[str, Any]:
     kept = cached_table_file(f"accelerate-{version}")
     if not kept.is_file():
         try:
-            result = run_reader("list_launch_options", "launch")
-        except subprocess.TimeoutExpired:
+            write_text(kept, json.dumps(ask_reader("list_launch_options", "launch")))
+        except NoAnswer:
             return {}
-        if result.returncode:
-            return {}
-        write_text(kept, result.stdout)
     table: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return table
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.training.runs.attempts import Attempt, list_attempts
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.processes import end_processes, send_signal
@@ -39,7 +38,7 @@ class Kill:
 
 
 def command_of(arguments: tuple[str, ...]) -> list[str]:
-    return [sys.executable, "-m", "kohaku_wrap", *arguments]
+    return python_command("-m", "kohaku_wrap", *arguments)
 
 
 def run_kwrap(arguments: tuple[str, ...], log: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -48,7 +47,7 @@ def run_kwrap(arguments: tuple[str, ...], log: Path, environment: Mapping[str, s
     with log.open("a", encoding="utf-8") as stream:
         done = subprocess.run(
             command_of(arguments),
-            env={**os.environ, **(environment or {})},
+            env=safe_environment(environment),
             stdout=stream,
             stderr=subprocess.STDOUT,
             check=False,
@@ -101,7 +100,7 @@ def kill_midway(
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
             command_of(arguments),
-            env={**os.environ, **(environment or {})},
+            env=safe_environment(environment),
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -1,6 +1,6 @@
 """The proof of exact resume: real trainings, killed with SIGKILL and resumed, compared bit by bit.
 
-`make prove`, or `python -m kohaku_wrap.demo.prove`. Each case trains once uninterrupted and once with kills, through
+`make prove`, or `python -P -m kohaku_wrap.demo.prove`. Each case trains once uninterrupted and once with kills, through
 the `kwrap` command; cases of the same configuration share the uninterrupted run.
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.demo.killing import run_kwrap
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.processes import python_command, safe_environment
 
 PLAIN_WORKER = "kohaku_wrap.training.workers.plain_sd_scripts"
 RUN_TIMEOUT_SECONDS = 900
@@ -128,7 +128,7 @@ class PlainRuns:
         (folder / DATASET_FILE).write_text(dataset, encoding="utf-8")
         several = ("--multi_gpu", "--main_process_port", "0") if shape.processes > 1 else ()
         command = [
-            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *several),
+            *python_command("-m", "accelerate.commands.accelerate_cli", "launch", *several),
             *("--num_processes", str(shape.processes), "--num_machines", "1", "--mixed_precision", "no"),
             *("--dynamo_backend", "no", "-m", PLAIN_WORKER),
             *("--config_file", TRAINER_FILE, "--dataset_config", DATASET_FILE),
@@ -153,18 +153,19 @@ class PlainRuns:
 def plain_environment() -> dict[str, str]:
     """The variables of a plain run on the CPU."""
     package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "ACCELERATE_USE_CPU": "true",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "LYCORIS_KERNEL_BACKEND": "torch",
-        "LYCORIS_KERNEL_TUNE": "off",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environment = safe_environment(
+        {
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "LYCORIS_KERNEL_BACKEND": "torch",
+            "LYCORIS_KERNEL_TUNE": "off",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+    )
+    paths = [package_root, environment.get("PYTHONPATH", "")]
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def compare_networks(first: Path, second: Path) -> tuple[bool, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.site import Site, SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
+from kohaku_wrap.processes import python_command, safe_environment
 
 DEMO_FOLDER = Path("epsilon-demo")
 RUN_NAME = "epsilon"
@@ -108,7 +109,7 @@ def run_stage(stage: Stage) -> float:
     """Run one command in its own process; seconds taken. Raises StageFailed."""
     print(f"\n$ kwrap {shlex.join(stage.arguments)}", flush=True)
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "kohaku_wrap", *stage.arguments], check=False)
+    done = subprocess.run(python_command("-m", "kohaku_wrap", *stage.arguments), env=safe_environment(), check=False)
     if done.returncode:
         raise StageFailed(stage, done.returncode)
     return time.monotonic() - started

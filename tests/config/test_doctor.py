@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,9 +160,6 @@ def test_a_broken_torch_ends_in_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     from kohaku_wrap.training.machine import doctor_torch
 
-    monkeypatch.setattr(
-        doctor_torch, "worker_environment", lambda: {"PYTHONPATH": f"{tmp_path}:{':'.join(p for p in sys.path if p)}"}
-    )
     [finding] = doctor_torch.find_torch_faults(None)
     assert finding.status == "broken"
     assert "libcudart" in finding.what

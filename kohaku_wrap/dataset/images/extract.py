@@ -40,6 +40,7 @@ from kohaku_wrap.dataset.images.extracted import (
 from kohaku_wrap.dataset.selection_file import BadSelection
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import Progress
+from kohaku_wrap.processes import safe_children
 
 SHARD_NAME = re.compile(r"data-\d(\d{3})\.tar")
 """`data-0NNN.tar` and `data-1NNN.tar`: ids that end in NNN."""
@@ -248,11 +249,12 @@ class Extraction:
         Raises WorkerDied when one of them is killed.
         """
         context = get_context("spawn")
-        stop, done = context.Event(), context.Value("q", 0)
+        with safe_children():
+            stop, done = context.Event(), context.Value("q", 0)
         settings = (self.images, self.journal_stem, self.max_pixels, stop, done)
         queue = iter(tasks)
         running: set[Future[ShardResult]] = set()
-        with ProcessPoolExecutor(processes, context, start_process, settings) as pool:
+        with safe_children(), ProcessPoolExecutor(processes, context, start_process, settings) as pool:
             try:
                 while True:
                     for task in islice(queue, 2 * processes - len(running)):

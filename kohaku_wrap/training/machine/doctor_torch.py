@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import Any
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.sizes import show_bytes
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
-from kohaku_wrap.training.machine.module_counts import worker_environment
+from kohaku_wrap.processes import NoAnswer, ask_python, safe_environment
+from kohaku_wrap.training.machine.module_counts import WORKER_SETTINGS
 from kohaku_wrap.training.runs.launch import accelerate_command
 
 WORKER = "kohaku_wrap.training.workers.check_machine"
@@ -99,21 +99,11 @@ def describe_request(effective: Effective | None) -> dict[str, Any]:
 def ask_worker(request: dict[str, Any]) -> dict[str, Any]:
     """The worker's facts by check, or `error`."""
     try:
-        result = subprocess.run(
-            [sys.executable, "-m", WORKER],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env=worker_environment(),
-            timeout=WORKER_TIMEOUT_SECONDS,
+        facts: dict[str, Any] = ask_python(
+            WORKER, request=request, added=WORKER_SETTINGS, timeout_seconds=WORKER_TIMEOUT_SECONDS
         )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {WORKER_TIMEOUT_SECONDS} s"}
-    if result.returncode:
-        lines = result.stderr.strip().splitlines()
-        return {"error": lines[-1] if lines else f"the process ended with code {result.returncode}"}
-    facts: dict[str, Any] = json.loads(result.stdout)
+    except NoAnswer as failed:
+        return {"error": failed.message}
     return facts
 
 
@@ -218,7 +208,7 @@ def count_processes(effective: Effective) -> dict[str, Any]:
         config = Path(folder) / "accelerate.yaml"
         config.write_text(render_yaml(table), encoding="utf-8")
         command = [*accelerate_command(), "launch", "--config_file", str(config), *several, "-m", WORKER, "ranks"]
-        environment = worker_environment() | ({} if machine.gpus else {"CUDA_VISIBLE_DEVICES": ""})
+        environment = safe_environment({**WORKER_SETTINGS, **({} if machine.gpus else {"CUDA_VISIBLE_DEVICES": ""})})
         try:
             result = subprocess.run(
                 command,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,12 @@ from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.trainer_arguments import render_network_args
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import home_folder, write_text
+from kohaku_wrap.processes import NoAnswer, ask_python
 
 WORKER_TIMEOUT_SECONDS = 600
+WORKER_SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Variables of a worker that only looks: one thread, no hub."""
+
 COUNTED_BY = ("lycoris_lora", "lycoris-lora", "diffusers", "transformers", "torch")
 
 
@@ -110,32 +111,19 @@ def digest_request(request: dict[str, Any], checkout: Path | None) -> str:
 
 def ask_worker(request: dict[str, Any]) -> dict[str, Any]:
     """The worker's answer. Raises NotCounted."""
-    command = [sys.executable, "-m", "kohaku_wrap.training.workers.count_modules"]
     try:
-        result = subprocess.run(
-            command,
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            check=False,
-            env=worker_environment(),
-            timeout=WORKER_TIMEOUT_SECONDS,
+        document: dict[str, Any] = ask_python(
+            "kohaku_wrap.training.workers.count_modules",
+            request=request,
+            added=WORKER_SETTINGS,
+            timeout_seconds=WORKER_TIMEOUT_SECONDS,
         )
-    except subprocess.TimeoutExpired:
-        raise NotCounted("the module count gave no answer", "Run `kwrap doctor`.") from None
-    if result.returncode:
-        last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+    except NoAnswer as failed:
         raise NotCounted(
-            f"the network's modules could not be counted: {last_line}",
+            f"the network's modules could not be counted: {failed.message}",
             "Run `kwrap doctor`; counting needs the packages of kohaku-wrap[train].",
-        )
-    document: dict[str, Any] = json.loads(result.stdout)
+        ) from None
     return document
-
-
-def worker_environment() -> dict[str, str]:
-    """The environment of a worker that only looks: one thread, no hub."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def count_network_everywhere(effective: Effective) -> list[ModuleCounts]:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +12,7 @@ import numpy as np
 from kohaku_wrap.config.plan import open_captions
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.data.order import BatchOrder, StepCount
 from kohaku_wrap.training.records.ledger import (
@@ -270,20 +267,15 @@ def recompute_content(run: Run, records: Records, chosen: Int64Array) -> list[in
     Raises CannotRecompute when the worker fails as a whole.
     """
     samples = [[int(records.epoch[each]), int(records.position[each])] for each in chosen]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", RECOMPUTE_WORKER, str(run.folder)],
-        input=json.dumps(samples),
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=run.folder,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CannotRecompute(f"the samples cannot be recomputed: {last}", "Verify without --deep, or mend that.")
-    digests: list[int | str] = json.loads(done.stdout)
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        digests: list[int | str] = ask_python(
+            RECOMPUTE_WORKER, run.folder, request=samples, added=settings, folder=run.folder
+        )
+    except NoAnswer as failed:
+        raise CannotRecompute(
+            f"the samples cannot be recomputed: {failed.message}", "Verify without --deep, or fix that."
+        ) from None
     return digests
 
 

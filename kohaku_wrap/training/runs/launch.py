@@ -13,6 +13,7 @@ from pathlib import Path
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
 from kohaku_wrap.errors import MissingExtra, UsageError
 from kohaku_wrap.files import write_text
+from kohaku_wrap.processes import python_command, safe_settings
 from kohaku_wrap.training.runs.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.runs.folder import Lock
 from kohaku_wrap.training.runs.machines import ONE_MACHINE, Machines
@@ -84,6 +85,7 @@ def plan_launch(
         str(accumulation),
     )
     environment = {
+        **safe_settings(),
         RUN_VARIABLE: str(run_folder),
         ATTEMPT_VARIABLE: str(attempt_number),
         "HF_HUB_OFFLINE": "1",
@@ -132,7 +134,7 @@ def accelerate_command() -> tuple[str, ...]:
     script = Path(sys.executable).parent / "accelerate"
     if script.exists():
         return (str(script),)
-    return (sys.executable, "-m", "accelerate.commands.accelerate_cli")
+    return tuple(python_command("-m", "accelerate.commands.accelerate_cli"))
 
 
 def default_threads(processes: int, on_cpu: bool) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from kohaku_wrap.config.trainer_commits import trainer_folder
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder
+from kohaku_wrap.processes import python_command, safe_environment
 
 
 class InstallFailed(KwrapError):
@@ -160,19 +161,9 @@ def install_package(requirement: Requirement) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=final.parent))
     pinned = f"{requirement.distribution}=={requirement.version}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(part / "packages"),
-        pinned,
-    ]
+    command = python_command("-m", "pip", "install", "--quiet", "--no-deps", "--target", part / "packages", pinned)
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=safe_environment(), capture_output=True, text=True, check=False)
         if result.returncode:
             words = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
             raise InstallFailed(

@@ -1,0 +1,91 @@
+"""Helper processes: Python started so that it imports nothing from the folder in which one happens to stand.
+
+A folder may be a stranger's, and a `torch.py` in it would run as soon as a helper imports torch. Every Python that
+kwrap starts gets its command and its environment here. Not `-I`: absolute entries of PYTHONPATH are the person's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError
+
+
+class NoAnswer(KwrapError):
+    """A helper process failed, gave no answer in time, or one that is no JSON."""
+
+
+def python_command(*words: object) -> list[str]:
+    """This Python with these words, such as `-m` and a module; the current folder is not on its import path."""
+    return [sys.executable, "-P", *map(str, words)]
+
+
+def safe_settings() -> dict[str, str]:
+    """The variables that keep the current folder off the import path of a Python and of all that it starts.
+
+    Empty and relative entries of PYTHONPATH go, absolute ones stay; an empty PYTHONPATH counts as none.
+    """
+    settings = {"PYTHONSAFEPATH": "1"}
+    if given := os.environ.get("PYTHONPATH"):
+        settings["PYTHONPATH"] = os.pathsep.join(filter(os.path.isabs, given.split(os.pathsep)))
+    return settings
+
+
+def safe_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The caller's variables with a safe import path, and `added` over them."""
+    return {**os.environ, **safe_settings(), **(added or {})}
+
+
+@contextmanager
+def safe_children() -> Iterator[None]:
+    """Give a safe import path to processes that are started by others within, such as those of multiprocessing."""
+    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    os.environ.update(safe_settings())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def ask_python(
+    module: str,
+    *arguments: object,
+    request: Any = None,
+    added: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    timeout_seconds: float | None = None,
+) -> Any:
+    """The JSON answer of a helper module, run with `arguments` and, where it is given, `request` as JSON on stdin.
+
+    `added`: variables over the caller's. Raises NoAnswer, whose message is the helper's last line on stderr.
+    """
+    try:
+        done = subprocess.run(
+            python_command("-m", module, *arguments),
+            input="" if request is None else json.dumps(request),
+            capture_output=True,
+            text=True,
+            check=False,
+            env=safe_environment(added),
+            cwd=folder,
+            timeout=timeout_seconds,
+        )
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"no answer within {timeout_seconds:g} s") from None
+    if done.returncode:
+        raise NoAnswer((done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"])[-1])
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        raise NoAnswer("the process gave an answer that is no JSON") from None
