@@ -28,10 +28,10 @@ epsilon: $(READY)  ## the whole recipe, demo scale (SITE=site.toml: yours)
 	$(BIN)/python -P -m kohaku_wrap.demo.tour $(if $(SITE),--site $(SITE)) $(if $(MAX_MISSING),--max-missing $(MAX_MISSING))
 
 prove: $(READY)  ## train, kill, resume, compare (ENGINE=sd-scripts)
-	$(BIN)/python -P -m kohaku_wrap.demo.prove --engine $(ENGINE)
+	$(BIN)/python -P -m kohaku_wrap.proving.prove --engine $(ENGINE)
 
 prove-upstream: $(READY)  ## the same for plain sd-scripts: why kwrap exists
-	$(BIN)/python -P -m kohaku_wrap.demo.prove --upstream
+	$(BIN)/python -P -m kohaku_wrap.proving.prove --upstream
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)

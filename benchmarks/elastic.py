@@ -20,8 +20,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from kohaku_wrap.demo.killing import ProcessFailed, run_kwrap
-from kohaku_wrap.demo.prove import Bench, Configuration
+from kohaku_wrap.proving.killing import ProcessFailed, run_kwrap
+from kohaku_wrap.proving.prove import Bench, Configuration
 from kohaku_wrap.training.records.verify import verify_run
 from kohaku_wrap.training.runs.folder import Run
 

@@ -21,9 +21,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kohaku_wrap.demo.killing import command_of, run_kwrap
-from kohaku_wrap.demo.likeness import Difference, compare_runs
-from kohaku_wrap.demo.prove import SETTINGS, Bench, Configuration
+from kohaku_wrap.proving.killing import command_of, run_kwrap
+from kohaku_wrap.proving.likeness import Difference, compare_runs
+from kohaku_wrap.proving.prove import SETTINGS, Bench, Configuration
 from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.states import list_states, verify_state
 from kohaku_wrap.training.records.verify import verify_run

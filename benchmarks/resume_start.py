@@ -20,8 +20,8 @@ from pathlib import Path
 
 from kills import CONFIGURATION, first_command
 
-from kohaku_wrap.demo.killing import Kill, command_of, find_attempt, kill_all, kill_midway
-from kohaku_wrap.demo.prove import Bench
+from kohaku_wrap.proving.killing import Kill, command_of, find_attempt, kill_all, kill_midway
+from kohaku_wrap.proving.prove import Bench
 from kohaku_wrap.training.records.metrics import iterate_lines
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.runs.attempts import list_attempts

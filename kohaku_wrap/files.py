@@ -141,7 +141,7 @@ def home_folder() -> Path:
 
 
 def shipped_folder(name: str) -> Path:
-    """The `templates` or `datasets` folder that came with kwrap, from a wheel or a checkout."""
+    """The `templates`, `datasets` or `proofs` folder that came with kwrap, from a wheel or a checkout."""
     package = Path(__file__).resolve().parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name

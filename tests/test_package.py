@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-IN_THE_WHEEL = ("kohaku_wrap/", "templates/", "datasets/")
+IN_THE_WHEEL = ("kohaku_wrap/", "templates/", "datasets/", "proofs/")
 
 
 def tracked_files() -> list[str]:

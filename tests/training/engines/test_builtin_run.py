@@ -17,8 +17,8 @@ import toml
 from engine_world import World
 from safetensors import safe_open
 
-from kohaku_wrap.demo.killing import Kill, train_with_kills
-from kohaku_wrap.demo.likeness import Difference, compare_runs
+from kohaku_wrap.proving.killing import Kill, train_with_kills
+from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
 from kohaku_wrap.training.records.ledger import RECORD
 from kohaku_wrap.training.records.metrics import read_metrics

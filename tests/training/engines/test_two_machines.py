@@ -15,7 +15,7 @@ import pytest
 import toml
 from engine_world import World
 
-from kohaku_wrap.demo.likeness import compare_runs
+from kohaku_wrap.proving.likeness import compare_runs
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.runs.attempts import list_attempts
 from kohaku_wrap.training.runs.ends import read_end

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kohaku_wrap.demo.likeness import read_positions
+from kohaku_wrap.proving.likeness import read_positions
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.runs.folder import Run
 

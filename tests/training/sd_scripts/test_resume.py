@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from kohaku_wrap.demo.likeness import compare_runs
+from kohaku_wrap.proving.likeness import compare_runs
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.runs.folder import Run
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from kohaku_wrap.config.plan import plan_steps, read_folder_sizes
 from kohaku_wrap.config.render import DATASET_FILE, TRAINER_FILE, compose_run
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.toml_text import toml_text
-from kohaku_wrap.demo.killing import run_kwrap
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.proving.killing import run_kwrap
 
 PLAIN_WORKER = "kohaku_wrap.training.workers.plain_sd_scripts"
 RUN_TIMEOUT_SECONDS = 900
@@ -206,32 +208,28 @@ def is_unchanged(state: Path, output: Path) -> bool:
 
 
 def iterate_cases(runs: PlainRuns) -> Iterator[Outcome]:
-    """Train and compare, one case after another."""
-    single = Shape()
-    whole = runs.train(single)
-    yield Outcome("uninterrupted, twice", *compare_networks(whole, runs.train(single)))
+    """Train and compare the cases of proofs/upstream.toml, one after another; equal shapes share the whole run."""
+    wholes: dict[Shape, Path] = {}
 
-    two_workers = Shape(workers=2)
-    yield Outcome("uninterrupted, 2 loader workers instead of 0", *compare_networks(whole, runs.train(two_workers)))
+    def whole_run(shape: Shape) -> Path:
+        if shape not in wholes:
+            wholes[shape] = runs.train(shape)
+        return wholes[shape]
 
-    yield Outcome("accumulation 1, resumed at step 4", *resume_and_compare(runs, single, whole, 4))
-
-    grouped = Shape(accumulation=4, epochs=2, state_every=2)
-    grouped_whole = runs.train(grouped)
-    yield Outcome(
-        "accumulation 4, resumed at step 2 in the first epoch", *resume_and_compare(runs, grouped, grouped_whole, 2)
-    )
-    yield Outcome(
-        "accumulation 4, resumed at step 4 in the second epoch", *resume_and_compare(runs, grouped, grouped_whole, 4)
-    )
-
-    paired = Shape(processes=2, epochs=2)
-    yield Outcome("2 processes, resumed at step 8", *resume_and_compare(runs, paired, runs.train(paired), 8))
-
-    damage_state(state_of(whole, 4))
-    resumed = runs.train(single, state_of(whole, 4))
-    equal, remark = compare_networks(whole, resumed)
-    yield Outcome("a flipped byte in the state", equal, f"{remark}, loaded without a word" if remark else "")
+    names = {option.name for option in fields(Shape)}
+    document = tomllib.loads((shipped_folder("proofs") / "upstream.toml").read_text(encoding="utf-8"))
+    for case in document["case"]:
+        shape = {name: value for name, value in case.items() if name in names}
+        whole = whole_run(Shape(**{**shape, **case.get("as", {})}))
+        if "resume" not in case:
+            equal, remark = compare_networks(whole, runs.train(Shape(**shape)))
+        elif case.get("damage"):
+            damage_state(state_of(whole, case["resume"]))
+            equal, remark = compare_networks(whole, runs.train(Shape(**shape), state_of(whole, case["resume"])))
+            remark += ", loaded without a word" if remark else ""
+        else:
+            equal, remark = resume_and_compare(runs, Shape(**shape), whole, case["resume"])
+        yield Outcome(case["says"], equal, remark)
 
 
 def resume_and_compare(runs: PlainRuns, shape: Shape, whole: Path, step: int) -> tuple[bool, str]:

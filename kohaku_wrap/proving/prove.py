@@ -1,7 +1,7 @@
 """The proof of exact resume: real trainings, killed with SIGKILL and resumed, compared bit by bit.
 
-`make prove`, or `python -P -m kohaku_wrap.demo.prove`. Each case trains once uninterrupted and once with kills, through
-the `kwrap` command; cases of the same configuration share the uninterrupted run.
+`make prove`, or `python -P -m kohaku_wrap.proving.prove`. Each case trains once uninterrupted and once with kills,
+through the `kwrap` command; cases of the same configuration share the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from kohaku_wrap.config.installed import CHECKOUT_VARIABLE, find_trainer, read_t
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.config.trainer_commits import SUPPORTED, installed_checkouts
-from kohaku_wrap.demo.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
-from kohaku_wrap.demo.likeness import Difference, compare_runs
-from kohaku_wrap.demo.tour import dataset_stages
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.proving.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
+from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.training.runs.folder import Run
 
 POSTS = 24
@@ -80,22 +80,19 @@ class Case:
     """What is trained."""
 
 
-CASES = (
-    Case("middle", "accumulation 2, killed in the middle of an epoch and of an accumulation", (Kill(0.5),)),
-    Case("border", "killed just after an epoch border", (Kill(1.05),)),
-    Case("workers-2", "2 loader workers", (Kill(0.7),), workers=(2,)),
-    Case("workers-0-2-0", "0, 2 and again 0 loader workers", (Kill(0.6), Kill(1.3)), workers=(0, 2, 0)),
-    Case("torn-state", "killed again during the writing of a state", (Kill(0.5), Kill(0.6, in_state=True))),
-    Case("four-lives", "second and third resume", (Kill(0.4), Kill(0.8), Kill(1.5))),
-    Case("single", "accumulation 1", (Kill(0.45), Kill(1.2)), configuration=Configuration(accumulation=1)),
-    Case("two-processes", "two processes", (Kill(0.6),), workers=(0, 2), configuration=Configuration(processes=2)),
-    Case(
-        "not-divided",
-        "a number of batches that accumulation does not divide",
-        (Kill(0.6), Kill(1.2)),
-        configuration=Configuration(accumulation=4),
-    ),
-)
+def read_cases() -> tuple[Case, ...]:
+    """The cases of proofs/resume.toml, which says what each key means."""
+    document = tomllib.loads((shipped_folder("proofs") / "resume.toml").read_text(encoding="utf-8"))
+    return tuple(
+        Case(
+            name=case["name"],
+            says=case["says"],
+            kills=tuple(Kill(**kill) for kill in case["kills"]),
+            workers=tuple(case.get("workers", [0])),
+            configuration=Configuration(**{key: case[key] for key in ("processes", "accumulation") if key in case}),
+        )
+        for case in document["case"]
+    )
 
 
 @dataclass(frozen=True)
@@ -122,9 +119,10 @@ class Bench:
             return
         log = self.folder / "logs" / "world.log"
         run_kwrap(("demo", str(self.world), "--posts", str(POSTS)), log)
-        site = load_site(self.world / "site.toml")
-        for stage in dataset_stages(site, "demo", self.world / "demo.parquet"):
-            run_kwrap(stage.arguments, log)
+        paths, selection = load_site(self.world / "site.toml").paths, str(self.world / "demo.parquet")
+        run_kwrap(("select", "demo", "--db", str(paths.db), "--out", selection), log)
+        run_kwrap(("extract", selection, "--tars", str(paths.tars), "--out", str(paths.images)), log)
+        run_kwrap(("caption", selection, "--db", str(paths.db), "--out", str(paths.images), "--dataset", "demo"), log)
 
     def write_site(self, case: str, configuration: Configuration, workers: int) -> Path:
         """The world's site with the processes and workers of a case."""
@@ -186,7 +184,7 @@ def judge(case: Case, whole: Future[Run], killed: Future[Run]) -> tuple[str, boo
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kohaku_wrap.demo.prove", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kohaku_wrap.proving.prove", description=__doc__)
     parser.add_argument("--engine", choices=("builtin", "sd-scripts"), default="builtin")
     parser.add_argument("--upstream", action="store_true", help="prove plain sd-scripts instead, without kwrap")
     parser.add_argument("--folder", type=Path, default=Path("prove"), help="where to work (default: prove)")
@@ -204,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench = Bench(chosen.folder.absolute(), chosen.engine)
         bench.make_world()
         if chosen.upstream:
-            from kohaku_wrap.demo.prove_upstream import prove_upstream
+            from kohaku_wrap.proving.prove_upstream import prove_upstream
 
             total, identical = prove_upstream(bench.world, bench.folder / "runs" / "upstream")
         else:
@@ -231,7 +229,7 @@ def other_commits() -> Iterator[Case]:
 
 def choose_cases(engine: str, names: list[str] | None) -> tuple[Case, ...]:
     """All cases of the engine, or those named. Raises KwrapError."""
-    cases = (*CASES, *(other_commits() if engine == "sd-scripts" else ()))
+    cases = (*read_cases(), *(other_commits() if engine == "sd-scripts" else ()))
     if not names:
         return cases
     known = {case.name: case for case in cases}

@@ -1,0 +1,1 @@
+"""Exact resume proved on this machine: real trainings killed, resumed and compared, and what each option does."""
