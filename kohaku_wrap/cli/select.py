@@ -50,6 +50,8 @@ def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
 
 def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
     """The report as lines of a table."""
+    from kohaku_wrap.metadata.filters import FLAG_COLUMNS
+
     rows: list[tuple[str, Any]] = [("posts in the database", report.posts)]
     if report.outside_strata:
         rows.append(("outside the strata", report.outside_strata))
@@ -63,4 +65,6 @@ def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
         )
     rows.append(("sampled", report.sampled))
     rows += [(f"dropped: {reason}", count) for reason, count in report.dropped.items()]
+    for name, count in report.unknown.items():
+        rows.append((f"{name} unknown, {'kept' if name in FLAG_COLUMNS else 'dropped'}", count))
     return [*rows, ("selected", report.selected), ("written to", out)]

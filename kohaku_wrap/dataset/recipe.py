@@ -16,10 +16,15 @@ from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, read_caption_reci
 from kohaku_wrap.dataset.toml_values import TableReader
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
-from kohaku_wrap.metadata.filters import FLAGS, RATINGS
+from kohaku_wrap.metadata.filters import FLAGS, RATINGS, number_sql, size_sql
 
-RANGES = {"score": "score", "fav_count": "fav_count", "width": "image_width", "height": "image_height"}
-"""Conditions that are a range of one column."""
+RANGES = {
+    "score": number_sql("score"),
+    "fav_count": number_sql("fav_count"),
+    "width": size_sql("image_width"),
+    "height": size_sql("image_height"),
+}
+"""Conditions that are a range of one column, and the SQL of its value."""
 
 TAG_CONDITIONS = ("tags_all", "tags_any", "tags_none")
 CONDITIONS = (*TAG_CONDITIONS, "ratings", "extensions", "date", "pixels", *RANGES)

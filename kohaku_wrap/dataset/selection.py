@@ -88,6 +88,10 @@ class SelectionReport:
     selected: int
     """Posts in the selection: `sampled` less all of `dropped`."""
 
+    unknown: Mapping[str, int]
+    """By filter, posts that reached it and whose value the database does not say: kept by a flag, dropped by a
+    condition."""
+
     warnings: tuple[str, ...]
     """What the recipe asked for and the database does not have."""
 
@@ -106,7 +110,8 @@ def select_posts(
     for start, stop in bounds:
         inside[start:stop] = True
     outside = int(len(ids) - inside.sum())
-    dropped_before = count_first_reasons({name: drops.of(name) for name in recipe.before_sample}, inside)
+    unknown: dict[str, int] = {}
+    dropped_before = count_first_reasons(recipe.before_sample, drops, inside, unknown)
     sampled = np.zeros(len(ids), dtype=bool)
     available = []
     for number, (stratum, (start, stop)) in enumerate(zip(recipe.strata, bounds, strict=True)):
@@ -114,7 +119,7 @@ def select_posts(
         available.append(len(candidates))
         sampled[sample_stratum(ids, candidates, stratum.sample, recipe.seed, number)] = True
     selected = sampled.copy()
-    dropped = count_first_reasons({name: drops.of(name) for name in recipe.after_sample}, selected)
+    dropped = count_first_reasons(recipe.after_sample, drops, selected, unknown)
     strata = tuple(
         StratumReport(
             stratum.first_id,
@@ -137,6 +142,7 @@ def select_posts(
         sampled=int(sampled.sum()),
         dropped=dropped,
         selected=int(selected.sum()),
+        unknown=unknown,
         warnings=tuple(find_shortages(recipe.strata, strata)),
     )
     if not report.selected:
@@ -169,6 +175,7 @@ class Drops:
     """Which filter drops which post."""
 
     def __init__(self, bits: Int64Array, names: Sequence[str], by_tag: Mapping[str, BoolArray]) -> None:
+        """`bits`: for each of `names` whether it drops the post, above them for each whether it is unknown."""
         self._bits = bits
         self._place = {name: place for place, name in enumerate(names)}
         self._by_tag = by_tag
@@ -177,7 +184,16 @@ class Drops:
         """(posts,) true where the filter or condition `name` drops the post."""
         if name in self._by_tag:
             return self._by_tag[name]
-        mask: BoolArray = (self._bits >> self._place[name]) & 1 == 1
+        return self._bit(self._place[name])
+
+    def unknown_to(self, name: str) -> BoolArray:
+        """(posts,) true where the database does not say what `name` asks; never for tags."""
+        if name in self._by_tag:
+            return np.zeros(len(self._bits), dtype=bool)
+        return self._bit(len(self._place) + self._place[name])
+
+    def _bit(self, place: int) -> BoolArray:
+        mask: BoolArray = (self._bits >> place) & 1 == 1
         return mask
 
 
@@ -196,7 +212,8 @@ def find_drops(
     }
     in_sql = [name for name in names if name not in TAG_CONDITIONS]
     made = [build_filter(name, recipe.conditions.get(name)) for name in in_sql]
-    ids, bits = read_drops(database, made, on_progress)
+    unknown = [filters.Filter(one.name, one.unknown) for one in made]
+    ids, bits = read_drops(database, [*made, *unknown], on_progress)
     holders = posts_with_tags(database, sorted({tag for some in wanted_tags.values() for tag in some}))
     has_tag = {tag: np.isin(ids, posts, assume_unique=True) for tag, posts in holders.items()}
     combine = {
@@ -215,7 +232,9 @@ def build_filter(name: str, value: Any) -> filters.Filter:
     if name in RANGES:
         return filters.range_filter(name, RANGES[name], *value)
     if name == "pixels":
-        return filters.range_filter(name, "image_width * image_height", *value)
+        return filters.range_filter(
+            name, f"{filters.size_sql('image_width')} * {filters.size_sql('image_height')}", *value
+        )
     if name == "date":
         return filters.date_filter(name, *value)
     if name == "ratings":
@@ -246,12 +265,17 @@ def sample_stratum(ids: Int64Array, candidates: Int64Array, sample: int | None, 
     return taken
 
 
-def count_first_reasons(reasons: Mapping[str, BoolArray], kept: BoolArray) -> dict[str, int]:
-    """Take out of `kept`, in place, what each reason drops; how many each took."""
+def count_first_reasons(names: Sequence[str], drops: Drops, kept: BoolArray, unknown: dict[str, int]) -> dict[str, int]:
+    """Take out of `kept`, in place, what each filter drops; how many each took.
+
+    Posts that reach a filter and whose value is unknown are added to `unknown` under its name.
+    """
     counts = {}
-    for name, drop in reasons.items():
-        taken = kept & drop
-        counts[name] = int(taken.sum())
+    for name in names:
+        if asked := int((kept & drops.unknown_to(name)).sum()):
+            unknown[name] = asked
+        drop = drops.of(name)
+        counts[name] = int((kept & drop).sum())
         kept &= ~drop
     return counts
 

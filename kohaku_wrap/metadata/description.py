@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.metadata.database import open_database
-from kohaku_wrap.metadata.filters import DAY_SQL, EXTENSION_SQL, FLAGS, RATING_SQL, RATINGS, READABLE_DATE_SQL
+from kohaku_wrap.metadata.filters import (
+    DAY_SQL,
+    EXTENSION_SQL,
+    FLAG_COLUMNS,
+    FLAGS,
+    RATING_SQL,
+    RATINGS,
+    READABLE_DATE_SQL,
+    flag_sql,
+    number_sql,
+    size_sql,
+)
 from kohaku_wrap.metadata.tags import TAG_TYPES
 
 
@@ -57,6 +68,9 @@ class DatabaseDescription:
     would_drop: Mapping[str, int]
     """For each filter, the posts that it alone would drop."""
 
+    unknown: Mapping[str, int]
+    """By column, posts for which it holds what is no number or no flag; a post with an unknown flag is kept."""
+
     ratings: Mapping[str, int]
     """Posts by rating, `unknown` last."""
 
@@ -70,15 +84,22 @@ class DatabaseDescription:
     """Tables that kwrap does not know and ignores."""
 
 
+UNKNOWN_SQL = {
+    **{column: f"({flag_sql(column)}) IS NULL" for column in FLAG_COLUMNS.values()},
+    **{column: f"({number_sql(column)}) IS NULL" for column in ("fav_count", "score")},
+    **{column: f"({size_sql(column)}) IS NULL" for column in ("image_width", "image_height")},
+}
+"""Columns whose unknown values are counted beside those of dates and ratings, and the SQL that finds them."""
+
 KNOWN_TABLES = frozenset({"post", "tag", "posttagrelation", "localpost"})
 
 
 def describe_database(path: Path) -> DatabaseDescription:
     """Describe the database at `path`; raises what `open_database` raises."""
     database = open_database(path)
-    sums = ", ".join(f"coalesce(sum({drops}), 0)" for drops in FLAGS.values())
+    sums = ", ".join(f"coalesce(sum({drops}), 0)" for drops in (*FLAGS.values(), *UNKNOWN_SQL.values()))
     with database.connect() as connection:
-        posts, first_id, last_id, known, first_date, last_date, *dropped = connection.execute(
+        posts, first_id, last_id, known, first_date, last_date, *counted = connection.execute(
             f"SELECT count(*), min(id), max(id), coalesce(sum({READABLE_DATE_SQL}), 0), "
             f"min(CASE WHEN {READABLE_DATE_SQL} THEN {DAY_SQL} END), "
             f"max(CASE WHEN {READABLE_DATE_SQL} THEN {DAY_SQL} END), {sums} FROM post"
@@ -86,7 +107,8 @@ def describe_database(path: Path) -> DatabaseDescription:
         grouped = connection.execute(
             f"SELECT {RATING_SQL} AS r, {EXTENSION_SQL} AS e, count(*) FROM post GROUP BY r, e"
         ).fetchall()
-        types = dict(connection.execute("SELECT type, count(*) FROM tag GROUP BY type").fetchall())
+        kind = number_sql("type")
+        types = dict(connection.execute(f"SELECT {kind} AS k, count(*) FROM tag GROUP BY k").fetchall())
         relations = None
         if database.layout.has_relation:
             relations = connection.execute("SELECT count(*) FROM posttagrelation").fetchone()[0]
@@ -111,7 +133,8 @@ def describe_database(path: Path) -> DatabaseDescription:
         first_date=first_date,
         last_date=last_date,
         unknown_dates=posts - known,
-        would_drop=dict(zip(FLAGS, dropped, strict=True)),
+        would_drop=dict(zip(FLAGS, counted, strict=False)),
+        unknown=dict(zip(UNKNOWN_SQL, counted[len(FLAGS) :], strict=True)),
         ratings=ratings,
         extensions=dict(sorted(extensions.items(), key=lambda item: (-item[1], item[0]))),
         tag_types=tag_types,

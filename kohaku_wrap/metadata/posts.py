@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.database import Database, DatabaseDamaged
-from kohaku_wrap.metadata.filters import EXTENSION_SQL, RATING_SQL, Filter
+from kohaku_wrap.metadata.filters import EXTENSION_SQL, RATING_SQL, Filter, number_sql, size_sql
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -19,26 +19,29 @@ MOST_FILTERS = 62
 """Filters that fit the bits of one integer."""
 
 
-def _int32(value: str) -> str:
-    """SQL for `value` as a whole number, the nearest one that 32 bits hold."""
-    return f"CAST(max(min({value}, 2147483647), -2147483648) AS INTEGER)"
+UNKNOWN_NUMBER = -(1 << 31)
+"""`score` and `fav_count` of a post where the database has no whole number."""
+
+
+def _int32(number: str, unknown: int) -> str:
+    """SQL for a whole number, the nearest one that 32 bits hold; `unknown` where it is NULL."""
+    return f"coalesce(max(min({number}, 2147483647), -2147483648), {unknown})"
 
 
 POST_COLUMNS: tuple[tuple[str, str, pa.DataType], ...] = (
     ("id", "CAST(id AS INTEGER)", pa.int64()),
     ("rating", RATING_SQL, pa.int8()),
-    ("fav_count", _int32("coalesce(fav_count, -2147483648)"), pa.int32()),
-    ("score", _int32("coalesce(score, 0)"), pa.int32()),
+    ("fav_count", _int32(number_sql("fav_count"), UNKNOWN_NUMBER), pa.int32()),
+    ("score", _int32(number_sql("score"), UNKNOWN_NUMBER), pa.int32()),
     ("created_at", "CAST(coalesce(created_at, '') AS TEXT)", pa.string()),
     ("file_ext", f"CAST({EXTENSION_SQL} AS TEXT)", pa.string()),
-    ("image_width", _int32("coalesce(image_width, 0)"), pa.int32()),
-    ("image_height", _int32("coalesce(image_height, 0)"), pa.int32()),
+    ("image_width", _int32(size_sql("image_width"), 0), pa.int32()),
+    ("image_height", _int32(size_sql("image_height"), 0), pa.int32()),
     ("md5", "CAST(coalesce(md5, '') AS TEXT)", pa.string()),
 )
 """Name, SQL and type of what later steps need of a post."""
 
-UNKNOWN_FAVOURITES = -(1 << 31)
-"""`fav_count` of a post without one."""
+UNKNOWN_FAVOURITES = UNKNOWN_NUMBER
 
 POST_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, _, kind in POST_COLUMNS])
 
@@ -88,8 +91,9 @@ def read_posts(database: Database, wanted: Int64Array, on_posts: Progress | None
 def count_favourites(database: Database) -> dict[int, tuple[Int64Array, Int64Array]]:
     """For each known rating, the values of `fav_count` over all posts, ascending, and how many posts have each."""
     parts: dict[int, list[tuple[Int64Array, Int64Array]]] = {}
-    graded = "fav_count IS NOT NULL AND rating IN (0, 1, 2, 3)"
-    query = f"SELECT {RATING_SQL}, CAST(fav_count AS INTEGER) FROM post WHERE {graded}"
+    favourites_sql = number_sql("fav_count")
+    graded = f"({favourites_sql}) IS NOT NULL AND {RATING_SQL} >= 0"
+    query = f"SELECT {RATING_SQL}, {favourites_sql} FROM post WHERE {graded}"
     for ratings, favourites in database.scan_numbers(query):
         for rating in np.unique(ratings).tolist():
             parts.setdefault(rating, []).append(np.unique(favourites[ratings == rating], return_counts=True))

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.filters import number_sql
 
 TAG_TYPES = ("general", "artist", "character", "copyright", "meta")
 """Names of `tag.type` 0 … 4."""
@@ -42,7 +43,7 @@ class TagTable:
     """(tags,) 0 … 4 as in TAG_TYPES, -1 where the database says something else."""
 
     popularity: npt.NDArray[np.int64]
-    """(tags,) how many posts have the tag, by the database's own count; 0 where it is NULL."""
+    """(tags,) how many posts have the tag, by the database's own count; 0 where that is unknown."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,17 +99,22 @@ class TagTable:
 
 def read_tags(database: Database) -> TagTable:
     """Every tag of the database."""
+    tag_id, kind = number_sql("id"), number_sql("type")
     batches = list(
         database.scan(
-            "SELECT coalesce(CAST(id AS INTEGER), -1), CAST(coalesce(name, '') AS TEXT), "
-            "CASE WHEN type IN (0, 1, 2, 3, 4) THEN CAST(type AS INTEGER) ELSE -1 END, "
-            "CAST(coalesce(popularity, 0) AS INTEGER) FROM tag ORDER BY id"
+            f"SELECT {tag_id}, CAST(coalesce(name, '') AS TEXT), "
+            f"CASE WHEN ({kind}) IN (0, 1, 2, 3, 4) THEN ({kind}) ELSE -1 END, "
+            f"coalesce({number_sql('popularity')}, 0) FROM tag WHERE ({tag_id}) IS NOT NULL ORDER BY id"
         )
     )
     if not batches or not sum(batch.num_rows for batch in batches):
         none = np.empty(0, dtype=np.int64)
         return TagTable(none, (), none.astype(np.int8), none)
     table = pa.Table.from_batches(batches)
+    ids = table.column(0).to_numpy()
+    if (ids[1:] < ids[:-1]).any():
+        # Ids that are texts come in the order of texts.
+        table = table.take(pa.array(np.argsort(ids, kind="stable")))
     return TagTable(
         ids=table.column(0).to_numpy().astype(np.int64),
         names=tuple(table.column(1).to_pylist()),

@@ -13,11 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kohaku_wrap.dataset.recipe import RANGES
 from kohaku_wrap.dataset.years import read_iso_year
 from kohaku_wrap.metadata import filters
 from kohaku_wrap.metadata.database import Database, DatabaseDamaged, open_database
 from kohaku_wrap.metadata.description import describe_database
-from kohaku_wrap.metadata.posts import count_favourites, database_digest, posts_with_tags, read_drops, read_posts
+from kohaku_wrap.metadata.posts import (
+    UNKNOWN_NUMBER,
+    count_favourites,
+    database_digest,
+    posts_with_tags,
+    read_drops,
+    read_posts,
+)
 from kohaku_wrap.metadata.tags import UnknownTags, read_tags
 
 
@@ -179,3 +187,101 @@ def test_numbers_beyond_32_bits_do_not_wrap_around(tmp_path: Path, writer: Modul
     assert (row["fav_count"], row["score"], row["image_width"], row["image_height"]) == (
         largest, -largest - 1, largest, 7,
     )  # fmt: skip
+
+
+YES = (1, 2, -1, 1.0, "1", " 1\r", "1.0", "t", "T", "true", "TRUE", "True", "y", "yes", "on")
+NO = (0, 0.0, "0", "0.0", "f", "F", "false", "False", "FALSE", "n", "No", " off ")
+UNKNOWN_FLAGS = (None, "", " ", "NULL", "nan", "maybe", b"\x01", "1x")
+NUMBERS = {5: 5, 6.0: 6, "5": 5, " 7\r": 7, "-3": -3, "5.0": 5, "12345678901": (1 << 31) - 1}
+NO_NUMBERS = (None, "", " ", "abc", "NULL", "5abc", "5.5", 5.5, "1e3", "1,234", float("inf"), b"5", "0x10", "٣")
+
+
+def set_values(path: Path, column: str, values: Any, text_columns: bool) -> list[int]:
+    """Put `values` into `column` of the first posts; with every column declared TEXT, as an import of CSV makes it."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        names = [name for (name,) in connection.execute("SELECT name FROM pragma_table_info('post')")]
+        if text_columns:
+            kinds = ", ".join(f"{name} {'INTEGER PRIMARY KEY' if name == 'id' else 'TEXT'}" for name in names)
+        else:
+            kinds = ", ".join(f"{name} {'INTEGER PRIMARY KEY' if name == 'id' else ''}" for name in names)
+        connection.execute(f"CREATE TABLE other ({kinds})")
+        connection.execute("INSERT INTO other SELECT * FROM post ORDER BY id")
+        connection.execute("DROP TABLE post")
+        connection.execute("ALTER TABLE other RENAME TO post")
+        ids = [post for (post,) in connection.execute("SELECT id FROM post ORDER BY id LIMIT ?", (len(values),))]
+        connection.executemany(f"UPDATE post SET {column} = ? WHERE id = ?", zip(values, ids, strict=True))
+    return ids
+
+
+@pytest.mark.parametrize("text_columns", [False, True])
+@pytest.mark.parametrize("column", ["is_deleted", "is_banned"])
+def test_flags_are_read_as_dumps_write_them(
+    tmp_path: Path, writer: ModuleType, world: Any, column: str, text_columns: bool
+) -> None:
+    path = writer.write_layout(tmp_path / "a.db", world)
+    values = (*YES, *NO, *UNKNOWN_FLAGS)
+    ids = set_values(path, column, values, text_columns)
+    made = filters.flag_filter(column.removeprefix("is_"))
+    read, bits = read_drops(open_database(path), [made, filters.Filter("unknown", made.unknown)])
+    found = dict(zip(read.tolist(), bits.tolist(), strict=True))
+    expected = [1] * len(YES) + [0] * len(NO) + [2] * len(UNKNOWN_FLAGS)
+    assert [(value, found[post]) for value, post in zip(values, ids, strict=True)] == list(
+        zip(values, expected, strict=True)
+    )
+    assert describe_database(path).unknown[column] == len(UNKNOWN_FLAGS)
+
+
+@pytest.mark.parametrize("text_columns", [False, True])
+@pytest.mark.parametrize("column", ["score", "fav_count", "image_width", "rating"])
+def test_what_is_no_number_is_unknown(
+    tmp_path: Path, writer: ModuleType, world: Any, column: str, text_columns: bool
+) -> None:
+    path = writer.write_layout(tmp_path / "a.db", world)
+    values = [*NUMBERS, *NO_NUMBERS]
+    ids = set_values(path, column, values, text_columns)
+    database = open_database(path)
+    rows = {
+        row["id"]: row[column] for batch in read_posts(database, np.array(ids)) for row in batch.to_pylist()
+    }  # fmt: skip
+    unknown = {"image_width": 0, "rating": -1}.get(column, UNKNOWN_NUMBER)
+    assert [rows[post] for post in ids[len(NUMBERS) :]] == [unknown] * len(NO_NUMBERS)
+    if column == "rating":
+        assert [rows[post] for post in ids[: len(NUMBERS)]] == [-1] * len(NUMBERS)
+        return
+    wanted = [0 if column == "image_width" and number < 0 else number for number in NUMBERS.values()]
+    assert [rows[post] for post in ids[: len(NUMBERS)]] == wanted
+    condition = column.removeprefix("image_")
+    for limits in ((-100, None), (None, 1 << 40)):
+        made = filters.range_filter(condition, RANGES[condition], *limits)
+        assert set(ids[len(NUMBERS) :]) <= dropped_by(database, made)
+    described = describe_database(path).unknown[column]
+    assert described == len(NO_NUMBERS) + (column == "image_width")
+
+
+@pytest.mark.parametrize("text_columns", [False, True])
+def test_favourites_that_are_no_number_move_no_cutoff(
+    tmp_path: Path, writer: ModuleType, world: Any, text_columns: bool
+) -> None:
+    path = writer.write_layout(tmp_path / "a.db", world)
+    ids = set_values(path, "fav_count", list(NO_NUMBERS), text_columns)
+    counts = count_favourites(open_database(path))
+    known = [post for post in world.posts if post["id"] not in ids]
+    for rating in range(4):
+        expected = Counter(post["fav_count"] for post in known if post["rating"] == rating)
+        assert dict(zip(*(column.tolist() for column in counts[rating]), strict=True)) == expected
+
+
+def test_tags_with_odd_numbers(tmp_path: Path, writer: ModuleType, world: Any) -> None:
+    path = writer.write_layout(tmp_path / "a.db", world)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE other (id TEXT, name TEXT, type TEXT, popularity TEXT)")
+        connection.execute("INSERT INTO other SELECT * FROM tag")
+        connection.execute("INSERT INTO other VALUES ('', 'no id', '0', '5'), ('x', 'word', '0', '5')")
+        connection.execute("UPDATE other SET type = '', popularity = 'many' WHERE name = 'wlop'")
+        connection.execute("DROP TABLE tag")
+        connection.execute("ALTER TABLE other RENAME TO tag")
+    tags = read_tags(open_database(path))
+    assert tags.ids.tolist() == sorted(tag[0] for tag in world.tags)
+    odd = tags.row_of_name["wlop"]
+    assert (tags.types[odd], tags.popularity[odd]) == (-1, 0)
+    assert describe_database(path).tag_types["unknown"] == 1
