@@ -12,6 +12,8 @@ from kohaku_wrap.cli.output import json_option, print_json, print_table, progres
 
 ONLY_IF_ANY = {
     "reduced": "made smaller",
+    "rewritten": "turned upright, laid on white or scaled to 8 bits",
+    "not_looked_at": "kept as an earlier kwrap wrote them",
     "other_size": "size not as in DB",
     "refused_members": "refused members of tars",
     "damaged_tars": "damaged tars",
@@ -59,7 +61,8 @@ def command(
     """Extract and verify the selected images.
 
     Reads both published layouts (original/, recent/, images/, updates/), decodes every image to its last
-    pixel and writes it to IMAGES/NNNN/ID.ext. IMAGES/extracted.parquet lists what is verified with real
+    pixel and writes it to IMAGES/NNNN/ID.ext: as it came, but upright, on white where it is transparent, and
+    with 8 bits where it has 16. IMAGES/extracted.parquet lists what is verified with real
     sizes, IMAGES/extract-report.json what is missing or corrupt and why. Run it again to go on: what is
     there and verified is kept.
     """
@@ -76,6 +79,8 @@ def command(
         "missing": len(report.missing),
         "corrupt": len(report.corrupt),
         "reduced": report.reduced,
+        "rewritten": report.rewritten,
+        "not_looked_at": report.not_looked_at,
         "other_size": report.other_size,
         "refused_members": len(report.refused),
         "damaged_tars": len(report.damaged),

@@ -100,7 +100,7 @@ def test_both_layouts_and_updates(place):
     assert [row["id"] for row in rows] == sorted([*pictures, 4002])
     assert rows[0] == {
         "id": 1001, "file": "0001/1001.jpg", "width": 40, "height": 30,
-        "size_bytes": len(pictures[1001]), "max_pixels": 0,
+        "size_bytes": len(pictures[1001]), "max_pixels": 0, "rewritten": 0,
     }  # fmt: skip
     report.check(0)
 

@@ -1,4 +1,4 @@
-"""Is a file a whole still image, how large is it really, and a smaller copy where one is asked for."""
+"""Is a file a whole still image, how large is it really, and does it have to be written anew for training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
+from kohaku_wrap.dataset.images.appearance import encode, show_plainly, shrink
+from kohaku_wrap.dataset.images.jpeg_rows import lacks_rows
 from kohaku_wrap.errors import KwrapError
 
 STILL_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif")
@@ -33,8 +35,6 @@ LARGEST_IMAGE_PIXELS = 178_956_970
 
 LARGEST_FILE_BYTES = 1 << 29
 """No honest image of that many pixels is larger."""
-
-JPEG_QUALITY = 95
 
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -70,19 +70,22 @@ class CheckedImage:
     """An image that was decoded to its last pixel."""
 
     content: bytes
-    """The file to write: as it came, or the smaller copy."""
+    """The file to write: as it came, or made anew."""
 
     extension: str
     """Of the name that it came by where that fits the format, otherwise the format's own."""
 
     width: int
-    """Real width of `content` in pixels, as the trainer will see it: without EXIF rotation."""
+    """Real width of `content` in pixels, as the trainer will see it."""
 
     height: int
     """Real height of `content` in pixels."""
 
     reduced: bool
     """True for a smaller copy."""
+
+    rewritten: bool
+    """True where the file as it came would have been trained turned, transparent or white; see `appearance`."""
 
 
 def check_image(
@@ -91,7 +94,7 @@ def check_image(
     """Decode `content` and say what it is; above `max_pixels` (0: no limit) a smaller copy takes its place.
 
     `extension`: of the name that it came by. `known_size`: width and height of the original, where the database
-    says them; they only help to tell a JPEG that claims more rows than it has from a grey picture.
+    says them; a JPEG of just that size is not asked whether it has all its rows.
     Raises ImageRefused with the reason.
     """
     if len(content) > LARGEST_FILE_BYTES:
@@ -113,8 +116,7 @@ def check_opened(
     image: Image.Image, content: bytes, extension: str, max_pixels: int, known_size: tuple[int, int] | None
 ) -> CheckedImage:
     """Check an image whose header was read; raises ImageRefused or one of DECODER_ERRORS."""
-    extensions = EXTENSIONS_OF_FORMAT.get(image.format or "")
-    if extensions is None:
+    if image.format not in EXTENSIONS_OF_FORMAT:
         raise ImageRefused(f"is a {image.format} under the name of a {extension}")
     width, height = image.size
     if width * height > LARGEST_IMAGE_PIXELS:
@@ -124,28 +126,24 @@ def check_opened(
         raise ImageRefused(f"says {width}x{height} and is {image.width}x{image.height}")
     if image.format == "PNG":
         check_png_rows(content)
-    elif image.format == "JPEG" and known_size not in (None, (width, height)) and ends_in_missing_rows(image):
-        raise ImageRefused(f"says {width}x{height} and has fewer rows; the database says {known_size}")
-    kept_extension = extension if extension in extensions else extensions[0]
-    if not max_pixels or width * height <= max_pixels:
-        return CheckedImage(content, kept_extension, width, height, reduced=False)
-    scale = math.sqrt(max_pixels / (width * height))
-    size = (max(int(width * scale), 1), max(int(height * scale), 1))
-    smaller = (image.convert("RGBA") if image.mode in ("P", "PA") else image).resize(size, Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    if image.format in ("JPEG", "MPO"):
-        smaller.save(stream, "JPEG", quality=JPEG_QUALITY, icc_profile=image.info.get("icc_profile"))
-    elif image.format == "PNG":
-        smaller.save(stream, "PNG", icc_profile=image.info.get("icc_profile"))
-    else:
-        smaller.save(stream, image.format, quality=JPEG_QUALITY)
-    return CheckedImage(stream.getvalue(), kept_extension, *size, reduced=True)
+    elif image.format in ("JPEG", "MPO") and known_size != (width, height) and lacks_rows(image, content):
+        raise ImageRefused(f"says {width}x{height} and has fewer rows")
+    plain = show_plainly(image, content)
+    reduced = bool(max_pixels) and width * height > max_pixels
+    if plain is None and not reduced:
+        return CheckedImage(content, fit_extension(extension, image.format), width, height, False, False)
+    shown = plain or image
+    if reduced:
+        scale = math.sqrt(max_pixels / (width * height))
+        shown = shrink(shown, (max(int(shown.width * scale), 1), max(int(shown.height * scale), 1)))
+    made, made_format = encode(shown, image.format, content, reduced)
+    return CheckedImage(made, fit_extension(extension, made_format), *shown.size, reduced, rewritten=plain is not None)
 
 
-def ends_in_missing_rows(image: Image.Image) -> bool:
-    """True when the lower rows are what libjpeg puts where data are missing: exactly the middle grey."""
-    last_rows = image.convert("L").crop((0, image.height - 1, image.width, image.height))
-    return last_rows.getextrema() == (128, 128)
+def fit_extension(extension: str, image_format: str) -> str:
+    """The extension itself where files of the format are called so, otherwise the format's own."""
+    extensions = EXTENSIONS_OF_FORMAT[image_format]
+    return extension if extension in extensions else extensions[0]
 
 
 def check_png_rows(content: bytes) -> None:

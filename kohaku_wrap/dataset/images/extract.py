@@ -171,7 +171,9 @@ def extract_images(
         lacking = np.array([post_id for post_id, _ in (*report.missing, *report.corrupt)], dtype=np.int64)
         others = drop_absent_files(drop_ids(known, selected.ids), images)
         verified = merge_rows(known.filter(is_in_ids(known, selected.ids)), journals.read())
-        verified = merge_rows(drop_ids(verified, lacking), others)
+        verified = drop_ids(verified, lacking)
+        report.not_looked_at = verified["rewritten"].null_count
+        verified = merge_rows(verified, others)
         write_extracted(images, verified, {"images": verified.num_rows, "max_pixels": max_pixels})
         write_report(report, selection, tars)
         finished = True

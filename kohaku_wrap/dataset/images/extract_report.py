@@ -44,6 +44,12 @@ class ExtractReport:
     reduced: int = 0
     """Of the written, smaller copies made for `max_pixels`."""
 
+    rewritten: int = 0
+    """Of the written, pictures made anew for training: turned upright, laid on white or scaled to 8 bits."""
+
+    not_looked_at: int = 0
+    """Of the kept, pictures of a kwrap that did not know the rule of `appearance`; they stay as they are."""
+
     other_size: int = 0
     """Of the written, images whose real size is not the database's."""
 
@@ -58,6 +64,7 @@ class ExtractReport:
         self.written += result.written
         self.kept += result.kept
         self.reduced += result.reduced
+        self.rewritten += result.rewritten
         self.other_size += result.other_size
         self.missing += result.missing
         self.corrupt += result.corrupt
@@ -96,6 +103,8 @@ def write_report(report: ExtractReport, selection: Path, tars: Path) -> None:
         "written": report.written,
         "kept": report.kept,
         "reduced": report.reduced,
+        "rewritten": report.rewritten,
+        "not_looked_at": report.not_looked_at,
         "other_size": report.other_size,
     }
     lists: dict[str, Iterable[dict[str, Any]]] = {

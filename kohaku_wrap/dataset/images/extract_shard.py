@@ -74,6 +74,9 @@ class ShardResult:
     reduced: int = 0
     """Of these, smaller copies."""
 
+    rewritten: int = 0
+    """Of the written, pictures turned upright, laid on white or scaled to 8 bits."""
+
     other_size: int = 0
     """Of these, images whose size is not the database's: reduced copies, and replaced pictures."""
 
@@ -134,7 +137,7 @@ class ShardWriter:
             raise
         size_bytes = len(image.content)
         limit = self.max_pixels if image.reduced else 0
-        self.journal.write(f"{post_id},{name},{image.width},{image.height},{size_bytes},{limit}\n")
+        self.journal.write(f"{post_id},{name},{image.width},{image.height},{size_bytes},{limit},{image.rewritten:d}\n")
         self.journal.flush()
 
 
@@ -239,6 +242,7 @@ def extract_members(
         wanted.discard(post_id)
         result.written += 1
         result.reduced += image.reduced
+        result.rewritten += image.rewritten
         result.other_size += known_size is not None and (image.width, image.height) != known_size
         writer.count_done(1)
 

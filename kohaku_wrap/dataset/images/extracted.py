@@ -28,10 +28,12 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("size_bytes", pa.int64()),
         ("max_pixels", pa.int64()),
+        ("rewritten", pa.int8()),
     ]
 )
 """`file` is relative to the image folder; width and height are real; `max_pixels` is 0 for the file as it came,
-otherwise the limit that a smaller copy was made for."""
+otherwise the limit that a smaller copy was made for; `rewritten` is 1 for a picture made anew by the rule of
+`appearance`, 0 for one that did not need it, NULL where a kwrap of before that rule wrote it."""
 
 
 class ExtractedUnreadable(KwrapError):
@@ -81,13 +83,13 @@ class JournalFolder:
             text = path.read_bytes()
             text = text[: text.rfind(b"\n") + 1]
             if text:
-                tables.append(
-                    pacsv.read_csv(
-                        pa.py_buffer(text),
-                        pacsv.ReadOptions(column_names=SCHEMA.names),
-                        convert_options=pacsv.ConvertOptions(column_types=SCHEMA),
-                    )
+                names = SCHEMA.names[: text[: text.find(b"\n")].count(b",") + 1]
+                table = pacsv.read_csv(
+                    pa.py_buffer(text),
+                    pacsv.ReadOptions(column_names=names),
+                    convert_options=pacsv.ConvertOptions(column_types=SCHEMA),
                 )
+                tables.append(fit_schema(table))
         return pa.concat_tables(tables)
 
 
@@ -98,11 +100,18 @@ def read_extracted(images: Path) -> pa.Table:
         return SCHEMA.empty_table()
     try:
         table = pq.read_table(path)
-        return table.select(SCHEMA.names).cast(SCHEMA)
+        return fit_schema(table)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ExtractedUnreadable(
             f"{path}: {error}", "Remove it and run `kwrap extract` again; it checks all images from the tars."
         ) from error
+
+
+def fit_schema(table: pa.Table) -> pa.Table:
+    """The columns of SCHEMA; a table of an earlier kwrap does not say what was rewritten. Raises what a cast raises."""
+    if "rewritten" not in table.column_names:
+        table = table.append_column("rewritten", pa.nulls(table.num_rows, pa.int8()))
+    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def merge_rows(earlier: pa.Table, later: pa.Table) -> pa.Table:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from kohaku_wrap.dataset.images.appearance import OF_16_BITS
 from kohaku_wrap.errors import KwrapError
 
 Pixels = npt.NDArray[np.uint8]
@@ -42,12 +43,15 @@ class UnreadableImage(KwrapError):
 
 
 def load_pixels(path: Path, expected_size: tuple[int, int]) -> Pixels:
-    """The image as (height, width, 3) RGB; transparency and palettes are converted as Pillow does it.
+    """The image as (height, width, 3) RGB; transparency and palettes are converted as Pillow and sd-scripts do it.
 
+    `kwrap extract` writes files that need no more. 16-bit grey, which that would make white, is refused.
     Raises UnreadableImage where it cannot be read, or its (width, height) is not `expected_size`.
     """
     try:
         with Image.open(path) as image:
+            if image.mode in OF_16_BITS:
+                raise UnreadableImage(path, "16-bit grey, which sd-scripts trains as a white picture")
             size = image.size
             pixels = np.array(image.convert("RGB"), dtype=np.uint8)
     except UNREADABLE as error:
