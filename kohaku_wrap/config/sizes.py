@@ -193,13 +193,15 @@ def weigh_gpu_memory(
     width, height = parse_resolution(effective.get("dataset_options.resolution", 1024))
     checkpointing = bool(effective.get("gradient_checkpointing"))
     activations = int(ACTIVATION_BYTES[checkpointing] * width * height / (1024 * 1024)) * plan.batch_size
-    copies = plan.processes > 1 and not effective.get("ddp_gradient_as_bucket_view")
+    # ddp_gradient_as_bucket_view saves nothing: DDP makes its buckets when it wraps the network, and since sd-scripts
+    # never calls DDP's forward, each gradient keeps a storage of its own. The builtin engine sums them in a copy.
+    copies = 2 if plan.processes > 1 else 1
     return (
         Part("UNet", unet * base_bytes),
         Part("text encoders", text_encoders * base_bytes),
         Part("VAE", vae * vae_bytes),
         Part("network weights", weight_bytes),
-        Part("gradients", weight_bytes * (2 if copies else 1)),
+        Part("gradients" + ", and buffers that sum them over processes" * (copies > 1), weight_bytes * copies),
         Part("optimizer", optimizer_bytes),
         Part(f"activations of {plan.batch_size} images (rough)", activations if half else activations * 2),
         Part("CUDA context and kernels", CUDA_CONTEXT_BYTES),

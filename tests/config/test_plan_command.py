@@ -117,6 +117,19 @@ def test_copied_pages_count_and_memory_is_refused(make_site: MakeSite, monkeypat
     assert "dataset pages copied by loader workers" in problem.what
 
 
+def test_gradients_count_twice_with_several_processes(make_site: MakeSite) -> None:
+    """DDP's buckets lie beside them, ddp_gradient_as_bucket_view or not: its forward is never called."""
+    site = make_site("gpus = 4\nbatch_per_gpu = 4\nworkers = 8")
+    alone = make_site("gpus = 1\nbatch_per_gpu = 4\nworkers = 8")
+    gradients = {}
+    for name, where, view in (("four", site, "true"), ("four, no view", site, "false"), ("one", alone, "true")):
+        effective = resolve_template("epsilon", where, [f"ddp_gradient_as_bucket_view={view}"])
+        images = suppose_sizes(5_210_319, effective)
+        sizes = weigh_training(effective, plan_steps(effective, images), images, 384_645_360, 3686, EPSILON_BASE)
+        gradients[name] = next(part.size_bytes for part in sizes.gpu_memory if part.name.startswith("gradients"))
+    assert gradients == {"four": 2 * 4 * 384_645_360, "four, no view": 2 * 4 * 384_645_360, "one": 4 * 384_645_360}
+
+
 def test_disk_under_the_retention_policy(make_site: MakeSite) -> None:
     effective = resolve_template("epsilon", make_site())
     images = suppose_sizes(5_210_319, effective)
