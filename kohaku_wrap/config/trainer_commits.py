@@ -20,24 +20,24 @@ class SupportedCommit:
     """The full hash."""
 
     digest: str
-    """Of its scripts and library, so that a changed file is seen, and a checkout without git is known."""
+    """Of its scripts, library and networks, so that a changed file is seen, and a checkout without git is known."""
 
 
 SUPPORTED = (
     SupportedCommit(
         "v0.10.1",
         "ae72efb92babe89ff8e70f057e42db68440e8d61",
-        "ef7a3291a0c7c464e3178e00176b74b45ff2660799db6cfb527bcbf1ee3a13d0",
+        "738ec7136b7811d01f5e98cb8f2c5e4a50a6ed0a2c8945f807972a0351220f49",
     ),
     SupportedCommit(
         "v0.10.0",
         "966e9d7f6bb4058abbddb815dd40462b35ffb1d2",
-        "6b1957d73a57b059441fe1edd9f83c568201b828236d84c891accc24768174c0",
+        "cb9d13d497fc7274b0b83e7d6845fc5ddcb062200e30fe55406c4b537fb4ff94",
     ),
     SupportedCommit(
         "48d368f",
         "48d368fa557731ad0488c07304dfeba8c07910eb",
-        "135dd5368cb7851215d7a8b72a661179968b218ee4647c92330847267a6bc7f7",
+        "13150aedfbb0a76f03b741543770bea98cee2996ca300a1832bc8faa021929f8",
     ),
 )
 """The default first."""
@@ -45,10 +45,16 @@ SUPPORTED = (
 SUPPORTED_TEXT = ", ".join(f"{each.name} ({each.commit[:10]})" for each in SUPPORTED)
 
 
+TRAINING_SCRIPTS = ("sdxl_train_network.py", "train_network.py")
+IMPORTED_FOLDERS = ("library", "networks")
+"""All that a training of an SDXL network can import of a checkout, packages in them too."""
+
+
 def digest_sources(checkout: Path) -> str:
-    """One digest over the scripts and the library; line ends do not count."""
+    """One digest over the training scripts, the library and the networks; line ends do not count."""
     digest = hashlib.sha256()
-    paths = [*checkout.glob("library/*.py"), checkout / "sdxl_train_network.py", checkout / "train_network.py"]
+    paths = [path for folder in IMPORTED_FOLDERS for path in checkout.glob(f"{folder}/**/*.py")]
+    paths += [checkout / script for script in TRAINING_SCRIPTS]
     for name, path in sorted((path.relative_to(checkout).as_posix(), path) for path in paths if path.is_file()):
         content = path.read_bytes().replace(b"\r\n", b"\n")
         digest.update(name.encode() + b"\0" + hashlib.sha256(content).digest())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kohaku_wrap.config.trainer_commits import digest_sources
+
 Command = Callable[..., str]
 
 
@@ -35,6 +37,24 @@ def test_a_folder_that_is_no_checkout_is_named(kwrap: Command, tmp_path: Path, m
     assert f"{tmp_path}: no sd-scripts checkout" in kwrap("trainer", "show", expect=1)
 
 
+@pytest.mark.parametrize(
+    "name", ["train_network.py", "library/train_util.py", "library/ipex/attention.py", "networks/lora.py"]
+)
+def test_a_change_in_whatever_a_training_imports_is_seen(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"rank = 4\n")
+    (tmp_path / "networks").mkdir(exist_ok=True)
+    before = digest_sources(tmp_path)
+    path.write_bytes(b"rank = 4\r\n")
+    assert digest_sources(tmp_path) == before, "line ends do not count"
+    path.write_bytes(b"rank = 5\n")
+    changed = digest_sources(tmp_path)
+    assert changed != before
+    (tmp_path / "networks" / "another.py").write_text("")
+    assert digest_sources(tmp_path) != changed, "a file more counts, too"
+
+
 @pytest.mark.sd_scripts
 def test_install_from_a_repository_then_show_then_mend(
     trainer: Any, kwrap: Command, home: Path, monkeypatch: pytest.MonkeyPatch
@@ -53,7 +73,7 @@ def test_install_from_a_repository_then_show_then_mend(
     assert {each["found"] for each in shown["anchors"]} == {1}
     assert len(shown["patches"]) == sum(each["corrected"] for each in shown["anchors"])
 
-    script = Path(first["path"]) / "train_network.py"
+    script = Path(first["path"]) / "networks" / "lora.py"
     script.write_text(script.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     changed = json.loads(kwrap("trainer", "show", "--json"))
     assert changed["changed"]
