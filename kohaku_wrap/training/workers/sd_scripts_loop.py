@@ -208,10 +208,12 @@ class Loop:
         self.micro_batch = MicroBatch(facts, self.unet_rate())
 
     def note_latents(self, latents: torch.Tensor) -> None:
-        """Count the images whose latents are not numbers."""
+        """Count the images whose latents are not numbers; called for each part of the batch (vae_batch_size)."""
         self.fired.add("latents of images")
         if self.micro_batch is not None:
-            self.micro_batch.nan_latents = torch.isnan(latents).flatten(1).any(dim=1).sum()
+            found = torch.isnan(latents).flatten(1).any(dim=1).sum()
+            before = self.micro_batch.nan_latents
+            self.micro_batch.nan_latents = found if before is None else before + found
 
     def note_timesteps(self, timesteps: torch.Tensor) -> None:
         self.fired.add("noise and time steps")
