@@ -234,6 +234,7 @@ def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
 
 def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: bool) -> RunReport:
     """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
+    from kohaku_wrap.training.runs.causes import find_first_cause
     from kohaku_wrap.training.runs.create import RunRefused, take_back_run
     from kohaku_wrap.training.runs.resume import plan_resume
     from kohaku_wrap.training.runs.supervise import TrainerFailed
@@ -242,7 +243,8 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: 
         return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options, as_json)
     except TrainerFailed as failed:
         if failed.end.kind == "refused" and failed.end.optimizer_step == 0:
-            told = [failure.next_step for failure in failed.attempt.failures() if failure.next_step]
+            cause = find_first_cause(failed.attempt, failed.end.optimizer_step)
+            told = [cause.next_step] if cause is not None and cause.next_step else []
             take_back_run(run)
             raise RunRefused(
                 f"run {run.name} was refused before its first step: {failed.end.message}",

@@ -80,6 +80,9 @@ class Failure:
     next_step: str = ""
     """What to do about it, where the rank knows."""
 
+    unix_seconds: float = 0.0
+    """When it was written; the first failure of an attempt is its cause. 0 in attempts of kwrap 0.1."""
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -169,9 +172,10 @@ class Attempt:
         document = {"machine_rank": machine_rank, "why": why, "unix_seconds": time.time()}
         write_text(self.folder / f"machine-{machine_rank:03d}-left.json", json.dumps(document, indent=2) + "\n")
 
-    def machines_left(self) -> list[str]:
-        """What machines said when they left, by rank."""
-        return [str(document["why"]) for document in read_json_files(self.folder, "machine-*-left.json")]
+    def machines_left(self) -> list[tuple[str, float]]:
+        """What machines said when they left, and when, by rank."""
+        documents = read_json_files(self.folder, "machine-*-left.json")
+        return [(str(document["why"]), float(document["unix_seconds"])) for document in documents]
 
     def log_file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:03d}.log"
@@ -216,7 +220,7 @@ class Attempt:
 
     def fail(self, rank: int, kind: str, message: str, optimizer_step: int, next_step: str = "") -> None:
         """Leave the reason of a failure for the supervisor; the worker then exits with a code other than 0."""
-        failure = Failure(rank, kind, message, optimizer_step, next_step)
+        failure = Failure(rank, kind, message, optimizer_step, next_step, time.time())
         write_text(self.folder / f"failure-rank-{rank:03d}.json", json.dumps(asdict(failure), indent=2) + "\n")
 
     def failures(self) -> list[Failure]:

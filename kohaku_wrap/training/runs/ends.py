@@ -15,6 +15,7 @@ from typing import Any
 from kohaku_wrap.files import write_text
 from kohaku_wrap.training.records.metrics import iterate_lines
 from kohaku_wrap.training.runs.attempts import Attempt, read_json_files
+from kohaku_wrap.training.runs.causes import find_first_cause
 
 TAIL_LINES = 12
 REPORT_LINES = 200
@@ -32,12 +33,6 @@ OUT_OF_MEMORY = re.compile(
 
 KILLED_BY_SYSTEM = re.compile(r"Signals\.SIGKILL|Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b|killed by signal: Killed")
 """What accelerate, torchrun and a loader say of a process that was killed."""
-
-RANK_DIED = re.compile(r"rank\s+: (\d+) .*\n\s+exitcode\s+: -(\d+)")
-"""In torchrun's report of failures."""
-
-DEADLY = frozenset({signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL})
-"""Signals that a process dies of by itself, or by the system; torchrun ends the others by SIGTERM."""
 
 FINISHED = "finished"
 STOPPED = "stopped"
@@ -69,6 +64,9 @@ class AttemptEnd:
     phase: str = ""
     """What it was doing."""
 
+    rank: int | None = None
+    """Of the process that failed first, where that is known."""
+
     @property
     def is_failure(self) -> bool:
         return self.kind not in (FINISHED, STOPPED, KILLED)
@@ -83,25 +81,20 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
     done = steps_done(attempt)
     total = attempt.lock.total_optimizer_steps
     result = attempt.result()
-    phase = next((beat.phase for beat in attempt.heartbeats()), "start-up")
 
-    def end(kind: str, message: str) -> AttemptEnd:
-        return AttemptEnd(kind, message, done, exit_code, time.time(), phase)
+    def end(kind: str, message: str, rank: int | None = None) -> AttemptEnd:
+        beats = attempt.heartbeats()
+        phase = next((beat.phase for beat in beats if rank in (None, beat.rank)), "start-up")
+        return AttemptEnd(kind, message, done, exit_code, time.time(), phase, rank)
 
     # Whatever the exit code: a signal to all processes ends the launcher too, after everything is on disk.
     if result and result["outcome"] == FINISHED and result["optimizer_step"] >= total:
         return end(FINISHED, f"all {total:,} optimizer steps are done")
     if result and result["outcome"] == STOPPED:
         return end(STOPPED, f"stopped after optimizer step {result['optimizer_step']:,}, its state is saved")
-    failures = attempt.failures()
-    if failures:
-        # A rank that fails takes the others with it: theirs is only the lost connection.
-        first = next((each for each in failures if each.kind != "error"), failures[0])
-        if first.kind == "error" and (death := find_death(attempt)):
-            return end("crash", f"{death} after optimizer step {done:,}")
-        kind = "crash" if first.kind == "error" else first.kind
-        left = attempt.machines_left() if kind == "crash" else []
-        return end(kind, "; ".join([*left, f"rank {first.rank}: {first.message}"]))
+    cause = find_first_cause(attempt, done)
+    if cause is not None and cause.is_explained:
+        return end(cause.kind, cause.message, cause.rank)
     if exit_code == 0:
         return end(
             "exited-early",
@@ -109,21 +102,19 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
         )
     if shutil.disk_usage(attempt.folder).free < TIGHT_BYTES:
         return end("disk-full", f"the disk is full, {attempt.folder} could not be written")
-    text = "\n".join(line for lines in log_tails(attempt, REPORT_LINES).values() for line in lines)
+    rank = cause.rank if cause is not None else None
+    who = "" if rank is None else f"rank {rank}: "
+    # The launcher's log tells of the ranks that torchrun killed, too.
+    tails = log_tails(attempt, REPORT_LINES) if rank is None else {"": tail_of(attempt.log_file(rank), REPORT_LINES)}
+    text = "\n".join(line for lines in tails.values() for line in lines)
     if OUT_OF_MEMORY.search(text):
-        return end("out-of-memory", f"out of memory after optimizer step {done:,}")
+        return end("out-of-memory", f"{who}out of memory after optimizer step {done:,}", rank)
     if exit_code == -signal.SIGKILL or KILLED_BY_SYSTEM.search(text):
-        return end("crash", f"killed by SIGKILL after optimizer step {done:,}, perhaps for want of memory (see dmesg)")
+        why = "killed by SIGKILL after optimizer step"
+        return end("crash", f"{who}{why} {done:,}, perhaps for want of memory (see dmesg)", rank)
+    if cause is not None:
+        return end(cause.kind, cause.message, rank)
     return end("crash", f"the trainer ended with exit code {exit_code} after optimizer step {done:,}")
-
-
-def find_death(attempt: Attempt) -> str:
-    """The rank that died of a signal, by torchrun's report, and of which; empty without one."""
-    for rank, number in RANK_DIED.findall("\n".join(tail_of(attempt.folder / LAUNCHER_LOG, REPORT_LINES))):
-        if int(number) in DEADLY:
-            why = ", perhaps for want of memory (see dmesg)," if int(number) == signal.SIGKILL else ""
-            return f"rank {rank}: killed by {signal.Signals(int(number)).name}{why}"
-    return ""
 
 
 def steps_done(attempt: Attempt) -> int:

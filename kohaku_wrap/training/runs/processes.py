@@ -64,6 +64,15 @@ def ask_for_stacks(attempt: Attempt) -> None:
         time.sleep(STACKS_SECONDS)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether that process is there and more than a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return not Path("/proc/self/stat").exists()
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
 def send_signal(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)

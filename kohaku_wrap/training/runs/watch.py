@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from kohaku_wrap.training.runs.attempts import Attempt, Heartbeat, Phase, hold_l
 from kohaku_wrap.training.runs.ends import KILLED, LAUNCHER_LOG, STOPPED, AttemptEnd, judge_end, steps_done, write_end
 from kohaku_wrap.training.runs.hooks import Hook
 from kohaku_wrap.training.runs.launch import Launch
-from kohaku_wrap.training.runs.processes import ask_for_stacks, end_processes
+from kohaku_wrap.training.runs.processes import ask_for_stacks, end_processes, is_alive
 
 PHASE_TIMEOUTS_SECONDS: Mapping[Phase, float] = {
     "start-up": 3600.0,
@@ -36,6 +36,9 @@ NAN_LATENTS_AT_LEAST = 4
 RATE_WINDOW_STEPS = 20
 
 LOOKS_PER_BEAT = 5
+GONE_SECONDS = 60.0
+"""How long the other ranks may be silent after one has ended."""
+
 LEFT_SECONDS = 10.0
 """How long the ranks here may take to end by themselves after another machine's processes did."""
 
@@ -253,7 +256,10 @@ class AttemptWatch:
             phases.append("start-up")
         last = max([started, *(beat.unix_seconds for beat in beats)])
         timeout_seconds = max(self.options.timeout_of(phase) for phase in phases)
-        if time.time() - last <= timeout_seconds:
+        silent_seconds = time.time() - last
+        if silent_seconds > min(GONE_SECONDS, timeout_seconds) and (fault := self.find_gone(beats)) is not None:
+            return fault
+        if silent_seconds <= timeout_seconds:
             return None
         slowest = find_slowest(beats, self.attempt.processes)
         phase = "start-up" if slowest is None else slowest.phase
@@ -265,18 +271,37 @@ class AttemptWatch:
             phase,
         )
 
+    def find_gone(self, beats: list[Heartbeat]) -> AttemptEnd | None:
+        """An end if a rank here ended well before the others, which then wait for it without an end.
+
+        After any exit code but 0 torchrun ends the others itself. Who saves, samples or waits for room needs no other.
+        """
+        here = [beat for beat in beats if beat.rank < self.attempt.processes_here]
+        gone = [beat for beat in here if not is_alive(beat.pid)]
+        waiting = [beat for beat in here if beat not in gone]
+        if not gone or not waiting or any(beat.phase not in ("start-up", "step") for beat in waiting):
+            return None
+        first = min(gone, key=lambda beat: beat.unix_seconds)
+        ask_for_stacks(self.attempt)
+        return self.end_now(
+            "exited-early",
+            f"rank {first.rank}: ended with exit code 0 after optimizer step {first.optimizer_step:,}, "
+            f"rank {waiting[0].rank} waits for it",
+            first.phase,
+            first.rank,
+        )
+
     def end_without_machine(self) -> AttemptEnd:
         """An end for the reason that another machine told."""
         end_processes(self.attempt.run, self.attempt.number, 0)
-        told = judge_end(self.attempt, exit_code=1)
-        return told if self.attempt.failures() else replace(told, message="; ".join(self.attempt.machines_left()))
+        return judge_end(self.attempt, exit_code=1)
 
-    def end_now(self, kind: str, message: str, phase: str = "") -> AttemptEnd:
+    def end_now(self, kind: str, message: str, phase: str = "", rank: int | None = None) -> AttemptEnd:
         """End all processes; the attempt's end, for a reason that kwrap found."""
         end_processes(self.attempt.run, self.attempt.number, 0)
         beats = self.attempt.heartbeats()
         phase = phase or (beats[0].phase if beats else "start-up")
-        return AttemptEnd(kind, message, steps_done(self.attempt), None, time.time(), phase)
+        return AttemptEnd(kind, message, steps_done(self.attempt), None, time.time(), phase, rank)
 
     def tell(self, kind: Any, message: str, eta_seconds: float | None = None) -> None:
         self.on_event(Event(kind, message, self.done, self.total, eta_seconds))

@@ -13,6 +13,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.records.states import is_disk_full
 from kohaku_wrap.training.runs.attempts import Attempt
 
+STANDARD_ERROR = 2
 FAILURE_KINDS = {
     "NonFiniteLoss": "non-finite-loss",
     "UnreadableImage": "bad-image",
@@ -31,15 +32,17 @@ def report_failures(attempt: Attempt, rank: int, optimizer_steps_done: Callable[
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KwrapError):
             message, next_step = error.message, error.next_step
-            print(error, file=sys.stderr)
+            told = f"{error}\n"
         else:
             message, next_step = f"{kind.__name__}: {error}", ""
-            traceback.print_exception(kind, error, trace)
+            told = "".join(traceback.format_exception(kind, error, trace))
+        # Straight into the log: sd-scripts sends sys.stderr of all ranks but the first to nowhere.
+        sys.stdout.flush()
+        with suppress(OSError):
+            os.write(STANDARD_ERROR, told.encode("utf-8", "backslashreplace"))
         # A full disk may not take the reason; the supervisor then looks at the disk itself.
         with suppress(OSError):
             attempt.fail(rank, failure_kind(error), message, optimizer_steps_done(), next_step)
-        sys.stdout.flush()
-        sys.stderr.flush()
         # The other ranks may wait for this one inside a collective: a tidy exit would wait for them in turn.
         os._exit(1)
 
