@@ -95,19 +95,26 @@ def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) ->
 
 
 def kept_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """The file's sha256 in hex; not read again where it is unchanged since it was last hashed."""
+    """The file's sha256 in hex; not read again where it is unchanged since it was last hashed.
+
+    For answers that are the hash use `sha256_of_file`: a disk that loses bits changes no time of a file.
+    """
     key = key_of_file(path)
     if held := load_hashes().get(key):
         return held[0]
     digest = sha256_of_file(path, on_bytes)
-    keep_hashes({key: [digest]})
+    if key_of_file(path) == key:
+        keep_hashes({key: [digest]})
     return digest
 
 
 def key_of_file(path: Path) -> str:
-    """What must stay the same for a kept hash to hold: path, size, time of change and inode."""
+    """What must stay the same for a kept hash to hold: path, size, inode, and the times of data and of the inode.
+
+    A program can put the time of the data back, but not that of the inode.
+    """
     status = path.stat()
-    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
 
 
 def load_hashes() -> dict[str, list[str]]:

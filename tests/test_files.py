@@ -47,6 +47,16 @@ def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
     assert kept_sha256(path, read.append) == hashlib.sha256(b"after").hexdigest() and read == [6, 5, 5]
 
 
+def test_bytes_changed_with_the_time_put_back_are_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    before, status = kept_sha256(path), path.stat()
+    path.write_bytes(b"behind")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns and path.stat().st_ino == status.st_ino
+    assert kept_sha256(path) == hashlib.sha256(b"behind").hexdigest() != before
+
+
 def test_a_killed_write_never_shows_under_the_final_name(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     code = (

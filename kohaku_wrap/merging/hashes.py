@@ -70,10 +70,16 @@ def hash_file(path: Path, counter: HashCounter) -> FileHashes:
 
 
 def hash_files(
-    paths: Sequence[Path], threads: int = 0, on_progress: Progress = lambda done, total: None
+    paths: Sequence[Path],
+    threads: int = 0,
+    on_progress: Progress = lambda done, total: None,
+    read_again: bool = False,
 ) -> list[FileHashes]:
-    """The hashes of safetensors files, from the cache where a file is unchanged since it was hashed."""
-    held = {key: hashes for key, hashes in load_hashes().items() if len(hashes) == 2}
+    """The hashes of safetensors files, from the cache where a file is unchanged since it was hashed.
+
+    `read_again`: read every file, for answers that are the hash; no cache sees a disk that loses bits.
+    """
+    held = {} if read_again else {key: hashes for key, hashes in load_hashes().items() if len(hashes) == 2}
     keys = [key_of_file(path) for path in paths]
     wanted = {key: path for key, path in zip(keys, paths, strict=True) if key not in held}
     if wanted:
@@ -86,5 +92,6 @@ def hash_files(
                 raise
         added = {key: [hashes.sha256, hashes.data_sha256] for key, hashes in zip(wanted, found, strict=True)}
         held.update(added)
-        keep_hashes(added)
+        # A file that was written to meanwhile is not what was read.
+        keep_hashes({key: hashes for key, hashes in added.items() if key_of_file(wanted[key]) == key})
     return [FileHashes(*held[key]) for key in keys]

@@ -73,7 +73,7 @@ def inspect_file(path: Path, hashed: bool = True, on_progress: Progress = lambda
     return FileReport(
         header,
         kind_of_file(header),
-        hash_files([path], on_progress=on_progress)[0] if hashed else None,
+        hash_files([path], on_progress=on_progress, read_again=True)[0] if hashed else None,
         dtypes,
         parts_of_file(header),
         recipe,

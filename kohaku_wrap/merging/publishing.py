@@ -12,8 +12,9 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, atomic_write, sha256_of_file, write_text
-from kohaku_wrap.formats.safetensors import read_header
-from kohaku_wrap.merging.hashes import FileHashes, hash_files
+from kohaku_wrap.formats.machine_paths import without_paths
+from kohaku_wrap.formats.safetensors import encode_header, read_header
+from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes, hash_files
 from kohaku_wrap.merging.model_card import CardFacts, compose_card
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe, build_metadata
@@ -101,9 +102,17 @@ def read_lineage(attempts: Path) -> list[dict[str, Any]]:
     return lineage
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """A whole copy under the target's name, or none."""
+def copy_network(source: Path, target: Path) -> None:
+    """A whole copy under the target's name, or none; metadata that hold paths of the machine are written without.
+
+    The data and so `sshs_model_hash` stay the same.
+    """
+    header = read_header(source)
+    metadata = without_paths(header.metadata)
     with source.open("rb") as reading, atomic_write(target, "wb") as writing:
+        if metadata != header.metadata:
+            writing.write(encode_header(header.tensors, metadata))
+            reading.seek(header.data_start)
         shutil.copyfileobj(reading, writing, HASH_BLOCK_BYTES)
 
 
@@ -147,12 +156,16 @@ def publish_run(
             "Publish without --no-bake, remove that file, or choose a new folder with --out.",
         )
     (out / SUMS_NAME).unlink(missing_ok=True)
-    copy_file(network, out / network.name)
+    copy_network(network, out / network.name)
     written = [network.name]
     if bake:
-        bake_network(base, network, out / baked, f"{name} baked into {base.stem}", threads, on_progress)
+        trained_on = str(lock.get("inputs", {}).get("base_model_sha256", ""))
+        title = f"{name} baked into {base.stem}"
+        bake_network(base, trained_on, out / network.name, out / baked, title, threads, on_progress)
         written.append(baked)
-    hashes = dict(zip(written, hash_files([out / file for file in written], threads, on_progress), strict=True))
+    hashes = dict(
+        zip(written, hash_files([out / file for file in written], threads, on_progress, read_again=True), strict=True)
+    )
     ledger = digest_of_ledger(folder / "ledger")
     facts = CardFacts(name, optimizer_step, lock, read_lineage(folder / "attempts"), hashes, ledger, rights, base.name)
     write_text(out / CARD_NAME, compose_card(facts))
@@ -162,12 +175,22 @@ def publish_run(
     return PublishReport(out, optimizer_step, sums, ledger, rights, out / CARD_NAME)
 
 
-def bake_network(base: Path, network: Path, output: Path, title: str, threads: int, on_progress: Progress) -> None:
-    """Write the checkpoint with the network added at full strength, with its recipe inside."""
+def bake_network(
+    base: Path, trained_on: str, network: Path, output: Path, title: str, threads: int, on_progress: Progress
+) -> None:
+    """Write the checkpoint with the network added at full strength, with its recipe inside.
+
+    `trained_on`: the sha256 of the base model that the run was locked with. Raises CannotPublish for another one.
+    """
     from kohaku_wrap.merging.running import run_merge
 
     plan = plan_merge(BAKE_FORMULA, {"base": base, "network": network})
-    found: list[FileHashes] = hash_files([base, network], threads, on_progress)
+    found: list[FileHashes] = hash_files([base, network], threads, on_progress, read_again=True)
+    if trained_on and found[0].sha256 != trained_on:
+        raise CannotPublish(
+            f"{base}: its sha256 is {found[0].auto_v2}…, the run was trained on {trained_on[:AUTO_V2_DIGITS]}…",
+            "Put back the base model of the run, or publish the network alone with --no-bake.",
+        )
     recipe = Recipe(BAKE_FORMULA, title=title)
     metadata = build_metadata(plan, dict(zip(("base", "network"), found, strict=True)), recipe=recipe)
     run_merge(plan, output, metadata, threads, on_progress=on_progress)

@@ -15,6 +15,7 @@ from typing import Any
 import kohaku_wrap
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.formats.machine_paths import clean_value, without_paths
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
@@ -271,9 +272,9 @@ def build_metadata(
         metadata["modelspec.license"] = rights.text
     if date:
         metadata["modelspec.date"] = date
-    metadata["sd_merge_recipe"] = dump_json(merge_recipe)
-    metadata["sd_merge_models"] = dump_json(parents)
-    return metadata
+    metadata["sd_merge_recipe"] = dump_json(clean_value(merge_recipe))
+    metadata["sd_merge_models"] = dump_json(clean_value(parents))
+    return without_paths(metadata)
 
 
 def changed_options(options: MergeOptions) -> dict[str, Any]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from kohaku_wrap.files import sha256_of_file
+from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import inspect_file
 from kohaku_wrap.merging.publishing import CannotPublish, digest_of_ledger, publish_run
 
@@ -55,7 +60,7 @@ def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
         "trainer": {"commit": "48d368f"},
         "inputs": {
             "base_model": str(base),
-            "base_model_sha256": "0123456789abcdef",
+            "base_model_sha256": sha256_of_file(base),
             "captions_dataset": "mine",
             "prompt_format": "<artists>, <general tags>",
         },
@@ -80,7 +85,7 @@ def test_a_step_is_published_whole(tmp_path: Path, run: tuple[Path, dict[str, An
     facts += [
         "<artists>, <general tags>",
         "`\\|\\|\\|`",
-        "(AutoV2 0123456789)",
+        f"(AutoV2 {lock['inputs']['base_model_sha256'][:10]})",
         "48d368f",
         "`.*time_embed\\..+`, `^out\\..+`",
     ]
@@ -125,6 +130,49 @@ def test_what_is_not_there_is_told(tmp_path: Path, run: tuple[Path, dict[str, An
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(CannotPublish, match="is not empty"):
         publish_run(folder, lock, tmp_path / "full")
+
+
+def test_nothing_published_holds_a_path(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, lock = run
+    network = folder / "checkpoints" / "epsilon.safetensors"
+    arguments = {"algo": "lokr", "preset": str(folder / "preset.toml"), "note": f"from {folder}/a and ~ann/b.txt"}
+    told = {
+        "ss_network_args": json.dumps(arguments),
+        "ss_optimizer": f"Lion8bit(state={folder}/x.bin,betas=(0.9, 0.99))",
+        "ss_sd_model_name": str(tmp_path / "some one" / "base.safetensors"),
+        "ss_tag_frequency": json.dumps({"1": {"/v/": 3, ":/": 1, "\\||/": 2}}),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "kept": "C:\\Users\\ann\\x.toml",
+    }
+    save_file(load_file(network), network, metadata=told)
+    before = read_header(network)
+    publish_run(folder, lock, tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        content = path.read_bytes()
+        for word in (str(tmp_path), tmp_path.name, str(Path.home()) + "/", "ann", "some one", platform.node()):
+            assert word.encode() not in content, (path.name, word)
+    after = read_header(tmp_path / "out" / "epsilon.safetensors")
+    assert json.loads(after.metadata["ss_network_args"]) == {
+        "algo": "lokr", "preset": "preset.toml", "note": "from a and b.txt",
+    }  # fmt: skip
+    assert after.metadata["ss_optimizer"] == "Lion8bit(state=x.bin,betas=(0.9, 0.99))"
+    for name in ("ss_tag_frequency", "modelspec.implementation"):
+        assert after.metadata[name] == told[name]
+    assert after.tensors == before.tensors
+    assert hash_files([network])[0].data_sha256 == hash_files([after.path])[0].data_sha256
+
+
+def test_another_base_model_is_not_baked(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, lock = run
+    base = Path(lock["inputs"]["base_model"])
+    hash_files([base])
+    status = base.stat()
+    with base.open("r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x01")
+    os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CannotPublish, match="was trained on"):
+        publish_run(folder, lock, tmp_path / "out")
 
 
 def test_the_ledgers_digest_depends_on_names_and_bytes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import atomic_write
+from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.workers.builtin_models import BaseModel
 
@@ -168,4 +169,4 @@ def describe_training(options: BuiltinOptions, facts: Mapping[str, Any]) -> dict
         "modelspec.title": options.output_name,
         **facts,
     }
-    return {name: str(value) for name, value in described.items()}
+    return without_paths({name: str(value) for name, value in described.items()})

@@ -18,6 +18,7 @@ import kohaku_wrap
 from kohaku_wrap.config.trainer_commits import SUPPORTED_TEXT
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder
+from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
 from kohaku_wrap.training.records.saving import wait_for_room
@@ -274,12 +275,12 @@ def write_whole(final: Path, write: Callable[[str], None]) -> None:
 
 
 def describe_checkpoint(metadata: dict[str, str] | None, loop: Loop) -> dict[str, str]:
-    """The trainer's metadata with a count and a digest in place of a table of all tags."""
+    """The trainer's metadata without paths, and with a count and a digest in place of a table of all tags."""
     kept = dict(metadata or {})
     if TAG_TABLE in kept:
         kept[TAG_TABLE] = "{}"
     about = {"kwrap_version": kohaku_wrap.__version__, "kwrap_run": loop.attempt.run.name}
-    return {**kept, **about, **loop.dataset.about_captions}
+    return without_paths({**kept, **about, **loop.dataset.about_captions})
 
 
 def remove_leftovers(checkpoints: Path) -> None:
