@@ -10,6 +10,7 @@ from typing import Any
 
 import kohaku_wrap
 from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit, read_trainer_commit
+from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.options_digest import digest_options
 from kohaku_wrap.config.plan import StepPlan, read_captions_metadata, shape_batch
@@ -218,6 +219,7 @@ def compose_lock(
         "inputs": drop_unset(dict(inputs)),
         "versions": list_versions(),
         "trainer": {"path": str(checkout or ""), "commit": read_trainer_commit(checkout) if checkout else ""},
+        "kernels": choose_kernels(on_cpu=site.machine.gpus == 0),
         "machine": {
             "gpus": site.machine.gpus,
             "processes": site.machine.processes,

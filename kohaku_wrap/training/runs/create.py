@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.base_model import check_base_model, needs_own_vae
 from kohaku_wrap.config.installed import find_trainer
+from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import Effective, resolve_template
 from kohaku_wrap.config.plan import CAPTIONS_FILE, plan_steps, read_folder_sizes, shape_batch
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
@@ -105,7 +106,10 @@ def plan_new_run(
         check_base_model(site.paths.base_model, needs_own_vae(site))
     on_cpu = site.machine.gpus == 0
     machines = Machines(site.machine.machines, 0, site.machine.accelerate)
-    launch = plan_launch(folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines)
+    kernels = choose_kernels(on_cpu=on_cpu)
+    launch = plan_launch(
+        folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines, kernels=kernels
+    )
     return NewRun(name, folder, engine, engine_origin, effective, site, launch)
 
 

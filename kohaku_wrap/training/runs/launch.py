@@ -9,7 +9,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from kohaku_wrap.config.kernels import kernel_settings
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
 from kohaku_wrap.errors import MissingExtra, UsageError
 from kohaku_wrap.files import write_text
@@ -62,8 +64,9 @@ def plan_launch(
     on_cpu: bool,
     threads: int | None = None,
     machines: Machines = ONE_MACHINE,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Launch:
-    """The command of one attempt; nothing is looked up or written."""
+    """The command of one attempt; nothing is looked up or written. `kernels`: the table of the run's lock."""
     if engine not in WORKER_MODULES:
         raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(WORKER_MODULES)}.")
     several = tuple(machines.arguments()) if processes > 1 else ()
@@ -99,8 +102,9 @@ def plan_launch(
         # torchrun reads it: a machine that still starts an attempt which is over meets nobody of the next one.
         environment["PET_RDZV_ID"] = f"{run_folder.name}-{attempt_number}"
     if on_cpu:
-        # LyCORIS would compile its kernels, and the backend changes the last bits.
+        # For runs of kwrap 0.1, whose locks say nothing of kernels, as it started them.
         environment |= {"LYCORIS_KERNEL_BACKEND": "torch", "LYCORIS_KERNEL_TUNE": "off", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= kernel_settings(kernels or {}, run_folder)
     # The worker's folder is another one: what is relative here would not be found there.
     environment |= {
         name: str(Path(os.environ[name]).expanduser().absolute()) for name in FOLDERS if os.environ.get(name)
@@ -120,6 +124,7 @@ def plan_attempt_launch(attempt: Attempt, threads: int | None = None, machine_ra
         is_on_cpu(lock),
         threads,
         Machines(attempt.machines, machine_rank, lock.accelerate),
+        lock.tables.get("kernels"),
     )
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.records.saving import wait_for_room
 from kohaku_wrap.training.runs.attempts import Attempt, Outcome
@@ -18,9 +19,6 @@ from kohaku_wrap.training.workers.failures import report_failures
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.workers.sd_scripts_loop import Loop
-
-DETERMINISTIC_VARIABLE = "KWRAP_DETERMINISTIC"
-"""Set to 1 on a GPU to ask torch for deterministic kernels; slower."""
 
 
 class NotSupportedHere(KwrapError):

@@ -1,0 +1,88 @@
+"""A run's kernels are chosen once, stand in its lock, and hold for every attempt whatever the shell says later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from plain_runs import write_base_model, write_captions
+
+from kohaku_wrap.config.kernels import choose_kernels
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.training.runs.attempts import list_attempts, read_json_files
+from kohaku_wrap.training.runs.create import create_run, plan_new_run
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+
+VARIABLES = ("LYCORIS_KERNEL_BACKEND", "LYCORIS_KERNEL_TUNE", "LYCORIS_KERNEL_CACHE_DIR", "KWRAP_DETERMINISTIC")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def new_run(folder: Path, gpus: int) -> Run:
+    write_captions(folder / "images", 30)
+    write_base_model(folder / "model.safetensors")
+    (folder / "tokenizers").mkdir()
+    site = folder / "site.toml"
+    site.write_text(
+        '[paths]\nimages = "images"\nbase_model = "model.safetensors"\ntokenizers = "tokenizers"\n'
+        f'[machine]\nengine = "builtin"\ngpus = {gpus}\nbatch_per_gpu = 2\n'
+    )
+    return create_run(plan_new_run("demo", site, "r", overrides=["effective_batch=4"]), ["kwrap"])
+
+
+def environment_of(run: Run, number: int) -> dict[str, str]:
+    folder = list_attempts(run)[number - 1].folder
+    environment: dict[str, str] = read_json_files(folder, "attempt.json")[0]["environment"]
+    return {name: environment[name] for name in VARIABLES}
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_every_attempt_keeps_the_kernels_of_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    run = new_run(tmp_path, gpus)
+    assert run.lock.tables["kernels"] == {
+        "lycoris_backend": "torch",
+        "lycoris_tuning": False,
+        "deterministic": gpus == 0,
+    }
+    begin_attempt(plan_resume(run))
+    for name, value in zip(VARIABLES, ("triton", "on", str(tmp_path / "elsewhere"), str(gpus)), strict=True):
+        monkeypatch.setenv(name, value)
+    _, launch = begin_attempt(plan_resume(run))
+    told = environment_of(run, 2)
+    assert told == environment_of(run, 1)
+    assert told == {
+        "LYCORIS_KERNEL_BACKEND": "torch",
+        "LYCORIS_KERNEL_TUNE": "off",
+        "LYCORIS_KERNEL_CACHE_DIR": str(run.folder / "kernels"),
+        "KWRAP_DETERMINISTIC": "1" if gpus == 0 else "0",
+    }
+    assert told.items() <= launch.environment.items(), "kwrap's settings win over the caller's variables"
+
+
+def test_the_caller_chooses_when_the_run_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", "Triton")
+    monkeypatch.setenv("KWRAP_DETERMINISTIC", "1")
+    run = new_run(tmp_path, 1)
+    monkeypatch.delenv("LYCORIS_KERNEL_BACKEND")
+    monkeypatch.delenv("KWRAP_DETERMINISTIC")
+    begin_attempt(plan_resume(run))
+    told = environment_of(run, 1)
+    assert (told["LYCORIS_KERNEL_BACKEND"], told["KWRAP_DETERMINISTIC"]) == ("triton", "1")
+    assert choose_kernels(on_cpu=True)["lycoris_backend"] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("LYCORIS_KERNEL_BACKEND", "auto"), ("LYCORIS_KERNEL_BACKEND", "tritn"), ("KWRAP_DETERMINISTIC", "yes")],
+)
+def test_what_would_leave_the_choice_open_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"{name}={value}"):
+        choose_kernels(on_cpu=False)
