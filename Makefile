@@ -8,9 +8,10 @@ SITE ?=
 MAX_MISSING ?=
 ENGINE ?= builtin
 PYTEST_ARGS ?=
+MUTANTS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream test fuzz lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
+.PHONY: help setup epsilon prove prove-upstream test fuzz mutants lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +22,7 @@ $(READY): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kwrap needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --disable-pip-version-check -q --index-url $(TORCH_INDEX) torch==2.13.0)
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,merge,dev]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,merge,dev,mutants]'
 	@touch $(READY)
 
 epsilon: $(READY)  ## the whole recipe, demo scale (SITE=site.toml: yours)
@@ -38,6 +39,9 @@ test: $(READY)  ## run the tests
 
 fuzz: $(READY)  ## formulas and headers at random, some minutes
 	$(BIN)/python -m pytest -n auto -m fuzz --hypothesis-profile fuzz --timeout 0 tests/merging $(PYTEST_ARGS)
+
+mutants: $(READY)  ## small faults planted one by one: do the tests notice?
+	$(BIN)/python benchmarks/mutants.py $(MUTANTS_ARGS)
 
 lint: $(READY)  ## ruff, mypy and the import directions
 	$(BIN)/ruff check .
