@@ -80,6 +80,8 @@ class ProblemsFound(KwrapError):
         lines = [f"{subject}: {count}"]
         for problem in problems:
             layer = f"  ({problem.layer})" if problem.layer else ""
-            lines.append(f"  {problem.where:<{width}}  {problem.what}{layer}")
+            # A key of a file may hold a line break, which would make a line of its own.
+            where = problem.where.replace("\n", "\\n")
+            lines.append(f"  {where:<{width}}  {problem.what}{layer}")
         super().__init__("\n".join(lines), next_step)
         self.problems = tuple(problems)

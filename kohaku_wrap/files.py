@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from kohaku_wrap.errors import UsageError
+
 Progress = Callable[[int, int], None]
 """Called with what is done and the total, in the unit that the caller announced."""
 
@@ -136,6 +138,16 @@ def keep_hashes(added: dict[str, list[str]]) -> None:
         write_text(home_folder() / KEPT_HASHES, json.dumps(newest, indent=0))
     except OSError:
         return
+
+
+def expand_user(path: Path | str) -> Path:
+    """The path with `~` and `~name` filled in. Raises UsageError for a user that is not there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"{path}: {Path(path).parts[0]} is no user of this machine", "Write ./~name for a folder of that name."
+        ) from None
 
 
 def home_folder() -> Path:

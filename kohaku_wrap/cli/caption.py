@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
-from kohaku_wrap.cli.output import format_share, json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import (
+    format_share,
+    json_option,
+    print_json,
+    print_lines,
+    print_note,
+    print_table,
+    progress_bar,
+)
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -187,7 +195,7 @@ def print_explanation(db: Path, recipe: CaptionRecipe, post_id: int, selection: 
         print_json("caption", {"style": recipe.style, **asdict(explanation), "groups": groups})
         return
     print_table(f"Post {post_id}, {recipe.style} style", rows_of_explanation(explanation))
-    click.echo(explanation.caption)
+    print_lines(explanation.caption)
 
 
 def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.output import json_option, print_json, print_lines
+from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
 
 if TYPE_CHECKING:
@@ -33,9 +34,15 @@ Examples:
 @click.option("--site", "site_file", type=Path_, help="The machine's site.toml: its paths and GPUs are tried.")
 @click.option("--engine", type=click.Choice(["sd-scripts", "builtin"]), help="Look at this engine's needs.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@trust_option
 @json_option
 def command(
-    template: str | None, site_file: Path | None, engine: str | None, overrides: tuple[str, ...], as_json: bool
+    template: str | None,
+    site_file: Path | None,
+    engine: str | None,
+    overrides: tuple[str, ...],
+    trust: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Tell whether this machine is ready, and for a template.
 
@@ -59,7 +66,9 @@ def command(
     if site and not template:
         template = "sdxl-lokr"
     if template:
-        effective = resolve_template(template, site, overrides)
+        effective = resolve_template(template, site, overrides, trust=trust)
+        if not as_json:
+            print_trust(effective)
         if site and effective.batch:
             try:
                 plan = plan_training(effective, read_folder_sizes(site.paths.images))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import count_of, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.output import count_of, json_option, print_json, print_lines, print_table, progress_bar
 from kohaku_wrap.errors import command_line
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def print_report(report: FileReport) -> None:
     rows += rows_of_recipe(report)
     print_table(str(header.path), rows, "" if report.replay else command_line("inspect", header.path, "--json"))
     if report.replay:
-        click.echo(f"Made by, with the files' names of then: {report.replay}")
+        print_lines(f"Made by, with the files' names of then: {report.replay}")
 
 
 @click.command(

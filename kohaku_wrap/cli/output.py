@@ -24,8 +24,15 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 PLAIN_LINE_EVERY_SECONDS = 10
 SHARE_BEFORE_RATE = 0.005
-ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
-"""Control characters as Python writes them: what stands in a file shall not steer a terminal."""
+STEERING = (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+"""Characters that steer a terminal, end a line or turn the direction of what follows."""
+
+ESCAPES = {code: repr(chr(code))[1:-1] for code in STEERING}
+"""How Python writes them: what stands in a file shall not steer a terminal."""
+
+ESCAPES_IN_LINES = {code: text for code, text in ESCAPES.items() if chr(code) not in "\n\t"}
+ESCAPES_IN_JSON = {code: f"\\u{code:04x}" for code in STEERING if code >= 32}
+"""JSON itself escapes those below 32 in strings; outside of strings it has none of the others."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,7 +45,7 @@ def json_option(function: Function) -> Function:
 def print_json(command: str, payload: dict[str, Any]) -> None:
     """Print the one document of `--json`."""
     document = {"schema_version": SCHEMA_VERSION, "command": command, **payload}
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str).translate(ESCAPES_IN_JSON))
 
 
 def paint(text: str, **style: Any) -> str:
@@ -60,6 +67,7 @@ def print_note(text: str) -> None:
 
 def print_lines(text: str, err: bool = False, **style: Any) -> None:
     """Print lines, broken between words on a terminal; `style` is that of the first word."""
+    text = text.translate(ESCAPES_IN_LINES)
     if (sys.stderr if err else sys.stdout).isatty():
         width = shutil.get_terminal_size().columns
         text = "\n".join(wrap_line(line, width) for line in text.split("\n"))
@@ -119,14 +127,14 @@ def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") ->
     shown = [(name.translate(ESCAPES), show_value(value).translate(ESCAPES)) for name, value in rows]
     column = max((len(name) for name, _ in shown), default=0) + 2
     if title:
-        click.echo(paint(title, bold=True))
+        click.echo(paint(title.translate(ESCAPES), bold=True))
     for (name, text), (_, value) in zip(shown, rows, strict=True):
         if sys.stdout.isatty() and not isinstance(value, Path):
             width = max(shutil.get_terminal_size().columns - column, 20)
             text = f"\n{' ' * column}".join(textwrap.wrap(text, width, break_on_hyphens=False))
         click.echo(f"{paint(name.ljust(column), fg='cyan')}{text}".rstrip())
     if next_step:
-        click.echo(f"Next: {next_step}")
+        click.echo(f"Next: {next_step.translate(ESCAPES)}")
 
 
 def show_value(value: Any) -> str:

@@ -16,6 +16,7 @@ from kohaku_wrap.cli.output import (
     print_note,
     print_table,
 )
+from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ Examples:
 @click.argument("template")
 @click.option("--site", "site_file", type=Path_, required=True, help="The machine: paths, GPUs, batch per GPU.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@trust_option
 @click.option("--selection", type=Path_, help="Count the database's sizes in SEL.parquet, before any image is there.")
 @click.option(
     "--images", type=click.IntRange(min=1), metavar="N", help="Count so many images of the template's resolution."
@@ -55,6 +57,7 @@ def command(
     template: str,
     site_file: Path,
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     selection: Path | None,
     images: int | None,
     seconds_per_step: float | None,
@@ -78,7 +81,7 @@ def command(
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
     site = load_site(site_file)
-    effective = resolve_template(template, site, overrides, table=find_option_table(read_live=False))
+    effective = resolve_template(template, site, overrides, table=find_option_table(read_live=False), trust=trust)
     if images:
         sizes = suppose_sizes(images, effective)
     else:
@@ -92,9 +95,11 @@ def command(
     elif captioned := other_dataset(effective, site.paths.images):
         notes.append(captioned)
     if as_json:
-        print_json("plan", describe_plan(plan, notes))
+        print_json("plan", {**describe_plan(plan, notes), "trust": describe_trust(effective)})
     else:
+        print_trust(effective)
         following = [word for text in overrides for word in ("--set", text)]
+        following += [word for module in trust for word in ("--trust", module)]
         print_plan(plan, notes, command_line("train", template, "--site", site_file, *following, "--dry-run"))
     if plan.problems:
         raise PlanCannotWork(template, plan.problems)

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import count_of, json_option, paint, print_json, print_lines, print_table, show_path
+from kohaku_wrap.cli.output import (
+    ESCAPES,
+    count_of,
+    json_option,
+    paint,
+    print_json,
+    print_lines,
+    print_table,
+    show_path,
+)
+from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, command_line
 
 if TYPE_CHECKING:
@@ -59,11 +69,18 @@ def list_command(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--site", type=Path_, help="Show the values on this machine, too.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@trust_option
 @click.option("--why", is_flag=True, help="Name the layer and file that set each value.")
 @click.option("--all", "with_defaults", is_flag=True, help="Show the trainer's own defaults, too.")
 @json_option
 def show_command(
-    name: str, site: Path | None, overrides: tuple[str, ...], why: bool, with_defaults: bool, as_json: bool
+    name: str,
+    site: Path | None,
+    overrides: tuple[str, ...],
+    trust: tuple[str, ...],
+    why: bool,
+    with_defaults: bool,
+    as_json: bool,
 ) -> None:
     """Print the effective values of a template.
 
@@ -75,7 +92,7 @@ def show_command(
     from kohaku_wrap.config.site import load_site
 
     table = find_option_table(read_live=False)
-    effective, problems = load_layers(name, load_site(site) if site else None, overrides, table)
+    effective, problems = load_layers(name, load_site(site) if site else None, overrides, table, trust)
     problems += check_effective(effective)
     values = effective.values if with_defaults else {key: entry.value for key, entry in effective.entries.items()}
     if as_json:
@@ -89,31 +106,36 @@ def show_command(
                 "values": values,
                 "origins": {key: effective.origin(key) for key in values},
                 "preset": dict(effective.preset),
+                "trust": describe_trust(effective),
                 "options_from": table.source,
                 "problems": [vars(problem) for problem in problems],
             },
         )
     else:
         print_values(effective, values, why, name)
+        print_trust(effective)
     if problems:
         raise ProblemsFound(str(effective.path), problems, "Mend these and look again.")
 
 
 def print_values(effective: Effective, values: dict[str, Any], why: bool, typed: str) -> None:
     """Aligned `key = value` lines, with the layer behind each; `typed` is what the template was called by."""
-    click.echo(paint(f"{effective.name}: {effective.title}", bold=True))
+    click.echo(paint(f"{effective.name}: {effective.title}".translate(ESCAPES), bold=True))
     for note in effective.notes:
         print_lines(f"  {note}")
-    shown = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in values.items()}
+    shown = {
+        key.translate(ESCAPES): json.dumps(value, ensure_ascii=False, default=str).translate(ESCAPES)
+        for key, value in values.items()
+    }
     # Each table's keys are aligned by themselves: those of dataset_options are longer than all others.
     widths = {table: max(len(key) for key in shown if table_of(key) == table) for table in map(table_of, shown)}
     origins_at = max((widths[table_of(key)] + min(len(text), LONGEST_VALUE) for key, text in shown.items()), default=0)
     for key, text in sorted(shown.items(), key=lambda item: (table_of(item[0]), item[0])):
         width = widths[table_of(key)]
-        origin = f"  {effective.origin(key)}" if why else ""
+        origin = f"  {effective.origin(key).translate(ESCAPES)}" if why else ""
         click.echo(f"{paint(key.ljust(width), fg='cyan')}  {text.ljust(origins_at - width if why else 0)}{origin}")
     if not why:
-        click.echo(f"Next: {command_line('template', 'show', typed, '--why')}")
+        print_lines(f"Next: {command_line('template', 'show', typed, '--why')}")
 
 
 def table_of(key: str) -> str:
@@ -124,9 +146,12 @@ def table_of(key: str) -> str:
 @command.command("check", epilog="\b\nExamples:\n  kwrap template check mine.toml\n  kwrap template check templates/")
 @click.argument("files", nargs=-1, required=True)
 @click.option("--site", type=Path_, help="Check on this machine, too: does the batch divide?")
+@trust_option
 @click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
 @json_option
-def check_command(files: tuple[str, ...], site: Path | None, modules: bool | None, as_json: bool) -> None:
+def check_command(
+    files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], modules: bool | None, as_json: bool
+) -> None:
     """Find every fault of template files or folders.
 
     Names, types, choices and contradictions. Exit code 1 if any has one. A folder means its *.toml files, and its
@@ -135,13 +160,14 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
     """
     from importlib.util import find_spec
 
-    from kohaku_wrap.config.check_files import check_files
+    from kohaku_wrap.config.check_files import check_files, load_for_trust
     from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.site import load_site
 
     table = find_option_table()
     on_site = load_site(site) if site else None
-    reports = check_files(files, on_site, table)
+    reports = check_files(files, on_site, table, trust)
+    on_trust = [(path, load_for_trust(path, on_site, table, trust)) for path, _ in reports]
     if modules or (modules is None and find_spec("torch") and find_spec("lycoris")):
         reports = [(path, [*problems, *check_modules(path, on_site, table)]) for path, problems in reports]
     faulty = [(path, problems) for path, problems in reports if problems]
@@ -151,6 +177,12 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
             {
                 "options_from": table.source,
                 "checked": [str(path) for path, _ in reports],
+                "trust": [
+                    {"file": str(path), **row}
+                    for path, effective in on_trust
+                    if effective
+                    for row in describe_trust(effective)
+                ],
                 "problems": [
                     {"file": str(path), "where": p.where, "what": p.what, "layer": p.layer}
                     for path, problems in faulty
@@ -161,6 +193,9 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
         if faulty:
             raise click.exceptions.Exit(1)
         return
+    for _, effective in on_trust:
+        if effective:
+            print_trust(effective)
     for path, problems in faulty:
         print_lines(ProblemsFound(show_path(path), problems).message)
     if faulty:
@@ -171,7 +206,7 @@ def check_command(files: tuple[str, ...], site: Path | None, modules: bool | Non
         )
     click.echo(f"{count_of(len(reports), 'file')}, no problems (options of {table.source}).")
     template = files[0] if len(reports) == 1 else "TEMPLATE"
-    click.echo(f"Next: {command_line('plan', template, '--site', site or 'site.toml')}")
+    print_lines(f"Next: {command_line('plan', template, '--site', site or 'site.toml')}")
 
 
 class FaultyTemplates(KwrapError):
@@ -209,11 +244,11 @@ def copy_command(name: str, destination: str, force: bool, as_json: bool) -> Non
     the copy holds only the differences. A preset belongs into a folder presets/ beside the template that names it.
     """
     from kohaku_wrap.config.templates import find_source, user_templates
-    from kohaku_wrap.files import write_text
+    from kohaku_wrap.files import expand_user, write_text
 
     source = find_source(name)
     kind = source.parent.name
-    target = Path(destination).expanduser()
+    target = expand_user(destination)
     if target.is_dir():
         folder = target / "presets" if kind == "presets" and target.name != "presets" else target
         target = folder / source.name
@@ -256,7 +291,7 @@ def diff_command(first: str, second: str, as_json: bool) -> None:
         print_json("template diff", {"first": left.name, "second": right.name, "differences": rows})
         return
     if not changed:
-        click.echo(f"{left.name} and {right.name} are the same in effect.")
+        print_lines(f"{left.name} and {right.name} are the same in effect.")
         return
     rows_for_people = [(key, f"{show_value(pair[0])} → {show_value(pair[1])}") for key, pair in changed.items()]
     print_table(f"{left.name} → {right.name}", rows_for_people, command_line("template", "show", second, "--why"))

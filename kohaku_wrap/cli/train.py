@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.output import (
+    ESCAPES,
     format_duration,
     format_share,
     json_option,
@@ -19,6 +20,7 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     show_path,
 )
+from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ class EventPrinter:
         share = format_share(event.optimizer_step / max(event.total_optimizer_steps, 1))
         eta = "" if event.eta_seconds is None else f"  {format_duration(event.eta_seconds)} left"
         text = f"step {event.optimizer_step:,}/{event.total_optimizer_steps:,} ({share})  {event.message}{eta}"
+        text = text.translate(ESCAPES)
         if self.is_terminal:
             # A line that wrapped could not be written over.
             click.echo(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
@@ -153,6 +156,7 @@ Examples:
 @click.option("--run", "name", metavar="NAME", help="The run's name; the template's where it is not given.")
 @click.option("--engine", metavar="ENGINE", help="sd-scripts or builtin, in place of the site's.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value; again for more.")
+@trust_option
 @click.option("--locked", type=click.Path(path_type=Path), metavar="LOCK",
               help="Repeat the run of this run.lock.toml: refuse whatever would differ from it.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the command that would run; make nothing.")
@@ -164,6 +168,7 @@ def command(
     name: str | None,
     engine: str | None,
     overrides: tuple[str, ...],
+    trust: tuple[str, ...],
     locked: Path | None,
     dry_run: bool,
     restarts: int,
@@ -191,8 +196,9 @@ def command(
         raise UsageError("no TEMPLATE given", "See `kwrap template ls`.")
     options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, hook)
     refuse_unknown(allow)
-    new = plan_new_run(template, site_file, name, engine, overrides)
+    new = plan_new_run(template, site_file, name, engine, overrides, trust)
     if not as_json:
+        print_trust(new.effective)
         print_note(f"engine: {new.engine} ({new.engine_origin})")
     if dry_run:
         if as_json:
@@ -203,6 +209,7 @@ def command(
                 "argv": list(new.launch.argv),
                 "environment": dict(new.launch.environment),
                 "folder": str(new.launch.folder),
+                "trust": describe_trust(new.effective),
             }
             print_json("train", payload)
         else:

@@ -12,10 +12,20 @@ from typing import Any
 
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.formats.safetensors import MalformedFile, read_header
+from kohaku_wrap.formats.safetensors import Header, MalformedFile, read_header
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 
 NAMES_SHOWN = 3
+
+
+WEIGHT_OPTIONS = ("pretrained_model_name_or_path", "vae", "network_weights", "base_weights")
+"""The trainer's options that name files of weights."""
+
+PICKLED_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+class UnpickledByName(KwrapError):
+    """A file that the trainer would unpickle, whatever it holds."""
 
 
 class BadBaseModel(KwrapError):
@@ -39,12 +49,10 @@ def read_sizes(path: Path) -> Mapping[str, Mapping[str, Any]]:
 def check_base_model(path: Path, with_vae: bool = True) -> None:
     """Raise BadBaseModel unless the file is safetensors in full length with every tensor of an SDXL.
 
-    `with_vae`: whether its own VAE is needed. What is no `.safetensors` by its name is left to the trainer.
+    `with_vae`: whether its own VAE is needed. Raises PickledFile, too.
     """
-    if path.suffix != ".safetensors":
-        return
     try:
-        held = read_header(path).tensors
+        held = require_safetensors(path).tensors
     except MalformedFile as fault:
         raise BadBaseModel(fault.message, fault.next_step) from None
     faults = []
@@ -57,6 +65,45 @@ def check_base_model(path: Path, with_vae: bool = True) -> None:
         is_network = any(name.startswith("lora_") for name in held)
         what = "a network, not a base model" if is_network else "not a whole SDXL"
         raise BadBaseModel(f"{path}: {what}: {'; '.join(faults)}", "Set `base_model` in site.toml to a whole SDXL.")
+
+
+def require_safetensors(path: Path) -> Header:
+    """The header of a file of weights that the trainer will load.
+
+    The trainer goes by the name alone: what is not called `.safetensors` it unpickles, and that can run code. Raises
+    PickledFile, also for a pickle of that name, UnpickledByName for another name, MalformedFile.
+    """
+    header = read_header(path)
+    if path.suffix != ".safetensors":
+        raise UnpickledByName(
+            f"{path}: the trainer would unpickle this file by its name, and that can run code",
+            "It is a safetensors file: give it a name that ends in .safetensors.",
+        )
+    return header
+
+
+def require_weight_files(options: Mapping[str, Any], folder: Path) -> None:
+    """Check all files of weights that the trainer's options name; relative paths lie below `folder`.
+
+    Raises what `require_safetensors` raises, and UnpickledByName where a file is not there under a name that would be
+    unpickled.
+    """
+    for option in WEIGHT_OPTIONS:
+        value = options.get(option)
+        for text in value if isinstance(value, list) else [value]:
+            if not text:
+                continue
+            path = folder / str(text)
+            if path.is_file():
+                require_safetensors(path)
+            elif path.suffix.lower() in PICKLED_SUFFIXES:
+                raise UnpickledByName(
+                    f"{option}: {text} would be unpickled, and that can run code", "Name a .safetensors file."
+                )
+            elif path.is_dir():
+                raise UnpickledByName(
+                    f"{option}: {text} is a folder, whose files may be pickled", "Name a .safetensors file."
+                )
 
 
 def needs_own_vae(site: Site) -> bool:

@@ -15,7 +15,7 @@ from kohaku_wrap.config.reading import Entry, shorten_path
 from kohaku_wrap.config.site import TABLES, Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate, find_template, read_toml
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
-from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.files import expand_user, shipped_folder
 
 NOT_TEMPLATES = ("merges",)
 """Folders beside templates whose files are something else."""
@@ -25,7 +25,7 @@ def list_files(names: Iterable[str]) -> list[Path]:
     """The template and preset files that names, files and folders mean. Raises UnknownTemplate."""
     files: list[Path] = []
     for name in names:
-        folder = Path(name).expanduser()
+        folder = expand_user(name)
         if not folder.is_dir():
             files.append(find_template(name))
             continue
@@ -40,7 +40,9 @@ def list_files(names: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def check_files(names: Sequence[str], site: Site | None, table: OptionTable) -> list[tuple[Path, list[Problem]]]:
+def check_files(
+    names: Sequence[str], site: Site | None, table: OptionTable, trust: Sequence[str] = ()
+) -> list[tuple[Path, list[Problem]]]:
     """Every file and its faults, in order; files under `presets` are checked as presets, site files as sites."""
     reports = []
     for path in list_files(names):
@@ -49,7 +51,7 @@ def check_files(names: Sequence[str], site: Site | None, table: OptionTable) -> 
         elif is_site(path):
             problems = check_site_file(path, table)
         else:
-            problems = check_template(path, site, table)
+            problems = check_template(path, site, table, trust)
         reports.append((path, problems))
     return reports
 
@@ -60,7 +62,7 @@ def is_site(path: Path) -> bool:
         tables = set(read_toml(path))
     except KwrapError:
         return False
-    return tables <= set(TABLES) and bool(tables & {"paths", "machine"})
+    return tables <= {*TABLES, "trust"} and bool(tables & {"paths", "machine"})
 
 
 def check_site_file(path: Path, table: OptionTable) -> list[Problem]:
@@ -71,15 +73,25 @@ def check_site_file(path: Path, table: OptionTable) -> list[Problem]:
         return [Problem(fault.where, fault.what, f"site {shorten_path(path)}") for fault in found.problems]
 
 
-def check_template(path: Path, site: Site | None, table: OptionTable) -> list[Problem]:
+def check_template(path: Path, site: Site | None, table: OptionTable, trust: Sequence[str] = ()) -> list[Problem]:
     """All faults of one template, of its layers and of what they make together."""
     try:
-        effective, problems = load_layers(path, site, (), table)
+        effective, problems = load_layers(path, site, (), table, trust)
         return problems + check_effective(effective)
     except ProblemsFound as found:
         return list(found.problems)
     except KwrapError as fault:
         return [Problem(path.name, fault.message, f"template {shorten_path(path)}")]
+
+
+def load_for_trust(path: Path, site: Site | None, table: OptionTable, trust: Sequence[str]) -> Effective | None:
+    """The template whose trusted code is named; None for other files, and where it cannot be read."""
+    if path.parent.name == "presets" or is_site(path):
+        return None
+    try:
+        return load_layers(path, site, (), table, trust)[0]
+    except KwrapError:
+        return None
 
 
 def load_for_modules(path: Path, site: Site | None, table: OptionTable) -> Effective | None:

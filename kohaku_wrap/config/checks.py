@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from kohaku_wrap.config.installed import ask_optimizer
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.network import LYCORIS, check_network
-from kohaku_wrap.config.optimizers import Signatures, check_optimizer
+from kohaku_wrap.config.optimizers import Signatures, check_code, check_optimizer
 from kohaku_wrap.config.plan import BadBatch, StepPlan, shape_batch
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
@@ -54,6 +54,7 @@ def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> li
     """
     problems = [Problem(key, what, effective.origin(key)) for rule in RULES for key, what in rule(effective)]
     problems += check_network(effective)
+    problems += check_code(effective)
     problems += check_optimizer(effective, ask)
     problems += check_buckets(effective)
     if effective.site and effective.get("effective_batch"):

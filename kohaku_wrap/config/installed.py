@@ -12,7 +12,7 @@ from typing import Any
 from kohaku_wrap.config.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
 from kohaku_wrap.config.trainer_commits import find_known, installed_checkouts
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import expand_user, write_text
 from kohaku_wrap.processes import NoAnswer, ask_python
 
 CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
@@ -29,7 +29,7 @@ class UnreadableTrainer(KwrapError):
 def find_trainer(commit: str = "") -> Path | None:
     """The sd-scripts checkout that kwrap would train with: the installed one at `commit` before the default."""
     given = os.environ.get(CHECKOUT_VARIABLE)
-    folders = [Path(given).expanduser()] if given else installed_checkouts(commit)
+    folders = [expand_user(given)] if given else installed_checkouts(commit)
     return next((folder.absolute() for folder in folders if (folder / TRAINER_SCRIPT).is_file()), None)
 
 

@@ -72,6 +72,9 @@ class Effective:
     site: Site | None = None
     """The site, where one was given."""
 
+    trust: tuple[str, ...] = ()
+    """Modules whose code may run, by the person's word: of the site's `trust` and of `--trust`."""
+
     files: tuple[Path, ...] = ()
     """All template files, bases first."""
 
@@ -132,6 +135,7 @@ def load_layers(
     site: Site | None = None,
     overrides: Sequence[str] = (),
     table: OptionTable | None = None,
+    trust: Sequence[str] = (),
 ) -> tuple[Effective, list[Problem]]:
     """The effective values, and the faults of each layer on its own."""
     table = table or find_option_table(read_live=False)
@@ -165,6 +169,7 @@ def load_layers(
         preset=reader.load_preset(),
         table=table,
         site=site,
+        trust=tuple(dict.fromkeys((*(site.trust if site else ()), *trust))),
         files=tuple(files),
         defaults=list_defaults(table),
     )
@@ -177,6 +182,7 @@ def resolve_template(
     overrides: Sequence[str] = (),
     *,
     table: OptionTable | None = None,
+    trust: Sequence[str] = (),
 ) -> Effective:
     """A template's effective values on a site, with every check passed.
 
@@ -184,7 +190,7 @@ def resolve_template(
     """
     from kohaku_wrap.config.checks import check_effective
 
-    effective, problems = load_layers(name_or_path, site, overrides, table)
+    effective, problems = load_layers(name_or_path, site, overrides, table, trust)
     problems += check_effective(effective)
     if problems:
         raise ProblemsFound(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from kohaku_wrap.config.layers import Effective
-from kohaku_wrap.config.options import fits, parse_literal, suggest
+from kohaku_wrap.config.options import fits, parse_literal, shorten, suggest
+from kohaku_wrap.config.patterns import find_faults
 from kohaku_wrap.errors import Problem
 
 LYCORIS = "lycoris.kohya"
@@ -170,13 +170,13 @@ def check_algo_map(key: str, table: Mapping[str, Any], layer: str) -> list[Probl
 
 
 def check_patterns(preset: Mapping[str, Any], layer: str) -> list[Problem]:
-    """Names of the preset that are no regular expressions."""
+    """Names of the preset that are no regular expressions, or would keep the trainer busy for ever."""
     problems = []
     for key in ("unet_target_name", "text_encoder_target_name", "exclude_name", "name_algo_map"):
         value = preset.get(key, [])
-        for pattern in value if isinstance(value, (list, dict)) else []:
-            try:
-                re.compile(str(pattern))
-            except re.error as error:
-                problems.append(Problem(f"preset.{key}", f"{pattern!r} is no regular expression: {error}", layer))
+        patterns = map(str, value if isinstance(value, (list, dict)) else [])
+        problems += [
+            Problem(f"preset.{key}", f"{shorten(repr(pattern))} {fault}", layer)
+            for pattern, fault in find_faults(patterns)
+        ]
     return problems

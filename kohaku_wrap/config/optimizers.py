@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
 
+from kohaku_wrap.config.code_names import find_known, find_unknown, is_trusted, load_signatures
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.options import suggest
 from kohaku_wrap.errors import Problem
-
-RECORDED_SIGNATURES = Path(__file__).with_name("options_optimizers.json")
-"""Written by `training/workers/list_optimizers.py` with the pinned packages."""
 
 SCHEDULERS = (
     "constant",
@@ -33,28 +27,22 @@ Signatures = Callable[[str], list[str] | None]
 """Asks for the arguments of a class `module.Class`; None where they are not known."""
 
 
-@cache
-def load_signatures() -> dict[str, dict[str, Any]]:
-    """The recorded optimizers by lower-case name; `name` is the trainer's spelling."""
-    document = json.loads(RECORDED_SIGNATURES.read_text(encoding="utf-8"))
-    return {name.lower(): {"name": name, **entry} for name, entry in document.items()}
+def check_code(effective: Effective) -> list[Problem]:
+    """Optimizers, schedules and network modules that are neither known nor trusted; nothing is imported for it."""
+    return [
+        Problem(option, what, effective.origin(option))
+        for option, what in find_unknown(effective.values, effective.trust)
+    ]
 
 
 def check_optimizer(effective: Effective, ask: Signatures) -> list[Problem]:
     """Faults of the optimizer, its arguments and the schedule. `ask` reads signatures that are not recorded."""
     problems = [*check_scheduler(effective)]
     chosen = effective.get("optimizer_type") or "AdamW"
-    layer = effective.origin("optimizer_type")
-    known = load_signatures().get(chosen.lower())
-    arguments: list[str] | None
-    if known:
-        arguments = known["arguments"] or ask(known["class"])
-    elif "." in chosen:
-        arguments = ask(chosen)
-    else:
-        names = [entry["name"] for entry in load_signatures().values()]
-        what = f'"{chosen}" is no optimizer that the trainer knows{suggest(chosen, names)}'
-        return [*problems, Problem("optimizer_type", what, layer)]
+    recorded = load_signatures().get(chosen.lower())
+    arguments: list[str] | None = recorded["arguments"] if recorded else None
+    if not arguments and (path := find_known("optimizer_type", chosen) or trusted_path(effective, chosen)):
+        arguments = ask(path)
     if arguments is None:
         return problems
     allowed = [*arguments, *extra_arguments(chosen)]
@@ -65,6 +53,11 @@ def check_optimizer(effective: Effective, ask: Signatures) -> list[Problem]:
             what = reason or f"{chosen} takes no such argument{suggest(name, allowed)}"
             problems.append(Problem(key, what, effective.origin(key)))
     return problems
+
+
+def trusted_path(effective: Effective, chosen: str) -> str:
+    """The class as it is written, where the person trusts its module; else nothing."""
+    return chosen if "." in chosen and is_trusted(chosen, effective.trust) else ""
 
 
 def extra_arguments(chosen: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import ast
 import difflib
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +14,12 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import home_folder
+from kohaku_wrap.toml_files import parse_toml
 
 RECORDED_TABLE = Path(__file__).with_name("options_sd_scripts.json")
 """The options of the supported commits, written by `training/workers/list_options.py`; the same for all of them."""
+
+SHOWN_LENGTH = 120
 
 TYPE_WORDS = {
     "flag": "true or false",
@@ -128,8 +130,8 @@ def load_option_table(commit: str | None = None) -> OptionTable:
 def parse_literal(text: str) -> Any:
     """The TOML value that `text` spells, or the text itself: 2, 0.5, true, [1, 2], {a = 1}, word."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 
@@ -143,7 +145,7 @@ def parse_argument(text: str) -> Any:
         return value
     try:
         literal = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
     if isinstance(literal, tuple):
         return list(literal)
@@ -184,12 +186,17 @@ def check_single(option: Option, value: Any) -> Any:
     fitting = any(fits(kind, value) for kind in option.types)
     if fitting and (option.choices is None or value in option.choices):
         return float(value) if option.types == ("float",) else value
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+    shown = shorten(json.dumps(value, ensure_ascii=False, default=str))
     if not fitting:
         hint = " (without the quotes)" if isinstance(value, str) and value and fits_unquoted(option, value) else ""
         raise UnfitValue(f"{shown} is {kind_of(value)}, not {option.describe()}{hint}")
     allowed = [str(choice) for choice in option.choices or () if choice is not None]
     raise UnfitValue(f"{shown} is not one of {', '.join(allowed)}{suggest(str(value), allowed)}")
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning where it would fill a terminal."""
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
 
 
 def fits_unquoted(option: Option, text: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,14 @@ from kohaku_wrap.config.schema import (
     DEPRECATED_OPTIONS,
     EFFECTIVE_BATCH,
     HEADER_KEYS,
+    NAME_OPTIONS,
     OPTION_OF_DATASET_FILE,
     OWN_TABLES,
     OWNED_OPTIONS,
     PATH_OPTIONS,
+    SECRET_OPTIONS,
     TABLES,
+    UPLOADING_LOGS,
 )
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.templates import find_preset, read_toml
@@ -242,6 +244,12 @@ def check_setting(setting: Setting, table: OptionTable, *, paths_allowed: bool) 
         raise UnfitValue(f"not for a template: it {OWNED_OPTIONS[key]}")
     if key in DEPRECATED_OPTIONS:
         raise UnfitValue(f"deprecated; write {DEPRECATED_OPTIONS[key]}")
+    if key in SECRET_OPTIONS:
+        raise UnfitValue("a token or an upload is this machine's own: put it under [secrets] in site.toml")
+    if not paths_allowed and key == "log_with" and value in UPLOADING_LOGS:
+        raise UnfitValue(f'"{value}" sends logs and samples away: put it under [trainer] in site.toml')
+    if not paths_allowed and key in NAME_OPTIONS and isinstance(value, str) and {"/", "\\"} & set(value):
+        raise UnfitValue("becomes a part of file names: it may hold no slash")
     if not paths_allowed and (key in PATH_OPTIONS or looks_like_path(value)):
         raise UnfitValue("a template holds no path: put it under [trainer] in site.toml")
     if prefix in ARGUMENT_TABLES:
@@ -306,8 +314,6 @@ def read_override(text: str, table: OptionTable) -> tuple[dict[str, Entry], list
         checked = check_setting(Setting(written, key, value), table, paths_allowed=True)
     except UnfitValue as fault:
         return {}, [Problem(written, fault.message, "--set")]
-    except tomllib.TOMLDecodeError as fault:
-        return {}, [Problem(written, str(fault), "--set")]
     return {key: Entry(checked, "--set", "")}, []
 
 

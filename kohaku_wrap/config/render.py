@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import kohaku_wrap
+from kohaku_wrap.config.code_names import list_trusted
 from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit, read_trainer_commit
 from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import Effective
@@ -192,6 +193,10 @@ def compose_lock(
         "batch_per_gpu": shape.batch_per_gpu,
         "kwrap_version": kohaku_wrap.__version__,
     }
+    if trusted := list_trusted(effective.values, effective.trust):
+        run["trust"] = sorted({module for _, _, module in trusted})
+    if site.secrets:
+        run["secrets_file"] = str(site.path)
     states = {"keep": effective.get("states.keep"), "every": effective.get("states.every")}
     lock: dict[str, Any] = {
         "format": LOCK_FORMAT,

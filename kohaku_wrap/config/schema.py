@@ -74,7 +74,6 @@ PATH_OPTIONS = frozenset(
         "conditioning_data_dir",
         "console_log_file",
         "in_json",
-        "log_tracker_config",
         "logging_dir",
         "metadata_thumbnail",
         "network_weights",
@@ -84,6 +83,24 @@ PATH_OPTIONS = frozenset(
     }
 )
 """Options that hold a path of one machine: the site's `[trainer]` may set them, a template may not."""
+
+NAME_OPTIONS = frozenset({"dataset_options.caption_extension", "log_prefix", "log_tracker_name"})
+"""Options that become a part of file names, which a slash would put into another folder."""
+
+SECRET_OPTIONS: Mapping[str, type] = {
+    "async_upload": bool,
+    "huggingface_path_in_repo": str,
+    "huggingface_repo_id": str,
+    "huggingface_repo_type": str,
+    "huggingface_repo_visibility": str,
+    "huggingface_token": str,
+    "log_tracker_config": str,
+    "wandb_api_key": str,
+}
+"""Tokens, and what is sent where: the site's `[secrets]` alone may set them, and no file of a run holds them."""
+
+UPLOADING_LOGS = ("wandb", "all")
+"""Values of `log_with` that send logs and samples away: the site's to say."""
 
 DEPRECATED_OPTIONS: Mapping[str, str] = {
     "use_8bit_adam": 'optimizer_type = "AdamW8bit"',

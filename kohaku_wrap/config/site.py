@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.code_names import MODULE
 from kohaku_wrap.config.machines import check_accelerate
 from kohaku_wrap.config.options import suggest
+from kohaku_wrap.config.schema import SECRET_OPTIONS
 from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
+from kohaku_wrap.files import expand_user
 
 ENGINES = ("sd-scripts", "builtin")
 
@@ -115,18 +118,25 @@ class Site:
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """`[trainer]`: sd-scripts options that win over the template's."""
 
+    trust: tuple[str, ...] = ()
+    """`trust`: Python modules whose code a template may name."""
+
+    secrets: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """`[secrets]`: tokens and uploads, handed to the trainer alone; in no file of a run."""
+
 
 def load_site(path: Path | str) -> Site:
     """Read and check a site file. Raises ProblemsFound with every fault of it."""
-    file = Path(path).expanduser().absolute()
+    file = expand_user(path).absolute()
     if not file.is_file():
         raise MissingSite(f"{path}: no such site file", "`kwrap demo DIR` writes one to look at and to copy.")
     document = read_toml(file)
     problems = [
         Problem(name, f"unknown table{suggest(name, TABLES)}; there are {', '.join(TABLES)}")
         for name in document
-        if name not in TABLES
+        if name not in (*TABLES, "trust")
     ]
+    trust, trust_problems = read_trust(document.get("trust", []))
     tables: dict[str, dict[str, Any]] = {}
     for name in TABLES:
         table = document.get(name, {})
@@ -136,15 +146,40 @@ def load_site(path: Path | str) -> Site:
         tables[name] = table
     paths, path_problems = resolve_paths(tables["paths"], file.parent)
     machine, machine_problems = read_machine(tables["machine"])
-    problems += path_problems + machine_problems
+    problems += path_problems + machine_problems + trust_problems + check_secrets(tables["secrets"])
     if problems:
         raise ProblemsFound(
             str(path), problems, "Mend these keys; `kwrap demo DIR` writes a site.toml to compare with."
         )
-    return Site(file, paths, machine, tables["trainer"])
+    return Site(file, paths, machine, tables["trainer"], trust, tables["secrets"])
 
 
-TABLES = ("paths", "machine", "trainer")
+TABLES = ("paths", "machine", "trainer", "secrets")
+
+
+def read_trust(value: Any) -> tuple[tuple[str, ...], list[Problem]]:
+    """The site's `trust`, and its faults."""
+    if not isinstance(value, list) or not all(isinstance(module, str) for module in value):
+        return (), [Problem("trust", 'must be a list of Python modules: trust = ["my_optimizers"]')]
+    faults = [
+        Problem("trust", f"{module!r} is not the name of a Python module")
+        for module in value
+        if not MODULE.fullmatch(module)
+    ]
+    return tuple(value), faults
+
+
+def check_secrets(table: Mapping[str, Any]) -> list[Problem]:
+    """Faults of `[secrets]`; no message holds a value."""
+    faults = []
+    for name, value in table.items():
+        where = f"secrets.{name}"
+        if name not in SECRET_OPTIONS:
+            what = f"unknown key{suggest(name, SECRET_OPTIONS)}; there are {', '.join(SECRET_OPTIONS)}"
+            faults.append(Problem(where, what))
+        elif not isinstance(value, SECRET_OPTIONS[name]):
+            faults.append(Problem(where, "must be true or false" if SECRET_OPTIONS[name] is bool else "must be text"))
+    return faults
 
 
 def resolve_paths(table: dict[str, Any], folder: Path) -> tuple[SitePaths, list[Problem]]:
@@ -157,7 +192,10 @@ def resolve_paths(table: dict[str, Any], folder: Path) -> tuple[SitePaths, list[
         elif not isinstance(value, str) or not value:
             problems.append(Problem(f"paths.{name}", "must be a path in quotes"))
         else:
-            values[name] = folder / Path(value).expanduser()
+            try:
+                values[name] = folder / expand_user(value)
+            except UsageError as fault:
+                problems.append(Problem(f"paths.{name}", fault.message))
     paths = SitePaths(
         db=values["db"],
         tars=values["tars"],

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.options import suggest
-from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.files import home_folder, shipped_folder
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.files import expand_user, home_folder, shipped_folder
+from kohaku_wrap.toml_files import load_toml
 
 KINDS = ("presets", "merges")
 """The folders of what is no template beside the shipped templates."""
@@ -18,10 +18,6 @@ KINDS = ("presets", "merges")
 
 class UnknownTemplate(UsageError):
     """No template or preset of that name or path."""
-
-
-class UnreadableToml(KwrapError):
-    """A file that is not TOML."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,7 @@ def user_templates() -> Path:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The file's tables. Raises UnreadableToml with line and column."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UnreadableToml(f"{path}: {error}", "Mend the file at that place; strings need quotes in TOML.") from None
-    except UnicodeDecodeError as error:
-        raise UnreadableToml(f"{path}: not UTF-8 text at byte {error.start}", "Save the file as UTF-8.") from None
+    return load_toml(path)
 
 
 def list_names(folders: Iterable[Path]) -> list[str]:
@@ -68,7 +59,7 @@ def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | 
     """
     text = str(name)
     if text.endswith(".toml") or "/" in text or "\\" in text:
-        path = Path(text).expanduser()
+        path = expand_user(text)
         for candidate in [beside / path, path] if beside else [path]:
             if candidate.is_file():
                 return candidate

@@ -6,7 +6,6 @@ import datetime
 import difflib
 import hashlib
 import itertools
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from kohaku_wrap.dataset.toml_values import TableReader
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.metadata.filters import FLAGS, RATINGS, number_sql, size_sql
+from kohaku_wrap.toml_files import parse_toml
 
 RANGES = {
     "score": number_sql("score"),
@@ -120,9 +120,9 @@ def load_dataset(name: str) -> DatasetRecipe:
         raise UnknownDataset(f"{path}: no such file", f"Shipped datasets: {', '.join(dataset_names())}.")
     data = path.read_bytes()
     try:
-        document = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UnknownDataset(f"{path}: not a TOML file: {error}", "Mend the line that is named.") from error
+        document = parse_toml(data.decode("utf-8"))
+    except ValueError as error:
+        raise UnknownDataset(f"{path}: not a TOML file: {error}", "Fix the line that is named.") from error
     return read_dataset(document, name, path, hashlib.sha256(data).hexdigest())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,7 @@ from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import LIKE, VAE
+from kohaku_wrap.toml_files import parse_toml
 
 RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
 NESTED_VALUE_LIMIT = 16_384
@@ -71,8 +71,8 @@ def read_recipe(path: Path) -> Recipe:
     Raises ProblemsFound with all faults of the file, or UsageError where it is not TOML.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        document = parse_toml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UsageError(f"{path}: not a TOML file: {error}", "Correct the line that it names.") from None
     problems = [
         Problem(key, f"unknown; a recipe has {', '.join(RECIPE_KEYS)}") for key in document if key not in RECIPE_KEYS

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kohaku_wrap.config.base_model import BadBaseModel, check_base_model
+from kohaku_wrap.config.base_model import BadBaseModel, UnpickledByName, check_base_model
 from kohaku_wrap.demo.base_model import load_description
+from kohaku_wrap.formats.safetensors import PickledFile
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, VAE_PREFIX, list_tensor_names
 
 NAMES = [name for part in list_tensor_names(SDXL_SIZES).values() for name in part]
@@ -33,10 +35,14 @@ def test_the_names_are_those_that_diffusers_converts() -> None:
     assert set(names) == described["tensors"].keys() - optional
 
 
-def test_a_whole_model_passes_and_a_pickle_is_left_to_the_trainer(tmp_path: Path) -> None:
+def test_a_whole_model_passes_and_what_would_be_unpickled_does_not(tmp_path: Path) -> None:
     check_base_model(write_header(tmp_path / "whole.safetensors", NAMES, b"12345678"))
-    (tmp_path / "other.ckpt").write_bytes(b"PK")
-    check_base_model(tmp_path / "other.ckpt")
+    with pytest.raises(UnpickledByName, match="name that ends in"):
+        check_base_model(write_header(tmp_path / "whole.ckpt", NAMES, b"12345678"))
+    for name in ("pickled.ckpt", "pickled.safetensors"):
+        (tmp_path / name).write_bytes(pickle.dumps({"state_dict": {}}, protocol=2) + bytes(64))
+        with pytest.raises(PickledFile, match="never unpickles"):
+            check_base_model(tmp_path / name)
 
 
 def test_a_vae_is_needed_where_no_other_takes_its_place(tmp_path: Path) -> None:

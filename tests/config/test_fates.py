@@ -2,6 +2,7 @@
 
 import pytest
 
+from kohaku_wrap.config.code_names import load_signatures
 from kohaku_wrap.config.fates import (
     MOST_UNVERIFIED,
     Fate,
@@ -13,7 +14,6 @@ from kohaku_wrap.config.fates import (
 )
 from kohaku_wrap.config.layers import load_layers
 from kohaku_wrap.config.network import DEPRECATED_ARGS, MODULE_ARGS, NETWORK_ARGS, PRESET_KEYS
-from kohaku_wrap.config.optimizers import load_signatures
 from kohaku_wrap.config.options import load_recorded_table
 from kohaku_wrap.config.schema import DEPRECATED_OPTIONS, OWNED_OPTIONS
 from kohaku_wrap.config.templates import list_templates

@@ -7,12 +7,19 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from kohaku_wrap.config.base_model import BadBaseModel, check_base_model, needs_own_vae
+from kohaku_wrap.config.base_model import (
+    BadBaseModel,
+    UnpickledByName,
+    check_base_model,
+    needs_own_vae,
+    require_weight_files,
+)
 from kohaku_wrap.config.checks import check_plan
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.plan import ImageSizes, StepPlan, plan_steps
 from kohaku_wrap.config.sizes import Sizes, machine_memory_bytes, show_bytes, total_of, weigh_training
 from kohaku_wrap.errors import KwrapError, Problem
+from kohaku_wrap.formats.safetensors import MalformedFile, PickledFile
 from kohaku_wrap.training.machine.module_counts import (
     ModuleCounts,
     NotCounted,
@@ -134,8 +141,9 @@ def check_model(effective: Effective) -> list[Problem]:
         return []
     try:
         check_base_model(site.paths.base_model, needs_own_vae(site))
-    except BadBaseModel as fault:
-        return [Problem("base_model", fault.message, str(site.path))]
+        require_weight_files(effective.options, site.path.parent)
+    except (BadBaseModel, UnpickledByName, PickledFile, MalformedFile) as fault:
+        return [Problem("base_model" if isinstance(fault, BadBaseModel) else "weights", fault.message, str(site.path))]
     return []
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kohaku_wrap.config.base_model import check_base_model, needs_own_vae
+from kohaku_wrap.config.base_model import check_base_model, needs_own_vae, require_weight_files
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import Effective, resolve_template
@@ -77,6 +77,7 @@ def plan_new_run(
     name: str | None = None,
     engine: str | None = None,
     overrides: Sequence[str] = (),
+    trust: Sequence[str] = (),
 ) -> NewRun:
     """Resolve and check everything but what reads images or whole models; takes well under a second.
 
@@ -86,7 +87,7 @@ def plan_new_run(
     site = load_site(site_file)
     engine, engine_origin = settle_engine(site, engine)
     site = dataclasses.replace(site, machine=dataclasses.replace(site.machine, engine=engine))
-    effective = resolve_template(template, site, overrides)
+    effective = resolve_template(template, site, overrides, trust=trust)
     shape = shape_batch(effective)
     name = name or Path(template).stem
     if Path(name).name != name or name.startswith("."):
@@ -104,6 +105,7 @@ def plan_new_run(
         BuiltinOptions.from_config(compose_trainer(effective, folder, name), on_cpu=site.machine.gpus == 0)
     if site.paths.base_model.is_file():
         check_base_model(site.paths.base_model, needs_own_vae(site))
+    require_weight_files(effective.options, folder)
     on_cpu = site.machine.gpus == 0
     machines = Machines(site.machine.machines, 0, site.machine.accelerate)
     kernels = choose_kernels(on_cpu=on_cpu)

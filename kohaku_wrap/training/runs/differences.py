@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from kohaku_wrap.config.plan import CAPTIONS_FILE, NoImages, read_captions_metad
 from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import kept_sha256
+from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.runs.folder import Run
@@ -51,6 +51,8 @@ PLACES = frozenset(
         "run.id",
         "run.options_digest",
         "run.name",
+        "run.secrets_file",
+        "run.trust",
         "run.template_files",
         "run.template_commit",
         "values.output_dir",
@@ -127,9 +129,8 @@ def read_dataset(path: Path) -> dict[str, Any]:
 def read_run_file(path: Path) -> dict[str, Any]:
     """A TOML file of the run; raises DifferentRun when it cannot be read."""
     try:
-        with path.open("rb") as stream:
-            return tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DifferentRun(str(path), [Problem(path.name, str(error))], "Restore the run's own files.") from error
 
 
@@ -255,9 +256,8 @@ def refuse_other_lock(path: Path, new: Mapping[str, Any]) -> None:
 def read_lock(path: Path) -> dict[str, Any]:
     """The tables of a lock file."""
     try:
-        with path.open("rb") as stream:
-            return tomllib.load(stream)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise KwrapError(f"{path}: not a lock ({error})", "Give the run.lock.toml of a run.") from error
 
 

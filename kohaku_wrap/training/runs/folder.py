@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
 from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.data.order import StepCount
 
 LOCK_FILE = "run.lock.toml"
@@ -80,13 +81,12 @@ class Run:
     def lock(self) -> Lock:
         """What was decided when the run was made; raises BadRunFolder when it cannot be read."""
         try:
-            with self.lock_file.open("rb") as stream:
-                tables = tomllib.load(stream)
+            tables = parse_toml(self.lock_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BadRunFolder(
                 f"{self.folder}: {LOCK_FILE} is missing", "Restore it from a backup, or start a new run."
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise BadRunFolder(
                 f"{self.lock_file}: not TOML ({error})", "Restore it from a backup, or start a new run."
             ) from error
@@ -206,6 +206,18 @@ class Lock:
     @property
     def trainer_commit(self) -> str:
         return str(self.tables.get("trainer", {}).get("commit", ""))
+
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """Modules whose code the run may run; a run of 0.1, which asked nobody, goes on with what it was made with."""
+        given = self.tables.get("run", {}).get("trust", [])
+        old = [] if "format" in self.tables else [str(self.values.get(option, "")) for option in CODE_OPTIONS]
+        return (*map(str, given), *filter(None, old))
+
+    @property
+    def secrets_file(self) -> str:
+        """The site file whose `[secrets]` the trainer gets; empty where there are none."""
+        return str(self.tables.get("run", {}).get("secrets_file", ""))
 
 
 def is_run(folder: Path) -> bool:

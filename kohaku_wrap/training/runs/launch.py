@@ -14,7 +14,7 @@ from typing import Any
 from kohaku_wrap.config.kernels import kernel_settings
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
 from kohaku_wrap.errors import MissingExtra, UsageError
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import expand_user, write_text
 from kohaku_wrap.processes import python_command, safe_settings
 from kohaku_wrap.training.runs.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.runs.folder import Lock
@@ -106,9 +106,7 @@ def plan_launch(
         environment |= {"LYCORIS_KERNEL_BACKEND": "torch", "LYCORIS_KERNEL_TUNE": "off", "CUDA_VISIBLE_DEVICES": ""}
     environment |= kernel_settings(kernels or {}, run_folder)
     # The worker's folder is another one: what is relative here would not be found there.
-    environment |= {
-        name: str(Path(os.environ[name]).expanduser().absolute()) for name in FOLDERS if os.environ.get(name)
-    }
+    environment |= {name: str(expand_user(os.environ[name]).absolute()) for name in FOLDERS if os.environ.get(name)}
     return Launch(argv, environment, run_folder)
 
 

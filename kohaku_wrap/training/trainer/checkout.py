@@ -19,7 +19,7 @@ from kohaku_wrap.config.trainer_commits import (
     trainer_folder,
 )
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.files import fsync_folder
+from kohaku_wrap.files import expand_user, fsync_folder
 from kohaku_wrap.training.trainer.corrections import AnchorMatch, match_anchors, require_anchors
 from kohaku_wrap.training.trainer.requirements import InstallFailed, RequirementState, check_requirements
 
@@ -89,7 +89,7 @@ class TrainerReport:
 
 def inspect_checkout(path: Path, chosen_by: str) -> Checkout:
     """What the folder is. Raises TrainerMissing when it is no sd-scripts at all."""
-    path = path.expanduser().resolve()
+    path = expand_user(path).resolve()
     if not (path / SCRIPT).is_file() or not (path / "train_network.py").is_file():
         raise TrainerMissing(f"{path}: no sd-scripts checkout ({SCRIPT} is not there)", install_advice(chosen_by))
     if known := find_known(path):
@@ -214,7 +214,7 @@ def install_checkout(
 
 def clone_commit(source: str, commit: str, folder: Path) -> None:
     """A checkout of what SDXL training needs of one commit; the rest is not fetched where git can leave it out."""
-    local = Path(source.removeprefix("file://")).expanduser()
+    local = expand_user(source.removeprefix("file://"))
     if local.exists():
         run_git(["clone", "--quiet", "--no-checkout", str(local.resolve()), str(folder)], folder.parent)
     else:

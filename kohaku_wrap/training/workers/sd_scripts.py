@@ -6,10 +6,14 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kohaku_wrap.config.base_model import require_weight_files
+from kohaku_wrap.config.code_names import find_unknown
 from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
+from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.records.saving import wait_for_room
 from kohaku_wrap.training.runs.attempts import Attempt, Outcome
@@ -23,6 +27,10 @@ if TYPE_CHECKING:
 
 class NotSupportedHere(KwrapError):
     """An option that this engine cannot resume exactly, or cannot train with."""
+
+
+class UnknownCode(KwrapError):
+    """The trainer's file names code that the run was not trusted with."""
 
 
 class EndedEarly(KwrapError):
@@ -41,6 +49,8 @@ def main() -> int:
     if "trainer_commit" in attempt.allow and commit not in {each.commit for each in list_installed()}:
         commit = ""
     checkout = require_supported(find_checkout(commit))
+    if read_secrets(attempt, rank).get("huggingface_repo_id"):
+        os.environ["HF_HUB_OFFLINE"] = "0"
     enter_checkout(checkout)
     # Only now: the trainer's modules are found, and torch reads what the launch has set.
     from kohaku_wrap.training.workers.sd_scripts_loop import Loop, StopRequested
@@ -105,6 +115,10 @@ def read_arguments(loop: Loop) -> argparse.Namespace:
     train_util.verify_command_line_training_args(args)
     args = train_util.read_config_from_file(args, parser)
     refuse_options(args, attempt)
+    refuse_unknown_code(args, attempt)
+    require_weight_files(vars(args), Path.cwd())
+    for name, value in read_secrets(attempt, loop.rank).items():
+        setattr(args, name, value)
     args.seed = attempt.lock.seed
     args.gradient_accumulation_steps = attempt.accumulation
     args.max_data_loader_n_workers = attempt.workers
@@ -140,6 +154,28 @@ def refuse_options(args: argparse.Namespace, attempt: Attempt) -> None:
             f"not supported by this engine: {', '.join(named)}",
             'Leave these options out; with data = "sd-scripts" all but deepspeed are the trainer\'s own affair.',
         )
+
+
+def refuse_unknown_code(args: argparse.Namespace, attempt: Attempt) -> None:
+    """Raise UnknownCode unless all code that the trainer's file names is known, or trusted in the lock."""
+    unknown = [what for _, what in find_unknown(vars(args), attempt.lock.trust)]
+    if unknown:
+        raise UnknownCode(
+            "; ".join(unknown),
+            "The run's lock trusts no such module: start a new run with --trust, or restore the file.",
+        )
+
+
+def read_secrets(attempt: Attempt, rank: int) -> Mapping[str, Any]:
+    """`[secrets]` of the site that the run was made on. Raises KwrapError on rank 0 where that file is gone."""
+    if not attempt.lock.secrets_file:
+        return {}
+    try:
+        return load_site(attempt.lock.secrets_file).secrets
+    except KwrapError:
+        if rank == 0:
+            raise
+        return {}
 
 
 def require_end(loop: Loop) -> None:

@@ -1,0 +1,84 @@
+"""TOML read from files that a stranger may have written: whatever they hold, tables or one clear error."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError
+
+SIZE_LIMIT_BYTES = 16 << 20
+DEPTH_LIMIT = 32
+"""Tables and lists within each other; kwrap's own files need six."""
+
+LARGEST_INTEGER = (1 << 63) - 1
+"""TOML's own limit."""
+
+LONG_KEY = re.compile(
+    rf"""(?<![\w-])(?:(?:"[^"\n]*+"|'[^'\n]*+'|[\w-]++)[ \t]*+\.[ \t]*+){{{DEPTH_LIMIT}}}(?:"|'|[\w-])"""
+)
+"""A key of more parts than tables may be deep; the parser would take the square of their number."""
+
+
+class UnreadableToml(KwrapError):
+    """A file that is not TOML, or holds what no file of kwrap holds."""
+
+
+class TooMuch(ValueError):
+    """TOML within the grammar and beyond every use."""
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a text. Raises ValueError, whose message says what is wrong and where."""
+    if long := LONG_KEY.search(strip_long_texts(text)):
+        raise TooMuch(f"a key of more than {DEPTH_LIMIT} parts: {long[0][:40]}…")
+    try:
+        document = tomllib.loads(text)
+    except RecursionError:
+        raise TooMuch(f"tables or lists more than {DEPTH_LIMIT} deep") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # Python's own limit of digits, or a date that there is not
+        raise TooMuch("a number of too many digits" if "digits" in str(error) else str(error)) from None
+    refuse_too_much(document)
+    return document
+
+
+def strip_long_texts(text: str) -> str:
+    """The text without what stands in its multi-line strings, which may hold rows of dots."""
+    return re.sub(r'"""(?:[^"\\]|\\.|"(?!""))*+"""|\'\'\'(?:[^\']|\'(?!\'\'))*+\'\'\'', "''", text, flags=re.DOTALL)
+
+
+def refuse_too_much(document: dict[str, Any]) -> None:
+    """Raise TooMuch for numbers that TOML does not have and for tables that are too deep."""
+    waiting: list[tuple[Any, str, int]] = [(document, "", 0)]
+    while waiting:
+        value, where, depth = waiting.pop()
+        if depth > DEPTH_LIMIT:
+            raise TooMuch(f"tables or lists more than {DEPTH_LIMIT} deep, at {where[:40]}…")
+        if isinstance(value, dict):
+            waiting += [(inner, f"{where}.{key}".lstrip("."), depth + 1) for key, inner in value.items()]
+        elif isinstance(value, list):
+            waiting += [(inner, where, depth + 1) for inner in value]
+        elif isinstance(value, int) and not -LARGEST_INTEGER - 1 <= value <= LARGEST_INTEGER:
+            raise TooMuch(f"{where or 'a number'} is beyond the integers of TOML, which have 64 bits")
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The tables of a regular file. Raises UnreadableToml with the place, OSError where it cannot be read."""
+    if path.exists() and not path.is_file():
+        raise UnreadableToml(f"{path}: not a regular file", "Give the path of a .toml file.")
+    with path.open("rb") as stream:
+        data = stream.read(SIZE_LIMIT_BYTES + 1)
+    if len(data) > SIZE_LIMIT_BYTES:
+        raise UnreadableToml(f"{path}: more than {SIZE_LIMIT_BYTES >> 20} MiB", "Give the path of a .toml file.")
+    try:
+        return parse_toml(data.decode("utf-8").replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise UnreadableToml(f"{path}: not UTF-8 text at byte {error.start}", "Save the file as UTF-8.") from None
+    except TooMuch as error:
+        raise UnreadableToml(f"{path}: {error}", "Take it out of the file; no option needs it.") from None
+    except ValueError as error:
+        raise UnreadableToml(f"{path}: {error}", "Fix the file at that place; strings need quotes in TOML.") from None
