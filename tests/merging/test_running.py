@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.errors import KwrapError, ProblemsFound
-from kohaku_wrap.merging import open_files, pieces, running
+from kohaku_wrap.merging import open_files, pieces, worker
 from kohaku_wrap.merging.open_files import BadOutput, new_file
 from kohaku_wrap.merging.parser import FormulaError
 from kohaku_wrap.merging.pieces import cut_pieces
@@ -77,7 +77,7 @@ def test_the_bytes_do_not_depend_on_threads_or_runs(
     tmp_path: Path, four_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", 1000)
-    monkeypatch.setattr(running, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(worker, "CHUNK_ELEMENTS", 1000)
     plan = plan_merge(GAMMA, four_models)
     digests = set()
     for threads in (1, 2, 5):
@@ -235,7 +235,7 @@ def test_verification_finds_a_wrong_kernel(
         output[:] = 0
         return np.empty(0, dtype=int), np.empty(0, dtype=int)
 
-    monkeypatch.setattr(running.Kernel, "run", lose_a_bit)
+    monkeypatch.setattr(worker.Kernel, "run", lose_a_bit)
     output = tmp_path / "o.safetensors"
     with pytest.raises(MismatchFound, match="rational arithmetic gives"):
         run_merge(plan_merge(GAMMA, four_models), output, {}, verify_elements=50)
