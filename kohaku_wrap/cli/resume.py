@@ -100,6 +100,7 @@ def command(
     restart_pause: float,
     timeouts: tuple[str, ...],
     nan_latents_share: float,
+    bad_steps: int | None,
     allow: tuple[str, ...],
     hook: str,
     as_json: bool,
@@ -121,7 +122,7 @@ def command(
         raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
     if machine_rank:
         refuse_choices_of_machine_0()
-    options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, hook)
+    options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, bad_steps, hook)
     folders = runs_folders(site_file)
     run = find_run(name, folders) if name else find_unfinished_run(folders)
 

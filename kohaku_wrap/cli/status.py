@@ -126,6 +126,10 @@ def print_run(status: RunStatus) -> None:
     if status.loss is not None:
         mean = "" if status.mean_loss is None else f", mean of the last steps {status.mean_loss:.4f}"
         rows.append(("loss", f"{status.loss:.4f}{mean}"))
+    if status.skipped_steps or status.non_finite_steps:
+        numbers = f"{status.skipped_steps:,} skipped, {status.non_finite_steps:,} with a loss that is no number"
+        latest = f"; the latest {status.bad_steps_in_a_row:,} in a row" if status.bad_steps_in_a_row else ""
+        rows.append(("bad steps", f"{numbers}{latest}"))
     rows += [(name, f"{rate:.3g}") for name, rate in status.learning_rates.items()]
     for attempt in status.attempts:
         steps = f"steps {attempt.start_optimizer_step:,} to {attempt.optimizer_step:,}"

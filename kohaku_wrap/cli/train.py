@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,9 @@ def supervisor_options(function: Callable[..., Any]) -> Callable[..., Any]:
                      help=f"End an attempt that shows no sign of life for so long. Phases: {', '.join(PHASES)}."),
         click.option("--nan-latents-share", type=click.FloatRange(0, 1), default=0.05, show_default=True,
                      metavar="SHARE", help="End an attempt when more of its last images have NaN latents."),
+        click.option("--bad-steps", type=click.IntRange(0), metavar="N",
+                     help="End an attempt after N optimizer steps in a row that were skipped or had a non-finite "
+                     "loss; 0: never.  [default: 50 in the first 1,000 steps, then 10]"),
         click.option("--allow", multiple=True, metavar="KEY",
                      help="Accept knowingly: bad-images, nan-latents, non-finite-loss; on resume a difference."),
         click.option("--hook", default="", metavar="COMMAND",
@@ -58,7 +62,12 @@ def supervisor_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch_options(
-    restarts: int, restart_pause: float, timeouts: tuple[str, ...], nan_latents_share: float, hook: str
+    restarts: int,
+    restart_pause: float,
+    timeouts: tuple[str, ...],
+    nan_latents_share: float,
+    bad_steps: int | None,
+    hook: str,
 ) -> WatchOptions:
     """The supervisor's options from those of the command line."""
     from kohaku_wrap.training.runs.watch import WatchOptions
@@ -77,6 +86,7 @@ def watch_options(
         first_pause_seconds=restart_pause,
         timeouts_seconds=by_phase,
         nan_latents_share=nan_latents_share,
+        bad_steps=bad_steps,
         hook=hook,
     )
 
@@ -175,6 +185,7 @@ def command(
     restart_pause: float,
     timeouts: tuple[str, ...],
     nan_latents_share: float,
+    bad_steps: int | None,
     allow: tuple[str, ...],
     hook: str,
     as_json: bool,
@@ -194,7 +205,7 @@ def command(
         template = template_of_lock(locked)
     if template is None:
         raise UsageError("no TEMPLATE given", "See `kwrap template ls`.")
-    options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, hook)
+    options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, bad_steps, hook)
     refuse_unknown(allow)
     new = plan_new_run(template, site_file, name, engine, overrides, trust)
     if not as_json:
@@ -271,8 +282,8 @@ def watch_run(
     try:
         return supervise_run(
             run,
-            first=lambda: begin_attempt(first()),
-            following=lambda: begin_attempt(plan_resume(run, allow=allow)),
+            first=lambda: begin_attempt(replace(first(), bad_steps=options.bad_steps)),
+            following=lambda: begin_attempt(replace(plan_resume(run, allow=allow), bad_steps=options.bad_steps)),
             options=options,
             on_event=(lambda event: None) if as_json else printer,
         )

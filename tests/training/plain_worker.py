@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kohaku_wrap.training.data.order import order_digest
+from kohaku_wrap.training.records.bad_steps import BadSteps, TooManyBadSteps
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
@@ -47,8 +48,12 @@ def main() -> int:
     patience = {"pause_seconds": 0.1, "patience_seconds": faults.get("patience_seconds", 20)}
     ledger = LedgerWriter(
         attempt.run.ledger,
-        LedgerHeader(attempt.number, 0, attempt.processes, attempt.accumulation, lock.batch_per_gpu, lock.seed),
-    )
+        LedgerHeader(
+            attempt.number, 0, attempt.processes, attempt.accumulation, lock.batch_per_gpu, lock.seed,
+            lock.run_id, lock.options_digest, is_deterministic=True,
+        ),
+    )  # fmt: skip
+    bad_steps = BadSteps.at_start(attempt)
     metrics = MetricsWriter(attempt)
 
     def fill(folder: Path) -> None:
@@ -62,7 +67,7 @@ def main() -> int:
         ledger.sync()
         if faults.get("hang") == "saving":
             hang()
-        save_run_state(attempt, done, fill, scheduled=scheduled, **patience)
+        save_run_state(attempt, done, fill, scheduled=scheduled, extra=bad_steps.document(), **patience)
 
     while done < lock.total_optimizer_steps:
         epoch, first = order.count.position_of(done, 1).epoch, order.count.position_of(done, 1).global_position
@@ -86,9 +91,27 @@ def main() -> int:
             if done == faults.get("at", 1) and position == first + 1:
                 act_within(faults)
         done += 1
-        loss = float("nan") if faults.get("nan_loss") == done else 1 / done
+        skipped = done in faults.get("skip", ())
+        loss = float("nan") if faults.get("nan_loss") == done or skipped else 1 / done
+        bad_steps.add(loss != loss, skipped)
+        ledger.append_step(
+            optimizer_step=done,
+            epoch=epoch,
+            updates=done - bad_steps.skipped,
+            rates=[1e-4],
+            is_skipped=skipped,
+            is_non_finite=loss != loss,
+        )
+        wait_for_room(attempt, ledger.write_out, done, 0, "step", **patience)
         line = {"optimizer_step": done, "epoch": epoch, "loss": loss, "lr_unet": 1e-4, "seconds": 0.01, "images": 8}
+        line |= {"optimizer_step_skipped": 1, "bad_steps_in_a_row": bad_steps.in_a_row} if skipped else {}
         metrics.append(line | {"nan_latents": faults.get("nan_latents", 0)})
+        if skipped:
+            try:
+                bad_steps.check_step(attempt, done, loss, skipped)
+            except TooManyBadSteps as error:
+                attempt.fail(0, "non-finite-loss", error.message, done, error.next_step, error.is_lasting)
+                return 1
         if faults.get("nan_loss") == done:
             time.sleep(5)
         time.sleep(faults.get("seconds_per_step", 0.005))

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kohaku_wrap.training.records.ledger import (
     FILL,
     HEADER,
+    NON_FINITE,
     RECORD,
+    SKIPPED,
+    STEP_RECORD,
     SUBSTITUTE,
     BadLedger,
     LedgerHeader,
     LedgerWriter,
     ledger_file,
     list_ledger_files,
+    pack_header,
     read_ledger_file,
+    read_whole_ledger_file,
 )
 
-FIRST = LedgerHeader(attempt=1, rank=2, processes=4, accumulation=16, batch_size=4, seed=-5)
+FIRST = LedgerHeader(
+    attempt=1, rank=2, processes=4, accumulation=16, batch_size=4, seed=-5,
+    run_id="c0ffee" * 5 + "aa", options_digest="0123456789abcdef" * 4, is_deterministic=True,
+)  # fmt: skip
 
 
 def write(folder: Path, records: int) -> Path:
@@ -49,14 +60,61 @@ def test_reads_what_was_appended(tmp_path: Path) -> None:
 
 
 def test_the_form_on_disk_is_pinned(tmp_path: Path) -> None:
-    assert (HEADER.size, RECORD.itemsize) == (64, 60)
+    assert (HEADER.size, RECORD.itemsize, STEP_RECORD.itemsize) == (160, 60, 60)
     data = write(tmp_path, 1).read_bytes()
-    assert data[:8] == b"KWRAPLG2" and len(data) == 64 + 60
-    assert data[64:].hex() == (
+    assert data[:8] == b"KWRAPLG3" and len(data) == 160 + 60
+    assert data[40:72] == b"c0ffee" * 5 + b"aa" and data[72:136] == b"0123456789abcdef" * 4
+    assert data[160:].hex() == (
         "01000000" "01000000" "00000000" "0200" "0000" "0200000000000000"
         "ffffffffffffffff" "0000000000000000" "000000000000e03f" "2d431cebe2361a3f"
         "94d3724f"
     )  # fmt: skip
+
+
+def test_steps_stand_after_their_micro_batches_with_the_rates_of_all_groups(tmp_path: Path) -> None:
+    many = [1e-4 * group for group in range(6)]
+    with LedgerWriter(tmp_path, FIRST) as ledger:
+        for step in (1, 2):
+            for position in (0, 4):
+                ledger.append(
+                    optimizer_step=step, epoch=0, position=position, order_digest=0, content_digest=0, loss=1.0,
+                    learning_rate=1e-4,
+                )  # fmt: skip
+            ledger.append_step(
+                optimizer_step=step, epoch=0, updates=1, rates=many, is_skipped=step == 2, is_non_finite=step == 2
+            )
+    file = read_whole_ledger_file(ledger.path)
+    assert file.header == FIRST and len(file.records) == 4
+    assert file.steps["optimizer_step"].tolist() == [1, 1, 2, 2] and file.steps_after.tolist() == [2, 2, 4, 4]
+    assert np.concatenate(file.steps["rates"][:2]).tolist() == [*many, 0.0, 0.0]
+    assert file.steps["groups"].tolist() == [6] * 4 and file.steps["first_group"].tolist() == [0, 4, 0, 4]
+    assert [flags & (SKIPPED | NON_FINITE) for flags in file.steps["flags"]] == [0, 0, *[SKIPPED | NON_FINITE] * 2]
+    assert read_ledger_file(ledger.path)[1]["position"].tolist() == [0, 4, 0, 4]
+
+
+def test_a_file_of_kwrap_0_1_is_still_read(tmp_path: Path) -> None:
+    """Written by kwrap 0.1: header and one record, byte for byte."""
+    path = tmp_path / "attempt-0001-rank-002.bin"
+    header = bytes.fromhex("4b57524150 4c4732 3c000000 01000000 02000000 04000000 10000000 04000000 fbffffffffffffff")
+    header += bytes(20)
+    header += zlib.crc32(header).to_bytes(4, "little")
+    record = bytes.fromhex(
+        "01000000" "01000000" "00000000" "0200" "0000" "0200000000000000"
+        "ffffffffffffffff" "0000000000000000" "000000000000e03f" "2d431cebe2361a3f"
+        "94d3724f"
+    )  # fmt: skip
+    path.write_bytes(header + record)
+    file = read_whole_ledger_file(path)
+    assert file.header == dataclasses.replace(FIRST, run_id="", options_digest="", is_deterministic=False, version=2)
+    assert file.records["position"].tolist() == [2] and not len(file.steps)
+    assert pack_header(file.header) == header
+
+
+def test_a_header_cut_by_a_crash_holds_no_record(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    for size_bytes in (0, 7, 63, 64, 159):
+        path.write_bytes(pack_header(FIRST)[:size_bytes])
+        assert list_ledger_files(tmp_path) == []
 
 
 @pytest.mark.parametrize("cut", [1, 59, 60, 61])

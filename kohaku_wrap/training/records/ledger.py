@@ -1,4 +1,4 @@
-"""What was trained: one fixed-size record a micro-batch and rank, appended as it happens."""
+"""What was trained: a record of fixed size for each micro-batch and each optimizer step of a rank, as it happens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import os
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -15,9 +16,18 @@ import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
 
-MAGIC = b"KWRAPLG2"
-HEADER = struct.Struct("<8sIIIIIIq20xI")
-"""Magic, record size, attempt, rank, processes, accumulation, batch size, seed, and the CRC-32 of these; 64 bytes."""
+MAGIC = b"KWRAPLG3"
+HEADER = struct.Struct("<8sIIIIIIq32s64sI16xI")
+"""Magic, record size, attempt, rank, processes, accumulation, batch size, seed, the run's id, the digest of its
+options, header flags, and the CRC-32 of these; 160 bytes.
+"""
+
+MAGIC_2 = b"KWRAPLG2"
+HEADER_2 = struct.Struct("<8sIIIIIIq20xI")
+"""The header of kwrap 0.1, which has no id, no digest, no flags; 64 bytes. No record of a step follows it."""
+
+DETERMINISTIC = 1
+"""Header flag: the worker asked for the same bits each time, on a device that gives them."""
 
 RECORD = np.dtype(
     [
@@ -39,6 +49,27 @@ RECORD = np.dtype(
 `checksum`: the CRC-32 of the bytes before it.
 """
 
+STEP_RATES = 4
+STEP_RECORD = np.dtype(
+    [
+        ("attempt", "<u4"),
+        ("optimizer_step", "<u4"),
+        ("epoch", "<u4"),
+        ("rank", "<u2"),
+        ("flags", "<u2"),
+        ("updates", "<u4"),
+        ("groups", "<u2"),
+        ("first_group", "<u2"),
+        ("rates", "<f8", (STEP_RATES,)),
+        ("checksum", "<u4"),
+    ]
+)
+"""Written after the optimizer step, in as many records as its groups need, STEP_RATES of them in each; same size.
+
+`updates`: steps so far, this one included, that changed the weights; `groups`: of the optimizer; `first_group`: of
+this record's rates, counted from 0. The rates are those that the step was made with.
+"""
+
 CHECKED_BYTES = RECORD.itemsize - 4
 
 FILL = 1
@@ -47,10 +78,22 @@ FILL = 1
 SUBSTITUTE = 2
 """An unreadable image of the batch was replaced (`--allow bad-images`)."""
 
+STEP = 4
+"""The record is a STEP_RECORD."""
+
+SKIPPED = 8
+"""The GradScaler skipped the optimizer step: the weights stayed as they were."""
+
+NON_FINITE = 16
+"""The mean loss of the optimizer step is not a number, or is infinite."""
+
 FILE_NAME = re.compile(r"attempt-(\d+)-rank-(\d+)\.bin")
 
 Records = npt.NDArray[np.void]
 """A structured array of RECORD."""
+
+StepRecords = npt.NDArray[np.void]
+"""A structured array of STEP_RECORD."""
 
 
 class BadLedger(KwrapError):
@@ -59,7 +102,7 @@ class BadLedger(KwrapError):
 
 @dataclass(frozen=True)
 class LedgerHeader:
-    """The first 64 bytes of a ledger file."""
+    """The beginning of a ledger file."""
 
     attempt: int
     """Counted from 1."""
@@ -79,14 +122,69 @@ class LedgerHeader:
     seed: int
     """Of the run."""
 
+    run_id: str = ""
+    """Of the run, random; empty for a run of kwrap 0.1."""
+
+    options_digest: str = ""
+    """Of the options that decide the weights, by the run's lock; empty for a run of kwrap 0.1."""
+
+    is_deterministic: bool = False
+    """Whether the same attempt on the same machine would give the same bits; False where that is not known."""
+
+    version: int = 3
+    """Of the file's form; 2 was written by kwrap 0.1."""
+
+
+@dataclass(frozen=True)
+class LedgerFile:
+    """One file of the ledger."""
+
+    header: LedgerHeader
+    """Its beginning."""
+
+    records: Records
+    """Of micro-batches, in the order of the file."""
+
+    steps: StepRecords
+    """Of optimizer steps, in the order of the file; none in a file of kwrap 0.1."""
+
+    steps_after: npt.NDArray[np.int64]
+    """(steps,) how many records of micro-batches stand before each of `steps`."""
+
 
 def pack_header(header: LedgerHeader) -> bytes:
-    """The first bytes of a ledger file."""
+    """The first bytes of a ledger file, in the form that `header.version` says."""
     fields = (
         header.attempt, header.rank, header.processes, header.accumulation, header.batch_size, header.seed,
     )  # fmt: skip
-    unchecked = HEADER.pack(MAGIC, RECORD.itemsize, *fields, 0)
-    return HEADER.pack(MAGIC, RECORD.itemsize, *fields, zlib.crc32(unchecked[:-4]))
+    if header.version == 2:
+        return seal_header(HEADER_2, MAGIC_2, RECORD.itemsize, *fields)
+    texts = (header.run_id.encode("ascii"), header.options_digest.encode("ascii"))
+    return seal_header(HEADER, MAGIC, RECORD.itemsize, *fields, *texts, DETERMINISTIC * header.is_deterministic)
+
+
+def seal_header(form: struct.Struct, *fields: bytes | int) -> bytes:
+    """The fields and the CRC-32 of their bytes."""
+    return form.pack(*fields, zlib.crc32(form.pack(*fields, 0)[:-4]))
+
+
+def unpack_header(path: Path, data: bytes) -> tuple[LedgerHeader, int]:
+    """The header of either form, and its length; raises BadLedger."""
+    form, version = (HEADER_2, 2) if data.startswith(MAGIC_2) else (HEADER, 3)
+    if version == 3 and len(data) >= len(MAGIC) and not data.startswith(MAGIC):
+        raise BadLedger(f"{path}: not a ledger of this kwrap", "Move files that are not kwrap's out of ledger/.")
+    if len(data) < form.size:
+        raise BadLedger(f"{path}: the header is cut", "The crash came before the first record; remove this file.")
+    _, record_size, *fields, checksum = form.unpack_from(data)
+    if zlib.crc32(data[: form.size - 4]) != checksum or record_size != RECORD.itemsize:
+        raise BadLedger(f"{path}: the header differs from its checksum", "The file was damaged: restore it.")
+    attempt, rank, processes, accumulation, batch_size, seed, *rest = fields
+    header = LedgerHeader(attempt, rank, processes, accumulation, batch_size, seed, version=version)
+    if rest:
+        run_id, options_digest = (each.rstrip(b"\0").decode("ascii", "replace") for each in rest[:2])
+        is_deterministic = bool(rest[2] & DETERMINISTIC)
+        header = replace(header, run_id=run_id, options_digest=options_digest, is_deterministic=is_deterministic)
+    return header, form.size
 
 
 def compute_checksums(records: Records) -> npt.NDArray[np.uint32]:
@@ -111,7 +209,9 @@ class LedgerWriter:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(self.path, flags, 0o644)
         self._record = np.zeros(1, dtype=RECORD)
-        self._record["attempt"], self._record["rank"] = header.attempt, header.rank
+        self._step = np.zeros(1, dtype=STEP_RECORD)
+        for record in (self._record, self._step):
+            record["attempt"], record["rank"] = header.attempt, header.rank
         self._unwritten = pack_header(header)
 
     def append(
@@ -136,6 +236,29 @@ class LedgerWriter:
         record["checksum"] = compute_checksums(record)
         self._unwritten += record.tobytes()
 
+    def append_step(
+        self,
+        *,
+        optimizer_step: int,
+        epoch: int,
+        updates: int,
+        rates: Sequence[float],
+        is_skipped: bool = False,
+        is_non_finite: bool = False,
+    ) -> None:
+        """Note one optimizer step after it was made, for `write_out`; `rates`: of each group of the optimizer."""
+        record = self._step
+        record["optimizer_step"], record["epoch"], record["updates"] = optimizer_step, epoch, updates
+        record["flags"] = STEP | SKIPPED * is_skipped | NON_FINITE * is_non_finite
+        record["groups"] = len(rates)
+        for first in range(0, max(len(rates), 1), STEP_RATES):
+            part = rates[first : first + STEP_RATES]
+            record["first_group"] = first
+            record["rates"] = 0.0
+            record["rates"][0, : len(part)] = part
+            record["checksum"] = compute_checksums(record)
+            self._unwritten += record.tobytes()
+
     def write_out(self) -> None:
         """Hand what was noted to the system; may be called again after a full disk, which takes a part of a record."""
         while self._unwritten:
@@ -158,21 +281,23 @@ class LedgerWriter:
 
 
 def read_ledger_file(path: Path) -> tuple[LedgerHeader, Records]:
-    """Header and whole records of one file; what a crash tore off the end is left out."""
+    """Header and whole records of micro-batches of one file; what a crash tore off the end is left out."""
+    file = read_whole_ledger_file(path)
+    return file.header, file.records
+
+
+def read_whole_ledger_file(path: Path) -> LedgerFile:
+    """All that one file holds, of either form; what a crash tore off the end is left out. Raises BadLedger."""
     data = path.read_bytes()
-    if len(data) < HEADER.size:
-        raise BadLedger(f"{path}: the header is cut", "The crash came before the first record; remove this file.")
-    magic, record_size, *fields, checksum = HEADER.unpack_from(data)
-    if magic != MAGIC or record_size != RECORD.itemsize:
-        raise BadLedger(f"{path}: not a ledger of this kwrap", "Move files that are not kwrap's out of ledger/.")
-    if zlib.crc32(data[: HEADER.size - 4]) != checksum:
-        raise BadLedger(f"{path}: the header differs from its checksum", "The file was damaged: restore it.")
-    whole = (len(data) - HEADER.size) // RECORD.itemsize
-    records = np.frombuffer(data, dtype=RECORD, count=whole, offset=HEADER.size)
+    header, start = unpack_header(path, data)
+    whole = (len(data) - start) // RECORD.itemsize
+    records = np.frombuffer(data, dtype=RECORD, count=whole, offset=start)
     # A power cut can leave a grown file whose last blocks were never written: they read as zeros.
     written = np.flatnonzero(records["optimizer_step"])
     records = records[: written[-1] + 1] if len(written) else records[:0]
-    return LedgerHeader(*fields), records
+    is_step = (records["flags"] & STEP) > 0 if header.version > 2 else np.zeros(len(records), dtype=bool)
+    before = np.cumsum(~is_step)
+    return LedgerFile(header, records[~is_step], records[is_step].view(STEP_RECORD), before[is_step])
 
 
 def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:
@@ -181,7 +306,12 @@ def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:
         return []
     found = [(FILE_NAME.fullmatch(path.name), path) for path in ledger.iterdir()]
     return sorted(
-        (int(match.group(1)), int(match.group(2)), path)
-        for match, path in found
-        if match and path.stat().st_size >= HEADER.size
+        (int(match.group(1)), int(match.group(2)), path) for match, path in found if match and holds_header(path)
     )
+
+
+def holds_header(path: Path) -> bool:
+    """Whether the file was not cut before its header ended."""
+    with path.open("rb") as stream:
+        data = stream.read(HEADER.size)
+    return len(data) >= (HEADER if data.startswith(MAGIC) else HEADER_2).size

@@ -69,7 +69,8 @@ class Failure:
     """Of the process, from 0."""
 
     kind: str
-    """`non-finite-loss`, `nan-latents`, `out-of-memory`, `bad-image`, `disk-full`, `bad-state` or `error`."""
+    """`non-finite-loss`, `mostly-skipped`, `nan-latents`, `out-of-memory`, `bad-image`, `disk-full`, `bad-state` or
+    `error`."""
 
     message: str
     """One line for people."""
@@ -82,6 +83,9 @@ class Failure:
 
     unix_seconds: float = 0.0
     """When it was written; the first failure of an attempt is its cause. 0 in attempts of kwrap 0.1."""
+
+    is_lasting: bool = False
+    """Whether the next attempt would only meet it again."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,9 @@ class Attempt:
 
     machines: int = 1
     """Machines that share the processes evenly; each holds the ranks after those of the one before it."""
+
+    bad_steps: int | None = None
+    """Optimizer steps in a row, skipped or without a number as loss, that end it; 0 for never, None for the default."""
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Attempt:
@@ -218,9 +225,17 @@ class Attempt:
         """The last sign of life of each rank, by rank."""
         return [Heartbeat(**document) for document in read_json_files(self.folder, "heartbeat-rank-*.json")]
 
-    def fail(self, rank: int, kind: str, message: str, optimizer_step: int, next_step: str = "") -> None:
+    def fail(
+        self,
+        rank: int,
+        kind: str,
+        message: str,
+        optimizer_step: int,
+        next_step: str = "",
+        is_lasting: bool = False,
+    ) -> None:
         """Leave the reason of a failure for the supervisor; the worker then exits with a code other than 0."""
-        failure = Failure(rank, kind, message, optimizer_step, next_step, time.time())
+        failure = Failure(rank, kind, message, optimizer_step, next_step, time.time(), is_lasting)
         write_text(self.folder / f"failure-rank-{rank:03d}.json", json.dumps(asdict(failure), indent=2) + "\n")
 
     def failures(self) -> list[Failure]:
@@ -255,6 +270,7 @@ def write_attempt(
         "state": None if state is None else str(state),
         "foreign": attempt.foreign,
         "allow": sorted(attempt.allow),
+        "bad_steps": attempt.bad_steps,
         "accepted_differences": dict(differences or {}),
         "started_unix_seconds": time.time(),
         "environment": dict(environment),
@@ -280,6 +296,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
             allow=frozenset(document["allow"]),
             foreign=bool(document.get("foreign", False)),
             machines=int(document.get("machines", 1)),
+            bad_steps=None if document.get("bad_steps") is None else int(document["bad_steps"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadAttempt(

@@ -65,6 +65,9 @@ class Cause:
     next_step: str = ""
     """What to do, where the rank knew."""
 
+    is_lasting: bool = False
+    """Whether the next attempt would only meet it again."""
+
 
 @dataclass(frozen=True)
 class ReportedProcess:
@@ -105,7 +108,8 @@ def failure_causes(attempt: Attempt) -> list[Cause]:
             kind = "out-of-memory"
         message = f"rank {failure.rank}: {failure.message}"
         depth = 2 if lost else 0
-        causes.append(Cause(kind, message, failure.unix_seconds, failure.rank, depth, next_step=failure.next_step))
+        cause = Cause(kind, message, failure.unix_seconds, failure.rank, depth, next_step=failure.next_step)
+        causes.append(replace(cause, is_lasting=failure.is_lasting))
     return causes
 
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ KILLED_BY_SYSTEM = re.compile(r"Signals\.SIGKILL|Signal 9 \(SIGKILL\)|exitcode\s
 FINISHED = "finished"
 STOPPED = "stopped"
 KILLED = "killed"
-LASTING = frozenset({"bad-image", "bad-state", "refused"})
+LASTING = frozenset({"bad-image", "bad-state", "refused", "mostly-skipped"})
 """Failures that the next attempt would only repeat."""
 
 
@@ -46,8 +46,8 @@ class AttemptEnd:
     """The last word about an attempt, kept as `attempts/N/end.json`."""
 
     kind: str
-    """`finished`, `stopped`, `killed` (by a second signal), `crash`, `hang`, `non-finite-loss`, `nan-latents`,
-    `out-of-memory`, `exited-early`, `bad-image`, `disk-full`, `bad-state` or `refused`."""
+    """`finished`, `stopped`, `killed` (by a second signal), `crash`, `hang`, `non-finite-loss`, `mostly-skipped`,
+    `nan-latents`, `out-of-memory`, `exited-early`, `bad-image`, `disk-full`, `bad-state` or `refused`."""
 
     message: str
     """One line for people."""
@@ -67,13 +67,16 @@ class AttemptEnd:
     rank: int | None = None
     """Of the process that failed first, where that is known."""
 
+    is_lasting: bool = False
+    """Whether the next attempt would only meet the same fault, whatever the kind."""
+
     @property
     def is_failure(self) -> bool:
         return self.kind not in (FINISHED, STOPPED, KILLED)
 
     @property
     def may_restart(self) -> bool:
-        return self.is_failure and self.kind not in LASTING
+        return self.is_failure and self.kind not in LASTING and not self.is_lasting
 
 
 def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
@@ -94,7 +97,7 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
         return end(STOPPED, f"stopped after optimizer step {result['optimizer_step']:,}, its state is saved")
     cause = find_first_cause(attempt, done)
     if cause is not None and cause.is_explained:
-        return end(cause.kind, cause.message, cause.rank)
+        return replace(end(cause.kind, cause.message, cause.rank), is_lasting=cause.is_lasting)
     if exit_code == 0:
         return end(
             "exited-early",

@@ -97,6 +97,9 @@ class ResumePlan:
     accepted: tuple[Problem, ...] = ()
     """The differences that are there and accepted."""
 
+    bad_steps: int | None = None
+    """As in Attempt."""
+
     def rank_positions(self) -> list[int]:
         """The next global position of each rank."""
         return [self.position.global_position + rank for rank in range(self.processes)]
@@ -204,6 +207,7 @@ def describe_attempt(plan: ResumePlan) -> Attempt:
         allow=plan.allow,
         foreign=plan.foreign,
         machines=plan.machines,
+        bad_steps=plan.bad_steps,
     )
 
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states
@@ -98,6 +99,15 @@ class RunStatus:
     learning_rates: dict[str, float]
     """Of the last optimizer step, by `lr_…`."""
 
+    skipped_steps: int
+    """Optimizer steps on the current line that the GradScaler skipped."""
+
+    non_finite_steps: int
+    """Optimizer steps on the current line whose loss was no number."""
+
+    bad_steps_in_a_row: int
+    """The latest optimizer steps, without a gap, that were skipped or had such a loss."""
+
     seconds_per_step: float | None
     """Mean of the last RATE_WINDOW_STEPS optimizer steps."""
 
@@ -133,6 +143,7 @@ def read_status(run: Run) -> RunStatus:
     told = tuple(describe_attempt(attempt, ends[attempt.number]) for attempt in attempts)
     lines = read_metrics(run)
     recent = lines[-RATE_WINDOW_STEPS:]
+    bad_steps = BadSteps.of_lines(lines)
     running = bool(told) and told[-1].end == "running"
     done = int(lines[-1]["optimizer_step"]) if lines else 0
     done = max([done, *(attempt.start_optimizer_step for attempt in attempts[-1:])])
@@ -152,6 +163,9 @@ def read_status(run: Run) -> RunStatus:
         learning_rates={name: number_of(value) for name, value in lines[-1].items() if name.startswith("lr_")}
         if lines
         else {},
+        skipped_steps=bad_steps.skipped,
+        non_finite_steps=bad_steps.non_finite,
+        bad_steps_in_a_row=bad_steps.in_a_row,
         seconds_per_step=seconds,
         eta_seconds=(total - done) * seconds if running and seconds is not None else None,
         phase=describe_phase(beats),

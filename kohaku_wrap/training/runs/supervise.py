@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError, command_line
-from kohaku_wrap.training.records.states import DiskFull, is_disk_full
+from kohaku_wrap.training.records.bad_steps import KEY_IN_STATE
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.states import DiskFull, is_disk_full, list_states
 from kohaku_wrap.training.runs.attempts import Attempt, hold_lock
 from kohaku_wrap.training.runs.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
 from kohaku_wrap.training.runs.folder import Run
@@ -181,6 +184,17 @@ def tell_end(attempt: Attempt, end: AttemptEnd, hook: Hook, on_event: OnEvent) -
         tell_trouble(hook.call("stop", end.message, step), on_event)
 
 
+def go_back(attempt: Attempt) -> str:
+    """How to go on from before the steps that were skipped or had no number as loss."""
+    for step, state in reversed(list_states(attempt.run.states)):
+        with suppress(DamagedState):
+            counts = read_manifest(state).extra.get(KEY_IN_STATE, {})
+            if not counts.get("in_a_row"):
+                resume = command_line("resume", attempt.run.folder, "--step", step)
+                return f"the newest state from before they went wrong: {resume}"
+    return "no state is from before they went wrong: start a new run, with lower rates or bf16"
+
+
 def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
     """What to do after a failure of this kind."""
     resume = command_line("resume", attempt.run.folder)
@@ -189,8 +203,9 @@ def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
         f"Or train a substitute in its place: {resume} --allow bad-images",
         "out-of-memory": f"Lower [machine] batch_per_gpu for a new run, or free memory; then: {resume}",
         "disk-full": f"Free some space, then: {resume}",
+        "mostly-skipped": "Start a new run with lower rates, or with bf16 in place of fp16. The last network is there.",
         "non-finite-loss": f"Look at the last losses with `{command_line('status', attempt.run.folder)}`; "
-        f"go back further with: {resume} --step N",
+        + go_back(attempt),
         "nan-latents": f"Mend the VAE's precision for a new run, or accept it: {resume} --allow nan-latents",
         "bad-state": f"Choose another state: {resume} --step N",
         "hang": f"The stacks of the hang are in the logs under {attempt.folder}. Go on with: {resume}",

@@ -62,6 +62,9 @@ class WatchOptions:
     nan_latents_share: float = 0.05
     """Share of images with NaN latents, over the last NAN_WINDOW_STEPS optimizer steps, that ends an attempt."""
 
+    bad_steps: int | None = None
+    """Optimizer steps in a row, skipped or without a number as loss, that end an attempt; 0 for never."""
+
     poll_seconds: float = 0.2
     """Between two looks."""
 
@@ -226,6 +229,8 @@ class AttemptWatch:
         rate = sum(self.seconds) / len(self.seconds)
         eta_seconds = (self.total - self.done) * rate
         text = f"loss {loss:.4f}  lr {number_of(line.get('lr_unet')):.3g}  {rate:.2f} s/step"
+        if in_a_row := int(line.get("bad_steps_in_a_row", 0)):
+            text += f"  (skipped or no number: {in_a_row} in a row)"
         self.tell("progress", text, eta_seconds)
         return None
 

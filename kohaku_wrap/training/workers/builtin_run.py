@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import tomllib
@@ -22,7 +23,7 @@ from kohaku_wrap.training.data.run_dataset import open_run_dataset
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.tokens import CaptionTokenizer
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
-from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.loss_average import LossAverage
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
@@ -40,7 +41,7 @@ from kohaku_wrap.training.workers.builtin_network import (
     save_network,
 )
 from kohaku_wrap.training.workers.builtin_state import Trained
-from kohaku_wrap.training.workers.step_sums import StepSums
+from kohaku_wrap.training.workers.step_sums import StepSums, begin_ledger
 
 
 class WrongProcesses(KwrapError):
@@ -62,7 +63,7 @@ class BuiltinRun:
         self.optimizer_steps_done = attempt.start_optimizer_step
         self.micro_batches_done = 0
         self.total_optimizer_steps = attempt.lock.total_optimizer_steps
-        self.rates: dict[str, float] = {}
+        self.rates: list[float] = []
 
     def prepare(self) -> None:
         """Load the model, make the network, and take up the attempt's state."""
@@ -102,15 +103,8 @@ class BuiltinRun:
         self.rate_groups = describe_groups(self.network, optimizer)
         self.take_up_state()
         self.metadata = self.describe_run() if self.rank == 0 else {}
-        header = LedgerHeader(
-            self.attempt.number,
-            self.rank,
-            self.attempt.processes,
-            self.attempt.accumulation,
-            self.attempt.lock.batch_per_gpu,
-            options.seed,
-        )
-        self.ledger = LedgerWriter(self.attempt.run.ledger, header)
+        self.bad_steps = BadSteps.at_start(self.attempt)
+        self.ledger = begin_ledger(self.attempt, self.rank)
         self.metrics = MetricsWriter(self.attempt) if self.rank == 0 else None
 
     def make_deterministic(self) -> None:
@@ -177,6 +171,7 @@ class BuiltinRun:
             epoch += 1
             self.save_epoch(epoch)
         self.save_end()
+        self.bad_steps.check_end(self.total_optimizer_steps)
         return "finished"
 
     def train_micro_batch(self, example: Example, sums: StepSums, ends_step: bool) -> None:
@@ -218,7 +213,7 @@ class BuiltinRun:
         sums.images += len(facts["image_ids"])
         sums.nan_latents += result.nan_latents
         sums.substitutes += len(facts["substituted"])
-        self.rates = {name: rates[group] for name, group in self.rate_groups.items()}
+        self.rates = [float(rate) for rate in rates]
 
     def average_gradients(self) -> None:
         """Replace each gradient by its mean over the ranks, as sd-scripts' `all_reduce_network` does."""
@@ -235,13 +230,8 @@ class BuiltinRun:
         """Count the optimizer step, record it, save what is due; whether a stop was asked for."""
         done = self.optimizer_steps_done + 1
         stop = sums.sum_over_ranks(self.attempt, self.rank, self.accelerator.device)
-        sums.check_loss(self.attempt, done)
         self.optimizer_steps_done = done
-        steps_per_epoch = self.order.count.optimizer_steps_per_epoch
-        average = self.trained.losses.add((done - 1) % steps_per_epoch, sums.loss / self.attempt.group)
-        if self.metrics is not None:
-            skipped = self.dataset.images_loaded_too_early
-            self.metrics.append(sums.metrics_line(self.attempt, done, epoch, average, self.rates, skipped))
+        self.record_step(epoch, sums)
         due = bool(self.options.save_every_n_steps) and done % (self.options.save_every_n_steps or 1) == 0
         if due:
             self.save_checkpoint(f"{self.options.output_name}-step{done:08d}", done)
@@ -254,6 +244,35 @@ class BuiltinRun:
         if stopping:
             self.save_state(scheduled=False)
         return stopping
+
+    def record_step(self, epoch: int, sums: StepSums) -> None:
+        """Append the step to ledger and metrics and count what was wrong with it. Raises NonFiniteLoss."""
+        done, loss = self.optimizer_steps_done, sums.mean_loss(self.attempt)
+        is_skipped, is_non_finite = bool(self.accelerator.optimizer_step_was_skipped), not math.isfinite(loss)
+        self.bad_steps.add(is_non_finite, is_skipped)
+        self.ledger.append_step(
+            optimizer_step=done,
+            epoch=epoch,
+            updates=done - self.bad_steps.skipped,
+            rates=self.rates,
+            is_skipped=is_skipped,
+            is_non_finite=is_non_finite,
+        )
+        wait_for_room(self.attempt, self.ledger.write_out, done, self.micro_batches_done, "step", self.rank)
+        average = self.trained.losses.add((done - 1) % self.order.count.optimizer_steps_per_epoch, loss)
+        if self.metrics is not None:
+            line = sums.metrics_line(
+                self.attempt,
+                done,
+                epoch,
+                average,
+                {name: self.rates[group] for name, group in self.rate_groups.items()},
+                self.dataset.images_loaded_too_early,
+                optimizer_step_skipped=int(is_skipped),
+                bad_steps_in_a_row=self.bad_steps.in_a_row,
+            )
+            self.metrics.append(line)
+        self.bad_steps.check_step(self.attempt, done, loss, is_skipped)
 
     def save_checkpoint(self, name: str, optimizer_step: int) -> None:
         """Write the network's weights on rank 0; a full disk is waited out."""
@@ -292,7 +311,7 @@ class BuiltinRun:
         self.ledger.sync()
         self.accelerator.wait_for_everyone()
         if self.rank == 0:
-            save_run_state(self.attempt, done, self.trained.write, scheduled=scheduled)
+            save_run_state(self.attempt, done, self.trained.write, scheduled=scheduled, extra=self.bad_steps.document())
         self.accelerator.wait_for_everyone()
 
     def save_epoch(self, epochs_done: int) -> None:

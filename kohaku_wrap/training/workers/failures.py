@@ -16,6 +16,7 @@ from kohaku_wrap.training.runs.attempts import Attempt
 STANDARD_ERROR = 2
 FAILURE_KINDS = {
     "NonFiniteLoss": "non-finite-loss",
+    "MostlySkipped": "mostly-skipped",
     "UnreadableImage": "bad-image",
     "DiskFull": "disk-full",
     "UnfitState": "bad-state",
@@ -42,7 +43,8 @@ def report_failures(attempt: Attempt, rank: int, optimizer_steps_done: Callable[
             os.write(STANDARD_ERROR, told.encode("utf-8", "backslashreplace"))
         # A full disk may not take the reason; the supervisor then looks at the disk itself.
         with suppress(OSError):
-            attempt.fail(rank, failure_kind(error), message, optimizer_steps_done(), next_step)
+            is_lasting = bool(getattr(error, "is_lasting", False))
+            attempt.fail(rank, failure_kind(error), message, optimizer_steps_done(), next_step, is_lasting)
         # The other ranks may wait for this one inside a collective: a tidy exit would wait for them in turn.
         os._exit(1)
 

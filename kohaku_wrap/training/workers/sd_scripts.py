@@ -179,12 +179,13 @@ def read_secrets(attempt: Attempt, rank: int) -> Mapping[str, Any]:
 
 
 def require_end(loop: Loop) -> None:
-    """Raise EndedEarly unless every step is done and the last checkpoint is there."""
+    """Raise EndedEarly unless every step is done, MostlySkipped where most of them did nothing."""
     if loop.optimizer_steps < loop.total_optimizer_steps:
         raise EndedEarly(
             f"the trainer ended after {loop.optimizer_steps:,} of {loop.total_optimizer_steps:,} optimizer steps",
             "Its log says why; `kwrap status` shows where it lies.",
         )
+    loop.bad_steps.check_end(loop.total_optimizer_steps)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.columns import content_digest
 from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
-from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
+from kohaku_wrap.training.records.bad_steps import BadSteps
+from kohaku_wrap.training.records.ledger import LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
 from kohaku_wrap.training.runs.attempts import Attempt
-from kohaku_wrap.training.workers.step_sums import StepSums
+from kohaku_wrap.training.workers.step_sums import StepSums, begin_ledger
 
 LOSSES_FILE = "kwrap_losses.pt"
 """The loss average, within a state."""
@@ -112,10 +113,8 @@ class Loop:
         self.step_ended = False
         self.step_skipped = False
         self.state_after_epoch = False
-        header = LedgerHeader(
-            attempt.number, rank, attempt.processes, attempt.accumulation, lock.batch_per_gpu, lock.seed
-        )
-        self.ledger = LedgerWriter(attempt.run.ledger, header)
+        self.bad_steps = BadSteps.at_start(attempt)
+        self.ledger: LedgerWriter = begin_ledger(attempt, rank)
         self.metrics = MetricsWriter(attempt) if rank == 0 else None
 
     def optimizer_steps_so_far(self) -> int:
@@ -158,11 +157,10 @@ class Loop:
         self.record_micro_batch()
         self.stopping = self.sums.sum_over_ranks(self.attempt, self.rank, self.accelerator.device) or self.stopping
         skipped = bool(self.accelerator.optimizer_step_was_skipped)
-        if not skipped:
-            self.sums.check_loss(self.attempt, optimizer_steps + 1)
         self.optimizer_steps = optimizer_steps + 1
-        self.step_ended = True
         self.step_skipped = skipped
+        self.record_step()
+        self.step_ended = True
         if self.saves_checkpoint_now():
             self.attempt.beat(self.rank, "saving", self.optimizer_steps, self.micro_batches)
         return self.optimizer_steps
@@ -204,7 +202,7 @@ class Loop:
                 "This is a fault of kwrap: please report it with the versions that `kwrap doctor` prints.",
             )
         seed_generators(step_seed(self.seed, facts["epoch"], facts["position"]))
-        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.rates = [rate_of(group) for group in self.optimizer.param_groups]
         self.micro_batch = MicroBatch(facts, self.unet_rate())
 
     def note_latents(self, latents: torch.Tensor) -> None:
@@ -272,6 +270,30 @@ class Loop:
         self.sums.nan_latents += int(done.nan_latents) if done.nan_latents is not None else 0
         self.sums.substitutes += len(facts["substituted"])
 
+    def record_step(self) -> None:
+        """Append the optimizer step to the ledger and count what was wrong with it. Raises NonFiniteLoss."""
+        loss = self.sums.mean_loss(self.attempt)
+        is_non_finite = not math.isfinite(loss)
+        self.bad_steps.add(is_non_finite, self.step_skipped)
+        self.ledger.append_step(
+            optimizer_step=self.optimizer_steps,
+            epoch=self.epoch_of_step(),
+            updates=self.optimizer_steps - self.bad_steps.skipped,
+            rates=self.rates,
+            is_skipped=self.step_skipped,
+            is_non_finite=is_non_finite,
+        )
+        wait_for_room(self.attempt, self.ledger.write_out, self.optimizer_steps, self.micro_batches, "step", self.rank)
+        try:
+            self.bad_steps.check_step(self.attempt, self.optimizer_steps, loss, self.step_skipped)
+        except KwrapError:
+            self.write_metrics()
+            raise
+
+    def epoch_of_step(self) -> int:
+        """The epoch, from 0, that the last optimizer step belongs to."""
+        return (self.optimizer_steps - 1) // self.count.optimizer_steps_per_epoch
+
     def write_metrics(self) -> None:
         """One line of metrics.jsonl, on rank 0, once the trainer has recorded the loss."""
         if self.metrics is None:
@@ -280,11 +302,12 @@ class Loop:
             self.sums.metrics_line(
                 self.attempt,
                 self.optimizer_steps,
-                epoch=(self.optimizer_steps - 1) // self.count.optimizer_steps_per_epoch,
+                epoch=self.epoch_of_step(),
                 loss_average=float(self.loss_recorders[0].moving_average) if self.loss_recorders else math.nan,
                 rates=dict(zip(self.rate_names, self.rates, strict=False)),
                 skipped_images_loaded=int(self.dataset.images_loaded_too_early),
                 optimizer_step_skipped=int(self.step_skipped),
+                bad_steps_in_a_row=self.bad_steps.in_a_row,
             )
         )
 
@@ -323,6 +346,7 @@ class Loop:
                 self.optimizer_steps,
                 self.fill_state,
                 scheduled=scheduled,
+                extra=self.bad_steps.document(),
                 expected_bytes=self.state_bytes,
             )
             print(f"saved {state.name}", flush=True)
@@ -349,3 +373,8 @@ class Loop:
         self.ledger.close()
         if self.metrics is not None:
             self.metrics.close()
+
+
+def rate_of(group: Mapping[str, Any]) -> float:
+    """The rate of an optimizer's group; NaN where the optimizer finds it by itself."""
+    return math.nan if group["lr"] is None else float(group["lr"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
+from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.runs.attempts import Attempt
-
-
-class NonFiniteLoss(KwrapError):
-    """The loss of an optimizer step is not a number."""
 
 
 @dataclass
@@ -49,14 +46,9 @@ class StepSums:
         self.images, self.nan_latents, self.substitutes = (int(count) for count in counts)
         return bool(stops)
 
-    def check_loss(self, attempt: Attempt, optimizer_step: int) -> None:
-        """Raise NonFiniteLoss where the mean loss is not a number and that was not allowed."""
-        loss = self.loss / attempt.group
-        if not math.isfinite(loss) and "non-finite-loss" not in attempt.allow:
-            raise NonFiniteLoss(
-                f"the loss of optimizer step {optimizer_step} is {loss}",
-                "Resume from an earlier state with a lower rate, or with `--allow non-finite-loss`.",
-            )
+    def mean_loss(self, attempt: Attempt) -> float:
+        """Over the step's micro-batches of all ranks, once they are added up."""
+        return self.loss / attempt.group
 
     def metrics_line(
         self,
@@ -74,7 +66,7 @@ class StepSums:
             "optimizer_step": optimizer_step,
             "epoch": epoch,
             "micro_batch": optimizer_step * attempt.accumulation,
-            "loss": self.loss / attempt.group,
+            "loss": self.mean_loss(attempt),
             "loss_average": loss_average,
             **rates,
             "seconds": round(time.monotonic() - self.started, 4),
@@ -82,3 +74,20 @@ class StepSums:
             "skipped_images_loaded": skipped_images_loaded,
             **{name: count for name, count in wrong.items() if count},
         }
+
+
+def begin_ledger(attempt: Attempt, rank: int) -> LedgerWriter:
+    """The rank's file of the ledger, with what the run's lock says in its header."""
+    lock = attempt.lock
+    header = LedgerHeader(
+        attempt.number,
+        rank,
+        attempt.processes,
+        attempt.accumulation,
+        lock.batch_per_gpu,
+        lock.seed,
+        lock.run_id,
+        lock.options_digest,
+        is_deterministic=not torch.cuda.is_available() or os.environ.get(DETERMINISTIC_VARIABLE) == "1",
+    )
+    return LedgerWriter(attempt.run.ledger, header)

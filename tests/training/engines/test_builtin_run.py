@@ -107,8 +107,8 @@ def flip_byte(path: Path, place: int) -> None:
 
 
 def place_in_last_record(field: str) -> int:
-    """Of the field's first byte, counted from the end of a ledger file."""
-    return RECORD.fields[field][1] - RECORD.itemsize
+    """Of the field's first byte, counted from the end of a ledger file, where the record of a step comes last."""
+    return RECORD.fields[field][1] - 2 * RECORD.itemsize
 
 
 @pytest.mark.parametrize(
