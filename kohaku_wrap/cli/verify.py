@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_error, print_json, print_note, print_table, show_path
+from kohaku_wrap.cli.output import count_of, json_option, print_error, print_json, print_note, print_table, show_path
 from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import EXIT_FAILED, command_line
 
@@ -32,9 +32,12 @@ Examples:
 def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool) -> int:
     """Prove from the ledger that all was trained once, in order.
 
-    "All" is every micro-batch, across attempts. Recomputes the order from seed and dataset, tells what a crash
-    repeated, compares captions, crops, time steps and rates wherever attempts overlap, and names the first place of
-    any divergence. Exit code 1 if there is one.
+    "All" is every micro-batch, across attempts. Recomputes the order from seed and dataset, shows what a crash
+    repeated, and compares captions, crops, time steps, losses and rates wherever attempts overlap. Compares the rates
+    of every optimizer step with the schedule of the run's lock, and each attempt's options with the lock's digest;
+    counts skipped steps. What it could not look at is named. Exit code 1 if something differs, with the first place.
+
+    Captions, models or files that were changed after the run are shown, and change neither verdict nor exit code.
     """
     from kohaku_wrap.training.records.verify import verify_run
     from kohaku_wrap.training.runs.folder import find_run
@@ -53,6 +56,7 @@ def describe(report: VerifyReport) -> dict[str, Any]:
 
     document = {name: value for name, value in vars(report).items() if name not in ("run", "faults", "repeats")}
     document["notes"] = list(report.notes)
+    document["checks"] = [asdict(check) for check in report.checks]
     return {
         "run": str(report.run.folder),
         "proved": report.is_proved,
@@ -80,16 +84,20 @@ def print_report(report: VerifyReport) -> None:
         rows.append(("step in progress", f"{report.in_progress:,} micro-batches"))
     if report.substitutes:
         rows.append(("with substitutes", f"{report.substitutes:,} micro-batches"))
-    order = "recomputed from seed and dataset" if report.order_checked else "compared between attempts"
-    rows.append(("order", f"{order}; {report.compared:,} positions seen by more than one attempt"))
+    rows += [
+        (check.name, check.detail if check.is_looked_at else f"not looked at: {check.detail}")
+        for check in report.checks
+    ]
+    if report.attempts > 1:
+        rows.append(("trained twice", f"{report.compared:,} positions, seen by more than one attempt"))
     if report.attempts > 1:
         rows.append(("loaded for skipped positions", f"{report.skipped_images_loaded:,} images"))
-    if report.deep_samples:
-        rows.append(("recomputed", f"{report.deep_samples:,} micro-batches"))
-    verdict = "proved" if report.is_proved else f"{len(report.faults)} kinds of fault"
+    verdict = "proved" if report.is_proved else f"not proved, {count_of(len(report.faults), 'kind')} of fault"
     print_table(f"Ledger of {report.run.name}: {verdict}", rows, "" if report.faults else next_step(report))
     for note in report.notes:
         print_note(f"note: {note}")
+    for change in report.changed_after:
+        print_note(f"note: changed after the run: {change}")
     if report.faults:
         lines = "\n".join(f"  {describe_fault(fault)}" for fault in report.faults)
         print_error(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +19,22 @@ from kohaku_wrap.training.records.ledger import (
     FILL,
     HEADER,
     RECORD,
+    SKIPPED,
+    STEP,
+    STEP_RECORD,
     SUBSTITUTE,
     BadLedger,
     LedgerHeader,
     Records,
+    StepRecords,
     compute_checksums,
     ledger_file,
     pack_header,
     read_ledger_file,
 )
 from kohaku_wrap.training.records.ledger_checks import digest_blocks
-from kohaku_wrap.training.records.verify import NoLedger, VerifyReport, read_order, verify_run
+from kohaku_wrap.training.records.ledger_files import NoLedger
+from kohaku_wrap.training.records.verify import VerifyReport, read_order, verify_run
 from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.supervise import TrainerFailed
@@ -55,19 +62,62 @@ def expected_records(run: Run, attempt: int, rank: int, processes: int, first_st
     return records
 
 
-def write_ledger(run: Run, attempt: int, rank: int, processes: int, records: Records) -> None:
-    accumulation = run.lock.group // processes
-    header = pack_header(LedgerHeader(attempt, rank, processes, accumulation, 2, run.lock.seed))
+def expected_steps(records: Records) -> StepRecords:
+    """The steps that a rank must record with these micro-batches: one group, none skipped."""
+    numbers, first = np.unique(records["optimizer_step"], return_index=True)
+    steps = np.zeros(len(numbers), dtype=STEP_RECORD)
+    for name in ("attempt", "rank", "epoch"):
+        steps[name] = records[name][first]
+    steps["optimizer_step"] = steps["updates"] = numbers
+    steps["flags"], steps["groups"] = STEP, 1
+    steps["rates"][:, 0] = 1e-4
+    return steps
+
+
+def write_ledger(
+    run: Run,
+    attempt: int,
+    rank: int,
+    processes: int,
+    records: Records,
+    change: Change | None = None,
+    **header: Any,
+) -> None:
+    """A rank's file: each step's record, as `change` falsifies it, after the last micro-batch of the step."""
+    named = {"run_id": run.lock.run_id, "options_digest": run.lock.options_digest, "is_deterministic": True, **header}
+    start = LedgerHeader(attempt, rank, processes, run.lock.group // processes, 2, run.lock.seed, **named)
     records["checksum"] = compute_checksums(records)
-    ledger_file(run.ledger, attempt, rank).write_bytes(header + records.tobytes())
+    steps = expected_steps(records) if start.version > 2 else np.zeros(0, dtype=STEP_RECORD)
+    steps = change(steps) if change else steps
+    steps["checksum"] = compute_checksums(steps)
+    after = [int(np.flatnonzero(records["optimizer_step"] == step)[-1]) + 1 for step in steps["optimizer_step"]]
+    whole = np.insert(records, after, steps.view(RECORD)) if len(steps) else records
+    ledger_file(run.ledger, attempt, rank).write_bytes(pack_header(start) + whole.tobytes())
 
 
-def write_life(run: Run, number: int, processes: int, start: int, last_step: int, change: Change | None = None) -> None:
-    """One attempt from after step `start` to `last_step`; `change` falsifies rank 0's records."""
-    write_attempt(Attempt(run, number, processes, run.lock.group // processes, 0, start, None), {})
+def write_life(
+    run: Run,
+    number: int,
+    processes: int,
+    start: int,
+    last_step: int,
+    change: Change | None = None,
+    change_steps: Change | None = None,
+    differences: Mapping[str, str] | None = None,
+    **header: Any,
+) -> None:
+    """One attempt from after step `start` to `last_step`.
+
+    `change` and `change_steps` falsify rank 0's records of micro-batches and steps, `header` all ranks' headers.
+    """
+    shutil.rmtree(run.attempts / str(number), ignore_errors=True)
+    write_attempt(Attempt(run, number, processes, run.lock.group // processes, 0, start, None), {}, differences)
     for rank in range(processes):
         records = expected_records(run, number, rank, processes, start + 1, last_step)
-        write_ledger(run, number, rank, processes, change(records) if change and rank == 0 else records)
+        falsify = change_steps if rank == 0 else None
+        write_ledger(
+            run, number, rank, processes, change(records) if change and rank == 0 else records, falsify, **header
+        )
 
 
 def faults(run: Run) -> dict[str, tuple[int, int, int]]:
@@ -83,6 +133,20 @@ def set_record(index: int, **values: int | float) -> Change:
         return changed
 
     return change
+
+
+def set_losses(loss: float) -> Change:
+    def change(records: Records) -> Records:
+        records["loss"] = loss
+        return records
+
+    return change
+
+
+def check_of(run: Run, name: str) -> tuple[bool, str]:
+    """Whether `verify` looked at something, and what it says of it."""
+    found = {check.name: check for check in verify_run(run).checks}[name]
+    return found.is_looked_at, found.detail
 
 
 def test_a_true_ledger_is_proved(new_run: NewRun) -> None:
@@ -194,7 +258,7 @@ def test_a_ledger_that_ends_before_the_newest_state_is_found(new_run: NewRun) ->
         train(run)
     assert verify_run(run).is_proved and not verify_run(run).is_finished
     path = ledger_file(run.ledger, 1, 0)
-    path.write_bytes(path.read_bytes()[: HEADER.size + RECORD.itemsize * 3 * 4 - 1])
+    path.write_bytes(path.read_bytes()[: HEADER.size + RECORD.itemsize * (3 * 5 - 1) - 1])
     # The newest state is of step 4; of the four records of step 3 one is torn.
     assert faults(run) == {"missing": (5, 3, 11)}
 
@@ -227,10 +291,144 @@ def test_steps_of_plain_sd_scripts_are_noted_and_the_rest_is_proved(new_run: New
 
 
 def test_another_dataset_is_found(new_run: NewRun) -> None:
+    """It is not held against the ledger: captions may change once a run is over."""
     run = new_run()
     train(run)
+    assert check_of(run, "order") == (True, "recomputed from seed and dataset")
     write_captions(run.folder.parent.parent / "images", 44)
-    assert "order" in faults(run)
+    report = verify_run(run, deep_samples=3)
+    assert report.is_proved and not report.order_checked and report.deep_samples == 0
+    assert "the captions were changed after the run" in {check.name: check for check in report.checks}["order"].detail
+    assert "the captions were changed after the run" in {check.name: check for check in report.checks}["deep"].detail
+    assert any(change.startswith("dataset: the captions had the digest") for change in report.changed_after)
+
+
+def test_captions_that_were_written_anew_leave_the_order_provable(new_run: NewRun) -> None:
+    run = new_run()
+    train(run)
+    write_captions(run.folder.parent.parent / "images", 45, last_tag="another")
+    report = verify_run(run, deep_samples=3)
+    assert report.is_proved and report.order_checked and report.deep_samples == 0 and report.changed_after
+    write_life(run, 2, 1, 0, 12, set_record(9, order_digest=1))
+    assert faults(run)["order"] == (1, 3, 9), "attempts are still compared with each other"
+
+
+def test_a_dataset_that_is_gone_is_said(new_run: NewRun) -> None:
+    run = new_run()
+    train(run)
+    shutil.rmtree(run.folder.parent.parent / "images")
+    report = verify_run(run)
+    assert report.is_proved and not report.order_checked and report.changed_after
+
+
+def test_a_run_of_kwrap_0_1_is_proved_as_before(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 8, version=2)
+    write_life(run, 2, 1, 6, 12)
+    report = verify_run(run)
+    assert report.is_proved, report.faults
+    told = {check.name: (check.is_looked_at, check.detail) for check in report.checks}
+    assert told["order"][0] and told["losses"] == (True, "8 compared bit for bit")
+    assert not told["skipped steps"][0] and "for 6 steps" in told["skipped steps"][1]
+    assert not told["rates"][0] and not told["options"][0]
+    run.metrics.write_text('{"optimizer_step": 3, "loss": "nan", "optimizer_step_skipped": 1, "attempt": 1}\n')
+    assert verify_run(run).skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "first"),
+    [
+        (lambda steps: np.delete(steps, 4), "step", (1, 5, 16)),
+        (lambda steps: np.insert(steps, 4, steps[4]), "step", (1, 5, 16)),
+        (set_record(4, groups=5), "step", (1, 5, 16)),
+        (set_record(4, optimizer_step=6), "step", (1, 5, 16)),
+        (set_record(4, attempt=3), "misplaced", (1, 5, 16)),
+        (set_record(4, rank=1), "misplaced", (1, 5, 16)),
+        (set_record(4, epoch=1), "misplaced", (1, 5, 16)),
+        (set_record(4, flags=STEP | SKIPPED), "skip", (1, 5, 16)),
+        (set_record(4, updates=4), "skip", (2, 5, 16)),
+        (set_record(0, updates=0), "skip", (2, 1, 0)),
+    ],
+)
+def test_a_fault_of_a_step_is_found(new_run: NewRun, change: Change, kind: str, first: tuple[int, int, int]) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 12, change_steps=change)
+    assert faults(run)[kind] == first
+
+
+def test_ranks_that_disagree_are_found(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 2, 0, 12, change_steps=set_record(4, flags=STEP | SKIPPED, updates=4))
+    told = {(fault.what[:19], fault.optimizer_step) for fault in verify_run(run).faults}
+    assert told == {("one rank skipped th", 5), ("the updates counted", 6)}
+    write_life(run, 2, 2, 0, 12, change_steps=set_record(6, rates=(2e-4, 0, 0, 0)))
+    assert faults(run)["rate"] == (1, 7, 0)
+
+
+def test_only_a_last_step_may_be_without_its_record(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 7, change_steps=lambda steps: steps[:-1])
+    assert verify_run(run).is_proved
+    write_life(run, 2, 1, 5, 12)
+    assert verify_run(run).is_proved
+    write_life(run, 3, 1, 7, 12)
+    assert verify_run(run).is_proved
+    report = verify_run(run)
+    assert report.is_finished is False
+
+
+def test_skipped_steps_are_counted_and_too_many_are_a_fault(new_run: NewRun) -> None:
+    run = new_run()
+
+    def skip(*numbers: int) -> Change:
+        def change(steps: StepRecords) -> StepRecords:
+            steps["flags"] |= np.where(np.isin(steps["optimizer_step"], numbers), SKIPPED, 0).astype(np.uint16)
+            steps["updates"] = np.cumsum((steps["flags"] & SKIPPED) == 0)
+            return steps
+
+        return change
+
+    write_life(run, 1, 1, 0, 12, change_steps=skip(1, 2, 3, 7, 8, 9))
+    report = verify_run(run)
+    assert report.is_proved and report.skipped_steps == 6
+    assert check_of(run, "skipped steps")[0]
+    write_life(run, 2, 1, 0, 12, change_steps=skip(1, 2, 3, 7, 8, 9, 10))
+    report = verify_run(run)
+    assert not report.is_proved and report.skipped_steps == 7
+    assert faults(run) == {"skipped": (7, 1, 0)}
+
+
+@pytest.mark.parametrize("header", [{"options_digest": "f" * 64}, {"run_id": "a" * 32}])
+def test_an_attempt_with_other_options_than_the_lock_is_found(new_run: NewRun, header: dict[str, str]) -> None:
+    run = new_run(run={"id": "b" * 32, "options_digest": "e" * 64}, format=2)
+    write_life(run, 1, 1, 0, 8)
+    assert verify_run(run).is_proved and check_of(run, "options") == (True, "every attempt has the digest of the lock")
+    write_life(run, 2, 1, 6, 12, **header)
+    assert faults(run) == {"options": (1, 7, 0)}
+
+
+def test_losses_of_two_attempts_agree_bit_for_bit_or_nearly(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 8, set_losses(1.0))
+    write_life(run, 2, 1, 6, 12, set_losses(1.0))
+    assert verify_run(run).is_proved and check_of(run, "losses") == (True, "8 compared bit for bit")
+    write_life(run, 3, 1, 10, 12, set_losses(np.nextafter(1.0, 2.0)))
+    assert faults(run) == {"loss": (8, 11, 16)}
+    write_life(run, 3, 1, 10, 12, set_losses(1.05), is_deterministic=False)
+    assert verify_run(run).is_proved
+    assert check_of(run, "losses")[1] == (
+        "8 compared bit for bit; 8 compared to within 10%, the largest difference 4.76%"
+    )
+    write_life(run, 3, 1, 10, 12, set_losses(1.2), is_deterministic=False)
+    assert faults(run)["loss"] == (8, 11, 16)
+
+
+def test_losses_of_attempts_with_other_options_are_not_compared(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 8, set_losses(1.0))
+    write_life(run, 2, 1, 6, 12, set_losses(2.0), differences={"min_snr_gamma": "was 5, is now 1"})
+    assert verify_run(run).is_proved
+    assert check_of(run, "losses") == (False, "8 not, as the attempts have other options by --allow")
 
 
 def test_substitutes_are_counted(new_run: NewRun) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.training.data.order import NO_IMAGE, BatchOrder, EpochOrder, StepCount, order_digests
-from kohaku_wrap.training.records.ledger import FILL
+from kohaku_wrap.training.records.ledger import FILL, LedgerFile, compute_checksums
 
 POSITIONS_A_BLOCK = 1 << 20
+
+FARTHEST = np.uint64(1 << 62)
+"""A damaged position may be any 64 bits; this one still adds up."""
+
+LOSS_TOLERANCE = 0.1
+"""Between two losses of one batch, relative to the larger, where attempts need not give the same bits: sums are rounded
+in another order, and the optimizer lets that grow until the end of the overlap.
+"""
 
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
@@ -23,7 +31,8 @@ class Fault:
     """One kind of fault, with its first place."""
 
     kind: str
-    """`damaged`, `missing`, `duplicate`, `out-of-order`, `misplaced`, `order`, `content`, `rate`, `mark` or `deep`."""
+    """`damaged`, `missing`, `duplicate`, `out-of-order`, `misplaced`, `order`, `content`, `loss`, `rate`, `mark`,
+    `step`, `skip`, `skipped`, `options` or `deep`."""
 
     count: int
     """Records or positions that have it."""
@@ -45,6 +54,27 @@ class Fault:
 
     what: str
     """In words."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under what an attempt trained; equal and deterministic ones give the same bits."""
+
+    is_deterministic: bool
+    """Whether it would give the same bits a second time."""
+
+    processes: int
+    """W: sums over other numbers of processes are rounded in another order."""
+
+    threads: int | None
+    """OMP_NUM_THREADS, for the same reason; None where it is not known."""
+
+    accepted: frozenset[str]
+    """Differences from the run's lock that the person accepted."""
+
+
+UNKNOWN = Conditions(False, 0, None, frozenset())
+"""Of an attempt whose file is gone."""
 
 
 @dataclass
@@ -78,6 +108,9 @@ class Records:
     content_digest: UInt64Array
     """(records,)"""
 
+    loss: npt.NDArray[np.float64]
+    """(records,) mean over the batch."""
+
     learning_rate: npt.NDArray[np.float64]
     """(records,)"""
 
@@ -95,6 +128,54 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.attempt)
+
+    @classmethod
+    def of_files(cls, files: Sequence[LedgerFile], count: StepCount) -> Records:
+        """The columns of all files that hold a record, in their order."""
+        files = [file for file in files if len(file.records)]
+        table = np.concatenate([file.records for file in files])
+        owners = [(file.header.attempt, file.header.rank, file.header.processes) for file in files]
+        lengths = [len(file.records) for file in files]
+        owner = np.repeat(np.array(owners, dtype=np.int64), lengths, axis=0)
+        epoch = table["epoch"].astype(np.int64)
+        position = np.minimum(table["position"], FARTHEST).astype(np.int64)
+        return cls(
+            attempt=owner[:, 0],
+            rank=owner[:, 1],
+            processes=owner[:, 2],
+            optimizer_step=table["optimizer_step"].astype(np.int64),
+            epoch=epoch,
+            position=position,
+            flags=table["flags"].astype(np.int64),
+            order_digest=table["order_digest"],
+            content_digest=table["content_digest"],
+            loss=table["loss"],
+            learning_rate=table["learning_rate"],
+            global_index=epoch * count.positions_per_epoch + position,
+            damaged=table["checksum"] != compute_checksums(table),
+            strays=(table["attempt"] != owner[:, 0]) | (table["rank"] != owner[:, 1]),
+            file_starts=np.cumsum([0, *lengths[:-1]]).tolist(),
+        )
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """Positions that more than one attempt trained."""
+
+    positions: int
+    """How many."""
+
+    exact: int = 0
+    """Pairs of records whose losses had to agree bit for bit."""
+
+    loose: int = 0
+    """Pairs whose losses had to agree within LOSS_TOLERANCE."""
+
+    left_out: int = 0
+    """Pairs of attempts with other options, accepted by the person, whose losses say nothing."""
+
+    largest: float = 0.0
+    """Difference between two losses of the loose pairs, relative to the larger."""
 
 
 class Checker:
@@ -191,14 +272,17 @@ class Checker:
         troubles = [digest for digest in digests if isinstance(digest, str)]
         self.report("deep", bad, troubles[0] if troubles else "other captions, crops or time steps when recomputed")
 
-    def check_overlaps(self) -> int:
-        """Positions recorded more than once agree in images, content and rate; how many there are."""
+    def check_overlaps(self, conditions: Mapping[int, Conditions]) -> Overlaps:
+        """Positions recorded more than once agree in images, content, rate and loss.
+
+        `conditions`: of each attempt, which say how well losses can agree.
+        """
         records = self.records
         by_place = np.lexsort((records.attempt, records.global_index))
         index = records.global_index[by_place]
         again = np.flatnonzero(index[1:] == index[:-1]) + 1
         if not len(again):
-            return 0
+            return Overlaps(0)
         later, earlier = by_place[again], by_place[again - 1]
         columns: list[tuple[str, npt.NDArray[np.generic], str]] = [
             ("order", records.order_digest, "other images than an earlier attempt had there"),
@@ -213,7 +297,34 @@ class Checker:
             bad = np.zeros(len(records), dtype=bool)
             bad[later] = values[later] != values[earlier]
             self.report(kind, bad, what)
-        return int(np.unique(index[again]).size)
+        return self.check_losses(later, earlier, conditions, int(np.unique(index[again]).size))
+
+    def check_losses(
+        self, later: Int64Array, earlier: Int64Array, conditions: Mapping[int, Conditions], positions: int
+    ) -> Overlaps:
+        """The losses of pairs of records of one position: bit for bit where their attempts allow it."""
+        records = self.records
+        pairs, which = np.unique(
+            np.stack([records.attempt[earlier], records.attempt[later]]), axis=1, return_inverse=True
+        )
+        both = [(conditions.get(one, UNKNOWN), conditions.get(other, UNKNOWN)) for one, other in pairs.T.tolist()]
+        which = which.reshape(-1)
+        comparable = np.array([one.accepted == other.accepted for one, other in both])[which]
+        exact = np.array([one.is_deterministic and one == other for one, other in both])[which] & comparable
+        loose = comparable & ~exact
+        first, second = records.loss[earlier], records.loss[later]
+        same = (first.view(np.int64) == second.view(np.int64)) | (np.isnan(first) & np.isnan(second))
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(first - second) / np.maximum(np.maximum(np.abs(first), np.abs(second)), 1e-30)
+        apart = np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
+        bad = np.zeros(len(records), dtype=bool)
+        bad[later] = exact & ~same
+        self.report("loss", bad, "another loss than an earlier attempt had there, bit for bit")
+        bad[:] = False
+        bad[later] = loose & (apart > LOSS_TOLERANCE)
+        self.report("loss", bad, f"a loss more than {LOSS_TOLERANCE:.0%} from that of an earlier attempt there")
+        largest = float(apart[loose].max(initial=0.0))
+        return Overlaps(positions, int(exact.sum()), int(loose.sum()), int((~comparable).sum()), largest)
 
 
 def digest_blocks(order: EpochOrder, ids: Int64Array, batch_size: int) -> Iterator[UInt64Array]:

@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kohaku_wrap.config.plan import open_captions
+from kohaku_wrap.config.plan import open_captions, read_captions_metadata
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.streams import draws, stream_key
-from kohaku_wrap.training.data.order import BatchOrder, StepCount
+from kohaku_wrap.training.data.order import BatchOrder
 from kohaku_wrap.training.records.ledger import (
     FILL,
     SUBSTITUTE,
-    BadLedger,
-    compute_checksums,
-    list_ledger_files,
-    read_ledger_file,
 )
-from kohaku_wrap.training.records.ledger_checks import BoolArray, Checker, Fault, Int64Array, Records
+from kohaku_wrap.training.records.ledger_checks import (
+    LOSS_TOLERANCE,
+    BoolArray,
+    Checker,
+    Fault,
+    Int64Array,
+    Overlaps,
+    Records,
+)
+from kohaku_wrap.training.records.ledger_files import list_conditions, read_files
+from kohaku_wrap.training.records.line_checks import Check, check_steps
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts
+from kohaku_wrap.training.runs.differences import list_changes
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.resume import is_finished
 
 RECOMPUTE_WORKER = "kohaku_wrap.training.workers.recompute"
 
-FARTHEST = np.uint64(1 << 62)
-"""A damaged position may be any 64 bits; this one still adds up."""
-
 
 class CannotRecompute(KwrapError):
     """The worker that recomputes samples could not do it."""
-
-
-class NoLedger(KwrapError):
-    """The run has trained nothing yet, or its ledger is gone."""
 
 
 @dataclass(frozen=True)
@@ -117,24 +117,34 @@ class VerifyReport:
     deep_samples: int = 0
     """Micro-batches recomputed from images and captions."""
 
+    skipped_steps: int = 0
+    """Optimizer steps on the line that the GradScaler skipped."""
+
+    non_finite_steps: int = 0
+    """Optimizer steps on the line whose mean loss was no number."""
+
+    checks: tuple[Check, ...] = ()
+    """What was looked at and what was not: order, losses, rates, options, skipped steps, deep."""
+
+    changed_after: tuple[str, ...] = ()
+    """Captions, models and files that are no longer what the lock says; the ledger is not held against them."""
+
     @property
     def is_proved(self) -> bool:
         return not self.faults
 
 
 def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
-    """Check the ledger of all attempts against seed, dataset and each other.
+    """Check the ledger of all attempts against seed, dataset, lock and each other.
 
     Raises NoLedger, and BadLedger for a file that is not one.
     """
     count = run.lock.count
-    records = read_records(run, count)
+    files = read_files(run)
+    records = Records.of_files(files, count)
     attempts = list_attempts(run)
     kept_until = last_kept_steps(attempts)
-    limits = np.array(
-        [min(kept_until.get(int(number), np.inf), 2.0**62) for number in range(records.attempt.max() + 1)]
-    )
-    kept = records.optimizer_step <= limits[records.attempt].astype(np.int64)
+    kept = records.optimizer_step <= limits_of(kept_until, records.attempt)
     checker = Checker(count, records)
     checker.check_bits()
     checker.check_places()
@@ -146,19 +156,14 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
     notes = []
     if foreign:
         notes.append(f"trained by plain sd-scripts up to optimizer step {foreign:,} (--foreign): proved from there on")
-    order_checked = run.lock.data == "kwrap"
-    if order_checked:
-        order, ids = read_order(run)
-        checker.check_order(order, ids)
-    else:
-        notes.append('data = "sd-scripts": the images at each position are compared between attempts only')
-    compared = checker.check_overlaps()
+    changed = list_changed(run)
+    order = check_order(run, checker, changed)
+    overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
+    line = check_steps(run, files, kept_until, steps, steps_due, foreign)
     on_line = kept & (records.optimizer_step <= steps)
-    faults = checker.faults
-    if deep_samples:
-        deep_samples = min(deep_samples, int(on_line.sum()))
-        chosen = choose_samples(np.flatnonzero(on_line), deep_samples)
-        checker.check_content(chosen, recompute_content(run, records, chosen))
+    deep, deep_samples = check_deep(run, checker, np.flatnonzero(on_line), deep_samples, changed)
+    if not order.is_looked_at:
+        notes.append(f"order: {order.detail}")
     return VerifyReport(
         run=run,
         attempts=len(set(records.attempt.tolist())),
@@ -170,14 +175,88 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
         fills=int(((records.flags & FILL) > 0)[on_line].sum()),
         substitutes=int(((records.flags & SUBSTITUTE) > 0)[on_line].sum()),
         in_progress=in_progress,
-        order_checked=order_checked,
-        compared=compared,
-        skipped_images_loaded=max((int(line.get("skipped_images_loaded", 0)) for line in read_metrics(run)), default=0),
+        order_checked=order.is_looked_at,
+        compared=overlaps.positions,
+        skipped_images_loaded=max((int(each.get("skipped_images_loaded", 0)) for each in read_metrics(run)), default=0),
         repeats=tuple(list_repeats(records, kept)),
-        faults=tuple(faults),
+        faults=tuple(checker.faults + line.faults),
         notes=tuple(notes),
         deep_samples=deep_samples,
+        skipped_steps=line.bad_steps.skipped,
+        non_finite_steps=line.bad_steps.non_finite,
+        checks=(order, describe_losses(overlaps), *line.checks, *deep),
+        changed_after=tuple(changed),
     )
+
+
+def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Array:
+    """(records,) the last optimizer step of each record's attempt that still counts."""
+    limits = [min(kept_until.get(number, np.inf), 2.0**62) for number in range(int(attempt.max(initial=0)) + 1)]
+    return np.array(limits).astype(np.int64)[attempt]
+
+
+def list_changed(run: Run) -> list[str]:
+    """What of the run's files, models and captions is no longer what its lock says."""
+    try:
+        return [f"{problem.where}: {problem.what}" for problem in list_changes(run)]
+    except KwrapError as error:
+        return [error.message]
+
+
+def check_order(run: Run, checker: Checker, changed: Sequence[str]) -> Check:
+    """Recompute the order from seed and dataset, unless the dataset is another one by now."""
+    if run.lock.data != "kwrap":
+        return Check(
+            "order", False, 'data = "sd-scripts": the images at each position are compared between attempts only'
+        )
+    try:
+        order, ids = read_order(run)
+        now = str(read_captions_metadata(images_of(run)).get("digest", ""))
+    except KwrapError as error:
+        return Check("order", False, f"the dataset cannot be read ({error.message})")
+    before = len(checker.faults)
+    checker.check_order(order, ids)
+    if len(checker.faults) > before and now != run.lock.dataset_digest:
+        # The ledger cannot be held against a dataset that it was not made from.
+        del checker.faults[before:]
+        return Check("order", False, "the captions were changed after the run; compared between attempts only")
+    return Check("order", True, "recomputed from seed and dataset")
+
+
+def describe_losses(overlaps: Overlaps) -> Check:
+    """What the comparison of losses came to."""
+    if not overlaps.positions:
+        return Check("losses", True, "no position was trained twice")
+    parts = []
+    if overlaps.exact:
+        parts.append(f"{overlaps.exact:,} compared bit for bit")
+    if overlaps.loose:
+        parts.append(
+            f"{overlaps.loose:,} compared to within {LOSS_TOLERANCE:.0%}, the largest difference {overlaps.largest:.2%}"
+        )
+    if overlaps.left_out:
+        parts.append(f"{overlaps.left_out:,} not, as the attempts have other options by --allow")
+    return Check("losses", overlaps.left_out == 0, "; ".join(parts))
+
+
+def check_deep(
+    run: Run, checker: Checker, candidates: Int64Array, samples: int, changed: Sequence[str]
+) -> tuple[list[Check], int]:
+    """Recompute the content of some records; what came of it, and how many could be."""
+    if not samples:
+        return [], 0
+    if any(each.startswith(f"{key}:") for each in changed for key in ("dataset", "captions")):
+        why = "not possible: the captions were changed after the run"
+        return [Check("deep", False, why)], 0
+    chosen = choose_samples(candidates, min(samples, len(candidates)))
+    digests = recompute_content(run, checker.records, chosen)
+    troubles = [digest for digest in digests if isinstance(digest, str)]
+    made = np.array([not isinstance(digest, str) for digest in digests], dtype=bool)
+    checker.check_content(chosen[made], [digest for digest in digests if not isinstance(digest, str)])
+    if troubles:
+        why = f"{len(troubles):,} of {len(chosen):,} micro-batches not possible: {troubles[0]}"
+        return [Check("deep", False, why)], int(made.sum())
+    return [Check("deep", True, f"{len(chosen):,} micro-batches recomputed")], len(chosen)
 
 
 def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:
@@ -195,58 +274,11 @@ def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
                 yield step
 
 
-def read_records(run: Run, count: StepCount) -> Records:
-    """The records of all files. Raises NoLedger where there are none, BadLedger for a file under another's name."""
-    parts, starts, owners = [], [], []
-    total = 0
-    for attempt, rank, path in list_ledger_files(run.ledger):
-        header, part = read_ledger_file(path)
-        if (header.attempt, header.rank) != (attempt, rank) or not header.processes:
-            raise BadLedger(
-                f"{path}: the header is of attempt {header.attempt}, rank {header.rank} of {header.processes}",
-                "The file was renamed, swapped or damaged: restore it.",
-            )
-        if len(part):
-            parts.append(part)
-            starts.append(total)
-            owners.append(np.full((len(part), 3), (attempt, rank, header.processes), dtype=np.int64))
-            total += len(part)
-    if not total and (files := sorted(path.name for path in run.ledger.glob("attempt-*"))):
-        raise NoLedger(
-            f"{run.ledger}: no whole record in {', '.join(files)}",
-            f"If the run has trained, they are damaged: restore them. See `{command_line('status', run.folder)}`.",
-        )
-    if not total:
-        raise NoLedger(
-            f"{run.ledger}: no record of any training", f"Train first; see `{command_line('status', run.folder)}`."
-        )
-    table = np.concatenate(parts)
-    owner = np.concatenate(owners)
-    epoch = table["epoch"].astype(np.int64)
-    position = np.minimum(table["position"], FARTHEST).astype(np.int64)
-    return Records(
-        attempt=owner[:, 0],
-        rank=owner[:, 1],
-        processes=owner[:, 2],
-        optimizer_step=table["optimizer_step"].astype(np.int64),
-        epoch=epoch,
-        position=position,
-        flags=table["flags"].astype(np.int64),
-        order_digest=table["order_digest"],
-        content_digest=table["content_digest"],
-        learning_rate=table["learning_rate"],
-        global_index=epoch * count.positions_per_epoch + position,
-        damaged=table["checksum"] != compute_checksums(table),
-        strays=(table["attempt"] != owner[:, 0]) | (table["rank"] != owner[:, 1]),
-        file_starts=starts,
-    )
-
-
 def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
     """The order that the run's seed and dataset make, and the post id of each of its entries."""
     lock = run.lock
     options: Mapping[str, object] = lock.tables.get("dataset", {})
-    table = open_captions(Path(str(options["image_dir"]))).read_all()
+    table = open_captions(images_of(run)).read_all()
     buckets = assign_buckets(
         table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)
     )
@@ -254,6 +286,11 @@ def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
     ids = np.tile(table["id"].to_numpy().astype(np.int64), repeats)
     bucket_of_entry = np.tile(buckets.bucket_of_image, repeats)
     return BatchOrder(bucket_of_entry, lock.batch_per_gpu, lock.seed, lock.group), ids
+
+
+def images_of(run: Run) -> Path:
+    """The folder of the run's images and captions."""
+    return Path(str(run.lock.tables.get("dataset", {})["image_dir"]))
 
 
 def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:

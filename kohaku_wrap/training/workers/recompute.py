@@ -21,10 +21,8 @@ from kohaku_wrap.training.data.columns import (
     ColumnsDataset,
     ItemOptions,
     content_digest,
-    read_dataset_options,
 )
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
-from kohaku_wrap.training.runs.differences import read_run_file, read_trainer
 from kohaku_wrap.training.runs.folder import Run
 
 LATENT_CHANNELS = 4
@@ -62,11 +60,12 @@ def replay_timesteps(latent_shape: tuple[int, ...], values: Mapping[str, Any], o
 def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
     """One digest or reason a sample."""
     lock = run.lock
-    values = read_trainer(run.trainer_config)
+    # What was trained is what the lock says; the files of the run may have been edited since.
+    values = lock.values
     unfollowed = [name for name in LEFT_OUT if values.get(name)]
     if unfollowed:
         raise CannotReplay(f"{', '.join(unfollowed)} draws before the time steps; --deep does not follow that")
-    options = read_dataset_options(read_run_file(run.dataset_config))
+    options: Mapping[str, Any] = lock.tables.get("dataset", {})
     dataset = ColumnsDataset(
         Columns.open(Path(options["image_dir"])),
         ItemOptions.from_dataset_options(options),
