@@ -10,8 +10,10 @@ import signal  # noqa: E402
 
 def leave(_number: int, _frame: object) -> None:
     """End at once; nothing has begun."""
-    os.write(2, b"error: interrupted\nNothing was begun.\n")
-    os._exit(130)
+    try:
+        os.write(2, b"error: interrupted\nNothing was begun.\n")
+    finally:
+        os._exit(130)
 
 
 def main() -> None:
@@ -19,6 +21,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, leave)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
+    from kohaku_wrap.outlets import open_outlets
+
+    open_outlets()
     from kohaku_wrap import cli
 
     cli.main()

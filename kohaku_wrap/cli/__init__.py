@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ import kohaku_wrap
 from kohaku_wrap.cli.output import print_error
 from kohaku_wrap.cli.usage import describe_usage_error
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapError, MissingExtra
+from kohaku_wrap.outlets import OutputLost, loss_of_document
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Look around": ("demo", "template", "inspect"),
@@ -72,15 +72,6 @@ class Verbs(click.Group):
             meant = f"; did you mean `kwrap {near[0]}`?" if near else ""
             raise click.UsageError(f"no such command {args[0]}{meant}", ctx) from None
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb. A reader of our output that went away (`kwrap … | head`) is not a failure of ours."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            # The interpreter flushes stdout once more at exit, so it must point at something that takes it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(len(name) for name in self.list_commands(ctx))
         for section, names in SECTIONS.items():
@@ -107,10 +98,14 @@ def program() -> None:
 def run_program(arguments: Sequence[str] | None = None) -> int:
     """Run one `kwrap` command and return its exit code; every expected failure ends in one message."""
     try:
-        result: Any = program.main(args=arguments, prog_name="kwrap", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as exit_request:
-        return int(exit_request.exit_code)
+        code = call_program(arguments)
+        sys.stdout.flush()
+        return code or judge_output()
+    except OutputLost as lost:
+        # A reader that went away (`kwrap … | head`) has seen what it wanted; a disk that is full is said.
+        if not lost.is_gone:
+            print_error(lost.message, lost.next_step)
+        return lost.exit_code
     except click.exceptions.NoArgsIsHelpError as help_wanted:
         help_wanted.show()
         return EXIT_USAGE
@@ -134,6 +129,24 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def call_program(arguments: Sequence[str] | None) -> int:
+    """The exit code of the command itself."""
+    try:
+        result: Any = program.main(args=arguments, prog_name="kwrap", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as exit_request:
+        return int(exit_request.exit_code)
+
+
+def judge_output() -> int:
+    """The exit code of a command whose work is done: 0, unless a document that was asked for was cut."""
+    lost = loss_of_document()
+    if lost is None:
+        return 0
+    print_error(lost.message, "The work itself is done.")
+    return EXIT_FAILED
+
+
 def tell_interrupted() -> int:
     """The last words after a signal, and the exit code."""
     print_error("interrupted", "What was finished is kept; run the same command again to go on.")
@@ -146,7 +159,7 @@ def advice_for_os_error(error: OSError) -> tuple[str, str]:
     if error.errno == errno.ENOSPC:
         return f"{where}the disk is full", "Free some space and run the same command again; nothing is half-written."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{where}{error.strerror}", "Choose a path that you may write to, or mend its permissions."
+        return f"{where}{error.strerror}", "Choose a path that you may write to, or fix its permissions."
     return f"{where}{error.strerror or error}", "Check the path and run the same command again."
 
 
@@ -180,10 +193,9 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> NoReturn:
     """The console script: SIGTERM ends a command as tidily as SIGINT does."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, interrupt)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupt)
     try:
@@ -194,8 +206,11 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = tell_interrupted()
     # All is done and said: what comes now only shortens the interpreter's end.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda _number, _frame: os._exit(code))
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OutputLost as lost:
+        code = code or lost.exit_code
     sys.exit(code)

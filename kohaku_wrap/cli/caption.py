@@ -10,6 +10,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
 from kohaku_wrap.cli.output import (
+    beyond_output,
     format_share,
     json_option,
     print_json,
@@ -69,6 +70,7 @@ Examples:
 @click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
 @json_option
+@beyond_output("post_id", "stats")
 def command(
     selection: Path | None,
     db: Path | None,

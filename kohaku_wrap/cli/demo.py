@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
 from kohaku_wrap.errors import command_line
 
 
@@ -22,6 +22,7 @@ Examples:
 )
 @click.option("--seed", type=int, metavar="S", default=0, show_default=True, help="Another seed makes another world.")
 @json_option
+@beyond_output()
 def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
     """Make an embedded world: database, tars and a tiny SDXL.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_lines
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
 
@@ -36,6 +36,7 @@ Examples:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
 @trust_option
 @json_option
+@beyond_output()
 def command(
     template: str | None,
     site_file: Path | None,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kohaku_wrap.cli.next_steps import caption_command
-from kohaku_wrap.cli.output import json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
 
 ONLY_IF_ANY = {
     "reduced": "made smaller",
@@ -55,6 +55,7 @@ Examples:
     help="Reduce images with more pixels than this; default: keep all as they are.",
 )
 @json_option
+@beyond_output()
 def command(
     selection: Path, tars: Path, images: Path, jobs: int | None, max_missing: int, max_pixels: int, as_json: bool
 ) -> None:

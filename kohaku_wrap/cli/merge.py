@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    count_of,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+    progress_bar,
+)
 from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
@@ -142,6 +150,7 @@ A formula that begins with - goes last, after --.
 @click.option("--title", default="", help="modelspec.title of the file; else the recipe's, or the formula.")
 @click.option("--date", default="", help="modelspec.date; without it equal merges are equal files.")
 @json_option
+@beyond_output("dry_run")
 def command(
     formula_or_recipe: str,
     models: tuple[str, ...],

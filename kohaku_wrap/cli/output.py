@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -12,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from kohaku_wrap.files import Progress
+from kohaku_wrap.outlets import go_on_without_reader
 
 if TYPE_CHECKING:
     import rich.progress
@@ -40,6 +42,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def json_option(function: Function) -> Function:
     """Add `--json` (parameter `as_json`)."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(function)
+
+
+def beyond_output(*unless: str) -> Callable[[Function], Function]:
+    """Mark a verb whose purpose is more than what it prints: files, or a verdict in its exit code.
+
+    It goes on when nobody reads it any more. `unless`: parameters with which it only prints, such as `dry_run`.
+    """
+
+    def mark(function: Function) -> Function:
+        @functools.wraps(function)
+        def run(*args: Any, **parameters: Any) -> Any:
+            if not any(parameters.get(name) for name in unless):
+                go_on_without_reader(is_document=bool(parameters.get("as_json")))
+            return function(*args, **parameters)
+
+        return cast("Function", run)
+
+    return mark
 
 
 def print_json(command: str, payload: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.merge import COMPILING
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.cli.resume import runs_folders, site_option
 
 
@@ -30,6 +30,7 @@ Examples:
 )
 @site_option
 @json_option
+@beyond_output()
 def command(
     name: str,
     out: Path,

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar, show_path
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+    progress_bar,
+    show_path,
+)
 from kohaku_wrap.cli.train import EventPrinter, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.errors import UsageError
 
@@ -85,6 +93,7 @@ Examples:
 @site_option
 @supervisor_options
 @json_option
+@beyond_output("dry_run")
 def command(
     name: str | None,
     step: int | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import extract_command
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.selection import SelectionReport
@@ -26,6 +26,7 @@ Examples:
 @click.option("--out", "out", required=True, type=click.Path(path_type=Path), metavar="SEL.parquet",
               help="The selection to write.")  # fmt: skip
 @json_option
+@beyond_output()
 def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
     """Select posts: a seeded sample, then the recipe's filters.
 

@@ -20,6 +20,7 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.outlets import go_on_without_reader
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.runs.folder import Run
@@ -69,6 +70,8 @@ def command(name: str | None, watch: bool, table: Path | None, site_file: Path |
         from kohaku_wrap.training.records.metrics import write_metrics_table
 
         write_metrics_table(runs[0], table)
+        if not watch:
+            go_on_without_reader(is_document=as_json)
     while True:
         if watch and sys.stdout.isatty():
             click.clear()

@@ -10,6 +10,7 @@ import click
 
 from kohaku_wrap.cli.output import (
     ESCAPES,
+    beyond_output,
     count_of,
     json_option,
     paint,
@@ -149,6 +150,7 @@ def table_of(key: str) -> str:
 @trust_option
 @click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
 @json_option
+@beyond_output()
 def check_command(
     files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], modules: bool | None, as_json: bool
 ) -> None:
@@ -236,6 +238,7 @@ Examples:
 @click.argument("destination")
 @click.option("--force", is_flag=True, help="Replace a file of that name.")
 @json_option
+@beyond_output()
 def copy_command(name: str, destination: str, force: bool, as_json: bool) -> None:
     """Copy a template to change it.
 

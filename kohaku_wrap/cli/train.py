@@ -12,6 +12,7 @@ import click
 
 from kohaku_wrap.cli.output import (
     ESCAPES,
+    beyond_output,
     format_duration,
     format_share,
     json_option,
@@ -172,6 +173,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Print the command that would run; make nothing.")
 @supervisor_options
 @json_option
+@beyond_output("dry_run")
 def command(
     template: str | None,
     site_file: Path,

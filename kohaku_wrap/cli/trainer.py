@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.trainer.checkout import Checkout, TrainerReport
@@ -36,6 +36,7 @@ Examples:
 @click.option("--no-requirements", is_flag=True, help="Leave missing Python packages to me.")
 @click.option("--requirements-only", is_flag=True, help="Only the Python packages, for a checkout of my own.")
 @json_option
+@beyond_output()
 def install(source: str, commit: str, no_requirements: bool, requirements_only: bool, as_json: bool) -> None:
     """Get a supported commit of sd-scripts and what it lacks.
 

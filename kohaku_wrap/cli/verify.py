@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import count_of, json_option, print_error, print_json, print_note, print_table, show_path
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    count_of,
+    json_option,
+    print_error,
+    print_json,
+    print_note,
+    print_table,
+    show_path,
+)
 from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import EXIT_FAILED, command_line
 
@@ -29,6 +38,7 @@ Examples:
               help="Also recompute captions, crops and time steps of N random micro-batches.")  # fmt: skip
 @site_option
 @json_option
+@beyond_output()
 def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool) -> int:
     """Prove from the ledger that all was trained once, in order.
 

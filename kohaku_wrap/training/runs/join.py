@@ -7,6 +7,7 @@ import subprocess
 import time
 
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.training.runs.attempts import Attempt, hold_lock, list_attempts
 from kohaku_wrap.training.runs.differences import list_changes, refuse_changes
 from kohaku_wrap.training.runs.ends import FINISHED, KILLED, STOPPED, AttemptEnd, read_end, tail_of
@@ -15,7 +16,8 @@ from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, requir
 from kohaku_wrap.training.runs.machines import refuse_rank
 from kohaku_wrap.training.runs.processes import end_processes, list_processes
 from kohaku_wrap.training.runs.resume import RunFinished, describe_attempt, is_finished, plan_resume, threads_of
-from kohaku_wrap.training.runs.supervise import RunIsBusy, RunReport, RunStopped
+from kohaku_wrap.training.runs.signs import RunLog
+from kohaku_wrap.training.runs.supervise import RunIsBusy, RunReport, RunStopped, log_events
 from kohaku_wrap.training.runs.watch import Event, EventKind, OnEvent, StopSignals, start_launcher
 from kohaku_wrap.training.trainer.requirements import require_requirements
 
@@ -65,12 +67,14 @@ def join_run(run: Run, machine_rank: int, on_event: OnEvent) -> RunReport:
     lock = hold_lock(run.folder / f".machine-{machine_rank:03d}.lock")
     if lock is None:
         raise RunIsBusy(f"{run.name}: another kwrap trains along as machine {machine_rank}", "One is enough.")
+    log = RunLog(run.folder)
+    on_event = log_events(log, on_event)
     stop = StopSignals()
     go_on = f"Train along again with: {command_line('resume', run.folder, '--machine-rank', machine_rank)}"
     joined = 0
     over = {attempt.number for attempt in list_attempts(run) if read_end(attempt) is not None}
     try:
-        with stop.caught():
+        with stop.caught(), telling_losses(log.note_loss):
             while True:
                 on_event(Event("note", f"machine {machine_rank} waits for an attempt of machine 0"))
                 attempt = await_attempt(run, machine_rank, over, stop)

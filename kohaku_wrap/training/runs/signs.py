@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from kohaku_wrap.errors import command_line
+from kohaku_wrap.outlets import Outlet
+
+SUPERVISOR_LOG = "supervisor.log"
 SIGN_BYTES = 4096
 """Of each sign of life, the same for all, so that one covers the other."""
 
@@ -23,13 +28,24 @@ def leave_sign(path: Path, text: str) -> None:
             os.close(descriptor)
 
 
-class LogStream(io.FileIO):
-    """Leaves out what a full disk does not take: a line of a log is no reason to end a training."""
+class RunLog:
+    """What the supervisor has to say, kept in the run's own folder for those who do not see its terminal."""
 
-    def write(self, data: Any) -> int:
-        with suppress(OSError):
-            super().write(data)
-        return len(data)
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / SUPERVISOR_LOG
+        self.watch = command_line("status", run_folder)
+
+    def note(self, text: str) -> None:
+        """Add a line with the time; a full disk only leaves it out."""
+        with suppress(OSError), self.path.open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def note_loss(self, what: str) -> None:
+        """Say that the training goes on unseen, how to see it and how to stop it."""
+        self.note(
+            f"note: {what}; the training goes on. Watch it: `{self.watch}`. "
+            f"Stop it, with a state saved: `kill -INT {os.getpid()}`"
+        )
 
 
 def send_output_to(log_file: Path) -> None:
@@ -41,5 +57,6 @@ def send_output_to(log_file: Path) -> None:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     sys.stdout, sys.stderr = (
-        io.TextIOWrapper(LogStream(number, "w"), "utf-8", "backslashreplace", write_through=True) for number in (1, 2)
+        io.TextIOWrapper(cast("Any", Outlet(number)), "utf-8", "backslashreplace", write_through=True)
+        for number in (1, 2)
     )

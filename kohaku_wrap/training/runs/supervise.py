@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError, command_line
+from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.training.records.bad_steps import KEY_IN_STATE
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.states import DiskFull, is_disk_full, list_states
@@ -18,6 +19,7 @@ from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.hooks import Hook
 from kohaku_wrap.training.runs.launch import Launch
 from kohaku_wrap.training.runs.processes import end_processes, list_processes
+from kohaku_wrap.training.runs.signs import RunLog
 from kohaku_wrap.training.runs.watch import AttemptWatch, Event, OnEvent, StopSignals, WatchOptions
 
 FAILURES_AT_ONE_STEP = 3
@@ -86,12 +88,14 @@ def supervise_run(
     lock = hold_lock(run.folder / LOCK_FILE)
     if lock is None:
         raise RunIsBusy(f"{run.name}: another kwrap is training it", f"See `{command_line('status', run.folder)}`.")
+    log = RunLog(run.folder)
+    on_event = log_events(log, on_event)
     hook = Hook(options.hook, run)
     failures_at: Counter[int] = Counter()
     stop = StopSignals()
     go_on = f"Go on with: {command_line('resume', run.folder)}"
     try:
-        with stop.caught():
+        with stop.caught(), telling_losses(log.note_loss):
             await_orphans(run, stop, on_event)
             number = 0
             while True:
@@ -114,6 +118,17 @@ def supervise_run(
                     raise RunStopped(f"run {run.name}: stopped while waiting for a restart", go_on)
     finally:
         os.close(lock)
+
+
+def log_events(log: RunLog, on_event: OnEvent) -> OnEvent:
+    """Keep every event but progress in the run's log too."""
+
+    def both(event: Event) -> None:
+        if event.kind != "progress":
+            log.note(f"{event.kind}: {event.message}")
+        on_event(event)
+
+    return both
 
 
 def begin(run: Run, next_attempt: NextAttempt) -> tuple[Attempt, Launch]:
