@@ -258,11 +258,12 @@ def read_selection_sizes(selection: Path) -> ImageSizes:
 
     Shards of shrunk images hold smaller ones. Raises BadSelection and NoImages.
     """
-    from kohaku_wrap.dataset.selection_file import open_selection
+    from kohaku_wrap.dataset.selection_file import open_selection, take_numbers
 
+    names = ["image_width", "image_height"]
     with open_selection(selection) as file:
-        table = file.read(columns=["image_width", "image_height"])
-    widths, heights = (column.to_numpy().astype(np.int64) for column in table.columns)
+        table = file.read(columns=names)
+    widths, heights = (take_numbers(selection, name, table[name], least=0).astype(np.int64) for name in names)
     known = (widths > 0) & (heights > 0)
     if not known.any():
         raise NoImages(f"{selection}: the database gives no sizes", "Run `kwrap extract`, which measures the images.")

@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import atomic_write
-from kohaku_wrap.metadata.posts import POST_SCHEMA
+from kohaku_wrap.metadata.filters import RATINGS
+from kohaku_wrap.metadata.posts import POST_SCHEMA, UNKNOWN_NUMBER
 
 METADATA_KEY = b"kwrap"
+AGAIN = "Make it again with `kwrap select DATASET --db DB --out SEL.parquet`."
 
 
 class BadSelection(KwrapError):
@@ -77,24 +79,58 @@ def read_about(path: Path) -> tuple[int, dict[str, Any]]:
         metadata = file.schema_arrow.metadata or {}
         if METADATA_KEY not in metadata:
             raise BadSelection(f"{path}: a Parquet file, but not one of `kwrap select`", "Give the file that it wrote.")
-        return file.metadata.num_rows, json.loads(metadata[METADATA_KEY])
+        try:
+            about = json.loads(metadata[METADATA_KEY])
+        except (ValueError, RecursionError):
+            about = None
+        if not isinstance(about, dict):
+            raise BadSelection(f"{path}: what it says about itself (the metadata `kwrap`) is no JSON object", AGAIN)
+        return file.metadata.num_rows, about
 
 
 def open_selection(path: Path) -> pq.ParquetFile:
     """The selection as a Parquet file with every column. Raises BadSelection."""
     if not path.is_file():
         raise BadSelection(
-            f"{path}: no such file", "Make a selection with `kwrap select DATASET --db DB --out SEL.parquet`."
+            f"{path}: {'not a regular file' if path.exists() else 'no such file'}",
+            "Make a selection with `kwrap select DATASET --db DB --out SEL.parquet`.",
         )
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BadSelection(f"{path}: not a selection: {error}", "Make it again with `kwrap select`.") from error
+    except (pa.ArrowException, OSError) as error:
+        raise BadSelection(f"{path}: not a selection: {error}", AGAIN) from error
     missing = [name for name in POST_SCHEMA.names if name not in file.schema_arrow.names]
     if missing:
         file.close()
-        raise BadSelection(f"{path}: no column {', '.join(missing)}", "Make it again with `kwrap select`.")
+        raise BadSelection(f"{path}: no column {', '.join(missing)}", AGAIN)
     return file
+
+
+def take_numbers(path: Path, name: str, column: pa.Array | pa.ChunkedArray, least: int) -> npt.NDArray[Any]:
+    """A column of whole numbers, in the type that POST_SCHEMA gives it. Raises BadSelection for anything else."""
+    kind = POST_SCHEMA.field(name).type
+    if not pa.types.is_integer(column.type):
+        raise BadSelection(f"{path}: the column {name} holds {column.type}, not whole numbers", AGAIN)
+    if column.null_count:
+        raise BadSelection(f"{path}: the column {name} holds {column.null_count:,} NULL", AGAIN)
+    try:
+        numbers: npt.NDArray[Any] = column.cast(kind).to_numpy()
+    except pa.ArrowException as error:
+        raise BadSelection(f"{path}: the column {name}: {error}", AGAIN) from error
+    most = len(RATINGS) - 1 if name == "rating" else None
+    if len(numbers) and (numbers.min() < least or (most is not None and numbers.max() > most)):
+        wrong = numbers.min() if numbers.min() < least else numbers.max()
+        limits = f"{least} … {most}" if most is not None else f"from {least} on"
+        raise BadSelection(f"{path}: the column {name} holds {wrong}; there are {limits}", AGAIN)
+    return numbers
+
+
+def take_texts(path: Path, name: str, column: pa.Array) -> pa.Array:
+    """A column of texts, '' for NULL. Raises BadSelection for anything else."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise BadSelection(f"{path}: the column {name} holds {column.type}, not texts", AGAIN)
+    return column.cast(pa.string()).fill_null("")
 
 
 def read_selected_posts(path: Path, date_parser: str = "iso") -> SelectedPosts:
@@ -106,17 +142,20 @@ def read_selected_posts(path: Path, date_parser: str = "iso") -> SelectedPosts:
     columns = ["id", "rating", "fav_count", "created_at", "file_ext"]
     ids, ratings, favourites, years, extensions = [], [], [], [], []
     with open_selection(path) as file:
-        for batch in file.iter_batches(batch_size=1 << 17, columns=columns):
-            ids.append(batch.column("id").to_numpy())
-            ratings.append(batch.column("rating").to_numpy())
-            favourites.append(batch.column("fav_count").to_numpy())
-            years.append(read_years(batch.column("created_at"), date_parser))
-            extensions.append(batch.column("file_ext").dictionary_encode())
+        try:
+            for batch in file.iter_batches(batch_size=1 << 17, columns=columns):
+                ids.append(take_numbers(path, "id", batch.column("id"), least=0))
+                ratings.append(take_numbers(path, "rating", batch.column("rating"), least=-1))
+                favourites.append(take_numbers(path, "fav_count", batch.column("fav_count"), UNKNOWN_NUMBER))
+                years.append(read_years(take_texts(path, "created_at", batch.column("created_at")), date_parser))
+                extensions.append(take_texts(path, "file_ext", batch.column("file_ext")).dictionary_encode())
+        except (pa.ArrowException, OSError) as error:
+            raise BadSelection(f"{path}: damaged: {error}", AGAIN) from error
     all_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
     if not len(all_ids) or (all_ids[1:] <= all_ids[:-1]).any():
         raise BadSelection(
             f"{path}: {'not by ascending id' if len(all_ids) else 'no posts in it'}",
-            "Make it again with `kwrap select`.",
+            AGAIN,
         )
     return SelectedPosts(
         ids=all_ids,

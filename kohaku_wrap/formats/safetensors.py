@@ -132,12 +132,15 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as stream:
         size_bytes = os.fstat(stream.fileno()).st_size
         start = stream.read(LENGTH_BYTES)
-        if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        first = stream.read(1)
+        # A header of 640 bytes begins as a pickle of protocol 2 does.
+        pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and first != b"{"
+        if start[:4] == b"PK\x03\x04" or pickled:
             raise PickledFile(path)
         if len(start) < LENGTH_BYTES:
             raise MalformedFile(path, [f"{len(start)} bytes are too few for a safetensors file"])
         (header_bytes,) = struct.unpack("<Q", start)
-        if header_bytes > size_bytes - LENGTH_BYTES and stream.read(1) != b"{":
+        if header_bytes > size_bytes - LENGTH_BYTES and first != b"{":
             raise OtherKindOfFile(path, ["not a safetensors file"])
         if header_bytes > HEADER_LIMIT_BYTES:
             raise MalformedFile(
@@ -148,7 +151,7 @@ def read_header(path: Path) -> Header:
             raise MalformedFile(
                 path, [f"the header claims {header_bytes:,} bytes, but only {left:,} follow its length"]
             )
-        text = stream.read(header_bytes)
+        text = (first + stream.read(header_bytes - 1)) if header_bytes else b""
     data_start = LENGTH_BYTES + header_bytes
     tensors, metadata = parse_header(path, text, size_bytes - data_start)
     return Header(path, tensors, metadata, data_start, size_bytes)

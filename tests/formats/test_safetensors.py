@@ -223,3 +223,14 @@ def check_parse(text: bytes, data_bytes: int) -> None:
         str(error).encode()
     else:
         assert sum(spot.size_bytes for spot in tensors.values()) == data_bytes
+
+
+@pytest.mark.parametrize("header_bytes", [640, 896, 1152, 1408, 65536 + 640])
+def test_no_length_of_a_header_looks_like_a_pickle(tmp_path: Path, header_bytes: int) -> None:
+    path = tmp_path / "a.safetensors"
+    spots = lay_out_tensors([("w", "F32", (1,))])
+    short = len(encode_header(spots, {"x": ""})) - 8
+    content = encode_header(spots, {"x": "y" * (header_bytes - short)})
+    path.write_bytes(content + bytes(4))
+    assert content[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    assert list(read_header(path).tensors) == ["w"]

@@ -37,7 +37,7 @@ from kohaku_wrap.dataset.images.extracted import (
     read_extracted,
     write_extracted,
 )
-from kohaku_wrap.dataset.selection_file import BadSelection
+from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, take_numbers
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import Progress
 from kohaku_wrap.processes import safe_children
@@ -113,28 +113,27 @@ def find_tars(folder: Path) -> TarFolder:
 
 def read_selected_images(path: Path) -> SelectedImages:
     """Ids and original sizes of the selection at `path`. Raises BadSelection."""
-    again = "Make it again with `kwrap select DATASET --db DB --out SEL.parquet`."
     if not path.is_file():
-        raise BadSelection(f"{path}: no such file", again)
+        raise BadSelection(f"{path}: {'not a regular file' if path.exists() else 'no such file'}", AGAIN)
     try:
         with pq.ParquetFile(path) as file:
             names = set(file.schema_arrow.names)
             if "id" not in names:
-                raise BadSelection(f"{path}: no column id", again)
+                raise BadSelection(f"{path}: no column id", AGAIN)
             columns = [name for name in ("id", "image_width", "image_height") if name in names]
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise BadSelection(f"{path}: not a selection: {error}", again) from error
+        raise BadSelection(f"{path}: not a selection: {error}", AGAIN) from error
     if not table.num_rows:
-        raise BadSelection(f"{path}: no posts in it", again)
-    ids = table["id"].to_numpy().astype(np.int64)
+        raise BadSelection(f"{path}: no posts in it", AGAIN)
+    ids = take_numbers(path, "id", table["id"], least=0)
     order = np.argsort(ids, kind="stable")
     sizes = np.zeros((len(ids), 2), dtype=np.int32)
     for column, name in enumerate(("image_width", "image_height")):
         if name in names:
-            sizes[:, column] = table[name].fill_null(0).to_numpy()
-    if len(np.unique(ids)) != len(ids) or ids.min() < 0:
-        raise BadSelection(f"{path}: an id twice or below 0", again)
+            sizes[:, column] = take_numbers(path, name, table[name], least=0)
+    if len(np.unique(ids)) != len(ids):
+        raise BadSelection(f"{path}: an id twice", AGAIN)
     return SelectedImages(ids[order], sizes[order])
 
 
