@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
+from kohaku_wrap.formats.disguises import name_disguise
 from kohaku_wrap.metadata.layouts import LAYOUT_NAMES, Layout, missing_parts, recognise_layout, token_base
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 HEADER_BYTES = 100
 LOCK_TIMEOUT_SECONDS = 5.0
 ROWS_A_BATCH = 1 << 16
+
+VIEW_SECONDS_VARIABLE = "KWRAP_VIEW_SECONDS"
+VIEW_SECONDS = 60.0
+"""How long one question to a view may take; a table ends by itself, a view may be endless."""
+
+OPERATIONS_A_LOOK = 100_000
+"""Steps of sqlite's machine between two looks at the clock: a few milliseconds."""
+
+READ_TABLES = ("post", "tag", "posttagrelation")
 
 PRIVATE_WAL_INDEX = "PRAGMA locking_mode = EXCLUSIVE"
 """Said before the first read, it keeps the index of the WAL in memory instead of in a new file beside the database."""
@@ -40,6 +52,10 @@ class DatabaseDamaged(KwrapError):
 
 class DatabaseLocked(KwrapError):
     """Another program holds the database for writing."""
+
+
+class EndlessView(KwrapError):
+    """A view of the database gave no end in time."""
 
 
 class DatabaseUnreadable(KwrapError):
@@ -71,6 +87,9 @@ class Database:
     token_base: int
     """The base of the tag ids in `post.tag_list`: 10 or 36 in layout v0, 0 in the others."""
 
+    has_views: bool
+    """Whether any of the tables that are read is a view, which is read under a limit of time."""
+
     has_row_ids: bool
     """Whether the relation can be read by stretches of rowid, as all but views and WITHOUT ROWID tables can."""
 
@@ -83,6 +102,8 @@ class Database:
                 connection.text_factory = _decode
                 if self.private_wal_index:
                     connection.execute(PRIVATE_WAL_INDEX).fetchall()
+                if self.has_views:
+                    limit_time(connection)
                 yield connection
             finally:
                 connection.close()
@@ -99,6 +120,9 @@ class Database:
         Columns take the type of their first values, so a query casts what may be NULL or of mixed type. Bytes of a
         text that are no UTF-8 come as U+FFFD.
         """
+        if self.has_views:
+            yield from self._scan_views(query)
+            return
         import adbc_driver_sqlite.dbapi as adbc
 
         with (
@@ -112,6 +136,14 @@ class Database:
             cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(ROWS_A_BATCH)})
             cursor.execute(query)
             yield from map(_with_readable_text, cursor.fetch_record_batch())
+
+    def _scan_views(self, query: str) -> Iterator[pa.RecordBatch]:
+        """`scan` through the driver that can be stopped; slower."""
+        with self.connect() as connection:
+            cursor = connection.execute(query)
+            names = [column[0] for column in cursor.description]
+            while rows := cursor.fetchmany(ROWS_A_BATCH):
+                yield pa.record_batch([pa.array(column) for column in zip(*rows, strict=True)], names=names)
 
     def scan_numbers(self, query: str) -> Iterator[tuple[npt.NDArray[np.int64], ...]]:
         """The columns of each batch of a large query for whole numbers. Raises DatabaseDamaged for anything else."""
@@ -148,6 +180,9 @@ def open_database(path: Path) -> Database:
             if private_wal_index:
                 connection.execute(PRIVATE_WAL_INDEX).fetchall()
             columns = _columns_of_tables(connection)
+            has_views = _has_views(connection)
+            if has_views:
+                limit_time(connection)
             layout = recognise_layout(columns)
             if missing := missing_parts(layout, columns):
                 raise ProblemsFound(
@@ -160,7 +195,7 @@ def open_database(path: Path) -> Database:
             has_row_ids = layout.has_relation and _has_row_ids(connection)
         finally:
             connection.close()
-    return Database(path, uri, private_wal_index, layout, columns, indexed, base, has_row_ids)
+    return Database(path, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
 
 
 def _check_file(path: Path) -> None:
@@ -169,7 +204,7 @@ def _check_file(path: Path) -> None:
         header = stream.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES or not header.startswith(SQLITE_MAGIC):
         raise NotADatabase(
-            f"{path}: not a sqlite database",
+            f"{path}: not a sqlite database" + (f" but {what}" if (what := name_disguise(header)) else ""),
             "If it was downloaded, compare its size: an error page or a Git LFS pointer is a small text file.",
         )
     page_bytes = int.from_bytes(header[16:18], "big")
@@ -213,6 +248,27 @@ def _columns_of_tables(connection: sqlite3.Connection) -> dict[str, frozenset[st
         )
         for (name,) in tables
     }
+
+
+def _has_views(connection: sqlite3.Connection) -> bool:
+    """Whether one of READ_TABLES is a view."""
+    views = connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'view'").fetchall()
+    return any(name in READ_TABLES for (name,) in views)
+
+
+def limit_time(connection: sqlite3.Connection) -> None:
+    """Let sqlite end with `interrupted` what this connection still does after VIEW_SECONDS."""
+    end = time.monotonic() + view_seconds()
+    connection.set_progress_handler(lambda: time.monotonic() > end, OPERATIONS_A_LOOK)
+
+
+def view_seconds() -> float:
+    """VIEW_SECONDS, or what the variable KWRAP_VIEW_SECONDS says. Raises UsageError."""
+    given = os.environ.get(VIEW_SECONDS_VARIABLE, "")
+    try:
+        return float(given) if given else VIEW_SECONDS
+    except ValueError:
+        raise UsageError(f"{VIEW_SECONDS_VARIABLE}={given}: not a number of seconds") from None
 
 
 def _indexed_columns(connection: sqlite3.Connection, columns: Mapping[str, frozenset[str]]) -> frozenset[str]:
@@ -272,6 +328,11 @@ def explain_failure(path: Path, message: str) -> KwrapError:
         return DatabaseLocked(
             f"{path}: locked by another program that writes to it",
             "Wait until that program is done, or read a copy of the database.",
+        )
+    if said.startswith("interrupted"):
+        return EndlessView(
+            f"{path}: a view in it ({', '.join(READ_TABLES)}) gave no end within {view_seconds():g} s",
+            f"Make a table of it (CREATE TABLE … AS SELECT …), or give it more time with {VIEW_SECONDS_VARIABLE}=600.",
         )
     if "not a database" in said or "encrypted" in said:
         return NotADatabase(f"{path}: not a sqlite database, or an encrypted one", "Download or copy it again.")

@@ -167,6 +167,17 @@ def test_missing_and_corrupt_are_listed_with_reasons(place):
     report.check(7)
 
 
+def test_a_download_that_failed_is_told_as_what_it_is(place):
+    place.tars.mkdir()
+    (place.tars / "data-0001.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    write_tar(place.tars / "data-0002.tar", {"1002.jpg": b"<!DOCTYPE html><html>404</html>", "2002.jpg": draw()})
+    report = place.extract([1001, 1002, 2002])
+    reason = "not in data-0001.tar; data-0001.tar is a Git LFS pointer; fetch the file itself with `git lfs pull`"
+    assert report.missing == [(1001, reason)]
+    told = "data-0002.tar: 1002.jpg is a web page, most often an error of the server"
+    assert report.corrupt == [(1002, told)] and report.written == 1
+
+
 def test_hostile_members_are_refused_and_listed(place, tmp_path):
     outside = tmp_path / "outside.jpg"
     tar = place.tars / "data-0001.tar"
@@ -210,7 +221,7 @@ def test_a_cut_tar_is_listed_and_its_whole_images_taken(place):
     assert report.written == 2
     assert [post_id for post_id, _ in report.corrupt] == [3001]
     assert [post_id for post_id, _ in report.missing] == [4001]
-    assert "damaged" in report.missing[0][1]
+    assert report.missing[0][1] == "not in data-0001.tar; data-0001.tar is cut short"
     assert report.damaged[0][0] == str(tar) and "cut short" in report.damaged[0][1]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -203,6 +206,74 @@ def test_an_index_that_points_elsewhere_is_found_out(tmp_path):
     assert read_all(path) == files
     write_index(path, files={"0.jpg": {"offset": 700, "size": 100}})
     assert read_all(path) == files
+
+
+@pytest.mark.parametrize("left_out", [[0], [1], [3], [0, 1, 2], [0, 1, 2, 3]])
+def test_an_index_of_a_part_hides_nothing(tmp_path, left_out):
+    files = {f"{number}.jpg": bytes([number]) * 600 for number in range(4)}
+    path = write_tar(tmp_path / "data-0000.tar", files)
+    listing = list_tar(path)
+    whole = {
+        name: {"offset": offset, "size": size, "sha256": name}
+        for name, offset, size in zip(listing.names, listing.offsets, listing.sizes, strict=True)
+    }
+    kept = {name: place for number, (name, place) in enumerate(whole.items()) if number not in left_out}
+    write_index(path, files=kept)
+    assert read_all(path) == files
+    assert {member.name: member.sha256 for member in list_tar(path).members} == {
+        name: name if name in kept else "" for name in files
+    }
+    with path.open("r+b") as stream:
+        stream.seek(whole["1.jpg"]["offset"] - 512)
+        stream.write(b"x" * 8)
+    found = set(read_all(path))
+    assert found == {"0.jpg", *(name for name in kept if name != "1.jpg")}
+
+
+def test_the_index_is_read_only_where_it_is_a_file(tmp_path):
+    files = {f"{number}.jpg": bytes([number]) * 600 for number in range(4)}
+    path = write_tar(tmp_path / "data-0000.tar", files)
+    index = path.with_suffix(".json")
+    os.mkfifo(index)
+    assert read_all(path) == files
+    for target in ("/dev/zero", "/dev/full", "/proc/self/mem", str(tmp_path)):
+        index.unlink()
+        index.symlink_to(target)
+        assert read_all(path) == files
+    index.unlink()
+    with index.open("wb") as stream:
+        stream.truncate(1 << 40)
+    assert read_all(path) == files
+    os.mkfifo(tmp_path / "data-0001.tar")
+    with pytest.raises(TarUnreadable, match="not a regular file"):
+        list_tar(tmp_path / "data-0001.tar")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "is a Git LFS pointer"),
+        (b"\n <!DOCTYPE html><html><body>404</body></html>", "is a web page"),
+        (b"<HTML><title>Sign in</title>", "is a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is an XML text"),
+        (b'{"error": "Repository not found"}', "is a JSON text"),
+        (gzip.compress(bytes(9000), mtime=0), "compressed with gzip"),
+        (lzma.compress(bytes(9000)), "compressed with xz"),
+        (bz2.compress(bytes(9000)), "compressed with bzip2"),
+        (b"PK\x03\x04" + bytes(900), "is a zip archive"),
+    ],
+)
+def test_what_only_has_the_name_of_a_tar_is_named(tmp_path, content, words):
+    path = tmp_path / "data-0000.tar"
+    path.write_bytes(content)
+    with pytest.raises(TarUnreadable, match=words):
+        list_tar(path)
+
+
+def test_a_member_may_be_called_like_a_disguise(tmp_path):
+    files = {'{"1.jpg': b"1", "<html>/2.jpg": b"2"}
+    assert read_all(write_tar(tmp_path / "data-0000.tar", files)) == files
 
 
 def test_listing_opens_nothing_heavy():

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from kohaku_wrap.dataset.images.appearance import encode, show_plainly, shrink
 from kohaku_wrap.dataset.images.jpeg_rows import lacks_rows
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.disguises import START_BYTES, name_disguise
 
 STILL_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif")
 """What the trainer reads, of what the site holds; gif, mp4, webm, zip and swf are no still images."""
@@ -107,7 +108,8 @@ def check_image(
                 return check_opened(image, content, extension, max_pixels, known_size)
     except UnidentifiedImageError as error:
         # Pillow's own words hold an address, another one in each run.
-        raise ImageRefused("is empty" if not content else "is no image of a format that is read") from error
+        disguise = name_disguise(content[:START_BYTES]).partition(";")[0]
+        raise ImageRefused(f"is {disguise or 'no image of a format that is read'}") from error
     except DECODER_ERRORS as error:
         raise ImageRefused(f"does not decode: {error or type(error).__name__}") from error
 

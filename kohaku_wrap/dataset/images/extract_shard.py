@@ -267,7 +267,11 @@ def explain_missing(task: ShardTask, result: ShardResult) -> str:
     if not task.tars:
         return f"there is no {task.pattern}"
     names = ", ".join(tar.name for tar in task.tars[:3]) + (", …" if len(task.tars) > 3 else "")
-    return f"not in {names}" + (f"; {len(result.damaged)} of the tars is damaged" if result.damaged else "")
+    if not result.damaged:
+        return f"not in {names}"
+    tar, reason = result.damaged[0]
+    more = f", and {len(result.damaged) - 1} more are damaged" if len(result.damaged) > 1 else ""
+    return f"not in {names}; {Path(tar).name} {reason.removeprefix(f'{tar}: ')}{more}"
 
 
 def start_process(out: Path, journal_stem: Path, max_pixels: int, stop: EventType, done: Synchronized[int]) -> None:
