@@ -126,6 +126,19 @@ def test_one_bit_is_a_difference(whole: Run, tmp_path: Path, where: str, place: 
         compare_runs(whole, Run(tmp_path / "whole"))
 
 
+def test_rates_are_held_against_the_schedule_of_the_lock(whole: Run, tmp_path: Path) -> None:
+    """By the scheduler that the engine itself uses, in every step and group."""
+    shutil.copytree(whole.folder, tmp_path / "whole")
+    run = Run(tmp_path / "whole")
+    lock = toml.loads(run.lock_file.read_text(encoding="utf-8"))
+    for change, fault in (({"unet_lr": 3e-4}, ["rate"]), ({"lr_scheduler": "cosine"}, ["rate"]), ({}, [])):
+        changed = {**lock, "values": {**lock["values"], **change}}
+        run.lock_file.write_text(toml.dumps(changed), encoding="utf-8")
+        report = json.loads(kwrap("verify", str(run.folder), "--json").stdout)
+        checks = {check["name"]: check["is_looked_at"] for check in report["checks"]}
+        assert checks["rates"] and [each["kind"] for each in report["faults"]] == fault, report
+
+
 def test_a_dataset_that_grew_since_the_plan_is_refused(whole: Run, tmp_path: Path) -> None:
     shutil.copytree(whole.folder, tmp_path / "whole")
     run = Run(tmp_path / "whole")

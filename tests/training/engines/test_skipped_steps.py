@@ -35,7 +35,11 @@ TRAINER_FAILED = 3
 
 
 def kwrap(*arguments: object, nan_from: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(SCALER), "EMULATED_SCALE": "1024"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SCALER), os.environ.get("PYTHONPATH", "")]),
+        "EMULATED_SCALE": "1024",
+    }
     if nan_from:
         environment["NAN_FROM"] = str(nan_from)
     command = [sys.executable, "-m", "kohaku_wrap", *map(str, arguments)]
