@@ -32,7 +32,7 @@ from kohaku_wrap.training.records.ledger import (
 
 FIRST = LedgerHeader(
     attempt=1, rank=2, processes=4, accumulation=16, batch_size=4, seed=-5,
-    run_id="c0ffee" * 5 + "aa", options_digest="0123456789abcdef" * 4, is_deterministic=True,
+    run_id="c0ffee" * 5 + "aa", options_digest="0123456789abcdef" * 4, is_deterministic=True, device_digest=2**64 - 5,
 )  # fmt: skip
 
 
@@ -105,7 +105,9 @@ def test_a_file_of_kwrap_0_1_is_still_read(tmp_path: Path) -> None:
     )  # fmt: skip
     path.write_bytes(header + record)
     file = read_whole_ledger_file(path)
-    assert file.header == dataclasses.replace(FIRST, run_id="", options_digest="", is_deterministic=False, version=2)
+    assert file.header == dataclasses.replace(
+        FIRST, run_id="", options_digest="", is_deterministic=False, device_digest=0, version=2
+    )
     assert file.records["position"].tolist() == [2] and not len(file.steps)
     assert pack_header(file.header) == header
 

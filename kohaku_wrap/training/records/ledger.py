@@ -17,9 +17,9 @@ import numpy.typing as npt
 from kohaku_wrap.errors import KwrapError
 
 MAGIC = b"KWRAPLG3"
-HEADER = struct.Struct("<8sIIIIIIq32s64sI16xI")
+HEADER = struct.Struct("<8sIIIIIIq32s64sIQ8xI")
 """Magic, record size, attempt, rank, processes, accumulation, batch size, seed, the run's id, the digest of its
-options, header flags, and the CRC-32 of these; 160 bytes.
+options, header flags, a digest of the device, and the CRC-32 of these; 160 bytes.
 """
 
 MAGIC_2 = b"KWRAPLG2"
@@ -131,6 +131,9 @@ class LedgerHeader:
     is_deterministic: bool = False
     """Whether the same attempt on the same machine would give the same bits; False where that is not known."""
 
+    device_digest: int = 0
+    """Of the kind of device and torch's version, unsigned 64-bit: others round otherwise. 0 where it is not known."""
+
     version: int = 3
     """Of the file's form; 2 was written by kwrap 0.1."""
 
@@ -160,7 +163,8 @@ def pack_header(header: LedgerHeader) -> bytes:
     if header.version == 2:
         return seal_header(HEADER_2, MAGIC_2, RECORD.itemsize, *fields)
     texts = (header.run_id.encode("ascii"), header.options_digest.encode("ascii"))
-    return seal_header(HEADER, MAGIC, RECORD.itemsize, *fields, *texts, DETERMINISTIC * header.is_deterministic)
+    flags = DETERMINISTIC * header.is_deterministic
+    return seal_header(HEADER, MAGIC, RECORD.itemsize, *fields, *texts, flags, header.device_digest)
 
 
 def seal_header(form: struct.Struct, *fields: bytes | int) -> bytes:
@@ -182,8 +186,14 @@ def unpack_header(path: Path, data: bytes) -> tuple[LedgerHeader, int]:
     header = LedgerHeader(attempt, rank, processes, accumulation, batch_size, seed, version=version)
     if rest:
         run_id, options_digest = (each.rstrip(b"\0").decode("ascii", "replace") for each in rest[:2])
-        is_deterministic = bool(rest[2] & DETERMINISTIC)
-        header = replace(header, run_id=run_id, options_digest=options_digest, is_deterministic=is_deterministic)
+        flags, device_digest = rest[2:]
+        header = replace(
+            header,
+            run_id=run_id,
+            options_digest=options_digest,
+            is_deterministic=bool(flags & DETERMINISTIC),
+            device_digest=device_digest,
+        )
     return header, form.size
 
 

@@ -66,6 +66,9 @@ class Conditions:
     processes: int
     """W: sums over other numbers of processes are rounded in another order."""
 
+    device_digest: int
+    """Of the kind of device and of torch's version; 0 where it is not known."""
+
     threads: int | None
     """OMP_NUM_THREADS, for the same reason; None where it is not known."""
 
@@ -73,7 +76,7 @@ class Conditions:
     """Differences from the run's lock that the person accepted."""
 
 
-UNKNOWN = Conditions(False, 0, None, frozenset())
+UNKNOWN = Conditions(False, 0, 0, None, frozenset())
 """Of an attempt whose file is gone."""
 
 

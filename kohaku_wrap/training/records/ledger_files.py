@@ -52,7 +52,8 @@ def list_conditions(run: Run, attempts: list[Attempt], files: list[LedgerFile]) 
             continue
         is_deterministic = header.is_deterministic if header.version > 2 else on_cpu
         accepted = frozenset(f"{where}: {what}" for where, what in read_accepted(attempt).items())
-        found[attempt.number] = Conditions(is_deterministic, header.processes, threads_of(attempt), accepted)
+        threads = threads_of(attempt)
+        found[attempt.number] = Conditions(is_deterministic, header.processes, header.device_digest, threads, accepted)
     return found
 
 

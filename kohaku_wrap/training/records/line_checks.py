@@ -57,7 +57,9 @@ def check_steps(
     """
     table = Steps.of_files(list(files))
     limits = {number: min(int(min(limit, 2.0**62)), steps) for number, limit in kept_until.items()}
-    kept = table.optimizer_step <= np.array([limits.get(each, 0) for each in table.attempt.tolist()], dtype=np.int64)
+    kept = table.optimizer_step <= np.array(
+        [limits.get(each, steps) for each in table.attempt.tolist()], dtype=np.int64
+    )
     checker = StepChecker(run.lock.count, table, kept)
     options = check_options(run, files, checker)
     checker.check_records()
@@ -82,7 +84,7 @@ def list_due(files: Sequence[LedgerFile], limits: Mapping[int, int], steps: int,
             continue
         numbers, micro_batches = np.unique(file.records["optimizer_step"].astype(np.int64), return_counts=True)
         numbers = numbers[micro_batches >= file.header.accumulation]
-        numbers = numbers[numbers <= limits.get(file.header.attempt, 0)]
+        numbers = numbers[numbers <= limits.get(file.header.attempt, steps)]
         if file.header.attempt == newest:
             # A crash may have come between the last micro-batch and the step.
             numbers = numbers[(numbers < steps) | (numbers <= steps_due)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +157,12 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
     if foreign:
         notes.append(f"trained by plain sd-scripts up to optimizer step {foreign:,} (--foreign): proved from there on")
     changed = list_changed(run)
-    order = check_order(run, checker, changed)
+    captions_changed = has_other_captions(run)
+    order = check_order(run, checker, captions_changed)
     overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
     line = check_steps(run, files, kept_until, steps, steps_due, foreign)
     on_line = kept & (records.optimizer_step <= steps)
-    deep, deep_samples = check_deep(run, checker, np.flatnonzero(on_line), deep_samples, changed)
+    deep, deep_samples = check_deep(run, checker, np.flatnonzero(on_line), deep_samples, captions_changed)
     if not order.is_looked_at:
         notes.append(f"order: {order.detail}")
     return VerifyReport(
@@ -203,7 +204,17 @@ def list_changed(run: Run) -> list[str]:
         return [error.message]
 
 
-def check_order(run: Run, checker: Checker, changed: Sequence[str]) -> Check:
+def has_other_captions(run: Run) -> bool:
+    """Whether the captions are others by now than those that the run was made with, or gone."""
+    if not run.lock.dataset_digest:
+        return False
+    try:
+        return str(read_captions_metadata(images_of(run)).get("digest", "")) != run.lock.dataset_digest
+    except KwrapError:
+        return True
+
+
+def check_order(run: Run, checker: Checker, captions_changed: bool) -> Check:
     """Recompute the order from seed and dataset, unless the dataset is another one by now."""
     if run.lock.data != "kwrap":
         return Check(
@@ -211,12 +222,11 @@ def check_order(run: Run, checker: Checker, changed: Sequence[str]) -> Check:
         )
     try:
         order, ids = read_order(run)
-        now = str(read_captions_metadata(images_of(run)).get("digest", ""))
     except KwrapError as error:
         return Check("order", False, f"the dataset cannot be read ({error.message})")
     before = len(checker.faults)
     checker.check_order(order, ids)
-    if len(checker.faults) > before and now != run.lock.dataset_digest:
+    if len(checker.faults) > before and captions_changed:
         # The ledger cannot be held against a dataset that it was not made from.
         del checker.faults[before:]
         return Check("order", False, "the captions were changed after the run; compared between attempts only")
@@ -240,12 +250,12 @@ def describe_losses(overlaps: Overlaps) -> Check:
 
 
 def check_deep(
-    run: Run, checker: Checker, candidates: Int64Array, samples: int, changed: Sequence[str]
+    run: Run, checker: Checker, candidates: Int64Array, samples: int, captions_changed: bool
 ) -> tuple[list[Check], int]:
     """Recompute the content of some records; what came of it, and how many could be."""
     if not samples:
         return [], 0
-    if any(each.startswith(f"{key}:") for each in changed for key in ("dataset", "captions")):
+    if captions_changed:
         why = "not possible: the captions were changed after the run"
         return [Check("deep", False, why)], 0
     chosen = choose_samples(candidates, min(samples, len(candidates)))
@@ -303,7 +313,8 @@ def recompute_content(run: Run, records: Records, chosen: Int64Array) -> list[in
 
     Raises CannotRecompute when the worker fails as a whole.
     """
-    samples = [[int(records.epoch[each]), int(records.position[each])] for each in chosen]
+    substituted = (records.flags & SUBSTITUTE) > 0
+    samples = [[int(records.epoch[each]), int(records.position[each]), int(substituted[each])] for each in chosen]
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
         digests: list[int | str] = ask_python(

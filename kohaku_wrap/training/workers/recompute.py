@@ -1,13 +1,15 @@
 """The content digests of some micro-batches, made anew from the run's images and captions without its models.
 
-Called as `python -m kohaku_wrap.training.workers.recompute RUN` with a JSON list of [epoch, position] on stdin;
-prints a JSON list of digests, or of texts that say why one could not be made.
+Called as `python -m kohaku_wrap.training.workers.recompute RUN` with a JSON list of [epoch, position, substituted] on
+stdin, the last whether the ledger says that an image was replaced; prints a JSON list of digests, or of texts that say
+why one could not be made.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,10 @@ from kohaku_wrap.training.data.columns import (
     ColumnsDataset,
     ItemOptions,
     content_digest,
+    read_dataset_options,
 )
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.runs.differences import read_run_file
 from kohaku_wrap.training.runs.folder import Run
 
 LATENT_CHANNELS = 4
@@ -65,7 +69,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
     unfollowed = [name for name in LEFT_OUT if values.get(name)]
     if unfollowed:
         raise CannotReplay(f"{', '.join(unfollowed)} draws before the time steps; --deep does not follow that")
-    options: Mapping[str, Any] = lock.tables.get("dataset", {})
+    options = read_dataset_options(read_locked_dataset(run))
     dataset = ColumnsDataset(
         Columns.open(Path(options["image_dir"])),
         ItemOptions.from_dataset_options(options),
@@ -77,7 +81,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
     )
     on_cpu = int(lock.tables.get("machine", {}).get("gpus", 1)) == 0
     found: list[int | str] = []
-    for epoch, position in samples:
+    for epoch, position, was_substituted in samples:
         order = dataset.order.epoch(epoch)
         key = BatchKey(epoch, position, int(order.batch_of_position[position]), order.is_fill(position))
         try:
@@ -85,11 +89,24 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
         except KwrapError as error:
             found.append(error.message)
             continue
+        substituted = example["kwrap"]["substituted"]
+        if bool(substituted) != bool(was_substituted):
+            names = ", ".join(str(image) for image in substituted)
+            found.append(
+                f"images {names} cannot be read any more" if names else "an image that was replaced can be read now"
+            )
+            continue
         images, _, height, width = example["images"].shape
         seed_generators(step_seed(lock.seed, epoch, position))
         shape = (images, LATENT_CHANNELS, height // LATENT_STEP, width // LATENT_STEP)
         found.append(content_digest(example["kwrap"]["content"], replay_timesteps(shape, values, on_cpu)))
     return found
+
+
+def read_locked_dataset(run: Run) -> dict[str, Any]:
+    """dataset.toml as the lock keeps it; the file itself for a run of kwrap 0.1, which kept none."""
+    text = run.lock.files.get(run.dataset_config.name)
+    return read_run_file(run.dataset_config) if text is None else tomllib.loads(text)
 
 
 def main() -> int:

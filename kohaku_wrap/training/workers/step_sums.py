@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping
@@ -89,5 +90,12 @@ def begin_ledger(attempt: Attempt, rank: int) -> LedgerWriter:
         lock.run_id,
         lock.options_digest,
         is_deterministic=not torch.cuda.is_available() or os.environ.get(DETERMINISTIC_VARIABLE) == "1",
+        device_digest=digest_of_device(),
     )
     return LedgerWriter(attempt.run.ledger, header)
+
+
+def digest_of_device() -> int:
+    """Of what decides how this machine rounds: torch's version, the instructions of its CPU, the kind of its GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return int.from_bytes(hashlib.blake2b(f"{torch.__version__} {name}".encode(), digest_size=8).digest(), "little")

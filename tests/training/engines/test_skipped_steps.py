@@ -15,6 +15,7 @@ from engine_world import World
 
 from kohaku_wrap.training.records.ledger import SKIPPED, ledger_file, read_whole_ledger_file
 from kohaku_wrap.training.records.manifest import read_manifest
+from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.runs.folder import Run
 
@@ -34,21 +35,21 @@ SETTINGS = (
 TRAINER_FAILED = 3
 
 
-def kwrap(*arguments: object, nan_from: int = 0) -> subprocess.CompletedProcess[str]:
+def kwrap(*arguments: object, nan_from: int = 0, nan_to: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(SCALER), os.environ.get("PYTHONPATH", "")]),
         "EMULATED_SCALE": "1024",
     }
     if nan_from:
-        environment["NAN_FROM"] = str(nan_from)
+        environment |= {"NAN_FROM": str(nan_from), "NAN_TO": str(nan_to or sys.maxsize)}
     command = [sys.executable, "-m", "kohaku_wrap", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def train(site: Path, name: str, *options: str, nan_from: int) -> subprocess.CompletedProcess[str]:
+def train(site: Path, name: str, *options: str, nan_from: int, nan_to: int = 0) -> subprocess.CompletedProcess[str]:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    return kwrap("train", "demo", "--site", site, "--run", name, *settings, *options, nan_from=nan_from)
+    return kwrap("train", "demo", "--site", site, "--run", name, *settings, *options, nan_from=nan_from, nan_to=nan_to)
 
 
 def ask(verb: str, run: Run) -> dict[str, Any]:
@@ -86,14 +87,23 @@ def prove_limit(site: Path, runs: Path, engine: str) -> None:
     status = ask("status", run)
     assert (status["skipped_steps"], status["non_finite_steps"], status["bad_steps_in_a_row"]) == (3, 3, 3)
 
-    done = kwrap("resume", run.folder, "--step", 2)
+    report = ask("verify", run)
+    assert report["proved"] and (report["optimizer_steps"], report["skipped_steps"]) == (4, 3)
+
+
+def prove_few(site: Path, runs: Path, engine: str) -> None:
+    """One step skipped: the schedule waits for it, the run is finished and proved."""
+    done = train(site, f"few-{engine}", "--engine", engine, nan_from=3, nan_to=4)
+    run = Run(runs / f"few-{engine}")
     assert done.returncode == 0, done.stdout + done.stderr
     report = ask("verify", run)
-    assert report["proved"] and report["skipped_steps"] == 1
+    assert report["proved"] and (report["skipped_steps"], report["non_finite_steps"]) == (1, 1)
     checks = {check["name"]: check for check in report["checks"]}
     assert all(check["is_looked_at"] for check in checks.values()), checks
     total = run.lock.total_optimizer_steps
     assert checks["rates"]["detail"].startswith(f"{total} optimizer steps of 2 groups"), checks
+    rates = [line["lr_unet"] for line in read_metrics(run)]
+    assert rates[0] == 0 and rates[1] == rates[2] > 0 and rates[3] > rates[2]
 
 
 def prove_half(site: Path, runs: Path, engine: str) -> None:
@@ -114,6 +124,7 @@ def prove_half(site: Path, runs: Path, engine: str) -> None:
 @pytest.mark.timeout(900)
 def test_the_builtin_engine_ends_where_steps_are_skipped_for_ever(world: World) -> None:
     prove_limit(world.site, world.folder / "runs", "builtin")
+    prove_few(world.site, world.folder / "runs", "builtin")
     prove_half(world.site, world.folder / "runs", "builtin")
 
 
@@ -124,4 +135,5 @@ def test_the_real_trainer_ends_where_steps_are_skipped_for_ever(world: World, sd
     document = toml.loads(world.site.read_text(encoding="utf-8"))
     assert document["machine"]["gpus"] == 0
     prove_limit(world.site, world.folder / "runs", "sd-scripts")
+    prove_few(world.site, world.folder / "runs", "sd-scripts")
     prove_half(world.site, world.folder / "runs", "sd-scripts")

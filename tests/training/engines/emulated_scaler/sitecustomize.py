@@ -1,7 +1,7 @@
 """Put on PYTHONPATH by tests: a GradScaler on the CPU, and predictions that are no number, in the workers' processes.
 
-EMULATED_SCALE: the scaler's first scale. NAN_FROM: the first call of the UNet, counted from 1 in each process, whose
-prediction is NaN.
+EMULATED_SCALE: the scaler's first scale. NAN_FROM, NAN_TO: the first and the last call of the UNet, counted from 1 in
+each process, whose prediction is NaN.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def give_scaler(module: Any) -> None:
 
 
 def spoil(kind: Any, name: str) -> None:
-    """Let a method return NaN from call NAN_FROM on."""
+    """Let a method return NaN in calls NAN_FROM to NAN_TO."""
     method, calls = getattr(kind, name), 0
 
     def predict(self: Any, *arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
         predicted = method(self, *arguments, **keywords)
-        return predicted * float("nan") if calls >= int(os.environ.get("NAN_FROM", sys.maxsize)) else predicted
+        first, last = (int(os.environ.get(each, sys.maxsize)) for each in ("NAN_FROM", "NAN_TO"))
+        return predicted * float("nan") if first <= calls <= last else predicted
 
     setattr(kind, name, predict)
 
