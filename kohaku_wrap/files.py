@@ -6,8 +6,11 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +80,46 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         part.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file to read it; a pipe or a device, which might never end, is refused with OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path) -> str:
+    """The UTF-8 text of a regular file; raises UnicodeDecodeError, and OSError for what is none."""
+    with open_regular(path) as stream:
+        return stream.read().decode("utf-8")
+
+
+@contextmanager
+def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new hidden folder to fill and to rename; it is gone after the block, and so are those of killed processes.
+
+    A folder that is locked is being filled by another process and stays.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{prefix}*"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if take_lock(descriptor, left):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    part = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        take_lock(descriptor, part)
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

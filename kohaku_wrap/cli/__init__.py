@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -127,6 +128,13 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
     except OSError as failed_call:
         print_error(*advice_for_os_error(failed_call))
         return EXIT_FAILED
+    except MemoryError:
+        print_error("there is not enough memory for this", "Free some, or raise its limit, and run it again.")
+        return EXIT_FAILED
+    except UnicodeEncodeError as error:
+        shown = ascii(error.object)[1:-1]
+        print_error(f"{shown[:200]}: a name that is no UTF-8 cannot be written into a file", "Rename it.")
+        return EXIT_FAILED
 
 
 def call_program(arguments: Sequence[str] | None) -> int:
@@ -155,12 +163,23 @@ def tell_interrupted() -> int:
 
 def advice_for_os_error(error: OSError) -> tuple[str, str]:
     """What a failed system call means to the person, and what to do next."""
-    where = f"{error.filename}: " if error.filename else ""
+    if not error.filename and error.errno == errno.ENOENT and not is_here():
+        return "the current folder is gone", "Change to a folder that is there: cd"
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     if error.errno == errno.ENOSPC:
         return f"{where}the disk is full", "Free some space and run the same command again; nothing is half-written."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{where}{error.strerror}", "Choose a path that you may write to, or fix its permissions."
     return f"{where}{error.strerror or error}", "Check the path and run the same command again."
+
+
+def is_here() -> bool:
+    """Whether the current folder is still there."""
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
 
 
 def is_importing(frame: FrameType | None) -> bool:

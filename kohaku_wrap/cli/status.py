@@ -122,8 +122,10 @@ def print_run(status: RunStatus) -> None:
 
     rows: list[tuple[str, Any]] = [("progress", one_line(status))]
     if status.phase:
-        silent = "" if status.silent_seconds is None else f", last sign of life {status.silent_seconds:,.0f} s ago"
-        rows.append(("doing", f"{status.phase}{silent}"))
+        silent = "unknown: it was left on another boot or machine"
+        if status.silent_seconds is not None:
+            silent = f"{status.silent_seconds:,.0f} s ago"
+        rows.append(("doing", f"{status.phase}, last sign of life {silent}"))
     if status.seconds_per_step is not None:
         rows.append(("rate", f"{status.seconds_per_step:.2f} s per optimizer step"))
     if status.loss is not None:

@@ -216,7 +216,7 @@ def machine_memory_bytes() -> int:
             text = Path(path).read_text(encoding="ascii").strip()
         except OSError:
             continue
-        if text.isdigit():
+        if text.isascii() and text.isdecimal():
             total = min(total, int(text))
     return total
 

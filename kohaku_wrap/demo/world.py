@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from kohaku_wrap.demo.posts import DemoPost, make_posts
 from kohaku_wrap.demo.shards import write_shards
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.files import Progress, fsync_folder
+from kohaku_wrap.files import Progress, fsync_folder, take_lock
 
 DEFAULT_POSTS = 240
 DEFAULT_SEED = 0
@@ -85,6 +86,23 @@ def make_world(
         )
     if folder.exists() and not folder.is_dir():
         raise WorldInTheWay(f"{folder} is a file", "Name a folder: kwrap demo DIR")
+    folder_was_there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not take_lock(descriptor, folder):
+            raise WorldInTheWay(
+                f"{folder}: another `kwrap demo` makes a world there now", "Wait for it, or choose another folder."
+            )
+        return make_world_alone(folder, folder_was_there, posts, seed, on_progress)
+    finally:
+        os.close(descriptor)
+
+
+def make_world_alone(
+    folder: Path, folder_was_there: bool, posts: int, seed: int, on_progress: Progress | None
+) -> World:
+    """`make_world` in a folder that is there and that no other process makes a world in."""
     if (found := find_world(folder, posts, seed)) is not None:
         return found
     if present := [name for name in ENTRIES if (folder / name).exists()]:
@@ -92,8 +110,6 @@ def make_world(
             f"{folder} holds {', '.join(present)} already, and not as a whole embedded world",
             "Choose another folder, or remove them first.",
         )
-    folder_was_there = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
     part = folder / ".demo.part"
     shutil.rmtree(part, ignore_errors=True)
     try:

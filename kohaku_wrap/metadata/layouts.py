@@ -102,7 +102,7 @@ def token_base(connection: sqlite3.Connection) -> int:
     rows = connection.execute(f"SELECT {columns} FROM post WHERE length(tag_list) > 0 LIMIT {SAMPLED_POSTS}")
     for whole, *typed in rows:
         tokens = TOKEN.findall(str(whole))
-        if any(not token.isdigit() for token in tokens):
+        if any(not (token.isascii() and token.isdecimal()) for token in tokens):
             return 36
         for name, text in zip(lists, typed, strict=True):
             for token in TOKEN.findall(str(text or "")):

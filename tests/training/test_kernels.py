@@ -9,8 +9,9 @@ from plain_runs import write_base_model, write_captions
 
 from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.training.runs.attempts import list_attempts, read_json_files
+from kohaku_wrap.training.runs.attempts import list_attempts
 from kohaku_wrap.training.runs.create import create_run, plan_new_run
+from kohaku_wrap.training.runs.documents import read_json_files
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
 

@@ -86,7 +86,7 @@ def parse_release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (0, 41, 0) for 0.41.0.post2."""
     numbers = []
     for part in version.split("."):
-        if not part.isdigit():
+        if not (part.isascii() and part.isdecimal()):
             break
         numbers.append(int(part))
     return tuple([*numbers, 0, 0, 0][:3])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.training.records.ledger import BadLedger, LedgerFile, list_ledger_files, read_whole_ledger_file
 from kohaku_wrap.training.records.ledger_checks import Conditions
-from kohaku_wrap.training.runs.attempts import Attempt, read_json_files
+from kohaku_wrap.training.runs.attempts import Attempt
+from kohaku_wrap.training.runs.documents import read_json_files
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.resume import threads_of
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import kohaku_wrap
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import read_regular
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -136,16 +137,24 @@ def read_manifest(state: Path) -> Manifest:
     """The manifest alone, proved by its own digest; raises DamagedState."""
     path = state / MANIFEST
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(read_regular(path))
         digest = body.pop("digest")
     except FileNotFoundError:
         raise DamagedState(state, f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedState(state, f"{MANIFEST} is damaged ({error})") from error
     if document_digest(body) != digest:
         raise DamagedState(state, f"{MANIFEST} is damaged (its content does not match its digest)")
-    if body["format"] not in READABLE_FORMATS:
-        raise DamagedState(state, f"{MANIFEST} has format {body['format']}; this kwrap reads 1 to {FORMAT}")
+    if body.get("format") not in READABLE_FORMATS:
+        raise DamagedState(state, f"{MANIFEST} has format {body.get('format')}; this kwrap reads 1 to {FORMAT}")
+    try:
+        return compose_manifest(body)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedState(state, f"{MANIFEST} is not as this kwrap writes it ({error})") from error
+
+
+def compose_manifest(body: Mapping[str, Any]) -> Manifest:
+    """The manifest of a document; raises KeyError or TypeError for one that lacks something or has more."""
     return Manifest(
         optimizer_step=body["optimizer_step"],
         fingerprint=Fingerprint(**body["fingerprint"]),

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kohaku_wrap.files import atomic_write
+from kohaku_wrap.files import atomic_write, open_regular
 from kohaku_wrap.training.records.saving import wait_for_room
 from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts
+from kohaku_wrap.training.runs.documents import is_whole
 from kohaku_wrap.training.runs.folder import Run
 
 
@@ -83,8 +84,8 @@ def write_metrics_table(run: Run, path: Path) -> None:
 def iterate_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics file from byte `start` on; torn ones are left out."""
     try:
-        stream = path.open("rb")
-    except FileNotFoundError:
+        stream = open_regular(path)
+    except OSError:
         return
     with stream:
         stream.seek(start)
@@ -97,9 +98,10 @@ def iterate_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
 def parse_line(text: str) -> dict[str, Any] | None:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and "optimizer_step" in line else None
+    is_line = isinstance(line, dict) and is_whole(line.get("optimizer_step")) and is_whole(line.get("attempt", 0))
+    return line if is_line else None
 
 
 class MetricsTail:
@@ -114,10 +116,10 @@ class MetricsTail:
     def new_lines(self) -> list[dict[str, Any]]:
         """The lines that came since the last call."""
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 stream.seek(self._offset)
                 data = stream.read()
-        except FileNotFoundError:
+        except OSError:
             return []
         self._offset += len(data)
         *whole, self._rest = (self._rest + data).split(b"\n")

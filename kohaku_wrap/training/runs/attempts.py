@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import take_lock, write_text
+from kohaku_wrap.files import read_regular, take_lock, write_text
+from kohaku_wrap.training.runs.documents import is_whole, read_json_files, read_records
 from kohaku_wrap.training.runs.folder import Lock, Run
-from kohaku_wrap.training.runs.signs import leave_sign, send_output_to
+from kohaku_wrap.training.runs.signs import leave_sign, read_boot_id, send_output_to
 
 Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
 Outcome = Literal["finished", "stopped"]
@@ -59,6 +60,12 @@ class Heartbeat:
 
     message: str = ""
     """For people, such as why it pauses."""
+
+    monotonic_seconds: float = 0.0
+    """When, by the clock that nobody sets; means nothing on another boot."""
+
+    boot_id: str = ""
+    """Of the machine's boot that it was written in."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +177,8 @@ class Attempt:
     def read_watch_beat(self) -> str:
         """The supervisor's last sign of life; clocks of machines differ, so only its change means something."""
         try:
-            return (self.folder / SUPERVISOR_BEAT).read_text(encoding="utf-8")
-        except FileNotFoundError:
+            return read_regular(self.folder / SUPERVISOR_BEAT)
+        except (OSError, ValueError):
             return ""
 
     def leave(self, machine_rank: int, why: str) -> None:
@@ -218,12 +225,22 @@ class Attempt:
 
     def beat(self, rank: int, phase: Phase, optimizer_step: int, micro_batch: int = 0, message: str = "") -> None:
         """Leave a sign of life; about 20 microseconds, so once a micro-batch is cheap enough."""
-        beat = Heartbeat(rank, os.getpid(), phase, optimizer_step, micro_batch, time.time(), message[:MESSAGE_LENGTH])
+        beat = Heartbeat(
+            rank,
+            os.getpid(),
+            phase,
+            optimizer_step,
+            micro_batch,
+            time.time(),
+            message[:MESSAGE_LENGTH],
+            time.monotonic(),
+            read_boot_id(),
+        )
         leave_sign(self.folder / f"heartbeat-rank-{rank:03d}.json", json.dumps(asdict(beat)))
 
     def heartbeats(self) -> list[Heartbeat]:
         """The last sign of life of each rank, by rank."""
-        return [Heartbeat(**document) for document in read_json_files(self.folder, "heartbeat-rank-*.json")]
+        return read_records(self.folder, "heartbeat-rank-*.json", Heartbeat)
 
     def fail(
         self,
@@ -240,7 +257,7 @@ class Attempt:
 
     def failures(self) -> list[Failure]:
         """What the ranks said about their failures, by rank."""
-        return [Failure(**document) for document in read_json_files(self.folder, "failure-rank-*.json")]
+        return read_records(self.folder, "failure-rank-*.json", Failure)
 
     def finish(self, outcome: Outcome, optimizer_step: int) -> None:
         """Rank 0's last word: all steps are done, or a stop was asked for and its state is saved."""
@@ -250,7 +267,9 @@ class Attempt:
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None."""
         found = read_json_files(self.folder, "result.json")
-        return found[0] if found else None
+        if not found or not is_whole(found[0].get("optimizer_step")) or "outcome" not in found[0]:
+            return None
+        return found[0]
 
 
 def write_attempt(
@@ -283,7 +302,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
     """One attempt of a run; raises BadAttempt when its file is missing or not what it should be."""
     path = run.attempts / str(number) / "attempt.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_regular(path))
         state = document["state"]
         return Attempt(
             run=run,
@@ -298,17 +317,21 @@ def read_attempt(run: Run, number: int) -> Attempt:
             machines=int(document.get("machines", 1)),
             bad_steps=None if document.get("bad_steps") is None else int(document["bad_steps"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BadAttempt(
             f"{path}: cannot be read ({error})", "Restore the run's folder, or start a new run."
         ) from error
 
 
+def attempt_numbers(run: Run) -> list[int]:
+    """The numbers of all attempts, whole or not, ascending; other folders are none."""
+    names = [folder.name for folder in run.attempts.iterdir()] if run.attempts.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
 def list_attempts(run: Run) -> list[Attempt]:
     """All attempts of a run, by number."""
-    if not run.attempts.is_dir():
-        return []
-    numbers = sorted(int(folder.name) for folder in run.attempts.iterdir() if folder.name.isdigit())
+    numbers = attempt_numbers(run)
     return [read_attempt(run, number) for number in numbers if (run.attempts / str(number) / "attempt.json").exists()]
 
 
@@ -344,14 +367,3 @@ def is_lock_free(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def read_json_files(folder: Path, pattern: str) -> list[dict[str, Any]]:
-    """The JSON documents of that name pattern, by name; those being written are left out."""
-    documents = []
-    for path in sorted(folder.glob(pattern)):
-        try:
-            documents.append(json.loads(path.read_text(encoding="utf-8")))
-        except (FileNotFoundError, ValueError):
-            continue
-    return documents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import secrets
 import shlex
@@ -21,7 +22,7 @@ from kohaku_wrap.config.site import ENGINES, Site, load_site
 from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
-from kohaku_wrap.files import fsync_folder, write_text
+from kohaku_wrap.files import fsync_folder, making_folder, write_text
 from kohaku_wrap.training.runs.differences import refuse_other_lock
 from kohaku_wrap.training.runs.folder import Run, is_run
 from kohaku_wrap.training.runs.launch import Launch, plan_launch, require_packages
@@ -93,13 +94,7 @@ def plan_new_run(
     if Path(name).name != name or name.startswith("."):
         raise UsageError(f"{name!r} is not a run's name", "Give a plain name; runs lie in the site's paths.runs.")
     folder = site.paths.runs / name
-    if is_run(folder):
-        raise RunExists(
-            f"{folder}: this run exists",
-            f"Go on with it: {command_line('resume', folder)}. Or start another with --run NAME.",
-        )
-    if folder.exists():
-        raise RunExists(f"{folder}: is in the way and not a run", "Remove it, or choose another name with --run NAME.")
+    refuse_taken(folder)
     if engine == "builtin":
         # The worker would refuse them too, but only after the run is made and torch is loaded.
         BuiltinOptions.from_config(compose_trainer(effective, folder, name), on_cpu=site.machine.gpus == 0)
@@ -113,6 +108,17 @@ def plan_new_run(
         folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines, kernels=kernels
     )
     return NewRun(name, folder, engine, engine_origin, effective, site, launch)
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise RunExists where something lies at the place of a new run, be it made by another kwrap just now."""
+    if is_run(folder):
+        raise RunExists(
+            f"{folder}: this run exists",
+            f"Go on with it: {command_line('resume', folder)}. Or start another with --run NAME.",
+        )
+    if folder.exists():
+        raise RunExists(f"{folder}: is in the way and not a run", "Remove it, or choose another name with --run NAME.")
 
 
 def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
@@ -168,19 +174,21 @@ def create_run(
     )
     if locked is not None:
         refuse_other_lock(locked, rendered.lock)
-    new.folder.parent.mkdir(parents=True, exist_ok=True)
-    part = new.folder.with_name(f".{new.name}.{os.getpid()}.partial")
-    try:
-        part.mkdir()
-        dataclasses.replace(rendered, folder=part).write()
-        write_text(part / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
+    with making_folder(new.folder.parent, f".{new.name}.partial-") as part:
+        whole = part / new.name
+        whole.mkdir()
+        dataclasses.replace(rendered, folder=whole).write()
+        write_text(whole / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
         for inner in ("attempts", "states", "checkpoints", "ledger"):
-            (part / inner).mkdir()
-        fsync_folder(part)
-        part.rename(new.folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+            (whole / inner).mkdir()
+        fsync_folder(whole)
+        try:
+            whole.rename(new.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            refuse_taken(new.folder)
+            raise
     fsync_folder(new.folder.parent)
     return Run(new.folder.resolve())
 

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import open_regular, write_text
 from kohaku_wrap.training.records.metrics import iterate_lines
-from kohaku_wrap.training.runs.attempts import Attempt, read_json_files
+from kohaku_wrap.training.runs.attempts import Attempt
 from kohaku_wrap.training.runs.causes import find_first_cause
+from kohaku_wrap.training.runs.documents import read_records
 
 TAIL_LINES = 12
 REPORT_LINES = 200
@@ -147,8 +148,7 @@ def write_end(attempt: Attempt, end: AttemptEnd) -> None:
 
 def read_end(attempt: Attempt) -> AttemptEnd | None:
     """How the attempt ended; None while it runs, when its supervisor was killed with it, or the disk was full."""
-    found = read_json_files(attempt.folder, END_FILE)
-    return AttemptEnd(**found[0]) if found else None
+    return next(iter(read_records(attempt.folder, END_FILE, AttemptEnd)), None)
 
 
 def log_tails(attempt: Attempt, lines: int = TAIL_LINES) -> dict[str, list[str]]:
@@ -162,10 +162,10 @@ def log_tails(attempt: Attempt, lines: int = TAIL_LINES) -> dict[str, list[str]]
 
 def tail_of(path: Path, lines: int) -> list[str]:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             size_bytes = stream.seek(0, 2)
             stream.seek(max(0, size_bytes - TAIL_BYTES))
             text = stream.read().decode("utf-8", "replace")
-    except FileNotFoundError:
+    except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]

@@ -11,11 +11,13 @@ from typing import Any
 
 from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
 from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.data.order import StepCount
 
 LOCK_FILE = "run.lock.toml"
-STATE_NAME = re.compile(r"optimizer-step-(\d{8,})")
+LARGEST_NUMBER = 1 << 48
+STATE_NAME = re.compile(r"optimizer-step-([0-9]{8,})")
 
 
 class NoSuchRun(UsageError):
@@ -81,12 +83,12 @@ class Run:
     def lock(self) -> Lock:
         """What was decided when the run was made; raises BadRunFolder when it cannot be read."""
         try:
-            tables = parse_toml(self.lock_file.read_text(encoding="utf-8"))
+            tables = parse_toml(read_regular(self.lock_file))
         except FileNotFoundError:
             raise BadRunFolder(
                 f"{self.folder}: {LOCK_FILE} is missing", "Restore it from a backup, or start a new run."
             ) from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise BadRunFolder(
                 f"{self.lock_file}: not TOML ({error})", "Restore it from a backup, or start a new run."
             ) from error
@@ -132,6 +134,16 @@ class Lock:
         """The text of each of the run's files as it was written; empty for a run of kwrap 0.1."""
         return dict(self.tables.get("files", {}))
 
+    def number(self, table: str, key: str, at_least: int = 0) -> int:
+        """A whole number; raises BadRunFolder where it is none, or out of all bounds."""
+        value = self.entry(table, key)
+        if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value < LARGEST_NUMBER:
+            raise BadRunFolder(
+                f"{self.path}: [{table}] {key} is {str(value)[:40]}, not a whole number from {at_least} on",
+                "The lock was edited or cut; restore it or start a new run.",
+            )
+        return value
+
     @property
     def engine(self) -> str:
         return str(self.entry("run", "engine"))
@@ -142,15 +154,15 @@ class Lock:
 
     @property
     def seed(self) -> int:
-        return int(self.entry("run", "seed"))
+        return self.number("run", "seed")
 
     @property
     def effective_batch(self) -> int:
-        return int(self.entry("run", "effective_batch"))
+        return self.number("run", "effective_batch", 1)
 
     @property
     def batch_per_gpu(self) -> int:
-        return int(self.entry("run", "batch_per_gpu"))
+        return self.number("run", "batch_per_gpu", 1)
 
     @property
     def group(self) -> int:
@@ -169,16 +181,16 @@ class Lock:
 
     @property
     def images(self) -> int:
-        return int(self.entry("plan", "images"))
+        return self.number("plan", "images")
 
     @property
     def batches(self) -> int:
         """Batches of one epoch, all buckets together."""
-        return int(self.entry("plan", "batches"))
+        return self.number("plan", "batches", 1)
 
     @property
     def total_optimizer_steps(self) -> int:
-        return int(self.entry("plan", "total_optimizer_steps"))
+        return self.number("plan", "total_optimizer_steps")
 
     @property
     def count(self) -> StepCount:

@@ -147,7 +147,7 @@ def default_threads(processes: int, on_cpu: bool) -> int:
     is a tiny model, and threads that wait for each other on busy cores make it twenty times slower.
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isdigit() and int(given):
+    if given.isascii() and given.isdecimal() and int(given):
         return int(given)
     if on_cpu:
         return 1

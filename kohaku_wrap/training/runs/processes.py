@@ -26,7 +26,7 @@ def list_processes(run: Run, attempt_number: int | None = None, machine_rank: in
     machine_setting = other_machine + str(machine_rank).encode()
     found: list[int] = []
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+        if not (entry.name.isascii() and entry.name.isdecimal()) or int(entry.name) == os.getpid():
             continue
         try:
             settings = (entry / "environ").read_bytes().split(b"\0")

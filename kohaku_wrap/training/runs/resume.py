@@ -12,7 +12,7 @@ from kohaku_wrap.errors import KwrapError, Problem, UsageError, command_line
 from kohaku_wrap.training.data.order import Position
 from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.states import list_states, verify_state
-from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts, write_attempt
+from kohaku_wrap.training.runs.attempts import Attempt, attempt_numbers, last_kept_steps, list_attempts, write_attempt
 from kohaku_wrap.training.runs.differences import check_captions, list_changes, refuse_changes, refuse_unknown
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, require_packages, write_accelerate_config
@@ -315,12 +315,7 @@ def is_damaged(state: Path, damaged: Sequence[DamagedState]) -> bool:
 
 def next_number(run: Run) -> int:
     """One more than the highest attempt, whole or not."""
-    numbers = (
-        [int(folder.name) for folder in run.attempts.iterdir() if folder.name.isdigit()]
-        if run.attempts.is_dir()
-        else []
-    )
-    return max(numbers, default=0) + 1
+    return max(attempt_numbers(run), default=0) + 1
 
 
 def first_processes(run: Run) -> int:
@@ -341,4 +336,4 @@ def threads_of(attempt: Attempt | None) -> int | None:
         return None
     document = json.loads((attempt.folder / "attempt.json").read_text(encoding="utf-8"))
     threads = document.get("environment", {}).get("OMP_NUM_THREADS", "")
-    return int(threads) if threads.isdigit() else None
+    return int(threads) if threads.isascii() and threads.isdecimal() else None

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.outlets import Outlet
 
 SUPERVISOR_LOG = "supervisor.log"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SIGN_BYTES = 4096
 """Of each sign of life, the same for all, so that one covers the other."""
 
@@ -26,6 +28,15 @@ def leave_sign(path: Path, text: str) -> None:
             os.pwrite(descriptor, text.ljust(SIGN_BYTES).encode(), 0)
         finally:
             os.close(descriptor)
+
+
+@lru_cache
+def read_boot_id() -> str:
+    """What names this boot of this machine; empty where the system does not tell."""
+    try:
+        return BOOT_ID.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
 
 
 class RunLog:

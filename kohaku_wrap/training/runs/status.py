@@ -15,6 +15,7 @@ from kohaku_wrap.training.runs.attempts import Attempt, Heartbeat, is_lock_free,
 from kohaku_wrap.training.runs.ends import AttemptEnd, read_end, steps_done
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.resume import is_finished
+from kohaku_wrap.training.runs.signs import read_boot_id
 from kohaku_wrap.training.runs.watch import number_of
 
 Condition = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
@@ -118,7 +119,7 @@ class RunStatus:
     """What the ranks do now; empty unless it runs."""
 
     silent_seconds: float | None
-    """Since the last sign of life; None unless it runs."""
+    """Since the last sign of life; None unless it runs, and where it was left on another boot or machine."""
 
     attempts: tuple[AttemptStatus, ...]
     """In order."""
@@ -169,7 +170,7 @@ def read_status(run: Run) -> RunStatus:
         seconds_per_step=seconds,
         eta_seconds=(total - done) * seconds if running and seconds is not None else None,
         phase=describe_phase(beats),
-        silent_seconds=time.time() - max(beat.unix_seconds for beat in beats) if beats else None,
+        silent_seconds=count_silence(beats),
         attempts=told,
         states=states,
         last_error=f"attempt {failures[-1].number}: {failures[-1].end}: {failures[-1].message}" if failures else "",
@@ -225,6 +226,12 @@ def describe_states(run: Run) -> list[StateStatus]:
         except DamagedState:
             found.append(StateStatus(step, 0, False))
     return found
+
+
+def count_silence(beats: list[Heartbeat]) -> float | None:
+    """Seconds since the last sign of life; None where it was left on another boot, whose clock is not ours."""
+    here = [beat.monotonic_seconds for beat in beats if beat.boot_id and beat.boot_id == read_boot_id()]
+    return max(0.0, time.monotonic() - max(here)) if here else None
 
 
 def describe_phase(beats: list[Heartbeat]) -> str:

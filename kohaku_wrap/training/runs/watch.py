@@ -147,6 +147,8 @@ class AttemptWatch:
         self.images: deque[tuple[int, int]] = deque(maxlen=NAN_WINDOW_STEPS)
         self.states_seen = {step for step, _ in list_states(attempt.run.states)}
         self.pause_told = ""
+        self.beats_seen: list[Heartbeat] = []
+        self.changed_at = time.monotonic()
 
     def run(self) -> AttemptEnd:
         """The attempt's end, also written beside its logs; no process of it is left."""
@@ -158,10 +160,10 @@ class AttemptWatch:
         lock = hold_lock(self.attempt.supervisor_lock)
         metrics = MetricsTail(self.attempt.run.metrics, self.attempt.number)
         self.tell("start", f"attempt {self.attempt.number} starts after optimizer step {self.done:,}")
-        started = time.time()
+        self.changed_at = time.monotonic()
         process = start_launcher(self.launch, self.attempt.folder / LAUNCHER_LOG)
         try:
-            end = self.follow(process, metrics, started)
+            end = self.follow(process, metrics)
         finally:
             end_processes(self.attempt.run, self.attempt.number, 0)
             process.wait()
@@ -171,7 +173,7 @@ class AttemptWatch:
         write_end(self.attempt, end)
         return end
 
-    def follow(self, process: subprocess.Popen[bytes], metrics: MetricsTail, started: float) -> AttemptEnd:
+    def follow(self, process: subprocess.Popen[bytes], metrics: MetricsTail) -> AttemptEnd:
         """Look at the attempt until it ends or has to be ended."""
         stop_told = False
         looks = 0
@@ -199,7 +201,7 @@ class AttemptWatch:
                 left_at = min(left_at, time.monotonic())
                 if time.monotonic() - left_at > LEFT_SECONDS:
                     return self.end_without_machine()
-            fault = self.find_hang(started)
+            fault = self.find_hang()
             if fault is not None:
                 return fault
             time.sleep(self.options.poll_seconds)
@@ -249,19 +251,21 @@ class AttemptWatch:
             self.pause_told = message
             self.tell("pause", message or "the pause is over")
 
-    def find_hang(self, started: float) -> AttemptEnd | None:
+    def find_hang(self) -> AttemptEnd | None:
         """An end if no rank gave a sign of life for the time of its phase.
 
         Ranks wait for each other, so a rank's silence counts only when all are silent, and the most patient phase
-        among them sets the time.
+        among them sets the time. Silence is counted by our own clock since a sign of life was last seen to change:
+        neither a jump of the time of day nor another machine's clock is taken for a hang.
         """
         beats = self.attempt.heartbeats()
         phases: list[Phase] = [beat.phase for beat in beats] or ["start-up"]
         if len(beats) < self.attempt.processes:
             phases.append("start-up")
-        last = max([started, *(beat.unix_seconds for beat in beats)])
         timeout_seconds = max(self.options.timeout_of(phase) for phase in phases)
-        silent_seconds = time.time() - last
+        if beats != self.beats_seen:
+            self.beats_seen, self.changed_at = beats, time.monotonic()
+        silent_seconds = time.monotonic() - self.changed_at
         if silent_seconds > min(GONE_SECONDS, timeout_seconds) and (fault := self.find_gone(beats)) is not None:
             return fault
         if silent_seconds <= timeout_seconds:

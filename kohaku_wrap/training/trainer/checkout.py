@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from kohaku_wrap.config.trainer_commits import (
     trainer_folder,
 )
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.files import expand_user, fsync_folder
+from kohaku_wrap.files import expand_user, fsync_folder, making_folder
 from kohaku_wrap.training.trainer.corrections import AnchorMatch, match_anchors, require_anchors
 from kohaku_wrap.training.trainer.requirements import InstallFailed, RequirementState, check_requirements
 
@@ -197,9 +195,7 @@ def install_checkout(
         if checkout.is_supported:
             return require_supported(checkout), True
         on_note(f"{final} was changed; it is replaced")
-    trainer_folder().mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{wanted.name}-", dir=trainer_folder()))
-    try:
+    with making_folder(trainer_folder(), f".{wanted.name}-") as part:
         on_note(f"Getting sd-scripts {wanted.name} from {source or DEFAULT_SOURCE}")
         clone_commit(source or DEFAULT_SOURCE, wanted.commit, part / "checkout")
         require_supported(inspect_checkout(part / "checkout", "kwrap trainer install"))
@@ -207,8 +203,6 @@ def install_checkout(
             final.rename(part / "replaced")
         (part / "checkout").rename(final)
         fsync_folder(trainer_folder())
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return inspect_checkout(final, "kwrap trainer install"), False
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.config.trainer_commits import trainer_folder
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import fsync_folder
+from kohaku_wrap.files import fsync_folder, making_folder
 from kohaku_wrap.processes import python_command, safe_environment
 
 
@@ -158,11 +156,9 @@ def install_requirements(on_note: Callable[[str], None] = lambda note: None) -> 
 
 def install_package(requirement: Requirement) -> None:
     final = packages_folder(requirement)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=final.parent))
     pinned = f"{requirement.distribution}=={requirement.version}"
-    command = python_command("-m", "pip", "install", "--quiet", "--no-deps", "--target", part / "packages", pinned)
-    try:
+    with making_folder(final.parent, ".part-") as part:
+        command = python_command("-m", "pip", "install", "--quiet", "--no-deps", "--target", part / "packages", pinned)
         result = subprocess.run(command, env=safe_environment(), capture_output=True, text=True, check=False)
         if result.returncode:
             words = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
@@ -172,5 +168,3 @@ def install_package(requirement: Requirement) -> None:
             )
         (part / "packages").rename(final)
         fsync_folder(final.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -104,7 +104,7 @@ def common_parent(names: list[str]) -> str:
 
 def natural_order(name: str) -> list[tuple[int, int | str]]:
     """A sort key that counts numbers as numbers."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"\.", name)]
+    return [(0, int(part)) if part.isascii() and part.isdecimal() else (1, part) for part in re.split(r"\.", name)]
 
 
 def make_container(class_name: str) -> nn.Module:
