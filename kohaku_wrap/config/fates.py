@@ -41,8 +41,8 @@ class Fate:
     reason: str = ""
     """Why it is refused or unverified."""
 
-    needs: Mapping[str, Any] = field(default_factory=dict)
-    """What must hold beside it for it to do anything, by key of a template; a list names several that will do."""
+    needs: Mapping[str, Any] | list[Mapping[str, Any]] = field(default_factory=dict)
+    """What must hold beside it for it to do anything, by key; a list of tables: any one of them."""
 
     other: Any = None
     """A value unlike the default, which the census sets; None where it sets none."""
@@ -63,6 +63,11 @@ class Fate:
     def in_digest(self) -> bool:
         """Whether the options digest of a run holds it; unknown and unverified ones may decide the weights too."""
         return self.kind in ("weights", "unverified") and not self.apart
+
+    def ways(self) -> list[Mapping[str, Any]]:
+        """What it needs, each table enough by itself; empty where it needs nothing."""
+        tables = self.needs if isinstance(self.needs, list) else [self.needs]
+        return [table for table in tables if table]
 
     def describe(self) -> str:
         """The fate in a few words, for `template show --why`."""

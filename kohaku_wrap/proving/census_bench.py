@@ -1,0 +1,267 @@
+"""The small trainings of the option census: made once for each set of settings, compared by what they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.toml_text import toml_text
+from kohaku_wrap.demo.killing import run_kwrap
+from kohaku_wrap.demo.likeness import read_positions
+from kohaku_wrap.demo.tour import dataset_stages
+from kohaku_wrap.errors import KwrapError, ProblemsFound
+from kohaku_wrap.files import write_text
+from kohaku_wrap.training.runs.create import create_run, plan_new_run
+from kohaku_wrap.training.runs.attempts import hold_lock
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+
+BASE_TEMPLATE = Path(__file__).with_name("census_base.toml")
+POSTS = 24
+BATCH_PER_PROCESS = 2
+NETWORK = "NETWORK"
+"""In a row's value: the network of the run without any settings."""
+
+MAP_TARGET = "Transformer2DModel"
+"""The class whose map a row of `map.NAME` fills."""
+
+LEDGER_FIELDS = ("optimizer_step", "epoch", "position", "order_digest", "content_digest", "loss", "learning_rate")
+
+Settings = Mapping[str, Any]
+"""Values by key of a template."""
+
+Signature = tuple[str, str]
+"""Digests of the final network and of the ledger."""
+
+
+class CaseFailed(KwrapError):
+    """A training of the census did not reach its end."""
+
+
+class ForkServer:
+    """The process that imported the trainer."""
+
+    def __init__(self, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "LYCORIS_KERNEL_BACKEND": "torch",
+            "LYCORIS_KERNEL_TUNE": "off",
+            "CUDA_VISIBLE_DEVICES": "",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        with log.open("ab") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "kohaku_wrap.training.workers.fork_attempts"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env=environment,
+            )
+        self.log = log
+
+    def run(self, **asked: Any) -> int:
+        """One attempt to its end; its exit code. Raises CaseFailed where the server is gone."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps(asked) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise KwrapError("the trainer could not be imported", f"See {self.log}.")
+        return int(json.loads(answer)["exit_code"])
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class CensusBench:
+    """World, site and runs of one census."""
+
+    def __init__(self, folder: Path, servers: int, *, keep: bool = False) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.world = folder / "world"
+        self.runs = folder / "runs"
+        self.lock = threading.Lock()
+        self.done: dict[str, Future[Signature]] = {}
+        self.servers: queue.Queue[ForkServer] = queue.Queue()
+        self.count = servers
+
+    def __enter__(self) -> CensusBench:
+        for name in ("runs", "refused", "logs", "sites", "images"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.make_world()
+        for number in range(self.count):
+            self.servers.put(ForkServer(self.folder / "logs" / f"server-{number}.log"))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        while not self.servers.empty():
+            self.servers.get().close()
+
+    def make_world(self) -> None:
+        """The embedded world with its dataset made ready, by kwrap's own commands; what is there is kept."""
+        if (self.world / "images" / "captions.arrow").exists():
+            return
+        log = self.folder / "logs" / "world.log"
+        run_kwrap(("demo", str(self.world), "--posts", str(POSTS)), log)
+        for stage in dataset_stages(load_site(self.world / "site.toml"), "demo", self.world / "demo.parquet"):
+            run_kwrap(stage.arguments, log)
+
+    def write_site(self, name: str, own_images: bool) -> Path:
+        """The world's site; with a copy of the images where a run writes beside them."""
+        document = tomllib.loads((self.world / "site.toml").read_text(encoding="utf-8"))
+        paths = {key: str((self.world / path).resolve()) for key, path in document["paths"].items()}
+        if own_images:
+            images = self.folder / "images" / name
+            copy_images(Path(paths["images"]), images)
+            paths["images"] = str(images)
+        document["paths"] = {**paths, "runs": str(self.runs)}
+        document["machine"] |= {"engine": "sd-scripts", "processes": 1, "batch_per_gpu": BATCH_PER_PROCESS}
+        document["machine"].pop("workers", None)
+        path = self.folder / "sites" / f"{name}.toml"
+        write_text(path, toml_text(document))
+        return path
+
+    def signature(self, settings: Settings) -> Signature:
+        """What a training with these settings leaves; trained once. Raises CaseFailed."""
+        key = json.dumps(settings, sort_keys=True)
+        with self.lock:
+            future = self.done.get(key)
+            is_first = future is None
+            if future is None:
+                future = self.done[key] = Future()
+        if is_first:
+            try:
+                future.set_result(self.train(f"c{hashlib.sha256(key.encode()).hexdigest()[:10]}", settings))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def train(self, name: str, settings: Settings) -> Signature:
+        """Train and read the result."""
+        if "NETWORK" in json.dumps(settings):
+            self.signature({"save_model_as": "safetensors"})
+            network = str(self.folder / "network.safetensors")
+            settings = json.loads(json.dumps(settings).replace(NETWORK, network))
+        paths = {key: value for key, value in settings.items() if key in ("network_weights", "base_weights")}
+        template = write_template(
+            self.folder / "templates" / f"{name}.toml",
+            {key: value for key, value in settings.items() if key not in paths},
+        )
+        site = self.write_site(name, own_images=settings.get("kwrap.data") == "sd-scripts")
+        overrides = [f"{key}={json.dumps(value)}" for key, value in paths.items()]
+        try:
+            run = create_run(plan_new_run(str(template), site, name, None, overrides), ["census"])
+            attempt, launch = begin_attempt(plan_resume(run))
+        except ProblemsFound as found:
+            raise CaseFailed(f"refused: {'; '.join(f'{each.where}: {each.what}' for each in found.problems)}") from None
+        except KwrapError as error:
+            raise CaseFailed(f"refused: {error.message}") from None
+        log = self.folder / "logs" / f"{name}.log"
+        held = hold_lock(attempt.supervisor_lock)
+        server = self.servers.get()
+        try:
+            code = server.run(
+                folder=str(launch.folder),
+                environment=dict(launch.environment),
+                arguments=list(launch.argv[launch.argv.index("-m", 3) + 2 :]),
+                log=str(log),
+            )
+        finally:
+            self.servers.put(server)
+            if held is not None:
+                os.close(held)
+        if code:
+            said = "; ".join(f"{each.kind}: {each.message}" for each in attempt.failures()) or f"exit code {code}"
+            raise CaseFailed(f"the training failed: {' '.join(said.split())[:300]} (log {log})")
+        result = read_signature(run)
+        if settings == {"save_model_as": "safetensors"}:
+            shutil.copy(find_network(run), self.folder / "network.safetensors")
+        if not self.keep:
+            shutil.rmtree(run.folder)
+            shutil.rmtree(self.folder / "images" / name, ignore_errors=True)
+        return result
+
+
+def copy_images(source: Path, target: Path) -> None:
+    """The images with their captions; the trainer's own cache names them by absolute paths."""
+    shutil.copytree(source, target)
+    cache = target / "metadata_cache.json"
+    if cache.is_file():
+        cache.write_text(cache.read_text(encoding="utf-8").replace(str(source), str(target)), encoding="utf-8")
+
+
+def write_template(path: Path, settings: Settings) -> Path:
+    """The base template of the census with these settings over it."""
+    document = tomllib.loads(BASE_TEMPLATE.read_text(encoding="utf-8"))
+    flat: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    named = ("kwrap", "network_args", "dataset_options", "preset")
+    for section, values in document.items():
+        if isinstance(values, dict) and section not in named:
+            flat |= values
+        elif isinstance(values, dict):
+            tables[section] = dict(values)
+    title = document["title"]
+    for key, value in settings.items():
+        table, _, name = key.rpartition(".")
+        if table == "map":
+            maps = tables["preset"].setdefault("module_algo_map", {})
+            maps.setdefault(MAP_TARGET, {})[name] = value
+        elif table:
+            tables.setdefault(table, {})[name] = value
+        elif key in tables.get("dataset_options", {}):
+            tables["dataset_options"][key] = value
+        else:
+            flat[key] = value
+    write_text(path, toml_text({"title": title, "training": flat, **tables}))
+    return path
+
+
+def find_network(run: Run) -> Path:
+    """The run's final network, in whichever format."""
+    return next(path for path in run.checkpoints.iterdir() if path.stem == run.name)
+
+
+def read_signature(run: Run) -> Signature:
+    """Digests of the final network, tensor by tensor, and of the records."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = find_network(run)
+    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    network = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        network.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        network.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    records, _ = read_positions(run)
+    ledger = hashlib.sha256(b"".join(records[field].tobytes() for field in LEDGER_FIELDS))
+    return network.hexdigest(), ledger.hexdigest()
+
+
+def list_settings(settings: Settings) -> Iterable[str]:
+    """`key=value` of each, for messages."""
+    return (f"{key}={json.dumps(value)}" for key, value in settings.items())
