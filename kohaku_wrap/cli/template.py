@@ -71,7 +71,7 @@ def list_command(as_json: bool) -> None:
 @click.option("--site", type=Path_, help="Show the values on this machine, too.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
 @trust_option
-@click.option("--why", is_flag=True, help="Name the layer and file that set each value.")
+@click.option("--why", is_flag=True, help="Name the layer and file that set each value, and what it decides.")
 @click.option("--all", "with_defaults", is_flag=True, help="Show the trainer's own defaults, too.")
 @json_option
 def show_command(
@@ -85,7 +85,9 @@ def show_command(
 ) -> None:
     """Print the effective values of a template.
 
-    With --why each value names the layer and the file that set it; later layers win.
+    With --why each value names the layer and the file that set it; later layers win. Behind it stands what the option
+    decides: the weights, or files only (logs and speed among them); with --all also which the trainer has and kwrap
+    refuses, and why. What no census could try on a machine without a GPU is marked "not testable here".
     """
     from kohaku_wrap.config.checks import check_effective, describe_notes
     from kohaku_wrap.config.installed import find_option_table
@@ -106,6 +108,7 @@ def show_command(
                 "notes": describe_notes(effective),
                 "values": values,
                 "origins": {key: effective.origin(key) for key in values},
+                "fates": {key: describe_fate(key) for key in values},
                 "preset": dict(effective.preset),
                 "trust": describe_trust(effective),
                 "options_from": table.source,
@@ -133,10 +136,24 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool, typed:
     origins_at = max((widths[table_of(key)] + min(len(text), LONGEST_VALUE) for key, text in shown.items()), default=0)
     for key, text in sorted(shown.items(), key=lambda item: (table_of(item[0]), item[0])):
         width = widths[table_of(key)]
-        origin = f"  {effective.origin(key).translate(ESCAPES)}" if why else ""
+        origin = f"  {effective.origin(key)}{decides(key)}".translate(ESCAPES) if why else ""
         click.echo(f"{paint(key.ljust(width), fg='cyan')}  {text.ljust(origins_at - width if why else 0)}{origin}")
     if not why:
         print_lines(f"Next: {command_line('template', 'show', typed, '--why')}")
+
+
+def decides(key: str) -> str:
+    """What a key decides, as the end of its line."""
+    words = describe_fate(key)
+    return f" [{words}]" if words else ""
+
+
+def describe_fate(key: str) -> str:
+    """What a key decides, in words; empty for what is kwrap's own."""
+    from kohaku_wrap.config.fates import fate_of_key
+
+    fate = fate_of_key(key)
+    return fate.describe() if fate else ""
 
 
 def table_of(key: str) -> str:

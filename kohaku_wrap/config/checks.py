@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from kohaku_wrap.config.installed import ask_optimizer
 from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.config.needs import check_needs
 from kohaku_wrap.config.network import LYCORIS, check_network
 from kohaku_wrap.config.optimizers import Signatures, check_code, check_optimizer
 from kohaku_wrap.config.plan import BadBatch, StepPlan, shape_batch
@@ -56,6 +57,7 @@ def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> li
     problems += check_network(effective)
     problems += check_code(effective)
     problems += check_optimizer(effective, ask)
+    problems += check_needs(effective)
     problems += check_buckets(effective)
     if effective.site and effective.get("effective_batch"):
         try:
@@ -139,7 +141,7 @@ def refuse_cached_captions(effective: Effective) -> Faults:
     key = next((key for key in names if effective.get(key)), None)
     if key is None:
         return
-    changing = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate", "token_warmup_step")
+    changing = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate")
     for name in changing:
         if dataset(effective, name):
             origin = effective.origin(f"dataset_options.{name}")
@@ -150,7 +152,7 @@ def refuse_cached_captions(effective: Effective) -> Faults:
 
 def refuse_idle_separator(effective: Effective) -> Faults:
     """sd-scripts removes the separator only where it has work to do on the caption."""
-    working = ("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step")
+    working = ("shuffle_caption", "caption_tag_dropout_rate")
     if dataset(effective, "keep_tokens_separator") and not any(dataset(effective, name) for name in working):
         yield (
             "dataset_options.keep_tokens_separator",
@@ -200,26 +202,11 @@ def refuse_rare_saves(effective: Effective) -> Faults:
             yield key, f"{every:,} is larger than the whole run: max_train_steps = {steps:,}"
 
 
-def refuse_cached_info(effective: Effective) -> Faults:
-    split = dataset(effective, "validation_split")
-    if dataset(effective, "cache_info") and split:
-        origin = effective.origin("dataset_options.validation_split")
-        yield (
-            "dataset_options.cache_info",
-            f"cannot go with validation_split ({origin}): the cache then pairs captions with the wrong images",
-        )
+def refuse_images_in_folders(effective: Effective) -> Faults:
     if effective.get("kwrap.data") == "sd-scripts" and is_complete(effective) and not dataset(effective, "cache_info"):
         yield (
             "dataset_options.cache_info",
             'must be true with data = "sd-scripts": without it only images directly in the folder are found',
-        )
-
-
-def refuse_token_warmup(effective: Effective) -> Faults:
-    if dataset(effective, "token_warmup_step"):
-        yield (
-            "dataset_options.token_warmup_step",
-            "counts steps in each loader process, ahead of training and from 0 after a resume: leave it out",
         )
 
 
@@ -266,25 +253,15 @@ def refuse_two_network_parts(effective: Effective) -> Faults:
         yield "text_encoder_lr", "LyCORIS uses only the first rate, for both text encoders: write one"
 
 
-def refuse_missing_partners(effective: Effective) -> Faults:
-    """Options that the trainer stops at, or that do nothing, without another."""
-    partners = (
-        ("adaptive_noise_scale", "noise_offset"),
-        ("noise_offset_random_strength", "noise_offset"),
-        ("ip_noise_gamma_random_strength", "ip_noise_gamma"),
-        ("scale_v_pred_loss_like_noise_pred", "v_parameterization"),
-        ("sample_every_n_steps", "samples.prompts"),
-        ("samples.every", "samples.prompts"),
-    )
-    for key, partner in partners:
-        if effective.get(key) and not effective.get(partner):
-            yield key, f"does nothing without {partner}"
+def refuse_missing_prompts(effective: Effective) -> Faults:
+    """Prompts that are never drawn, and the reverse."""
+    if effective.get("samples.every") and not effective.get("samples.prompts"):
+        yield "samples.every", "does nothing without samples.prompts"
     if effective.get("samples.prompts") and not any(
-        effective.get(key) for key in ("samples.every", "sample_every_n_steps", "sample_every_n_epochs")
+        effective.get(key)
+        for key in ("samples.every", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
     ):
         yield "samples.prompts", "are never drawn: set every = N (optimizer steps) in [samples]"
-    if effective.get("fused_backward_pass"):
-        yield "fused_backward_pass", "does not work with gradient accumulation"
 
 
 def refuse_out_of_range(effective: Effective) -> Faults:
@@ -312,13 +289,12 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_short_captions,
     refuse_two_lengths,
     refuse_rare_saves,
-    refuse_cached_info,
-    refuse_token_warmup,
+    refuse_images_in_folders,
     refuse_lost_updates,
     refuse_full_precision,
     refuse_two_attentions,
     refuse_two_network_parts,
-    refuse_missing_partners,
+    refuse_missing_prompts,
     refuse_missing_seed,
     refuse_out_of_range,
 )

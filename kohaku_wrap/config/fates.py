@@ -27,6 +27,15 @@ ARGUMENT_PLACES: tuple[Place, ...] = ("network_args", "optimizer_args", "lr_sche
 MOST_UNVERIFIED = 15
 """Rows that may be left to the trainer."""
 
+OWN_KEYS: Mapping[str, FateKind] = {
+    "effective_batch": "weights",
+    "preset": "weights",
+    "kwrap": "weights",
+    "states": "files",
+    "samples": "files",
+}
+"""What kwrap's own keys and tables decide."""
+
 UNKNOWN_ARGUMENT = "not in kwrap's table: an argument of a class of its own"
 UNKNOWN_OPTION = "not in kwrap's table: the trainer is newer"
 
@@ -71,10 +80,10 @@ class Fate:
 
     def describe(self) -> str:
         """The fate in a few words, for `template show --why`."""
-        words = {"weights": "weights", "files": "files only", "refused": "refused", "unverified": "unverified"}[
-            self.kind
-        ]
-        return f"{words} (not testable here: {self.untestable})" if self.untestable else words
+        if self.reason:
+            return f"{self.kind}: {self.reason}"
+        words = "files only" if self.kind == "files" else self.kind
+        return f"{words}, not testable here: {self.untestable}" if self.untestable else words
 
 
 @cache
@@ -123,15 +132,15 @@ def fate_of(place: Place, name: str) -> Fate:
 def fate_of_key(key: str) -> Fate | None:
     """The fate of a template's key, `learning_rate`, `dataset_options.resolution`, `network_args.factor`.
 
-    None for what is kwrap's own: `effective_batch`, `[kwrap]`, `[states]`, `[samples]`, and the preset's name.
+    None for a key of no table that there is.
     """
     table, _, name = key.rpartition(".")
+    if (own := table or key) in OWN_KEYS:
+        return Fate(OWN_KEYS[own])
     place = "dataset" if table == "dataset_options" else table
     if place in ("dataset", *ARGUMENT_PLACES):
         return fate_of(place, name)
-    if table or key in ("effective_batch", "preset"):
-        return None
-    return fate_of("option", key)
+    return None if table else fate_of("option", key)
 
 
 def list_unverified(keys: Iterable[str]) -> Iterator[str]:

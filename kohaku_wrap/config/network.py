@@ -39,13 +39,6 @@ NETWORK_ARGS: Mapping[str, str] = {
 }
 """What `create_network` of lycoris-lora 4.1.3 looks at, and the kind of each."""
 
-DEPRECATED_ARGS: Mapping[str, str] = {
-    "constrain": "constraint",
-    "disable_conv_cp": "use_tucker",
-    "use_conv_cp": "use_tucker",
-    "use_cp": "use_tucker",
-}
-
 ALGORITHMS = ("lora", "locon", "loha", "lokr", "dylora", "glora", "full", "diag-oft", "boft", "ia3", "tlora")
 
 PRESET_KEYS: Mapping[str, type] = {
@@ -101,11 +94,7 @@ def check_network_args(effective: Effective) -> list[Problem]:
     for name, value in effective.subtable("network_args").items():
         key = f"network_args.{name}"
         layer = effective.origin(key)
-        if name == "preset":
-            problems.append(Problem(key, 'write preset = "NAME" at the top of the template', layer))
-        elif name in DEPRECATED_ARGS:
-            problems.append(Problem(key, f"deprecated; write {DEPRECATED_ARGS[name]}", layer))
-        elif name not in NETWORK_ARGS:
+        if name not in NETWORK_ARGS:
             what = f"unknown; LyCORIS would ignore it in silence{suggest(name, NETWORK_ARGS)}"
             problems.append(Problem(key, what, layer))
         elif not fits(NETWORK_ARGS[name], parse_literal(value.lower()) if isinstance(value, str) else value) and not (

@@ -49,8 +49,7 @@ def check_optimizer(effective: Effective, ask: Signatures) -> list[Problem]:
     for name in effective.subtable("optimizer_args"):
         if name not in allowed:
             key = f"optimizer_args.{name}"
-            reason = "the trainer passes it itself: write unet_lr and text_encoder_lr" if name == "lr" else ""
-            what = reason or f"{chosen} takes no such argument{suggest(name, allowed)}"
+            what = f"{chosen} takes no such argument{suggest(name, allowed)}"
             problems.append(Problem(key, what, effective.origin(key)))
     return problems
 

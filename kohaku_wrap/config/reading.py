@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.fates import fate_of_key
 from kohaku_wrap.config.options import (
     Option,
     OptionTable,
@@ -21,13 +22,11 @@ from kohaku_wrap.config.options import (
 )
 from kohaku_wrap.config.schema import (
     ARGUMENT_TABLES,
-    DEPRECATED_OPTIONS,
     EFFECTIVE_BATCH,
     HEADER_KEYS,
     NAME_OPTIONS,
     OPTION_OF_DATASET_FILE,
     OWN_TABLES,
-    OWNED_OPTIONS,
     PATH_OPTIONS,
     SECRET_OPTIONS,
     TABLES,
@@ -240,10 +239,11 @@ def check_setting(setting: Setting, table: OptionTable, *, paths_allowed: bool) 
     """The value that a setting gives, or UnfitValue that says what is wrong with it."""
     key, value = setting.key, setting.value
     prefix, _, name = key.partition(".")
-    if key in OWNED_OPTIONS:
-        raise UnfitValue(f"not for a template: it {OWNED_OPTIONS[key]}")
-    if key in DEPRECATED_OPTIONS:
-        raise UnfitValue(f"deprecated; write {DEPRECATED_OPTIONS[key]}")
+    fate = fate_of_key(key)
+    if fate is not None and fate.given_by:
+        raise UnfitValue(f"not for a template: it {fate.given_by}")
+    if fate is not None and fate.kind == "refused" and not is_trainers_default(key, value, table):
+        raise UnfitValue(fate.reason)
     if key in SECRET_OPTIONS:
         raise UnfitValue("a token or an upload is this machine's own: put it under [secrets] in site.toml")
     if not paths_allowed and key == "log_with" and value in UPLOADING_LOGS:
@@ -266,6 +266,18 @@ def check_setting(setting: Setting, table: OptionTable, *, paths_allowed: bool) 
     if key == "effective_batch" and checked < 1:
         raise UnfitValue(f"{checked} is below 1")
     return checked
+
+
+def is_owned(key: str) -> bool:
+    """Whether kwrap sets the option itself."""
+    fate = fate_of_key(key)
+    return fate is not None and bool(fate.given_by)
+
+
+def is_trainers_default(key: str, value: Any, table: OptionTable) -> bool:
+    """Whether a refused option is set to what the trainer does anyway, which leaves nothing undone."""
+    option = find_option(key, table)
+    return option is not None and value == option.default and value is not None
 
 
 def suggest_key(key: str, table: OptionTable) -> str:
@@ -299,11 +311,11 @@ def read_override(text: str, table: OptionTable) -> tuple[dict[str, Entry], list
     prefix, _, name = written.rpartition(".")
     # A section's name is for people: training.learning_rate means learning_rate.
     key = written if not prefix or prefix.split(".")[0] in TABLES else name
-    if key in table.dataset_options and key not in OWNED_OPTIONS:
+    if key in table.dataset_options and not is_owned(key):
         key = f"dataset_options.{key}"
     try:
         option = find_option(key, table)
-        if option and key not in OWNED_OPTIONS:
+        if option and not is_owned(key):
             value = parse_text_for(option, raw.strip())
         else:
             value = LITERALS_OF.get(prefix, parse_literal)(raw.strip())

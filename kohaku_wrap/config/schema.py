@@ -1,4 +1,4 @@
-"""The keys of a template that are kwrap's own, and the trainer's options that a template may not set."""
+"""The keys of a template that are kwrap's own, and those that hold a path."""
 
 from __future__ import annotations
 
@@ -40,46 +40,13 @@ EFFECTIVE_BATCH = Option("effective_batch", ("int",))
 TABLES = (*ARGUMENT_TABLES, *OWN_TABLES, "dataset_options", "preset")
 """Tables with a meaning; every other table is a section for people."""
 
-BY_BATCH = "follows from effective_batch and the site's gpus and batch_per_gpu"
-BY_RUN = "follows from the run's name and folder"
-BY_RESUME = "belongs to `kwrap resume`"
-
-OWNED_OPTIONS: Mapping[str, str] = {
-    "train_batch_size": BY_BATCH,
-    "gradient_accumulation_steps": BY_BATCH,
-    "dataset_options.batch_size": BY_BATCH,
-    "output_dir": BY_RUN,
-    "output_name": BY_RUN,
-    "config_file": BY_RUN,
-    "dataset_config": BY_RUN,
-    "output_config": BY_RUN,
-    "dataset_options.image_dir": "is the site's paths.images",
-    "train_data_dir": "is the site's paths.images",
-    "pretrained_model_name_or_path": "is the site's paths.base_model",
-    "vae": "is the site's paths.vae",
-    "tokenizer_cache_dir": "is the site's paths.tokenizers",
-    "sample_prompts": "is rendered from [samples] prompts",
-    "resume": BY_RESUME,
-    "initial_step": BY_RESUME,
-    "initial_epoch": BY_RESUME,
-    "skip_until_initial_step": BY_RESUME,
-    "resume_from_huggingface": BY_RESUME,
-    "dataset_class": 'is set by data = "kwrap" in [kwrap]',
-}
-"""Options that kwrap sets itself, in every layer, and from what."""
-
 PATH_OPTIONS = frozenset(
     {
         "base_weights",
-        "conditioning_data_dir",
         "console_log_file",
-        "in_json",
         "logging_dir",
         "metadata_thumbnail",
         "network_weights",
-        "offload_optimizer_nvme_path",
-        "offload_param_nvme_path",
-        "reg_data_dir",
     }
 )
 """Options that hold a path of one machine: the site's `[trainer]` may set them, a template may not."""
@@ -101,16 +68,6 @@ SECRET_OPTIONS: Mapping[str, type] = {
 
 UPLOADING_LOGS = ("wandb", "all")
 """Values of `log_with` that send logs and samples away: the site's to say."""
-
-DEPRECATED_OPTIONS: Mapping[str, str] = {
-    "use_8bit_adam": 'optimizer_type = "AdamW8bit"',
-    "use_lion_optimizer": 'optimizer_type = "Lion"',
-    "caption_extention": "caption_extension in [dataset_options]",
-    "save_n_epoch_ratio": "save_every_n_epochs",
-    "mem_eff_attn": "sdpa or xformers",
-    "dataset_repeats": "num_repeats in [dataset_options]",
-}
-"""Options that the trainer keeps for old files, and what to write in their place."""
 
 OPTION_OF_DATASET_FILE: Mapping[str, str] = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 """Options of trainer.toml that have another name in dataset.toml."""

@@ -1,7 +1,7 @@
 """The option census: every row of the table of fates tried on the real trainer.
 
-`make census`, or `python -m kohaku_wrap.proving.census`. An option that decides the weights, set to another value, must
-change the network or the ledger; one that decides files must not; one that is refused must be refused by
+`make census`, or `python -P -m kohaku_wrap.proving.census`. An option that decides the weights, set to another value,
+must change the network or the ledger; one that decides files must not; one that is refused must be refused by
 `kwrap template check`. Exit code 1 when a row says otherwise than what is seen.
 """
 
@@ -148,7 +148,7 @@ def try_refused(bench: CensusBench, row: Row, fate: Fate) -> Seen:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kohaku_wrap.proving.census", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -P -m kohaku_wrap.proving.census", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("census"), help="where to work (default: census)")
     parser.add_argument("--fates", type=Path, default=FATES_FILE, help="another table than kwrap's own")
     parser.add_argument("--row", action="append", metavar="PLACE.NAME", help="only this row; again for more")

@@ -8,29 +8,26 @@ import os
 import queue
 import shutil
 import subprocess
-import sys
 import threading
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.schema import PATH_OPTIONS
 from kohaku_wrap.config.toml_text import toml_text
-from kohaku_wrap.demo.killing import run_kwrap
-from kohaku_wrap.demo.likeness import read_positions
-from kohaku_wrap.demo.tour import dataset_stages
 from kohaku_wrap.errors import KwrapError, ProblemsFound
-from kohaku_wrap.files import write_text
-from kohaku_wrap.training.runs.create import create_run, plan_new_run
+from kohaku_wrap.files import shipped_folder, write_text
+from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.proving.likeness import read_positions
+from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench
 from kohaku_wrap.training.runs.attempts import hold_lock
+from kohaku_wrap.training.runs.create import create_run, plan_new_run
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
 
-BASE_TEMPLATE = Path(__file__).with_name("census_base.toml")
-POSTS = 24
-BATCH_PER_PROCESS = 2
+BASE_TEMPLATE = shipped_folder("proofs") / "census.toml"
 NETWORK = "NETWORK"
 """In a row's value: the network of the run without any settings."""
 
@@ -55,8 +52,7 @@ class ForkServer:
 
     def __init__(self, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **os.environ,
+        settings = {
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -67,12 +63,12 @@ class ForkServer:
         }
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "kohaku_wrap.training.workers.fork_attempts"],
+                python_command("-m", "kohaku_wrap.training.workers.fork_attempts"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
-                env=environment,
+                env=safe_environment(settings),
             )
         self.log = log
 
@@ -111,7 +107,7 @@ class CensusBench:
     def __enter__(self) -> CensusBench:
         for name in ("runs", "refused", "logs", "sites", "images"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        self.make_world()
+        Bench(self.folder, "sd-scripts").make_world()
         for number in range(self.count):
             self.servers.put(ForkServer(self.folder / "logs" / f"server-{number}.log"))
         return self
@@ -119,15 +115,6 @@ class CensusBench:
     def __exit__(self, *_exception: object) -> None:
         while not self.servers.empty():
             self.servers.get().close()
-
-    def make_world(self) -> None:
-        """The embedded world with its dataset made ready, by kwrap's own commands; what is there is kept."""
-        if (self.world / "images" / "captions.arrow").exists():
-            return
-        log = self.folder / "logs" / "world.log"
-        run_kwrap(("demo", str(self.world), "--posts", str(POSTS)), log)
-        for stage in dataset_stages(load_site(self.world / "site.toml"), "demo", self.world / "demo.parquet"):
-            run_kwrap(stage.arguments, log)
 
     def write_site(self, name: str, own_images: bool) -> Path:
         """The world's site; with a copy of the images where a run writes beside them."""
@@ -165,7 +152,7 @@ class CensusBench:
             self.signature({"save_model_as": "safetensors"})
             network = str(self.folder / "network.safetensors")
             settings = json.loads(json.dumps(settings).replace(NETWORK, network))
-        paths = {key: value for key, value in settings.items() if key in ("network_weights", "base_weights")}
+        paths = {key: value for key, value in settings.items() if key in PATH_OPTIONS}
         template = write_template(
             self.folder / "templates" / f"{name}.toml",
             {key: value for key, value in settings.items() if key not in paths},
@@ -260,8 +247,3 @@ def read_signature(run: Run) -> Signature:
     records, _ = read_positions(run)
     ledger = hashlib.sha256(b"".join(records[field].tobytes() for field in LEDGER_FIELDS))
     return network.hexdigest(), ledger.hexdigest()
-
-
-def list_settings(settings: Settings) -> Iterable[str]:
-    """`key=value` of each, for messages."""
-    return (f"{key}={json.dumps(value)}" for key, value in settings.items())

@@ -13,9 +13,8 @@ from kohaku_wrap.config.fates import (
     parse_fates,
 )
 from kohaku_wrap.config.layers import load_layers
-from kohaku_wrap.config.network import DEPRECATED_ARGS, MODULE_ARGS, NETWORK_ARGS, PRESET_KEYS
+from kohaku_wrap.config.network import MODULE_ARGS, NETWORK_ARGS, PRESET_KEYS
 from kohaku_wrap.config.options import load_recorded_table
-from kohaku_wrap.config.schema import DEPRECATED_OPTIONS, OWNED_OPTIONS
 from kohaku_wrap.config.templates import list_templates
 
 
@@ -24,7 +23,7 @@ def test_every_option_has_a_row() -> None:
     assert len(table.options) >= 196
     missing = [name for name in table.options if not {("option", name), ("dataset", name)} & rows.keys()]
     missing += [name for name in table.dataset_options if ("dataset", name) not in rows]
-    missing += [name for name in (*NETWORK_ARGS, *DEPRECATED_ARGS) if ("network_args", name) not in rows]
+    missing += [name for name in NETWORK_ARGS if ("network_args", name) not in rows]
     missing += [name for name in PRESET_KEYS if ("preset", name) not in rows]
     missing += [name for name in MODULE_ARGS if ("preset", f"map.{name}") not in rows]
     taken = {name for entry in load_signatures().values() for name in entry["arguments"] or ()}
@@ -47,13 +46,6 @@ def test_few_are_left_to_the_trainer_and_no_shipped_template_uses_one() -> None:
         effective, _ = load_layers(name)
         fates = {key: fate_of_key(key) for key in effective.entries}
         assert {key for key, fate in fates.items() if fate and fate.kind in ("refused", "unverified")} == set(), name
-
-
-def test_what_kwrap_sets_itself_and_what_is_old_is_so_in_the_table() -> None:
-    for key in (*OWNED_OPTIONS, *DEPRECATED_OPTIONS):
-        fate = fate_of_key(key)
-        assert fate is not None
-        assert fate.kind == "refused" or fate.given_by, key
 
 
 def test_a_name_of_both_files_is_found_in_either_place() -> None:
@@ -88,3 +80,9 @@ def test_places_lengths_and_what_an_attempt_may_have_are_not_in_the_digest() -> 
         assert not fate_of("option", name).in_digest
     for name in ("min_snr_gamma", "xformers", "torch_compile", "train_batch_size"):
         assert fate_of("option", name).in_digest
+
+
+def test_kwraps_own_keys_have_a_fate_too() -> None:
+    kinds = {key: fate.kind for key in ("effective_batch", "kwrap.data", "states.keep") if (fate := fate_of_key(key))}
+    assert kinds == {"effective_batch": "weights", "kwrap.data": "weights", "states.keep": "files"}
+    assert fate_of_key("notes_of_ones_own.colour") is None

@@ -27,11 +27,11 @@ def main() -> int:
     import_module("lycoris.kohya")
     import_module("sdxl_train_network")
 
-    def supported(_found: Checkout) -> Checkout:
+    def supported(checkout: Checkout) -> Checkout:
         """Its anchors are matched once, not in every fork."""
         return checkout
 
-    sd_scripts.require_supported = supported  # type: ignore[attr-defined]  # the name that the worker looks up
+    vars(sd_scripts)["require_supported"] = supported
     gc.freeze()
     for line in sys.stdin:
         asked = json.loads(line)

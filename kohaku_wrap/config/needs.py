@@ -1,0 +1,102 @@
+"""Options that do nothing, or fail, without another beside them; the table of fates names these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.code_names import find_known, load_signatures
+from kohaku_wrap.config.fates import fate_of_key
+from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.errors import Problem
+
+OWN_DATA = "kwrap.data"
+"""What kwrap's data cannot do is refused, whichever layer chose it."""
+
+INPUTS = ("base_weights", "network_weights")
+"""Options that name networks to begin with."""
+
+LAYERS = ("base", "template", "dataset", "site", "--set")
+
+DISTRIBUTIONS = {"lion_pytorch": "lion-pytorch"}
+"""What to install for a package whose name differs."""
+
+
+def check_needs(effective: Effective) -> list[Problem]:
+    """Faults of options whose partners are missing, of networks that are not there, of packages not installed."""
+    problems = [
+        Problem(key, what, effective.origin(key)) for key in effective.entries if (what := find_lack(effective, key))
+    ]
+    return [*problems, *check_inputs(effective), *check_package(effective)]
+
+
+def find_lack(effective: Effective, key: str) -> str:
+    """What a key lacks to do anything, in words; empty where it lacks nothing.
+
+    A later layer that takes the partner away means to switch the option off: it is no fault then.
+    """
+    fate = fate_of_key(key)
+    value = effective.get(key)
+    if fate is None or not fate.needs or not value or value == effective.defaults.get(key):
+        return ""
+    ways = [{resolve_key(effective, name): wanted for name, wanted in way.items()} for way in fate.ways()]
+    if any(all(holds(effective.get(name), wanted) for name, wanted in way.items()) for way in ways):
+        return ""
+    lacking = [(name, wanted) for way in ways for name, wanted in way.items() if not holds(effective.get(name), wanted)]
+    if all(name != OWN_DATA and rank(effective, name) > rank(effective, key) for name, _ in lacking):
+        return ""
+    if lacking[0][0] == OWN_DATA:
+        return 'works only with data = "sd-scripts" in [kwrap]'
+    return f"does nothing without {' or '.join(say(name, wanted) for name, wanted in lacking)}"
+
+
+def holds(value: Any, wanted: Any) -> bool:
+    """Whether a partner's value will do: one of a list, or anything that is set."""
+    return value in wanted if isinstance(wanted, list) else bool(value)
+
+
+def say(name: str, wanted: Any) -> str:
+    """A partner in words."""
+    options = [item for item in wanted if isinstance(item, str)] if isinstance(wanted, list) else []
+    return f"{name} = {', '.join(options)}" if options else name
+
+
+def resolve_key(effective: Effective, name: str) -> str:
+    """The key of a partner as a template's entries have it."""
+    return f"dataset_options.{name}" if name in effective.table.dataset_options else name
+
+
+def rank(effective: Effective, key: str) -> tuple[int, int]:
+    """How late a key was decided; before all layers for a default."""
+    entry = effective.entries.get(key)
+    if entry is None:
+        return (-1, 0)
+    names = [path.name for path in effective.files]
+    file = Path(entry.file).name
+    return (LAYERS.index(entry.layer), names.index(file) if file in names else 0)
+
+
+def check_inputs(effective: Effective) -> list[Problem]:
+    """Networks to begin with that are not there."""
+    named = {key: effective.get(key) or [] for key in INPUTS}
+    return [
+        Problem(key, f"{name}: no such file", effective.origin(key))
+        for key, value in named.items()
+        for name in (value if isinstance(value, list) else [value])
+        if not Path(name).expanduser().is_file()
+    ]
+
+
+def check_package(effective: Effective) -> list[Problem]:
+    """An optimizer whose package is not installed, on a machine that could train."""
+    chosen = str(effective.get("optimizer_type") or "AdamW")
+    recorded: Mapping[str, Any] = load_signatures().get(chosen.lower(), {})
+    path = str(recorded.get("class") or find_known("optimizer_type", chosen) or "torch")
+    package = path.partition(".")[0]
+    if find_spec("torch") is None or find_spec(package) is not None:
+        return []
+    what = f"{chosen} needs the package {package}, which is not installed: pip install "
+    what += DISTRIBUTIONS.get(package, package)
+    return [Problem("optimizer_type", what, effective.origin("optimizer_type"))]
