@@ -23,6 +23,8 @@ from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, command_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kohaku_wrap.config.layers import Effective
     from kohaku_wrap.config.options import OptionTable
     from kohaku_wrap.config.site import Site
@@ -85,9 +87,9 @@ def show_command(
 ) -> None:
     """Print the effective values of a template.
 
-    With --why each value names the layer and the file that set it; later layers win. Behind it stands what the option
-    decides: the weights, or files only (logs and speed among them); with --all also which the trainer has and kwrap
-    refuses, and why. What no census could try on a machine without a GPU is marked "not testable here".
+    With --why each value names the layer and the file that set it; later layers win. Below stands which options decide
+    files, logs or speed only, and which decide the weights but could not be tried without a GPU or more; with --all
+    also those of the trainer that kwrap refuses, and why.
     """
     from kohaku_wrap.config.checks import check_effective, describe_notes
     from kohaku_wrap.config.installed import find_option_table
@@ -136,16 +138,36 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool, typed:
     origins_at = max((widths[table_of(key)] + min(len(text), LONGEST_VALUE) for key, text in shown.items()), default=0)
     for key, text in sorted(shown.items(), key=lambda item: (table_of(item[0]), item[0])):
         width = widths[table_of(key)]
-        origin = f"  {effective.origin(key)}{decides(key)}".translate(ESCAPES) if why else ""
+        origin = f"  {effective.origin(key).translate(ESCAPES)}" if why else ""
         click.echo(f"{paint(key.ljust(width), fg='cyan')}  {text.ljust(origins_at - width if why else 0)}{origin}")
-    if not why:
+    if why:
+        print_fates(values)
+    else:
         print_lines(f"Next: {command_line('template', 'show', typed, '--why')}")
 
 
-def decides(key: str) -> str:
-    """What a key decides, as the end of its line."""
-    words = describe_fate(key)
-    return f" [{words}]" if words else ""
+def print_fates(keys: Iterable[str]) -> None:
+    """What the options decide, by kind; those that are not named decide the weights."""
+    from kohaku_wrap.config.fates import fate_of_key
+
+    fates = {key: fate for key in sorted(keys) if (fate := fate_of_key(key))}
+    files = [key for key, fate in fates.items() if fate.kind == "files"]
+    weights = {key: fate for key, fate in fates.items() if fate.kind == "weights"}
+    untried = [f"{key} ({fate.untestable})" for key, fate in weights.items() if fate.untestable]
+    left_out = {
+        kind: [f"{key} ({fate.reason})" for key, fate in fates.items() if fate.kind == kind]
+        for kind in ("refused", "unverified")
+    }
+    rows = (
+        ("decide files, logs or speed only", files),
+        ("decide the weights, not testable here", untried),
+        ("left to the trainer, unverified", left_out["unverified"]),
+        ("refused", left_out["refused"]),
+    )
+    for words, names in rows:
+        if names:
+            print_lines(f"{words}: {', '.join(names)}")
+    print_lines("All others decide the weights; they are in the options digest of a run.")
 
 
 def describe_fate(key: str) -> str:

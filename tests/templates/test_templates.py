@@ -149,7 +149,10 @@ def test_an_unknown_preset_is_answered_with_those_that_exist() -> None:
 def test_show_why_names_layer_and_file() -> None:
     result = CliRunner().invoke(command, ["show", "demo", "--why"])
     lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
-    assert max(map(len, lines.values())) <= 80
+    table = [line for line in lines.values() if line.endswith(".toml")]
+    assert table and max(map(len, table)) <= 80
+    assert "decide files, logs or speed only: dataset_options.cache_info" in result.output
+    assert "decide the weights, not testable here: sdpa (chooses kernels: may change only last bits)" in result.output
     assert lines["unet_lr"].endswith("template demo.toml")
     assert lines["min_snr_gamma"].endswith("base epsilon.toml")
     assert lines["network_dim"].endswith("base sdxl-lokr.toml")
