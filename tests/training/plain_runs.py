@@ -118,7 +118,8 @@ def train(run: Run, restarts: int = 0, allow: tuple[str, ...] = (), **options: A
     events: list[Event] = []
 
     def begin() -> tuple[Attempt, Launch]:
-        attempt, launch = begin_attempt(plan_resume(run, allow=allow))
+        plan = dataclasses.replace(plan_resume(run, allow=allow), bad_steps=options.get("bad_steps"))
+        attempt, launch = begin_attempt(plan)
         return attempt, plain_launch(attempt, launch)
 
     watch = WatchOptions(restarts=restarts, first_pause_seconds=0.01, poll_seconds=0.02, **options)

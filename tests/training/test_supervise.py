@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from plain_runs import make_run, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import EXIT_TRAINER_FAILED
+from kohaku_wrap.training.records.bad_steps import BadSteps, NonFiniteLoss, TooManyBadSteps
 from kohaku_wrap.training.records.states import DiskFull, list_states
 from kohaku_wrap.training.records.verify import verify_run
 from kohaku_wrap.training.runs.attempts import Attempt, list_attempts
@@ -25,6 +28,7 @@ from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch
 from kohaku_wrap.training.runs.processes import list_processes
 from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.runs.status import read_status
 from kohaku_wrap.training.runs.supervise import RunStopped, TrainerFailed, await_orphans, supervise_run
 from kohaku_wrap.training.runs.watch import StopSignals, WatchOptions
 
@@ -314,3 +318,45 @@ def test_a_disk_that_stays_full_ends_a_run_with_the_way_on(small_run: Run, whole
     (small_run.folder / "filler").unlink()
     train(small_run)
     assert weights(small_run) == whole and verify_run(small_run).is_proved
+
+
+def test_steps_skipped_for_ever_end_the_run_and_are_not_begun_anew(new_run: NewRun) -> None:
+    """The count lives in the states: a later attempt goes on with it, a restart does not follow."""
+    run = new_run(states={"keep": 9})
+    misbehave(run, every={"skip": list(range(4, 13))})
+    with pytest.raises(TrainerFailed, match="5 optimizer steps in a row, 4 to 8, were skipped") as failed:
+        train(run, restarts=5, bad_steps=5)
+    assert failed.value.end.kind == "non-finite-loss" and failed.value.exit_code == 3
+    assert failed.value.attempt.number == 1
+    assert f"kwrap resume {run.folder} --step 2" in failed.value.next_step
+    # From the state of step 6, where three had been skipped in a row.
+    with pytest.raises(TrainerFailed, match="5 optimizer steps in a row, 4 to 8"):
+        train(run, restarts=5, bad_steps=5)
+    assert [attempt.number for attempt in list_attempts(run)] == [1, 2]
+    status = read_status(run)
+    assert (status.skipped_steps, status.non_finite_steps, status.bad_steps_in_a_row) == (5, 5, 5)
+    report, _ = train(run, bad_steps=0)
+    assert report.optimizer_step == 12
+
+
+@pytest.mark.parametrize(
+    ("step", "in_a_row", "given", "ends"),
+    [
+        (1000, 49, None, False), (1000, 50, None, True), (1001, 9, None, False), (1001, 10, None, True),
+        (60, 59, 0, False), (60, 3, 3, True), (5000, 10, 11, False), (1001, 40, None, True),
+    ],
+)  # fmt: skip
+def test_how_many_bad_steps_end_an_attempt(
+    new_run: NewRun, step: int, in_a_row: int, given: int | None, ends: bool
+) -> None:
+    attempt = Attempt(new_run(), 1, 1, 4, 0, 0, None, bad_steps=given)
+    counts = BadSteps(skipped=in_a_row, in_a_row=in_a_row)
+    if ends:
+        with pytest.raises(TooManyBadSteps):
+            counts.check_step(attempt, step, math.nan, is_skipped=True)
+    else:
+        counts.check_step(attempt, step, math.nan, is_skipped=True)
+        with pytest.raises(NonFiniteLoss, match="is nan"):
+            counts.check_step(attempt, step, math.nan, is_skipped=False)
+        accepted = dataclasses.replace(attempt, allow=frozenset({"non-finite-loss"}))
+        counts.check_step(accepted, step, math.nan, is_skipped=False)
