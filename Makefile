@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 MUTANTS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream census test fuzz mutants lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
+.PHONY: help setup epsilon prove prove-upstream census gpu test fuzz mutants lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ prove-upstream: $(READY)  ## the same for plain sd-scripts: why kwrap exists
 
 census: $(READY)  ## try every option on the real trainer, some minutes
 	$(BIN)/python -P -m kohaku_wrap.proving.census
+
+gpu: $(READY)  ## measure on GPUs, into gpu-report/ and docs/measurements.md
+	$(BIN)/python -P -m kohaku_wrap.proving.gpu --document docs/measurements.md
 
 test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
@@ -80,5 +83,5 @@ package: $(READY)  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove all that make made, .venv and the demo too
-	rm -rf $(VENV) build dist *.egg-info epsilon-demo prove census .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info epsilon-demo prove census gpu-report .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

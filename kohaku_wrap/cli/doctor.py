@@ -12,8 +12,10 @@ from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
 
 if TYPE_CHECKING:
+    from kohaku_wrap.proving.gpu_report import Report
     from kohaku_wrap.training.machine.doctor_torch import Finding
 
+JSON_FILE, TABLE_FILE = "gpu-report.json", "gpu-report.md"
 COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
 Path_ = click.Path(path_type=Path)
 
@@ -28,13 +30,22 @@ class NotReady(KwrapError):
 Examples:
   kwrap doctor
   kwrap doctor --engine builtin
-  kwrap doctor epsilon --site site.toml""",
+  kwrap doctor epsilon --site site.toml
+  kwrap doctor --deep""",
 )
 @click.argument("template", required=False)
 @click.option("--site", "site_file", type=Path_, help="The machine's site.toml: its paths and GPUs are tried.")
 @click.option("--engine", type=click.Choice(["sd-scripts", "builtin"]), help="Look at this engine's needs.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
 @trust_option
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Train, too: measure speed, memory, exact resume and kernels here, into gpu-report.md and gpu-report.json.",
+)
+@click.option(
+    "--folder", type=Path_, default=Path("gpu-report"), show_default=True, help="Where --deep works and reports."
+)
 @json_option
 @beyond_output()
 def command(
@@ -43,12 +54,17 @@ def command(
     engine: str | None,
     overrides: tuple[str, ...],
     trust: tuple[str, ...],
+    deep: bool,
+    folder: Path,
     as_json: bool,
 ) -> None:
     """Tell whether this machine is ready, and for a template.
 
     With TEMPLATE and --site the paths, GPUs, memory and disk that this training needs are tried. Each finding says
     what was found, why it matters and what to do. Exit code 1 when something would break the run.
+
+    --deep needs no site of yours: on GPUs it trains a full-size SDXL with random weights, with and without kwrap, and
+    takes 10 GB of disk; without a GPU it trains a tiny model and says what it could not measure.
     """
     from kohaku_wrap.config.layers import Effective, resolve_template
     from kohaku_wrap.config.plan import NoImages, read_folder_sizes
@@ -85,16 +101,35 @@ def command(
         if not as_json:
             print_finding(finding)
     health = Health(tuple(findings))
+    measured = measure_deep(folder, engine, as_json) if deep and health.is_ready else None
+    failed = [] if measured is None else [each.name for each in measured.failed]
     if as_json:
-        print_json("doctor", {"engine": engine, "template": template, **health_as_json(health)})
-        if not health.is_ready:
+        told = {} if measured is None else {"deep": measured.as_json()}
+        print_json("doctor", {"engine": engine, "template": template, **health_as_json(health), **told})
+        if failed or not health.is_ready:
             raise click.exceptions.Exit(1)
         return
     broken = [finding.name for finding in findings if finding.status == "broken"]
+    if failed:
+        raise NotReady(f"measured and not as it should be: {', '.join(failed)}", f"See {folder / TABLE_FILE}.")
     if broken:
         raise NotReady(f"not ready: {', '.join(broken)}", "Mend these and run `kwrap doctor` again.")
     click.echo("Ready." if template else "Ready; name a template and --site to look closer.")
     click.echo(f"Next: {command_line('plan', template or 'epsilon', '--site', site_file or 'site.toml')}")
+
+
+def measure_deep(folder: Path, engine: str | None, as_json: bool) -> Report:
+    """Train and measure here, telling each result as it comes."""
+    from kohaku_wrap.config.installed import find_trainer
+    from kohaku_wrap.proving.gpu import measure_machine, show_measure
+
+    engine = engine or ("sd-scripts" if find_trainer() else "builtin")
+    report = measure_machine(
+        folder, engine, on_measure=lambda measure: None if as_json else print_lines(show_measure(measure))
+    )
+    if not as_json:
+        print_lines(f"The report: {folder / TABLE_FILE} and {folder / JSON_FILE}")
+    return report
 
 
 def print_finding(finding: Finding) -> None:

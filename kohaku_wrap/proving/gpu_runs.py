@@ -1,0 +1,179 @@
+"""The runs of `make gpu`: their scale, their site, and how each is trained, with kwrap and by plain sd-scripts."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from kohaku_wrap.config.layers import Effective, resolve_template
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.toml_text import toml_text
+from kohaku_wrap.processes import safe_environment
+from kohaku_wrap.proving.killing import Kill, ProcessFailed, train_with_kills
+from kohaku_wrap.proving.prove import Bench
+from kohaku_wrap.proving.random_sdxl import write_random_sdxl
+from kohaku_wrap.proving.step_clock import StepClock
+from kohaku_wrap.training.runs.attempts import read_json_files
+from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.runs.launch import accelerate_command
+from kohaku_wrap.training.runs.processes import list_processes
+
+PLAIN_WORKER = "kohaku_wrap.training.workers.plain_sd_scripts"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is trained."""
+
+    name: str
+    """full or tiny."""
+
+    template: str
+    """Its recipe."""
+
+    steps: int
+    """Optimizer steps of each run."""
+
+    batch_per_gpu: int
+    """Images of a micro-batch."""
+
+    accumulation: int
+    """Micro-batches of a step on one process."""
+
+    settings: tuple[str, ...]
+    """Over the template."""
+
+    kill: Kill
+    """When the killed runs are killed."""
+
+
+SMALL_PICTURES = ("resolution=[64, 64]", "min_bucket_reso=32", "max_bucket_reso=128")
+SCALES = {
+    "full": Scale("full", "epsilon", 24, 4, 1, ("dataset_options.bucket_no_upscale=false",), Kill(2.5)),
+    "tiny": Scale("tiny", "demo", 6, 2, 1, tuple(f"dataset_options.{each}" for each in SMALL_PICTURES), Kill(0.5)),
+}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """One call's folder, machine and scale."""
+
+    folder: Path
+    """Where everything is made; the world and the large model in it are kept for the next call."""
+
+    engine: str
+    """builtin or sd-scripts."""
+
+    scale: Scale
+    """What is trained."""
+
+    gpus: int
+    """GPUs that torch sees."""
+
+    @cached_property
+    def bench(self) -> Bench:
+        return Bench(self.folder, self.engine)
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs" / self.engine
+
+    def make_inputs(self) -> None:
+        """The embedded world, and at full scale the large model."""
+        self.bench.make_world()
+        shutil.rmtree(self.bench.runs, ignore_errors=True)
+        if self.scale.name == "full":
+            write_random_sdxl(self.base_model)
+
+    @property
+    def base_model(self) -> Path:
+        return (self.folder if self.scale.name == "full" else self.bench.world) / "base" / "model.safetensors"
+
+    def write_site(self, processes: int = 1) -> Path:
+        """The machine for runs of so many processes."""
+        document = tomllib.loads((self.bench.world / "site.toml").read_text(encoding="utf-8"))
+        document["paths"] = {name: str((self.bench.world / path).resolve()) for name, path in document["paths"].items()}
+        document["paths"] |= {"base_model": str(self.base_model), "runs": str(self.bench.runs)}
+        machine = {"engine": self.engine, "gpus": min(self.gpus, processes), "batch_per_gpu": self.scale.batch_per_gpu}
+        document["machine"] = machine | {"workers": 2 if self.gpus else 0}
+        path = self.folder / "sites" / f"{self.engine}-{processes}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(toml_text(document), encoding="utf-8")
+        return path
+
+    def settings(self, processes: int = 1) -> tuple[str, ...]:
+        """Over the template, for runs of so many processes."""
+        batch = processes * self.scale.accumulation * self.scale.batch_per_gpu
+        steps = self.scale.steps
+        saving = (f"save_every_n_steps={max(2, steps // 4)}", "save_precision=float", "states.keep=2")
+        length = (f"max_train_steps={steps}", "lr_warmup_steps=2")
+        return (f"effective_batch={batch}", *length, *saving, *self.scale.settings)
+
+    def arguments(self, name: str, processes: int = 1) -> tuple[str, ...]:
+        """What follows `kwrap` to train a run."""
+        settings = (part for setting in self.settings(processes) for part in ("--set", setting))
+        site = str(self.write_site(processes))
+        return ("train", self.scale.template, "--site", site, "--run", name, *settings)
+
+    def effective(self, processes: int = 1) -> Effective:
+        """The recipe as the runs train it."""
+        return resolve_template(self.scale.template, load_site(self.write_site(processes)), self.settings(processes))
+
+    def train(self, name: str, kills: tuple[Kill, ...] = (), processes: int = 1, **environment: str) -> Run:
+        """A run to its end, through kills."""
+        run = Run(self.bench.runs / name)
+        workers = (2 if self.gpus else 0,)
+        train_with_kills(run, self.arguments(name, processes), kills, workers, self.logs, environment)
+        return run
+
+    def clock(self, run: Run, log: Path) -> StepClock:
+        return StepClock(log, lambda: list_processes(run), on_gpu=self.gpus > 0)
+
+    def train_timed(self, name: str) -> tuple[Run, StepClock]:
+        """A run, its steps and its memory watched."""
+        run = Run(self.bench.runs / name)
+        with self.clock(run, run.folder / "attempts" / "1" / "rank-000.log") as clock:
+            self.train(name)
+        return run, clock
+
+    def train_plain(self, like: Run, name: str) -> StepClock:
+        """Plain sd-scripts by the very files of a run. Raises ProcessFailed."""
+        folder = self.folder / "plain" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        values = like.lock.values
+        command = [
+            *accelerate_command(),
+            *("launch", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"),
+            *("--mixed_precision", str(values.get("mixed_precision", "no")), "-m", PLAIN_WORKER),
+            *("--config_file", str(like.trainer_config), "--dataset_config", str(like.dataset_config)),
+            *("--gradient_accumulation_steps", str(self.scale.accumulation), "--output_dir", str(folder / "out")),
+        ]
+        kernels = {name: value for name, value in environment_of(like).items() if name.startswith(("LYCORIS", "OMP"))}
+        hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        log = folder / "log"
+        with self.clock(like, log) as clock, log.open("wb") as stream:
+            done = subprocess.run(
+                command,
+                cwd=like.folder,
+                env=safe_environment({**kernels, **hidden, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise ProcessFailed(
+                f"plain sd-scripts ended with exit code {done.returncode}: {''.join(last)}", f"See {log}."
+            )
+        return clock
+
+
+def environment_of(run: Run) -> dict[str, str]:
+    """What the first attempt of a run was started with."""
+    environment: dict[str, str] = read_json_files(run.attempts / "1", "attempt.json")[0]["environment"]
+    return environment
