@@ -134,8 +134,8 @@ def measure_scaler(place: Workplace) -> Iterator[Measure]:
     site = str((shipped_folder("proofs") / "scaler_site").resolve())
     path = os.pathsep.join(filter(None, (site, os.environ.get("PYTHONPATH"))))
     high = {"PYTHONPATH": path, "KWRAP_PROVE_SCALE": str(HIGH_SCALE), DETERMINISTIC_VARIABLE: "1"}
-    whole = place.train("scaler-whole", **high)
-    killed = place.train("scaler-killed", (place.scale.kill,), **high)
+    whole = place.train("scaler-whole", environment=high)
+    killed = place.train("scaler-killed", (place.scale.kill,), environment=high)
     skipped = sum(bool(line.get("optimizer_step_skipped")) for line in read_metrics(whole))
     name = "steps skipped by the scaler, SIGKILL, resume, deterministic kernels"
     numbers: dict[str, Any] = {"skipped_optimizer_steps": skipped}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from kohaku_wrap.proving.killing import Kill, ProcessFailed, train_with_kills
 from kohaku_wrap.proving.prove import Bench
 from kohaku_wrap.proving.random_sdxl import write_random_sdxl
 from kohaku_wrap.proving.step_clock import StepClock
-from kohaku_wrap.training.runs.attempts import read_json_files
+from kohaku_wrap.training.runs.documents import read_json_files
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import accelerate_command
 from kohaku_wrap.training.runs.processes import list_processes
@@ -123,8 +124,14 @@ class Workplace:
         """The recipe as the runs train it."""
         return resolve_template(self.scale.template, load_site(self.write_site(processes)), self.settings(processes))
 
-    def train(self, name: str, kills: tuple[Kill, ...] = (), processes: int = 1, **environment: str) -> Run:
-        """A run to its end, through kills."""
+    def train(
+        self,
+        name: str,
+        kills: tuple[Kill, ...] = (),
+        processes: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> Run:
+        """A run to its end, through kills, with `environment` added to the caller's."""
         run = Run(self.bench.runs / name)
         workers = (2 if self.gpus else 0,)
         train_with_kills(run, self.arguments(name, processes), kills, workers, self.logs, environment)
