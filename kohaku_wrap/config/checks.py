@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from kohaku_wrap.config.installed import ask_optimizer
 from kohaku_wrap.config.layers import Effective
-from kohaku_wrap.config.needs import check_needs
+from kohaku_wrap.config.needs import check_needs, describe_idle
 from kohaku_wrap.config.network import LYCORIS, check_network
 from kohaku_wrap.config.optimizers import Signatures, check_code, check_optimizer
 from kohaku_wrap.config.plan import BadBatch, StepPlan, shape_batch
@@ -103,7 +103,7 @@ def is_complete(effective: Effective) -> bool:
 
 def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[str]:
     """What is worth knowing and no fault."""
-    notes = list(effective.notes)
+    notes = [*effective.notes, *describe_idle(effective)]
     warmup = effective.get("lr_warmup_steps", 0)
     processes = effective.site.machine.processes if effective.site else 1
     said = any("lr_warmup_steps" in note for note in notes)

@@ -53,6 +53,9 @@ class Fate:
     needs: Mapping[str, Any] | list[Mapping[str, Any]] = field(default_factory=dict)
     """What must hold beside it for it to do anything, by key; a list of tables: any one of them."""
 
+    idle: bool = False
+    """Whether it is only noted, not refused, where what it needs is missing."""
+
     other: Any = None
     """A value unlike the default, which the census sets; None where it sets none."""
 

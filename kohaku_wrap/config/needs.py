@@ -27,9 +27,23 @@ DISTRIBUTIONS = {"lion_pytorch": "lion-pytorch"}
 def check_needs(effective: Effective) -> list[Problem]:
     """Faults of options whose partners are missing, of networks that are not there, of packages not installed."""
     problems = [
-        Problem(key, what, effective.origin(key)) for key in effective.entries if (what := find_lack(effective, key))
+        Problem(key, what, effective.origin(key))
+        for key in effective.entries
+        if not is_idle(key) and (what := find_lack(effective, key))
     ]
     return [*problems, *check_inputs(effective), *check_package(effective)]
+
+
+def is_idle(key: str) -> bool:
+    """Whether a key without what it needs is only noted."""
+    fate = fate_of_key(key)
+    return fate is not None and fate.idle
+
+
+def describe_idle(effective: Effective) -> list[str]:
+    """Notes on options that do nothing as things stand."""
+    lacks = {key: find_lack(effective, key) for key in effective.entries if is_idle(key)}
+    return [f"{key} {what}." for key, what in lacks.items() if what]
 
 
 def find_lack(effective: Effective, key: str) -> str:

@@ -152,7 +152,7 @@ def test_show_why_names_layer_and_file() -> None:
     table = [line for line in lines.values() if line.endswith(".toml")]
     assert table and max(map(len, table)) <= 80
     assert "decide files, logs or speed only: dataset_options.cache_info" in result.output
-    assert "decide the weights, not testable here: sdpa (chooses kernels: may change only last bits)" in result.output
+    assert "sdpa (chooses kernels: may change only last bits)" in result.output
     assert lines["unet_lr"].endswith("template demo.toml")
     assert lines["min_snr_gamma"].endswith("base epsilon.toml")
     assert lines["network_dim"].endswith("base sdxl-lokr.toml")

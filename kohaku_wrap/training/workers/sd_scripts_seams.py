@@ -211,6 +211,10 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         return result
 
     def process_batch(self, batch: Any, *arguments: Any, **keywords: Any) -> Any:
+        cached = batch.get("latents")
+        if cached is not None:
+            # They were encoded before the loop, or lie on the disk.
+            self.loop.note_latents(cached)
         loss = super().process_batch(batch, *arguments, **keywords)
         if keywords.get("is_train", True):
             self.loop.note_loss(loss)
