@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -81,12 +82,13 @@ def advise(option: str, name: str) -> str:
     """What was probably meant, or how to run code of one's own."""
     names = [entry["name"] for entry in load_signatures().values()] if option == "optimizer_type" else []
     names += known_code().get(option, {})
-    if near := suggest(name, names):
-        return near
     module = name if option == "network_module" else name.rpartition(".")[0]
     if not MODULE.fullmatch(module):
-        return f"; known ones are {', '.join(sorted(names, key=len)[:6])}, …" if names else ""
-    return f": its code is not run. If you know who wrote it: --trust {module}"
+        return suggest(name, [known for known in names if "." not in known]) or "; see docs/trust.md for the known ones"
+    near = suggest(name, names) if module.partition(".")[0] in {known.partition(".")[0] for known in names} else ""
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        return ": its code is not run"
+    return f"{near or '.'} Its code is not run; if you know who wrote it and want it: --trust {module}"
 
 
 def list_trusted(values: Mapping[str, Any], trust: Sequence[str]) -> list[tuple[str, str, str]]:

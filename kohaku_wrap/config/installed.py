@@ -88,21 +88,26 @@ def ask_reader(worker: str, argument: str) -> Any:
 
 
 def ask_optimizer(path: str) -> list[str] | None:
-    """The arguments of an optimizer class `module.Class` from its own signature, asked once per version.
+    """The arguments of an optimizer class `module.Class` from its own signature, asked once per version of a package.
 
-    None where it cannot be imported, or takes any argument.
+    Imports the module, in a process of its own: only for known and trusted ones. None where it cannot be imported, or
+    takes any argument.
     """
     try:
         version = metadata.version(path.split(".")[0].replace("_", "-"))
+        kept = cached_table_file(f"optimizer-{path}-{version}")
     except metadata.PackageNotFoundError:
-        version = "unknown"
-    kept = cached_table_file(f"optimizer-{path}-{version}")
-    if not kept.is_file():
-        try:
-            write_text(kept, json.dumps(ask_reader("list_optimizers", path)))
-        except NoAnswer:
-            return None
-    arguments: list[str] | None = json.loads(kept.read_text(encoding="utf-8"))[path]["arguments"]
+        kept = None  # a file of the person's own, which changes
+    try:
+        if kept and kept.is_file():
+            document = json.loads(kept.read_text(encoding="utf-8"))
+        else:
+            document = ask_reader("list_optimizers", path)
+    except NoAnswer:
+        return None
+    if kept and not kept.is_file():
+        write_text(kept, json.dumps(document))
+    arguments: list[str] | None = document[path]["arguments"]
     return arguments
 
 
