@@ -90,7 +90,8 @@ def write_ledger(
     steps = expected_steps(records) if start.version > 2 else np.zeros(0, dtype=STEP_RECORD)
     steps = change(steps) if change else steps
     steps["checksum"] = compute_checksums(steps)
-    after = [int(np.flatnonzero(records["optimizer_step"] == step)[-1]) + 1 for step in steps["optimizer_step"]]
+    last = {step: index + 1 for index, step in enumerate(records["optimizer_step"].tolist())}
+    after = [last[step] for step in steps["optimizer_step"].tolist()]
     whole = np.insert(records, after, steps.view(RECORD)) if len(steps) else records
     ledger_file(run.ledger, attempt, rank).write_bytes(pack_header(start) + whole.tobytes())
 
