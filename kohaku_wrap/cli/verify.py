@@ -66,6 +66,7 @@ def describe(report: VerifyReport) -> dict[str, Any]:
 
     document = {name: value for name, value in vars(report).items() if name not in ("run", "faults", "repeats")}
     document["notes"] = list(report.notes)
+    document["unverified"] = list(report.unverified)
     document["checks"] = [asdict(check) for check in report.checks]
     return {
         "run": str(report.run.folder),
@@ -102,7 +103,8 @@ def print_report(report: VerifyReport) -> None:
         rows.append(("trained twice", f"{report.compared:,} positions, seen by more than one attempt"))
     if report.attempts > 1:
         rows.append(("loaded for skipped positions", f"{report.skipped_images_loaded:,} images"))
-    verdict = "proved" if report.is_proved else f"not proved, {count_of(len(report.faults), 'kind')} of fault"
+    proved = f"proved except {', '.join(report.unverified)}" if report.unverified else "proved"
+    verdict = proved if report.is_proved else f"not proved, {count_of(len(report.faults), 'kind')} of fault"
     print_table(f"Ledger of {report.run.name}: {verdict}", rows, "" if report.faults else next_step(report))
     for note in report.notes:
         print_note(f"note: {note}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -146,9 +146,12 @@ def fate_of_key(key: str) -> Fate | None:
     return None if table else fate_of("option", key)
 
 
-def list_unverified(keys: Iterable[str]) -> Iterator[str]:
-    """Those of a template's keys that are left to the trainer."""
-    for key in keys:
-        fate = fate_of_key(key)
-        if fate is not None and fate.kind == "unverified":
-            yield key
+def list_unverified(files: Mapping[str, str]) -> tuple[str, ...]:
+    """Options of a run's files that are left to the trainer. `files`: the text of each by its name."""
+    names: set[tuple[Place, str]] = set()
+    for section, values in tomllib.loads(files.get("trainer.toml", "")).items():
+        names |= {("option", name) for name in (values if isinstance(values, dict) else [section])}
+    for dataset in tomllib.loads(files.get("dataset.toml", "")).get("datasets", []):
+        for table in (dataset, *dataset.get("subsets", [])):
+            names |= {("dataset", name) for name in table if name != "subsets"}
+    return tuple(sorted(name for place, name in names if fate_of(place, name).kind == "unverified"))

@@ -56,7 +56,12 @@ def test_a_name_of_both_files_is_found_in_either_place() -> None:
 def test_what_no_row_names_is_unverified_and_in_the_digest() -> None:
     fate = fate_of("option", "an_option_of_next_year")
     assert fate.kind == "unverified" and fate.in_digest
-    assert list(list_unverified(["seed", "an_option_of_next_year"])) == ["an_option_of_next_year"]
+    files = {
+        "trainer.toml": "[training]\nseed = 1\nan_option_of_next_year = 2\n",
+        "dataset.toml": "[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\nnum_repeats = 1\ntwice_as_new = true\n",
+    }
+    assert list_unverified(files) == ("an_option_of_next_year", "twice_as_new")
+    assert list_unverified({}) == ()
     assert fate_of("optimizer_args", "an_argument_of_ones_own") == Fate(
         "weights", untestable="not in kwrap's table: an argument of a class of its own"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kohaku_wrap.config.fates import list_unverified
 from kohaku_wrap.config.plan import open_captions, read_captions_metadata
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError
@@ -126,6 +127,9 @@ class VerifyReport:
     checks: tuple[Check, ...] = ()
     """What was looked at and what was not: order, losses, rates, options, skipped steps, deep."""
 
+    unverified: tuple[str, ...] = ()
+    """Options of the run that are left to the trainer: it is proved except for these."""
+
     changed_after: tuple[str, ...] = ()
     """Captions, models and files that are no longer what the lock says; the ledger is not held against them."""
 
@@ -186,6 +190,7 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
         skipped_steps=line.bad_steps.skipped,
         non_finite_steps=line.bad_steps.non_finite,
         checks=(order, describe_losses(overlaps), *line.checks, *deep),
+        unverified=list_unverified(run.lock.files),
         changed_after=tuple(changed),
     )
 
