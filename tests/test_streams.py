@@ -36,6 +36,15 @@ def test_draws_of_seed_zero_match_the_reference_implementation() -> None:
 def test_keys_are_pinned() -> None:
     assert stream_key("order", 1337, 0) == 0x70B4D7199290E798
     assert seed_of("order", 1337, 0) == stream_key("order", 1337, 0) >> 1
+    assert (stream_key(), stream_key(-3, "é")) == (0xB4B2797457A0A6E4, 0xDFA633B237246593)
+    assert seed_of("a", 1) == 2990713671386263668
+    assert permutation(5, 8).tolist() == [3, 4, 2, 5, 0, 7, 1, 6]
+
+
+def test_keys_beyond_64_bits_and_below_zero_are_cut() -> None:
+    counters = np.arange(4)
+    assert draws((3 << 64) + 7, counters).tolist() == draws(7, counters).tolist()
+    assert draws(-1, counters).tolist() == draws((1 << 64) - 1, counters).tolist()
 
 
 def test_keys_keep_words_and_numbers_and_their_borders_apart() -> None:

@@ -104,6 +104,21 @@ def test_other_seeds_and_strata_draw_others(tmp_path: Path, database_file: Path)
     assert samples[0] != samples[1]
 
 
+def test_every_stratum_draws_from_a_stream_of_its_own(tmp_path: Path, database_file: Path) -> None:
+    """One stream for all would make a post's chance in one stratum decide its chance in another."""
+    ids = np.arange(100)
+    drawn = [ids[sample_stratum(ids, ids, 5, 1337, number)].tolist() for number in range(3)]
+    assert drawn == [[22, 26, 43, 77, 79], [9, 17, 21, 39, 94], [19, 24, 35, 41, 48]]
+    # The same ids as a recipe's first stratum and as its second.
+    cut = {"first_id": 0, "last_id": 499, "sample": 40}
+    samples = []
+    for strata in ([cut, {"first_id": 500}], [{"first_id": 500}, cut]):
+        report, rows = select(database_file, tmp_path / "sel.parquet", {"seed": 3, "strata": strata})
+        samples.append({row["id"] for row in rows if row["id"] < 500})
+        assert sorted(stratum.sampled for stratum in report.strata)[0] == len(samples[-1]) == 40
+    assert samples[0] != samples[1]
+
+
 @given(
     ids=strategies.sets(strategies.integers(0, 10**7), min_size=1, max_size=60),
     more=strategies.sets(strategies.integers(0, 10**7), max_size=60),

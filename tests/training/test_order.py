@@ -71,6 +71,75 @@ def test_the_order_is_pinned() -> None:
     assert [laid_out.images_at(position).tolist() for position in range(4)] == [[5, 1], [6, 3], [0, 2], [4]]
 
 
+def test_the_fills_are_pinned() -> None:
+    laid_out = BatchOrder([0, 1, 2, 0, 1, 0, 0, 2, 0, 1, 0], 2, 31337, 8).epoch(7)
+    images = [laid_out.images_at(position).tolist() for position in range(8)]
+    assert images == [[6, 8], [3, 10], [9, 4], [2, 7], [0, 5], [1], [0, 5], [1]]
+    assert [laid_out.is_fill(position) for position in range(8)] == [False] * 6 + [True] * 2
+
+
+def test_fills_are_drawn_apart_from_the_batches() -> None:
+    """Were they the epoch's first batches again, the same few images would be seen twice in a row every time."""
+    order = BatchOrder([0] * 22, 2, 5, 8)
+    alike = 0
+    fills = set()
+    for epoch in range(40):
+        dealt = order.epoch(epoch).batch_of_position
+        assert len(set(dealt[11:].tolist())) == 5
+        alike += dealt[11:].tolist() == dealt[:5].tolist()
+        fills |= set(dealt[11:].tolist())
+    assert alike == 0 and fills == set(range(11))
+
+
+def test_more_fills_than_batches_repeat_them_in_turn() -> None:
+    dealt = BatchOrder([0, 0, 0, 1, 1], 2, 9, 10).epoch(0).batch_of_position.tolist()
+    assert sorted(dealt[:3]) == [0, 1, 2] and dealt[3:6] == dealt[6:9] and dealt[9] == dealt[3]
+
+
+def test_two_epochs_are_kept_and_no_third() -> None:
+    order = BatchOrder([0, 0, 0], 1, 1, 1)
+    first, second = order.epoch(0), order.epoch(1)
+    assert order.epoch(0) is first and order.epoch(1) is second
+    order.epoch(2)
+    assert order.epoch(1) is second and order.epoch(0) is not first
+
+
+@pytest.mark.parametrize("buckets", [1 << 16, (1 << 16) + 9])
+def test_buckets_beyond_16_bits_are_kept_apart(buckets: int) -> None:
+    laid_out = BatchOrder(np.append(np.arange(buckets), [0, buckets - 1]), 2, 1, 1).epoch(0)
+    assert sorted(laid_out.images_of_batch(0).tolist()) == [0, buckets]
+    assert sorted(laid_out.images_of_batch(buckets - 1).tolist()) == [buckets - 1, buckets + 1]
+    assert laid_out.batches == buckets
+
+
+def test_digests_are_pinned() -> None:
+    """Ledgers of runs on their way hold them."""
+    digests = [0x9736AB912FC929C, 0x0, 0xF000FD5A76F9009, 0x2549101F5CF7831E]
+    assert [order_digest(images) for images in ([5, 1], [], [0], [4_000_000_000, 7, 0])] == digests
+    table = np.array([[5, 1, NO_IMAGE], [0, NO_IMAGE, NO_IMAGE], [4_000_000_000, 7, 0], [NO_IMAGE] * 3])
+    assert order_digests(table).tolist() == [digests[0], digests[2], digests[3], 0]
+
+
+def test_a_table_of_some_positions_is_filled_with_no_image() -> None:
+    laid_out = BatchOrder([0, 0, 0, 1, 1, 0, 1], 2, 31337, 4).epoch(0)
+    table = laid_out.image_table(np.array([3, 0]), 3)
+    assert table.tolist() == [[4, NO_IMAGE, NO_IMAGE], [5, 1, NO_IMAGE]] and table.dtype == np.int64
+
+
+def test_counts_of_one() -> None:
+    count = StepCount(1, 1)
+    assert (count.optimizer_steps_per_epoch, count.positions_per_epoch, count.accumulation(1)) == (1, 1, 1)
+    assert StepCount(1, 4).positions_per_epoch == 4
+    for batches, group in ((0, 1), (1, 0), (-1, -1)):
+        with pytest.raises(BadOrder, match=f"{batches} batches in groups of {group} cannot be trained"):
+            StepCount(batches, group)
+    for processes in (0, -4):
+        with pytest.raises(BadOrder):
+            StepCount(9, 8).accumulation(processes)
+    with pytest.raises(BadOrder, match="2 images in batches of 1 cannot"):
+        BatchOrder([[0, 1]], 1, 1, 1)
+
+
 def test_a_digest_depends_on_images_and_their_order() -> None:
     assert len({order_digest(images) for images in ([1, 2], [2, 1], [1], [1, 2, 3], [12])}) == 5
 
