@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import resource
@@ -39,6 +40,9 @@ WAITING_FACTOR = 6
 
 EXAMPLES = 30
 """Of a property, drawn alike each time; a mutant that only more of them find is found by luck."""
+
+PLUGINS = ["-p", "pytest_timeout", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception"]
+"""What the tests need and no more: starting pytest is most of the work."""
 
 SPARE_MEMORY_BYTES = 8 << 30
 KILLED, SURVIVED, TIMED_OUT, EQUIVALENT = "killed", "survived", "timed out", "equivalent"
@@ -156,13 +160,13 @@ class Copy:
 
         os.chdir(self.folder)
         sys.path.insert(0, str(self.folder))
-        os.environ["PYTHONPATH"] = str(self.folder)
+        os.environ |= {"PYTHONPATH": str(self.folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         limit = int(cpu_seconds) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + SPARE_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        options = ["-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=line"]
-        return int(pytest.main([*options, f"--basetemp={self.folder / 'tmp'}", *tests], plugins=[Settings()]))
+        options = ["-x", "-q", "--tb=line", f"--basetemp={self.folder / 'tmp'}"]
+        return int(pytest.main([*options, *PLUGINS, *tests], plugins=[Settings()]))
 
 
 @dataclass
@@ -276,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     project = Project.read(options.configuration, options.root.resolve())
     files = [file for file in project.tests if not options.file or any(part in file for part in options.file)]
     os.environ |= project.environment
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False  # or each process would compile all files again
     made = {
         file: list(make_mutants(file, (project.root / file).read_text(encoding="utf-8"), project.equivalent))
         for file in files
@@ -284,8 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale = [key for key in project.equivalent if key not in there and key[0] in files]
     limit = project.most_a_room if options.limit is None else options.limit
     drawn = draw_mutants(made, limit, project.seed if options.seed is None else options.seed)
-    for library in ["hypothesis", "pytest", *project.imports]:
+    for library in ["hypothesis", "pytest", "pytest_timeout", *project.imports]:
         importlib.import_module(library)
+    gc.freeze()  # what is loaded is not looked through in every process
     reports = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies = [Copy(project, Path(folder, str(number))) for number in range(options.processes)]
