@@ -154,7 +154,7 @@ class Copy:
                 phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
                 hypothesis.settings.register_profile(
                     "mutants", max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=phases,
-                    report_multiple_bugs=False,
+                    report_multiple_bugs=False, suppress_health_check=list(hypothesis.HealthCheck),
                 )  # fmt: skip
                 hypothesis.settings.load_profile("mutants")
 

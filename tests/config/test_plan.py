@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.layers import load_layers, resolve_template
 from kohaku_wrap.config.plan import (
     BadBatch,
+    Bucket,
     ImageSizes,
     NoImages,
     count_steps,
+    other_dataset,
     plan_steps,
     read_captions_metadata,
     read_folder_sizes,
@@ -84,6 +88,90 @@ def test_counts_are_those_of_the_order_that_trains(
     assert plan.optimizer_steps_per_epoch == math.ceil(plan.batches / processes / accumulation)
 
 
+SIZES = [128] * 7 + [64] * 4 + [256] * 3, [128] * 7 + [256] * 4 + [64] * 3
+
+
+def test_a_plan_by_hand() -> None:
+    plan = count_steps(*SIZES, OPTIONS, 2, 3, 2, epochs=2)
+    assert plan.buckets == (Bucket(64, 256, 4, 2), Bucket(128, 128, 7, 4), Bucket(256, 64, 3, 2))
+    assert (plan.images, plan.batches, plan.micro_batches_per_epoch) == (14, 8, 3)
+    assert (plan.optimizer_steps_per_epoch, plan.epochs, plan.total_optimizer_steps) == (2, 2, 4)
+    assert (plan.batch_size, plan.processes, plan.accumulation) == (2, 3, 2)
+    assert (plan.group, plan.effective_batch, plan.fills_per_epoch) == (6, 12, 4)
+    assert (plan.bucket_fill, plan.images_per_optimizer_step) == (14 / 16, 7.0)
+    repeated = count_steps(*SIZES, OPTIONS, 2, 3, 2, max_steps=4, num_repeats=2)
+    assert [bucket.batches for bucket in repeated.buckets] == [4, 7, 3]
+    assert (repeated.micro_batches_per_epoch, repeated.optimizer_steps_per_epoch) == (5, 3)
+    assert (repeated.epochs, repeated.total_optimizer_steps) == (2, 4)
+    assert count_steps(*SIZES, OPTIONS, 2, 3, 2).total_optimizer_steps == 0
+
+
+@pytest.mark.parametrize("value", [Bucket(1, 1, 1, 1), count_steps(*SIZES, OPTIONS, 1, 1, 1, epochs=1)])
+def test_plans_do_not_change(value: object) -> None:
+    for name in ("images", "batches"):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, name, 7)
+    with pytest.raises(FrozenInstanceError):
+        ImageSizes(np.ones(1, np.int64), np.ones(1, np.int64), "made").exact = False  # type: ignore[misc]
+
+
+def test_supposed_sizes_are_the_templates_own(make_site: MakeSite) -> None:
+    effective = resolve_template("epsilon", make_site())
+    sizes = suppose_sizes(3, effective)
+    width, height = BucketOptions.from_dataset_options(
+        effective.subtable("dataset_options", with_defaults=True)
+    ).resolution
+    assert (sizes.widths.tolist(), sizes.heights.tolist(), sizes.exact) == ([width] * 3, [height] * 3, False)
+    assert sizes.caption_bytes is None
+
+
+def test_repeats_and_steps_come_from_the_template(tmp_path: Path, make_site: MakeSite) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(
+        'extends = "epsilon"\neffective_batch = 16\nmax_train_steps = 9\n[dataset_options]\nnum_repeats = 3\n'
+    )
+    effective, _ = load_layers(str(own), make_site())
+    plan = plan_steps(effective, suppose_sizes(10, effective))
+    assert (plan.images, plan.batches, plan.total_optimizer_steps) == (30, 8, 9)
+    effective = resolve_template("epsilon", make_site())
+    assert plan_steps(effective, suppose_sizes(10, effective)).images == 10
+
+
+def test_captions_of_another_dataset_are_told(
+    tmp_path: Path, write_captions: Callable[[Path, Sequence[tuple[int, int]]], None]
+) -> None:
+    write_captions(tmp_path, [(128, 128)])  # of the dataset "demo"
+    for named, told in (("demo", False), ("folder/demo.toml", False), ("epsilon", True), ("a", True), ("", False)):
+        note = other_dataset(SimpleNamespace(get={"kwrap.dataset": named}.get), tmp_path)  # type: ignore[arg-type]
+        assert bool(note) is told
+        assert not told or ("the dataset demo" in note and named in note)
+    with pa.OSFile(str(tmp_path / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([])):
+        pass
+    assert read_captions_metadata(tmp_path) == {}
+    assert other_dataset(SimpleNamespace(get={"kwrap.dataset": "demo"}.get), tmp_path) == ""  # type: ignore[arg-type]
+
+
+def test_a_folder_without_an_image(
+    tmp_path: Path, write_captions: Callable[[Path, Sequence[tuple[int, int]]], None]
+) -> None:
+    write_captions(tmp_path, [])
+    with pytest.raises(NoImages, match="lists no image"):
+        read_folder_sizes(tmp_path)
+    write_captions(tmp_path, [(128, 64)] * 3)
+    sizes = read_folder_sizes(tmp_path)
+    assert str(tmp_path) in sizes.source and sizes.caption_bytes and sizes.caption_bytes >= 3 * 22
+
+
+def test_a_batch_needs_a_site_and_a_number(make_site: MakeSite) -> None:
+    effective, _ = load_layers("epsilon")
+    with pytest.raises(BadBatch, match="depends on the site"):
+        shape_batch(effective)
+    whole, _ = load_layers("epsilon", make_site())
+    bare = SimpleNamespace(batch=None, site=whole.site, name="bare", get=lambda name: None)
+    with pytest.raises(BadBatch, match="bare states no effective_batch"):
+        shape_batch(bare)  # type: ignore[arg-type]
+
+
 def test_steps_instead_of_epochs() -> None:
     plan = count_steps([128] * 10, [128] * 10, OPTIONS, 2, 1, 2, max_steps=7)
     assert (plan.optimizer_steps_per_epoch, plan.total_optimizer_steps, plan.epochs) == (3, 7, 3)
@@ -123,15 +211,22 @@ def test_posts_without_a_size_are_left_out_and_told(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns, schema=POST_SCHEMA), path)
     sizes = read_selection_sizes(path)
     assert sizes.widths.tolist() == sizes.heights.tolist() == [1, 2]
-    assert "1 without a size left out" in sizes.source
+    assert "1 without a size left out" in sizes.source and not sizes.exact
+    for name, other in (("image_width", "image_height"), ("image_height", "image_width")):
+        one_side = columns | {
+            name: pa.array([0, -3, 2], columns[name].type),
+            other: pa.array([5, 5, 1], columns[other].type),
+        }
+        pq.write_table(pa.table(one_side, schema=POST_SCHEMA), path)
+        assert "2 without a size left out" in read_selection_sizes(path).source
+    pq.write_table(pa.table(columns, schema=POST_SCHEMA).slice(1), path)
+    assert "left out" not in read_selection_sizes(path).source
     pq.write_table(pa.table(columns, schema=POST_SCHEMA).slice(0, 1), path)
     with pytest.raises(NoImages, match="gives no sizes"):
         read_selection_sizes(path)
 
 
 def test_batch_that_does_not_divide_names_what_would(make_site: MakeSite) -> None:
-    from kohaku_wrap.config.layers import load_layers
-
     effective, _ = load_layers("epsilon", make_site("gpus = 3\nbatch_per_gpu = 4"))
     with pytest.raises(BadBatch, match="no multiple of 12: 3 processes with 4 images each") as fault:
         shape_batch(effective)
