@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
+import pyarrow as pa
+import pytest
 from hypothesis import given, strategies
 
-from kohaku_wrap.dataset.captions.quality import NEVER, UNGRADED, cutoffs_of_counts, grade_posts, tally_favourites
+from kohaku_wrap.dataset.captions.quality import (
+    NEVER,
+    UNGRADED,
+    SelectionNeeded,
+    cutoffs_of_counts,
+    find_cutoffs,
+    grade_posts,
+    tally_favourites,
+)
+from kohaku_wrap.dataset.captions.recipe import QualityRecipe
 from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERCENTILES
+from kohaku_wrap.dataset.recipe import read_dataset
+from kohaku_wrap.dataset.selection_file import SelectedPosts
+from kohaku_wrap.metadata.database import open_database
 from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, merge_counts
 
 PERCENTILES = (90, 75, 60, 45, 30, 10)
@@ -53,3 +71,65 @@ def test_published_cutoffs_are_those_of_the_sheet() -> None:
         "questionable": [132, 75, 49, 33, 21, 8],
         "explicit": [190, 106, 69, 45, 27, 9],
     }
+
+
+def recipe_of(cutoffs: str, percentiles: str = "[50, 10]") -> QualityRecipe:
+    """As it comes from a recipe file."""
+    text = f'[caption.quality]\ncutoffs = "{cutoffs}"\npercentiles = {percentiles}\nwords = ["a", "b", "c"]\n'
+    return read_dataset(tomllib.loads(text), "test").caption.quality
+
+
+def test_cutoffs_come_from_where_the_recipe_says(tmp_path: Path, writer: ModuleType) -> None:
+    posts = [writer.make_post(number, rating=number % 2, fav_count=number) for number in range(1, 21)]
+    path = writer.write_layout(tmp_path / "a.db", writer.World(posts, [], []))
+    database = open_database(path)
+    chosen = SelectedPosts(
+        np.arange(4),
+        np.array([0, 0, 3, -1], dtype=np.int8),
+        np.array([100, 200, 7, 9], dtype=np.int32),
+        np.zeros(4, dtype=np.int16),
+        pa.array(["png"] * 4),
+        {},
+    )
+    never = [NEVER, NEVER]
+    # Half of 2, 4 … 20 do not exceed 10, and a tenth of them not 2.
+    by_database = [[10, 2], [9, 1], never, never]
+    for selection in (None, chosen):
+        assert find_cutoffs(recipe_of("database"), database, selection).tolist() == by_database
+        published = find_cutoffs(recipe_of("published", "[95, 5]"), database, selection)
+        assert published.tolist() == [[37, 1], [81, 1], [182, 4], [262, 4]] and published.dtype == np.int64
+    assert find_cutoffs(recipe_of("selection"), database, chosen).tolist() == [[100, 100], never, never, [7, 7]]
+    with pytest.raises(SelectionNeeded, match="depend on the selection"):
+        find_cutoffs(recipe_of("selection"), database, None)
+
+
+def test_each_rating_has_its_own_tally() -> None:
+    ratings = np.array([0, 1, 2, 3, 3, -1, 1, 2], dtype=np.int8)
+    favourites = np.array([5, 6, -4, 8, 8, 9, UNKNOWN_FAVOURITES, 7], dtype=np.int32)
+    tallies = {
+        rating: (values.tolist(), counts.tolist())
+        for rating, (values, counts) in tally_favourites(ratings, favourites).items()
+    }
+    assert tallies == {0: ([5], [1]), 1: ([6], [1]), 2: ([-4, 7], [1, 1]), 3: ([8], [2])}
+    assert tally_favourites(ratings[:0], favourites[:0]) == {}
+
+
+def test_ranks_are_whole_numbers() -> None:
+    values, ones = np.arange(1, 201), np.ones(200, dtype=np.int64)
+    assert cutoffs_of_counts({2: (values, ones)}, (100, 99, 50, 1))[2].tolist() == [200, 198, 100, 2]
+    assert cutoffs_of_counts({0: (np.array([3, 9]), np.array([1, 2]))}, (67, 66, 34, 33))[0].tolist() == [9, 9, 9, 3]
+
+
+def test_grades_by_rating_and_age() -> None:
+    cutoffs = np.array([[20, 10, 5], [200, 100, 50], [NEVER] * 3, [9, 8, 7]], dtype=np.int64)
+    ids = np.array([1, 2, 3, 4, 5, 6, 7, 8])
+    ratings = np.array([0, 0, 0, 0, 1, 2, 3, -1], dtype=np.int8)
+    favourites = np.array([21, 20, 10, 5, 21, 10**6, 8, 50], dtype=np.int32)
+    levels = [0, 1, 2, 3, 3, 3, 2, UNGRADED]
+    found = grade_posts(cutoffs, ids, ratings, favourites, None)
+    assert found.tolist() == levels and found.dtype == np.int8
+    assert grade_posts(cutoffs, ids, ratings, favourites, 3).tolist() == [*levels[:3], *[UNGRADED] * 5]
+    below = np.full(8, UNKNOWN_FAVOURITES, dtype=np.int32)
+    below[0] = -7
+    assert grade_posts(cutoffs, ids, ratings, below, None).tolist() == [3, *[UNGRADED] * 7]
+    assert UNGRADED == -1  # caption plans look words up by it

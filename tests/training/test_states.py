@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint, read_manifest
-from kohaku_wrap.training.records.retention import remove_old_states
+from kohaku_wrap.training.records.retention import is_state_there, remove_old_states
 from kohaku_wrap.training.records.states import (
     DiskFull,
     check_state_sizes,
@@ -131,6 +131,54 @@ def test_a_state_of_a_stop_goes_when_a_scheduled_one_follows(tmp_path: Path) -> 
     write(tmp_path, 12)
     remove_old_states(tmp_path, keep=2)
     assert steps(tmp_path) == [8, 12]
+
+
+def test_no_milestones_unless_asked_for(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    assert remove_old_states(tmp_path, keep=2, every=4) == [2] and steps(tmp_path) == [4, 6, 8]
+    assert remove_old_states(tmp_path, keep=2) == [4]
+    assert remove_old_states(tmp_path, keep=-5) == [6] and steps(tmp_path) == [8]
+
+
+def test_states_of_stops_go_in_the_order_of_steps(tmp_path: Path) -> None:
+    """Only those after the newest scheduled one stay; what went is told in ascending order."""
+    for step, scheduled in ((256, True), (257, False), (300, True), (1000, True), (1001, False), (1300, False)):
+        write(tmp_path, step, scheduled)
+    assert remove_old_states(tmp_path, keep=1) == [256, 257, 300]
+    assert steps(tmp_path) == [1000, 1001, 1300]
+
+
+def test_a_run_that_was_only_stopped_keeps_all_its_states(tmp_path: Path) -> None:
+    for step in (3, 5):
+        write(tmp_path, step, False)
+    assert remove_old_states(tmp_path, keep=1) == [] and steps(tmp_path) == [3, 5]
+
+
+def test_a_state_without_a_readable_manifest_is_left_alone(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    (state_folder(tmp_path, 4) / "manifest.json").write_text("{")
+    assert remove_old_states(tmp_path, keep=1) == [2, 6]
+    assert steps(tmp_path) == [4, 8]
+
+
+def test_the_newest_of_the_old_stays_where_all_kept_are_damaged(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step)
+    for step in (6, 8):
+        os.truncate(state_folder(tmp_path, step) / "network.bin", 5)
+    assert remove_old_states(tmp_path, keep=2) == [2] and steps(tmp_path) == [4, 6, 8]
+    # Where one of them is whole, none of the old is needed.
+    write(tmp_path, 8)
+    assert remove_old_states(tmp_path, keep=2) == [4]
+
+
+def test_whether_a_state_is_there(tmp_path: Path) -> None:
+    state = write(tmp_path, 2)
+    assert is_state_there(state) is True
+    os.truncate(state / "network.bin", 5)
+    assert is_state_there(state) is False and is_state_there(tmp_path / "none") is False
 
 
 def test_the_last_good_state_is_never_removed(tmp_path: Path) -> None:
