@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from planted_faults import Mutant, draw_mutants, make_mutants
+from planted_faults import Mutant, Source, draw_mutants
 
 CONFIGURATION = Path(__file__).with_suffix(".toml")
 TIMES_THE_TESTS = 5
@@ -54,8 +54,8 @@ class Report:
     """What became of one file's mutants."""
 
     file: str
-    made: int
-    """All mutants that the operators make of it."""
+    places: int
+    """Where the operators can plant a fault."""
 
     outcomes: list[tuple[Mutant, str]] = field(default_factory=list)
     """Those that were drawn."""
@@ -238,15 +238,15 @@ def try_mutants(
 def print_reports(project: Project, reports: Sequence[Report], stale: Sequence[tuple[str, str, str]]) -> bool:
     """The table and the survivors; whether all is well."""
     width = max(len(report.file) for report in reports)
-    print(f"{'file':{width}}  made  drawn  killed  survived  timed out  equivalent  share killed")
+    print(f"{'file':{width}}  places  drawn  killed  survived  timed out  equivalent  share killed")
     for report in [
         *reports,
-        Report("all", sum(each.made for each in reports), [one for r in reports for one in r.outcomes]),
+        Report("all", sum(each.places for each in reports), [one for r in reports for one in r.outcomes]),
     ]:
         killed, survived = report.count(KILLED), report.count(SURVIVED)
         share = f"{killed / (killed + survived):.1%}" if killed + survived else "-"
         print(
-            f"{report.file:{width}}  {report.made:4}  {len(report.outcomes):5}  {killed:6}  {survived:8}"
+            f"{report.file:{width}}  {report.places:6}  {len(report.outcomes):5}  {killed:6}  {survived:8}"
             f"  {report.count(TIMED_OUT):9}  {report.count(EQUIVALENT):10}  {share:>12}"
         )
     for outcome in (SURVIVED, TIMED_OUT):
@@ -257,13 +257,18 @@ def print_reports(project: Project, reports: Sequence[Report], stale: Sequence[t
     empty = [report.file for report in reports if not report.outcomes]
     for file in empty:
         print(f"\n{file}: no mutant was made of it")
-    for file, before, after in stale:
-        print(f"\n{file}: mutants.toml names a mutant that is not there\n  - {before}\n  + {after}")
+    for file, before, _ in stale:
+        print(f"\n{file}: mutants.toml names lines that are not there\n  - {before}")
     killed, survived = (sum(report.count(outcome) for report in reports) for outcome in (KILLED, SURVIVED))
     enough = killed >= project.least_share * (killed + survived)
     if not enough:
         print(f"\ntoo few are killed: {killed} of {killed + survived}, wanted {project.least_share:.0%}")
     return enough and not empty and not stale
+
+
+def holds_lines(text: str, lines: str) -> bool:
+    """Whether the text has these lines, one after the other, whatever their indent."""
+    return f"\n{lines}\n" in "\n".join(["", *(line.strip() for line in text.splitlines()), ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -282,14 +287,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= project.environment
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False  # or each process would compile all files again
-    made = {
-        file: list(make_mutants(file, (project.root / file).read_text(encoding="utf-8"), project.equivalent))
-        for file in files
-    }
-    there = {(each.file, each.before, each.after) for found in made.values() for each in found}
-    stale = [key for key in project.equivalent if key not in there and key[0] in files]
+    seed = project.seed if options.seed is None else options.seed
+    texts = {file: (project.root / file).read_text(encoding="utf-8") for file in files}
+    sources = [Source(file, text, seed) for file, text in texts.items()]
+    stale = [key for key in project.equivalent if key[0] in files and not holds_lines(texts[key[0]], key[1])]
     limit = project.most_a_room if options.limit is None else options.limit
-    drawn = draw_mutants(made, limit, project.seed if options.seed is None else options.seed)
+    drawn = draw_mutants(sources, limit, project.equivalent)
+    places = {source.file: len(source.places) for source in sources}
     for library in ["hypothesis", "pytest", "pytest_timeout", *project.imports]:
         importlib.import_module(library)
     gc.freeze()  # what is loaded is not looked through in every process
@@ -298,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         copies = [Copy(project, Path(folder, str(number))) for number in range(options.processes)]
         for file in files:
             chosen = [each for each in drawn[file] if options.match in each.before + each.after]
-            report = Report(file, len(made[file]))
+            report = Report(file, places[file])
             reports.append(report)
             started = time.monotonic()
             for mutant, outcome in try_mutants(project, file, chosen, copies):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+NEVER_CHANGED = {"name", "string", "newline", "endmarker", "fstring_string", "fstring_start", "fstring_end"}
+"""Kinds of parso's nodes that no operator mutates."""
 
 NEEDS_ARGUMENTS = {"core/VariableReplacer", "core/VariableInserter"}
 """Operators that must be told names of variables."""
@@ -38,58 +42,90 @@ class Mutant:
     """Why it changes nothing, if mutants.toml says so."""
 
 
-def make_mutants(file: str, source: str, reasons: dict[tuple[str, str, str], str]) -> Iterator[Mutant]:
-    """Every mutant of one file; of those alike one, and none of text that never runs, such as annotations."""
-    from cosmic_ray.ast import get_ast
+@dataclass(frozen=True)
+class Place:
+    """Where an operator can plant a fault, which is not made yet: making one means to parse a statement anew."""
 
-    seen = {source}
-    pieces = [child.get_code() for child in get_ast(source).children]
-    for number, piece in enumerate(pieces):
-        head, tail = "".join(pieces[:number]), "".join(pieces[number + 1 :])
-        running = running_code(piece)
-        for operator, line, mutated in mutate_piece(piece):
-            whole = head + mutated + tail
-            if whole in seen:
+    file: str
+    operator: str
+
+    piece: int
+    """The statement of the module, from 0."""
+
+    line: int
+    """In the statement, from 1."""
+
+    occurrence: int
+    """Of the operator in the statement, from 0."""
+
+    key: bytes
+    """What draws are ordered by: of the seed, the operator and the statement's own text, so that an edit of another
+    statement draws the same faults again."""
+
+
+class Source:
+    """A file that faults are planted in."""
+
+    def __init__(self, file: str, text: str, seed: int) -> None:
+        from cosmic_ray.ast import get_ast
+
+        self.file = file
+        self.pieces = [child.get_code() for child in get_ast(text).children]
+        self.places = sorted(
+            (place for piece in range(len(self.pieces)) for place in self._find_places(piece, seed)),
+            key=lambda place: place.key,
+        )
+        self.made = {text}
+
+    def _find_places(self, piece: int, seed: int) -> Iterator[Place]:
+        from cosmic_ray.ast import ast_nodes, get_ast
+        from cosmic_ray.plugins import get_operator, operator_names
+
+        text = self.pieces[piece]
+        nodes = [node for node in ast_nodes(get_ast(text)) if node.type not in NEVER_CHANGED]
+        for name in operator_names():
+            if name in NEEDS_ARGUMENTS:
                 continue
-            seen.add(whole)
-            try:
-                if running_code(mutated) == running:
-                    continue
-            except SyntaxError:
-                continue
-            before, after = changed_lines(piece, mutated)
-            reason = reasons.get((file, before, after), "")
-            yield Mutant(file, operator, line + head.count("\n"), before, after, whole, reason)
+            operator = get_operator(name)()
+            places = ((node, begin) for node in nodes for begin, _ in operator.mutation_positions(node))
+            for occurrence, (node, (line, _)) in enumerate(places):
+                if not is_annotation(node):
+                    words = "\x1f".join((str(seed), self.file, name, text, str(occurrence)))
+                    key = hashlib.blake2b(words.encode(), digest_size=8).digest()
+                    yield Place(self.file, name, piece, line, occurrence, key)
+
+    def plant(self, place: Place, reasons: dict[tuple[str, str, str], str]) -> Mutant | None:
+        """The mutant; None where it is no program, or one that was made before."""
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.plugins import get_operator
+
+        text = self.pieces[place.piece]
+        mutated = mutate_code(text, get_operator(place.operator)(), place.occurrence)
+        head, tail = "".join(self.pieces[: place.piece]), "".join(self.pieces[place.piece + 1 :])
+        whole = f"{head}{mutated}{tail}"
+        try:
+            if whole in self.made:
+                return None
+            ast.parse(whole)
+        except SyntaxError:
+            return None
+        self.made.add(whole)
+        before, after = changed_lines(text, mutated)
+        reason = reasons.get((self.file, before, after), "")
+        return Mutant(self.file, place.operator, place.line + head.count("\n"), before, after, whole, reason)
 
 
-def mutate_piece(piece: str) -> Iterator[tuple[str, int, str]]:
-    """Operator, line and text of every mutant of one statement of a module: it is parsed anew for each."""
-    from cosmic_ray.ast import ast_nodes, get_ast
-    from cosmic_ray.mutating import mutate_code
-    from cosmic_ray.plugins import get_operator, operator_names
-
-    nodes = list(ast_nodes(get_ast(piece)))
-    for name in operator_names():
-        if name in NEEDS_ARGUMENTS:
-            continue
-        operator = get_operator(name)()
-        places = [place for node in nodes for place in operator.mutation_positions(node)]
-        for occurrence, ((line, _), _) in enumerate(places):
-            if mutated := mutate_code(piece, operator, occurrence):
-                yield name, line, mutated
-
-
-def running_code(source: str) -> str:
-    """The program without its annotations, which nothing evaluates."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign):
-            node.annotation = ast.Constant(None)
-        elif isinstance(node, ast.arg):
-            node.annotation = None
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            node.returns = None
-    return ast.dump(tree)
+def is_annotation(node: Any) -> bool:
+    """Whether the node is part of an annotation, which nothing evaluates."""
+    while node.parent is not None:
+        parent = node.parent
+        if parent.type in ("annassign", "tfpdef") and node is not parent.children[0]:
+            # `name: annotation = value` has its value in the same node.
+            return parent.type == "tfpdef" or node is parent.children[1]
+        if parent.type == "funcdef" and parent.annotation is node:
+            return True
+        node = parent
+    return False
 
 
 def changed_lines(source: str, mutated: str) -> tuple[str, str]:
@@ -102,24 +138,18 @@ def changed_lines(source: str, mutated: str) -> tuple[str, str]:
     return "\n".join(line.strip() for line in before), "\n".join(line.strip() for line in after)
 
 
-def draw_mutants(mutants: dict[str, list[Mutant]], limit: int, seed: int) -> dict[str, list[Mutant]]:
-    """At most `limit` (0: all) mutants of each folder; every file's first one, then as they come.
-
-    A mutant's place depends on the seed and its own text alone, so an edit elsewhere draws the same ones again.
-    """
-
-    def place(mutant: Mutant) -> bytes:
-        text = "\x1f".join((str(seed), mutant.file, mutant.operator, mutant.before, mutant.after))
-        return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-    ordered = {file: sorted(found, key=place) for file, found in mutants.items()}
-    if not limit:
-        return ordered
-    drawn = {}
-    for room in {Path(file).parent for file in ordered}:
-        files = [file for file in ordered if Path(file).parent == room]
-        rest = sorted((mutant for file in files for mutant in ordered[file][1:]), key=place)
-        firsts = [mutant for file in files for mutant in ordered[file][:1]]
-        chosen = [*firsts, *rest][:limit]
-        drawn |= {file: [mutant for mutant in chosen if mutant.file == file] for file in files}
-    return {file: drawn[file] for file in ordered}
+def draw_mutants(
+    sources: Sequence[Source], limit: int, reasons: dict[tuple[str, str, str], str]
+) -> dict[str, list[Mutant]]:
+    """At most `limit` (0: all) mutants of each folder; every file's first one, then as they come."""
+    drawn: dict[str, list[Mutant]] = {source.file: [] for source in sources}
+    for room in dict.fromkeys(Path(source.file).parent for source in sources):
+        of_room = {source.file: source for source in sources if Path(source.file).parent == room}
+        firsts = [source.places[0] for source in of_room.values() if source.places]
+        rest = sorted((place for one in of_room.values() for place in one.places[1:]), key=lambda place: place.key)
+        left = limit or len(firsts) + len(rest)
+        for place in (*firsts, *rest):
+            if left and (mutant := of_room[place.file].plant(place, reasons)):
+                drawn[place.file].append(mutant)
+                left -= 1
+    return drawn
