@@ -261,6 +261,26 @@ def test_large_images_are_reduced_on_request(place):
     assert list_images(place.images) == {f"0001/{name}": content for name, content in files.items()}
 
 
+def test_images_of_an_earlier_kwrap_stay_and_are_counted(place):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = {"1001.jpg": draw(), "2001.jpg": draw(exif=exif), "3001.jpg": draw(exif=exif)}
+    write_tar(place.tars / "data-0001.tar", files)
+    first = place.extract([1001, 2001])
+    assert (first.written, first.rewritten, first.not_looked_at) == (2, 1, 0)
+    path = place.images / "extracted.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["rewritten"]), path)
+    (place.images / "0001" / "2001.jpg").write_bytes(files["2001.jpg"])
+    (place.images / "0001" / "3001.jpg").write_bytes(files["3001.jpg"])
+    (place.images / ".extracting").mkdir()
+    lines = [f"{post},0001/{post}.jpg,40,30,{len(files[f'{post}.jpg'])},0\n" for post in (2001, 3001)]
+    (place.images / ".extracting" / "000001-7.csv").write_text("".join(lines))
+    again = place.extract([1001, 2001, 3001])
+    assert (again.kept, again.written, again.not_looked_at) == (3, 0, 3)
+    assert list_images(place.images)["0001/2001.jpg"] == files["2001.jpg"]
+    assert [row["rewritten"] for row in read_rows(place.images)] == [None] * 3
+
+
 def test_selection_and_tars_must_be_there(place, tmp_path):
     with pytest.raises(BadSelection, match="no such file"):
         extract_images(tmp_path / "none.parquet", place.tars, place.images)
