@@ -67,8 +67,9 @@ def command(
     takes 10 GB of disk; without a GPU it trains a tiny model and says what it could not measure.
     """
     from kohaku_wrap.config.layers import Effective, resolve_template
-    from kohaku_wrap.config.plan import NoImages, read_folder_sizes
+    from kohaku_wrap.config.plan import NoImages
     from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.config.training_data import read_training_sizes
     from kohaku_wrap.training.machine.doctor import Health, examine_machine
     from kohaku_wrap.training.machine.doctor import as_json as health_as_json
     from kohaku_wrap.training.machine.doctor_torch import Finding
@@ -88,7 +89,7 @@ def command(
             print_trust(effective)
         if site and effective.batch:
             try:
-                plan = plan_training(effective, read_folder_sizes(site.paths.images))
+                plan = plan_training(effective, read_training_sizes(effective, site.paths.images))
             except NoImages as missing:
                 findings.append(
                     Finding("images", "warning", missing.message, "Disk and memory depend on them.", missing.next_step)

@@ -73,8 +73,9 @@ def command(
     from kohaku_wrap.config.checks import describe_notes
     from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.layers import resolve_template
-    from kohaku_wrap.config.plan import other_dataset, read_folder_sizes, read_selection_sizes, suppose_sizes
+    from kohaku_wrap.config.plan import other_dataset, read_selection_sizes, suppose_sizes
     from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.config.training_data import read_training_sizes
     from kohaku_wrap.training.machine.training_plan import plan_training, read_step_seconds
     from kohaku_wrap.training.runs.folder import find_run
 
@@ -85,14 +86,14 @@ def command(
     if images:
         sizes = suppose_sizes(images, effective)
     else:
-        sizes = read_selection_sizes(selection) if selection else read_folder_sizes(site.paths.images)
+        sizes = read_selection_sizes(selection) if selection else read_training_sizes(effective, site.paths.images)
     if measured:
         seconds_per_step = read_step_seconds(find_run(measured, (site.paths.runs,)).folder)
     plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules)
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:
         notes.append(f"Counted from {sizes.source}.")
-    elif captioned := other_dataset(effective, site.paths.images):
+    elif effective.get("kwrap.data") == "kwrap" and (captioned := other_dataset(effective, site.paths.images)):
         notes.append(captioned)
     if as_json:
         print_json("plan", {**describe_plan(plan, notes), "trust": describe_trust(effective)})

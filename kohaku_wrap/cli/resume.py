@@ -230,6 +230,10 @@ def print_findings(plan: ResumePlan) -> None:
         print_note(f"damaged, passed over: {damaged.message}")
     for problem in plan.accepted:
         print_note(f"accepted: {problem.where}: {problem.what}")
+    for note in plan.notes:
+        print_note(note)
+    if plan.lineage:
+        print_note("a state of another run: what it was trained with is not in this run's ledger")
     if plan.foreign:
         print_note("a state of plain sd-scripts: the order is not provably the same as before it")
 
@@ -273,6 +277,9 @@ def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
             ],
             "abandons": [str(path) for path in plan.abandons],
             "damaged": [damaged.message for damaged in plan.damaged],
+            "accepted": {problem.where: problem.what for problem in plan.accepted},
+            "notes": list(plan.notes),
+            "lineage": plan.lineage,
             "argv": list(launch.argv),
             "environment": dict(launch.environment),
             "folder": str(launch.folder),

@@ -202,7 +202,7 @@ def command(
     from kohaku_wrap.training.runs.differences import refuse_unknown
 
     if template is None and locked is not None:
-        from kohaku_wrap.training.runs.differences import template_of_lock
+        from kohaku_wrap.training.runs.other_lock import template_of_lock
 
         template = template_of_lock(locked)
     if template is None:

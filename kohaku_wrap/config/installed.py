@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,43 @@ from kohaku_wrap.processes import NoAnswer, ask_python
 
 CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
 """The environment variable that points at an existing sd-scripts checkout."""
+
+DECISIVE_PACKAGES = frozenset(
+    {
+        "torch",
+        "torchvision",
+        "triton",
+        "xformers",
+        "flash-attn",
+        "sageattention",
+        "accelerate",
+        "deepspeed",
+        "lycoris-lora",
+        "bitsandbytes",
+        "diffusers",
+        "transformers",
+        "tokenizers",
+        "ftfy",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "pillow-avif-plugin",
+        "opencv-python",
+        "opencv-python-headless",
+        "imagesize",
+        "albumentations",
+        "lion-pytorch",
+        "schedulefree",
+        "prodigyopt",
+        "prodigy-plus-schedule-free",
+        "dadaptation",
+        "came-pytorch",
+        "pytorch-optimizer",
+        "adabelief-pytorch",
+        "torchao",
+    }
+)
+"""Packages that compute what is trained: tensors, networks, optimizers, tokens, pixels; besides CUDA's own."""
 
 TRAINER_SCRIPT = "sdxl_train_network.py"
 READ_TIMEOUT_SECONDS = 300
@@ -51,14 +89,27 @@ def read_commit(folder: Path) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def list_versions() -> dict[str, str]:
-    """Every installed package and its version, by name."""
-    found = {
-        dist.metadata["Name"]: dist.version
-        for dist in metadata.distributions()
-        if dist.metadata and dist.metadata["Name"]
-    }
+def list_versions(folders: Sequence[Path] = ()) -> dict[str, str]:
+    """Every installed package and its version, by name; of `folders` too, which come last on the import path."""
+    found: dict[str, str] = {}
+    spellings: dict[str, str] = {}
+    for dist in (*metadata.distributions(), *(metadata.distributions(path=[str(folder) for folder in folders]))):
+        if dist.metadata and (name := dist.metadata["Name"]):
+            # The first on the import path is the one that is imported.
+            spellings.setdefault(plain_name(name), name)
+            found.setdefault(spellings[plain_name(name)], dist.version)
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def plain_name(package: str) -> str:
+    """A package's name in one spelling: `lycoris-lora` for `lycoris_lora`."""
+    return package.lower().replace("_", "-").replace(".", "-")
+
+
+def is_decisive(package: str) -> bool:
+    """Whether another version of a package can change bits of what is trained."""
+    name = plain_name(package)
+    return name in DECISIVE_PACKAGES or name.startswith("nvidia-")
 
 
 def find_option_table(*, read_live: bool = True) -> OptionTable:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.options_digest import digest_options
 from kohaku_wrap.config.plan import StepPlan, read_captions_metadata, shape_batch
+from kohaku_wrap.config.run_files import (
+    ACCELERATE_FILE,
+    DATASET_FILE,
+    LOCK_FILE,
+    PRESET_FILE,
+    PROMPTS_FILE,
+    TRAINER_FILE,
+    digest_lock,
+)
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.toml_text import toml_text
@@ -26,15 +36,25 @@ from kohaku_wrap.config.trainer_arguments import (
     render_yaml,
     section_of,
 )
+from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import kept_sha256, sha256_of_file, write_text
 
-TRAINER_FILE = "trainer.toml"
-DATASET_FILE = "dataset.toml"
-PRESET_FILE = "preset.toml"
-ACCELERATE_FILE = "accelerate.yaml"
-LOCK_FILE = "run.lock.toml"
-PROMPTS_FILE = "sample_prompts.txt"
+NETWORK_FILES = ("base_weights", "network_weights")
+"""Options that name networks which decide the weights by their content."""
+
+TOKENIZER_FILES = frozenset(
+    {
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "config.json",
+    }
+)
+"""What is read of a tokenizer's folder."""
 
 LOCK_FORMAT = 2
 """Without the entry it is 1, that of kwrap 0.1."""
@@ -90,10 +110,12 @@ def compose_run(
     inputs: Mapping[str, Any] | None = None,
     engine: str | None = None,
     run_id: str = "",
+    package_folders: Sequence[Path] = (),
 ) -> RenderedRun:
     """Compose the run's files without touching the disk or hashing anything.
 
     `inputs`: what `hash_inputs` gave; without it only paths are locked. `run_id`: made at random for a run to train.
+    `package_folders`: where packages lie that only the trainer's process sees.
     """
     folder = Path(run_folder).absolute()
     trainer = compose_trainer(effective, folder, run_name)
@@ -116,7 +138,9 @@ def compose_run(
     if samples.get("prompts"):
         texts[PROMPTS_FILE] = render_prompts(samples)
     lock["run"] |= {"id": run_id, "options_digest": digest_options(lock)}
+    lock["versions"] = list_versions(package_folders)
     lock["files"] = dict(texts)
+    lock["digest"] = digest_lock(tomllib.loads(toml_text(lock)))
     texts[LOCK_FILE] = toml_text(lock)
     return RenderedRun(folder, run_name, trainer, dataset, lock, texts)
 
@@ -222,7 +246,6 @@ def compose_lock(
     lock |= {
         "preset": dict(effective.preset),
         "inputs": drop_unset(dict(inputs)),
-        "versions": list_versions(),
         "trainer": {"path": str(checkout or ""), "commit": read_trainer_commit(checkout) if checkout else ""},
         "kernels": choose_kernels(on_cpu=site.machine.gpus == 0),
         "machine": {
@@ -267,15 +290,38 @@ def hash_inputs(
             raise MissingInput(f"{path}: no such file ({name})", f"Mend paths.{name} in {site.path}.")
         inputs[name] = str(path)
         inputs[f"{name}_sha256"] = kept_sha256(path, on_bytes)
-    captions = read_captions_metadata(site.paths.images)
-    inputs["captions_digest"] = captions.get("digest", "")
-    inputs["captions_dataset"] = captions.get("dataset", "")
-    inputs["prompt_format"] = captions.get("prompt_format")
-    inputs["selection_sha256"] = captions.get("selection_sha256")
+    data = effective.get("kwrap.data")
+    inputs |= describe_data(data, site.paths.images, effective.subtable("dataset_options", with_defaults=True))
+    if data != "sd-scripts":
+        captions = read_captions_metadata(site.paths.images)
+        inputs["captions_dataset"] = captions.get("dataset", "")
+        inputs["prompt_format"] = captions.get("prompt_format")
+        inputs["selection_sha256"] = captions.get("selection_sha256")
+    inputs |= hash_named_files(effective.options)
+    inputs["site"], inputs["site_sha256"] = str(site.path), sha256_of_file(site.path)
     for index, path in enumerate(effective.files):
         inputs[f"template_{index}_sha256"] = sha256_of_file(path)
     inputs["preset_sha256"] = sha256_of_text(toml_text(effective.preset))
     return inputs
+
+
+def hash_named_files(options: Mapping[str, Any]) -> dict[str, str]:
+    """The sha256 of what options name besides the models: tokenizers, and networks to start from or to merge first.
+
+    Empty for an option that is not set or names nothing that is there.
+    """
+    found: dict[str, str] = {}
+    for name in NETWORK_FILES:
+        value = options.get(name)
+        paths = [Path(each) for each in (value if isinstance(value, list) else [value]) if each]
+        if paths and all(path.is_file() for path in paths):
+            found[f"{name}_sha256"] = sha256_of_text("\n".join(kept_sha256(path) for path in paths))
+    folder = options.get("tokenizer_cache_dir")
+    if folder and Path(folder).is_dir():
+        files = sorted(path for path in Path(folder).glob("*/*") if path.name in TOKENIZER_FILES)
+        rows = [f"{path.relative_to(folder).as_posix()} {kept_sha256(path)}" for path in files]
+        found["tokenizers_sha256"] = sha256_of_text("\n".join(rows))
+    return found
 
 
 def sha256_of_text(text: str) -> str:

@@ -20,7 +20,8 @@ import numpy as np
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.plan import plan_steps, read_folder_sizes
-from kohaku_wrap.config.render import DATASET_FILE, TRAINER_FILE, compose_run
+from kohaku_wrap.config.render import compose_run
+from kohaku_wrap.config.run_files import DATASET_FILE, TRAINER_FILE
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.errors import KwrapError

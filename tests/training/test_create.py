@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from plain_runs import write_base_model, write_captions
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.config.run_files import digest_lock
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.runs import create
 from kohaku_wrap.training.runs.create import RunRefused, create_run, plan_new_run
@@ -110,7 +111,9 @@ def test_a_trainer_that_lacks_a_package_is_refused_before_a_run_is_made(
     assert refused.next_step.endswith("kwrap trainer install --requirements-only")
     assert not (site.parent / "runs").exists()
     run = create_run(plan_new_run("demo", site, "first", overrides=[BATCH]), ["kwrap"])
-    run.lock.tables["run"]["engine"] = "sd-scripts"
+    tables = dict(run.lock.tables)
+    tables["run"]["engine"] = "sd-scripts"
+    run.lock.tables["digest"] = digest_lock(tables)  # type: ignore[index]  # a dict
     with pytest.raises(requirements.MissingRequirements):
         begin_attempt(plan_resume(run))
 

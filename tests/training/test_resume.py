@@ -25,9 +25,10 @@ from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, state_folder
 from kohaku_wrap.training.records.verify import verify_run
 from kohaku_wrap.training.runs.attempts import list_attempts
+from kohaku_wrap.training.runs.choose_state import NoSuchState, NoWholeState
 from kohaku_wrap.training.runs.differences import DifferentRun, list_changes
 from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.resume import NoSuchState, NoWholeState, RunFinished, begin_attempt, plan_resume
+from kohaku_wrap.training.runs.resume import RunFinished, begin_attempt, plan_resume
 from kohaku_wrap.training.runs.supervise import TrainerFailed, supervise_run
 from kohaku_wrap.training.runs.watch import WatchOptions
 
@@ -238,7 +239,7 @@ def change_text(path: Path, old: str, new: str) -> None:
         ("learning_rate", lambda run: change_text(run.trainer_config, "seed =", "learning_rate = 1.0\nseed =")),
     ],
 )  # fmt: skip
-def test_another_run_is_refused_and_can_be_accepted(new_run: NewRun, key: str, change: Callable[[Run], None]) -> None:
+def test_another_run_is_refused(new_run: NewRun, key: str, change: Callable[[Run], None]) -> None:
     run = new_run()
     crash_at(run, 3)
     change(run)
@@ -246,6 +247,11 @@ def test_another_run_is_refused_and_can_be_accepted(new_run: NewRun, key: str, c
     with pytest.raises(DifferentRun) as refused:
         plan_resume(run)
     assert [problem.where for problem in refused.value.problems] == [key]
+    if key != "dataset":
+        assert f"--allow {key}" not in refused.value.next_step
+        with pytest.raises(UsageError, match=f"--allow {key}: cannot change within a run"):
+            plan_resume(run, allow=[key])
+        return
     assert f"--allow {key}" in refused.value.next_step
     attempt, _ = begin_attempt(plan_resume(run, allow=[key]))
     record = json.loads((attempt.folder / "attempt.json").read_text())
@@ -263,7 +269,7 @@ def test_what_is_not_as_it_looks_is_said(new_run: NewRun) -> None:
     assert "was 31337, is now 1; the lock decides, 31337 is trained" in refused.value.message
     assert "the state was made with 4 batches an optimizer step, the run has 8" in refused.value.message
     with pytest.raises(UsageError, match=r"--allow bad-image: there is no such fault or option; did you mean bad-imag"):
-        plan_resume(run, allow=["seed", "bad-image"])
+        plan_resume(run, allow=["dataset", "bad-image"])
 
 
 def test_captions_that_were_damaged_since_are_not_trained(new_run: NewRun) -> None:

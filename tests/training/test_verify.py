@@ -112,7 +112,10 @@ def write_life(
     `change` and `change_steps` falsify rank 0's records of micro-batches and steps, `header` all ranks' headers.
     """
     shutil.rmtree(run.attempts / str(number), ignore_errors=True)
-    write_attempt(Attempt(run, number, processes, run.lock.group // processes, 0, start, None), {}, differences)
+    attempt = Attempt(
+        run, number, processes, run.lock.group // processes, 0, start, None, differences=differences or {}
+    )
+    write_attempt(attempt, {})
     for rank in range(processes):
         records = expected_records(run, number, rank, processes, start + 1, last_step)
         falsify = change_steps if rank == 0 else None

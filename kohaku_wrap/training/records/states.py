@@ -141,8 +141,14 @@ def verify_state(state: Path, on_bytes: Callable[[int], None] | None = None) -> 
 
 
 def check_state_sizes(state: Path) -> Manifest:
-    """The manifest of a state whose files are there in full length; their content is not read."""
+    """The manifest of a state whose files are there in full length and whose name tells its step; nothing else is read.
+
+    Raises DamagedState.
+    """
     manifest = read_manifest(state)
+    named = STATE_NAME.fullmatch(state.name)
+    if named and int(named.group(1)) != manifest.optimizer_step:
+        raise DamagedState(state, f"it is the state of optimizer step {manifest.optimizer_step:,} under another name")
     for name, sealed in manifest.files.items():
         path = state / name
         if not path.is_file():

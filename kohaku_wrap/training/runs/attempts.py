@@ -132,6 +132,12 @@ class Attempt:
     bad_steps: int | None = None
     """Optimizer steps in a row, skipped or without a number as loss, that end it; 0 for never, None for the default."""
 
+    differences: Mapping[str, str] = field(default_factory=dict)
+    """The differences that were there and accepted, by key."""
+
+    lineage: Mapping[str, Any] | None = None
+    """Of a state that another run wrote: that run's id, options digest, attempt and optimizer step."""
+
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Attempt:
         """The attempt that this process belongs to, from KWRAP_RUN and KWRAP_ATTEMPT."""
@@ -272,10 +278,8 @@ class Attempt:
         return found[0]
 
 
-def write_attempt(
-    attempt: Attempt, environment: Mapping[str, str], differences: Mapping[str, str] | None = None
-) -> None:
-    """Make the attempt's folder and `attempt.json`, with its environment and the differences that were accepted."""
+def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
+    """Make the attempt's folder and `attempt.json`, with its environment."""
     state = attempt.state
     if state is not None and state.is_relative_to(attempt.run.folder):
         state = state.relative_to(attempt.run.folder)
@@ -290,7 +294,8 @@ def write_attempt(
         "foreign": attempt.foreign,
         "allow": sorted(attempt.allow),
         "bad_steps": attempt.bad_steps,
-        "accepted_differences": dict(differences or {}),
+        "accepted_differences": dict(attempt.differences),
+        "lineage": None if attempt.lineage is None else dict(attempt.lineage),
         "started_unix_seconds": time.time(),
         "environment": dict(environment),
     }
@@ -316,6 +321,8 @@ def read_attempt(run: Run, number: int) -> Attempt:
             foreign=bool(document.get("foreign", False)),
             machines=int(document.get("machines", 1)),
             bad_steps=None if document.get("bad_steps") is None else int(document["bad_steps"]),
+            differences=dict(document.get("accepted_differences", {})),
+            lineage=document.get("lineage"),
         )
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BadAttempt(

@@ -16,20 +16,21 @@ from kohaku_wrap.config.base_model import check_base_model, needs_own_vae, requi
 from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import Effective, resolve_template
-from kohaku_wrap.config.plan import CAPTIONS_FILE, plan_steps, read_folder_sizes, shape_batch
+from kohaku_wrap.config.plan import CAPTIONS_FILE, plan_steps, shape_batch
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
 from kohaku_wrap.config.site import ENGINES, Site, load_site
 from kohaku_wrap.config.templates import read_toml
+from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import fsync_folder, making_folder, write_text
-from kohaku_wrap.training.runs.differences import refuse_other_lock
 from kohaku_wrap.training.runs.folder import Run, is_run
 from kohaku_wrap.training.runs.launch import Launch, plan_launch, require_packages
 from kohaku_wrap.training.runs.machines import Machines
+from kohaku_wrap.training.runs.other_lock import refuse_other_lock
 from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.trainer.checkout import find_checkout, require_supported
-from kohaku_wrap.training.trainer.requirements import require_requirements
+from kohaku_wrap.training.trainer.requirements import require_requirements, requirement_paths
 
 COMMAND_FILE = "command.txt"
 
@@ -165,12 +166,21 @@ def create_run(
     difference from `locked`.
     """
     require_packages()
-    sizes = read_folder_sizes(new.site.paths.images)
-    check_columns(new.site.paths.images / CAPTIONS_FILE)
+    sizes = read_training_sizes(new.effective, new.site.paths.images)
+    if new.effective.get("kwrap.data") != "sd-scripts":
+        check_columns(new.site.paths.images / CAPTIONS_FILE)
     plan = plan_steps(new.effective, sizes)
     inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes)
     rendered = compose_run(
-        new.effective, new.site, new.folder, new.name, plan, inputs, new.engine, secrets.token_hex(16)
+        new.effective,
+        new.site,
+        new.folder,
+        new.name,
+        plan,
+        inputs,
+        new.engine,
+        secrets.token_hex(16),
+        requirement_paths() if new.engine == "sd-scripts" else (),
     )
     if locked is not None:
         refuse_other_lock(locked, rendered.lock)

@@ -1,4 +1,4 @@
-"""Whether a run is still what it was: its files, dataset and trainer against its lock, and one lock against another."""
+"""Whether a run is still what it was: its files, data, models, trainer and packages against its lock."""
 
 from __future__ import annotations
 
@@ -6,16 +6,34 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.installed import find_trainer, read_trainer_commit
+from kohaku_wrap.config.fates import fate_of
+from kohaku_wrap.config.installed import (
+    find_trainer,
+    is_decisive,
+    list_versions,
+    plain_name,
+    read_trainer_commit,
+)
 from kohaku_wrap.config.options import suggest
 from kohaku_wrap.config.plan import CAPTIONS_FILE, NoImages, read_captions_metadata
+from kohaku_wrap.config.render import hash_named_files
+from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, flatten_dataset
+from kohaku_wrap.config.trainer_commits import find_known
+from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.dataset.captions.columns import check_columns
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import kept_sha256
+from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
+from kohaku_wrap.files import kept_sha256, sha256_of_file
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
+from kohaku_wrap.training.runs.file_changes import BY_ATTEMPT, compare_files, list_moves
 from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.trainer.requirements import requirement_paths
+
+OTHER_RUN = "other-run"
+"""The key of `--allow` for a state that another run wrote."""
+
+OTHER_OPTIONS = "options"
 
 KEY_OF_FINGERPRINT = {
     "engine": "engine",
@@ -28,52 +46,38 @@ KEY_OF_FINGERPRINT = {
     "dataset_digest": "dataset",
     "trainer_commit": "trainer_commit",
 }
-"""What of a state's fingerprint must be the run's own, and the key that `--allow` takes for it."""
-
-BY_ATTEMPT = frozenset({"gradient_accumulation_steps", "max_data_loader_n_workers", "persistent_data_loader_workers"})
-"""Options that an attempt may have otherwise without another result."""
-
-RENDERED_LISTS = frozenset({"network_args", "optimizer_args", "lr_scheduler_args"})
-"""Options that the lock keeps as tables, by other names and types."""
-
-DECIDED_BY_LOCK = frozenset({"seed", "train_batch_size", "batch_size"})
-"""Options of the trainer's files whose value is taken from the lock all the same: the plan follows from them."""
+"""What of a state's fingerprint must be the run's own, and the key that a difference has."""
 
 ACCEPTED_FAULTS = frozenset({"bad-images", "nan-latents", "non-finite-loss"})
 """What `--allow` takes besides a difference."""
 
+ACCEPTED_DIFFERENCES = frozenset(
+    {
+        "base_model",
+        "vae",
+        "tokenizers",
+        "base_weights",
+        "dataset",
+        "image_files",
+        "trainer_commit",
+        "versions",
+        OTHER_RUN,
+    }
+)
+"""Differences that take effect from the next attempt on, and so may be accepted."""
+
+OF_THE_FOLDER = frozenset({"output_dir", "output_name"})
+"""Options that name the run's own folder; another value would train into another run."""
+
+LENGTHS = frozenset({"max_train_epochs", "max_train_steps"})
+
 MODELS = {"base_model": "pretrained_model_name_or_path", "vae": "vae"}
 """Files that the lock has the sha256 of, and the trainer's option that names each."""
 
-PLACES = frozenset(
-    {
-        "format",
-        "run.id",
-        "run.options_digest",
-        "run.name",
-        "run.secrets_file",
-        "run.trust",
-        "run.template_files",
-        "run.template_commit",
-        "values.output_dir",
-        "values.output_name",
-        "values.sample_prompts",
-        "values.logging_dir",
-        "values.pretrained_model_name_or_path",
-        "values.vae",
-        "values.tokenizer_cache_dir",
-        "dataset.image_dir",
-        "inputs.base_model",
-        "inputs.images",
-        "inputs.vae",
-        "inputs.tokenizers",
-        "trainer.path",
-        "machine.platform",
-        "machine.accelerate.main_process_ip",
-        "machine.accelerate.main_process_port",
-    }
-)
-"""Entries of a lock that say where things are and which run it is, not what is trained."""
+NAMED_FILES = {"tokenizers": "tokenizers_sha256", "base_weights": "base_weights_sha256"} | {
+    "network_weights": "network_weights_sha256"
+}
+"""What else options name, and the lock's entry for its content."""
 
 
 class DifferentRun(ProblemsFound):
@@ -81,29 +85,37 @@ class DifferentRun(ProblemsFound):
 
 
 def list_changes(run: Run, state: Path | None = None) -> list[Problem]:
-    """What changed since the run was locked, and since a state of it was written: options, models, dataset, trainer."""
+    """What changed since the run was locked, and since a state of it was written; one entry a key."""
     trainer = read_trainer(run.trainer_config)
     changes = [
-        *compare_options(trainer, run.lock.values, BY_ATTEMPT | RENDERED_LISTS),
-        *compare_place(run, trainer),
-        *compare_options(read_dataset(run.dataset_config), run.lock.tables.get("dataset", {}), frozenset()),
+        *compare_lock(run),
+        *compare_files(run, trainer, read_dataset(run.dataset_config)),
         *compare_models(run, trainer),
         *compare_dataset(run),
         *compare_trainer(run),
+        *compare_versions(run),
     ]
     told = {problem.where for problem in changes}
     made = [] if state is None else compare_fingerprint(read_manifest(state).fingerprint, run)
     return changes + [problem for problem in made if problem.where not in told]
 
 
-def compare_options(now: Mapping[str, Any], locked: Mapping[str, Any], left_out: Collection[str]) -> Iterator[Problem]:
-    """Options that are set otherwise than the lock says; the lock may hold defaults that no file repeats."""
-    for name, value in now.items():
-        if name not in left_out and name in locked and locked[name] != value:
-            lasting = f"; the lock decides, {locked[name]!r} is trained" if name in DECIDED_BY_LOCK else ""
-            yield Problem(name, f"was {locked[name]!r}, is now {value!r}{lasting}")
-        elif name not in left_out and name not in locked:
-            yield Problem(name, f"was not set, is now {value!r}")
+def list_notes(run: Run) -> list[str]:
+    """What changed and changes nothing of what is trained, and what of a run of kwrap 0.1 cannot be compared."""
+    notes = list(list_moves(run, read_trainer(run.trainer_config), read_dataset(run.dataset_config)))
+    inputs = run.lock.tables.get("inputs", {})
+    templates = run.lock.tables.get("run", {}).get("template_files", [])
+    sources = {f"template_{index}_sha256": path for index, path in enumerate(templates)}
+    for key, path in {**sources, "site_sha256": inputs.get("site", "")}.items():
+        if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
+            notes.append(f"{path} changed since the run was made; the run keeps its own files")
+    if run.lock.format == 1:
+        notes.append(
+            "this run was made by kwrap 0.1: lines taken out of its files, its argument lists, preset.toml and "
+            "tokenizers were not kept and cannot be compared"
+        )
+        notes += [f"{problem.where}: {problem.what}" for problem in compare_packages(run)]
+    return notes
 
 
 def read_trainer(path: Path) -> dict[str, Any]:
@@ -116,14 +128,7 @@ def read_trainer(path: Path) -> dict[str, Any]:
 
 def read_dataset(path: Path) -> dict[str, Any]:
     """The options of dataset.toml, its levels put together."""
-    flat: dict[str, Any] = {}
-    document = read_run_file(path)
-    flat |= document.get("general", {})
-    for dataset in document.get("datasets", []):
-        flat |= {name: value for name, value in dataset.items() if name != "subsets"}
-        for subset in dataset.get("subsets", []):
-            flat |= subset
-    return flat
+    return flatten_dataset(read_run_file(path))
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -134,61 +139,117 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise DifferentRun(str(path), [Problem(path.name, str(error))], "Restore the run's own files.") from error
 
 
-def compare_place(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
-    """Whether the trainer would write its checkpoints into this folder."""
-    written = trainer.get("output_dir")
-    if written is not None and Path(written).resolve() != run.checkpoints.resolve():
-        yield Problem("output_dir", f"is {written}: the run's folder was moved; move it back, or mend its TOML files")
+def compare_lock(run: Run) -> Iterator[Problem]:
+    """Whether the lock is as it was written; one of kwrap 0.1 cannot tell."""
+    if run.lock.format == 1:
+        return
+    try:
+        is_whole = digest_lock(run.lock.tables) == run.lock.tables.get("digest")
+    except UnreadableRunFile:
+        is_whole = False
+    if not is_whole:
+        yield Problem(LOCK_FILE, "was changed after the run was made; its own digest tells")
 
 
 def compare_models(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
     """The files that the trainer would load, against the lock's digests; an unchanged one is not read again."""
     inputs = run.lock.tables.get("inputs", {})
     for name, option in MODELS.items():
-        locked, path = inputs.get(f"{name}_sha256"), Path(trainer.get(option, ""))
-        if not locked:
+        locked, path = inputs.get(f"{name}_sha256"), Path(trainer.get(option) or "")
+        if not locked or option not in trainer:
             continue
         if not path.is_file():
             yield Problem(name, f"{path}: no such file")
         elif (now := kept_sha256(path)) != locked:
             yield Problem(name, f"{path}: the sha256 was {locked[:12]}…, is now {now[:12]}…")
+    found = hash_named_files(trainer) if any(entry in inputs for entry in NAMED_FILES.values()) else {}
+    for name, entry in NAMED_FILES.items():
+        locked = inputs.get(entry)
+        if locked and found.get(entry) != locked:
+            yield Problem(name, f"the sha256 was {locked[:12]}…, is now {found.get(entry, 'none: not there')[:15]}…")
 
 
 def compare_dataset(run: Run) -> Iterator[Problem]:
-    """The digest of the captions that would be read, against the lock's."""
-    images = run.lock.tables.get("inputs", {}).get("images")
+    """What would be read of images and captions, against the lock's digests."""
+    inputs = run.lock.tables.get("inputs", {})
+    dataset = read_dataset(run.dataset_config)
+    images = dataset.get("image_dir") or inputs.get("images")
     if not images or not run.lock.dataset_digest:
         return
     try:
-        digest = str(read_captions_metadata(Path(images)).get("digest", ""))
+        if "rows_digest" in inputs:
+            now = describe_data(run.lock.data, Path(images), dataset)
+        else:
+            now = {"captions_digest": str(read_captions_metadata(Path(images)).get("digest", ""))}
     except NoImages as missing:
-        if run.lock.data == "kwrap":
-            yield Problem("dataset", missing.message)
+        if run.lock.data == "kwrap" or "rows_digest" in inputs:
+            yield Problem("images", missing.message)
         return
-    if digest != run.lock.dataset_digest:
+    digest = now["captions_digest"]
+    if now.get("rows_digest") != inputs.get("rows_digest"):
+        yield Problem("images", "other images are listed, or other sizes of them, so that the order would be another")
+    elif digest != run.lock.dataset_digest:
         yield Problem("dataset", f"the captions had the digest {run.lock.dataset_digest[:12]}…, now {digest[:12]}…")
+    elif now.get("image_files_digest") != inputs.get("image_files_digest"):
+        yield Problem("image_files", "image files were replaced or removed: their lengths in bytes are others")
 
 
 def check_captions(run: Run) -> None:
     """Read the captions that would be trained; raises DamagedCaptions."""
-    path = Path(run.lock.tables.get("inputs", {}).get("images", "")) / CAPTIONS_FILE
-    if path.is_file():
+    images = read_dataset(run.dataset_config).get("image_dir") or run.lock.tables.get("inputs", {}).get("images", "")
+    path = Path(images) / CAPTIONS_FILE
+    if path.is_file() and run.lock.data == "kwrap":
         check_columns(path)
 
 
 def compare_trainer(run: Run) -> Iterator[Problem]:
-    """The commit of the checkout that would train, against the lock's."""
+    """The checkout that would train: its commit, and whether its files are that commit's."""
     if run.lock.engine != "sd-scripts" or not run.lock.trainer_commit:
         return
     checkout = find_trainer(run.lock.trainer_commit)
     commit = read_trainer_commit(checkout) if checkout else ""
     if commit != run.lock.trainer_commit:
         yield Problem("trainer_commit", f"was {run.lock.trainer_commit[:7]}, is now {commit[:7] or 'not installed'}")
+    elif checkout and find_known(checkout) is None:
+        yield Problem("trainer", f"{checkout}: files of sd-scripts {commit[:7]} were changed; restore them")
+
+
+def compare_versions(run: Run) -> Iterator[Problem]:
+    """Packages of other versions than the lock's; a run of kwrap 0.1 goes on all the same, as before."""
+    if run.lock.format > 1:
+        yield from compare_packages(run)
+
+
+def compare_packages(run: Run) -> Iterator[Problem]:
+    """One problem with every package that can change bits and has another version than in the lock."""
+    before = by_plain_name(run.lock.tables.get("versions", {}))
+    if not before:
+        return
+    now = by_plain_name(list_versions(requirement_paths() if run.lock.engine == "sd-scripts" else ()))
+    optimizer = str(run.lock.values.get("optimizer_type", ""))
+    own = plain_name(optimizer.split(".")[0]) if "." in optimizer else ""
+    changed = [
+        f"{name} was {before.get(name, 'not installed')}, is now {now.get(name, 'not installed')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and (is_decisive(name) or name == own)
+    ]
+    if changed:
+        yield Problem("versions", "; ".join(changed))
+
+
+def by_plain_name(versions: Mapping[str, str]) -> dict[str, str]:
+    """Versions by names that do not depend on how a package spells itself."""
+    return {plain_name(name): version for name, version in versions.items()}
 
 
 def compare_fingerprint(found: Fingerprint, run: Run) -> Iterator[Problem]:
     """What a state was made with, against what the run has."""
     wanted = fingerprint_of(run, 0, found.processes)
+    if found.run_id != wanted.run_id:
+        made = f"run {found.run_id[:12]}…" if found.run_id else "a run of kwrap 0.1, which has no id"
+        yield Problem(OTHER_RUN, f"the state was written by {made}, this is {wanted.run_id[:12] or 'of kwrap 0.1'}…")
+    if found.options_digest and wanted.options_digest and found.options_digest != wanted.options_digest:
+        yield Problem(OTHER_OPTIONS, "the state was made with other options; it would bring their rates along")
     for name, key in KEY_OF_FINGERPRINT.items():
         made, has = getattr(found, name), getattr(wanted, name)
         unit = " batches an optimizer step" if name == "group" else ""
@@ -196,75 +257,59 @@ def compare_fingerprint(found: Fingerprint, run: Run) -> Iterator[Problem]:
             yield Problem(key, f"the state was made with {made!r}{unit}, the run has {has!r}")
 
 
+def can_be_accepted(key: str) -> bool:
+    """Whether a difference of that key takes effect where it is accepted.
+
+    An option that decides the weights does not: the optimizer's state brings the old rates back, the schedule and the
+    order follow from the lock. One that decides files alone does.
+    """
+    if key in ACCEPTED_DIFFERENCES:
+        return True
+    return key not in OF_THE_FOLDER and key not in BY_ATTEMPT and fate_of("option", key).kind == "files"
+
+
 def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str]) -> None:
     """Raise DifferentRun with the changes that nobody accepted."""
     left = [problem for problem in changes if problem.where not in allow]
-    if left:
-        keys = " ".join(f"--allow {key}" for key in dict.fromkeys(problem.where for problem in left))
-        raise DifferentRun(subject, left, f"Undo these changes, or accept them knowingly: {keys}")
+    if not left:
+        return
+    keys = list(dict.fromkeys(problem.where for problem in left))
+    offered = " ".join(f"--allow {key}" for key in keys if can_be_accepted(key))
+    fixed = [key for key in keys if not can_be_accepted(key)]
+    if not fixed:
+        raise DifferentRun(subject, left, f"Undo these changes, or accept them: {offered}")
+    advice = [
+        f"Undo the changes of {', '.join(fixed)}: a run keeps what decides its weights. Each of its files stands as it "
+        f"was written in {LOCK_FILE}, [files].",
+        "To train with something else, start a new run: kwrap train TEMPLATE --run NAME --set KEY=VALUE",
+    ]
+    if offered:
+        advice.append(f"The rest can be accepted: {offered}")
+    raise DifferentRun(subject, left, "\n".join(advice))
 
 
-def refuse_unknown(allow: Collection[str], run: Run | None = None, changes: Collection[Problem] = ()) -> None:
-    """Raise UsageError for a key of `--allow` that stands for nothing, such as one mistyped.
+def refuse_unknown(allow: Collection[str], run: Run | None = None) -> None:
+    """Raise UsageError for a key of `--allow` that would have no effect, or stands for nothing, such as one mistyped.
 
     Differences are those of a run; without one only faults can be allowed.
     """
-    known = {*ACCEPTED_FAULTS, *(problem.where for problem in changes)}
+    options: set[str] = set()
     if run is not None:
-        known |= {*KEY_OF_FINGERPRINT.values(), *MODELS, *run.lock.values, *run.lock.tables.get("dataset", {})}
+        options = {*KEY_OF_FINGERPRINT.values(), *run.lock.values, *run.lock.tables.get("dataset", {})}
+        options |= {*read_trainer(run.trainer_config), *read_dataset(run.dataset_config), OTHER_OPTIONS, LOCK_FILE}
     for key in allow:
-        if key not in known:
+        if key in ACCEPTED_FAULTS or (run is not None and can_be_accepted(key)):
+            continue
+        table = key.partition(".")[0]
+        if key in options or table in (*BY_ATTEMPT, "network_args", "optimizer_args", "lr_scheduler_args", "preset"):
+            longer = " and longer" if key in LENGTHS else ""
             raise UsageError(
-                f"--allow {key}: there is no such fault or option{suggest(key, known)}",
-                f"Faults: {', '.join(sorted(ACCEPTED_FAULTS))}. A resume that is refused names its differences.",
+                f"--allow {key}: cannot change within a run",
+                f"There is no command for other{longer} runs from a state yet. Start a new run: "
+                f"kwrap train TEMPLATE --run NAME --set {key}=VALUE",
             )
-
-
-def compare_locks(locked: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
-    """Every entry in which two locks differ, places left aside."""
-    before, after = dict(flatten(locked)), dict(flatten(new))
-    if "kernels" not in locked:
-        # A lock of kwrap 0.1 says nothing of them.
-        after = {key: value for key, value in after.items() if not key.startswith("kernels.")}
-    return [
-        Problem(key, f"locked {describe(before, key)}, here {describe(after, key)}")
-        for key in sorted(before.keys() | after.keys())
-        if key not in PLACES and not key.startswith("files.") and before.get(key) != after.get(key)
-    ]
-
-
-def describe(entries: Mapping[str, Any], key: str) -> str:
-    return repr(entries[key]) if key in entries else "unset"
-
-
-def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`table.key` and value of every entry."""
-    for name, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def refuse_other_lock(path: Path, new: Mapping[str, Any]) -> None:
-    """Raise ProblemsFound with every difference between a lock file and the lock of the run to be made."""
-    problems = compare_locks(read_lock(path), new)
-    if problems:
-        raise ProblemsFound(str(path), problems, "Mend what differs, or train without --locked.")
-
-
-def read_lock(path: Path) -> dict[str, Any]:
-    """The tables of a lock file."""
-    try:
-        return parse_toml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KwrapError(f"{path}: not a lock ({error})", "Give the run.lock.toml of a run.") from error
-
-
-def template_of_lock(path: Path) -> str:
-    """The template file that a lock was made from, or its name where the file is gone. Raises KwrapError."""
-    run = read_lock(path).get("run", {})
-    if "template" not in run:
-        raise KwrapError(f"{path}: [run] template is missing", "Give the run.lock.toml of a run, or name the template.")
-    files = run.get("template_files") or []
-    return files[-1] if files and Path(files[-1]).is_file() else str(run["template"])
+        known = {*ACCEPTED_FAULTS, *(ACCEPTED_DIFFERENCES if run is not None else ()), *options}
+        raise UsageError(
+            f"--allow {key}: there is no such fault or option{suggest(key, known)}",
+            f"Faults: {', '.join(sorted(ACCEPTED_FAULTS))}. A resume that is refused names its differences.",
+        )

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
+from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.data.order import StepCount
 
-LOCK_FILE = "run.lock.toml"
 LARGEST_NUMBER = 1 << 48
 STATE_NAME = re.compile(r"optimizer-step-([0-9]{8,})")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.kernels import kernel_settings
-from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
+from kohaku_wrap.config.run_files import ACCELERATE_FILE, read_yaml
+from kohaku_wrap.config.trainer_arguments import MACHINES_IN_FILE, describe_accelerate, render_yaml
 from kohaku_wrap.errors import MissingExtra, UsageError
 from kohaku_wrap.files import expand_user, write_text
 from kohaku_wrap.processes import python_command, safe_settings
@@ -32,6 +33,11 @@ SHUTDOWN_TIMEOUT_SECONDS = 7200
 """torchrun kills its workers 30 s after a signal by itself; an optimizer step and a state take longer."""
 
 MOST_THREADS = 8
+
+BY_LAUNCH = frozenset(
+    {"distributed_type", "gpu_ids", "machine_rank", "num_processes", "num_machines", *MACHINES_IN_FILE}
+)
+"""Options of accelerate's file that follow from an attempt's processes and machines."""
 
 NEEDED_PACKAGES = ("torch", "accelerate", "transformers", "diffusers", "lycoris", "bitsandbytes", "safetensors")
 
@@ -160,8 +166,8 @@ def is_on_cpu(lock: Lock) -> bool:
     return int(lock.tables.get("machine", {}).get("gpus", 1)) == 0
 
 
-def write_accelerate_config(attempt: Attempt) -> None:
-    """The run's own file for accelerate, for the attempt's processes; the user's default file then has no say."""
+def describe_attempt_accelerate(attempt: Attempt) -> dict[str, Any]:
+    """accelerate's options for an attempt: those of the run as they were written, and its own processes."""
     lock = attempt.lock
     gpus = 0 if is_on_cpu(lock) else attempt.processes
     machines = lock.accelerate if attempt.machines > 1 else {}
@@ -170,4 +176,13 @@ def write_accelerate_config(attempt: Attempt) -> None:
     if gpus:
         # The caller's CUDA_VISIBLE_DEVICES stays in force.
         table["gpu_ids"] = "all"
-    write_text(attempt.run.accelerate_config, render_yaml(table))
+    if written := lock.files.get(ACCELERATE_FILE):
+        # Never what a later kwrap would write.
+        kept = {name: value for name, value in read_yaml(written).items() if name not in BY_LAUNCH}
+        table = kept | {name: value for name, value in table.items() if name in BY_LAUNCH}
+    return table
+
+
+def write_accelerate_config(attempt: Attempt) -> None:
+    """The run's own file for accelerate, for the attempt's processes; the user's default file then has no say."""
+    write_text(attempt.run.accelerate_config, render_yaml(describe_attempt_accelerate(attempt)))

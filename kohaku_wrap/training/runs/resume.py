@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from kohaku_wrap.errors import KwrapError, Problem, UsageError, command_line
+from kohaku_wrap.errors import KwrapError, Problem, command_line
 from kohaku_wrap.training.data.order import Position
-from kohaku_wrap.training.records.manifest import DamagedState
-from kohaku_wrap.training.records.states import list_states, verify_state
-from kohaku_wrap.training.runs.attempts import Attempt, attempt_numbers, last_kept_steps, list_attempts, write_attempt
-from kohaku_wrap.training.runs.differences import check_captions, list_changes, refuse_changes, refuse_unknown
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.runs.attempts import Attempt, attempt_numbers, list_attempts, write_attempt
+from kohaku_wrap.training.runs.choose_state import find_foreign_state, find_state
+from kohaku_wrap.training.runs.differences import (
+    ACCEPTED_FAULTS,
+    OTHER_RUN,
+    check_captions,
+    list_changes,
+    list_notes,
+    refuse_changes,
+    refuse_unknown,
+)
 from kohaku_wrap.training.runs.folder import Run
 from kohaku_wrap.training.runs.launch import Launch, plan_attempt_launch, require_packages, write_accelerate_config
 from kohaku_wrap.training.runs.machines import refuse_machines
@@ -21,31 +31,10 @@ from kohaku_wrap.training.trainer.requirements import require_requirements
 
 CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
 CHECKPOINT_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
-FOREIGN_STATE_OF_STEP = re.compile(r"-step(\d{8,})-state$")
 
 
 class RunFinished(KwrapError):
     """All optimizer steps are done."""
-
-
-class NoSuchState(KwrapError):
-    """No whole state at the step that was asked for."""
-
-
-class NoWholeState(KwrapError):
-    """States were saved and none can be loaded; starting from the beginning is for the person to decide."""
-
-    def __init__(self, run: Run, damaged: Sequence[DamagedState], last: Attempt | None) -> None:
-        lines = [f"run {run.name}: no whole state is left"]
-        lines += [f"  {each.state.name}: {each.what}" for each in damaged]
-        if not damaged and last is not None:
-            lines.append(f"  the state of optimizer step {last.start_optimizer_step:,}, from which it went on, is gone")
-        beginning = command_line("resume", run.folder, "--step", 0)
-        advice = f"Restore one into {run.states}, or train from the beginning: {beginning}"
-        if last is not None and last.foreign:
-            again = command_line("resume", run.folder, "--foreign", "--state", last.state)
-            advice = f"Give the state of plain sd-scripts again: {again}"
-        super().__init__("\n".join(lines), advice)
 
 
 @dataclass(frozen=True)
@@ -100,6 +89,12 @@ class ResumePlan:
     bad_steps: int | None = None
     """As in Attempt."""
 
+    notes: tuple[str, ...] = ()
+    """What changed without effect, and what cannot be compared."""
+
+    lineage: Mapping[str, Any] | None = None
+    """Of a state that another run wrote."""
+
     def rank_positions(self) -> list[int]:
         """The next global position of each rank."""
         return [self.position.global_position + rank for rank in range(self.processes)]
@@ -122,6 +117,7 @@ def plan_resume(
     were saved and none is whole (step 0 then starts from the beginning), DifferentRun with the list of differences
     between state and run, BadOrder for a number of processes that does not divide.
     """
+    refuse_unknown(allow, run)
     if step is None and foreign_state is None and is_finished(run):
         # Whatever became of its states.
         raise RunFinished(
@@ -142,9 +138,9 @@ def plan_resume(
     else:
         state, optimizer_step = find_state(run, attempts, step, damaged, on_bytes)
     changes = list_changes(run, None if foreign else state)
-    refuse_unknown(allow, run, changes)
-    accepted = frozenset(allow) | (last.allow if last else frozenset())
+    accepted = list_accepted(run, allow, last, changes)
     refuse_changes(f"run {run.name}", changes, accepted)
+    there = tuple(problem for problem in changes if problem.where in accepted)
     abandons = [
         path
         for at, path in list_states(run.states)
@@ -166,8 +162,39 @@ def plan_resume(
         abandons=tuple(abandons),
         foreign=foreign,
         allow=accepted,
-        accepted=tuple(problem for problem in changes if problem.where in accepted),
+        accepted=there,
+        notes=tuple(list_notes(run)),
+        lineage=describe_lineage(state) if any(problem.where == OTHER_RUN for problem in there) else None,
     )
+
+
+def list_accepted(
+    run: Run, allow: Collection[str], last: Attempt | None, changes: Collection[Problem]
+) -> frozenset[str]:
+    """What is accepted: now, faults in an attempt before, and differences that the last attempt accepted as they are.
+
+    A difference of the same key that is another one is asked for again. In a run of kwrap 0.1 a key was enough.
+    """
+    accepted = frozenset(allow)
+    if last is None:
+        return accepted
+    if run.lock.format == 1:
+        return accepted | last.allow
+    as_before = {problem.where for problem in changes if last.differences.get(problem.where) == problem.what}
+    return accepted | (last.allow & ACCEPTED_FAULTS) | as_before
+
+
+def describe_lineage(state: Path | None) -> dict[str, Any] | None:
+    """Where a state of another run comes from, for the attempt's record."""
+    if state is None:
+        return None
+    manifest = read_manifest(state)
+    return {
+        "run_id": manifest.fingerprint.run_id,
+        "options_digest": manifest.fingerprint.options_digest,
+        "attempt": manifest.attempt,
+        "optimizer_step": manifest.optimizer_step,
+    }
 
 
 def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
@@ -184,8 +211,7 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
         check_captions(plan.run)
     attempt = describe_attempt(plan)
     launch = describe_launch(plan)
-    differences = {problem.where: problem.what for problem in plan.accepted}
-    write_attempt(attempt, launch.environment, differences)
+    write_attempt(attempt, launch.environment)
     write_accelerate_config(attempt)
     for path in plan.abandons:
         away = plan.run.abandoned / f"before-attempt-{plan.number}" / path.relative_to(plan.run.folder)
@@ -208,74 +234,14 @@ def describe_attempt(plan: ResumePlan) -> Attempt:
         foreign=plan.foreign,
         machines=plan.machines,
         bad_steps=plan.bad_steps,
+        differences={problem.where: problem.what for problem in plan.accepted},
+        lineage=plan.lineage,
     )
 
 
 def describe_launch(plan: ResumePlan) -> Launch:
     """The command that the plan leads to."""
     return plan_attempt_launch(describe_attempt(plan), plan.threads)
-
-
-def find_state(
-    run: Run,
-    attempts: Sequence[Attempt],
-    step: int | None,
-    damaged: list[DamagedState],
-    on_bytes: Callable[[int], None] | None,
-) -> tuple[Path | None, int]:
-    """The state to load and its step; (None, 0) when none was ever saved, or step 0 was asked for."""
-    kept = last_kept_steps(list(attempts))
-    for at, path in reversed(list_states(run.states)):
-        if step is not None and at != step:
-            continue
-        try:
-            manifest = verify_state(path, on_bytes)
-        except DamagedState as error:
-            if step is not None:
-                raise
-            damaged.append(error)
-            continue
-        if at > kept.get(manifest.attempt, at) and step is None:
-            continue
-        return path, at
-    if step:
-        there = ", ".join(f"{at:,}" for at, _ in list_states(run.states)) or "none"
-        raise NoSuchState(f"run {run.name}: no state at optimizer step {step:,}", f"States there are: {there}.")
-    last = attempts[-1] if attempts else None
-    if step is None and (damaged or (last is not None and last.start_optimizer_step)):
-        raise NoWholeState(run, damaged, last)
-    return None, 0
-
-
-def find_foreign_state(run: Run, step: int | None, given: Path | None) -> tuple[Path, int]:
-    """A state that plain sd-scripts wrote, and the optimizer step that its name or its file tells."""
-    if given is not None:
-        if not given.is_dir():
-            raise NoSuchState(f"{given}: no such folder", "Give the `…-state` folder that sd-scripts wrote.")
-        return given.resolve(), step if step is not None else foreign_step(given)
-    folders = [path for path in run.checkpoints.glob("*-state") if path.is_dir()] if run.checkpoints.is_dir() else []
-    found = sorted((foreign_step(path), path) for path in folders)
-    wanted = [pair for pair in found if step is None or pair[0] == step]
-    if not wanted:
-        there = ", ".join(f"{at:,}" for at, _ in found) or "none"
-        raise NoSuchState(
-            f"{run.checkpoints}: no state of plain sd-scripts"
-            + ("" if step is None else f" at optimizer step {step:,}"),
-            f"States there are: {there}. Give another folder with `--state PATH`.",
-        )
-    return wanted[-1][1], wanted[-1][0]
-
-
-def foreign_step(state: Path) -> int:
-    """Optimizer steps done at a state of plain sd-scripts: by its name, else by its train_state.json."""
-    if match := FOREIGN_STATE_OF_STEP.search(state.name):
-        return int(match.group(1))
-    try:
-        return int(json.loads((state / "train_state.json").read_text(encoding="utf-8"))["current_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"{state}: neither its name nor train_state.json tells the optimizer step", "Say it with `--step N`."
-        ) from None
 
 
 def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:

@@ -1,0 +1,147 @@
+"""The files of a run as the trainer reads them: flat, one value a key, so that two of them can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kohaku_wrap.config.schema import ARGUMENT_TABLES
+from kohaku_wrap.errors import KwrapError, MissingExtra
+from kohaku_wrap.toml_files import parse_toml
+
+TRAINER_FILE = "trainer.toml"
+DATASET_FILE = "dataset.toml"
+PRESET_FILE = "preset.toml"
+ACCELERATE_FILE = "accelerate.yaml"
+LOCK_FILE = "run.lock.toml"
+PROMPTS_FILE = "sample_prompts.txt"
+
+PLACE_KEYS = frozenset(
+    {
+        "output_dir",
+        "output_name",
+        "sample_prompts",
+        "logging_dir",
+        "pretrained_model_name_or_path",
+        "vae",
+        "tokenizer_cache_dir",
+        "base_weights",
+        "network_weights",
+        "image_dir",
+        "network_args.preset",
+    }
+)
+"""Keys of a run's files that say where something is; what lies there is compared by its content."""
+
+LOCK_PLACES = frozenset(
+    {
+        "run.name",
+        "run.secrets_file",
+        "run.trust",
+        "run.template_files",
+        "run.template_commit",
+        *(f"values.{name}" for name in PLACE_KEYS),
+        "dataset.image_dir",
+        "inputs.base_model",
+        "inputs.images",
+        "inputs.vae",
+        "inputs.tokenizers",
+        "inputs.site",
+        "trainer.path",
+        "machine.platform",
+        "machine.accelerate.main_process_ip",
+        "machine.accelerate.main_process_port",
+    }
+)
+"""Entries of a lock that say where things are, not what they are."""
+
+
+class UnreadableRunFile(KwrapError):
+    """A file of the run is not what its trainer could read."""
+
+
+def read_run_text(name: str, text: str) -> dict[str, Any]:
+    """The values of one of the run's files by key, as they take effect. Raises UnreadableRunFile.
+
+    Keys: `learning_rate`, `network_args.factor`, `preset.target_module`, `accelerate.mixed_precision`, an option of
+    the dataset file by its name alone, or `datasets.1.NAME` beyond the first dataset.
+    """
+    try:
+        if name == TRAINER_FILE:
+            return flatten_trainer(parse_toml(text))
+        if name == DATASET_FILE:
+            return flatten_dataset(parse_toml(text))
+        if name == PRESET_FILE:
+            return dict(flatten(parse_toml(text), "preset."))
+        if name == ACCELERATE_FILE:
+            return dict(flatten(read_yaml(text), "accelerate."))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UnreadableRunFile(f"{name}: cannot be read ({error})", "Restore the run's own files.") from None
+    return {name: text}
+
+
+def read_yaml(text: str) -> dict[str, Any]:
+    """A YAML mapping, by the package that accelerate reads it with. Raises MissingExtra, ValueError."""
+    try:
+        import yaml  # type: ignore[import-untyped]  # types-PyYAML is one package more
+    except ImportError:
+        raise MissingExtra("training", "train") from None
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if not isinstance(document, dict):
+        raise ValueError("not a mapping")
+    return document
+
+
+def flatten_trainer(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of trainer.toml: tables are for the eye, the later of two equal names counts."""
+    options: dict[str, Any] = {}
+    for name, value in document.items():
+        options |= value if isinstance(value, dict) else {name: value}
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in ARGUMENT_TABLES and isinstance(value, list):
+            # The trainer splits each at the first sign of equality, and the later of two equal names counts.
+            flat |= {f"{name}.{key}": text for key, _, text in (str(each).partition("=") for each in value)}
+        else:
+            flat[name] = value
+    return flat
+
+
+def flatten_dataset(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of dataset.toml: a subset's before its dataset's before the general ones."""
+    flat: dict[str, Any] = dict(document.get("general", {}))
+    for number, dataset in enumerate(document.get("datasets", [])):
+        start = f"datasets.{number}." if number else ""
+        flat |= {start + name: value for name, value in dataset.items() if name != "subsets"}
+        for inner, subset in enumerate(dataset.get("subsets", [])):
+            start = f"datasets.{number}.subsets.{inner}." if number or inner else ""
+            flat |= {start + name: value for name, value in subset.items()}
+    return flat
+
+
+def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`table.key` and value of every entry."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def digest_lock(tables: Mapping[str, Any]) -> str:
+    """The sha256 in hex over a lock's entries but for places and the digest itself."""
+    entries = {
+        key: value
+        for key, value in flatten({name: table for name, table in tables.items() if name not in ("files", "digest")})
+        if key not in LOCK_PLACES
+    }
+    for name, text in tables.get("files", {}).items():
+        for key, value in read_run_text(name, text).items():
+            entries[f"files.{name}.{key}"] = None if key in PLACE_KEYS else value
+    text = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
