@@ -152,11 +152,10 @@ class Workplace:
         folder = self.folder / "plain" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        values = like.lock.values
         command = [
             *accelerate_command(),
-            *("launch", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"),
-            *("--mixed_precision", str(values.get("mixed_precision", "no")), "-m", PLAIN_WORKER),
+            # The run's own file for accelerate, too: the person's default one may ask for anything.
+            *("launch", "--config_file", str(like.accelerate_config), "--num_processes", "1", "-m", PLAIN_WORKER),
             *("--config_file", str(like.trainer_config), "--dataset_config", str(like.dataset_config)),
             *("--gradient_accumulation_steps", str(self.scale.accumulation), "--output_dir", str(folder / "out")),
         ]
