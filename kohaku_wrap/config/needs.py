@@ -104,8 +104,11 @@ def check_inputs(effective: Effective) -> list[Problem]:
 
 
 def check_package(effective: Effective) -> list[Problem]:
-    """An optimizer whose package is not installed, on a machine that could train."""
+    """An optimizer that cannot be resumed, or whose package is not installed on a machine that could train."""
     chosen = str(effective.get("optimizer_type") or "AdamW")
+    if chosen.lower().endswith("schedulefree"):
+        what = f"{chosen} has no schedule that kwrap could follow and resume: choose an optimizer with one"
+        return [Problem("optimizer_type", what, effective.origin("optimizer_type"))]
     recorded: Mapping[str, Any] = load_signatures().get(chosen.lower(), {})
     path = str(recorded.get("class") or find_known("optimizer_type", chosen) or "torch")
     package = path.partition(".")[0]
