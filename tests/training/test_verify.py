@@ -505,3 +505,15 @@ def test_epsilon_takes_seconds(new_run: NewRun, tmp_path: Path) -> None:
     report: VerifyReport = verify_run(run)
     assert report.is_proved and report.records >= 20_354 * 16 * 4
     assert time.process_time() - started < 20
+
+
+def test_a_state_of_another_run_and_what_was_accepted_are_named(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 6)
+    write_life(run, 2, 1, 3, run.lock.total_optimizer_steps, differences={"other-run": "the state was another's"})
+    path = run.attempts / "2" / "attempt.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"lineage": {"run_id": "a" * 32}}))
+    notes = " ".join(verify_run(run).notes)
+    assert "trained by another run up to optimizer step 3 (--allow other-run): proved from there on" in notes
+    assert "attempt 2 accepted other-run: the state was another's" in notes

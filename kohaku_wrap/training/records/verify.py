@@ -155,11 +155,18 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
     checker.check_file_order()
     total = run.lock.total_optimizer_steps
     steps_due = total if is_finished(run) else max([0, *list_saved_steps(run, attempts)])
-    foreign = max((each.start_optimizer_step for each in list_foreign(attempts, kept_until)), default=0)
+    begun = list_foreign(attempts, kept_until)
+    foreign = max((each.start_optimizer_step for each in begun), default=0)
     steps, in_progress = checker.check_coverage(kept, total, steps_due, foreign)
     notes = []
     if foreign:
-        notes.append(f"trained by plain sd-scripts up to optimizer step {foreign:,} (--foreign): proved from there on")
+        by, word = ("another run", "--allow other-run") if begun[-1].lineage else ("plain sd-scripts", "--foreign")
+        notes.append(f"trained by {by} up to optimizer step {foreign:,} ({word}): proved from there on")
+    notes += [
+        f"attempt {each.number} accepted {where}: {what}"
+        for each in attempts
+        for where, what in each.differences.items()
+    ]
     changed = list_changed(run)
     captions_changed = has_other_captions(run)
     order = check_order(run, checker, captions_changed)
@@ -275,8 +282,10 @@ def check_deep(
 
 
 def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:
-    """The attempts on the line that began from a state of plain sd-scripts."""
-    return [each for each in attempts if each.foreign and each.start_optimizer_step <= kept[each.number]]
+    """The attempts on the line that began from a state of plain sd-scripts or of another run."""
+    return [
+        each for each in attempts if (each.foreign or each.lineage) and each.start_optimizer_step <= kept[each.number]
+    ]
 
 
 def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
