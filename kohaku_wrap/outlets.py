@@ -7,6 +7,7 @@ import io
 import os
 import select
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class Outlet(io.FileIO):
         self.may_wait = True
         self.error: OSError | None = None
         self.is_gone = False
-        self._was_terminal = self.isatty()
+        self._is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)
         self._is_stuck = False
 
     def write(self, data: Any) -> int:
@@ -78,7 +79,7 @@ class Outlet(io.FileIO):
     def lose(self, error: OSError) -> None:
         """Note that the outlet cannot be written, and go on without it where nobody reads it any more."""
         first, self.error = self.error is None, error
-        self.is_gone = error.errno in GONE or (error.errno == errno.EIO and self._was_terminal)
+        self.is_gone = error.errno in GONE or (error.errno == errno.EIO and self._is_device)
         if self.is_gone:
             # Libraries and children that write to the descriptor itself must not fail of it either.
             replace_by_nothing(self.fileno())
