@@ -169,6 +169,10 @@ class Copy:
         return int(pytest.main([*options, *PLUGINS, *tests], plugins=[Settings()]))
 
 
+class TestsFail(Exception):
+    """Nothing can be said of a file's mutants: its tests fail without one."""
+
+
 @dataclass
 class Running:
     """Tests that run at the moment."""
@@ -212,7 +216,7 @@ def try_mutants(
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         if code != PASSED:
-            raise SystemExit(f"{file}: its tests fail as they are\n{(copy.folder / 'tests.log').read_text()}")
+            raise TestsFail(f"{file}: its tests fail as they are\n{(copy.folder / 'tests.log').read_text()}")
     limit = TIMES_THE_TESTS * cpu_seconds + SPARE_SECONDS
     free, running = list(copies), {}
     waiting = iter([mutant for mutant in mutants if not mutant.reason])
@@ -256,7 +260,7 @@ def print_reports(project: Project, reports: Sequence[Report], stale: Sequence[t
                 print(f"  - {mutant.before}\n  + {mutant.after}")
     empty = [report.file for report in reports if not report.outcomes]
     for file in empty:
-        print(f"\n{file}: no mutant was made of it")
+        print(f"\n{file}: no mutant of it was tried")
     for file, before, _ in stale:
         print(f"\n{file}: mutants.toml names lines that are not there\n  - {before}")
     killed, survived = (sum(report.count(outcome) for report in reports) for outcome in (KILLED, SURVIVED))
@@ -305,10 +309,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = Report(file, places[file])
             reports.append(report)
             started = time.monotonic()
-            for mutant, outcome in try_mutants(project, file, chosen, copies):
-                report.outcomes.append((mutant, outcome))
-                if outcome in (SURVIVED, TIMED_OUT):
-                    print(f"{outcome}: {file}:{mutant.line}: {mutant.after!r}", file=sys.stderr, flush=True)
+            try:
+                for mutant, outcome in try_mutants(project, file, chosen, copies):
+                    report.outcomes.append((mutant, outcome))
+                    if outcome in (SURVIVED, TIMED_OUT):
+                        print(f"{outcome}: {file}:{mutant.line}: {mutant.after!r}", file=sys.stderr, flush=True)
+            except TestsFail as fault:
+                print(fault, file=sys.stderr, flush=True)
             seconds = time.monotonic() - started
             print(f"{file}: {len(chosen)} mutants in {seconds:.0f} s", file=sys.stderr, flush=True)
     return 0 if print_reports(project, reports, stale) else 1

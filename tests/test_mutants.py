@@ -81,4 +81,10 @@ def test_a_file_without_a_mutant_is_a_failure(project: Path) -> None:
     code, output = run(
         project, '"tiny/none.py" = ["tests/test_caps.py"]\n' + EQUIVALENT.format(10, "return min(number, 9)")
     )
-    assert "tiny/none.py: no mutant was made of it" in output and code == 1
+    assert "tiny/none.py: no mutant of it was tried" in output and code == 1
+
+
+def test_tests_that_fail_without_a_fault_say_nothing(project: Path) -> None:
+    (project / "tests/test_caps.py").write_text("def test_wrong():\n    assert 0\n")
+    code, output = run(project)
+    assert "tiny/caps.py: its tests fail as they are" in output and code == 1
