@@ -146,13 +146,13 @@ def refuse_options(args: argparse.Namespace, attempt: Attempt) -> None:
         "deepspeed": bool(getattr(args, "deepspeed", False)),
         "cache_latents": columns and bool(args.cache_latents or args.cache_latents_to_disk),
         "cache_text_encoder_outputs": columns and bool(args.cache_text_encoder_outputs),
-        "validation_split": columns and bool(args.validation_split),
+        "validation_split": bool(args.validation_split),
     }
     named = [name for name, is_set in faults.items() if is_set]
     if named:
         raise NotSupportedHere(
             f"not supported by this engine: {', '.join(named)}",
-            'Leave these options out; with data = "sd-scripts" all but deepspeed are the trainer\'s own affair.',
+            'Leave these options out; what is cached needs data = "sd-scripts" in [kwrap].',
         )
 
 
