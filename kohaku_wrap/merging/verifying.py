@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +14,8 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
 from kohaku_wrap.merging.pieces import RAW, Piece
 from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
+from kohaku_wrap.merging.worker import Worker
 from kohaku_wrap.streams import draws, stream_key
-
-if TYPE_CHECKING:
-    from kohaku_wrap.merging.running import Worker
 
 
 class MismatchFound(KwrapError):

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.metadata.chunks import TagChunk, relation_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.parallel import map_in_order
+from kohaku_wrap.metadata.spill import sorted_pieces
 from kohaku_wrap.metadata.tags import TagTable
 from kohaku_wrap.metadata.tokens import parse_tag_lists
 
@@ -38,23 +40,6 @@ NO_ROWS: tuple[Int64Array, ...] = (np.empty(0, dtype=np.int64), np.empty(0, dtyp
 
 class RowsOutOfOrder(Exception):
     """The relation's rows turned out not to be in the order of their posts; read them again, sorted."""
-
-
-@dataclass(frozen=True)
-class TagChunk:
-    """The tags of a stretch of the wanted posts."""
-
-    first: int
-    """Index of the first post among the wanted ones."""
-
-    stop: int
-    """Index after the last; posts without any tag are within the stretch too."""
-
-    posts: Int32Array
-    """(rows,) index of each row's post, counted from `first`, ascending."""
-
-    tags: Int32Array
-    """(rows,) row of each tag in the TagTable, NO_TAG where it has none; in the database's own order within a post."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +78,6 @@ def map_tag_chunks(
     elif spill_folder is None:
         pieces = _ordered_pieces(database, tags, post_ids)
     else:
-        from kohaku_wrap.metadata.spill import sorted_pieces
-
         spill_folder.mkdir(parents=True, exist_ok=True)
         pieces = sorted_pieces(database, tags, post_ids, spill_folder, threads)
 
@@ -105,13 +88,6 @@ def map_tag_chunks(
     for result in map_in_order(read_and_work, pieces, threads):
         if result is not None:
             yield result
-
-
-def relation_rows(database: Database) -> tuple[int, int]:
-    """The first and last rowid of the relation, (0, -1) when it is empty."""
-    # Two queries: sqlite finds one end of a table at once, but scans it for both.
-    first, last = (database.value(f"SELECT {end}(rowid) FROM posttagrelation") for end in ("min", "max"))
-    return (0, -1) if first is None else (first, last)
 
 
 def _lookup_is_cheaper(database: Database, posts: int) -> bool:

@@ -12,9 +12,9 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from kohaku_wrap.metadata.chunks import TagChunk, relation_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.parallel import map_in_order
-from kohaku_wrap.metadata.relations import TagChunk, relation_rows
 from kohaku_wrap.metadata.tags import TagTable
 
 Int64Array = npt.NDArray[np.int64]

@@ -20,8 +20,9 @@ from kohaku_wrap.dataset.captions.words import KAOMOJI, PEOPLE_TAGS, breaks_capt
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
+from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.database import open_database
-from kohaku_wrap.metadata.relations import TagChunk, map_tag_chunks
+from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.tags import TagTable, read_tags
 
 

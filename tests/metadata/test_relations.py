@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from kohaku_wrap.metadata import relations, spill
+from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.database import Database, DatabaseDamaged, open_database
-from kohaku_wrap.metadata.relations import RowsOutOfOrder, TagChunk, map_tag_chunks
+from kohaku_wrap.metadata.relations import RowsOutOfOrder, map_tag_chunks
 from kohaku_wrap.metadata.tags import NO_TAG, read_tags
 
 

@@ -15,10 +15,11 @@ from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, read_posts
-from kohaku_wrap.metadata.relations import TagChunk, map_tag_chunks
+from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.tags import NO_TAG, TAG_TYPES, read_tags
 
 

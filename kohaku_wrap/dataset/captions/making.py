@@ -12,8 +12,8 @@ from kohaku_wrap.dataset.captions.plan import FATES, NOT_A_TAG, WRITTEN, Caption
 from kohaku_wrap.dataset.captions.quality import UNGRADED, grade_posts
 from kohaku_wrap.dataset.selection_file import SelectedPosts
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
+from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES
-from kohaku_wrap.metadata.relations import TagChunk
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -26,11 +26,12 @@ from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
+from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.parallel import map_in_order
 from kohaku_wrap.metadata.posts import database_digest
-from kohaku_wrap.metadata.relations import RowsOutOfOrder, TagChunk, map_tag_chunks
+from kohaku_wrap.metadata.relations import RowsOutOfOrder, map_tag_chunks
 from kohaku_wrap.metadata.tags import read_tags
 
 FORMATS = ("txt", "cache", "jsonl")

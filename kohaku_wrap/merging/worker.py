@@ -1,0 +1,158 @@
+"""One thread of a merge: it reads pieces of the inputs, computes them and writes them at fixed places."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
+from kohaku_wrap.merging.deltas import Delta
+from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers
+from kohaku_wrap.merging.networks import Change
+from kohaku_wrap.merging.open_files import Files, write_at
+from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task
+from kohaku_wrap.merging.plan import MergePlan
+from kohaku_wrap.merging.rounding import FORMATS, Combination
+
+NUMPY_DTYPES = {"F64": np.float64, "I64": np.int64, "I32": np.int32}
+BYTES_OF_KIND = {name: BITS_OF_DTYPE[name] // 8 for name in (*FORMATS, RAW)}
+
+
+@dataclass
+class Faults:
+    """Elements that are not finite, by key."""
+
+    inputs: Counter[str] = field(default_factory=Counter)
+    """Because an input is not."""
+
+    overflows: Counter[str] = field(default_factory=Counter)
+    """Because the exact sum is too large for the output's type."""
+
+
+class Worker:
+    """One thread's buffers, and what it does with a task."""
+
+    def __init__(self, plan: MergePlan, files: Files, finder: KeyFinder, faults: Faults, lock: threading.Lock) -> None:
+        self.plan, self.files, self.finder, self.faults, self.lock = plan, files, finder, faults, lock
+        self.scratch = Scratch()
+        self.kernels: dict[Any, Kernel] = {}
+
+    def do(self, task: Task, descriptor: int, data_start: int) -> None:
+        """Compute a task and write it."""
+        if task.piece.deltas:
+            blocks = self.compute_with_deltas(task.piece)
+        else:
+            blocks = iter([(task.first, self.compute(task.piece, task.first, task.last, []))])
+        for first, output in blocks:
+            write_at(descriptor, output, data_start + task.piece.begin + first * task.piece.width)
+
+    def compute(self, piece: Piece, first: int, last: int, deltas: list[Delta], to: str = "") -> NDArray[Any]:
+        """Elements `first` to `last` of a piece, as bits in a buffer that the next call reuses.
+
+        With `deltas`, those are whole rows.
+        """
+        size = last - first
+        if piece.to == RAW:
+            output = self.scratch.take("output", np.uint8, size)
+            self.files.read(piece.sources[0].name, piece.sources[0].begin + first, output)
+            return output
+        row_elements = piece.elements // piece.rows
+        first_row, last_row = first // row_elements, last // row_elements
+        weights = tuple(weight for _, weight, _ in piece.deltas[: len(deltas)])
+        # One product is made as it is added, and comes last.
+        lazy = next((place for place, delta in enumerate(deltas) if delta.is_product), None)
+        product = None
+        if lazy is not None:
+            product = deltas[lazy].factor_rows(first_row, last_row)
+            deltas = deltas[:lazy] + deltas[lazy + 1 :]
+            weights = (*weights[:lazy], *weights[lazy + 1 :], weights[lazy])
+        kinds = tuple(source.kind for source in piece.sources) + ("F32",) * len(weights)
+        to = to or piece.to
+        kernel = self.kernel(kinds, piece.coefficients + weights, to, product is not None)
+        inputs = kernel.take_inputs(size, self.scratch, product)
+        for source, row in zip(piece.sources, inputs.rows, strict=False):
+            self.files.read(source.name, source.begin + first * BYTES_OF_KIND[source.kind], row)
+        for delta, row in zip(deltas, inputs.rows[len(piece.sources) :], strict=True):
+            delta.fill_rows(first_row, last_row, row.view(np.float32))
+        output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[to]], size)
+        not_finite, overflow = kernel.run(inputs, output, self.scratch)
+        self.count(self.faults.inputs, piece, first, not_finite)
+        self.count(self.faults.overflows, piece, first, overflow)
+        return output
+
+    def kernel(self, kinds: tuple[str, ...], weights: tuple[Any, ...], to: str, has_product: bool = False) -> Kernel:
+        settings = kinds, weights, to, has_product
+        known = self.kernels.get(settings)
+        if known is None:
+            known = self.kernels[settings] = Kernel(kinds, Combination.of(weights), to, has_product)
+        return known
+
+    def count(self, counter: Counter[str], piece: Piece, first: int, places: NDArray[Any]) -> None:
+        if places.size:
+            keys = Counter(self.finder.key_at(piece.begin + (first + int(place)) * piece.width) for place in places)
+            with self.lock:
+                counter.update(keys)
+
+    def read_module(self, network: str, change: Change) -> dict[str, NDArray[np.float32]]:
+        """A module's tensors in float32."""
+        tensors = {}
+        for suffix, spot in change.module.tensors.items():
+            kind = FORMATS.get(spot.dtype)
+            if kind is None:  # an alpha
+                number = np.empty(1, dtype=NUMPY_DTYPES[spot.dtype])
+                self.files.read(network, spot.begin, number)
+                tensors[suffix] = number.astype(np.float32)
+                continue
+            bits = np.empty(spot.elements, dtype=BITS_DTYPES[kind.size_bytes])
+            self.files.read(network, spot.begin, bits)
+            tensors[suffix] = as_numbers(bits, kind).reshape(spot.shape)
+        return tensors
+
+    def open_delta(self, network: str, change: Change) -> Delta:
+        """What a module adds, from its tensors in the network's file."""
+        return Delta(change.module.algorithm, change.kind, self.read_module(network, change))
+
+    def compute_with_deltas(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A piece that networks change, by blocks of rows: the first element and the bits of each."""
+        deltas = [self.open_delta(name, change) for name, _, change in piece.deltas]
+        if any(change.module.has_dora and change.kind == "weight" for _, _, change in piece.deltas):
+            yield from self.compute_dora(piece, deltas[0])
+            return
+        row_elements = piece.elements // piece.rows
+        step = max(1, CHUNK_ELEMENTS // row_elements)
+        first = 0
+        while first < piece.rows:
+            last = min(first + step, piece.rows)
+            for delta in deltas:
+                if delta.period:
+                    last = min(last, (first // delta.period + 1) * delta.period)
+            yield first * row_elements, self.compute(piece, first * row_elements, last * row_elements, deltas)
+            first = last
+
+    def compute_dora(self, piece: Piece, delta: Delta) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A weight whose norms the network sets: float32 arithmetic, rounded once more to the output.
+
+        By blocks of rows where each row has its norm, else in one.
+        """
+        _, weight, _ = piece.deltas[0]
+        row_elements = piece.elements // piece.rows
+        step = max(1, CHUNK_ELEMENTS // row_elements) if delta.sets_norms_of_rows(piece.rows) else piece.rows
+        kernel = self.kernel(("F32",), (Fraction(1),), piece.to)
+        for first_row in range(0, piece.rows, step):
+            rows = min(step, piece.rows - first_row)
+            first, size = first_row * row_elements, rows * row_elements
+            base = self.compute(piece, first, first + size, [], "F32").view(np.float32)
+            merged = delta.decompose(base.reshape(rows, *piece.shape[1:]), piece.rows, first_row, float(weight))
+            inputs = kernel.take_inputs(size, self.scratch)
+            np.copyto(inputs.rows[0], merged.view(np.uint32))
+            output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[piece.to]], size)
+            for places in kernel.run(inputs, output, self.scratch):
+                self.count(self.faults.overflows, piece, first, places)
+            yield first, output

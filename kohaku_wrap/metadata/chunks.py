@@ -1,0 +1,36 @@
+"""A stretch of posts with their tags, as every way of reading the relation gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.metadata.database import Database
+
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class TagChunk:
+    """The tags of a stretch of the wanted posts."""
+
+    first: int
+    """Index of the first post among the wanted ones."""
+
+    stop: int
+    """Index after the last; posts without any tag are within the stretch too."""
+
+    posts: Int32Array
+    """(rows,) index of each row's post, counted from `first`, ascending."""
+
+    tags: Int32Array
+    """(rows,) row of each tag in the TagTable, NO_TAG where it has none; in the database's own order within a post."""
+
+
+def relation_rows(database: Database) -> tuple[int, int]:
+    """The first and last rowid of the relation, (0, -1) when it is empty."""
+    # Two queries: sqlite finds one end of a table at once, but scans it for both.
+    first, last = (database.value(f"SELECT {end}(rowid) FROM posttagrelation") for end in ("min", "max"))
+    return (0, -1) if first is None else (first, last)
