@@ -162,6 +162,26 @@ def test_a_folder_without_an_image(
     assert str(tmp_path) in sizes.source and sizes.caption_bytes and sizes.caption_bytes >= 3 * 22
 
 
+def test_sizes_that_would_fit_go_up_to_four_times(make_site: MakeSite) -> None:
+    effective, _ = load_layers("epsilon", make_site("gpus = 4\nbatch_per_gpu = 3"), ["effective_batch=520"])
+    with pytest.raises(BadBatch, match="effective_batch = 520") as fault:
+        shape_batch(effective)  # 13 would fit too
+    assert "batch_per_gpu may be 1, 2, 5, 10." in fault.value.next_step
+
+
+def test_sizes_below_zero_are_refused_and_many_without_one_counted(tmp_path: Path) -> None:
+    path = tmp_path / "sel.parquet"
+    columns = {field.name: pa.array([0, 1, 2, 3, 0]).cast(field.type) for field in POST_SCHEMA}
+    pq.write_table(pa.table(columns, schema=POST_SCHEMA), path)
+    sizes = read_selection_sizes(path)
+    assert sizes.widths.tolist() == [1, 2, 3] and "; 2 without a size left out" in sizes.source
+    for name in ("image_width", "image_height"):
+        below = columns | {name: pa.array([-1, 1, 2, 3, 4], columns[name].type)}
+        pq.write_table(pa.table(below, schema=POST_SCHEMA), path)
+        with pytest.raises(BadSelection, match=name):
+            read_selection_sizes(path)
+
+
 def test_a_batch_needs_a_site_and_a_number(make_site: MakeSite) -> None:
     effective, _ = load_layers("epsilon")
     with pytest.raises(BadBatch, match="depends on the site"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +16,13 @@ from hypothesis import given, strategies
 
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.cli.select import command
+from kohaku_wrap.dataset import selection
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import EmptySelection, SelectionReport, sample_stratum, select_posts
 from kohaku_wrap.dataset.selection_file import BadSelection, read_about, read_selected_posts
 from kohaku_wrap.metadata.database import open_database
 from kohaku_wrap.metadata.tags import UnknownTags
+from kohaku_wrap.streams import draws, stream_key
 
 RECIPE: dict[str, Any] = {
     "seed": 7,
@@ -117,6 +120,57 @@ def test_every_stratum_draws_from_a_stream_of_its_own(tmp_path: Path, database_f
         samples.append({row["id"] for row in rows if row["id"] < 500})
         assert sorted(stratum.sampled for stratum in report.strata)[0] == len(samples[-1]) == 40
     assert samples[0] != samples[1]
+
+
+@pytest.mark.parametrize(("posts", "sample"), [(5000, 1000), (5000, 4999), (997, 3), (64, 63), (64, 64)])
+def test_samples_are_the_smallest_draws(posts: int, sample: int) -> None:
+    ids = np.arange(posts) * 3 + 5
+    numbers = draws(stream_key("select", 11, 2), ids)
+    wanted = np.sort(np.argsort(numbers, kind="stable")[:sample])
+    assert sample_stratum(ids, np.arange(posts), sample, 11, 2).tolist() == wanted.tolist()
+
+
+def test_filters_take_in_turn_and_count_what_they_cannot_know() -> None:
+    """Three filters of the scan, bit by bit, their unknown posts in the bits above, and one by tags."""
+    drop = {"a": [1, 0, 0, 1, 0, 0], "b": [1, 1, 0, 0, 0, 0], "c": [0, 0, 0, 0, 0, 1]}
+    unknown = {"a": [0, 1, 1, 0, 0, 0], "b": [1, 0, 0, 1, 1, 0], "c": [0, 0, 0, 0, 0, 0]}
+    columns = [*drop.values(), *unknown.values()]
+    bits = sum(np.array(column, dtype=np.int64) << place for place, column in enumerate(columns))
+    tags = np.array([0, 0, 1, 1, 0, 0], dtype=bool)
+    drops = selection.Drops(bits, list(drop), {"tags": tags})
+    for name in drop:
+        assert drops.of(name).tolist() == [bool(one) for one in drop[name]]
+        assert drops.unknown_to(name).tolist() == [bool(one) for one in unknown[name]]
+    assert drops.of("tags").tolist() == tags.tolist() and not drops.unknown_to("tags").any()
+    kept = np.array([1, 1, 1, 1, 1, 0], dtype=bool)
+    asked = {"before": 7}
+    counts = selection.count_first_reasons(["tags", "a", "b", "c"], drops, kept, asked)
+    assert counts == {"tags": 2, "a": 1, "b": 1, "c": 0} and list(counts) == ["tags", "a", "b", "c"]
+    assert asked == {"before": 7, "a": 1, "b": 1}
+    assert kept.tolist() == [False, False, False, False, True, False]
+
+
+def test_posts_outside_the_strata_are_counted(tmp_path: Path, database_file: Path) -> None:
+    strata = [{"first_id": 100, "last_id": 199}, {"first_id": 600, "last_id": 602, "sample": 1}]
+    report, rows = select(database_file, tmp_path / "sel.parquet", {"seed": 1, "strata": strata})
+    inside = [row["id"] for row in rows if row["id"] < 600]
+    assert report.posts == 300 and report.outside_strata == 300 - sum(one.available for one in report.strata)
+    assert [one.available for one in report.strata] == [len(inside), 1] and report.selected == len(inside) + 1
+    assert min(inside) >= 100 and max(inside) <= 199
+    with pytest.raises(FrozenInstanceError):
+        report.seed = 2  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        report.strata[0].asked = 2  # type: ignore[misc]
+
+
+def test_posts_with_the_same_draw_are_taken_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "draws", lambda key, ids: (ids % 3).astype(np.uint64))
+    ids = np.arange(10, 22)  # draws: 1 2 0 1 2 0 1 2 0 1 2 0
+    taken = [ids[sample_stratum(ids, np.arange(12), sample, 1, 0)].tolist() for sample in (1, 3, 4, 5, 9, 11)]
+    assert taken == [
+        [12], [12, 15, 18], [12, 15, 18, 21], [10, 12, 15, 18, 21], [10, 11, 12, 13, 15, 16, 18, 19, 21],
+        [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 21],
+    ]  # fmt: skip
 
 
 @given(

@@ -18,11 +18,13 @@ from kohaku_wrap.training.records.ledger import (
     NON_FINITE,
     RECORD,
     SKIPPED,
+    STEP,
     STEP_RECORD,
     SUBSTITUTE,
     BadLedger,
     LedgerHeader,
     LedgerWriter,
+    compute_checksums,
     ledger_file,
     list_ledger_files,
     pack_header,
@@ -131,6 +133,84 @@ def test_blocks_that_a_power_cut_left_empty_are_left_out(tmp_path: Path) -> None
     with path.open("ab") as stream:
         stream.write(bytes(200))
     assert len(read_ledger_file(path)[1]) == 2
+
+
+def test_flags_and_lengths_on_disk_are_pinned() -> None:
+    assert (FILL, SUBSTITUTE, STEP, SKIPPED, NON_FINITE) == (1, 2, 4, 8, 16)
+    plain = LedgerHeader(1, 0, 1, 1, 1, 1)
+    assert (plain.is_deterministic, plain.device_digest, plain.version) == (False, 0, 3)
+    assert pack_header(plain)[136:148] == bytes(12) and pack_header(FIRST)[136:140] == b"\1\0\0\0"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plain.rank = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("groups", "firsts"), [(0, [0]), (1, [0]), (4, [0]), (5, [0, 4]), (8, [0, 4]), (9, [0, 4, 8])])
+def test_a_step_takes_as_many_records_as_its_groups_need(tmp_path: Path, groups: int, firsts: list[int]) -> None:
+    rates = [float(group + 1) for group in range(groups)]
+    with LedgerWriter(tmp_path, FIRST) as ledger:
+        ledger.append(
+            optimizer_step=7, epoch=3, position=1, order_digest=0, content_digest=0, loss=1.0, learning_rate=1.0
+        )
+        ledger.append_step(optimizer_step=7, epoch=3, updates=5, rates=[9.0] * 9)
+        ledger.append_step(optimizer_step=8, epoch=3, updates=6, rates=rates)
+    steps = read_whole_ledger_file(ledger.path).steps
+    steps = steps[steps["optimizer_step"] == 8]
+    assert steps["first_group"].tolist() == firsts and set(steps["groups"].tolist()) == {groups}
+    filled = np.concatenate(steps["rates"]).tolist()
+    assert filled[:groups] == rates and not any(filled[groups:])
+    assert set(steps["updates"].tolist()) == {6} and set(steps["flags"].tolist()) == {STEP}
+    assert set(steps["rank"].tolist()) == {2} and set(steps["epoch"].tolist()) == {3}
+    assert steps["checksum"].tolist() == compute_checksums(steps).tolist()
+
+
+def test_a_disk_that_takes_a_part_at_a_time_gets_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(tmp_path / "whole", 3).read_bytes()
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:7]))
+    assert write(tmp_path / "parts", 3).read_bytes() == whole
+
+
+def test_no_file_is_written_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "a" / "b", 1)
+    assert path.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(FileExistsError):
+        LedgerWriter(path.parent, FIRST)
+    with LedgerWriter(path.parent, dataclasses.replace(FIRST, rank=3)) as ledger:
+        pass
+    with pytest.raises(OSError):  # it was closed
+        os.fsync(ledger._descriptor)
+
+
+def test_files_are_listed_by_attempt_and_rank(tmp_path: Path) -> None:
+    assert list_ledger_files(tmp_path / "none") == []
+    for attempt, rank in ((2, 0), (1, 1), (10, 0), (1, 0)):
+        ledger_file(tmp_path, attempt, rank).write_bytes(pack_header(FIRST))
+    ledger_file(tmp_path, 3, 0).write_bytes(pack_header(dataclasses.replace(FIRST, version=2)))
+    for name in ("attempt-0001-rank-000.bin.old", "notes.txt", "xattempt-0001-rank-000.bin"):
+        (tmp_path / name).write_bytes(pack_header(FIRST))
+    assert [found[:2] for found in list_ledger_files(tmp_path)] == [(1, 0), (1, 1), (2, 0), (3, 0), (10, 0)]
+
+
+def test_every_byte_of_a_header_counts(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    data = path.read_bytes()
+    for place in range(160):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(BadLedger, match="differs from its checksum" if place >= 8 else "not a ledger"):
+            read_ledger_file(path)
+    other = data[:8] + (61).to_bytes(4, "little") + data[12:156]
+    path.write_bytes(other + zlib.crc32(other).to_bytes(4, "little") + data[160:])
+    with pytest.raises(BadLedger, match="differs from its checksum"):
+        read_ledger_file(path)
+
+
+def test_a_file_with_no_more_than_its_header(tmp_path: Path) -> None:
+    path = write(tmp_path, 0)
+    header, records = read_ledger_file(path)
+    assert header == FIRST and len(records) == 0
+    with path.open("ab") as stream:
+        stream.write(bytes(120))
+    assert len(read_ledger_file(path)[1]) == 0
 
 
 def test_refuses_what_is_no_ledger(tmp_path: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import replace
+import shutil
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint, read_manifest
+from kohaku_wrap.training.records.manifest import FORMAT, DamagedState, Fingerprint, document_digest, read_manifest
 from kohaku_wrap.training.records.retention import is_state_there, remove_old_states
 from kohaku_wrap.training.records.states import (
     DiskFull,
+    check_space,
     check_state_sizes,
     is_disk_full,
     list_states,
+    remove_state,
     state_folder,
     verify_state,
     write_state,
@@ -188,6 +192,116 @@ def test_the_last_good_state_is_never_removed(tmp_path: Path) -> None:
         os.truncate(state_folder(tmp_path, step) / "network.bin", 5)
     assert remove_old_states(tmp_path, keep=2) == []
     assert verify_state(state_folder(tmp_path, 2)).optimizer_step == 2
+
+
+def rewrite_manifest(state: Path, **changes: object) -> None:
+    """Another manifest with a digest that fits it."""
+    path = state / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["digest"]
+    body |= changes
+    path.write_text(json.dumps({**body, "digest": document_digest(body)}))
+
+
+def test_a_manifest_that_this_kwrap_does_not_read(tmp_path: Path) -> None:
+    state = write(tmp_path, 2)
+    good = (state / "manifest.json").read_text()
+    rewrite_manifest(state)
+    assert read_manifest(state).optimizer_step == 2
+    for changes, words in (
+        ({"format": FORMAT + 1}, f"has format {FORMAT + 1}; this kwrap reads 1 to {FORMAT}"),
+        ({"format": 0}, "has format 0"),
+        ({"fingerprint": {}}, "is not as this kwrap writes it"),
+        ({"fingerprint": {**json.loads(good)["fingerprint"], "more": 1}}, "is not as this kwrap writes it"),
+        ({"files": [1]}, "is not as this kwrap writes it"),
+    ):
+        (state / "manifest.json").write_text(good)
+        rewrite_manifest(state, **changes)
+        with pytest.raises(DamagedState, match=words) as damaged:
+            read_manifest(state)
+        assert damaged.value.state == state and "kwrap resume" in damaged.value.next_step
+    for text in ("[]", "{", '{"a": 1}', "7", "\udcff", "[" * 100_000):
+        (state / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(DamagedState, match=r"manifest\.json is damaged"):
+            read_manifest(state)
+
+
+def test_a_manifest_of_kwrap_0_1_is_read(tmp_path: Path) -> None:
+    state = write(tmp_path, 2)
+    fingerprint = json.loads((state / "manifest.json").read_text())["fingerprint"]
+    old = {name: value for name, value in fingerprint.items() if name not in ("run_id", "options_digest")}
+    rewrite_manifest(state, format=1, fingerprint=old)
+    found = read_manifest(state).fingerprint
+    assert (found.run_id, found.options_digest, found.seed) == ("", "", MADE_WITH.seed)
+
+
+def test_seals_do_not_change(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, 2))
+    for value, name in (
+        (manifest, "attempt"),
+        (manifest.fingerprint, "seed"),
+        (manifest.files["network.bin"], "sha256"),
+    ):
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, name, 1)
+
+
+def test_only_states_are_listed(tmp_path: Path) -> None:
+    assert list_states(tmp_path / "none") == []
+    for step in (10, 2):
+        write(tmp_path, step)
+    (tmp_path / "optimizer-step-00000003").write_text("a file")
+    (tmp_path / "optimizer-step-00000004.old").mkdir()
+    (tmp_path / ".optimizer-step-00000005.partial").mkdir()
+    assert steps(tmp_path) == [2, 10]
+
+
+def test_a_state_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    state = write(tmp_path, 1300)
+    moved = state.rename(state_folder(tmp_path, 1299))
+    with pytest.raises(DamagedState, match="the state of optimizer step 1,300 under another name"):
+        check_state_sizes(moved)
+    assert check_state_sizes(moved.rename(tmp_path / "a copy")).optimizer_step == 1300
+
+
+def test_what_crashes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".optimizer-step-00000001.partial", ".optimizer-step-00000001.removed", ".optimizer-step-1.kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    write(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".optimizer-step-1.kept", "optimizer-step-00000002"]
+    for folder in (".optimizer-step-00000002.removed", ".optimizer-step-00000002.partial"):
+        (tmp_path / folder).mkdir()
+    remove_state(state_folder(tmp_path, 2))
+    assert not state_folder(tmp_path, 2).exists() and not (tmp_path / ".optimizer-step-00000002.removed").exists()
+
+
+def test_room_for_the_largest_state_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8,000 bytes lie there; 5 % and a MiB more must be free."""
+    write(tmp_path, 2)
+    (write(tmp_path, 4) / "manifest.json").write_text("{")
+    free = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    for size_bytes, expected in ((8000, 0), (8000, 7000), (9000, 9000)):
+        free.free = int(size_bytes * 1.05) + (1 << 20)
+        check_space(tmp_path, expected)
+        free.free -= 1
+        with pytest.raises(DiskFull):
+            check_space(tmp_path, expected)
+    check_space(tmp_path / "empty")
+
+
+def test_full_disks_are_known_by_number_text_or_cause() -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        assert is_disk_full(OSError(number, "no")) is True
+    assert is_disk_full(OSError(errno.EACCES, "no")) is False and is_disk_full(None) is False
+    assert is_disk_full(RuntimeError("write: No space left on device")) and is_disk_full(DiskFull("a", "b"))
+    outer = ValueError("outer")
+    outer.__context__ = OSError(errno.ENOSPC, "no")
+    assert is_disk_full(outer) is True
+    outer.__cause__ = ValueError("other")
+    assert is_disk_full(outer) is False
+    assert is_disk_full(KeyboardInterrupt("No space left on device")) is False
 
 
 def test_the_manifest_can_be_read_by_people(tmp_path: Path) -> None:
