@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import ModuleType
@@ -218,6 +219,40 @@ def test_tag_conditions(tmp_path: Path, database_file: Path, writer: ModuleType)
         assert [row["id"] for row in rows] == [post for post, tags in tags_of.items() if keeps(tags)]
 
 
+@pytest.mark.parametrize(
+    ("condition", "kept"),
+    [
+        ('ratings = ["sensitive", "explicit"]', [2, 4]),
+        ('extensions = ["png"]', [3]),
+        ("date = {first = 2017-01-01, last = 2018-12-31}", [2, 3]),
+        ("pixels = {min = 2000}", [2, 3, 4]),
+        ("pixels = {max = 2000}", [1, 2]),
+        ("score = {min = 1, max = 2}", [2, 3]),
+        ("fav_count = {min = 20}", [3, 4]),
+        ("width = {max = 20}", [1, 2]),
+        ("height = {min = 100}", [2, 3, 4]),
+    ],
+)
+def test_every_kind_of_condition(tmp_path: Path, writer: ModuleType, condition: str, kept: list[int]) -> None:
+    posts = [
+        writer.make_post(
+            number + 1,
+            rating=number,
+            file_ext="png" if number == 2 else "jpg",
+            created_at=f"{2016 + number}-05-24T19:16:10.000-04:00",
+            image_width=10 * (number + 1),
+            image_height=90 if number == 0 else 100 if number < 3 else 50 * number,
+            score=number,
+            fav_count=10 * number,
+        )
+        for number in range(4)
+    ]
+    path = writer.write_layout(tmp_path / "a.db", writer.World(posts, [], []))
+    recipe = tomllib.loads(f"[drop.unless]\n{condition}\n")
+    _, rows = select(path, tmp_path / "sel.parquet", recipe)
+    assert [row["id"] for row in rows] == kept
+
+
 def test_unknown_tag_is_an_error_not_an_empty_filter(tmp_path: Path, database_file: Path) -> None:
     with pytest.raises(UnknownTags, match=r"selection.drop.unless.tags_none: the database has no tag 'solo_'"):
         select(database_file, tmp_path / "sel.parquet", {"drop": {"unless": {"tags_none": ["solo_"]}}})
@@ -231,6 +266,13 @@ def test_shortages_are_told(tmp_path: Path, database_file: Path) -> None:
         "ids the first to 899: 5,000 asked, only 299 there; all were taken",
         "ids 5,000 to the last: empty, no post there passes the filters before the sample",
     )
+
+
+def test_a_sample_of_all_there_are_is_no_shortage(tmp_path: Path, database_file: Path) -> None:
+    for sample, told in ((300, 0), (301, 1)):
+        strata = {"seed": 1, "strata": [{"sample": sample}]}
+        report, _ = select(database_file, tmp_path / "sel.parquet", strata)
+        assert len(report.warnings) == told and report.selected == 300
 
 
 def test_empty_selection_is_an_error_and_writes_nothing(tmp_path: Path, database_file: Path) -> None:
