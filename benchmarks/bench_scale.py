@@ -21,8 +21,8 @@ from typing import Any
 
 from epsilon_run import EPSILON_IMAGES, make_run
 
+from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
 from kohaku_wrap.training.records.states import list_states
-from kohaku_wrap.training.trainer.checkout import TrainerMissing, find_checkout
 
 MEGABYTE = 1 << 20
 BARS = {
@@ -63,7 +63,7 @@ def measure_rank(run_folder: Path, workers: int) -> dict[str, float]:
     from kohaku_wrap.training.data.captions_file import Columns
     from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions, read_dataset_options
     from kohaku_wrap.training.data.sampler import PositionSampler
-    from kohaku_wrap.training.runs.folder import Run
+    from kohaku_wrap.training.records.folder import Run
 
     lock = Run(run_folder).lock
     options = read_dataset_options(tomllib.loads((run_folder / "dataset.toml").read_text()))
@@ -111,7 +111,7 @@ def measure_upstream(run_folder: Path, entries: int) -> dict[str, float]:
         config = {
             "datasets": [{**rename_for_upstream(options), "subsets": [{"image_dir": folder, "cache_info": True}]}]
         }
-        from kohaku_wrap.training.workers.sd_scripts import enter_checkout
+        from kohaku_wrap.training.engines.sd_scripts.worker import enter_checkout
 
         enter_checkout(find_checkout())
         from library import config_util

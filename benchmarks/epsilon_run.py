@@ -16,14 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.plan import plan_steps, read_captions_metadata, read_folder_sizes
 from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.files import atomic_write, write_text
+from kohaku_wrap.formats.caption_rows import read_captions_metadata, read_folder_sizes
+from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.streams import draws, stream_key
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import write_state
-from kohaku_wrap.training.runs.folder import Run
 
 EPSILON_IMAGES = 5_210_319
 EPSILON_STEP = 13_600

@@ -24,13 +24,13 @@ from pathlib import Path
 from kohaku_wrap.proving.killing import command_of, run_kwrap
 from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.proving.prove import SETTINGS, Bench, Configuration
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.states import list_states, verify_state
-from kohaku_wrap.training.records.verify import verify_run
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.folder import Run, is_run
-from kohaku_wrap.training.runs.processes import end_processes, list_processes, send_signal
-from kohaku_wrap.training.runs.resume import is_finished
+from kohaku_wrap.training.supervising.processes import end_processes, list_processes, send_signal
+from kohaku_wrap.training.supervising.resume import is_finished
+from kohaku_wrap.training.supervising.verify import verify_run
 
 CONFIGURATION = Configuration()
 

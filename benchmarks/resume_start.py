@@ -22,10 +22,10 @@ from kills import CONFIGURATION, first_command
 
 from kohaku_wrap.proving.killing import Kill, command_of, find_attempt, kill_all, kill_midway
 from kohaku_wrap.proving.prove import Bench
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.metrics import iterate_lines
 from kohaku_wrap.training.records.states import list_states
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.folder import Run, is_run
 
 POLL_SECONDS = 0.01
 BAR = 1.1

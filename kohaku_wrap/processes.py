@@ -89,3 +89,11 @@ def ask_python(
         return json.loads(done.stdout)
     except ValueError:
         raise NoAnswer("the process gave an answer that is no JSON") from None
+
+
+def accelerate_command() -> tuple[str, ...]:
+    """The `accelerate` of this very Python, found without a PATH."""
+    script = Path(sys.executable).parent / "accelerate"
+    if script.exists():
+        return (str(script),)
+    return tuple(python_command("-m", "accelerate.commands.accelerate_cli"))

@@ -30,8 +30,8 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
     run the whole recipe in minutes, without a GPU or a download. The same posts and seed make the
     same bytes; a world that is there already is kept.
     """
-    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.demo.world import make_world
+    from kohaku_wrap.planning.sizes import show_bytes
 
     with progress_bar("pictures", "posts", quiet=as_json) as report:
         world = make_world(folder, posts, seed, on_progress=report)

@@ -12,8 +12,8 @@ from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
 
 if TYPE_CHECKING:
+    from kohaku_wrap.planning.doctor_torch import Finding
     from kohaku_wrap.proving.gpu_report import Report
-    from kohaku_wrap.training.machine.doctor_torch import Finding
 
 JSON_FILE, TABLE_FILE = "gpu-report.json", "gpu-report.md"
 COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
@@ -66,14 +66,15 @@ def command(
     --deep needs no site of yours: on GPUs it trains a full-size SDXL with random weights, with and without kwrap, and
     takes 10 GB of disk; without a GPU it trains a tiny model and says what it could not measure.
     """
-    from kohaku_wrap.config.layers import Effective, resolve_template
-    from kohaku_wrap.config.plan import NoImages
+    from kohaku_wrap.config.effective import Effective
+    from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import read_training_sizes
-    from kohaku_wrap.training.machine.doctor import Health, examine_machine
-    from kohaku_wrap.training.machine.doctor import as_json as health_as_json
-    from kohaku_wrap.training.machine.doctor_torch import Finding
-    from kohaku_wrap.training.machine.training_plan import TrainingPlan, plan_training
+    from kohaku_wrap.formats.caption_rows import NoImages
+    from kohaku_wrap.planning.doctor import Health, examine_machine
+    from kohaku_wrap.planning.doctor import as_json as health_as_json
+    from kohaku_wrap.planning.doctor_torch import Finding
+    from kohaku_wrap.planning.training_plan import TrainingPlan, plan_training
 
     site = load_site(site_file) if site_file else None
     if overrides and not template:
@@ -121,8 +122,8 @@ def command(
 
 def measure_deep(folder: Path, engine: str | None, as_json: bool) -> Report:
     """Train and measure here, telling each result as it comes."""
-    from kohaku_wrap.config.installed import find_trainer
     from kohaku_wrap.proving.gpu import measure_machine, show_measure
+    from kohaku_wrap.trainer.installed import find_trainer
 
     engine = engine or ("sd-scripts" if find_trainer() else "builtin")
     report = measure_machine(

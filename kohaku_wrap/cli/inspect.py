@@ -40,8 +40,8 @@ def as_list(value: Any) -> list[Any]:
 
 
 def print_report(report: FileReport) -> None:
-    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.merging.inspecting import short_metadata
+    from kohaku_wrap.planning.sizes import show_bytes
 
     header = report.header
     rows: list[tuple[str, Any]] = [
@@ -96,8 +96,8 @@ def command(file: Path, no_hash: bool, as_json: bool) -> None:
 
 def inspect_database(file: Path, as_json: bool) -> None:
     """Show a metadata database."""
-    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.metadata.description import describe_database
+    from kohaku_wrap.planning.sizes import show_bytes
 
     described = asdict(describe_database(file))
     if as_json:

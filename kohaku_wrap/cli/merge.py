@@ -87,7 +87,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
 
 
 def print_plan(described: dict[str, Any], next_step: str) -> None:
-    from kohaku_wrap.config.sizes import show_bytes
+    from kohaku_wrap.planning.sizes import show_bytes
 
     rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("anchor", described["anchor"])]
     rows += [(name, path) for name, path in {**described["models"], **described["networks"]}.items()]
@@ -186,11 +186,11 @@ def command(
     if output is None:
         raise UsageError("no output is named", "Add -o FILE.safetensors, or --dry-run to see what would be computed.")
 
-    from kohaku_wrap.config.sizes import show_bytes
     from kohaku_wrap.merging.hashes import hash_files
     from kohaku_wrap.merging.kernels import loops_are_compiled
     from kohaku_wrap.merging.open_files import check_output
     from kohaku_wrap.merging.running import run_merge
+    from kohaku_wrap.planning.sizes import show_bytes
 
     headers = {**plan.files, **plan.networks}
     check_output(output, {name: header.path for name, header in headers.items()})

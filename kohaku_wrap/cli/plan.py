@@ -20,8 +20,8 @@ from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 
 if TYPE_CHECKING:
-    from kohaku_wrap.config.plan import StepPlan
-    from kohaku_wrap.training.machine.training_plan import TrainingPlan
+    from kohaku_wrap.planning.training_plan import TrainingPlan
+    from kohaku_wrap.steps import StepPlan
 
 BUCKETS_SHOWN = 8
 Path_ = click.Path(path_type=Path)
@@ -71,13 +71,13 @@ def command(
     Exit code 1 where the plan cannot work, with all reasons at once.
     """
     from kohaku_wrap.config.checks import describe_notes
-    from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.layers import resolve_template
-    from kohaku_wrap.config.plan import other_dataset, read_selection_sizes, suppose_sizes
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import read_training_sizes
-    from kohaku_wrap.training.machine.training_plan import plan_training, read_step_seconds
-    from kohaku_wrap.training.runs.folder import find_run
+    from kohaku_wrap.planning.step_plan import other_dataset, read_selection_sizes, suppose_sizes
+    from kohaku_wrap.planning.training_plan import plan_training, read_step_seconds
+    from kohaku_wrap.trainer.installed import find_option_table
+    from kohaku_wrap.training.records.folder import find_run
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
@@ -115,8 +115,8 @@ class PlanCannotWork(ProblemsFound, KwrapError):
 
 def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
     """The document of `--json`."""
-    from kohaku_wrap.config.sizes import total_of
-    from kohaku_wrap.training.machine.module_counts import count_as_json
+    from kohaku_wrap.planning.module_counts import count_as_json
+    from kohaku_wrap.planning.sizes import total_of
 
     steps, sizes, counts = plan.steps, plan.sizes, plan.counts
     document: dict[str, Any] = {
@@ -171,7 +171,7 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
 
 def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
     """The plan for people; `next_step` is not for one that cannot work."""
-    from kohaku_wrap.config.sizes import show_bytes, total_of
+    from kohaku_wrap.planning.sizes import show_bytes, total_of
 
     steps = plan.steps
     largest = sorted(steps.buckets, key=lambda bucket: -bucket.images)

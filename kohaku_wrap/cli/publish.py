@@ -47,8 +47,8 @@ def command(
     digest of its ledger. SHA256SUMS is written last: a folder that has it is whole.
     """
     from kohaku_wrap.merging.kernels import loops_are_compiled
-    from kohaku_wrap.merging.publishing import publish_run
-    from kohaku_wrap.training.runs.folder import find_run
+    from kohaku_wrap.publishing.publishing import publish_run
+    from kohaku_wrap.training.records.folder import find_run
 
     run = find_run(name, runs_folders(site_file))
     if not no_bake and not loops_are_compiled():

@@ -21,9 +21,9 @@ from kohaku_wrap.cli.train import EventPrinter, print_finished, supervisor_optio
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.runs.folder import Run
-    from kohaku_wrap.training.runs.resume import ResumePlan
-    from kohaku_wrap.training.runs.supervise import RunReport
+    from kohaku_wrap.training.records.folder import Run
+    from kohaku_wrap.training.supervising.resume import ResumePlan
+    from kohaku_wrap.training.supervising.supervise import RunReport
 
 DEFAULT_SITE = Path("site.toml")
 
@@ -43,8 +43,8 @@ def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
 
 def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
     """The only unfinished run there is; raises UsageError with the list when there are more, or none."""
-    from kohaku_wrap.training.runs.folder import list_runs
-    from kohaku_wrap.training.runs.resume import is_finished
+    from kohaku_wrap.training.records.folder import list_runs
+    from kohaku_wrap.training.supervising.resume import is_finished
 
     unfinished = [run for folder in folders for run in list_runs(folder) if not is_finished(run)]
     if len(unfinished) == 1:
@@ -123,9 +123,9 @@ def command(
     With --machine-rank K this machine makes no attempt: it trains along in those of machine 0, which runs `kwrap train`
     or `kwrap resume`, joins the next one after a restart, and returns when the run is finished or stopped.
     """
-    from kohaku_wrap.config.sizes import show_bytes
-    from kohaku_wrap.training.runs.folder import find_run
-    from kohaku_wrap.training.runs.resume import plan_resume
+    from kohaku_wrap.planning.sizes import show_bytes
+    from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.resume import plan_resume
 
     if foreign_state is not None and not foreign:
         raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
@@ -185,7 +185,7 @@ def refuse_choices_of_machine_0() -> None:
 
 def join_machine(run: Run, machine_rank: int, as_json: bool) -> RunReport:
     """Train along, with a line of progress."""
-    from kohaku_wrap.training.runs.join import join_run
+    from kohaku_wrap.training.supervising.join import join_run
 
     printer = EventPrinter()
     try:
@@ -196,7 +196,7 @@ def join_machine(run: Run, machine_rank: int, as_json: bool) -> RunReport:
 
 def show_join(run: Run, machine_rank: int, as_json: bool) -> None:
     """The command of this machine."""
-    from kohaku_wrap.training.runs.join import describe_join
+    from kohaku_wrap.training.supervising.join import describe_join
 
     launch = describe_join(run, machine_rank)
     if not as_json:
@@ -256,7 +256,7 @@ def print_start(plan: ResumePlan) -> None:
 
 def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
     """The exact position and the command."""
-    from kohaku_wrap.training.runs.resume import describe_launch
+    from kohaku_wrap.training.supervising.resume import describe_launch
 
     launch = describe_launch(plan)
     position = plan.position

@@ -23,8 +23,8 @@ from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.runs.folder import Run
-    from kohaku_wrap.training.runs.status import RunStatus
+    from kohaku_wrap.training.records.folder import Run
+    from kohaku_wrap.training.supervising.status import RunStatus
 
 WATCH_SECONDS = 2.0
 
@@ -50,7 +50,7 @@ def command(name: str | None, watch: bool, table: Path | None, site_file: Path |
     Progress, rate, ETA, loss, learning rates, attempts, states, disk and the last error. Without RUN: one line for
     each run, or the whole of the only one.
     """
-    from kohaku_wrap.training.runs.folder import find_run, list_runs
+    from kohaku_wrap.training.records.folder import find_run, list_runs
 
     folders = runs_folders(site_file)
     runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
@@ -83,7 +83,7 @@ def command(name: str | None, watch: bool, table: Path | None, site_file: Path |
 
 def show(runs: list[Run], single: bool, as_json: bool) -> None:
     """Print the state of these runs."""
-    from kohaku_wrap.training.runs.status import read_status
+    from kohaku_wrap.training.supervising.status import read_status
 
     statuses = [read_status(run) for run in runs]
     if as_json:
@@ -118,7 +118,7 @@ def one_line(status: RunStatus) -> str:
 
 def print_run(status: RunStatus) -> None:
     """One run in full."""
-    from kohaku_wrap.config.sizes import show_bytes
+    from kohaku_wrap.planning.sizes import show_bytes
 
     rows: list[tuple[str, Any]] = [("progress", one_line(status))]
     if status.phase:

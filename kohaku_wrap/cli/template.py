@@ -25,9 +25,9 @@ from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, c
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kohaku_wrap.config.layers import Effective
-    from kohaku_wrap.config.options import OptionTable
+    from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.config.site import Site
+    from kohaku_wrap.trainer.options import OptionTable
 
 Path_ = click.Path(path_type=Path)
 LONGEST_VALUE = 48
@@ -92,9 +92,9 @@ def show_command(
     also those of the trainer that kwrap refuses, and why.
     """
     from kohaku_wrap.config.checks import check_effective, describe_notes
-    from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.layers import load_layers
     from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.trainer.installed import find_option_table
 
     table = find_option_table(read_live=False)
     effective, problems = load_layers(name, load_site(site) if site else None, overrides, table, trust)
@@ -202,8 +202,8 @@ def check_command(
     from importlib.util import find_spec
 
     from kohaku_wrap.config.check_files import check_files, load_for_trust
-    from kohaku_wrap.config.installed import find_option_table
     from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.trainer.installed import find_option_table
 
     table = find_option_table()
     on_site = load_site(site) if site else None
@@ -257,7 +257,7 @@ class FaultyTemplates(KwrapError):
 def check_modules(path: Path, site: Site | None, table: OptionTable) -> list[Problem]:
     """Patterns of the file's preset that match no module; shipped presets on a full SDXL are known to match."""
     from kohaku_wrap.config.check_files import is_shipped_preset, load_for_modules
-    from kohaku_wrap.training.machine.module_counts import check_unmatched, count_network
+    from kohaku_wrap.planning.module_counts import check_unmatched, count_network
 
     effective = load_for_modules(path, site, table)
     if effective is None or (site is None and is_shipped_preset(effective.preset)):

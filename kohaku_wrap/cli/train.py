@@ -28,11 +28,11 @@ from kohaku_wrap.errors import UsageError, command_line
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kohaku_wrap.training.runs.create import NewRun
-    from kohaku_wrap.training.runs.folder import Run
-    from kohaku_wrap.training.runs.resume import ResumePlan
-    from kohaku_wrap.training.runs.supervise import RunReport
-    from kohaku_wrap.training.runs.watch import Event, WatchOptions
+    from kohaku_wrap.training.records.folder import Run
+    from kohaku_wrap.training.supervising.create import NewRun
+    from kohaku_wrap.training.supervising.resume import ResumePlan
+    from kohaku_wrap.training.supervising.supervise import RunReport
+    from kohaku_wrap.training.supervising.watch import Event, WatchOptions
 
 PHASES = ("start-up", "step", "sampling", "saving", "paused")
 SECONDS_BETWEEN_LINES = 10.0
@@ -71,7 +71,7 @@ def watch_options(
     hook: str,
 ) -> WatchOptions:
     """The supervisor's options from those of the command line."""
-    from kohaku_wrap.training.runs.watch import WatchOptions
+    from kohaku_wrap.training.supervising.watch import WatchOptions
 
     by_phase: dict[Any, float] = {}
     for text in timeouts:
@@ -198,11 +198,11 @@ def command(
     finishes the optimizer step, saves a state and ends with exit code 130; a second one ends at once. Exit code 3: the
     trainer failed.
     """
-    from kohaku_wrap.training.runs.create import plan_new_run
-    from kohaku_wrap.training.runs.differences import refuse_unknown
+    from kohaku_wrap.training.supervising.create import plan_new_run
+    from kohaku_wrap.training.supervising.differences import refuse_unknown
 
     if template is None and locked is not None:
-        from kohaku_wrap.training.runs.other_lock import template_of_lock
+        from kohaku_wrap.training.supervising.other_lock import template_of_lock
 
         template = template_of_lock(locked)
     if template is None:
@@ -235,7 +235,7 @@ def command(
 
 def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
-    from kohaku_wrap.training.runs.create import create_run, hashed_bytes
+    from kohaku_wrap.training.supervising.create import create_run, hashed_bytes
 
     total = hashed_bytes(new)
     done = 0
@@ -254,10 +254,10 @@ def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
 
 def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: bool) -> RunReport:
     """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
-    from kohaku_wrap.training.runs.causes import find_first_cause
-    from kohaku_wrap.training.runs.create import RunRefused, take_back_run
-    from kohaku_wrap.training.runs.resume import plan_resume
-    from kohaku_wrap.training.runs.supervise import TrainerFailed
+    from kohaku_wrap.training.supervising.causes import find_first_cause
+    from kohaku_wrap.training.supervising.create import RunRefused, take_back_run
+    from kohaku_wrap.training.supervising.resume import plan_resume
+    from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
     try:
         return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options, as_json)
@@ -277,8 +277,8 @@ def watch_run(
     run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...], options: WatchOptions, as_json: bool
 ) -> RunReport:
     """Supervise a run from the attempt that `first` plans; the following ones start from the newest whole state."""
-    from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
-    from kohaku_wrap.training.runs.supervise import supervise_run
+    from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+    from kohaku_wrap.training.supervising.supervise import supervise_run
 
     printer = EventPrinter()
     try:

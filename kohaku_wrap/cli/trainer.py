@@ -9,8 +9,8 @@ import click
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.trainer.checkout import Checkout, TrainerReport
-    from kohaku_wrap.training.trainer.requirements import RequirementState
+    from kohaku_wrap.trainer.checkout import Checkout, TrainerReport
+    from kohaku_wrap.trainer.requirements import RequirementState
 
 
 @click.group(epilog="Start with `kwrap trainer install`; `kwrap trainer show` tells what is there.")
@@ -44,8 +44,8 @@ def install(source: str, commit: str, no_requirements: bool, requirements_only: 
     seen by the trainer's process alone; torch is never replaced.
     """
     from kohaku_wrap.errors import UsageError
-    from kohaku_wrap.training.trainer.checkout import find_checkout, install_checkout
-    from kohaku_wrap.training.trainer.requirements import install_requirements
+    from kohaku_wrap.trainer.checkout import find_checkout, install_checkout
+    from kohaku_wrap.trainer.requirements import install_requirements
 
     if no_requirements and requirements_only:
         raise UsageError("--no-requirements and --requirements-only leave nothing to do", "Give one of them.")
@@ -68,8 +68,8 @@ def install(source: str, commit: str, no_requirements: bool, requirements_only: 
 @json_option
 def show(as_json: bool) -> None:
     """Show the sd-scripts in use, and what kwrap corrects in it."""
-    from kohaku_wrap.config.trainer_commits import SUPPORTED
-    from kohaku_wrap.training.trainer.checkout import report_trainer
+    from kohaku_wrap.trainer.checkout import report_trainer
+    from kohaku_wrap.trainer.commits import SUPPORTED
 
     report = report_trainer()
     if as_json:

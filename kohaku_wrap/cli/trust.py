@@ -10,7 +10,7 @@ import click
 from kohaku_wrap.cli.output import print_note
 
 if TYPE_CHECKING:
-    from kohaku_wrap.config.layers import Effective
+    from kohaku_wrap.config.effective import Effective
 
 
 def read_modules(_context: click.Context, _parameter: click.Parameter, modules: tuple[str, ...]) -> tuple[str, ...]:

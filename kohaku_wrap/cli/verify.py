@@ -23,8 +23,8 @@ from kohaku_wrap.errors import EXIT_FAILED, command_line
 FILLS = "to fill an epoch's last optimizer step with a batch of it"
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.records.ledger_checks import Fault
-    from kohaku_wrap.training.records.verify import VerifyReport
+    from kohaku_wrap.training.supervising.ledger_checks import Fault
+    from kohaku_wrap.training.supervising.verify import VerifyReport
 
 
 @click.command(
@@ -49,8 +49,8 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
 
     Captions, models or files that were changed after the run are shown, and change neither verdict nor exit code.
     """
-    from kohaku_wrap.training.records.verify import verify_run
-    from kohaku_wrap.training.runs.folder import find_run
+    from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.verify import verify_run
 
     report = verify_run(find_run(name, runs_folders(site_file)), deep_samples)
     if as_json:

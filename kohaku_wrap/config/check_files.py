@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.checks import check_effective
-from kohaku_wrap.config.layers import Effective, load_layers
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.layers import load_layers
 from kohaku_wrap.config.network import check_preset
-from kohaku_wrap.config.options import OptionTable
 from kohaku_wrap.config.reading import Entry, shorten_path
 from kohaku_wrap.config.site import TABLES, Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate, find_template, read_toml
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.files import expand_user, shipped_folder
+from kohaku_wrap.trainer.options import OptionTable
 
 NOT_TEMPLATES = ("merges",)
 """Folders beside templates whose files are something else."""

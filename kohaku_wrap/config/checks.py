@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from kohaku_wrap.config.installed import ask_optimizer
-from kohaku_wrap.config.layers import Effective
+from kohaku_wrap.config.effective import BadBatch, Effective, shape_batch
 from kohaku_wrap.config.needs import check_needs, describe_idle
 from kohaku_wrap.config.network import LYCORIS, check_network
 from kohaku_wrap.config.optimizers import Signatures, check_code, check_optimizer
-from kohaku_wrap.config.plan import BadBatch, StepPlan, shape_batch
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
+from kohaku_wrap.steps import StepPlan
+from kohaku_wrap.trainer.installed import ask_optimizer
 
 Faults = Iterator[tuple[str, str]]
 """Key and what is wrong with it."""

@@ -15,13 +15,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.options import suggest
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.trainer.options import suggest
 
 KNOWN_CODE = Path(__file__).with_name("known_code.toml")
 
 RECORDED_SIGNATURES = Path(__file__).with_name("options_optimizers.json")
-"""Written by `training/workers/list_optimizers.py` with the pinned packages."""
+"""Written by `planning/workers/list_optimizers.py` with the pinned packages."""
 
 KINDS: Mapping[str, str] = {
     "optimizer_type": "optimizer",

@@ -8,11 +8,11 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from kohaku_wrap.config.installed import ask_reader
-from kohaku_wrap.config.options import Option, UnfitValue, cached_table_file, check_value, suggest
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.files import write_text
 from kohaku_wrap.processes import NoAnswer
+from kohaku_wrap.trainer.installed import ask_reader
+from kohaku_wrap.trainer.options import Option, UnfitValue, cached_table_file, check_value, suggest
 
 OWN = {
     "machine_rank": "differs from machine to machine: `kwrap train` is 0, `kwrap resume RUN --machine-rank K` is K",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import find_known, load_signatures
+from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.fates import fate_of_key
-from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.errors import Problem
 
 OWN_DATA = "kwrap.data"

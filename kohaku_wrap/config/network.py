@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kohaku_wrap.config.layers import Effective
-from kohaku_wrap.config.options import fits, parse_literal, shorten, suggest
+from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.patterns import find_faults
 from kohaku_wrap.errors import Problem
+from kohaku_wrap.trainer.options import fits, parse_literal, shorten, suggest
 
 LYCORIS = "lycoris.kohya"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kohaku_wrap.config.code_names import find_known, find_unknown, is_trusted, load_signatures
-from kohaku_wrap.config.layers import Effective
-from kohaku_wrap.config.options import suggest
+from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.errors import Problem
+from kohaku_wrap.trainer.options import suggest
 
 SCHEDULERS = (
     "constant",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kohaku_wrap.config.fates import ARGUMENT_PLACES, Place, fate_of
-from kohaku_wrap.config.options import load_recorded_table
+from kohaku_wrap.trainer.options import load_recorded_table
 
 OF_THE_RUN = ("engine", "data", "seed", "effective_batch", "batch_per_gpu")
 """Entries of the lock's [run] that decide the weights."""

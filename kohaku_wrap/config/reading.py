@@ -10,16 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.fates import fate_of_key
-from kohaku_wrap.config.options import (
-    Option,
-    OptionTable,
-    UnfitValue,
-    check_value,
-    parse_argument,
-    parse_literal,
-    parse_text_for,
-    suggest,
-)
 from kohaku_wrap.config.schema import (
     ARGUMENT_TABLES,
     EFFECTIVE_BATCH,
@@ -36,6 +26,16 @@ from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.templates import find_preset, read_toml
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.trainer.options import (
+    Option,
+    OptionTable,
+    UnfitValue,
+    check_value,
+    parse_argument,
+    parse_literal,
+    parse_text_for,
+    suggest,
+)
 
 LENGTHS = ("max_train_steps", "max_train_epochs")
 """Two options that say how long a run is; the trainer would ignore the first beside the second."""

@@ -11,11 +11,9 @@ from typing import Any
 
 import kohaku_wrap
 from kohaku_wrap.config.code_names import list_trusted
-from kohaku_wrap.config.installed import find_trainer, list_versions, read_commit, read_trainer_commit
+from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.kernels import choose_kernels
-from kohaku_wrap.config.layers import Effective
 from kohaku_wrap.config.options_digest import digest_options
-from kohaku_wrap.config.plan import StepPlan, read_captions_metadata, shape_batch
 from kohaku_wrap.config.run_files import (
     ACCELERATE_FILE,
     DATASET_FILE,
@@ -27,7 +25,6 @@ from kohaku_wrap.config.run_files import (
 )
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.config.trainer_arguments import (
     describe_accelerate,
     render_literals,
@@ -39,6 +36,10 @@ from kohaku_wrap.config.trainer_arguments import (
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import kept_sha256, sha256_of_file, write_text
+from kohaku_wrap.formats.caption_rows import read_captions_metadata
+from kohaku_wrap.formats.toml_text import toml_text
+from kohaku_wrap.steps import StepPlan
+from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_commit, read_trainer_commit
 
 NETWORK_FILES = ("base_weights", "network_weights")
 """Options that name networks which decide the weights by their content."""

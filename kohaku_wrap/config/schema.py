@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kohaku_wrap.config.options import Option
+from kohaku_wrap.trainer.options import Option
 
 HEADER_KEYS = ("title", "notes", "extends")
 """What a template says about itself, at its top."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from kohaku_wrap.config.code_names import MODULE
 from kohaku_wrap.config.machines import check_accelerate
-from kohaku_wrap.config.options import suggest
 from kohaku_wrap.config.schema import SECRET_OPTIONS
 from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import expand_user
+from kohaku_wrap.trainer.options import suggest
 
 ENGINES = ("sd-scripts", "builtin")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.options import suggest
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import expand_user, home_folder, shipped_folder
 from kohaku_wrap.toml_files import load_toml
+from kohaku_wrap.trainer.options import suggest
 
 KINDS = ("presets", "merges")
 """The folders of what is no template beside the shipped templates."""

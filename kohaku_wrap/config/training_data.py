@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.config.layers import Effective
-from kohaku_wrap.config.plan import ImageSizes, NoImages, open_captions, read_folder_sizes
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, open_captions, read_folder_sizes
 
 CACHE_FILE = "metadata_cache.json"
 """What sd-scripts reads in place of a folder's files where `cache_info` is set."""

@@ -1,6 +1,6 @@
 """A tiny SDXL with every part of the real one, as the single file that trainers and merges take.
 
-Names and shapes stand in tiny_sdxl.json, which `python -m kohaku_wrap.training.workers.list_sgm_tensors`
+Names and shapes stand in tiny_sdxl.json, which `python -m kohaku_wrap.planning.workers.list_sgm_tensors`
 derives from diffusers' own conversion. The weights are untrained: uniform draws, equal on every machine.
 """
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import kohaku_wrap
-from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.database import write_database
 from kohaku_wrap.demo.pictures import encode_file
@@ -20,6 +19,7 @@ from kohaku_wrap.demo.shards import write_shards
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import Progress, fsync_folder, take_lock
+from kohaku_wrap.formats.toml_text import toml_text
 
 DEFAULT_POSTS = 240
 DEFAULT_SEED = 0

@@ -20,9 +20,9 @@ from typing import Any
 
 from kohaku_wrap.config.check_files import check_files
 from kohaku_wrap.config.fates import FATES_FILE, Fate, parse_fates
-from kohaku_wrap.config.installed import find_option_table
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.proving.census_bench import CaseFailed, CensusBench, Settings, write_template
+from kohaku_wrap.trainer.installed import find_option_table
 
 Row = tuple[str, str]
 """Place and name."""

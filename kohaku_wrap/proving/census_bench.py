@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.schema import PATH_OPTIONS
-from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.files import shipped_folder, write_text
+from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.proving.likeness import read_positions
 from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench
-from kohaku_wrap.training.runs.attempts import hold_lock
-from kohaku_wrap.training.runs.create import create_run, plan_new_run
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.records.attempts import hold_lock
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.create import create_run, plan_new_run
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 
 BASE_TEMPLATE = shipped_folder("proofs") / "census.toml"
 NETWORK = "NETWORK"
@@ -63,7 +63,7 @@ class ForkServer:
         }
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
-                python_command("-m", "kohaku_wrap.training.workers.fork_attempts"),
+                python_command("-m", "kohaku_wrap.training.engines.fork_attempts"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,

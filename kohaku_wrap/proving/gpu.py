@@ -14,25 +14,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
 from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.plan import read_folder_sizes
-from kohaku_wrap.config.sizes import show_bytes, total_of
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.formats.caption_rows import read_folder_sizes
 from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.planning.doctor import TESTED_ALONE, find_version
+from kohaku_wrap.planning.doctor_torch import ask_worker
+from kohaku_wrap.planning.module_counts import ModuleCounts, count_network, count_network_everywhere
+from kohaku_wrap.planning.sizes import show_bytes, total_of
+from kohaku_wrap.planning.training_plan import plan_training
 from kohaku_wrap.proving.gpu_report import Measure, Report, fill_document
 from kohaku_wrap.proving.gpu_runs import SCALES, Workplace
 from kohaku_wrap.proving.killing import run_kwrap
 from kohaku_wrap.proving.likeness import Difference, compare_networks, compare_runs
 from kohaku_wrap.proving.step_clock import median_of
-from kohaku_wrap.training.machine.doctor import TESTED_ALONE, find_version
-from kohaku_wrap.training.machine.doctor_torch import ask_worker
-from kohaku_wrap.training.machine.module_counts import ModuleCounts, count_network, count_network_everywhere
-from kohaku_wrap.training.machine.training_plan import plan_training
+from kohaku_wrap.trainer.installed import find_trainer
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.runs.folder import Run
 
 FULL_SIZE_BYTES = 20 * 10**9
 """A GPU with less does not hold Epsilon's recipe; the tiny model is then trained on it."""

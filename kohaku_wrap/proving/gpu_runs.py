@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from kohaku_wrap.config.layers import Effective, resolve_template
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
-from kohaku_wrap.config.toml_text import toml_text
-from kohaku_wrap.processes import safe_environment
+from kohaku_wrap.formats.toml_text import toml_text
+from kohaku_wrap.processes import accelerate_command, safe_environment
 from kohaku_wrap.proving.killing import Kill, ProcessFailed, train_with_kills
 from kohaku_wrap.proving.prove import Bench
 from kohaku_wrap.proving.random_sdxl import write_random_sdxl
 from kohaku_wrap.proving.step_clock import StepClock
-from kohaku_wrap.training.runs.documents import read_json_files
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.launch import accelerate_command
-from kohaku_wrap.training.runs.processes import list_processes
+from kohaku_wrap.training.records.documents import read_json_files
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.processes import list_processes
 
-PLAIN_WORKER = "kohaku_wrap.training.workers.plain_sd_scripts"
+PLAIN_WORKER = "kohaku_wrap.training.engines.sd_scripts.plain"
 
 
 @dataclass(frozen=True)

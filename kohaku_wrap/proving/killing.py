@@ -11,9 +11,9 @@ from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.processes import python_command, safe_environment
-from kohaku_wrap.training.runs.attempts import Attempt, list_attempts
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.processes import end_processes, send_signal
+from kohaku_wrap.training.records.attempts import Attempt, list_attempts
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.processes import end_processes, send_signal
 
 POLL_SECONDS = 0.02
 SLICE_SECONDS = 0.005

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_file
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.folder import Run
 
 CHECKED_FIELDS = ("flags", "order_digest", "content_digest", "loss", "learning_rate")
 """What two records of one position must agree in."""

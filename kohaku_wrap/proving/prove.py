@@ -18,15 +18,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from kohaku_wrap.config.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
 from kohaku_wrap.config.site import load_site
-from kohaku_wrap.config.toml_text import toml_text
-from kohaku_wrap.config.trainer_commits import SUPPORTED, installed_checkouts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.proving.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
 from kohaku_wrap.proving.likeness import Difference, compare_runs
-from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.trainer.commits import SUPPORTED, installed_checkouts
+from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
+from kohaku_wrap.training.records.folder import Run
 
 POSTS = 24
 """Of the small world that is trained on; about half of them are selected with an image."""

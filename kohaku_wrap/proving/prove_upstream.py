@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.plan import plan_steps, read_folder_sizes
 from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.run_files import DATASET_FILE, TRAINER_FILE
 from kohaku_wrap.config.site import load_site
-from kohaku_wrap.config.toml_text import toml_text
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.formats.caption_rows import read_folder_sizes
+from kohaku_wrap.formats.toml_text import toml_text
+from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.proving.killing import run_kwrap
+from kohaku_wrap.trainer.installed import find_trainer
 
-PLAIN_WORKER = "kohaku_wrap.training.workers.plain_sd_scripts"
+PLAIN_WORKER = "kohaku_wrap.training.engines.sd_scripts.plain"
 RUN_TIMEOUT_SECONDS = 900
 FLIPPED_BYTE_FROM_END = 1000
 

@@ -16,7 +16,7 @@ from kohaku_wrap.formats.sdxl import SDXL_SIZES
 from kohaku_wrap.processes import ask_python
 from kohaku_wrap.streams import seed_of
 
-SHAPES_WORKER = "kohaku_wrap.training.workers.list_sgm_tensors"
+SHAPES_WORKER = "kohaku_wrap.planning.workers.list_sgm_tensors"
 SPREAD = 0.02
 """Standard deviation of embeddings, as CLIP is initialised."""
 

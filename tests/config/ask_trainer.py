@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.training.workers.list_options import stand_in_for_torchvision
+from kohaku_wrap.planning.workers.list_options import stand_in_for_torchvision
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.config.site import Site, load_site
+from kohaku_wrap.trainer.installed import find_trainer
 
 CHECKOUT = find_trainer()
 """Looked up before the tests get a home of their own."""

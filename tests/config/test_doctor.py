@@ -12,15 +12,15 @@ from click.testing import CliRunner
 from kohaku_wrap.cli.doctor import command
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.training.machine import doctor
-from kohaku_wrap.training.machine.doctor import (
+from kohaku_wrap.planning import doctor
+from kohaku_wrap.planning.doctor import (
     examine_bitsandbytes,
     examine_builtin_options,
     examine_files,
     examine_versions,
     parse_release,
 )
-from kohaku_wrap.training.machine.doctor_torch import (
+from kohaku_wrap.planning.doctor_torch import (
     count_processes,
     find_reason,
     judge_gpus,
@@ -90,7 +90,7 @@ def test_advice_about_open_files_can_be_followed(monkeypatch: pytest.MonkeyPatch
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from kohaku_wrap.training.workers.check_machine import run_check
+    from kohaku_wrap.planning.workers.check_machine import run_check
 
     first = tmp_path / "openai_clip-vit-large-patch14"
     assert run_check("tokenizers", {"tokenizers": str(tmp_path)}) == {"error": f"{first} is not there"}
@@ -158,7 +158,7 @@ def test_the_command_really_steps_the_optimizer() -> None:
 def test_a_broken_torch_ends_in_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    from kohaku_wrap.training.machine import doctor_torch
+    from kohaku_wrap.planning import doctor_torch
 
     [finding] = doctor_torch.find_torch_faults(None)
     assert finding.status == "broken"

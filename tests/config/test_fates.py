@@ -14,8 +14,8 @@ from kohaku_wrap.config.fates import (
 )
 from kohaku_wrap.config.layers import load_layers
 from kohaku_wrap.config.network import MODULE_ARGS, NETWORK_ARGS, PRESET_KEYS
-from kohaku_wrap.config.options import load_recorded_table
 from kohaku_wrap.config.templates import list_templates
+from kohaku_wrap.trainer.options import load_recorded_table
 
 
 def test_every_option_has_a_row() -> None:

@@ -15,25 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kohaku_wrap.config.effective import BadBatch, shape_batch
 from kohaku_wrap.config.layers import load_layers, resolve_template
-from kohaku_wrap.config.plan import (
-    BadBatch,
-    Bucket,
-    ImageSizes,
-    NoImages,
-    count_steps,
-    other_dataset,
-    plan_steps,
-    read_captions_metadata,
-    read_folder_sizes,
-    read_selection_sizes,
-    shape_batch,
-    suppose_sizes,
-)
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.dataset.selection_file import BadSelection
+from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, read_captions_metadata, read_folder_sizes
 from kohaku_wrap.metadata.posts import POST_SCHEMA
+from kohaku_wrap.planning.step_plan import count_steps, other_dataset, plan_steps, read_selection_sizes, suppose_sizes
+from kohaku_wrap.steps import Bucket
 from kohaku_wrap.training.data.order import BatchOrder
 
 MakeSite = Callable[..., Site]

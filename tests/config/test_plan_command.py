@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from kohaku_wrap.cli.plan import command
 from kohaku_wrap.cli.template import command as template_command
 from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.plan import plan_steps, suppose_sizes
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.config.sizes import total_of, weigh_host_memory, weigh_training
 from kohaku_wrap.config.templates import find_preset, read_toml
-from kohaku_wrap.training.machine import training_plan
-from kohaku_wrap.training.machine.training_plan import NoMeasurement, read_step_seconds
+from kohaku_wrap.planning import training_plan
+from kohaku_wrap.planning.sizes import total_of, weigh_host_memory, weigh_training
+from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
+from kohaku_wrap.planning.training_plan import NoMeasurement, read_step_seconds
 
 MakeSite = Callable[..., Site]
 EPSILON_BASE = (2_567_463_684, 817_720_320, 83_653_863)

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kohaku_wrap.config.installed import ask_trainer
 from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.options import load_recorded_table, parse_table
-from kohaku_wrap.config.plan import ImageSizes, plan_steps
 from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.site import Site
+from kohaku_wrap.formats.caption_rows import ImageSizes
+from kohaku_wrap.planning.step_plan import plan_steps
+from kohaku_wrap.trainer.installed import ask_trainer
+from kohaku_wrap.trainer.options import load_recorded_table, parse_table
 
 pytestmark = [pytest.mark.sd_scripts, pytest.mark.slow]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kohaku_wrap.config import render
-from kohaku_wrap.config.layers import Effective, resolve_template
-from kohaku_wrap.config.plan import StepPlan, plan_steps, suppose_sizes
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.render import MissingInput, compose_run, hash_inputs
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.trainer_arguments import (
@@ -21,6 +21,8 @@ from kohaku_wrap.config.trainer_arguments import (
     render_network_args,
     render_prompts,
 )
+from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
+from kohaku_wrap.steps import StepPlan
 
 MakeSite = Callable[..., Site]
 WriteCaptions = Callable[[Path, Sequence[tuple[int, int]]], None]

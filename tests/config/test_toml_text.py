@@ -9,7 +9,7 @@ import toml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kohaku_wrap.config.toml_text import toml_text
+from kohaku_wrap.formats.toml_text import toml_text
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.metadata.database import open_database
+from kohaku_wrap.trainer.installed import find_trainer
 
 CHECKOUT = find_trainer()
 """Looked up before the tests get a home of their own."""
@@ -33,7 +33,7 @@ pytestmark = [
 PROCESS = """
 import json, random, sys
 from types import SimpleNamespace
-from kohaku_wrap.training.workers.list_options import stand_in_for_torchvision
+from kohaku_wrap.planning.workers.list_options import stand_in_for_torchvision
 stand_in_for_torchvision()
 sys.path.insert(0, sys.argv[1])
 from library import train_util

@@ -57,7 +57,7 @@ def run(*arguments: str, text: str = "") -> str:
 def test_recorded_table_is_what_diffusers_says():
     described = load_description()
     listed = json.loads(
-        run("-m", "kohaku_wrap.training.workers.list_sgm_tensors", text=json.dumps(described["config"]))
+        run("-m", "kohaku_wrap.planning.workers.list_sgm_tensors", text=json.dumps(described["config"]))
     )
     assert listed == described["tensors"]
 

@@ -12,7 +12,7 @@ from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.running import run_merge
-from kohaku_wrap.training.workers.builtin_models import BaseModel, load_base_model
+from kohaku_wrap.training.engines.builtin.models import BaseModel, load_base_model
 
 Outputs = dict[str, torch.Tensor]
 

@@ -17,7 +17,7 @@ from kohaku_wrap.files import sha256_of_file
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import inspect_file
-from kohaku_wrap.merging.publishing import CannotPublish, digest_of_ledger, publish_run
+from kohaku_wrap.publishing.publishing import CannotPublish, digest_of_ledger, publish_run
 
 from .conftest import WriteModel
 

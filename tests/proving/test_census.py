@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from kohaku_wrap.config.fates import FATES_FILE, Fate, load_fates
-from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.proving.census import main, set_other, try_refused, what_it_needs
 from kohaku_wrap.proving.census_bench import CensusBench
+from kohaku_wrap.trainer.installed import find_trainer
 
 
 @pytest.fixture

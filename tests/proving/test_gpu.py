@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from kohaku_wrap.config.base_model import check_base_model
-from kohaku_wrap.config.installed import find_trainer
 from kohaku_wrap.demo.base_model import load_description
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.proving.gpu import list_missing
@@ -20,6 +19,7 @@ from kohaku_wrap.proving.gpu_report import BEGIN, END, Measure, NoPlaceForReport
 from kohaku_wrap.proving.gpu_runs import SCALES, Workplace
 from kohaku_wrap.proving.random_sdxl import write_random_sdxl
 from kohaku_wrap.proving.step_clock import StepClock
+from kohaku_wrap.trainer.installed import find_trainer
 
 
 @pytest.mark.slow

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from kohaku_wrap.cli.template import command
 from kohaku_wrap.config.check_files import check_files
-from kohaku_wrap.config.options import load_recorded_table
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.merging.recipes import find_recipe
+from kohaku_wrap.trainer.options import load_recorded_table
 
 BROKEN = Path(__file__).with_name("broken")
 SHIPPED = [path for path in sorted(shipped_folder("templates").rglob("*.toml")) if path.parent.name != "merges"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.records.folder import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from plain_runs import plain_launch
 
 import kohaku_wrap.__main__
-from kohaku_wrap.training.runs import resume
-from kohaku_wrap.training.runs.attempts import Attempt
-from kohaku_wrap.training.runs.launch import Launch
+from kohaku_wrap.training.records.attempts import Attempt
+from kohaku_wrap.training.supervising import resume
+from kohaku_wrap.training.supervising.launch import Launch
 
 begin_attempt = resume.begin_attempt
 

@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 import toml
 
-from kohaku_wrap.config.plan import read_captions_metadata
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.dataset.captions.columns import ColumnsWriter
+from kohaku_wrap.formats.caption_rows import read_captions_metadata
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
-from kohaku_wrap.training.runs.attempts import Attempt
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.launch import Launch
-from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.runs.supervise import RunReport, supervise_run
-from kohaku_wrap.training.runs.watch import Event, WatchOptions
+from kohaku_wrap.training.records.attempts import Attempt
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.supervise import RunReport, supervise_run
+from kohaku_wrap.training.supervising.watch import Event, WatchOptions
 
 WORKER = Path(__file__).parent / "plain_worker.py"
 DATASET_OPTIONS = {

@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from kohaku_wrap.training.data.order import order_digest
+from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.bad_steps import BadSteps, TooManyBadSteps
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
-from kohaku_wrap.training.records.verify import read_order
-from kohaku_wrap.training.runs.attempts import Attempt
+from kohaku_wrap.training.supervising.verify import read_order
 
 
 def hang() -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.training.records.saving import wait_for_room
-from kohaku_wrap.training.records.states import DiskFull
-from kohaku_wrap.training.runs.attempts import (
+from kohaku_wrap.training.records.attempts import (
     Attempt,
     BadAttempt,
     hold_lock,
@@ -23,8 +21,10 @@ from kohaku_wrap.training.runs.attempts import (
     read_attempt,
     write_attempt,
 )
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.processes import end_processes, list_processes
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.saving import wait_for_room
+from kohaku_wrap.training.records.states import DiskFull
+from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 
 NewRun = Callable[..., Run]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from plain_runs import misbehave
 
-from kohaku_wrap.training.runs import watch
-from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
-from kohaku_wrap.training.runs.causes import LOST_CONNECTION
-from kohaku_wrap.training.runs.ends import AttemptEnd, judge_end, read_end
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.launch import Launch
-from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.runs.supervise import TrainerFailed, supervise_run
-from kohaku_wrap.training.runs.watch import WatchOptions
+from kohaku_wrap.training.records.attempts import Attempt, write_attempt
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising import watch
+from kohaku_wrap.training.supervising.causes import LOST_CONNECTION
+from kohaku_wrap.training.supervising.ends import AttemptEnd, judge_end, read_end
+from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.supervise import TrainerFailed, supervise_run
+from kohaku_wrap.training.supervising.watch import WatchOptions
 
 NewRun = Callable[..., Run]
 WORKER = Path(__file__).parent / "two_ranks.py"
@@ -69,7 +69,7 @@ REPORT = """\
 W1125 18:24:40.554000 10279 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 100 closing signal
 {killed}torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============================================================
-kohaku_wrap.training.workers.sd_scripts FAILED
+kohaku_wrap.training.engines.sd_scripts.worker FAILED
 ------------------------------------------------------------
 Failures:
 [1]:

@@ -18,11 +18,11 @@ from plain_runs import write_base_model, write_captions
 from kohaku_wrap.cli import program
 from kohaku_wrap.config.run_files import digest_lock
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.runs import create
-from kohaku_wrap.training.runs.create import RunRefused, create_run, plan_new_run
-from kohaku_wrap.training.runs.differences import DifferentRun
-from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.trainer import requirements
+from kohaku_wrap.trainer import requirements
+from kohaku_wrap.training.supervising import create
+from kohaku_wrap.training.supervising.create import RunRefused, create_run, plan_new_run
+from kohaku_wrap.training.supervising.differences import DifferentRun
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 
 SITE = """
 [paths]
@@ -77,7 +77,7 @@ def test_a_dry_run_prints_the_command_and_makes_nothing(site: Path) -> None:
     assert "OMP_NUM_THREADS=3" in words and "HF_HUB_OFFLINE=1" in words and "LYCORIS_KERNEL_BACKEND=torch" in words
     at = words.index("launch")
     assert words[at - 1].endswith("accelerate") and words[at + 1] == "--config_file"
-    assert words[words.index("-m") + 1] == "kohaku_wrap.training.workers.builtin"
+    assert words[words.index("-m") + 1] == "kohaku_wrap.training.engines.builtin.worker"
     assert words[-2:] == ["--gradient_accumulation_steps", "2"]
     assert f"engine: builtin ({site})" in done.stderr
 

@@ -15,9 +15,10 @@ import toml
 from plain_runs import write_captions
 
 from kohaku_wrap.errors import Problem, UsageError
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import fingerprint_of
-from kohaku_wrap.training.runs import differences
-from kohaku_wrap.training.runs.differences import (
+from kohaku_wrap.training.supervising import differences
+from kohaku_wrap.training.supervising.differences import (
     DifferentRun,
     can_be_accepted,
     check_captions,
@@ -34,7 +35,6 @@ from kohaku_wrap.training.runs.differences import (
     refuse_changes,
     refuse_unknown,
 )
-from kohaku_wrap.training.runs.folder import Run
 
 NewRun = Callable[..., Run]
 

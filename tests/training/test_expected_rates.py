@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.training.records.expected_rates import NoExpectedRates, expect_rates, why_not
-from kohaku_wrap.training.runs.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.supervising.expected_rates import NoExpectedRates, expect_rates, why_not
 
 
 def lock_of(optimizer: str | None, arguments: dict[str, Any] | None = None, **values: Any) -> Lock:

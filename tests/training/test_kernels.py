@@ -9,11 +9,11 @@ from plain_runs import write_base_model, write_captions
 
 from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.create import create_run, plan_new_run
-from kohaku_wrap.training.runs.documents import read_json_files
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.documents import read_json_files
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.create import create_run, plan_new_run
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 
 VARIABLES = ("LYCORIS_KERNEL_BACKEND", "LYCORIS_KERNEL_TUNE", "LYCORIS_KERNEL_CACHE_DIR", "KWRAP_DETERMINISTIC")
 

@@ -17,13 +17,13 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.config.machines import check_accelerate
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
-from kohaku_wrap.training.runs import join
-from kohaku_wrap.training.runs.attempts import Attempt, read_attempt
-from kohaku_wrap.training.runs.ends import read_end
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.launch import plan_attempt_launch
-from kohaku_wrap.training.runs.resume import begin_attempt, describe_launch, plan_resume
-from kohaku_wrap.training.runs.supervise import TrainerFailed
+from kohaku_wrap.training.records.attempts import Attempt, read_attempt
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising import join
+from kohaku_wrap.training.supervising.ends import read_end
+from kohaku_wrap.training.supervising.launch import plan_attempt_launch
+from kohaku_wrap.training.supervising.resume import begin_attempt, describe_launch, plan_resume
+from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
 JOINED = {"num_machines": 2, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
 MACHINE = {"gpus": 0, "processes": 4, "accelerate": JOINED}
@@ -118,7 +118,7 @@ def test_who_may_join(new_run: NewRun) -> None:
 
 def test_an_attempt_that_another_machine_left_is_ended(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the ranks here would wait for it inside a collective."""
-    monkeypatch.setattr("kohaku_wrap.training.runs.watch.LEFT_SECONDS", 0.1)
+    monkeypatch.setattr("kohaku_wrap.training.supervising.watch.LEFT_SECONDS", 0.1)
     run = new_run(processes=2, accumulation=2, machine={**MACHINE, "processes": 2})
     misbehave(run, every={"hang": "step"})
 

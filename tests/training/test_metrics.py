@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from kohaku_wrap.training.records.attempts import Attempt, write_attempt
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import MetricsTail, MetricsWriter, read_metrics, write_metrics_table
-from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
-from kohaku_wrap.training.runs.folder import Run
 
 NewRun = Callable[..., Run]
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from plain_runs import misbehave, train
 
+from kohaku_wrap.training.records.attempts import Attempt, list_attempts
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST, DamagedState, document_digest, read_manifest
+from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
-from kohaku_wrap.training.runs import watch
-from kohaku_wrap.training.runs.attempts import Attempt, list_attempts
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.signs import read_boot_id
-from kohaku_wrap.training.runs.status import count_silence, read_status
+from kohaku_wrap.training.supervising import watch
+from kohaku_wrap.training.supervising.status import count_silence, read_status
 
 NewRun = Callable[..., Run]
 DEEP = "[" * 100_000
@@ -107,7 +107,7 @@ def test_a_manifest_with_an_unknown_key_is_named(trained: Run, change: dict[str,
     "line", ["effective_batch = 0", "effective_batch = 9000000000000000000", "batch_per_gpu = 0", "seed = 1.5"]
 )
 def test_a_number_out_of_bounds_in_a_lock_is_named(new_run: NewRun, line: str) -> None:
-    from kohaku_wrap.training.runs.folder import BadRunFolder
+    from kohaku_wrap.training.records.folder import BadRunFolder
 
     run = new_run()
     key = line.split()[0]
@@ -129,7 +129,7 @@ def test_a_jump_of_the_clock_is_no_hang(new_run: NewRun, monkeypatch: pytest.Mon
 
 
 def test_a_hang_is_seen_though_the_clock_went_back(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kohaku_wrap.training.runs.supervise import TrainerFailed
+    from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
     run = new_run()
     misbehave(run, every={"hang": "step", "at": 1})
@@ -146,7 +146,7 @@ def test_silence_on_another_boot_is_unknown(trained: Run, monkeypatch: pytest.Mo
     silent = count_silence(attempt.heartbeats())
     assert silent is not None and silent >= 0
     read_boot_id.cache_clear()
-    monkeypatch.setattr("kohaku_wrap.training.runs.signs.BOOT_ID", trained.lock_file)
+    monkeypatch.setattr("kohaku_wrap.training.records.signs.BOOT_ID", trained.lock_file)
     assert count_silence(attempt.heartbeats()) is None
     read_boot_id.cache_clear()
 

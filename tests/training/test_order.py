@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kohaku_wrap.steps import BadOrder, StepCount
 from kohaku_wrap.streams import draws
-from kohaku_wrap.training.data.order import NO_IMAGE, BadOrder, BatchOrder, StepCount, order_digest, order_digests
+from kohaku_wrap.training.data.order import NO_IMAGE, BatchOrder, order_digest, order_digests
 
 buckets = st.lists(st.integers(0, 5), min_size=1, max_size=80)
 

@@ -15,22 +15,22 @@ from click.testing import CliRunner, Result
 from plain_runs import misbehave, plain_launch, train, write_captions
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.config import trainer_commits
-from kohaku_wrap.config.trainer_commits import SupportedCommit, digest_sources
 from kohaku_wrap.dataset.captions.columns import DamagedCaptions
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.training.data.order import BadOrder
+from kohaku_wrap.steps import BadOrder
+from kohaku_wrap.trainer import commits as trainer_commits
+from kohaku_wrap.trainer.commits import SupportedCommit, digest_sources
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, state_folder
-from kohaku_wrap.training.records.verify import verify_run
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.choose_state import NoSuchState, NoWholeState
-from kohaku_wrap.training.runs.differences import DifferentRun, list_changes
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.resume import RunFinished, begin_attempt, plan_resume
-from kohaku_wrap.training.runs.supervise import TrainerFailed, supervise_run
-from kohaku_wrap.training.runs.watch import WatchOptions
+from kohaku_wrap.training.supervising.choose_state import NoSuchState, NoWholeState
+from kohaku_wrap.training.supervising.differences import DifferentRun, list_changes
+from kohaku_wrap.training.supervising.resume import RunFinished, begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.supervise import TrainerFailed, supervise_run
+from kohaku_wrap.training.supervising.verify import verify_run
+from kohaku_wrap.training.supervising.watch import WatchOptions
 
 NewRun = Callable[..., Run]
 

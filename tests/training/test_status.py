@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 from plain_runs import misbehave, train
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.states import state_folder
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.supervise import TrainerFailed
+from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
 NewRun = Callable[..., Run]
 

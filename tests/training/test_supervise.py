@@ -19,18 +19,18 @@ from plain_runs import make_run, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import EXIT_TRAINER_FAILED
+from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps, NonFiniteLoss, TooManyBadSteps
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.states import DiskFull, list_states
-from kohaku_wrap.training.records.verify import verify_run
-from kohaku_wrap.training.runs.attempts import Attempt, list_attempts
-from kohaku_wrap.training.runs.ends import read_end
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.launch import Launch
-from kohaku_wrap.training.runs.processes import list_processes
-from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.runs.status import read_status
-from kohaku_wrap.training.runs.supervise import RunStopped, TrainerFailed, await_orphans, supervise_run
-from kohaku_wrap.training.runs.watch import StopSignals, WatchOptions
+from kohaku_wrap.training.supervising.ends import read_end
+from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.supervising.processes import list_processes
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.status import read_status
+from kohaku_wrap.training.supervising.supervise import RunStopped, TrainerFailed, await_orphans, supervise_run
+from kohaku_wrap.training.supervising.verify import verify_run
+from kohaku_wrap.training.supervising.watch import StopSignals, WatchOptions
 
 NewRun = Callable[..., Run]
 
@@ -149,7 +149,7 @@ def start_supervisor(run: Run) -> subprocess.Popen[bytes]:
     """A supervisor in a process of its own, as `kwrap train` is."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from plain_runs import train; from pathlib import Path;"
-        "from kohaku_wrap.training.runs.folder import Run; from kohaku_wrap.errors import KwrapError\n"
+        "from kohaku_wrap.training.records.folder import Run; from kohaku_wrap.errors import KwrapError\n"
         "try: train(Run(Path(sys.argv[2])))\n"
         "except KwrapError as error: sys.exit(error.exit_code)"
     )

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from plain_runs import misbehave
 
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.states import list_states
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.ends import read_end
-from kohaku_wrap.training.runs.folder import Run
+from kohaku_wrap.training.supervising.ends import read_end
 
 NewRun = Callable[..., Run]
 KWRAP = [sys.executable, str(Path(__file__).parent / "plain_kwrap.py")]

@@ -15,6 +15,8 @@ from click.testing import CliRunner
 from plain_runs import misbehave, train, write_captions
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.training.records.attempts import Attempt, write_attempt
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
     FILL,
     HEADER,
@@ -32,12 +34,10 @@ from kohaku_wrap.training.records.ledger import (
     pack_header,
     read_ledger_file,
 )
-from kohaku_wrap.training.records.ledger_checks import digest_blocks
-from kohaku_wrap.training.records.ledger_files import NoLedger
-from kohaku_wrap.training.records.verify import VerifyReport, read_order, verify_run
-from kohaku_wrap.training.runs.attempts import Attempt, write_attempt
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.supervise import TrainerFailed
+from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
+from kohaku_wrap.training.supervising.ledger_files import NoLedger
+from kohaku_wrap.training.supervising.supervise import TrainerFailed
+from kohaku_wrap.training.supervising.verify import VerifyReport, read_order, verify_run
 
 NewRun = Callable[..., Run]
 Change = Callable[[Records], Records]

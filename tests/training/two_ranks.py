@@ -11,8 +11,8 @@ import time
 import torch
 from torch import distributed
 
-from kohaku_wrap.training.runs.attempts import Attempt
-from kohaku_wrap.training.workers.failures import report_failures
+from kohaku_wrap.training.engines.failures import report_failures
+from kohaku_wrap.training.records.attempts import Attempt
 
 
 def main() -> None:

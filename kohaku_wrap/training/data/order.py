@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.steps import BadOrder, StepCount
 from kohaku_wrap.streams import draws, permutation, stream_key
 
 Int32Array = npt.NDArray[np.int32]
@@ -21,82 +21,6 @@ EPOCHS_KEPT = 2
 
 NO_IMAGE = -1
 """Fills the rows of short batches in tables of images."""
-
-
-class BadOrder(KwrapError):
-    """The numbers given do not make an order of batches."""
-
-
-def divisors_of(number: int) -> list[int]:
-    """All whole numbers that divide `number`, ascending."""
-    return [each for each in range(1, number + 1) if number % each == 0]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where training stands after some optimizer steps."""
-
-    epoch: int
-    """Counted from 0."""
-
-    micro_batch: int
-    """Micro-batches that each process has done in this epoch."""
-
-    global_position: int
-    """Global batch positions of this epoch that all processes together have done."""
-
-
-@dataclass(frozen=True)
-class StepCount:
-    """The arithmetic of epochs, positions and optimizer steps; independent of the number of processes."""
-
-    batches: int
-    """Batches of one epoch, all buckets together."""
-
-    group: int
-    """Batches in one optimizer step: processes times accumulation."""
-
-    def __post_init__(self) -> None:
-        if self.batches < 1 or self.group < 1:
-            raise BadOrder(
-                f"{self.batches} batches in groups of {self.group} cannot be trained",
-                "Check that the dataset holds images and that the effective batch is at least the batch per GPU.",
-            )
-
-    @property
-    def optimizer_steps_per_epoch(self) -> int:
-        return -(-self.batches // self.group)
-
-    @property
-    def positions_per_epoch(self) -> int:
-        """Batches and the fills that complete the last optimizer step."""
-        return self.optimizer_steps_per_epoch * self.group
-
-    def accumulation(self, processes: int) -> int:
-        """Micro-batches of one process in an optimizer step; raises BadOrder where they do not divide."""
-        if processes < 1 or self.group % processes:
-            raise BadOrder(
-                f"{processes} processes do not divide the {self.group} batches of an optimizer step",
-                f"The number of processes may be {', '.join(map(str, divisors_of(self.group)))}.",
-            )
-        return self.group // processes
-
-    def micro_batches_per_process(self, processes: int) -> int:
-        """Micro-batches of one process in an epoch; always whole optimizer steps."""
-        return self.optimizer_steps_per_epoch * self.accumulation(processes)
-
-    def position_of(self, optimizer_steps_done: int, processes: int) -> Position:
-        """The position at which the step after `optimizer_steps_done` starts."""
-        epoch, steps_in_epoch = divmod(optimizer_steps_done, self.optimizer_steps_per_epoch)
-        return Position(
-            epoch=epoch,
-            micro_batch=steps_in_epoch * self.accumulation(processes),
-            global_position=steps_in_epoch * self.group,
-        )
-
-    def optimizer_step_of(self, epoch: int, position: int) -> int:
-        """The optimizer step, counted from 1 over the whole run, that trains this global position."""
-        return epoch * self.optimizer_steps_per_epoch + position // self.group + 1
 
 
 @dataclass(frozen=True)

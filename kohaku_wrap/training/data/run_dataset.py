@@ -10,7 +10,7 @@ from typing import Any
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.captions_file import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions, Tokenize, read_dataset_options
-from kohaku_wrap.training.runs.attempts import Attempt
+from kohaku_wrap.training.records.attempts import Attempt
 
 
 class DatasetChanged(KwrapError):

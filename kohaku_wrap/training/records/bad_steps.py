@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.manifest import read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.runs.attempts import Attempt
 
 FIRST_STEPS = 1000
 LIMIT_AT_FIRST = 50

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any
 
 from kohaku_wrap.files import atomic_write, open_regular
+from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
+from kohaku_wrap.training.records.documents import is_whole
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import wait_for_room
-from kohaku_wrap.training.runs.attempts import Attempt, last_kept_steps, list_attempts
-from kohaku_wrap.training.runs.documents import is_whole
-from kohaku_wrap.training.runs.folder import Run
 
 
 class MetricsWriter:

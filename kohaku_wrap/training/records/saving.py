@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kohaku_wrap.training.records.attempts import Attempt, Phase
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import Fingerprint
 from kohaku_wrap.training.records.retention import remove_old_states
 from kohaku_wrap.training.records.states import DiskFull, is_disk_full, write_state
-from kohaku_wrap.training.runs.attempts import Attempt, Phase
-from kohaku_wrap.training.runs.folder import Run
 
 Written = TypeVar("Written")
 

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.sizes import show_bytes
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder, sha256_of_file
+from kohaku_wrap.planning.sizes import show_bytes
+from kohaku_wrap.training.records.folder import STATE_NAME
 from kohaku_wrap.training.records.manifest import (
     MANIFEST,
     DamagedState,
@@ -23,7 +24,6 @@ from kohaku_wrap.training.records.manifest import (
     manifest_text,
     read_manifest,
 )
-from kohaku_wrap.training.runs.folder import STATE_NAME
 
 PART_SUFFIX = ".partial"
 REMOVED_SUFFIX = ".removed"

@@ -12,8 +12,8 @@ import toml
 
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.tokenizers import write_tokenizers
-from kohaku_wrap.training.trainer.checkout import TrainerMissing, find_checkout
-from kohaku_wrap.training.trainer.requirements import requirement_paths
+from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
+from kohaku_wrap.trainer.requirements import requirement_paths
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -47,7 +47,7 @@ def sd_scripts() -> Any:
         pytest.skip("sd-scripts is not installed; enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT")
     sys.path.insert(0, str(checkout.path))
     sys.path.extend(str(path) for path in requirement_paths())
-    from kohaku_wrap.training.workers.torchvision_on_cpu import import_torchvision
+    from kohaku_wrap.planning.workers.torchvision_on_cpu import import_torchvision
 
     try:
         import_torchvision()

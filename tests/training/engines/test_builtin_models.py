@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from kohaku_wrap.config.base_model import BadBaseModel
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.formats.sdxl import SDXL_SIZES
+from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.data.captions_file import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.tokens import CaptionTokenizer
 from kohaku_wrap.training.data.torch_streams import seed_generators
-from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
-from kohaku_wrap.training.workers.builtin_loss import LossOfBatch
-from kohaku_wrap.training.workers.builtin_models import BaseModel, load_base_model
-from kohaku_wrap.training.workers.builtin_network import create_network
+from kohaku_wrap.training.engines.builtin.loss import LossOfBatch
+from kohaku_wrap.training.engines.builtin.models import BaseModel, load_base_model
+from kohaku_wrap.training.engines.builtin.network import create_network
 
 PRESET = shipped_folder("templates") / "presets" / "kohaku-lokr.toml"
 NETWORK_ARGS = ("algo=lokr", "factor=8", "train_norm=True", "conv_dim=10000", "conv_alpha=10000")
@@ -145,7 +145,7 @@ def test_lycoris_makes_the_same_modules_on_both_unets(
 @pytest.fixture(scope="session")
 def tiny_trainer(world: World, sd_scripts: Any) -> Any:
     """sd-scripts' own models from the world's file."""
-    from kohaku_wrap.training.workers.tiny_sizes import change_sizes, read_sizes
+    from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes, read_sizes
 
     sizes = read_sizes(world.base_model)
     assert sizes is not None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kohaku_wrap.errors import ProblemsFound
-from kohaku_wrap.training.trainer.builtin_options import BuiltinOptions
+from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 
 NEEDED = {
     "pretrained_model_name_or_path": "model.safetensors",

@@ -20,16 +20,16 @@ from safetensors.numpy import load_file, save_file
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import state_folder, write_state
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.choose_state import NoSuchState
-from kohaku_wrap.training.runs.create import create_run, plan_new_run
-from kohaku_wrap.training.runs.differences import DifferentRun
-from kohaku_wrap.training.runs.folder import Run
-from kohaku_wrap.training.runs.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.choose_state import NoSuchState
+from kohaku_wrap.training.supervising.create import create_run, plan_new_run
+from kohaku_wrap.training.supervising.differences import DifferentRun
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from engine_world import DATASET_OPTIONS, World
 
-from kohaku_wrap.config.plan import StepPlan, count_steps, read_folder_sizes
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.formats.caption_rows import read_folder_sizes
+from kohaku_wrap.planning.step_plan import count_steps
+from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.training.data.captions_file import BadCaptions, Columns
 from kohaku_wrap.training.data.columns import (
     BatchKey,
@@ -271,7 +273,7 @@ def make_their_dataset(world: World, sd_scripts: Any, options: dict[str, Any]) -
 
 @pytest.mark.sd_scripts
 def test_the_trainers_own_dataset_names_the_image_too(sd_scripts: Any, tmp_path: Path) -> None:
-    from kohaku_wrap.training.workers.sd_scripts_dataset import name_unreadable
+    from kohaku_wrap.training.engines.sd_scripts.dataset import name_unreadable
 
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
     load = name_unreadable(sd_scripts.train_util.load_image)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from engine_world import World
 
-from kohaku_wrap.training.trainer.checkout import TrainerMissing, find_checkout
+from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
 
 PERSON = "zz-ann-of-nowhere"
 SETTINGS = (

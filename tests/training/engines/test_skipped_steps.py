@@ -13,11 +13,11 @@ import pytest
 import toml
 from engine_world import World
 
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import SKIPPED, ledger_file, read_whole_ledger_file
 from kohaku_wrap.training.records.manifest import read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states
-from kohaku_wrap.training.runs.folder import Run
 
 SCALER = Path(__file__).parent / "emulated_scaler"
 SETTINGS = (

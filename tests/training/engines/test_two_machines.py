@@ -16,11 +16,11 @@ import toml
 from engine_world import World
 
 from kohaku_wrap.proving.likeness import compare_runs
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.runs.attempts import list_attempts
-from kohaku_wrap.training.runs.ends import read_end
-from kohaku_wrap.training.runs.folder import Run, is_run
-from kohaku_wrap.training.runs.processes import list_processes, send_signal
+from kohaku_wrap.training.supervising.ends import read_end
+from kohaku_wrap.training.supervising.processes import list_processes, send_signal
 
 SETTINGS = (
     "effective_batch=4",

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.config.trainer_commits import SUPPORTED_TEXT
-from kohaku_wrap.training.trainer.anchors import ANCHORS, LOOP, LOOP_ANCHORS, Anchor
-from kohaku_wrap.training.trainer.checkout import UnsupportedTrainer, inspect_checkout, require_supported
-from kohaku_wrap.training.trainer.corrections import (
+from kohaku_wrap.trainer.anchors import ANCHORS, LOOP, LOOP_ANCHORS, Anchor
+from kohaku_wrap.trainer.checkout import UnsupportedTrainer, inspect_checkout, require_supported
+from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
+from kohaku_wrap.trainer.corrections import (
     AnchorsMissing,
     SourceUnreadable,
     correct_loop,

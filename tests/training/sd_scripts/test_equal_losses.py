@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from kohaku_wrap.proving.likeness import read_positions
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.runs.folder import Run
 
 ROUNDING = 1e-6
 """Relative, while the networks still change nothing: LoKr starts as a difference of zero, and warm-up at rate zero."""

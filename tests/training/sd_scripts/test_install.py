@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.config.trainer_commits import digest_sources
+from kohaku_wrap.trainer.commits import digest_sources
 
 Command = Callable[..., str]
 

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the loop's counts are tensors")
 
 @pytest.mark.parametrize("vae_batch_size", [1, 2, 3, 4])
 def test_nan_latents_of_every_part_of_a_batch_are_counted(vae_batch_size: int) -> None:
-    from kohaku_wrap.training.workers.sd_scripts_loop import Loop, MicroBatch
+    from kohaku_wrap.training.engines.sd_scripts.loop import Loop, MicroBatch
 
     loop: Any = Loop.__new__(Loop)
     loop.fired = set()

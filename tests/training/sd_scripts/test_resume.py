@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from kohaku_wrap.proving.likeness import compare_runs
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.runs.folder import Run
 
 
 def copy_run(run: Run, name: str) -> Run:

@@ -44,7 +44,7 @@ def spoil(kind: Any, name: str) -> None:
 
 HOOKS: dict[str, Callable[[Any], None]] = {
     "accelerate.accelerator": give_scaler,
-    "kohaku_wrap.training.workers.builtin_loss": lambda module: spoil(module.LossOfBatch, "predict_noise"),
+    "kohaku_wrap.training.engines.builtin.loss": lambda module: spoil(module.LossOfBatch, "predict_noise"),
     "sdxl_train_network": lambda module: spoil(module.SdxlNetworkTrainer, "call_unet"),
 }
 

@@ -1,0 +1,322 @@
+"""Whether this machine can run a training: each finding says what, why it matters and what to do."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.render import compose_trainer
+from kohaku_wrap.errors import KwrapError, ProblemsFound
+from kohaku_wrap.planning.doctor_torch import Finding, find_torch_faults
+from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, show_bytes, total_of
+from kohaku_wrap.planning.training_plan import TrainingPlan
+from kohaku_wrap.trainer.builtin_options import BuiltinOptions
+from kohaku_wrap.trainer.checkout import report_trainer
+from kohaku_wrap.trainer.installed import find_trainer
+
+TESTED_SETS = (
+    {"accelerate": "1.15.0", "transformers": "4.57.6", "diffusers": "0.36.0", "huggingface-hub": "0.36.2"},
+    {"accelerate": "1.6.0", "transformers": "4.54.1", "diffusers": "0.32.1", "huggingface-hub": "0.34.3"},
+)
+"""Versions that were trained with, bit-identical to each other; the first is what `make setup` installs."""
+
+TESTED_ALONE = {"torch": "2.13.0", "lycoris-lora": "4.1.3", "bitsandbytes": "0.50.2"}
+WRONG_BITSANDBYTES = ((0, 36, 0), (0, 41, 0))
+"""First and last release whose 8-bit optimizers are wrong."""
+
+NEWEST_PYTHON = (3, 13)
+OPEN_FILES_NEEDED = 4096
+SLOW_BYTES_PER_SECOND = 50 * MIB
+WRITE_TEST_BYTES = 64 * MIB
+REFUSED = "This engine refuses what it does not do, so that nothing is left out in silence."
+EARLIEST_CLOCK = 1_735_689_600
+"""1 January 2025 in Unix seconds: before every release that kwrap needs."""
+
+CLOCK_DRIFT_SECONDS = 5
+
+
+def examine_machine(
+    engine: str | None, effective: Effective | None = None, plan: TrainingPlan | None = None
+) -> Iterator[Finding]:
+    """All findings, one after another. `engine` None: both are looked at, and a missing sd-scripts is no fault."""
+    yield examine_python()
+    yield from examine_versions()
+    if engine != "builtin":
+        yield examine_trainer(required=engine is not None)
+    if engine == "builtin" and effective and effective.batch:
+        yield from examine_builtin_options(effective)
+    yield from find_torch_faults(effective)
+    yield from examine_files(effective, plan)
+    yield examine_open_files(effective)
+    yield examine_clock(effective)
+
+
+def examine_python() -> Finding:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    if parse_release(version)[:2] <= NEWEST_PYTHON:
+        return Finding.ok("Python", version)
+    return Finding(
+        "Python",
+        "warning",
+        f"{version} is newer than {NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}",
+        "Some of the trainer's packages may not be there for it.",
+        "Run `make setup PYTHON=python3.11`.",
+    )
+
+
+def find_version(name: str) -> str:
+    """The installed version without its build; empty where the package is missing."""
+    try:
+        return metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def parse_release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (0, 41, 0) for 0.41.0.post2."""
+    numbers = []
+    for part in version.split("."):
+        if not (part.isascii() and part.isdecimal()):
+            break
+        numbers.append(int(part))
+    return tuple([*numbers, 0, 0, 0][:3])
+
+
+def examine_versions() -> Iterator[Finding]:
+    """Packages against the tested sets, and releases that are known to be wrong."""
+    found = {name: find_version(name) for name in (*TESTED_SETS[0], *TESTED_ALONE)}
+    yield examine_bitsandbytes(found["bitsandbytes"])
+    missing = [name for name, version in found.items() if not version]
+    if missing:
+        yield Finding(
+            "packages",
+            "broken",
+            f"missing: {', '.join(missing)}",
+            "Training needs them.",
+            "Install them with: pip install 'kohaku-wrap[train]'",
+        )
+        return
+    tested = any(all(found[name] == version for name, version in each.items()) for each in TESTED_SETS)
+    alone = [f"{name} {found[name]}" for name, version in TESTED_ALONE.items() if found[name] != version]
+    shown = ", ".join(f"{name} {version}" for name, version in found.items())
+    if tested and not alone:
+        yield Finding.ok("packages", f"{shown}: a tested set")
+    else:
+        wanted = ", ".join(f"{name} {version}" for name, version in {**TESTED_SETS[0], **TESTED_ALONE}.items())
+        yield Finding(
+            "packages",
+            "warning",
+            f"{shown}: not a set that was tested together",
+            "Other versions fail at import, or change the last bits of a run.",
+            f"Use {wanted}: `make setup` installs them.",
+        )
+
+
+def examine_bitsandbytes(version: str) -> Finding:
+    """The releases whose 8-bit optimizers are wrong."""
+    first, last = WRONG_BITSANDBYTES
+    if version and first <= parse_release(version) <= last:
+        return Finding(
+            "bitsandbytes",
+            "broken",
+            f"{version} is one of 0.36.0 to 0.41.0",
+            "The 8-bit optimizers of these releases are wrong: training runs and the weights are bad.",
+            "Install another one: pip install bitsandbytes==0.50.2",
+        )
+    return Finding.ok("bitsandbytes", version or "not installed")
+
+
+def examine_trainer(*, required: bool) -> Finding:
+    """The checkout, its commit, its anchors and the packages that it imports."""
+    status = "broken" if required else "warning"
+    install = "Run `kwrap trainer install`, or train with --engine builtin."
+    if find_trainer() is None:
+        return Finding("sd-scripts", status, "not installed", "The engine sd-scripts is this checkout.", install)
+    try:
+        report = report_trainer()
+    except KwrapError as fault:
+        return Finding("sd-scripts", status, fault.message, "The engine sd-scripts is this checkout.", fault.next_step)
+    checkout = report.checkout
+    wrong_anchors = [match for match in report.anchors if match.count != 1]
+    missing = [state.requirement.distribution for state in report.requirements if state.is_missing]
+    if not checkout.is_supported or wrong_anchors:
+        return Finding(
+            "sd-scripts",
+            status,
+            f"{checkout.name} in {checkout.path} is not a supported commit as released",
+            "kwrap corrects the training loop at places that must be exactly as known, or a resume is wrong.",
+            "Run `kwrap trainer install`.",
+        )
+    if missing:
+        return Finding(
+            "sd-scripts",
+            status,
+            f"{checkout.name}; it imports packages that are missing: {', '.join(missing)}",
+            "The trainer fails at its start without them.",
+            "Run `kwrap trainer install`, which puts them beside the checkout.",
+        )
+    return Finding.ok("sd-scripts", f"{checkout.name} in {checkout.path}")
+
+
+def examine_builtin_options(effective: Effective) -> Iterator[Finding]:
+    """The template's options that the builtin engine does not have on this site; `kwrap train` refuses them."""
+    on_cpu = effective.site is not None and effective.site.machine.gpus == 0
+    try:
+        BuiltinOptions.from_config(compose_trainer(effective, Path.cwd(), "doctor"), on_cpu=on_cpu)
+    except ProblemsFound as found:
+        for problem in found.problems:
+            yield Finding("builtin engine", "broken", f"{problem.where}: {problem.what}", REFUSED, found.next_step)
+    else:
+        yield Finding.ok("builtin engine", f"has every option of {effective.name}")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def examine_files(effective: Effective | None, plan: TrainingPlan | None) -> Iterator[Finding]:
+    """The site's files, its disk and its memory against the plan."""
+    site = effective.site if effective else None
+    folder = nearest_folder(site.paths.runs if site else Path.cwd())
+    free = shutil.disk_usage(folder).free
+    yield from examine_memory(plan)
+    needed = total_of(plan.sizes.disk) if plan and plan.sizes else None
+    if needed is not None and needed > free:
+        yield Finding(
+            "free disk",
+            "broken",
+            f"{show_bytes(free)} in {folder}, {show_bytes(needed)} needed over the run",
+            "A full disk ends the run at a save.",
+            "Free some space, set paths.runs elsewhere in site.toml, or lower [states] keep.",
+        )
+    else:
+        yield Finding.ok(
+            "free disk", f"{show_bytes(free)} in {folder}" + (f", {show_bytes(needed)} needed" if needed else "")
+        )
+    yield examine_write_speed(folder, plan)
+    if site and not site.paths.base_model.is_file():
+        yield Finding(
+            "base model",
+            "broken",
+            f"{site.paths.base_model} is not there",
+            "Training starts from it.",
+            f"Mend paths.base_model in {site.path}.",
+        )
+
+
+def examine_memory(plan: TrainingPlan | None) -> Iterator[Finding]:
+    there = machine_memory_bytes()
+    if plan is None or plan.sizes is None:
+        yield Finding.ok("host memory", show_bytes(there))
+        return
+    needed = total_of(plan.sizes.host_memory)
+    if needed > there:
+        yield Finding(
+            "host memory",
+            "broken",
+            f"{show_bytes(there)}, {show_bytes(needed)} needed",
+            "The kernel kills a process when memory runs out, often hours after the start.",
+            'Set fewer workers in site.toml, or data = "kwrap" in the template.',
+        )
+    else:
+        yield Finding.ok("host memory", f"{show_bytes(there)}, {show_bytes(needed)} needed")
+
+
+def examine_write_speed(folder: Path, plan: TrainingPlan | None) -> Finding:
+    """Write and sync a file where states will lie."""
+    block = os.urandom(4 * MIB)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".kwrap-doctor-") as stream:
+            started = time.monotonic()
+            for _ in range(WRITE_TEST_BYTES // len(block)):
+                stream.write(block)
+            stream.flush()
+            os.fsync(stream.fileno())
+            speed = WRITE_TEST_BYTES / max(time.monotonic() - started, 1e-6)
+    except OSError as error:
+        return Finding(
+            "state folder", "broken", f"{folder}: {error.strerror}", "States are written there.", "Mend paths.runs."
+        )
+    state = plan.sizes.state_bytes if plan and plan.sizes else None
+    wait = f"; a state takes about {state / speed:.0f} s" if state else ""
+    if speed < SLOW_BYTES_PER_SECOND:
+        return Finding(
+            "state folder",
+            "warning",
+            f"{folder} takes {show_bytes(int(speed))} a second{wait}",
+            "All processes wait while a state is written.",
+            "Set paths.runs to a faster disk, or save less often.",
+        )
+    return Finding.ok("state folder", f"{folder} takes {show_bytes(int(speed))} a second{wait}")
+
+
+def examine_open_files(effective: Effective | None) -> Finding:
+    """The limit of open files against loader workers and their pipes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    workers = effective.get("max_data_loader_n_workers", 8) if effective else 8
+    processes = effective.site.machine.processes if effective and effective.site else 1
+    needed = max(256 * (workers + 1), OPEN_FILES_NEEDED if processes > 1 else 1024)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        return Finding(
+            "open files",
+            "warning",
+            f"the limit is {soft:,}",
+            f"{workers} loader workers pass batches through files; about {needed:,} may be open at once.",
+            f"Raise it before training: ulimit -n {needed}"
+            if hard == resource.RLIM_INFINITY or hard >= needed
+            else f"Have root raise the hard limit of {hard:,}: nofile in limits.conf, or --ulimit of the container.",
+        )
+    return Finding.ok("open files", f"the limit is {soft:,}")
+
+
+def examine_clock(effective: Effective | None) -> Finding:
+    """The clock against the calendar and against the disk's own."""
+    folder = nearest_folder(effective.site.paths.runs if effective and effective.site else Path(tempfile.gettempdir()))
+    now = time.time()
+    shown = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".kwrap-doctor-") as stream:
+            drift = abs(Path(stream.name).stat().st_mtime - time.time())
+    except OSError:
+        drift = 0.0
+    if now < EARLIEST_CLOCK or drift > CLOCK_DRIFT_SECONDS:
+        detail = f", {drift:.0f} s from the disk's" if drift > CLOCK_DRIFT_SECONDS else ""
+        return Finding(
+            "clock",
+            "warning",
+            f"{shown}{detail}",
+            "Times in the ledger and in metrics would mislead; secure downloads fail.",
+            "Set the clock, best by NTP.",
+        )
+    return Finding.ok("clock", shown)
+
+
+@dataclass(frozen=True)
+class Health:
+    """All findings of one examination."""
+
+    findings: tuple[Finding, ...]
+    """In the order of looking."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing would break the run."""
+        return not any(finding.status == "broken" for finding in self.findings)
+
+
+def as_json(health: Health) -> dict[str, Any]:
+    """For `--json`."""
+    return {"ready": health.is_ready, "findings": [asdict(each) for each in health.findings]}

@@ -1,0 +1,182 @@
+"""The whole plan of a training: its steps, its network, its sizes and its time, with what cannot work."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.config.base_model import (
+    BadBaseModel,
+    UnpickledByName,
+    check_base_model,
+    needs_own_vae,
+    require_weight_files,
+)
+from kohaku_wrap.config.checks import check_plan
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.errors import KwrapError, Problem
+from kohaku_wrap.formats.caption_rows import ImageSizes
+from kohaku_wrap.formats.safetensors import MalformedFile, PickledFile
+from kohaku_wrap.planning.module_counts import (
+    ModuleCounts,
+    NotCounted,
+    check_unmatched,
+    count_network_everywhere,
+)
+from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, show_bytes, total_of, weigh_training
+from kohaku_wrap.planning.step_plan import plan_steps
+from kohaku_wrap.steps import StepPlan
+
+STEPS_LOOKED_AT = 500
+"""The newest measured steps that the step time is taken from."""
+
+
+class NoMeasurement(KwrapError):
+    """The run has measured no step yet."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All that is known before a training starts."""
+
+    template: str
+    """Its name."""
+
+    engine: str
+    """The engine that the site names."""
+
+    data: str
+    """Who loads the images: kwrap or sd-scripts."""
+
+    sizes_from: str
+    """Where the image sizes come from."""
+
+    sizes_exact: bool
+    """Whether they were measured on the images."""
+
+    steps: StepPlan
+    """The counts."""
+
+    warmup_optimizer_steps: int
+    """Warm-up under kwrap."""
+
+    warmup_plain: int
+    """Warm-up under plain sd-scripts on the same site, in optimizer steps."""
+
+    counts: tuple[ModuleCounts, ...]
+    """The network, counted on diffusers' UNet and, where installed, on the trainer's."""
+
+    sizes: Sizes | None
+    """What it weighs; None where the network was not counted."""
+
+    seconds_per_step: float | None
+    """Given or measured."""
+
+    problems: tuple[Problem, ...]
+    """What cannot work."""
+
+    not_counted: str = ""
+    """Why the network was not counted."""
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """How long all optimizer steps take; None where no step time is known."""
+        return None if self.seconds_per_step is None else self.seconds_per_step * self.steps.total_optimizer_steps
+
+
+def plan_training(
+    effective: Effective, images: ImageSizes, seconds_per_step: float | None = None, *, with_modules: bool = True
+) -> TrainingPlan:
+    """Count and weigh a training of a template on its site over these images."""
+    steps = plan_steps(effective, images)
+    problems = check_plan(effective, steps) + check_model(effective)
+    counts: tuple[ModuleCounts, ...] = ()
+    not_counted = "" if with_modules else "modules, parameters and sizes were not asked for"
+    if with_modules and effective.get("network_module") == "lycoris.kohya":
+        try:
+            counts = tuple(count_network_everywhere(effective))
+        except NotCounted as fault:
+            not_counted = f"{fault.message}. {fault.next_step}"
+    sizes = None
+    if counts:
+        first = counts[0]
+        problems += check_unmatched(effective, first)
+        base = (first.base_unet_parameters, first.base_text_encoder_parameters, first.base_vae_parameters)
+        sizes = weigh_training(effective, steps, images, first.parameters, first.tensors, base)
+        problems += check_memory(sizes)
+    warmup, warmup_plain = count_warmup(effective, steps)
+    return TrainingPlan(
+        template=effective.name,
+        engine=effective.engine,
+        data=effective.get("kwrap.data", "kwrap"),
+        sizes_from=images.source,
+        sizes_exact=images.exact,
+        steps=steps,
+        warmup_optimizer_steps=warmup,
+        warmup_plain=warmup_plain,
+        counts=counts,
+        sizes=sizes,
+        seconds_per_step=seconds_per_step,
+        problems=tuple(problems),
+        not_counted=not_counted,
+    )
+
+
+def count_warmup(effective: Effective, steps: StepPlan) -> tuple[int, int]:
+    """Optimizer steps of warm-up under kwrap, and under plain sd-scripts.
+
+    sd-scripts advances its schedule once per process and step, but multiplies only the total by the processes.
+    """
+    warmup = effective.get("lr_warmup_steps", 0)
+    if isinstance(warmup, float):
+        share = int(warmup * steps.total_optimizer_steps)
+        return share, share
+    return warmup, -(-warmup // steps.processes)
+
+
+def check_model(effective: Effective) -> list[Problem]:
+    """A base model that is there and cannot be trained; one that is not there yet hinders no plan."""
+    site = effective.site
+    if site is None or not site.paths.base_model.is_file():
+        return []
+    try:
+        check_base_model(site.paths.base_model, needs_own_vae(site))
+        require_weight_files(effective.options, site.path.parent)
+    except (BadBaseModel, UnpickledByName, PickledFile, MalformedFile) as fault:
+        return [Problem("base_model" if isinstance(fault, BadBaseModel) else "weights", fault.message, str(site.path))]
+    return []
+
+
+def check_memory(sizes: Sizes) -> list[Problem]:
+    """Host memory beyond the machine's."""
+    needed, there = total_of(sizes.host_memory), machine_memory_bytes()
+    if needed <= there:
+        return []
+    largest = max(sizes.host_memory, key=lambda part: part.size_bytes)
+    what = (
+        f"{show_bytes(needed)} needed, {show_bytes(there)} there; the largest part is {largest.name} with "
+        f'{show_bytes(largest.size_bytes)}. Fewer workers in site.toml, or data = "kwrap", need less'
+    )
+    return [Problem("host memory", what)]
+
+
+def read_step_seconds(run: Path) -> float:
+    """The median seconds of an optimizer step that a run measured. Raises NoMeasurement."""
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()[-STEPS_LOOKED_AT:]
+    except FileNotFoundError:
+        raise NoMeasurement(f"{path}: not there", "Name the folder of a run, or give --seconds-per-step.") from None
+    seconds = []
+    for line in lines:
+        try:
+            value = json.loads(line).get("seconds")
+        except ValueError:
+            continue
+        if isinstance(value, (int, float)) and value > 0:
+            seconds.append(float(value))
+    if not seconds:
+        raise NoMeasurement(f"{path}: holds no measured step", "Give --seconds-per-step instead.")
+    return statistics.median(seconds)

@@ -1,0 +1,1 @@
+"""Processes that answer one question with heavy packages loaded, and print JSON."""

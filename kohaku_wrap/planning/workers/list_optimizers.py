@@ -1,0 +1,79 @@
+"""The arguments of the optimizers that the trainer knows, from their real signatures, printed as one JSON document.
+
+Run as `python -m kohaku_wrap.planning.workers.list_optimizers [module.Class …]`; with names, only those are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+import json
+import sys
+from typing import Any
+
+CLASSES = {
+    "Adafactor": "transformers.optimization.Adafactor",
+    "AdamW": "torch.optim.AdamW",
+    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
+    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
+    "DAdaptAdaGrad": "dadaptation.DAdaptAdaGrad",
+    "DAdaptAdam": "dadaptation.DAdaptAdam",
+    "DAdaptAdamPreprint": "dadaptation.experimental.DAdaptAdamPreprint",
+    "DAdaptAdan": "dadaptation.DAdaptAdan",
+    "DAdaptAdanIP": "dadaptation.experimental.DAdaptAdanIP",
+    "DAdaptation": "dadaptation.experimental.DAdaptAdamPreprint",
+    "DAdaptLion": "dadaptation.DAdaptLion",
+    "DAdaptSGD": "dadaptation.DAdaptSGD",
+    "Lion": "lion_pytorch.Lion",
+    "Lion8bit": "bitsandbytes.optim.Lion8bit",
+    "PagedAdamW": "bitsandbytes.optim.PagedAdamW",
+    "PagedAdamW32bit": "bitsandbytes.optim.PagedAdamW32bit",
+    "PagedAdamW8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "PagedLion8bit": "bitsandbytes.optim.PagedLion8bit",
+    "Prodigy": "prodigyopt.Prodigy",
+    "RAdamScheduleFree": "schedulefree.RAdamScheduleFree",
+    "SGDNesterov": "torch.optim.SGD",
+    "SGDNesterov8bit": "bitsandbytes.optim.SGD8bit",
+    "SGDScheduleFree": "schedulefree.SGDScheduleFree",
+}
+"""sd-scripts' name of each optimizer and the class behind it, at 48d368f."""
+
+NOT_ARGUMENTS = ("self", "params", "lr")
+"""What the trainer passes itself."""
+
+
+def list_arguments(path: str) -> list[str] | None:
+    """The keyword arguments of a class; None where it cannot be imported or takes any."""
+    module, _, name = path.rpartition(".")
+    try:
+        optimizer: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+    parameters = inspect.signature(optimizer.__init__).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters if parameter.name not in NOT_ARGUMENTS]
+
+
+def find_version(path: str) -> str:
+    """The version of the package that holds a class, without its build; empty where it is not installed."""
+    try:
+        return importlib.metadata.version(path.split(".")[0].replace("_", "-")).split("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def main() -> None:
+    wanted = {path: path for path in sys.argv[1:]} or CLASSES
+    with contextlib.redirect_stdout(sys.stderr):
+        document = {
+            name: {"class": path, "version": find_version(path), "arguments": list_arguments(path)}
+            for name, path in wanted.items()
+        }
+    json.dump(document, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What is uploaded of a run: network, baked model, card, hashes."""

@@ -1,0 +1,196 @@
+"""What a run offers to others: the network, the baked model, a model card, hashes and the ledger's digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, atomic_write, sha256_of_file, write_text
+from kohaku_wrap.formats.machine_paths import without_paths
+from kohaku_wrap.formats.safetensors import encode_header, read_header
+from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes, hash_files
+from kohaku_wrap.merging.planning import plan_merge
+from kohaku_wrap.merging.recipes import Recipe, build_metadata
+from kohaku_wrap.publishing.model_card import CardFacts, compose_card
+
+CARD_NAME = "README.md"
+SUMS_NAME = "SHA256SUMS"
+BAKE_FORMULA = "base + 1.0 * net(network)"
+
+
+class CannotPublish(KwrapError):
+    """A run, or a folder, that cannot be published from or to."""
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """What was written."""
+
+    folder: Path
+    """The folder, ready to upload."""
+
+    optimizer_step: int | None
+    """The step that was published; None for the end of the run."""
+
+    files: dict[str, str]
+    """Names and sha256."""
+
+    ledger_sha256: str
+    """The digest of the ledger; empty if the run has none."""
+
+    license: str
+    """What the card says; empty if nothing is known."""
+
+    card: Path
+    """The model card."""
+
+
+def digest_of_ledger(ledger: Path) -> str:
+    """The sha256 over the names, sizes and bytes of a ledger's files, in the order of their names.
+
+    Empty where there is no ledger.
+    """
+    files = sorted(path for path in ledger.rglob("*") if path.is_file()) if ledger.is_dir() else []
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(ledger).as_posix()
+        digest.update(f"{name}\n{path.stat().st_size}\n".encode())
+        with path.open("rb") as stream:
+            while block := stream.read(HASH_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def find_network(checkpoints: Path, name: str, optimizer_step: int | None) -> Path:
+    """The network of a step, or of the end of the run.
+
+    Raises CannotPublish with the list of those that there are.
+    """
+    wanted = f"{name}.safetensors" if optimizer_step is None else f"{name}-step{optimizer_step:08d}.safetensors"
+    path = checkpoints / wanted
+    if path.is_file():
+        return path
+    there = sorted(file.name for file in checkpoints.glob("*.safetensors")) if checkpoints.is_dir() else []
+    listed = ", ".join(there) if there else "none"
+    raise CannotPublish(
+        f"{checkpoints}: there is no {wanted}",
+        f"Networks there: {listed}. Choose a step with --step N.",
+    )
+
+
+def read_lineage(attempts: Path) -> list[dict[str, Any]]:
+    """Each attempt of a run as it was recorded, with how it ended where that is known, oldest first."""
+    lineage = []
+    for folder in sorted(attempts.glob("[0-9]*"), key=lambda path: path.name.zfill(8)):
+        entry: dict[str, Any] = {"number": folder.name}
+        for name in ("attempt.json", "result.json", "end.json"):
+            try:
+                found = json.loads((folder / name).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if isinstance(found, dict):
+                entry[name.removesuffix(".json")] = found
+        lineage.append(entry)
+    return lineage
+
+
+def copy_network(source: Path, target: Path) -> None:
+    """A whole copy under the target's name, or none; metadata that hold paths of the machine are written without.
+
+    The data and so `sshs_model_hash` stay the same.
+    """
+    header = read_header(source)
+    metadata = without_paths(header.metadata)
+    with source.open("rb") as reading, atomic_write(target, "wb") as writing:
+        if metadata != header.metadata:
+            writing.write(encode_header(header.tensors, metadata))
+            reading.seek(header.data_start)
+        shutil.copyfileobj(reading, writing, HASH_BLOCK_BYTES)
+
+
+def publish_run(
+    folder: Path,
+    lock: Mapping[str, Any],
+    out: Path,
+    optimizer_step: int | None = None,
+    rights: str = "",
+    bake: bool = True,
+    threads: int = 0,
+    on_progress: Progress = lambda done, total: None,
+) -> PublishReport:
+    """Fill `out` with what a step of a run, or its end, offers.
+
+    `folder`: the run's; `lock`: its run.lock.toml. `rights`: the license; where empty, the base model's. Files are
+    written whole, SHA256SUMS last; calling it again replaces them. Raises CannotPublish or what a merge raises.
+    """
+    name = str(lock.get("run", {}).get("name", folder.name))
+    network = find_network(folder / "checkpoints", name, optimizer_step)
+    base = Path(str(lock.get("inputs", {}).get("base_model", "")))
+    if bake and not base.is_file():
+        raise CannotPublish(
+            f"the base model {base} is not there, so nothing can be baked",
+            "Put it back where run.lock.toml names it, or publish the network alone with --no-bake.",
+        )
+    read_header(network)
+    rights = rights or (read_header(base).metadata.get("modelspec.license", "") if base.is_file() else "")
+    out.mkdir(parents=True, exist_ok=True)
+    baked = f"{network.stem}-baked.safetensors"
+    ours = {network.name, baked, f"{baked}.part", CARD_NAME, SUMS_NAME}
+    foreign = [path.name for path in out.iterdir() if path.name not in ours]
+    others = [name for name in foreign if name.endswith(".safetensors")]
+    if foreign and not (out / SUMS_NAME).is_file():
+        raise CannotPublish(f"{out} is not empty ({foreign[0]}, …)", "Choose a new folder with --out.")
+    if others:
+        raise CannotPublish(f"{out} holds what another step offers ({others[0]})", "Choose a new folder with --out.")
+    if not bake and (out / baked).exists():
+        raise CannotPublish(
+            f"{out} holds {baked} of an earlier call, which --no-bake would leave without a hash",
+            "Publish without --no-bake, remove that file, or choose a new folder with --out.",
+        )
+    (out / SUMS_NAME).unlink(missing_ok=True)
+    copy_network(network, out / network.name)
+    written = [network.name]
+    if bake:
+        trained_on = str(lock.get("inputs", {}).get("base_model_sha256", ""))
+        title = f"{name} baked into {base.stem}"
+        bake_network(base, trained_on, out / network.name, out / baked, title, threads, on_progress)
+        written.append(baked)
+    hashes = dict(
+        zip(written, hash_files([out / file for file in written], threads, on_progress, read_again=True), strict=True)
+    )
+    ledger = digest_of_ledger(folder / "ledger")
+    facts = CardFacts(name, optimizer_step, lock, read_lineage(folder / "attempts"), hashes, ledger, rights, base.name)
+    write_text(out / CARD_NAME, compose_card(facts))
+    sums = {file: entry.sha256 for file, entry in hashes.items()}
+    sums[CARD_NAME] = sha256_of_file(out / CARD_NAME)
+    write_text(out / SUMS_NAME, "".join(f"{sha256}  {file}\n" for file, sha256 in sorted(sums.items())))
+    return PublishReport(out, optimizer_step, sums, ledger, rights, out / CARD_NAME)
+
+
+def bake_network(
+    base: Path, trained_on: str, network: Path, output: Path, title: str, threads: int, on_progress: Progress
+) -> None:
+    """Write the checkpoint with the network added at full strength, with its recipe inside.
+
+    `trained_on`: the sha256 of the base model that the run was locked with. Raises CannotPublish for another one.
+    """
+    from kohaku_wrap.merging.running import run_merge
+
+    plan = plan_merge(BAKE_FORMULA, {"base": base, "network": network})
+    found: list[FileHashes] = hash_files([base, network], threads, on_progress, read_again=True)
+    if trained_on and found[0].sha256 != trained_on:
+        raise CannotPublish(
+            f"{base}: its sha256 is {found[0].auto_v2}…, the run was trained on {trained_on[:AUTO_V2_DIGITS]}…",
+            "Put back the base model of the run, or publish the network alone with --no-bake.",
+        )
+    recipe = Recipe(BAKE_FORMULA, title=title)
+    metadata = build_metadata(plan, dict(zip(("base", "network"), found, strict=True)), recipe=recipe)
+    run_merge(plan, output, metadata, threads, on_progress=on_progress)

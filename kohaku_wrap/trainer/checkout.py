@@ -1,0 +1,263 @@
+"""The sd-scripts checkout that kwrap trains with: where it is, whether it is one that kwrap knows, how to get it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.files import expand_user, fsync_folder, making_folder
+from kohaku_wrap.trainer.commits import (
+    SUPPORTED,
+    SUPPORTED_TEXT,
+    SupportedCommit,
+    find_known,
+    installed_checkouts,
+    trainer_folder,
+)
+from kohaku_wrap.trainer.corrections import AnchorMatch, match_anchors, require_anchors
+from kohaku_wrap.trainer.requirements import InstallFailed, RequirementState, check_requirements
+
+CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
+DEFAULT_SOURCE = "https://github.com/kohya-ss/sd-scripts"
+SCRIPT = "sdxl_train_network.py"
+SMALL_FILE_BYTES = 1 << 20
+"""Larger files of `configs/` are left out: mirrors may lack them and SDXL training does not read them."""
+
+SPARSE_PATTERNS = ("/*.py", "/library/", "/networks/", "/requirements.txt", "/LICENSE.md")
+"""All that SDXL training needs of the repository."""
+
+
+class TrainerMissing(KwrapError):
+    """There is no sd-scripts checkout to train with."""
+
+
+class UnsupportedTrainer(KwrapError):
+    """The checkout is not at a supported commit, or its files were changed."""
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """One sd-scripts checkout on this machine."""
+
+    path: Path
+    """Its folder, absolute."""
+
+    commit: str
+    """The full hash; empty where neither git nor the files tell."""
+
+    name: str
+    """The tag or short hash of a supported commit, else the commit's first characters or `unknown`."""
+
+    is_supported: bool
+    """Whether it is at a supported commit with its files as they were."""
+
+    is_changed: bool
+    """Whether git names a supported commit and the files are not that commit's."""
+
+    chosen_by: str
+    """`KWRAP_SD_SCRIPTS` or `kwrap trainer install`."""
+
+
+@dataclass(frozen=True)
+class TrainerReport:
+    """All that `kwrap trainer show` says."""
+
+    checkout: Checkout
+    """The one that a training would use."""
+
+    anchors: tuple[AnchorMatch, ...]
+    """Every place that kwrap relies on."""
+
+    requirements: tuple[RequirementState, ...]
+    """Every package that the trainer imports."""
+
+    installed: tuple[Checkout, ...]
+    """All checkouts under `$KWRAP_HOME`."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a training could start."""
+        anchors_stand = all(match.count == 1 for match in self.anchors)
+        return self.checkout.is_supported and anchors_stand and not any(each.is_missing for each in self.requirements)
+
+
+def inspect_checkout(path: Path, chosen_by: str) -> Checkout:
+    """What the folder is. Raises TrainerMissing when it is no sd-scripts at all."""
+    path = expand_user(path).resolve()
+    if not (path / SCRIPT).is_file() or not (path / "train_network.py").is_file():
+        raise TrainerMissing(f"{path}: no sd-scripts checkout ({SCRIPT} is not there)", install_advice(chosen_by))
+    if known := find_known(path):
+        return Checkout(path, known.commit, known.name, True, False, chosen_by)
+    commit = read_commit(path)
+    known_commit = next((known for known in SUPPORTED if known.commit == commit), None)
+    name = known_commit.name if known_commit else commit[:10] or "unknown"
+    return Checkout(path, commit, name, False, known_commit is not None, chosen_by)
+
+
+def install_advice(chosen_by: str) -> str:
+    if chosen_by == CHECKOUT_VARIABLE:
+        return f"Point {CHECKOUT_VARIABLE} at a checkout of sd-scripts, or unset it and run: kwrap trainer install"
+    return "Install it again: kwrap trainer install"
+
+
+def read_commit(path: Path) -> str:
+    """The commit that git names for this very folder, or nothing."""
+    if not (path / ".git").exists():
+        return ""
+    try:
+        return run_git(["rev-parse", "HEAD"], path).strip()
+    except InstallFailed:
+        return ""
+
+
+def list_installed() -> list[Checkout]:
+    """The checkouts under `$KWRAP_HOME`, in the order of SUPPORTED."""
+    return [inspect_checkout(folder, "kwrap trainer install") for folder in installed_checkouts()]
+
+
+def find_checkout(commit: str = "") -> Checkout:
+    """The checkout to train with: KWRAP_SD_SCRIPTS, else the installed one at `commit`, else the default.
+
+    Raises TrainerMissing. Whether it is supported is for `require_supported`.
+    """
+    if given := os.environ.get(CHECKOUT_VARIABLE):
+        return inspect_checkout(Path(given), CHECKOUT_VARIABLE)
+    installed = list_installed()
+    if commit:
+        wanted = [checkout for checkout in installed if checkout.commit == commit]
+        if wanted:
+            return wanted[0]
+        there = f"; installed: {', '.join(each.name for each in installed)}" if installed else ""
+        raise TrainerMissing(
+            f"sd-scripts {commit[:10]} is not installed{there}",
+            f"Install it: kwrap trainer install --commit {commit[:10]}",
+        )
+    if installed:
+        return installed[0]
+    raise TrainerMissing(
+        "sd-scripts is not installed",
+        f"Install it: kwrap trainer install\nOr point {CHECKOUT_VARIABLE} at a checkout, or use --engine builtin.",
+    )
+
+
+def require_supported(checkout: Checkout) -> Checkout:
+    """The checkout, if kwrap may correct its loop.
+
+    Raises AnchorsMissing that names the places that differ, or UnsupportedTrainer.
+    """
+    require_anchors(checkout.path, checkout.name, SUPPORTED_TEXT)
+    if checkout.is_changed:
+        raise UnsupportedTrainer(
+            f"{checkout.path}: files of sd-scripts {checkout.name} were changed",
+            f"Restore them (git -C {checkout.path} checkout -- .), or install a fresh one: kwrap trainer install",
+        )
+    if not checkout.is_supported:
+        raise UnsupportedTrainer(
+            f"{checkout.path}: sd-scripts {checkout.name} is not supported",
+            f"Supported: {SUPPORTED_TEXT}. Install one: kwrap trainer install",
+        )
+    return checkout
+
+
+def report_trainer() -> TrainerReport:
+    """What a training would use, and all that kwrap relies on in it."""
+    checkout = find_checkout()
+    return TrainerReport(
+        checkout, tuple(match_anchors(checkout.path)), tuple(check_requirements()), tuple(list_installed())
+    )
+
+
+def resolve_commit(wanted: str) -> SupportedCommit:
+    """The supported commit of that tag or hash; raises UsageError with those there are."""
+    if not wanted:
+        return SUPPORTED[0]
+    for known in SUPPORTED:
+        if wanted == known.name or (len(wanted) >= 7 and known.commit.startswith(wanted.lower())):
+            return known
+    raise UsageError(f"sd-scripts {wanted} is not supported", f"Supported: {SUPPORTED_TEXT}.")
+
+
+def install_checkout(
+    source: str = "", commit: str = "", on_note: Callable[[str], None] = lambda note: None
+) -> tuple[Checkout, bool]:
+    """Put a supported commit under `$KWRAP_HOME`, whole or not at all; with whether it was there already.
+
+    `source`: a git URL or a local repository, whose large files may be missing. Raises InstallFailed.
+    """
+    wanted = resolve_commit(commit)
+    final = trainer_folder() / wanted.commit
+    if (final / SCRIPT).is_file():
+        checkout = inspect_checkout(final, "kwrap trainer install")
+        if checkout.is_supported:
+            return require_supported(checkout), True
+        on_note(f"{final} was changed; it is replaced")
+    with making_folder(trainer_folder(), f".{wanted.name}-") as part:
+        on_note(f"Getting sd-scripts {wanted.name} from {source or DEFAULT_SOURCE}")
+        clone_commit(source or DEFAULT_SOURCE, wanted.commit, part / "checkout")
+        require_supported(inspect_checkout(part / "checkout", "kwrap trainer install"))
+        if final.exists():
+            final.rename(part / "replaced")
+        (part / "checkout").rename(final)
+        fsync_folder(trainer_folder())
+    return inspect_checkout(final, "kwrap trainer install"), False
+
+
+def clone_commit(source: str, commit: str, folder: Path) -> None:
+    """A checkout of what SDXL training needs of one commit; the rest is not fetched where git can leave it out."""
+    local = expand_user(source.removeprefix("file://"))
+    if local.exists():
+        run_git(["clone", "--quiet", "--no-checkout", str(local.resolve()), str(folder)], folder.parent)
+    else:
+        run_git(["clone", "--quiet", "--no-checkout", "--filter=blob:none", source, str(folder)], folder.parent)
+    if not has_commit(folder, commit):
+        run_git(["fetch", "--quiet", "origin", commit], folder)
+    patterns = [*SPARSE_PATTERNS, *(f"/{name}" for name in small_configs(folder, commit))]
+    run_git(["sparse-checkout", "set", "--no-cone", *patterns], folder)
+    run_git(["-c", "advice.detachedHead=false", "checkout", "--quiet", "--detach", commit], folder)
+
+
+def has_commit(folder: Path, commit: str) -> bool:
+    try:
+        run_git(["cat-file", "-e", f"{commit}^{{commit}}"], folder)
+    except InstallFailed:
+        return False
+    return True
+
+
+def small_configs(folder: Path, commit: str) -> list[str]:
+    """The JSON files of `configs/` that are there and small."""
+    names = run_git(["ls-tree", "-r", "--name-only", commit, "configs/"], folder).split("\n")
+    small = []
+    for name in names:
+        if not name.endswith(".json"):
+            continue
+        try:
+            size_bytes = int(run_git(["cat-file", "-s", f"{commit}:{name}"], folder))
+        except InstallFailed:
+            continue
+        if size_bytes < SMALL_FILE_BYTES:
+            small.append(name)
+    return small
+
+
+def run_git(arguments: Sequence[str], folder: Path) -> str:
+    """What git prints, in `folder`; raises InstallFailed with git's own words."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_TERMINAL_PROMPT"] = "0"
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        raise InstallFailed("git is not installed", "Install git and run the same command again.") from error
+    if result.returncode:
+        words = result.stderr.strip() or f"exit code {result.returncode}"
+        raise InstallFailed(
+            f"git {' '.join(arguments[:2])}: {words}",
+            "Check the source, or give another: kwrap trainer install --source URL_OR_PATH",
+        )
+    return result.stdout

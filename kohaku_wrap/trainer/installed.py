@@ -1,0 +1,173 @@
+"""What is installed here: the trainer's checkout, its commit, and the versions of packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import expand_user, write_text
+from kohaku_wrap.processes import NoAnswer, ask_python
+from kohaku_wrap.trainer.commits import find_known, installed_checkouts
+from kohaku_wrap.trainer.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
+
+CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
+"""The environment variable that points at an existing sd-scripts checkout."""
+
+DECISIVE_PACKAGES = frozenset(
+    {
+        "torch",
+        "torchvision",
+        "triton",
+        "xformers",
+        "flash-attn",
+        "sageattention",
+        "accelerate",
+        "deepspeed",
+        "lycoris-lora",
+        "bitsandbytes",
+        "diffusers",
+        "transformers",
+        "tokenizers",
+        "ftfy",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "pillow-avif-plugin",
+        "opencv-python",
+        "opencv-python-headless",
+        "imagesize",
+        "albumentations",
+        "lion-pytorch",
+        "schedulefree",
+        "prodigyopt",
+        "prodigy-plus-schedule-free",
+        "dadaptation",
+        "came-pytorch",
+        "pytorch-optimizer",
+        "adabelief-pytorch",
+        "torchao",
+    }
+)
+"""Packages that compute what is trained: tensors, networks, optimizers, tokens, pixels; besides CUDA's own."""
+
+TRAINER_SCRIPT = "sdxl_train_network.py"
+READ_TIMEOUT_SECONDS = 300
+
+
+class UnreadableTrainer(KwrapError):
+    """The trainer's own parser could not be asked."""
+
+
+def find_trainer(commit: str = "") -> Path | None:
+    """The sd-scripts checkout that kwrap would train with: the installed one at `commit` before the default."""
+    given = os.environ.get(CHECKOUT_VARIABLE)
+    folders = [expand_user(given)] if given else installed_checkouts(commit)
+    return next((folder.absolute() for folder in folders if (folder / TRAINER_SCRIPT).is_file()), None)
+
+
+def read_trainer_commit(checkout: Path) -> str:
+    """The commit of the checkout itself: by its files, which need no git, else the one that git names."""
+    if known := find_known(checkout):
+        return known.commit
+    return read_commit(checkout) if (checkout / ".git").exists() else ""
+
+
+def read_commit(folder: Path) -> str:
+    """The git commit of the repository that holds `folder`; empty where there is none or git is not there."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=20
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def list_versions(folders: Sequence[Path] = ()) -> dict[str, str]:
+    """Every installed package and its version, by name; of `folders` too, which come last on the import path."""
+    found: dict[str, str] = {}
+    spellings: dict[str, str] = {}
+    for dist in (*metadata.distributions(), *(metadata.distributions(path=[str(folder) for folder in folders]))):
+        if dist.metadata and (name := dist.metadata["Name"]):
+            # The first on the import path is the one that is imported.
+            spellings.setdefault(plain_name(name), name)
+            found.setdefault(spellings[plain_name(name)], dist.version)
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def plain_name(package: str) -> str:
+    """A package's name in one spelling: `lycoris-lora` for `lycoris_lora`."""
+    return package.lower().replace("_", "-").replace(".", "-")
+
+
+def is_decisive(package: str) -> bool:
+    """Whether another version of a package can change bits of what is trained."""
+    name = plain_name(package)
+    return name in DECISIVE_PACKAGES or name.startswith("nvidia-")
+
+
+def find_option_table(*, read_live: bool = True) -> OptionTable:
+    """The options of the installed trainer, asked once per commit; the recorded table where there is none.
+
+    With `read_live` False a commit that was never asked is answered from the recorded table.
+    """
+    checkout = find_trainer()
+    if checkout is None:
+        return load_recorded_table()
+    commit = read_trainer_commit(checkout)
+    if not commit or (not read_live and not cached_table_file(commit).is_file()):
+        return load_recorded_table()
+    if not cached_table_file(commit).is_file():
+        write_text(cached_table_file(commit), ask_trainer(checkout))
+    return load_option_table(commit)
+
+
+def ask_reader(worker: str, argument: str) -> Any:
+    """The answer of a worker that reads what only an import can tell. Raises NoAnswer."""
+    return ask_python(
+        f"kohaku_wrap.planning.workers.{worker}",
+        argument,
+        added={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        timeout_seconds=READ_TIMEOUT_SECONDS,
+    )
+
+
+def ask_optimizer(path: str) -> list[str] | None:
+    """The arguments of an optimizer class `module.Class` from its own signature, asked once per version of a package.
+
+    Imports the module, in a process of its own: only for known and trusted ones. None where it cannot be imported, or
+    takes any argument.
+    """
+    try:
+        version = metadata.version(path.split(".")[0].replace("_", "-"))
+        kept = cached_table_file(f"optimizer-{path}-{version}")
+    except metadata.PackageNotFoundError:
+        kept = None  # a file of the person's own, which changes
+    try:
+        if kept and kept.is_file():
+            document = json.loads(kept.read_text(encoding="utf-8"))
+        else:
+            document = ask_reader("list_optimizers", path)
+    except NoAnswer:
+        return None
+    if kept and not kept.is_file():
+        write_text(kept, json.dumps(document))
+    arguments: list[str] | None = document[path]["arguments"]
+    return arguments
+
+
+def ask_trainer(checkout: Path) -> str:
+    """The options of a checkout as JSON, read from its own parser in a process of its own. Raises UnreadableTrainer."""
+    try:
+        return json.dumps(ask_reader("list_options", str(checkout)))
+    except NoAnswer as failed:
+        raise UnreadableTrainer(
+            f"{checkout}: its parser could not be read: {failed.message}",
+            "Run `kwrap doctor --engine sd-scripts`; it names the package that is missing.",
+        ) from None

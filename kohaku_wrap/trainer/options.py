@@ -1,0 +1,238 @@
+"""The trainer's options by name: their types, choices and defaults, and whether a value fits."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import home_folder
+from kohaku_wrap.toml_files import parse_toml
+
+RECORDED_TABLE = Path(__file__).with_name("options_sd_scripts.json")
+"""The options of the supported commits, written by `planning/workers/list_options.py`; the same for all of them."""
+
+SHOWN_LENGTH = 120
+
+TYPE_WORDS = {
+    "flag": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "int_or_float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "dict": "a table",
+    "two_ints": "two whole numbers",
+    "two_floats": "two numbers",
+}
+
+
+class UnfitValue(KwrapError):
+    """A value that an option cannot take."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the trainer's parser or of its dataset file."""
+
+    name: str
+    """As in sd-scripts."""
+
+    types: tuple[str, ...]
+    """What it takes: flag, int, float, int_or_float, str, bool, dict, two_ints, two_floats."""
+
+    many: bool = False
+    """It takes a list of such values."""
+
+    choices: tuple[Any, ...] | None = None
+    """The only values allowed; None among them means unset."""
+
+    default: Any = None
+    """What the trainer does without it."""
+
+    level: str = "option"
+    """`option` of trainer.toml, or `dataset` or `subset` of dataset.toml."""
+
+    split_by_commas: bool = True
+    """Whether `--set NAME=a,b` of a list means two values; a prompt holds commas itself."""
+
+    def describe(self) -> str:
+        """What it takes, in words."""
+        words = " or ".join(dict.fromkeys(TYPE_WORDS[kind] for kind in self.types))
+        return f"a list, each {words}" if self.many else words
+
+
+@dataclass(frozen=True)
+class OptionTable:
+    """All options of one trainer."""
+
+    options: Mapping[str, Option]
+    """Options of trainer.toml by name."""
+
+    dataset_options: Mapping[str, Option]
+    """Options of dataset.toml by name."""
+
+    source: str
+    """Where the table was read: an installed checkout or the recorded table."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:
+    """A table from the JSON that `list_options.py` prints."""
+    options = {
+        name: Option(
+            name=name,
+            types=(entry["type"],),
+            many=entry.get("nargs") is not None,
+            choices=tuple(entry["choices"]) if "choices" in entry else None,
+            default=entry["default"],
+        )
+        for name, entry in document["options"].items()
+    }
+    dataset_options = {
+        name: Option(name, tuple(entry["types"]), default=entry["default"], level=entry["level"])
+        for name, entry in document["dataset_options"].items()
+    }
+    return OptionTable(options, dataset_options, source)
+
+
+@cache
+def load_recorded_table() -> OptionTable:
+    """The table that came with kwrap."""
+    document = json.loads(RECORDED_TABLE.read_text(encoding="utf-8"))
+    return parse_table(document, "the recorded table of " + ", ".join(document["commits"]))
+
+
+def cached_table_file(commit: str) -> Path:
+    """Where the options read from an installed trainer are kept."""
+    return home_folder() / "options" / f"{commit}.json"
+
+
+def load_option_table(commit: str | None = None) -> OptionTable:
+    """The options of the installed trainer's commit where they were read, else the recorded table."""
+    if commit and (file := cached_table_file(commit)).is_file():
+        return parse_table(json.loads(file.read_text(encoding="utf-8")), f"sd-scripts {commit[:7]}")
+    return load_recorded_table()
+
+
+def parse_literal(text: str) -> Any:
+    """The TOML value that `text` spells, or the text itself: 2, 0.5, true, [1, 2], {a = 1}, word."""
+    try:
+        return parse_toml(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def parse_argument(text: str) -> Any:
+    """The value of an optimizer's argument, as TOML spells it or as sd-scripts takes it: 0.9,0.95, (0.9, 0.95), False.
+
+    sd-scripts evaluates Python literals; left as text, `amsgrad=False` would become the text "False", which is true.
+    """
+    value = parse_literal(text)
+    if not isinstance(value, str):
+        return value
+    try:
+        literal = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value
+    if isinstance(literal, tuple):
+        return list(literal)
+    return literal if isinstance(literal, (bool, int, float, list)) else value
+
+
+def parse_text_for(option: Option, text: str) -> Any:
+    """The value of `--set NAME=text`, typed as the option is. Raises UnfitValue."""
+    plain_text = option.types == ("str",) and not option.many
+    value = parse_literal(text)
+    if option.many and not isinstance(value, list) and not option.split_by_commas:
+        value = [value if isinstance(value, str) else text]
+    elif option.many and not isinstance(value, list):
+        value = [parse_literal(part.strip()) if option.types != ("str",) else part.strip() for part in text.split(",")]
+    elif {"two_ints", "two_floats"} & set(option.types) and isinstance(value, str) and "," in value:
+        value = [parse_literal(part.strip()) for part in value.split(",")]
+    elif plain_text:
+        # Quotes of TOML are allowed, but a bare number or word stays the text that was typed.
+        value = value if isinstance(value, str) else text
+    return check_value(option, value)
+
+
+def check_value(option: Option, value: Any) -> Any:
+    """`value` as the trainer needs it, or UnfitValue.
+
+    Where the trainer wants a list, a single value is taken as a list of one; a whole number will do for a fraction.
+    """
+    if option.many:
+        values = value if isinstance(value, list) else [value]
+        return [check_single(option, item) for item in values]
+    return check_single(option, value)
+
+
+def check_single(option: Option, value: Any) -> Any:
+    """One value, or UnfitValue that says what the option takes."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UnfitValue(f"{value} is no finite number")
+    fitting = any(fits(kind, value) for kind in option.types)
+    if fitting and (option.choices is None or value in option.choices):
+        return float(value) if option.types == ("float",) else value
+    shown = shorten(json.dumps(value, ensure_ascii=False, default=str))
+    if not fitting:
+        hint = " (without the quotes)" if isinstance(value, str) and value and fits_unquoted(option, value) else ""
+        raise UnfitValue(f"{shown} is {kind_of(value)}, not {option.describe()}{hint}")
+    allowed = [str(choice) for choice in option.choices or () if choice is not None]
+    raise UnfitValue(f"{shown} is not one of {', '.join(allowed)}{suggest(str(value), allowed)}")
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning where it would fill a terminal."""
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
+
+
+def fits_unquoted(option: Option, text: str) -> bool:
+    return any(fits(kind, parse_literal(text)) for kind in option.types if kind != "str")
+
+
+def fits(kind: str, value: Any) -> bool:
+    """Whether a TOML value is of one of the kinds of TYPE_WORDS."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    is_number = is_int or isinstance(value, float)
+    match kind:
+        case "flag" | "bool":
+            return isinstance(value, bool)
+        case "int":
+            return is_int
+        case "float" | "int_or_float":
+            return is_number
+        case "str":
+            return isinstance(value, str)
+        case "dict":
+            return isinstance(value, dict)
+        case "two_ints":
+            return isinstance(value, list) and len(value) == 2 and all(fits("int", item) for item in value)
+        case "two_floats":
+            return isinstance(value, list) and len(value) == 2 and all(fits("float", item) for item in value)
+    return False
+
+
+def kind_of(value: Any) -> str:
+    """The kind of a TOML value, in words."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "a whole number"
+    if isinstance(value, float):
+        return "a number"
+    if isinstance(value, str):
+        return "text"
+    return "a table" if isinstance(value, dict) else "a list"

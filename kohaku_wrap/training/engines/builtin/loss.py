@@ -1,0 +1,169 @@
+"""From a batch to its loss, with sd-scripts' conditioning, draws and weights on diffusers' modules.
+
+The random draws come in sd-scripts' order: the latents' sample, the noise, its offset, the time steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch.nn import functional
+
+from kohaku_wrap.trainer.builtin_options import BuiltinOptions
+from kohaku_wrap.training.engines.builtin.models import BaseModel
+
+VAE_SCALE = 0.13025
+"""SDXL's factor from the VAE's latents to those of the UNet."""
+
+TRAIN_TIMESTEPS = 1000
+FIRST_ENCODER_LAYER = 11
+"""The hidden states of text encoder 1 that SDXL reads: after eleven of its twelve layers."""
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """One batch's loss and what was met on the way."""
+
+    loss: torch.Tensor
+    """Scalar, with its graph."""
+
+    timesteps: tuple[int, ...]
+    """One an image."""
+
+    nan_latents: int
+    """Images whose latents were not numbers; zeros were trained for them, as sd-scripts does."""
+
+
+class LossOfBatch:
+    """Computes losses on one device with the network applied to the model."""
+
+    def __init__(self, model: BaseModel, options: BuiltinOptions, accelerator: Any, end_token_id: int) -> None:
+        self.model = model
+        self.options = options
+        self.accelerator = accelerator
+        self.end_token_id = end_token_id
+        self.weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.mixed_precision, torch.float32)
+        self.vae_dtype = torch.float32 if options.no_half_vae else self.weight_dtype
+        self.trains_text = not options.network_train_unet_only
+        self.scheduler = DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            num_train_timesteps=TRAIN_TIMESTEPS,
+            clip_sample=False,
+        )
+        signal = torch.sqrt(self.scheduler.alphas_cumprod)
+        noise = torch.sqrt(1.0 - self.scheduler.alphas_cumprod)
+        self.signal_to_noise = (signal / noise) ** 2
+
+    def place_model(self) -> None:
+        """Move the model to the device in the precisions that sd-scripts uses."""
+        device = self.accelerator.device
+        self.model.unet.to(device, self.weight_dtype)
+        self.model.vae.to(device, self.vae_dtype)
+        for encoder in self.model.text_encoders:
+            # The CPU has no half-precision text encoders.
+            encoder.to(device, torch.float32 if device.type == "cpu" else self.weight_dtype)
+        if self.options.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+            self.model.unet.train()
+            for encoder in self.model.text_encoders:
+                encoder.train()
+                if self.trains_text:
+                    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def __call__(self, batch: Batch) -> BatchLoss:
+        """The loss of one batch under the generators as they stand."""
+        latents, nan_latents = self.encode_images(batch["images"])
+        with torch.set_grad_enabled(self.trains_text), self.accelerator.autocast():
+            text, pooled = self.encode_captions(batch["input_ids_list"])
+        noise = self.draw_noise(latents)
+        timesteps = self.draw_timesteps(len(latents))
+        noisy = self.scheduler.add_noise(latents, noise, timesteps.to(latents.device))
+        with self.accelerator.autocast():
+            predicted = self.predict_noise(noisy, timesteps.to(latents.device), text, pooled, batch)
+        loss = functional.mse_loss(predicted.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))
+        loss = loss * batch["loss_weights"].to(loss.device)
+        if self.options.min_snr_gamma:
+            ratio = self.signal_to_noise[timesteps]
+            weight = torch.minimum(ratio, torch.full_like(ratio, self.options.min_snr_gamma)) / ratio
+            loss = loss * weight.float().to(loss.device)
+        return BatchLoss(loss.mean(), tuple(timesteps.tolist()), nan_latents)
+
+    @torch.no_grad()
+    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(n, 4, height / 8, width / 8) latents, sampled and scaled, and how many images gave none."""
+        images = images.to(self.accelerator.device, self.vae_dtype)
+        size = self.options.vae_batch_size or len(images)
+        parts = [self.model.vae.encode(part).latent_dist.sample() for part in torch.split(images, size)]
+        latents = torch.cat(parts)
+        nan_latents = int(latents.isnan().flatten(1).any(dim=1).sum())
+        if nan_latents:
+            latents = torch.nan_to_num(latents, nan=0.0)
+        return latents * VAE_SCALE, nan_latents
+
+    def encode_captions(self, input_ids_list: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, tokens, both widths) hidden states and (n, width) pooled state.
+
+        `input_ids_list`: for each encoder (n, chunks, 77). Chunks are encoded apart and joined with one start and
+        one end token.
+        """
+        first, second = self.model.text_encoders
+        ids = [each.to(self.accelerator.device) for each in input_ids_list]
+        images, chunks = ids[0].shape[:2]
+        flat = [each.reshape(images * chunks, -1) for each in ids]
+        states1 = first(flat[0], output_hidden_states=True).hidden_states[FIRST_ENCODER_LAYER]
+        output = second(flat[1], output_hidden_states=True)
+        states2 = output.hidden_states[-2]
+        # The first end token, by its id: transformers would take the highest id, which added tokens may have.
+        ends = (flat[1] == self.end_token_id).int().argmax(dim=1)
+        last = output.last_hidden_state
+        pooled = last[torch.arange(len(last), device=last.device), ends]
+        projection = second.text_projection
+        pooled = projection(pooled.to(projection.weight.dtype)).to(last.dtype)
+        joined = [join_chunks(states.reshape(images, chunks, *states.shape[1:])) for states in (states1, states2)]
+        return torch.cat(joined, dim=2), pooled[::chunks]
+
+    def draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normal noise of the latents' shape, with a constant offset for each image and channel."""
+        noise = torch.randn_like(latents)
+        if self.options.noise_offset:
+            offset = torch.randn((*latents.shape[:2], 1, 1), device=latents.device)
+            noise = noise + self.options.noise_offset * offset
+        return noise
+
+    def draw_timesteps(self, images: int) -> torch.Tensor:
+        """(images,) int64 on the CPU, so that every device draws the same."""
+        lowest = self.options.min_timestep or 0
+        highest = TRAIN_TIMESTEPS if self.options.max_timestep is None else self.options.max_timestep
+        if lowest >= highest:
+            return torch.full((images,), highest)
+        return torch.randint(lowest, highest, (images,), device="cpu")
+
+    def predict_noise(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """The UNet's output under SDXL's size conditions: original size, crop corner, target size."""
+        names = ("original_sizes_hw", "crop_top_lefts", "target_sizes_hw")
+        sizes = torch.cat([batch[name] for name in names], dim=1).to(noisy.device)
+        conditions = {"text_embeds": pooled.to(self.weight_dtype), "time_ids": sizes}
+        prediction: torch.Tensor = self.model.unet(
+            noisy.to(self.weight_dtype),
+            timesteps,
+            text.to(self.weight_dtype),
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0]
+        return prediction
+
+
+def join_chunks(states: torch.Tensor) -> torch.Tensor:
+    """(n, chunks, 77, width) to (n, 75 * chunks + 2, width): the first start, every middle, the last end."""
+    if states.shape[1] == 1:
+        return states[:, 0]
+    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)

@@ -1,0 +1,133 @@
+"""The single-file SDXL base model as diffusers' and transformers' modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
+from kohaku_wrap.planning.workers.module_names import build_named_view, pair_names
+
+Tensors = dict[str, torch.Tensor]
+
+KEYS_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The four parts of SDXL, frozen, on the CPU, in the file's precision."""
+
+    unet: UNet2DConditionModel
+    """The noise predictor."""
+
+    vae: AutoencoderKL
+    """Images to latents."""
+
+    text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    """OpenAI's CLIP-L and OpenCLIP's bigG."""
+
+    named_unet: nn.Module
+    """The UNet's modules under the checkpoint's names, for creating the network."""
+
+
+def load_base_model(path: Path, vae_path: Path | None) -> BaseModel:
+    """The model of a single file with sgm key names; sizes from `config.json` beside it, else those of SDXL.
+
+    `vae_path` replaces the file's VAE. Raises BadBaseModel with the keys that are missing or too many.
+    """
+    tensors = read_tensors(path)
+    sizes = read_sizes(path)
+    unet_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**sizes["unet"])
+    converted = convert(path, "the UNet", single_file_utils.convert_ldm_unet_checkpoint, unet_tensors, unet.config)
+    fill_module(unet, converted, path, "the UNet")
+
+    with init_empty_weights(include_buffers=False):
+        first = CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"]))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes["text_encoder_2"]))
+        vae = AutoencoderKL(**sizes["vae"])
+    first_tensors = {n: t for n, t in tensors.items() if n.startswith(TEXT_ENCODER_PREFIX)}
+    fill_module(first, single_file_utils.convert_ldm_clip_checkpoint(first_tensors), path, "text encoder 1")
+    fill_module(second, convert_second_encoder(second, tensors, path), path, "text encoder 2")
+
+    vae_file = vae_path or path
+    vae_tensors = read_tensors(vae_path) if vae_path else {n: t for n, t in tensors.items() if n.startswith(VAE_PREFIX)}
+    if not any(name.startswith("encoder.down_blocks.") for name in vae_tensors):
+        vae_tensors = convert(
+            vae_file, "the VAE", single_file_utils.convert_ldm_vae_checkpoint, vae_tensors, vae.config
+        )
+    fill_module(vae, vae_tensors, vae_file, "the VAE")
+
+    for module in (unet, first, second, vae):
+        module.requires_grad_(False)
+        module.eval()
+    view = build_named_view(unet, pair_names(unet_tensors, converted))
+    return BaseModel(unet, vae, (first, second), view)
+
+
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of a safetensors file. Raises BadBaseModel."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadBaseModel(
+            f"{path}: not a safetensors file that can be read ({error})", "Set `base_model` in site.toml."
+        ) from error
+
+
+def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: Any) -> Tensors:
+    """diffusers' conversion of one part; it fails on absent keys with their name alone, which is told in full here."""
+    try:
+        converted: Tensors = conversion(dict(tensors), dict(config))
+    except (KeyError, IndexError, AttributeError) as error:
+        raise BadBaseModel(
+            f"{path}: {part} is not there or incomplete (at {error})", "Set `base_model` in site.toml to a whole SDXL."
+        ) from error
+    return converted
+
+
+def convert_second_encoder(encoder: CLIPTextModelWithProjection, tensors: Tensors, path: Path) -> Tensors:
+    """OpenCLIP's tensors under transformers' names; queries, keys and values are cut apart.
+
+    sd-scripts takes the projection as it stands in the file, where diffusers transposes it. Networks are trained here
+    as sd-scripts trains them, so this does the same.
+    """
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER_2_PREFIX)}
+    converted: Tensors = convert(
+        path,
+        "text encoder 2",
+        lambda part, _: single_file_utils.convert_open_clip_checkpoint(encoder, part, prefix=TEXT_ENCODER_2_PREFIX),
+        own,
+        {},
+    )
+    projection = own.get(f"{TEXT_ENCODER_2_PREFIX}text_projection")
+    return converted if projection is None else converted | {"text_projection.weight": projection}
+
+
+def fill_module(module: nn.Module, tensors: Tensors, path: Path, part: str) -> None:
+    """Give `module` the tensors by name, without copying. Raises BadBaseModel unless all fit."""
+    # Older files carry a buffer that is no longer a parameter.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    faults = [f"{len(names)} keys {what} ({', '.join(names[:KEYS_SHOWN])}{', …' if len(names) > KEYS_SHOWN else ''})"
+              for what, names in (("missing", missing), ("unexpected", unexpected), ("of another size", sorted(wrong)))
+              if names]  # fmt: skip
+    if faults:
+        raise BadBaseModel(
+            f"{path}: {part} does not fit: {'; '.join(faults)}", "Set `base_model` in site.toml to a whole SDXL."
+        )
+    module.load_state_dict(tensors, assign=True)

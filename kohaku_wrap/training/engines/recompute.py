@@ -1,0 +1,122 @@
+"""The content digests of some micro-batches, made anew from the run's images and captions without its models.
+
+Called as `python -m kohaku_wrap.training.engines.recompute RUN` with a JSON list of [epoch, position, substituted] on
+stdin, the last whether the ledger says that an image was replaced; prints a JSON list of digests, or of texts that say
+why one could not be made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.training.data.captions_file import Columns
+from kohaku_wrap.training.data.columns import (
+    BatchKey,
+    ColumnsDataset,
+    ItemOptions,
+    content_digest,
+    read_dataset_options,
+)
+from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.records.folder import Run
+
+LATENT_CHANNELS = 4
+LATENT_STEP = 8
+TRAIN_TIMESTEPS = 1000
+LEFT_OUT = ("noise_offset_random_strength", "ip_noise_gamma", "multires_noise_iterations", "adaptive_noise_scale")
+"""Options with draws of their own before the time steps'."""
+
+
+class CannotReplay(KwrapError):
+    """The run draws its noise in a way that is not followed here."""
+
+
+def replay_timesteps(latent_shape: tuple[int, ...], values: Mapping[str, Any], on_cpu: bool) -> list[int]:
+    """The time steps of a batch after the draws that come before them, under the generators as they stand.
+
+    On a GPU the latents' sample and the noise come from the device's own generator, so only the time steps are drawn.
+    """
+    if on_cpu:
+        images = latent_shape[0]
+        size = int(values.get("vae_batch_size") or images)
+        for start in range(0, images, size):
+            torch.randn((min(size, images - start), *latent_shape[1:]))
+        torch.randn(latent_shape)
+        if values.get("noise_offset"):
+            torch.randn((*latent_shape[:2], 1, 1))
+    lowest = int(values.get("min_timestep") or 0)
+    highest = TRAIN_TIMESTEPS if values.get("max_timestep") is None else int(values["max_timestep"])
+    if lowest >= highest:
+        return [highest] * latent_shape[0]
+    steps: list[int] = torch.randint(lowest, highest, (latent_shape[0],), device="cpu").tolist()
+    return steps
+
+
+def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
+    """One digest or reason a sample."""
+    lock = run.lock
+    # What was trained is what the lock says; the files of the run may have been edited since.
+    values = lock.values
+    unfollowed = [name for name in LEFT_OUT if values.get(name)]
+    if unfollowed:
+        raise CannotReplay(f"{', '.join(unfollowed)} draws before the time steps; --deep does not follow that")
+    options = read_dataset_options(read_locked_dataset(run))
+    dataset = ColumnsDataset(
+        Columns.open(Path(options["image_dir"])),
+        ItemOptions.from_dataset_options(options),
+        lock.batch_per_gpu,
+        lock.seed,
+        lock.group,
+        tokenize=None,
+        substitute_bad_images=True,
+    )
+    on_cpu = int(lock.tables.get("machine", {}).get("gpus", 1)) == 0
+    found: list[int | str] = []
+    for epoch, position, was_substituted in samples:
+        order = dataset.order.epoch(epoch)
+        key = BatchKey(epoch, position, int(order.batch_of_position[position]), order.is_fill(position))
+        try:
+            example = dataset[key]
+        except KwrapError as error:
+            found.append(error.message)
+            continue
+        substituted = example["kwrap"]["substituted"]
+        if bool(substituted) != bool(was_substituted):
+            names = ", ".join(str(image) for image in substituted)
+            found.append(
+                f"images {names} cannot be read any more" if names else "an image that was replaced can be read now"
+            )
+            continue
+        images, _, height, width = example["images"].shape
+        seed_generators(step_seed(lock.seed, epoch, position))
+        shape = (images, LATENT_CHANNELS, height // LATENT_STEP, width // LATENT_STEP)
+        found.append(content_digest(example["kwrap"]["content"], replay_timesteps(shape, values, on_cpu)))
+    return found
+
+
+def read_locked_dataset(run: Run) -> dict[str, Any]:
+    """dataset.toml as the lock keeps it; the file itself for a run of kwrap 0.1, which kept none."""
+    text = run.lock.files.get(run.dataset_config.name)
+    return tomllib.loads(run.dataset_config.read_text(encoding="utf-8") if text is None else text)
+
+
+def main() -> int:
+    run = Run(Path(sys.argv[1]).resolve())
+    try:
+        print(json.dumps(recompute(run, json.load(sys.stdin))))
+    except KwrapError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Where kwrap puts itself into sd-scripts: its accelerator, its scheduler, its states, its trainer's methods."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sdxl_train_network
+import torch
+import train_network
+from accelerate.scheduler import AcceleratedScheduler
+from library import train_util
+from torch.utils.data import DataLoader, RandomSampler
+
+import kohaku_wrap
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import fsync_folder
+from kohaku_wrap.formats.machine_paths import without_paths
+from kohaku_wrap.planning.workers.cpu_processes import leave_frozen_modules
+from kohaku_wrap.streams import seed_of
+from kohaku_wrap.trainer.anchors import LOOP
+from kohaku_wrap.trainer.checkout import Checkout
+from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
+from kohaku_wrap.trainer.corrections import correct_loop
+from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
+from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
+from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
+from kohaku_wrap.training.engines.sd_scripts.loop import Loop
+from kohaku_wrap.training.records.saving import wait_for_room
+from kohaku_wrap.training.records.states import check_state_sizes
+
+TAG_TABLE = "ss_tag_frequency"
+
+
+class WrongProcesses(KwrapError):
+    """The launcher started another number of processes than the attempt says."""
+
+
+def install_seams(loop: Loop, checkout: Checkout) -> None:
+    """Correct the trainer's loop and replace what it looks up in its modules; its files stay as they are."""
+    setattr(train_network, LOOP, loop)
+    corrected = correct_loop(checkout.path / "train_network.py", checkout.name, SUPPORTED_TEXT)
+    names: dict[str, Any] = {}
+    exec(compile(corrected, train_network.__file__, "exec"), train_network.__dict__, names)
+    train_network.NetworkTrainer.train = names["train"]
+    train_util.Accelerator = make_accelerator_class(leave_frozen_modules(train_util.Accelerator), loop)
+    train_util.LossRecorder = make_recorder_class(train_util.LossRecorder, loop)
+    train_util.get_scheduler_fix = schedule_for_one_process(train_util.get_scheduler_fix, loop)
+    # kwrap writes its own states, sealed, at the end of the micro-batch.
+    for name in ("save_and_remove_state_stepwise", "save_and_remove_state_on_epoch_end", "save_state_on_train_end"):
+        setattr(train_util, name, write_no_state)
+
+
+def write_no_state(*_arguments: Any) -> None:
+    """Stands where the trainer would write a state in place under its final name."""
+
+
+def schedule_for_one_process(make_schedule: Callable[..., Any], loop: Loop) -> Callable[..., Any]:
+    """The trainer's schedule, counted in optimizer steps on any number of processes."""
+
+    def make(args: Any, optimizer: Any, _processes: int) -> Any:
+        loop.fired.add("scheduler")
+        return make_schedule(args, optimizer, 1)
+
+    return make
+
+
+def make_recorder_class(base: Any, loop: Loop) -> Any:
+    """The trainer's loss recorder, taken up where the state left it."""
+
+    class LossRecorder(base):  # type: ignore[misc]  # sd-scripts has no type information
+        def __init__(self) -> None:
+            super().__init__()
+            loop.fired.add("loss recorder")
+            number = len(loop.loss_recorders)
+            if number < len(loop.losses_of_state):
+                kept = loop.losses_of_state[number]
+                self.loss_list, self.loss_total = list(kept["loss_list"]), kept["loss_total"]
+            loop.loss_recorders.append(self)
+
+    return LossRecorder
+
+
+def make_accelerator_class(base: Any, loop: Loop) -> Any:
+    """accelerate's own class with kwrap's loader and states."""
+
+    class KwrapAccelerator(base):  # type: ignore[misc]  # taken from sd-scripts' module at run time
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            loop.fired.add("accelerator")
+            loop.accelerator = self
+            # accelerate and torch may have set handlers of their own.
+            loop.attempt.stop_on_signals()
+            if self.num_processes != loop.attempt.processes:
+                raise WrongProcesses(
+                    f"{self.num_processes} processes were started, the attempt is for {loop.attempt.processes}",
+                    "Start it with `kwrap resume`.",
+                )
+
+        def prepare(self, *objects: Any, **keywords: Any) -> Any:
+            swapped = [swap_loader(each, loop) if is_training_loader(each) else each for each in objects]
+            prepared = super().prepare(*swapped, **keywords)
+            for each in prepared if isinstance(prepared, tuple) else (prepared,):
+                if isinstance(each, AcceleratedScheduler):
+                    each.split_batches = True
+                    loop.optimizer = each.optimizers[0]
+                    loop.rate_names = name_rates(loop.network, loop.args, len(loop.optimizer.param_groups))
+            return prepared
+
+        def load_state(self, input_dir: str, *arguments: Any, **keywords: Any) -> None:
+            state = Path(input_dir)
+            if not loop.attempt.foreign:
+                check_state_sizes(state)
+            super().load_state(input_dir, *arguments, **keywords)
+            # Restored on rank 0 alone: the ranks would disagree about where an accumulation ends.
+            self.step = 0
+            loop.read_losses(state)
+            loop.state_bytes = sum(path.stat().st_size for path in state.iterdir() if path.is_file())
+            if loop.attempt.foreign:
+                for schedule in self._schedulers:
+                    convert_schedule(schedule.scheduler, loop.attempt.start_optimizer_step)
+            print(f"resumed from {state.name}", flush=True)
+
+    return KwrapAccelerator
+
+
+def is_training_loader(candidate: Any) -> bool:
+    """Whether it is the trainer's loader of training batches, known by its collator and its shuffle."""
+    return (
+        isinstance(candidate, DataLoader)
+        and isinstance(candidate.collate_fn, train_util.collator_class)
+        and isinstance(candidate.sampler, RandomSampler)
+    )
+
+
+def swap_loader(loader: Any, loop: Loop) -> DataLoader[Any]:
+    """The same loader with kwrap's order and keys; its own seed is not drawn from the global generator."""
+    loop.fired.add("data loader")
+    start = loop.start
+    if isinstance(loader.dataset, KwrapDataset):
+        dataset: Any = loader.dataset
+    else:
+        dataset = TrainersOwnDataset(loader.dataset, loop.seed, loop.count, (start.epoch, start.global_position))
+    loop.dataset = dataset
+    loop.fired.add("dataset")
+    sampler = EpochSampler(
+        dataset.order,
+        start.epoch,
+        start.global_position,
+        loader.collate_fn.current_epoch,
+        on_epoch=lambda: loop.fired.add("sampler"),
+    )
+    return DataLoader(
+        DeliveredErrors(dataset),
+        batch_size=1,
+        sampler=sampler,
+        collate_fn=take_only,
+        num_workers=loader.num_workers,
+        persistent_workers=loader.persistent_workers,
+        worker_init_fn=quieten_worker,
+        generator=torch.Generator().manual_seed(seed_of("loader", loop.seed)),
+    )
+
+
+def take_only(examples: list[Any]) -> Any:
+    """The one batch that a key names."""
+    return examples[0]
+
+
+class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]  # sd-scripts has no type information
+    """sd-scripts' own trainer for SDXL networks, telling the loop what it does."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def post_process_network(self, args: Any, accelerator: Any, network: Any, *rest: Any) -> None:
+        """Have the network's checkpoints written whole or not at all, without tables of tags."""
+        super().post_process_network(args, accelerator, network, *rest)
+        self.loop.fired.add("network")
+        self.loop.network = network
+        network.save_weights = whole_checkpoints(network.save_weights, self.loop)
+
+    def on_step_start(
+        self,
+        args: Any,
+        accelerator: Any,
+        network: Any,
+        text_encoders: Any,
+        unet: Any,
+        batch: Any,
+        weight_dtype: Any,
+        is_train: bool = True,
+    ) -> None:
+        """Seed noise and time steps by position; raises what the dataset met with this batch."""
+        if is_train:
+            self.loop.begin_micro_batch(batch)
+        super().on_step_start(args, accelerator, network, text_encoders, unet, batch, weight_dtype, is_train=is_train)
+
+    def encode_images_to_latents(self, *arguments: Any, **keywords: Any) -> Any:
+        latents = super().encode_images_to_latents(*arguments, **keywords)
+        self.loop.note_latents(latents)
+        return latents
+
+    def get_noise_pred_and_target(self, *arguments: Any, **keywords: Any) -> Any:
+        result = super().get_noise_pred_and_target(*arguments, **keywords)
+        if keywords.get("is_train", True):
+            self.loop.note_timesteps(result[2])
+        return result
+
+    def process_batch(self, batch: Any, *arguments: Any, **keywords: Any) -> Any:
+        cached = batch.get("latents")
+        if cached is not None:
+            # They were encoded before the loop, or lie on the disk.
+            self.loop.note_latents(cached)
+        loss = super().process_batch(batch, *arguments, **keywords)
+        if keywords.get("is_train", True):
+            self.loop.note_loss(loss)
+        return loss
+
+    def sample_images(
+        self, accelerator: Any, args: Any, epoch: int | None, global_step: int, *rest: Any, **keywords: Any
+    ) -> None:
+        """Sample as the trainer does, but not "at first" again after a resume; then end the epoch."""
+        loop = self.loop
+        at_first = epoch == 0
+        if args.sample_prompts and not (at_first and loop.optimizer_steps):
+            loop.attempt.beat(loop.rank, "sampling", loop.optimizer_steps, loop.micro_batches)
+            super().sample_images(accelerator, args, epoch, global_step, *rest, **keywords)
+            loop.attempt.beat(loop.rank, "step", loop.optimizer_steps, loop.micro_batches)
+        if epoch:
+            loop.end_epoch(epoch)
+
+
+def name_rates(network: Any, args: Any, groups: int) -> tuple[str, ...]:
+    """What the optimizer's groups are called in the metrics, in LyCORIS' order; two of each with LoRA+."""
+    names = []
+    plus = bool(getattr(network, "loraplus_lr_ratio", None))
+    rates = {"lr_text_encoder": args.text_encoder_lr, "lr_unet": args.unet_lr}
+    parts = {"lr_text_encoder": "text_encoder_loras", "lr_unet": "unet_loras"}
+    for name, rate in rates.items():
+        rate = rate[0] if isinstance(rate, list) and rate else rate
+        if getattr(network, parts[name], None) and (rate or args.learning_rate):
+            names += [name, f"{name}_plus"] if plus else [name]
+    return tuple(names) if len(names) == groups else tuple(f"lr_group_{group}" for group in range(groups))
+
+
+def whole_checkpoints(save_weights: Callable[..., None], loop: Loop) -> Callable[..., None]:
+    """The network's own writer, to a hidden neighbour that gets the name when all is on disk.
+
+    A full disk is waited out, as it is for states.
+    """
+
+    def save(file: str, dtype: Any, metadata: dict[str, str] | None) -> None:
+        def write() -> None:
+            write_whole(Path(file), lambda part: save_weights(part, dtype, describe_checkpoint(metadata, loop)))
+
+        loop.attempt.beat(loop.rank, "saving", loop.optimizer_steps, loop.micro_batches)
+        wait_for_room(loop.attempt, write, loop.optimizer_steps, loop.micro_batches)
+
+    return save
+
+
+def write_whole(final: Path, write: Callable[[str], None]) -> None:
+    """Let `write` make a hidden neighbour of `final`, and give it the name when it is on disk."""
+    # The writer tells the format by the suffix.
+    part = final.with_name(f".{final.stem}.{os.getpid()}.part{final.suffix}")
+    try:
+        write(str(part))
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        part.replace(final)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync_folder(final.parent)
+
+
+def describe_checkpoint(metadata: dict[str, str] | None, loop: Loop) -> dict[str, str]:
+    """The trainer's metadata without paths, and with a count and a digest in place of a table of all tags."""
+    kept = dict(metadata or {})
+    if TAG_TABLE in kept:
+        kept[TAG_TABLE] = "{}"
+    about = {"kwrap_version": kohaku_wrap.__version__, "kwrap_run": loop.attempt.run.name}
+    return without_paths({**kept, **about, **loop.dataset.about_captions})
+
+
+def remove_leftovers(checkpoints: Path) -> None:
+    """Remove checkpoints that a crash left half-written under hidden names."""
+    for path in checkpoints.glob(".*.part.*"):
+        path.unlink(missing_ok=True)
+
+
+def finish_rotation(args: Any, optimizer_steps: int) -> None:
+    """Remove the checkpoint that the trainer would have removed right after writing the state of a resume."""
+    every = args.save_every_n_steps
+    if not every or not optimizer_steps or optimizer_steps % every:
+        return
+    old = train_util.get_remove_step_no(args, optimizer_steps)
+    if old is not None:
+        name = train_util.get_step_ckpt_name(args, "." + args.save_model_as, old)
+        (Path(args.output_dir) / name).unlink(missing_ok=True)

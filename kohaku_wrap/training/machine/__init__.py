@@ -1,1 +1,0 @@
-"""What a training asks of this machine, before it starts."""

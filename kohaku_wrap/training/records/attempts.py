@@ -1,0 +1,376 @@
+"""One process life within a run: what its workers are told, and what they tell the supervisor."""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import read_regular, take_lock, write_text
+from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
+from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.signs import leave_sign, read_boot_id, send_output_to
+
+Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
+Outcome = Literal["finished", "stopped"]
+
+SUPERVISOR_BEAT = "supervisor-beat"
+MESSAGE_LENGTH = 500
+"""Of a heartbeat's message, so that a sign of life holds it in any alphabet."""
+
+RUN_VARIABLE = "KWRAP_RUN"
+ATTEMPT_VARIABLE = "KWRAP_ATTEMPT"
+MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
+"""Only where several machines train together."""
+
+
+class BadAttempt(KwrapError):
+    """A worker was started without its run, or the attempt's file cannot be read."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The last sign of life of one rank."""
+
+    rank: int
+    """Of the process, from 0."""
+
+    pid: int
+    """The rank's process."""
+
+    phase: Phase
+    """What it is doing; each phase has its own time-out."""
+
+    optimizer_step: int
+    """Optimizer steps done."""
+
+    micro_batch: int
+    """Micro-batches done in this attempt."""
+
+    unix_seconds: float
+    """When it was written."""
+
+    message: str = ""
+    """For people, such as why it pauses."""
+
+    monotonic_seconds: float = 0.0
+    """When, by the clock that nobody sets; means nothing on another boot."""
+
+    boot_id: str = ""
+    """Of the machine's boot that it was written in."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank gave up, in its own words."""
+
+    rank: int
+    """Of the process, from 0."""
+
+    kind: str
+    """`non-finite-loss`, `mostly-skipped`, `nan-latents`, `out-of-memory`, `bad-image`, `disk-full`, `bad-state` or
+    `error`."""
+
+    message: str
+    """One line for people."""
+
+    optimizer_step: int
+    """Optimizer steps done when it happened."""
+
+    next_step: str = ""
+    """What to do about it, where the rank knows."""
+
+    unix_seconds: float = 0.0
+    """When it was written; the first failure of an attempt is its cause. 0 in attempts of kwrap 0.1."""
+
+    is_lasting: bool = False
+    """Whether the next attempt would only meet it again."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What a worker needs to know, all of it read from the run's folder."""
+
+    run: Run
+    """The run it belongs to."""
+
+    number: int
+    """Counted from 1."""
+
+    processes: int
+    """W."""
+
+    accumulation: int
+    """A; W times A is the same in every attempt of a run."""
+
+    workers: int
+    """Loader workers of each process."""
+
+    start_optimizer_step: int
+    """Optimizer steps done before this attempt."""
+
+    state: Path | None
+    """The state to load, absolute; None for a fresh start."""
+
+    allow: frozenset[str] = field(default_factory=frozenset)
+    """Differences and faults that the person accepted, such as `bad-images`."""
+
+    foreign: bool = False
+    """Whether `state` was made by plain sd-scripts and has no manifest."""
+
+    machines: int = 1
+    """Machines that share the processes evenly; each holds the ranks after those of the one before it."""
+
+    bad_steps: int | None = None
+    """Optimizer steps in a row, skipped or without a number as loss, that end it; 0 for never, None for the default."""
+
+    differences: Mapping[str, str] = field(default_factory=dict)
+    """The differences that were there and accepted, by key."""
+
+    lineage: Mapping[str, Any] | None = None
+    """Of a state that another run wrote: that run's id, options digest, attempt and optimizer step."""
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None) -> Attempt:
+        """The attempt that this process belongs to, from KWRAP_RUN and KWRAP_ATTEMPT."""
+        environ = os.environ if environ is None else environ
+        try:
+            run, number = Run(Path(environ[RUN_VARIABLE]).resolve()), int(environ[ATTEMPT_VARIABLE])
+        except (KeyError, ValueError):
+            raise BadAttempt(
+                f"{RUN_VARIABLE} and {ATTEMPT_VARIABLE} do not name an attempt",
+                "Workers are started by `kwrap train` and `kwrap resume`.",
+            ) from None
+        return read_attempt(run, number)
+
+    @property
+    def lock(self) -> Lock:
+        return self.run.lock
+
+    @property
+    def group(self) -> int:
+        return self.processes * self.accumulation
+
+    @property
+    def folder(self) -> Path:
+        return self.run.attempts / str(self.number)
+
+    @property
+    def stop_file(self) -> Path:
+        return self.folder / "stop"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        return self.folder / "supervisor.lock"
+
+    @property
+    def processes_here(self) -> int:
+        """Processes of one machine."""
+        return self.processes // self.machines
+
+    def watch_beat(self, beat: int) -> None:
+        """Let other machines see that the supervisor is at work."""
+        leave_sign(self.folder / SUPERVISOR_BEAT, str(beat))
+
+    def read_watch_beat(self) -> str:
+        """The supervisor's last sign of life; clocks of machines differ, so only its change means something."""
+        try:
+            return read_regular(self.folder / SUPERVISOR_BEAT)
+        except (OSError, ValueError):
+            return ""
+
+    def leave(self, machine_rank: int, why: str) -> None:
+        """Tell machine 0 that this machine trains no longer in the attempt; it then ends it."""
+        document = {"machine_rank": machine_rank, "why": why, "unix_seconds": time.time()}
+        write_text(self.folder / f"machine-{machine_rank:03d}-left.json", json.dumps(document, indent=2) + "\n")
+
+    def machines_left(self) -> list[tuple[str, float]]:
+        """What machines said when they left, and when, by rank."""
+        documents = read_json_files(self.folder, "machine-*-left.json")
+        return [(str(document["why"]), float(document["unix_seconds"])) for document in documents]
+
+    def log_file(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:03d}.log"
+
+    def request_stop(self) -> None:
+        """Ask the workers to finish their optimizer step, save a state and end."""
+        self.stop_file.touch()
+
+    def stop_requested(self) -> bool:
+        """Whether to stop: on request, or because the supervisor is gone.
+
+        Ranks can see it at different moments: let rank 0 read it once an optimizer step and tell the others.
+        """
+        return self.stop_file.exists() or is_lock_free(self.supervisor_lock)
+
+    def stop_on_signals(self) -> None:
+        """Turn SIGINT and SIGTERM into a stop request; torchrun forwards them to every rank."""
+
+        def request(_signal: int, _frame: object) -> None:
+            self.request_stop()
+
+        signal.signal(signal.SIGINT, request)
+        signal.signal(signal.SIGTERM, request)
+
+    def open_log(self, rank: int) -> None:
+        """Send this process's output, Python's and that of libraries, to the rank's log.
+
+        SIGUSR1 then writes the stacks of all threads there, which the supervisor asks for before it ends a hang.
+        """
+        send_output_to(self.log_file(rank))
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+    def beat(self, rank: int, phase: Phase, optimizer_step: int, micro_batch: int = 0, message: str = "") -> None:
+        """Leave a sign of life; about 20 microseconds, so once a micro-batch is cheap enough."""
+        beat = Heartbeat(
+            rank,
+            os.getpid(),
+            phase,
+            optimizer_step,
+            micro_batch,
+            time.time(),
+            message[:MESSAGE_LENGTH],
+            time.monotonic(),
+            read_boot_id(),
+        )
+        leave_sign(self.folder / f"heartbeat-rank-{rank:03d}.json", json.dumps(asdict(beat)))
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """The last sign of life of each rank, by rank."""
+        return read_records(self.folder, "heartbeat-rank-*.json", Heartbeat)
+
+    def fail(
+        self,
+        rank: int,
+        kind: str,
+        message: str,
+        optimizer_step: int,
+        next_step: str = "",
+        is_lasting: bool = False,
+    ) -> None:
+        """Leave the reason of a failure for the supervisor; the worker then exits with a code other than 0."""
+        failure = Failure(rank, kind, message, optimizer_step, next_step, time.time(), is_lasting)
+        write_text(self.folder / f"failure-rank-{rank:03d}.json", json.dumps(asdict(failure), indent=2) + "\n")
+
+    def failures(self) -> list[Failure]:
+        """What the ranks said about their failures, by rank."""
+        return read_records(self.folder, "failure-rank-*.json", Failure)
+
+    def finish(self, outcome: Outcome, optimizer_step: int) -> None:
+        """Rank 0's last word: all steps are done, or a stop was asked for and its state is saved."""
+        result = {"outcome": outcome, "optimizer_step": optimizer_step, "unix_seconds": time.time()}
+        write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None."""
+        found = read_json_files(self.folder, "result.json")
+        if not found or not is_whole(found[0].get("optimizer_step")) or "outcome" not in found[0]:
+            return None
+        return found[0]
+
+
+def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
+    """Make the attempt's folder and `attempt.json`, with its environment."""
+    state = attempt.state
+    if state is not None and state.is_relative_to(attempt.run.folder):
+        state = state.relative_to(attempt.run.folder)
+    document = {
+        "number": attempt.number,
+        "processes": attempt.processes,
+        "accumulation": attempt.accumulation,
+        "machines": attempt.machines,
+        "workers": attempt.workers,
+        "start_optimizer_step": attempt.start_optimizer_step,
+        "state": None if state is None else str(state),
+        "foreign": attempt.foreign,
+        "allow": sorted(attempt.allow),
+        "bad_steps": attempt.bad_steps,
+        "accepted_differences": dict(attempt.differences),
+        "lineage": None if attempt.lineage is None else dict(attempt.lineage),
+        "started_unix_seconds": time.time(),
+        "environment": dict(environment),
+    }
+    attempt.folder.mkdir(parents=True)
+    write_text(attempt.folder / "attempt.json", json.dumps(document, indent=2) + "\n")
+
+
+def read_attempt(run: Run, number: int) -> Attempt:
+    """One attempt of a run; raises BadAttempt when its file is missing or not what it should be."""
+    path = run.attempts / str(number) / "attempt.json"
+    try:
+        document = json.loads(read_regular(path))
+        state = document["state"]
+        return Attempt(
+            run=run,
+            number=number,
+            processes=int(document["processes"]),
+            accumulation=int(document["accumulation"]),
+            workers=int(document["workers"]),
+            start_optimizer_step=int(document["start_optimizer_step"]),
+            state=None if state is None else run.folder / state,
+            allow=frozenset(document["allow"]),
+            foreign=bool(document.get("foreign", False)),
+            machines=int(document.get("machines", 1)),
+            bad_steps=None if document.get("bad_steps") is None else int(document["bad_steps"]),
+            differences=dict(document.get("accepted_differences", {})),
+            lineage=document.get("lineage"),
+        )
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise BadAttempt(
+            f"{path}: cannot be read ({error})", "Restore the run's folder, or start a new run."
+        ) from error
+
+
+def attempt_numbers(run: Run) -> list[int]:
+    """The numbers of all attempts, whole or not, ascending; other folders are none."""
+    names = [folder.name for folder in run.attempts.iterdir()] if run.attempts.is_dir() else []
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
+def list_attempts(run: Run) -> list[Attempt]:
+    """All attempts of a run, by number."""
+    numbers = attempt_numbers(run)
+    return [read_attempt(run, number) for number in numbers if (run.attempts / str(number) / "attempt.json").exists()]
+
+
+def last_kept_steps(attempts: list[Attempt]) -> dict[int, float]:
+    """For each attempt the last optimizer step that still counts: later ones were trained again by a later attempt."""
+    kept: dict[int, float] = {}
+    limit = float("inf")
+    for attempt in sorted(attempts, key=lambda each: each.number, reverse=True):
+        kept[attempt.number] = limit
+        limit = min(limit, attempt.start_optimizer_step)
+    return kept
+
+
+def hold_lock(path: Path) -> int | None:
+    """Take the lock file for the life of this process; its descriptor, or None when another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if take_lock(descriptor, path):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def is_lock_free(path: Path) -> bool:
+    """Whether the lock file exists and nobody holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

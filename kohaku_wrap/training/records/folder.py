@@ -1,0 +1,260 @@
+"""The folder of a run: what lies where in it, and what its lock says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
+from kohaku_wrap.config.run_files import LOCK_FILE
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.files import read_regular
+from kohaku_wrap.steps import StepCount
+from kohaku_wrap.toml_files import parse_toml
+
+LARGEST_NUMBER = 1 << 48
+STATE_NAME = re.compile(r"optimizer-step-([0-9]{8,})")
+
+
+class NoSuchRun(UsageError):
+    """The name or path given is not a run."""
+
+
+class BadRunFolder(KwrapError):
+    """A run's own files cannot be read."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a folder with its lock, attempts, states, checkpoints, metrics and ledger."""
+
+    folder: Path
+    """`runs/NAME`, absolute."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def attempts(self) -> Path:
+        return self.folder / "attempts"
+
+    @property
+    def states(self) -> Path:
+        return self.folder / "states"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger"
+
+    @property
+    def abandoned(self) -> Path:
+        return self.folder / "abandoned"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.folder / LOCK_FILE
+
+    @property
+    def trainer_config(self) -> Path:
+        return self.folder / "trainer.toml"
+
+    @property
+    def dataset_config(self) -> Path:
+        return self.folder / "dataset.toml"
+
+    @property
+    def accelerate_config(self) -> Path:
+        return self.folder / "accelerate.yaml"
+
+    @cached_property
+    def lock(self) -> Lock:
+        """What was decided when the run was made; raises BadRunFolder when it cannot be read."""
+        try:
+            tables = parse_toml(read_regular(self.lock_file))
+        except FileNotFoundError:
+            raise BadRunFolder(
+                f"{self.folder}: {LOCK_FILE} is missing", "Restore it from a backup, or start a new run."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise BadRunFolder(
+                f"{self.lock_file}: not TOML ({error})", "Restore it from a backup, or start a new run."
+            ) from error
+        return Lock(tables, self.lock_file)
+
+
+@dataclass(frozen=True)
+class Lock:
+    """`run.lock.toml`, by meaning."""
+
+    tables: Mapping[str, Any]
+    """The whole document."""
+
+    path: Path
+    """Where it was read, for messages."""
+
+    def entry(self, table: str, key: str) -> Any:
+        """One value; raises BadRunFolder that names it when it is missing."""
+        try:
+            return self.tables[table][key]
+        except (KeyError, TypeError):
+            raise BadRunFolder(
+                f"{self.path}: [{table}] {key} is missing", "The lock was edited or cut; restore it or start a new run."
+            ) from None
+
+    @property
+    def format(self) -> int:
+        """Of the lock; 1 is that of kwrap 0.1, which kept no texts of the run's files, no id and no options digest."""
+        return int(self.tables.get("format", 1))
+
+    @property
+    def run_id(self) -> str:
+        """Made at random with the run; empty for a run of kwrap 0.1."""
+        return str(self.entry("run", "id")) if self.format > 1 else ""
+
+    @property
+    def options_digest(self) -> str:
+        """The sha256 over all options that decide the weights; empty for a run of kwrap 0.1."""
+        return str(self.entry("run", "options_digest")) if self.format > 1 else ""
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The text of each of the run's files as it was written; empty for a run of kwrap 0.1."""
+        return dict(self.tables.get("files", {}))
+
+    def number(self, table: str, key: str, at_least: int = 0) -> int:
+        """A whole number; raises BadRunFolder where it is none, or out of all bounds."""
+        value = self.entry(table, key)
+        if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value < LARGEST_NUMBER:
+            raise BadRunFolder(
+                f"{self.path}: [{table}] {key} is {str(value)[:40]}, not a whole number from {at_least} on",
+                "The lock was edited or cut; restore it or start a new run.",
+            )
+        return value
+
+    @property
+    def engine(self) -> str:
+        return str(self.entry("run", "engine"))
+
+    @property
+    def data(self) -> str:
+        return str(self.entry("run", "data"))
+
+    @property
+    def seed(self) -> int:
+        return self.number("run", "seed")
+
+    @property
+    def effective_batch(self) -> int:
+        return self.number("run", "effective_batch", 1)
+
+    @property
+    def batch_per_gpu(self) -> int:
+        return self.number("run", "batch_per_gpu", 1)
+
+    @property
+    def group(self) -> int:
+        """Batches in one optimizer step."""
+        return self.effective_batch // self.batch_per_gpu
+
+    @property
+    def accelerate(self) -> Mapping[str, Any]:
+        """Options of `accelerate launch` that say how several machines find each other."""
+        return dict(self.tables.get("machine", {}).get("accelerate", {}))
+
+    @property
+    def machines(self) -> int:
+        """Machines that the run was made for."""
+        return int(self.accelerate.get("num_machines", 1))
+
+    @property
+    def images(self) -> int:
+        return self.number("plan", "images")
+
+    @property
+    def batches(self) -> int:
+        """Batches of one epoch, all buckets together."""
+        return self.number("plan", "batches", 1)
+
+    @property
+    def total_optimizer_steps(self) -> int:
+        return self.number("plan", "total_optimizer_steps")
+
+    @property
+    def count(self) -> StepCount:
+        return StepCount(batches=self.batches, group=self.group)
+
+    @property
+    def states_kept(self) -> int:
+        return int(self.tables.get("states", {}).get("keep", 3))
+
+    @property
+    def milestone_every(self) -> int:
+        """Optimizer steps between the states that retention never removes; 0 for none."""
+        return int(self.tables.get("states", {}).get("every", 0))
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Every effective sd-scripts option."""
+        return dict(self.tables.get("values", {}))
+
+    @property
+    def dataset_digest(self) -> str:
+        """The digest of the captions and sizes that are trained; empty when the lock has none."""
+        return str(self.tables.get("inputs", {}).get("captions_digest", ""))
+
+    @property
+    def trainer_commit(self) -> str:
+        return str(self.tables.get("trainer", {}).get("commit", ""))
+
+    @property
+    def trust(self) -> tuple[str, ...]:
+        """Modules whose code the run may run; a run of 0.1, which asked nobody, goes on with what it was made with."""
+        given = self.tables.get("run", {}).get("trust", [])
+        old = [] if "format" in self.tables else [str(self.values.get(option, "")) for option in CODE_OPTIONS]
+        return (*map(str, given), *filter(None, old))
+
+    @property
+    def secrets_file(self) -> str:
+        """The site file whose `[secrets]` the trainer gets; empty where there are none."""
+        return str(self.tables.get("run", {}).get("secrets_file", ""))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder is a run of kwrap."""
+    return (folder / LOCK_FILE).is_file()
+
+
+def list_runs(runs_folder: Path) -> Iterator[Run]:
+    """The runs in a folder, by name."""
+    if runs_folder.is_dir():
+        for folder in sorted(runs_folder.iterdir()):
+            if is_run(folder):
+                yield Run(folder.resolve())
+
+
+def find_run(name_or_path: str, runs_folders: tuple[Path, ...] = (Path("runs"),)) -> Run:
+    """The run of that path, or of that name in one of the folders; raises NoSuchRun with those there are."""
+    path = Path(name_or_path)
+    candidates = [path, *(folder / name_or_path for folder in runs_folders)]
+    for candidate in candidates:
+        if is_run(candidate):
+            return Run(candidate.resolve())
+    for candidate in candidates:
+        if (candidate / "attempts").is_dir():
+            raise NoSuchRun(f"{candidate / LOCK_FILE}: missing from this run", "Restore it, or start a new run.")
+    names = [run.name for folder in runs_folders for run in list_runs(folder)]
+    there = f"Runs here: {', '.join(names)}." if names else f"No runs in {', '.join(map(str, runs_folders))}."
+    raise NoSuchRun(f"{name_or_path}: no such run", f"{there} Give a name, or the path of a run's folder.")

@@ -1,1 +1,0 @@
-"""A run and its attempts: made, launched, watched, resumed."""

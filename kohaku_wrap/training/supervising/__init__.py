@@ -1,0 +1,1 @@
+"""What is done with a run: created, resumed, watched, joined, ended, verified."""

@@ -1,0 +1,116 @@
+"""Which state a resume takes: the newest whole one of the run's line, that of a step, or one of plain sd-scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
+from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.states import list_states, verify_state
+
+FOREIGN_STATE_OF_STEP = re.compile(r"-step(\d{8,})-state$")
+
+
+class NoSuchState(KwrapError):
+    """No whole state at the step that was asked for."""
+
+
+class NoWholeState(KwrapError):
+    """States were saved and none can be loaded; starting from the beginning is for the person to decide."""
+
+    def __init__(self, run: Run, damaged: Sequence[DamagedState], last: Attempt | None) -> None:
+        lines = [f"run {run.name}: no whole state is left"]
+        lines += [f"  {each.state.name}: {each.what}" for each in damaged]
+        if not damaged and last is not None:
+            lines.append(f"  the state of optimizer step {last.start_optimizer_step:,}, from which it went on, is gone")
+        beginning = command_line("resume", run.folder, "--step", 0)
+        advice = f"Restore one into {run.states}, or train from the beginning: {beginning}"
+        if last is not None and last.foreign:
+            again = command_line("resume", run.folder, "--foreign", "--state", last.state)
+            advice = f"Give the state of plain sd-scripts again: {again}"
+        super().__init__("\n".join(lines), advice)
+
+
+def find_state(
+    run: Run,
+    attempts: Sequence[Attempt],
+    step: int | None,
+    damaged: list[DamagedState],
+    on_bytes: Callable[[int], None] | None,
+) -> tuple[Path | None, int]:
+    """The state to load and its step; (None, 0) when none was ever saved, or step 0 was asked for."""
+    kept = last_kept_steps(list(attempts))
+    for at, path in reversed(list_states(run.states)):
+        if step is not None and at != step:
+            continue
+        try:
+            manifest = verify_state(path, on_bytes)
+        except DamagedState as error:
+            if step is not None:
+                raise
+            damaged.append(error)
+            continue
+        is_own = manifest.fingerprint.run_id == run.lock.run_id
+        if is_own and at > kept.get(manifest.attempt, at):
+            if step is None:
+                continue
+            raise NoSuchState(
+                f"{path}: written by attempt {manifest.attempt} on a line that was left behind at optimizer step "
+                f"{kept[manifest.attempt]:,.0f}",
+                f"Move it out of {run.states}; states of the run's line: {list_own(run, kept) or 'none'}.",
+            )
+        return path, at
+    if step:
+        there = ", ".join(f"{at:,}" for at, _ in list_states(run.states)) or "none"
+        raise NoSuchState(f"run {run.name}: no state at optimizer step {step:,}", f"States there are: {there}.")
+    last = attempts[-1] if attempts else None
+    if step is None and (damaged or (last is not None and last.start_optimizer_step)):
+        raise NoWholeState(run, damaged, last)
+    return None, 0
+
+
+def list_own(run: Run, kept: Mapping[int, float]) -> str:
+    """The steps of the states on the run's line, for people."""
+    steps = []
+    for at, path in list_states(run.states):
+        with suppress(DamagedState):
+            if at <= kept.get(read_manifest(path).attempt, at):
+                steps.append(f"{at:,}")
+    return ", ".join(steps)
+
+
+def find_foreign_state(run: Run, step: int | None, given: Path | None) -> tuple[Path, int]:
+    """A state that plain sd-scripts wrote, and the optimizer step that its name or its file tells."""
+    if given is not None:
+        if not given.is_dir():
+            raise NoSuchState(f"{given}: no such folder", "Give the `…-state` folder that sd-scripts wrote.")
+        return given.resolve(), step if step is not None else foreign_step(given)
+    folders = [path for path in run.checkpoints.glob("*-state") if path.is_dir()] if run.checkpoints.is_dir() else []
+    found = sorted((foreign_step(path), path) for path in folders)
+    wanted = [pair for pair in found if step is None or pair[0] == step]
+    if not wanted:
+        there = ", ".join(f"{at:,}" for at, _ in found) or "none"
+        raise NoSuchState(
+            f"{run.checkpoints}: no state of plain sd-scripts"
+            + ("" if step is None else f" at optimizer step {step:,}"),
+            f"States there are: {there}. Give another folder with `--state PATH`.",
+        )
+    return wanted[-1][1], wanted[-1][0]
+
+
+def foreign_step(state: Path) -> int:
+    """Optimizer steps done at a state of plain sd-scripts: by its name, else by its train_state.json."""
+    if match := FOREIGN_STATE_OF_STEP.search(state.name):
+        return int(match.group(1))
+    try:
+        return int(json.loads((state / "train_state.json").read_text(encoding="utf-8"))["current_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{state}: neither its name nor train_state.json tells the optimizer step", "Say it with `--step N`."
+        ) from None

@@ -1,0 +1,212 @@
+"""A new run: template, dataset and site become a folder with everything that its attempts read."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import secrets
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.config.base_model import check_base_model, needs_own_vae, require_weight_files
+from kohaku_wrap.config.effective import Effective, shape_batch
+from kohaku_wrap.config.kernels import choose_kernels
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
+from kohaku_wrap.config.site import ENGINES, Site, load_site
+from kohaku_wrap.config.templates import read_toml
+from kohaku_wrap.config.training_data import read_training_sizes
+from kohaku_wrap.dataset.captions.columns import check_columns
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
+from kohaku_wrap.files import fsync_folder, making_folder, write_text
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
+from kohaku_wrap.planning.step_plan import plan_steps
+from kohaku_wrap.trainer.builtin_options import BuiltinOptions
+from kohaku_wrap.trainer.checkout import find_checkout, require_supported
+from kohaku_wrap.trainer.installed import find_trainer
+from kohaku_wrap.trainer.requirements import require_requirements, requirement_paths
+from kohaku_wrap.training.records.folder import Run, is_run
+from kohaku_wrap.training.supervising.launch import Launch, plan_launch, require_packages
+from kohaku_wrap.training.supervising.machines import Machines
+from kohaku_wrap.training.supervising.other_lock import refuse_other_lock
+
+COMMAND_FILE = "command.txt"
+
+
+class RunExists(UsageError):
+    """There is a run of that name already."""
+
+
+class RunRefused(KwrapError):
+    """The trainer refused a new run before its first step; nothing of the run is kept."""
+
+
+class MissingTrainer(KwrapError):
+    """The engine is sd-scripts and no checkout is there."""
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """A run that could be made; nothing of it is on the disk."""
+
+    name: str
+    """The run's name."""
+
+    folder: Path
+    """Where it would lie, absolute."""
+
+    engine: str
+    """The trainer."""
+
+    engine_origin: str
+    """Who chose it: the option, the site, or the default."""
+
+    effective: Effective
+    """The template with all its layers."""
+
+    site: Site
+    """The machine, its engine settled."""
+
+    launch: Launch
+    """The first attempt's command."""
+
+
+def plan_new_run(
+    template: str,
+    site_file: Path,
+    name: str | None = None,
+    engine: str | None = None,
+    overrides: Sequence[str] = (),
+    trust: Sequence[str] = (),
+) -> NewRun:
+    """Resolve and check everything but what reads images or whole models; takes well under a second.
+
+    Raises ProblemsFound (also for options that the builtin engine lacks), MissingTrainer, RunExists, BadBatch,
+    BadBaseModel for one whose header tells it.
+    """
+    site = load_site(site_file)
+    engine, engine_origin = settle_engine(site, engine)
+    site = dataclasses.replace(site, machine=dataclasses.replace(site.machine, engine=engine))
+    effective = resolve_template(template, site, overrides, trust=trust)
+    shape = shape_batch(effective)
+    name = name or Path(template).stem
+    if Path(name).name != name or name.startswith("."):
+        raise UsageError(f"{name!r} is not a run's name", "Give a plain name; runs lie in the site's paths.runs.")
+    folder = site.paths.runs / name
+    refuse_taken(folder)
+    if engine == "builtin":
+        # The worker would refuse them too, but only after the run is made and torch is loaded.
+        BuiltinOptions.from_config(compose_trainer(effective, folder, name), on_cpu=site.machine.gpus == 0)
+    if site.paths.base_model.is_file():
+        check_base_model(site.paths.base_model, needs_own_vae(site))
+    require_weight_files(effective.options, folder)
+    on_cpu = site.machine.gpus == 0
+    machines = Machines(site.machine.machines, 0, site.machine.accelerate)
+    kernels = choose_kernels(on_cpu=on_cpu)
+    launch = plan_launch(
+        folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines, kernels=kernels
+    )
+    return NewRun(name, folder, engine, engine_origin, effective, site, launch)
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise RunExists where something lies at the place of a new run, be it made by another kwrap just now."""
+    if is_run(folder):
+        raise RunExists(
+            f"{folder}: this run exists",
+            f"Go on with it: {command_line('resume', folder)}. Or start another with --run NAME.",
+        )
+    if folder.exists():
+        raise RunExists(f"{folder}: is in the way and not a run", "Remove it, or choose another name with --run NAME.")
+
+
+def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
+    """The engine and who chose it.
+
+    Raises MissingTrainer where sd-scripts is meant and not installed, AnchorsMissing or UnsupportedTrainer where the
+    one that is there cannot be corrected, MissingRequirements where it would fail at its imports.
+    """
+    if asked is not None:
+        engine, origin = asked, "--engine"
+    elif "engine" in read_toml(site.path).get("machine", {}):
+        engine, origin = site.machine.engine, str(site.path)
+    else:
+        engine, origin = site.machine.engine, "the default"
+    if engine not in ENGINES:
+        raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(ENGINES)}.")
+    if engine == "sd-scripts" and find_trainer() is None:
+        raise MissingTrainer(
+            f"the engine is sd-scripts ({origin}), and no checkout of it is there",
+            "Get it with `kwrap trainer install`, or train with kwrap's compact trainer: --engine builtin.",
+        )
+    if engine == "sd-scripts":
+        require_supported(find_checkout())
+        require_requirements()
+    return engine, origin
+
+
+def hashed_bytes(new: NewRun) -> int:
+    """Bytes that `create_run` will read to hash the base model and the VAE."""
+    paths = [path for path in (new.site.paths.base_model, new.site.paths.vae) if path is not None]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def create_run(
+    new: NewRun,
+    command: Sequence[str],
+    locked: Path | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Run:
+    """Count the steps, hash the inputs and make the run's folder, whole or not at all.
+
+    `command` is what the person typed, kept as `command.txt`. `locked`: the lock that the new one must equal.
+    Raises MissingExtra, NoImages, DamagedCaptions, MissingInput, ProblemsFound with every
+    difference from `locked`.
+    """
+    require_packages()
+    sizes = read_training_sizes(new.effective, new.site.paths.images)
+    if new.effective.get("kwrap.data") != "sd-scripts":
+        check_columns(new.site.paths.images / CAPTIONS_FILE)
+    plan = plan_steps(new.effective, sizes)
+    inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes)
+    rendered = compose_run(
+        new.effective,
+        new.site,
+        new.folder,
+        new.name,
+        plan,
+        inputs,
+        new.engine,
+        secrets.token_hex(16),
+        requirement_paths() if new.engine == "sd-scripts" else (),
+    )
+    if locked is not None:
+        refuse_other_lock(locked, rendered.lock)
+    with making_folder(new.folder.parent, f".{new.name}.partial-") as part:
+        whole = part / new.name
+        whole.mkdir()
+        dataclasses.replace(rendered, folder=whole).write()
+        write_text(whole / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
+        for inner in ("attempts", "states", "checkpoints", "ledger"):
+            (whole / inner).mkdir()
+        fsync_folder(whole)
+        try:
+            whole.rename(new.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            refuse_taken(new.folder)
+            raise
+    fsync_folder(new.folder.parent)
+    return Run(new.folder.resolve())
+
+
+def take_back_run(run: Run) -> None:
+    """Remove a run that never trained a step, so that the same command can be given again."""
+    away = run.folder.with_name(f".{run.name}.{os.getpid()}.removed")
+    run.folder.rename(away)
+    shutil.rmtree(away, ignore_errors=True)

@@ -1,0 +1,315 @@
+"""Whether a run is still what it was: its files, data, models, trainer and packages against its lock."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.fates import fate_of
+from kohaku_wrap.config.render import hash_named_files
+from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, flatten_dataset
+from kohaku_wrap.config.training_data import describe_data
+from kohaku_wrap.dataset.captions.columns import check_columns
+from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
+from kohaku_wrap.files import kept_sha256, sha256_of_file
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, read_captions_metadata
+from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.trainer.commits import find_known
+from kohaku_wrap.trainer.installed import (
+    find_trainer,
+    is_decisive,
+    list_versions,
+    plain_name,
+    read_trainer_commit,
+)
+from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.trainer.requirements import requirement_paths
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
+from kohaku_wrap.training.records.saving import fingerprint_of
+from kohaku_wrap.training.supervising.file_changes import BY_ATTEMPT, compare_files, list_moves
+
+OTHER_RUN = "other-run"
+"""The key of `--allow` for a state that another run wrote."""
+
+OTHER_OPTIONS = "options"
+
+KEY_OF_FINGERPRINT = {
+    "engine": "engine",
+    "data": "data",
+    "seed": "seed",
+    "group": "effective_batch",
+    "batch_size": "train_batch_size",
+    "batches": "batches",
+    "images": "images",
+    "dataset_digest": "dataset",
+    "trainer_commit": "trainer_commit",
+}
+"""What of a state's fingerprint must be the run's own, and the key that a difference has."""
+
+ACCEPTED_FAULTS = frozenset({"bad-images", "nan-latents", "non-finite-loss"})
+"""What `--allow` takes besides a difference."""
+
+ACCEPTED_DIFFERENCES = frozenset(
+    {
+        "base_model",
+        "vae",
+        "tokenizers",
+        "base_weights",
+        "dataset",
+        "image_files",
+        "trainer_commit",
+        "versions",
+        OTHER_RUN,
+    }
+)
+"""Differences that take effect from the next attempt on, and so may be accepted."""
+
+OF_THE_FOLDER = frozenset({"output_dir", "output_name"})
+"""Options that name the run's own folder; another value would train into another run."""
+
+LENGTHS = frozenset({"max_train_epochs", "max_train_steps"})
+
+MODELS = {"base_model": "pretrained_model_name_or_path", "vae": "vae"}
+"""Files that the lock has the sha256 of, and the trainer's option that names each."""
+
+NAMED_FILES = {"tokenizers": "tokenizers_sha256", "base_weights": "base_weights_sha256"} | {
+    "network_weights": "network_weights_sha256"
+}
+"""What else options name, and the lock's entry for its content."""
+
+
+class DifferentRun(ProblemsFound):
+    """The run is no longer what its state was made with."""
+
+
+def list_changes(run: Run, state: Path | None = None) -> list[Problem]:
+    """What changed since the run was locked, and since a state of it was written; one entry a key."""
+    trainer = read_trainer(run.trainer_config)
+    changes = [
+        *compare_lock(run),
+        *compare_files(run, trainer, read_dataset(run.dataset_config)),
+        *compare_models(run, trainer),
+        *compare_dataset(run),
+        *compare_trainer(run),
+        *compare_versions(run),
+    ]
+    told = {problem.where for problem in changes}
+    made = [] if state is None else compare_fingerprint(read_manifest(state).fingerprint, run)
+    return changes + [problem for problem in made if problem.where not in told]
+
+
+def list_notes(run: Run) -> list[str]:
+    """What changed and changes nothing of what is trained, and what of a run of kwrap 0.1 cannot be compared."""
+    notes = list(list_moves(run, read_trainer(run.trainer_config), read_dataset(run.dataset_config)))
+    inputs = run.lock.tables.get("inputs", {})
+    templates = run.lock.tables.get("run", {}).get("template_files", [])
+    sources = {f"template_{index}_sha256": path for index, path in enumerate(templates)}
+    for key, path in {**sources, "site_sha256": inputs.get("site", "")}.items():
+        if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
+            notes.append(f"{path} changed since the run was made; the run keeps its own files")
+    if run.lock.format == 1:
+        notes.append(
+            "this run was made by kwrap 0.1: lines taken out of its files, its argument lists, preset.toml and "
+            "tokenizers were not kept and cannot be compared"
+        )
+        notes += [f"{problem.where}: {problem.what}" for problem in compare_packages(run)]
+    return notes
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    """The options of trainer.toml, flat."""
+    flat: dict[str, Any] = {}
+    for name, value in read_run_file(path).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def read_dataset(path: Path) -> dict[str, Any]:
+    """The options of dataset.toml, its levels put together."""
+    return flatten_dataset(read_run_file(path))
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """A TOML file of the run; raises DifferentRun when it cannot be read."""
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DifferentRun(str(path), [Problem(path.name, str(error))], "Restore the run's own files.") from error
+
+
+def compare_lock(run: Run) -> Iterator[Problem]:
+    """Whether the lock is as it was written; one of kwrap 0.1 cannot tell."""
+    if run.lock.format == 1:
+        return
+    try:
+        is_whole = digest_lock(run.lock.tables) == run.lock.tables.get("digest")
+    except UnreadableRunFile:
+        is_whole = False
+    if not is_whole:
+        yield Problem(LOCK_FILE, "was changed after the run was made; its own digest tells")
+
+
+def compare_models(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
+    """The files that the trainer would load, against the lock's digests; an unchanged one is not read again."""
+    inputs = run.lock.tables.get("inputs", {})
+    for name, option in MODELS.items():
+        locked, path = inputs.get(f"{name}_sha256"), Path(trainer.get(option) or "")
+        if not locked or option not in trainer:
+            continue
+        if not path.is_file():
+            yield Problem(name, f"{path}: no such file")
+        elif (now := kept_sha256(path)) != locked:
+            yield Problem(name, f"{path}: the sha256 was {locked[:12]}…, is now {now[:12]}…")
+    found = hash_named_files(trainer) if any(entry in inputs for entry in NAMED_FILES.values()) else {}
+    for name, entry in NAMED_FILES.items():
+        locked = inputs.get(entry)
+        if locked and found.get(entry) != locked:
+            yield Problem(name, f"the sha256 was {locked[:12]}…, is now {found.get(entry, 'none: not there')[:15]}…")
+
+
+def compare_dataset(run: Run) -> Iterator[Problem]:
+    """What would be read of images and captions, against the lock's digests."""
+    inputs = run.lock.tables.get("inputs", {})
+    dataset = read_dataset(run.dataset_config)
+    images = dataset.get("image_dir") or inputs.get("images")
+    if not images or not run.lock.dataset_digest:
+        return
+    try:
+        if "rows_digest" in inputs:
+            now = describe_data(run.lock.data, Path(images), dataset)
+        else:
+            now = {"captions_digest": str(read_captions_metadata(Path(images)).get("digest", ""))}
+    except NoImages as missing:
+        if run.lock.data == "kwrap" or "rows_digest" in inputs:
+            yield Problem("images", missing.message)
+        return
+    digest = now["captions_digest"]
+    if now.get("rows_digest") != inputs.get("rows_digest"):
+        yield Problem("images", "other images are listed, or other sizes of them, so that the order would be another")
+    elif digest != run.lock.dataset_digest:
+        yield Problem("dataset", f"the captions had the digest {run.lock.dataset_digest[:12]}…, now {digest[:12]}…")
+    elif now.get("image_files_digest") != inputs.get("image_files_digest"):
+        yield Problem("image_files", "image files were replaced or removed: their lengths in bytes are others")
+
+
+def check_captions(run: Run) -> None:
+    """Read the captions that would be trained; raises DamagedCaptions."""
+    images = read_dataset(run.dataset_config).get("image_dir") or run.lock.tables.get("inputs", {}).get("images", "")
+    path = Path(images) / CAPTIONS_FILE
+    if path.is_file() and run.lock.data == "kwrap":
+        check_columns(path)
+
+
+def compare_trainer(run: Run) -> Iterator[Problem]:
+    """The checkout that would train: its commit, and whether its files are that commit's."""
+    if run.lock.engine != "sd-scripts" or not run.lock.trainer_commit:
+        return
+    checkout = find_trainer(run.lock.trainer_commit)
+    commit = read_trainer_commit(checkout) if checkout else ""
+    if commit != run.lock.trainer_commit:
+        yield Problem("trainer_commit", f"was {run.lock.trainer_commit[:7]}, is now {commit[:7] or 'not installed'}")
+    elif checkout and find_known(checkout) is None:
+        yield Problem("trainer", f"{checkout}: files of sd-scripts {commit[:7]} were changed; restore them")
+
+
+def compare_versions(run: Run) -> Iterator[Problem]:
+    """Packages of other versions than the lock's; a run of kwrap 0.1 goes on all the same, as before."""
+    if run.lock.format > 1:
+        yield from compare_packages(run)
+
+
+def compare_packages(run: Run) -> Iterator[Problem]:
+    """One problem with every package that can change bits and has another version than in the lock."""
+    before = by_plain_name(run.lock.tables.get("versions", {}))
+    if not before:
+        return
+    now = by_plain_name(list_versions(requirement_paths() if run.lock.engine == "sd-scripts" else ()))
+    optimizer = str(run.lock.values.get("optimizer_type", ""))
+    own = plain_name(optimizer.split(".")[0]) if "." in optimizer else ""
+    changed = [
+        f"{name} was {before.get(name, 'not installed')}, is now {now.get(name, 'not installed')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and (is_decisive(name) or name == own)
+    ]
+    if changed:
+        yield Problem("versions", "; ".join(changed))
+
+
+def by_plain_name(versions: Mapping[str, str]) -> dict[str, str]:
+    """Versions by names that do not depend on how a package spells itself."""
+    return {plain_name(name): version for name, version in versions.items()}
+
+
+def compare_fingerprint(found: Fingerprint, run: Run) -> Iterator[Problem]:
+    """What a state was made with, against what the run has."""
+    wanted = fingerprint_of(run, 0, found.processes)
+    if found.run_id != wanted.run_id:
+        made = f"run {found.run_id[:12]}…" if found.run_id else "a run of kwrap 0.1, which has no id"
+        yield Problem(OTHER_RUN, f"the state was written by {made}, this is {wanted.run_id[:12] or 'of kwrap 0.1'}…")
+    if found.options_digest and wanted.options_digest and found.options_digest != wanted.options_digest:
+        yield Problem(OTHER_OPTIONS, "the state was made with other options; it would bring their rates along")
+    for name, key in KEY_OF_FINGERPRINT.items():
+        made, has = getattr(found, name), getattr(wanted, name)
+        unit = " batches an optimizer step" if name == "group" else ""
+        if made != has:
+            yield Problem(key, f"the state was made with {made!r}{unit}, the run has {has!r}")
+
+
+def can_be_accepted(key: str) -> bool:
+    """Whether a difference of that key takes effect where it is accepted.
+
+    An option that decides the weights does not: the optimizer's state brings the old rates back, the schedule and the
+    order follow from the lock. One that decides files alone does.
+    """
+    if key in ACCEPTED_DIFFERENCES:
+        return True
+    return key not in OF_THE_FOLDER and key not in BY_ATTEMPT and fate_of("option", key).kind == "files"
+
+
+def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str]) -> None:
+    """Raise DifferentRun with the changes that nobody accepted."""
+    left = [problem for problem in changes if problem.where not in allow]
+    if not left:
+        return
+    keys = list(dict.fromkeys(problem.where for problem in left))
+    offered = " ".join(f"--allow {key}" for key in keys if can_be_accepted(key))
+    fixed = [key for key in keys if not can_be_accepted(key)]
+    if not fixed:
+        raise DifferentRun(subject, left, f"Undo these changes, or accept them: {offered}")
+    advice = [
+        f"Undo the changes of {', '.join(fixed)}: a run keeps what decides its weights. Each of its files stands as it "
+        f"was written in {LOCK_FILE}, [files].",
+        "To train with something else, start a new run: kwrap train TEMPLATE --run NAME --set KEY=VALUE",
+    ]
+    if offered:
+        advice.append(f"The rest can be accepted: {offered}")
+    raise DifferentRun(subject, left, "\n".join(advice))
+
+
+def refuse_unknown(allow: Collection[str], run: Run | None = None) -> None:
+    """Raise UsageError for a key of `--allow` that would have no effect, or stands for nothing, such as one mistyped.
+
+    Differences are those of a run; without one only faults can be allowed.
+    """
+    options: set[str] = set()
+    if run is not None:
+        options = {*KEY_OF_FINGERPRINT.values(), *run.lock.values, *run.lock.tables.get("dataset", {})}
+        options |= {*read_trainer(run.trainer_config), *read_dataset(run.dataset_config), OTHER_OPTIONS, LOCK_FILE}
+    for key in allow:
+        if key in ACCEPTED_FAULTS or (run is not None and can_be_accepted(key)):
+            continue
+        table = key.partition(".")[0]
+        if key in options or table in (*BY_ATTEMPT, "network_args", "optimizer_args", "lr_scheduler_args", "preset"):
+            longer = " and longer" if key in LENGTHS else ""
+            raise UsageError(
+                f"--allow {key}: cannot change within a run",
+                f"There is no command for other{longer} runs from a state yet. Start a new run: "
+                f"kwrap train TEMPLATE --run NAME --set {key}=VALUE",
+            )
+        known = {*ACCEPTED_FAULTS, *(ACCEPTED_DIFFERENCES if run is not None else ()), *options}
+        raise UsageError(
+            f"--allow {key}: there is no such fault or option{suggest(key, known)}",
+            f"Faults: {', '.join(sorted(ACCEPTED_FAULTS))}. A resume that is refused names its differences.",
+        )

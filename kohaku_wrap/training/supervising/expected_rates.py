@@ -1,0 +1,80 @@
+"""The rates that a run's lock asks for, from the engine's own scheduler in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.processes import NoAnswer, ask_python
+from kohaku_wrap.training.records.folder import Lock, Run
+
+WORKER = "kohaku_wrap.training.engines.list_rates"
+
+OWN_RATE = ("prodigy", "dadapt", "schedulefree")
+"""In the name of an optimizer that finds its rate by itself."""
+
+PLAIN = (
+    "adamw",
+    "adam",
+    "adafactor",
+    "lion",
+    "sgd",
+    "radam",
+    "nadam",
+    "adagrad",
+    "rmsprop",
+    "ademamix",
+    "lamb",
+    "lars",
+)
+"""How the names of optimizers begin, after `Paged`, that use the rate which the schedule gives them."""
+
+SCHEDULER_HOME = "torch.optim.lr_scheduler"
+
+
+class NoExpectedRates(KwrapError):
+    """The schedule cannot be followed here; the message says why."""
+
+
+def expect_rates(run: Run, groups: int, names: Sequence[str]) -> npt.NDArray[np.float64]:
+    """(updates, groups) the rate of each group at each update, by the run's lock.
+
+    `names`: what the metrics call the groups. Raises NoExpectedRates.
+    """
+    lock = run.lock
+    if reason := why_not(lock):
+        raise NoExpectedRates(reason)
+    try:
+        rates = ask_python(
+            WORKER,
+            run.folder,
+            request={"groups": groups, "names": list(names)},
+            added={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            folder=run.folder,
+        )
+    except NoAnswer as error:
+        raise NoExpectedRates(f"the schedule cannot be followed here: {error.message}") from None
+    return np.array(rates, dtype=np.float64).reshape(-1, groups)
+
+
+def why_not(lock: Lock) -> str:
+    """Why the rates do not follow from the lock; empty where they do."""
+    values: Mapping[str, object] = lock.values
+    if not values.get("network_module"):
+        return "the run's lock names no network"
+    chosen = str(values.get("optimizer_type") or "AdamW")
+    name = chosen.rpartition(".")[2].lower().removeprefix("paged")
+    if any(word in name for word in OWN_RATE):
+        return f"{chosen} sets its own rate"
+    arguments = lock.tables.get("optimizer_args", {})
+    if name == "adafactor" and arguments.get("relative_step", True):
+        return f"{chosen} with relative steps sets its own rate"
+    if not name.startswith(PLAIN):
+        return f"{chosen} may set its own rate"
+    scheduler = str(values.get("lr_scheduler_type") or "")
+    if "." in scheduler and scheduler.rpartition(".")[0] != SCHEDULER_HOME:
+        return f"the schedule {scheduler} is not one of torch's or the trainer's own"
+    return ""

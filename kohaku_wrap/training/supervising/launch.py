@@ -1,0 +1,179 @@
+"""How an attempt is started: the command, its environment and accelerate's own file, decided before anything runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.config.kernels import kernel_settings
+from kohaku_wrap.config.run_files import ACCELERATE_FILE, read_yaml
+from kohaku_wrap.config.trainer_arguments import MACHINES_IN_FILE, describe_accelerate, render_yaml
+from kohaku_wrap.errors import MissingExtra, UsageError
+from kohaku_wrap.files import expand_user, write_text
+from kohaku_wrap.processes import accelerate_command, safe_settings
+from kohaku_wrap.training.records.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
+from kohaku_wrap.training.records.folder import Lock
+from kohaku_wrap.training.supervising.machines import ONE_MACHINE, Machines
+
+WORKER_MODULES = {
+    "builtin": "kohaku_wrap.training.engines.builtin.worker",
+    "sd-scripts": "kohaku_wrap.training.engines.sd_scripts.worker",
+}
+
+FOLDERS = ("KWRAP_SD_SCRIPTS", "KWRAP_HOME")
+"""Variables of the caller that name folders, maybe relative to where the caller stands."""
+
+SHUTDOWN_TIMEOUT_SECONDS = 7200
+"""torchrun kills its workers 30 s after a signal by itself; an optimizer step and a state take longer."""
+
+MOST_THREADS = 8
+
+BY_LAUNCH = frozenset(
+    {"distributed_type", "gpu_ids", "machine_rank", "num_processes", "num_machines", *MACHINES_IN_FILE}
+)
+"""Options of accelerate's file that follow from an attempt's processes and machines."""
+
+NEEDED_PACKAGES = ("torch", "accelerate", "transformers", "diffusers", "lycoris", "bitsandbytes", "safetensors")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is started, ready to run or to paste."""
+
+    argv: tuple[str, ...]
+    """The command."""
+
+    environment: Mapping[str, str]
+    """What kwrap sets beside the caller's own variables."""
+
+    folder: Path
+    """The working directory: the run's own, where no package lies that could shadow another."""
+
+    def text(self) -> str:
+        """One line for a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return f"cd {shlex.quote(str(self.folder))} && {' '.join(settings)} {shlex.join(self.argv)}"
+
+
+def plan_launch(
+    run_folder: Path,
+    engine: str,
+    attempt_number: int,
+    processes: int,
+    accumulation: int,
+    on_cpu: bool,
+    threads: int | None = None,
+    machines: Machines = ONE_MACHINE,
+    kernels: Mapping[str, Any] | None = None,
+) -> Launch:
+    """The command of one attempt; nothing is looked up or written. `kernels`: the table of the run's lock."""
+    if engine not in WORKER_MODULES:
+        raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(WORKER_MODULES)}.")
+    several = tuple(machines.arguments()) if processes > 1 else ()
+    argv = (
+        *accelerate_command(),
+        "launch",
+        "--config_file",
+        str(run_folder / "accelerate.yaml"),
+        *several,
+        "--num_processes",
+        str(processes),
+        "-m",
+        WORKER_MODULES[engine],
+        "--config_file",
+        "trainer.toml",
+        "--dataset_config",
+        "dataset.toml",
+        "--gradient_accumulation_steps",
+        str(accumulation),
+    )
+    environment = {
+        **safe_settings(),
+        RUN_VARIABLE: str(run_folder),
+        ATTEMPT_VARIABLE: str(attempt_number),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads or default_threads(processes // machines.count, on_cpu)),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_SECONDS),
+    }
+    if machines.count > 1:
+        environment[MACHINE_VARIABLE] = str(machines.rank)
+        # torchrun reads it: a machine that still starts an attempt which is over meets nobody of the next one.
+        environment["PET_RDZV_ID"] = f"{run_folder.name}-{attempt_number}"
+    if on_cpu:
+        # For runs of kwrap 0.1, whose locks say nothing of kernels, as it started them.
+        environment |= {"LYCORIS_KERNEL_BACKEND": "torch", "LYCORIS_KERNEL_TUNE": "off", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= kernel_settings(kernels or {}, run_folder)
+    # The worker's folder is another one: what is relative here would not be found there.
+    environment |= {name: str(expand_user(os.environ[name]).absolute()) for name in FOLDERS if os.environ.get(name)}
+    return Launch(argv, environment, run_folder)
+
+
+def plan_attempt_launch(attempt: Attempt, threads: int | None = None, machine_rank: int = 0) -> Launch:
+    """The command of an attempt of a run that is there, on one of its machines."""
+    lock = attempt.lock
+    return plan_launch(
+        attempt.run.folder,
+        lock.engine,
+        attempt.number,
+        attempt.processes,
+        attempt.accumulation,
+        is_on_cpu(lock),
+        threads,
+        Machines(attempt.machines, machine_rank, lock.accelerate),
+        lock.tables.get("kernels"),
+    )
+
+
+def require_packages() -> None:
+    """Raises MissingExtra where a package that every engine trains with is not installed."""
+    if any(importlib.util.find_spec(name) is None for name in NEEDED_PACKAGES):
+        raise MissingExtra("training", "train")
+
+
+def default_threads(processes: int, on_cpu: bool) -> int:
+    """Threads of each process: the caller's OMP_NUM_THREADS, else one on a CPU, else the cores shared out.
+
+    Their number changes the last bits of sums, so an attempt keeps that of the one before. What is trained on a CPU
+    is a tiny model, and threads that wait for each other on busy cores make it twenty times slower.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isascii() and given.isdecimal() and int(given):
+        return int(given)
+    if on_cpu:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_THREADS, cores // processes))
+
+
+def is_on_cpu(lock: Lock) -> bool:
+    """Whether the run's site has no GPU."""
+    return int(lock.tables.get("machine", {}).get("gpus", 1)) == 0
+
+
+def describe_attempt_accelerate(attempt: Attempt) -> dict[str, Any]:
+    """accelerate's options for an attempt: those of the run as they were written, and its own processes."""
+    lock = attempt.lock
+    gpus = 0 if is_on_cpu(lock) else attempt.processes
+    machines = lock.accelerate if attempt.machines > 1 else {}
+    precision = str(lock.values.get("mixed_precision", "no"))
+    table = describe_accelerate(attempt.processes, gpus, precision, machines=machines)
+    if gpus:
+        # The caller's CUDA_VISIBLE_DEVICES stays in force.
+        table["gpu_ids"] = "all"
+    if written := lock.files.get(ACCELERATE_FILE):
+        # Never what a later kwrap would write.
+        kept = {name: value for name, value in read_yaml(written).items() if name not in BY_LAUNCH}
+        table = kept | {name: value for name, value in table.items() if name in BY_LAUNCH}
+    return table
+
+
+def write_accelerate_config(attempt: Attempt) -> None:
+    """The run's own file for accelerate, for the attempt's processes; the user's default file then has no say."""
+    write_text(attempt.run.accelerate_config, render_yaml(describe_attempt_accelerate(attempt)))

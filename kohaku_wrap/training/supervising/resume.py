@@ -1,0 +1,310 @@
+"""The next attempt of a run: from which state, at which position, and what then no longer counts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError, Problem, command_line
+from kohaku_wrap.steps import Position
+from kohaku_wrap.trainer.requirements import require_requirements
+from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts, write_attempt
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.supervising.choose_state import find_foreign_state, find_state
+from kohaku_wrap.training.supervising.differences import (
+    ACCEPTED_FAULTS,
+    OTHER_RUN,
+    check_captions,
+    list_changes,
+    list_notes,
+    refuse_changes,
+    refuse_unknown,
+)
+from kohaku_wrap.training.supervising.launch import (
+    Launch,
+    plan_attempt_launch,
+    require_packages,
+    write_accelerate_config,
+)
+from kohaku_wrap.training.supervising.machines import refuse_machines
+
+CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
+CHECKPOINT_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
+
+
+class RunFinished(KwrapError):
+    """All optimizer steps are done."""
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """What a resume would do; nothing is changed yet."""
+
+    run: Run
+    """The run."""
+
+    number: int
+    """Of the next attempt."""
+
+    state: Path | None
+    """The state to load; None for a start from the beginning."""
+
+    optimizer_step: int
+    """Optimizer steps done at that state."""
+
+    position: Position
+    """Where the next optimizer step starts."""
+
+    processes: int
+    """W of the next attempt."""
+
+    accumulation: int
+    """A of the next attempt."""
+
+    workers: int
+    """Loader workers of each process."""
+
+    machines: int
+    """Machines of the next attempt."""
+
+    threads: int | None
+    """OMP_NUM_THREADS of the attempt before; None for the first."""
+
+    damaged: tuple[DamagedState, ...] = ()
+    """States that did not verify, newest first."""
+
+    abandons: tuple[Path, ...] = ()
+    """Later states and checkpoints, which move to `abandoned/`."""
+
+    foreign: bool = False
+    """Whether the state was made by plain sd-scripts."""
+
+    allow: frozenset[str] = field(default_factory=frozenset)
+    """Differences and faults that the person accepts."""
+
+    accepted: tuple[Problem, ...] = ()
+    """The differences that are there and accepted."""
+
+    bad_steps: int | None = None
+    """As in Attempt."""
+
+    notes: tuple[str, ...] = ()
+    """What changed without effect, and what cannot be compared."""
+
+    lineage: Mapping[str, Any] | None = None
+    """Of a state that another run wrote."""
+
+    def rank_positions(self) -> list[int]:
+        """The next global position of each rank."""
+        return [self.position.global_position + rank for rank in range(self.processes)]
+
+
+def plan_resume(
+    run: Run,
+    step: int | None = None,
+    processes: int | None = None,
+    workers: int | None = None,
+    allow: Sequence[str] = (),
+    foreign: bool = False,
+    foreign_state: Path | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    machines: int | None = None,
+) -> ResumePlan:
+    """Choose the newest whole state of the run's current line, or that of `step`, and verify it.
+
+    Raises RunFinished, NoSuchState with those there are, DamagedState for an explicit step, NoWholeState where states
+    were saved and none is whole (step 0 then starts from the beginning), DifferentRun with the list of differences
+    between state and run, BadOrder for a number of processes that does not divide.
+    """
+    refuse_unknown(allow, run)
+    if step is None and foreign_state is None and is_finished(run):
+        # Whatever became of its states.
+        raise RunFinished(
+            f"run {run.name} is finished: all {run.lock.total_optimizer_steps:,} optimizer steps are done",
+            f"Prove it with `{command_line('verify', run.folder)}`; go back with `--step N`.",
+        )
+    attempts = list_attempts(run)
+    last = attempts[-1] if attempts else None
+    before = (last.processes, last.machines) if last else (first_processes(run), run.lock.machines)
+    machines = machines or before[1]
+    processes = processes or before[0] // before[1] * machines
+    refuse_machines(run, machines, processes)
+    accumulation = run.lock.count.accumulation(processes)
+    damaged: list[DamagedState] = []
+    state: Path | None
+    if foreign:
+        state, optimizer_step = find_foreign_state(run, step, foreign_state)
+    else:
+        state, optimizer_step = find_state(run, attempts, step, damaged, on_bytes)
+    changes = list_changes(run, None if foreign else state)
+    accepted = list_accepted(run, allow, last, changes)
+    refuse_changes(f"run {run.name}", changes, accepted)
+    there = tuple(problem for problem in changes if problem.where in accepted)
+    abandons = [
+        path
+        for at, path in list_states(run.states)
+        if path != state and (at > optimizer_step or is_damaged(path, damaged))
+    ]
+    abandons += [path for path in later_checkpoints(run, optimizer_step) if path != state]
+    return ResumePlan(
+        run=run,
+        number=next_number(run),
+        state=state,
+        optimizer_step=optimizer_step,
+        position=run.lock.count.position_of(optimizer_step, processes),
+        processes=processes,
+        accumulation=accumulation,
+        workers=workers if workers is not None else (last.workers if last else first_workers(run)),
+        machines=machines,
+        threads=threads_of(last),
+        damaged=tuple(damaged),
+        abandons=tuple(abandons),
+        foreign=foreign,
+        allow=accepted,
+        accepted=there,
+        notes=tuple(list_notes(run)),
+        lineage=describe_lineage(state) if any(problem.where == OTHER_RUN for problem in there) else None,
+    )
+
+
+def list_accepted(
+    run: Run, allow: Collection[str], last: Attempt | None, changes: Collection[Problem]
+) -> frozenset[str]:
+    """What is accepted: now, faults in an attempt before, and differences that the last attempt accepted as they are.
+
+    A difference of the same key that is another one is asked for again. In a run of kwrap 0.1 a key was enough.
+    """
+    accepted = frozenset(allow)
+    if last is None:
+        return accepted
+    if run.lock.format == 1:
+        return accepted | last.allow
+    as_before = {problem.where for problem in changes if last.differences.get(problem.where) == problem.what}
+    return accepted | (last.allow & ACCEPTED_FAULTS) | as_before
+
+
+def describe_lineage(state: Path | None) -> dict[str, Any] | None:
+    """Where a state of another run comes from, for the attempt's record."""
+    if state is None:
+        return None
+    manifest = read_manifest(state)
+    return {
+        "run_id": manifest.fingerprint.run_id,
+        "options_digest": manifest.fingerprint.options_digest,
+        "attempt": manifest.attempt,
+        "optimizer_step": manifest.optimizer_step,
+    }
+
+
+def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
+    """Make the attempt, move what no longer counts to `abandoned/`, and say how to start it.
+
+    The attempt is written first: from then on the ledger and the states of the line left behind are known as such,
+    even if this process dies in the middle. Raises MissingExtra, MissingRequirements, DamagedCaptions.
+    """
+    require_packages()
+    if plan.run.lock.engine == "sd-scripts":
+        require_requirements()
+    if plan.number > 1:
+        # Those of the first attempt were read when the run was made.
+        check_captions(plan.run)
+    attempt = describe_attempt(plan)
+    launch = describe_launch(plan)
+    write_attempt(attempt, launch.environment)
+    write_accelerate_config(attempt)
+    for path in plan.abandons:
+        away = plan.run.abandoned / f"before-attempt-{plan.number}" / path.relative_to(plan.run.folder)
+        away.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(away)
+    return attempt, launch
+
+
+def describe_attempt(plan: ResumePlan) -> Attempt:
+    """The attempt that the plan leads to; nothing is written."""
+    return Attempt(
+        run=plan.run,
+        number=plan.number,
+        processes=plan.processes,
+        accumulation=plan.accumulation,
+        workers=plan.workers,
+        start_optimizer_step=plan.optimizer_step,
+        state=plan.state,
+        allow=plan.allow,
+        foreign=plan.foreign,
+        machines=plan.machines,
+        bad_steps=plan.bad_steps,
+        differences={problem.where: problem.what for problem in plan.accepted},
+        lineage=plan.lineage,
+    )
+
+
+def describe_launch(plan: ResumePlan) -> Launch:
+    """The command that the plan leads to."""
+    return plan_attempt_launch(describe_attempt(plan), plan.threads)
+
+
+def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
+    """Checkpoints of steps and epochs that are to be trained again, and the final one."""
+    found = []
+    per_epoch = run.lock.count.optimizer_steps_per_epoch
+    for path in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []:
+        if path.is_dir():
+            continue
+        if match := CHECKPOINT_OF_STEP.search(path.name):
+            at = int(match.group(1))
+        elif match := CHECKPOINT_OF_EPOCH.search(path.name):
+            at = int(match.group(1)) * per_epoch
+        elif path.stem == run.name:
+            at = run.lock.total_optimizer_steps + 1
+        else:
+            continue
+        if at > optimizer_step:
+            found.append(path)
+    return found
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the newest attempt reached the last step and the final network is there.
+
+    The network alone proves nothing: a crash may have cut it while it was written.
+    """
+    attempts = list_attempts(run)
+    result = attempts[-1].result() if attempts else None
+    is_there = any(run.checkpoints.glob(f"{run.name}.*")) if run.checkpoints.is_dir() else False
+    return is_there and result is not None and result["outcome"] == "finished"
+
+
+def is_damaged(state: Path, damaged: Sequence[DamagedState]) -> bool:
+    return any(each.state == state for each in damaged)
+
+
+def next_number(run: Run) -> int:
+    """One more than the highest attempt, whole or not."""
+    return max(attempt_numbers(run), default=0) + 1
+
+
+def first_processes(run: Run) -> int:
+    """The processes that the site gave when the run was made."""
+    machine = run.lock.tables.get("machine", {})
+    return int(machine.get("processes", max(int(machine.get("gpus", 1)), 1)))
+
+
+def first_workers(run: Run) -> int:
+    """The loader workers that the site or the template gave when the run was made."""
+    values = run.lock.values
+    return int(run.lock.tables.get("machine", {}).get("workers", values.get("max_data_loader_n_workers", 0)) or 0)
+
+
+def threads_of(attempt: Attempt | None) -> int | None:
+    """OMP_NUM_THREADS of an attempt."""
+    if attempt is None:
+        return None
+    document = json.loads((attempt.folder / "attempt.json").read_text(encoding="utf-8"))
+    threads = document.get("environment", {}).get("OMP_NUM_THREADS", "")
+    return int(threads) if threads.isascii() and threads.isdecimal() else None

@@ -1,0 +1,263 @@
+"""What a run is doing and what happened to it, read from its folder without disturbing it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, is_lock_free, list_attempts
+from kohaku_wrap.training.records.bad_steps import BadSteps
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.records.signs import read_boot_id
+from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
+from kohaku_wrap.training.supervising.resume import is_finished
+from kohaku_wrap.training.supervising.watch import number_of
+
+Condition = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
+
+RATE_WINDOW_STEPS = 20
+
+
+@dataclass(frozen=True)
+class AttemptStatus:
+    """One attempt's story."""
+
+    number: int
+    """Counted from 1."""
+
+    start_optimizer_step: int
+    """Optimizer steps done before it."""
+
+    optimizer_step: int
+    """Optimizer steps done, as far as it got."""
+
+    processes: int
+    """W."""
+
+    accumulation: int
+    """A."""
+
+    state: str | None
+    """The state that it loaded."""
+
+    allow: tuple[str, ...]
+    """What the person accepted."""
+
+    end: str
+    """How it ended, as in AttemptEnd; `running`, or `interrupted` when its supervisor was killed too."""
+
+    message: str
+    """One line for people."""
+
+    ended_unix_seconds: float | None
+    """When."""
+
+
+@dataclass(frozen=True)
+class StateStatus:
+    """One state on the disk."""
+
+    optimizer_step: int
+    """Optimizer steps done."""
+
+    size_bytes: int
+    """Of its files; 0 when its manifest is damaged."""
+
+    is_sealed: bool
+    """Whether its manifest is right; the files' content is read by `kwrap resume`."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment."""
+
+    run: Run
+    """The run."""
+
+    condition: Condition
+    """In one word."""
+
+    optimizer_step: int
+    """Optimizer steps done on the current line."""
+
+    total_optimizer_steps: int
+    """Of the whole run."""
+
+    epoch: int
+    """Counted from 0, of the next optimizer step."""
+
+    loss: float | None
+    """Of the last optimizer step."""
+
+    mean_loss: float | None
+    """Of the last RATE_WINDOW_STEPS optimizer steps."""
+
+    learning_rates: dict[str, float]
+    """Of the last optimizer step, by `lr_…`."""
+
+    skipped_steps: int
+    """Optimizer steps on the current line that the GradScaler skipped."""
+
+    non_finite_steps: int
+    """Optimizer steps on the current line whose loss was no number."""
+
+    bad_steps_in_a_row: int
+    """The latest optimizer steps, without a gap, that were skipped or had such a loss."""
+
+    seconds_per_step: float | None
+    """Mean of the last RATE_WINDOW_STEPS optimizer steps."""
+
+    eta_seconds: float | None
+    """Until the last step at that rate; None unless it runs."""
+
+    phase: str
+    """What the ranks do now; empty unless it runs."""
+
+    silent_seconds: float | None
+    """Since the last sign of life; None unless it runs, and where it was left on another boot or machine."""
+
+    attempts: tuple[AttemptStatus, ...]
+    """In order."""
+
+    states: tuple[StateStatus, ...]
+    """Ascending."""
+
+    last_error: str
+    """Of the newest attempt that failed; empty without one."""
+
+    disk_free_bytes: int
+    """Where the run lies."""
+
+    disk_used_bytes: int
+    """By its states and checkpoints."""
+
+
+def read_status(run: Run) -> RunStatus:
+    """The run as its files show it now."""
+    attempts = list_attempts(run)
+    ends = {attempt.number: read_end(attempt) for attempt in attempts}
+    told = tuple(describe_attempt(attempt, ends[attempt.number]) for attempt in attempts)
+    lines = read_metrics(run)
+    recent = lines[-RATE_WINDOW_STEPS:]
+    bad_steps = BadSteps.of_lines(lines)
+    running = bool(told) and told[-1].end == "running"
+    done = int(lines[-1]["optimizer_step"]) if lines else 0
+    done = max([done, *(attempt.start_optimizer_step for attempt in attempts[-1:])])
+    total = run.lock.total_optimizer_steps
+    seconds = mean_of(recent, "seconds")
+    beats = attempts[-1].heartbeats() if running else []
+    failures = [each for each in told if (end := ends[each.number]) and end.is_failure]
+    states = tuple(describe_states(run))
+    return RunStatus(
+        run=run,
+        condition=judge_condition(run, told),
+        optimizer_step=done,
+        total_optimizer_steps=total,
+        epoch=run.lock.count.position_of(min(done, total), 1).epoch,
+        loss=number_or_none(lines[-1].get("loss")) if lines else None,
+        mean_loss=mean_of(recent, "loss"),
+        learning_rates={name: number_of(value) for name, value in lines[-1].items() if name.startswith("lr_")}
+        if lines
+        else {},
+        skipped_steps=bad_steps.skipped,
+        non_finite_steps=bad_steps.non_finite,
+        bad_steps_in_a_row=bad_steps.in_a_row,
+        seconds_per_step=seconds,
+        eta_seconds=(total - done) * seconds if running and seconds is not None else None,
+        phase=describe_phase(beats),
+        silent_seconds=count_silence(beats),
+        attempts=told,
+        states=states,
+        last_error=f"attempt {failures[-1].number}: {failures[-1].end}: {failures[-1].message}" if failures else "",
+        disk_free_bytes=shutil.disk_usage(run.folder).free,
+        disk_used_bytes=sum(state.size_bytes for state in states) + checkpoint_bytes(run),
+    )
+
+
+def describe_attempt(attempt: Attempt, end: AttemptEnd | None) -> AttemptStatus:
+    """One attempt's story from its folder."""
+    if end is not None:
+        kind, message, step, ended = end.kind, end.message, end.optimizer_step, end.unix_seconds
+    else:
+        step, ended = steps_done(attempt), None
+        if is_lock_free(attempt.supervisor_lock) or not attempt.supervisor_lock.exists():
+            kind, message = "interrupted", f"its supervisor was killed after optimizer step {step:,}"
+        else:
+            kind, message = "running", f"at optimizer step {step:,}"
+    return AttemptStatus(
+        number=attempt.number,
+        start_optimizer_step=attempt.start_optimizer_step,
+        optimizer_step=step,
+        processes=attempt.processes,
+        accumulation=attempt.accumulation,
+        state=None if attempt.state is None else attempt.state.name,
+        allow=tuple(sorted(attempt.allow)),
+        end=kind,
+        message=message,
+        ended_unix_seconds=ended,
+    )
+
+
+def judge_condition(run: Run, attempts: tuple[AttemptStatus, ...]) -> Condition:
+    """The run in one word."""
+    if not attempts:
+        return "new"
+    last = attempts[-1].end
+    if last == "running":
+        return "running"
+    if is_finished(run):
+        return "finished"
+    if last in ("stopped", "killed"):
+        return "stopped"
+    return "interrupted" if last == "interrupted" else "failed"
+
+
+def describe_states(run: Run) -> list[StateStatus]:
+    """The states on the disk; their content is not read."""
+    found = []
+    for step, path in list_states(run.states):
+        try:
+            found.append(StateStatus(step, read_manifest(path).size_bytes, True))
+        except DamagedState:
+            found.append(StateStatus(step, 0, False))
+    return found
+
+
+def count_silence(beats: list[Heartbeat]) -> float | None:
+    """Seconds since the last sign of life; None where it was left on another boot, whose clock is not ours."""
+    here = [beat.monotonic_seconds for beat in beats if beat.boot_id and beat.boot_id == read_boot_id()]
+    return max(0.0, time.monotonic() - max(here)) if here else None
+
+
+def describe_phase(beats: list[Heartbeat]) -> str:
+    """What the ranks do, once where they agree."""
+    phases = list(dict.fromkeys(beat.message or beat.phase for beat in beats))
+    return ", ".join(phases)
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """Size of all files in checkpoints/; those that vanish while they are looked at count nothing."""
+    total = 0
+    for path in run.checkpoints.rglob("*") if run.checkpoints.is_dir() else []:
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def mean_of(lines: list[dict[str, Any]], name: str) -> float | None:
+    """The mean of a column; None where it has no finite number."""
+    values = [value for line in lines if (value := number_or_none(line.get(name))) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def number_or_none(value: Any) -> float | None:
+    """A number of a metrics line; None for what is not there or not finite."""
+    number = number_of(value)
+    return number if number == number and abs(number) != float("inf") else None

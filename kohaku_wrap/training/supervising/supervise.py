@@ -1,0 +1,231 @@
+"""A run watched over: attempts follow each other until it is done, stopped, or not to be saved by another start."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError, command_line
+from kohaku_wrap.outlets import telling_losses
+from kohaku_wrap.training.records.attempts import Attempt, hold_lock
+from kohaku_wrap.training.records.bad_steps import KEY_IN_STATE
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.signs import RunLog
+from kohaku_wrap.training.records.states import DiskFull, is_disk_full, list_states
+from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
+from kohaku_wrap.training.supervising.hooks import Hook
+from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.supervising.processes import end_processes, list_processes
+from kohaku_wrap.training.supervising.watch import AttemptWatch, Event, OnEvent, StopSignals, WatchOptions
+
+FAILURES_AT_ONE_STEP = 3
+ORPHAN_PATIENCE_SECONDS = 180.0
+LOCK_FILE = ".supervisor.lock"
+
+
+class RunIsBusy(KwrapError):
+    """Another kwrap is training this run."""
+
+
+class TrainerFailed(KwrapError):
+    """The run's last attempt failed and none follows."""
+
+    exit_code = EXIT_TRAINER_FAILED
+
+    def __init__(self, attempt: Attempt, end: AttemptEnd, why_last: str) -> None:
+        lines = [f"run {attempt.run.name}, attempt {attempt.number}: {end.kind}: {end.message}"]
+        if why_last:
+            lines.append(why_last)
+        for name, tail in log_tails(attempt).items():
+            lines.append(f"--- last lines of {attempt.folder / name}")
+            lines += tail
+        super().__init__("\n".join(lines), advice_after(attempt, end))
+        if end.kind == "refused":
+            # The trainer did not fail: it was asked for what cannot be.
+            self.exit_code = EXIT_FAILED
+        self.attempt = attempt
+        self.end = end
+
+
+class RunStopped(Interrupted):
+    """A signal stopped the run."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a supervised run came to."""
+
+    run: Run
+    """The run."""
+
+    attempts: int
+    """Attempts that this supervisor started."""
+
+    optimizer_step: int
+    """Optimizer steps done."""
+
+
+NextAttempt = Callable[[], tuple[Attempt, Launch]]
+"""Prepares the next attempt of the run from its newest whole state."""
+
+
+def supervise_run(
+    run: Run,
+    first: NextAttempt,
+    following: NextAttempt,
+    options: WatchOptions,
+    on_event: OnEvent,
+) -> RunReport:
+    """Train a run to its end.
+
+    `first` prepares the first attempt, `following` every restart; both are called while this process holds the run.
+    Raises TrainerFailed with the last lines of every log, RunStopped after a signal, RunIsBusy.
+    """
+    lock = hold_lock(run.folder / LOCK_FILE)
+    if lock is None:
+        raise RunIsBusy(f"{run.name}: another kwrap is training it", f"See `{command_line('status', run.folder)}`.")
+    log = RunLog(run.folder)
+    on_event = log_events(log, on_event)
+    hook = Hook(options.hook, run)
+    failures_at: Counter[int] = Counter()
+    stop = StopSignals()
+    go_on = f"Go on with: {command_line('resume', run.folder)}"
+    try:
+        with stop.caught(), telling_losses(log.note_loss):
+            await_orphans(run, stop, on_event)
+            number = 0
+            while True:
+                number += 1
+                attempt, launch = begin(run, first if number == 1 else following)
+                tell_trouble(hook.call("start", f"attempt {attempt.number}", attempt.start_optimizer_step), on_event)
+                end = AttemptWatch(attempt, launch, options, stop, on_event).run()
+                tell_end(attempt, end, hook, on_event)
+                if end.kind == FINISHED:
+                    return RunReport(run, number, end.optimizer_step)
+                if end.kind in (STOPPED, KILLED) or stop.count:
+                    raise RunStopped(f"run {run.name}: {end.message}", go_on)
+                failures_at[end.optimizer_step] += 1
+                why_last = why_give_up(end, failures_at, number, options)
+                if why_last:
+                    raise give_up(attempt, end, why_last if options.restarts else "")
+                pause_seconds = min(options.first_pause_seconds * 2 ** (number - 1), options.longest_pause_seconds)
+                on_event(Event("restart", f"restart {number} of {options.restarts} in {pause_seconds:,.0f} s"))
+                if stop.wait(pause_seconds):
+                    raise RunStopped(f"run {run.name}: stopped while waiting for a restart", go_on)
+    finally:
+        os.close(lock)
+
+
+def log_events(log: RunLog, on_event: OnEvent) -> OnEvent:
+    """Keep every event but progress in the run's log too."""
+
+    def both(event: Event) -> None:
+        if event.kind != "progress":
+            log.note(f"{event.kind}: {event.message}")
+        on_event(event)
+
+    return both
+
+
+def begin(run: Run, next_attempt: NextAttempt) -> tuple[Attempt, Launch]:
+    """The next attempt; raises DiskFull, with the way on, where its files find no room."""
+    try:
+        return next_attempt()
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        go_on = f"Free some space, then: {command_line('resume', run.folder)}"
+        raise DiskFull(f"{error.filename or run.folder}: the disk is full", go_on) from error
+
+
+def await_orphans(run: Run, stop: StopSignals, on_event: OnEvent) -> None:
+    """Wait for processes whose supervisor was killed: they save a state and end; then end what is left.
+
+    Raises RunStopped on a signal, which leaves them to their work.
+    """
+    if not list_processes(run, machine_rank=0):
+        return
+    on_event(
+        Event("note", "an earlier attempt is still running without its supervisor: waiting until it has saved a state")
+    )
+    waited_seconds = 0.0
+    while list_processes(run, machine_rank=0) and waited_seconds < ORPHAN_PATIENCE_SECONDS:
+        if stop.wait(0.5):
+            go_on = f"Go on with: {command_line('resume', run.folder)}"
+            raise RunStopped(f"run {run.name}: stopped while an earlier attempt saves a state and ends", go_on)
+        waited_seconds += 0.5
+    end_processes(run, machine_rank=0)
+
+
+def why_give_up(end: AttemptEnd, failures_at: Counter[int], number: int, options: WatchOptions) -> str:
+    """Why no attempt follows a failure; empty when one does."""
+    if not end.may_restart:
+        return "another start would meet the same fault"
+    if failures_at[end.optimizer_step] >= FAILURES_AT_ONE_STEP:
+        return f"{FAILURES_AT_ONE_STEP} failures after the same optimizer step {end.optimizer_step:,}: giving up"
+    if number > options.restarts:
+        return f"no restart is left of {options.restarts}"
+    return ""
+
+
+def give_up(attempt: Attempt, end: AttemptEnd, why_last: str) -> TrainerFailed:
+    """The failure that ends the run, also recorded with its attempt."""
+    if why_last:
+        write_end(attempt, replace(end, message=f"{end.message}; {why_last}"))
+    return TrainerFailed(attempt, end, why_last)
+
+
+def tell_trouble(trouble: str, on_event: OnEvent) -> None:
+    """Print what went wrong with a hook, if anything."""
+    if trouble:
+        on_event(Event("note", trouble))
+
+
+def tell_end(attempt: Attempt, end: AttemptEnd, hook: Hook, on_event: OnEvent) -> None:
+    """Print and hook the end of one attempt."""
+    step, total = end.optimizer_step, attempt.lock.total_optimizer_steps
+    if end.kind == FINISHED:
+        on_event(Event("finish", end.message, step, total))
+        tell_trouble(hook.call("finish", end.message, step), on_event)
+    elif end.is_failure:
+        on_event(Event("crash", f"attempt {attempt.number}: {end.kind}: {end.message}", step, total))
+        tell_trouble(hook.call("crash", f"{end.kind}: {end.message}", step), on_event)
+    else:
+        on_event(Event("stop", end.message, step, total))
+        tell_trouble(hook.call("stop", end.message, step), on_event)
+
+
+def go_back(attempt: Attempt) -> str:
+    """How to go on from before the steps that were skipped or had no number as loss."""
+    for step, state in reversed(list_states(attempt.run.states)):
+        with suppress(DamagedState):
+            counts = read_manifest(state).extra.get(KEY_IN_STATE, {})
+            if not counts.get("in_a_row"):
+                resume = command_line("resume", attempt.run.folder, "--step", step)
+                return f"the newest state from before they went wrong: {resume}"
+    return "no state is from before they went wrong: start a new run, with lower rates or bf16"
+
+
+def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
+    """What to do after a failure of this kind."""
+    resume = command_line("resume", attempt.run.folder)
+    advice = {
+        "bad-image": f"Remove the image and run `kwrap extract` again, which makes it anew, then: {resume}. "
+        f"Or train a substitute in its place: {resume} --allow bad-images",
+        "out-of-memory": f"Lower [machine] batch_per_gpu for a new run, or free memory; then: {resume}",
+        "disk-full": f"Free some space, then: {resume}",
+        "mostly-skipped": "Start a new run with lower rates, or with bf16 in place of fp16. The last network is there.",
+        "non-finite-loss": f"Look at the last losses with `{command_line('status', attempt.run.folder)}`; "
+        + go_back(attempt),
+        "nan-latents": f"Mend the VAE's precision for a new run, or accept it: {resume} --allow nan-latents",
+        "bad-state": f"Choose another state: {resume} --step N",
+        "hang": f"The stacks of the hang are in the logs under {attempt.folder}. Go on with: {resume}",
+        "exited-early": f"The logs under {attempt.folder} may tell why. Go on with: {resume}",
+    }
+    if end.kind == "bad-image" and attempt.lock.data != "kwrap":
+        return f'Mend the image, then: {resume}. Only kwrap\'s dataset (data = "kwrap") can train a substitute.'
+    return advice.get(end.kind, f"The whole logs are in {attempt.folder}. Go on with: {resume}")

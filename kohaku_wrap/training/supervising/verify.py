@@ -1,0 +1,348 @@
+"""Proof from the ledger: every batch position trained once, in order, on the images that the seed says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kohaku_wrap.config.fates import list_unverified
+from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata
+from kohaku_wrap.processes import NoAnswer, ask_python
+from kohaku_wrap.streams import draws, stream_key
+from kohaku_wrap.training.data.order import BatchOrder
+from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.ledger import (
+    FILL,
+    SUBSTITUTE,
+)
+from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.supervising.differences import list_changes
+from kohaku_wrap.training.supervising.ledger_checks import (
+    LOSS_TOLERANCE,
+    BoolArray,
+    Checker,
+    Fault,
+    Int64Array,
+    Overlaps,
+    Records,
+)
+from kohaku_wrap.training.supervising.ledger_files import list_conditions, read_files
+from kohaku_wrap.training.supervising.line_checks import Check, check_steps
+from kohaku_wrap.training.supervising.resume import is_finished
+
+RECOMPUTE_WORKER = "kohaku_wrap.training.engines.recompute"
+
+
+class CannotRecompute(KwrapError):
+    """The worker that recomputes samples could not do it."""
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What an attempt trained that a later one trained again."""
+
+    attempt: int
+    """The attempt whose work was left behind."""
+
+    first_optimizer_step: int
+    """The first step trained again, counted from 1."""
+
+    last_optimizer_step: int
+    """The last one, perhaps in part."""
+
+    records: int
+    """Micro-batches."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What the ledger proves."""
+
+    run: Run
+    """The run."""
+
+    attempts: int
+    """Attempts that left records."""
+
+    records: int
+    """Micro-batches recorded, repeats included."""
+
+    optimizer_steps: int
+    """Whole optimizer steps proved, from the first on."""
+
+    total_optimizer_steps: int
+    """Of the run."""
+
+    is_finished: bool
+    """Whether the run has its final network."""
+
+    positions: int
+    """Positions trained exactly once, fills included."""
+
+    fills: int
+    """Of these, the ones that only complete an epoch's last optimizer step."""
+
+    substitutes: int
+    """Batches in which an unreadable image was replaced."""
+
+    in_progress: int
+    """Micro-batches of an optimizer step that is not whole yet."""
+
+    order_checked: bool
+    """Whether the images at each position were recomputed from seed and dataset."""
+
+    compared: int
+    """Positions recorded by more than one attempt, whose digests were compared."""
+
+    skipped_images_loaded: int
+    """Images that resumes opened for positions already trained; 0 when skipping costs nothing."""
+
+    repeats: tuple[Repeat, ...]
+    """What crashes repeated."""
+
+    faults: tuple[Fault, ...]
+    """Empty when all is proved."""
+
+    notes: tuple[str, ...] = ()
+    """What the reader should know."""
+
+    deep_samples: int = 0
+    """Micro-batches recomputed from images and captions."""
+
+    skipped_steps: int = 0
+    """Optimizer steps on the line that the GradScaler skipped."""
+
+    non_finite_steps: int = 0
+    """Optimizer steps on the line whose mean loss was no number."""
+
+    checks: tuple[Check, ...] = ()
+    """What was looked at and what was not: order, losses, rates, options, skipped steps, deep."""
+
+    unverified: tuple[str, ...] = ()
+    """Options of the run that are left to the trainer: it is proved except for these."""
+
+    changed_after: tuple[str, ...] = ()
+    """Captions, models and files that are no longer what the lock says; the ledger is not held against them."""
+
+    @property
+    def is_proved(self) -> bool:
+        return not self.faults
+
+
+def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
+    """Check the ledger of all attempts against seed, dataset, lock and each other.
+
+    Raises NoLedger, and BadLedger for a file that is not one.
+    """
+    count = run.lock.count
+    files = read_files(run)
+    records = Records.of_files(files, count)
+    attempts = list_attempts(run)
+    kept_until = last_kept_steps(attempts)
+    kept = records.optimizer_step <= limits_of(kept_until, records.attempt)
+    checker = Checker(count, records)
+    checker.check_bits()
+    checker.check_places()
+    checker.check_file_order()
+    total = run.lock.total_optimizer_steps
+    steps_due = total if is_finished(run) else max([0, *list_saved_steps(run, attempts)])
+    begun = list_foreign(attempts, kept_until)
+    foreign = max((each.start_optimizer_step for each in begun), default=0)
+    steps, in_progress = checker.check_coverage(kept, total, steps_due, foreign)
+    notes = []
+    if foreign:
+        by, word = ("another run", "--allow other-run") if begun[-1].lineage else ("plain sd-scripts", "--foreign")
+        notes.append(f"trained by {by} up to optimizer step {foreign:,} ({word}): proved from there on")
+    notes += [
+        f"attempt {each.number} accepted {where}: {what}"
+        for each in attempts
+        for where, what in each.differences.items()
+    ]
+    changed = list_changed(run)
+    captions_changed = has_other_captions(run)
+    order = check_order(run, checker, captions_changed)
+    overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
+    line = check_steps(run, files, kept_until, steps, steps_due, foreign)
+    on_line = kept & (records.optimizer_step <= steps)
+    deep, deep_samples = check_deep(run, checker, np.flatnonzero(on_line), deep_samples, captions_changed)
+    if not order.is_looked_at:
+        notes.append(f"order: {order.detail}")
+    return VerifyReport(
+        run=run,
+        attempts=len(set(records.attempt.tolist())),
+        records=len(records),
+        optimizer_steps=steps,
+        total_optimizer_steps=total,
+        is_finished=is_finished(run),
+        positions=int(np.unique(records.global_index[on_line]).size),
+        fills=int(((records.flags & FILL) > 0)[on_line].sum()),
+        substitutes=int(((records.flags & SUBSTITUTE) > 0)[on_line].sum()),
+        in_progress=in_progress,
+        order_checked=order.is_looked_at,
+        compared=overlaps.positions,
+        skipped_images_loaded=max((int(each.get("skipped_images_loaded", 0)) for each in read_metrics(run)), default=0),
+        repeats=tuple(list_repeats(records, kept)),
+        faults=tuple(checker.faults + line.faults),
+        notes=tuple(notes),
+        deep_samples=deep_samples,
+        skipped_steps=line.bad_steps.skipped,
+        non_finite_steps=line.bad_steps.non_finite,
+        checks=(order, describe_losses(overlaps), *line.checks, *deep),
+        unverified=list_unverified(run.lock.files),
+        changed_after=tuple(changed),
+    )
+
+
+def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Array:
+    """(records,) the last optimizer step of each record's attempt that still counts."""
+    limits = [min(kept_until.get(number, np.inf), 2.0**62) for number in range(int(attempt.max(initial=0)) + 1)]
+    return np.array(limits).astype(np.int64)[attempt]
+
+
+def list_changed(run: Run) -> list[str]:
+    """What of the run's files, models and captions is no longer what its lock says."""
+    try:
+        return [f"{problem.where}: {problem.what}" for problem in list_changes(run)]
+    except KwrapError as error:
+        return [error.message]
+
+
+def has_other_captions(run: Run) -> bool:
+    """Whether the captions are others by now than those that the run was made with, or gone."""
+    if not run.lock.dataset_digest:
+        return False
+    try:
+        return str(read_captions_metadata(images_of(run)).get("digest", "")) != run.lock.dataset_digest
+    except KwrapError:
+        return True
+
+
+def check_order(run: Run, checker: Checker, captions_changed: bool) -> Check:
+    """Recompute the order from seed and dataset, unless the dataset is another one by now."""
+    if run.lock.data != "kwrap":
+        return Check(
+            "order", False, 'data = "sd-scripts": the images at each position are compared between attempts only'
+        )
+    try:
+        order, ids = read_order(run)
+    except KwrapError as error:
+        return Check("order", False, f"the dataset cannot be read ({error.message})")
+    before = len(checker.faults)
+    checker.check_order(order, ids)
+    if len(checker.faults) > before and captions_changed:
+        # The ledger cannot be held against a dataset that it was not made from.
+        del checker.faults[before:]
+        return Check("order", False, "the captions were changed after the run; compared between attempts only")
+    return Check("order", True, "recomputed from seed and dataset")
+
+
+def describe_losses(overlaps: Overlaps) -> Check:
+    """What the comparison of losses came to."""
+    if not overlaps.positions:
+        return Check("losses", True, "no position was trained twice")
+    parts = []
+    if overlaps.exact:
+        parts.append(f"{overlaps.exact:,} compared bit for bit")
+    if overlaps.loose:
+        parts.append(
+            f"{overlaps.loose:,} compared to within {LOSS_TOLERANCE:.0%}, the largest difference {overlaps.largest:.2%}"
+        )
+    if overlaps.left_out:
+        parts.append(f"{overlaps.left_out:,} not, as the attempts have other options by --allow")
+    return Check("losses", overlaps.left_out == 0, "; ".join(parts))
+
+
+def check_deep(
+    run: Run, checker: Checker, candidates: Int64Array, samples: int, captions_changed: bool
+) -> tuple[list[Check], int]:
+    """Recompute the content of some records; what came of it, and how many could be."""
+    if not samples:
+        return [], 0
+    if captions_changed:
+        why = "not possible: the captions were changed after the run"
+        return [Check("deep", False, why)], 0
+    chosen = choose_samples(candidates, min(samples, len(candidates)))
+    digests = recompute_content(run, checker.records, chosen)
+    troubles = [digest for digest in digests if isinstance(digest, str)]
+    made = np.array([not isinstance(digest, str) for digest in digests], dtype=bool)
+    checker.check_content(chosen[made], [digest for digest in digests if not isinstance(digest, str)])
+    if troubles:
+        why = f"{len(troubles):,} of {len(chosen):,} micro-batches not possible: {troubles[0]}"
+        return [Check("deep", False, why)], int(made.sum())
+    return [Check("deep", True, f"{len(chosen):,} micro-batches recomputed")], len(chosen)
+
+
+def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:
+    """The attempts on the line that began from a state of plain sd-scripts or of another run."""
+    return [
+        each for each in attempts if (each.foreign or each.lineage) and each.start_optimizer_step <= kept[each.number]
+    ]
+
+
+def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
+    """Optimizer steps that the line has a state of, or had: the ledger is on disk before a state is written."""
+    yield from (attempt.start_optimizer_step for attempt in attempts[-1:])
+    kept = last_kept_steps(attempts)
+    for step, path in list_states(run.states):
+        with suppress(DamagedState):
+            if step <= kept.get(read_manifest(path).attempt, 0):
+                yield step
+
+
+def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
+    """The order that the run's seed and dataset make, and the post id of each of its entries."""
+    lock = run.lock
+    options: Mapping[str, object] = lock.tables.get("dataset", {})
+    table = open_captions(images_of(run)).read_all()
+    buckets = assign_buckets(
+        table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)
+    )
+    repeats = int(str(options.get("num_repeats", 1) or 1))
+    ids = np.tile(table["id"].to_numpy().astype(np.int64), repeats)
+    bucket_of_entry = np.tile(buckets.bucket_of_image, repeats)
+    return BatchOrder(bucket_of_entry, lock.batch_per_gpu, lock.seed, lock.group), ids
+
+
+def images_of(run: Run) -> Path:
+    """The folder of the run's images and captions."""
+    return Path(str(run.lock.tables.get("dataset", {})["image_dir"]))
+
+
+def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:
+    """Some of the records, spread by a fixed draw, so that a second call looks at the same ones."""
+    return np.sort(candidates[np.argsort(draws(stream_key("deep"), candidates))[:samples]])
+
+
+def recompute_content(run: Run, records: Records, chosen: Int64Array) -> list[int | str]:
+    """The content digest of each chosen record, made anew from images and captions, or why it could not be.
+
+    Raises CannotRecompute when the worker fails as a whole.
+    """
+    substituted = (records.flags & SUBSTITUTE) > 0
+    samples = [[int(records.epoch[each]), int(records.position[each]), int(substituted[each])] for each in chosen]
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        digests: list[int | str] = ask_python(
+            RECOMPUTE_WORKER, run.folder, request=samples, added=settings, folder=run.folder
+        )
+    except NoAnswer as failed:
+        raise CannotRecompute(
+            f"the samples cannot be recomputed: {failed.message}", "Verify without --deep, or fix that."
+        ) from None
+    return digests
+
+
+def list_repeats(records: Records, kept: BoolArray) -> Iterator[Repeat]:
+    """What each attempt trained beyond the state from which a later one went on."""
+    for attempt in np.unique(records.attempt[~kept]).tolist():
+        steps = records.optimizer_step[~kept & (records.attempt == attempt)]
+        yield Repeat(attempt, int(steps.min()), int(steps.max()), len(steps))
