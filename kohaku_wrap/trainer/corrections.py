@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.trainer.anchors import ANCHORS, LOOP_ANCHORS, TRAIN, Anchor
+
+FRESH_CHECKOUT = "Install a fresh checkout: kwrap trainer install"
 
 
 class AnchorsMissing(ProblemsFound):
@@ -36,11 +39,8 @@ class AnchorMatch:
 
 def match_anchors(checkout: Path, anchors: Sequence[Anchor] = ANCHORS) -> list[AnchorMatch]:
     """Look for every anchor in the checkout's source, without running any of it."""
-    trees: dict[str, ast.Module] = {}
-    for anchor in anchors:
-        if anchor.file not in trees:
-            trees[anchor.file] = parse_source(checkout / anchor.file)
-    return [AnchorMatch(anchor, len(find_nodes(trees[anchor.file], anchor))) for anchor in anchors]
+    texts = {name: read_source(checkout / name) for name in {anchor.file: None for anchor in anchors}}
+    return [AnchorMatch(anchor, count_nodes(texts[anchor.file], checkout / anchor.file, anchor)) for anchor in anchors]
 
 
 def require_anchors(checkout: Path, commit: str, supported: str, anchors: Sequence[Anchor] = ANCHORS) -> None:
@@ -58,12 +58,32 @@ def require_anchors(checkout: Path, commit: str, supported: str, anchors: Sequen
         )
 
 
-def parse_source(path: Path) -> ast.Module:
-    """The syntax tree of one file; raises SourceUnreadable."""
+def read_source(path: Path) -> str:
+    """The text of one file; raises SourceUnreadable."""
     try:
-        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise SourceUnreadable(f"{path}: {error}", "Install a fresh checkout: kwrap trainer install") from error
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceUnreadable(f"{path}: {error}", FRESH_CHECKOUT) from error
+
+
+def parse_source(text: str, path: Path) -> ast.Module:
+    """The syntax tree of that file's text; raises SourceUnreadable."""
+    try:
+        return ast.parse(text, filename=str(path))
+    except SyntaxError as error:
+        raise SourceUnreadable(f"{path}: {error}", FRESH_CHECKOUT) from error
+
+
+@cache
+def parse_once(text: str, path: Path) -> ast.Module:
+    """The syntax tree to look at; whoever changes one takes a tree of his own."""
+    return parse_source(text, path)
+
+
+@cache
+def count_nodes(text: str, path: Path, anchor: Anchor) -> int:
+    """How often the anchor stands in that text; a process that looks again need not walk the tree again."""
+    return len(find_nodes(parse_once(text, path), anchor))
 
 
 def find_nodes(tree: ast.Module, anchor: Anchor) -> list[ast.AST]:
@@ -159,7 +179,7 @@ def correct_loop(source: Path, commit: str, supported: str) -> ast.Module:
     Line numbers are those of the file, so that a traceback points to the right line.
     Raises AnchorsMissing if a correction found its place other than once.
     """
-    tree = parse_source(source)
+    tree = parse_source(read_source(source), source)
     function = find_scope(tree, TRAIN)
     if not isinstance(function, ast.FunctionDef):
         raise AnchorsMissing(

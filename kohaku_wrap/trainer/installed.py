@@ -94,10 +94,11 @@ def list_versions(folders: Sequence[Path] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
     spellings: dict[str, str] = {}
     for dist in (*metadata.distributions(), *(metadata.distributions(path=[str(folder) for folder in folders]))):
-        if dist.metadata and (name := dist.metadata["Name"]):
+        headers = dist.metadata  # read and parsed anew each time
+        if headers and (name := headers["Name"]):
             # The first on the import path is the one that is imported.
             spellings.setdefault(plain_name(name), name)
-            found.setdefault(spellings[plain_name(name)], dist.version)
+            found.setdefault(spellings[plain_name(name)], headers["Version"])
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 

@@ -13,8 +13,23 @@ import sys
 import traceback
 from importlib import import_module
 
-from kohaku_wrap.trainer.checkout import Checkout, find_checkout, require_supported
+from kohaku_wrap.trainer.checkout import find_checkout, require_supported
 from kohaku_wrap.training.engines.sd_scripts import worker as sd_scripts
+
+IMPORTED_BY_ATTEMPTS = (
+    "sdxl_train_network",
+    "lycoris.kohya",
+    "networks.lora",
+    "ftfy",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "kohaku_wrap.training.engines.sd_scripts.loop",
+    "kohaku_wrap.training.engines.sd_scripts.seams",
+    "kohaku_wrap.training.engines.sd_scripts.dataset",
+    "kohaku_wrap.training.engines.sd_scripts.tiny_sizes",
+)
+"""What every training would import by itself, the slowest ones."""
 
 
 def main() -> int:
@@ -22,16 +37,9 @@ def main() -> int:
     # What the trainer prints at its import is no answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    checkout = require_supported(find_checkout())
-    sd_scripts.enter_checkout(checkout)
-    import_module("lycoris.kohya")
-    import_module("sdxl_train_network")
-
-    def supported(checkout: Checkout) -> Checkout:
-        """Its anchors are matched once, not in every fork."""
-        return checkout
-
-    vars(sd_scripts)["require_supported"] = supported
+    sd_scripts.enter_checkout(require_supported(find_checkout()))
+    for name in IMPORTED_BY_ATTEMPTS:
+        import_module(name)
     gc.freeze()
     for line in sys.stdin:
         asked = json.loads(line)
