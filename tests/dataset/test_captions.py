@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, strategies
 
 from kohaku_wrap.dataset.captions.explanation import NoSuchPost, explain_post
-from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, make_captions
+from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, find_repeats, make_captions
 from kohaku_wrap.dataset.captions.plan import FATES, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
@@ -218,6 +218,15 @@ def test_duplicates_are_written_once(maker: Maker) -> None:
     tags = [("solo", 0), ("hat", 0), ("solo", 0), ("wlop", 1), ("solo", 0), ("wlop", 1)]
     assert maker.one(tags, recipe_of(suffix=[])) == "wlop ||| solo, hat ||| "
     assert maker.counts.duplicates == 3
+
+
+@pytest.mark.parametrize("posts", [8, 1 << 40, 1 << 62])
+def test_repeats_are_found_however_many_posts_there_are(posts: int) -> None:
+    """Beyond 62 bits of post, element and row another way is taken; both keep the first of each."""
+    owners = np.array([0, 0, 1, 0, 1, 7, 7, 6, 1], dtype=np.int32)
+    elements = np.array([64, 96, 64, 64, 32, 0, 0, 224, 64], dtype=np.int32)
+    assert sorted(find_repeats(owners, elements, posts).tolist()) == [3, 6, 8]
+    assert find_repeats(owners[:0], elements[:0], posts).tolist() == []
 
 
 def test_drops_aliases_and_what_fits_nothing(maker: Maker) -> None:

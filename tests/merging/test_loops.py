@@ -395,6 +395,12 @@ def test_the_error_that_is_allowed_for(loops: ModuleType, denominator: float, sc
         assert combine(loops, rows, "F32", [1.0, 1.0, 1.0], denominator, 2.0**20, "F16")[1] == wanted, units
 
 
+def test_the_error_of_four_inputs(loops: ModuleType) -> None:
+    for units, wanted in ((31, [0]), (34, [])):
+        rows = [[1.0], [2.0**-11], [units * 2.0**-52], [0.0]]
+        assert combine(loops, rows, "F32", [1.0] * 4, 1.0, 2.0**20, "F16")[1] == wanted, units
+
+
 def test_loops_are_compiled_and_kept() -> None:
     if numba.config.DISABLE_JIT:
         pytest.skip("numba does not compile here")
