@@ -292,7 +292,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = project.seed if options.seed is None else options.seed
     texts = {file: (project.root / file).read_text(encoding="utf-8") for file in files}
     sources = [Source(file, text, seed) for file, text in texts.items()]
-    stale = [key for key in project.equivalent if key[0] in files and not holds_lines(texts[key[0]], key[1])]
+    stale = [
+        key
+        for key in project.equivalent
+        if key[0] not in project.tests or (key[0] in files and not holds_lines(texts[key[0]], key[1]))
+    ]
     limit = project.most_a_room if options.limit is None else options.limit
     drawn = draw_mutants(sources, limit, project.equivalent)
     places = {source.file: len(source.places) for source in sources}
