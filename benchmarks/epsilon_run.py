@@ -18,8 +18,9 @@ import pyarrow as pa
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.files import atomic_write, write_text
-from kohaku_wrap.formats.caption_rows import read_captions_metadata, read_folder_sizes
+from kohaku_wrap.formats.caption_rows import read_folder_sizes
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.records.folder import Run
@@ -92,8 +93,7 @@ def make_run(folder: Path, images: int, engine: str = "sd-scripts", template: st
     inputs = {
         "images": str(site.paths.images),
         "base_model": str(site.paths.base_model),
-        "captions_digest": read_captions_metadata(site.paths.images)["digest"],
-    }
+    } | describe_data("kwrap", site.paths.images, {})
     compose_run(effective, site, run_folder, "epsilon", plan, inputs).write()
     run = Run(run_folder)
     step = min(EPSILON_STEP, plan.total_optimizer_steps - 1)

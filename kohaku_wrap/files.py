@@ -153,6 +153,11 @@ def kept_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
     return digest
 
 
+def keeps_sha256(path: Path) -> bool:
+    """Whether `kept_sha256` would not read the file."""
+    return key_of_file(path) in load_hashes()
+
+
 def key_of_file(path: Path) -> str:
     """What must stay the same for a kept hash to hold: path, size, inode, and the times of data and of the inode.
 

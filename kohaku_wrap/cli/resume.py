@@ -125,6 +125,7 @@ def command(
     """
     from kohaku_wrap.planning.sizes import show_bytes
     from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.differences import bytes_to_hash
     from kohaku_wrap.training.supervising.resume import plan_resume
 
     if foreign_state is not None and not foreign:
@@ -143,9 +144,9 @@ def command(
         return
 
     def plan() -> ResumePlan:
-        done, total = 0, states_bytes(run, step)
+        done, total = 0, states_bytes(run, step) + bytes_to_hash(run)
         started = time.monotonic()
-        with progress_bar("verifying the state", "bytes", quiet=as_json) as report:
+        with progress_bar("verifying state and models", "bytes", quiet=as_json) as report:
 
             def count(size_bytes: int) -> None:
                 nonlocal done
@@ -158,7 +159,7 @@ def command(
             if not dry_run:
                 print_start(found)
             if done:
-                print_note(f"verified {show_bytes(done)} of states in {time.monotonic() - started:.1f} s")
+                print_note(f"verified {show_bytes(done)} of states and models in {time.monotonic() - started:.1f} s")
         return found
 
     if dry_run:

@@ -15,6 +15,7 @@ from kohaku_wrap.cli.output import (
     print_json,
     print_note,
     print_table,
+    progress_bar,
     show_path,
 )
 from kohaku_wrap.cli.resume import runs_folders, site_option
@@ -50,9 +51,19 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     Captions, models or files that were changed after the run are shown, and change neither verdict nor exit code.
     """
     from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.differences import bytes_to_hash
     from kohaku_wrap.training.supervising.verify import verify_run
 
-    report = verify_run(find_run(name, runs_folders(site_file)), deep_samples)
+    run = find_run(name, runs_folders(site_file))
+    done, total = 0, bytes_to_hash(run)
+    with progress_bar("comparing models", "bytes", quiet=as_json) as show:
+
+        def count(size_bytes: int) -> None:
+            nonlocal done
+            done += size_bytes
+            show(done, max(total, done))
+
+        report = verify_run(run, deep_samples, count)
     if as_json:
         print_json("verify", describe(report))
     else:

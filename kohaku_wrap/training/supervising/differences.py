@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lo
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import kept_sha256, sha256_of_file
+from kohaku_wrap.files import keeps_sha256, kept_sha256, sha256_of_file
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, read_captions_metadata
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.commits import find_known
@@ -84,13 +84,16 @@ class DifferentRun(ProblemsFound):
     """The run is no longer what its state was made with."""
 
 
-def list_changes(run: Run, state: Path | None = None) -> list[Problem]:
-    """What changed since the run was locked, and since a state of it was written; one entry a key."""
+def list_changes(run: Run, state: Path | None = None, on_bytes: Callable[[int], None] | None = None) -> list[Problem]:
+    """What changed since the run was locked, and since a state of it was written; one entry a key.
+
+    `on_bytes` gets the bytes that were read of models whose hash is not kept.
+    """
     trainer = read_trainer(run.trainer_config)
     changes = [
         *compare_lock(run),
         *compare_files(run, trainer, read_dataset(run.dataset_config)),
-        *compare_models(run, trainer),
+        *compare_models(run, trainer, on_bytes),
         *compare_dataset(run),
         *compare_trainer(run),
         *compare_versions(run),
@@ -151,7 +154,9 @@ def compare_lock(run: Run) -> Iterator[Problem]:
         yield Problem(LOCK_FILE, "was changed after the run was made; its own digest tells")
 
 
-def compare_models(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
+def compare_models(
+    run: Run, trainer: Mapping[str, Any], on_bytes: Callable[[int], None] | None = None
+) -> Iterator[Problem]:
     """The files that the trainer would load, against the lock's digests; an unchanged one is not read again."""
     inputs = run.lock.tables.get("inputs", {})
     for name, option in MODELS.items():
@@ -160,13 +165,19 @@ def compare_models(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
             continue
         if not path.is_file():
             yield Problem(name, f"{path}: no such file")
-        elif (now := kept_sha256(path)) != locked:
+        elif (now := kept_sha256(path, on_bytes)) != locked:
             yield Problem(name, f"{path}: the sha256 was {locked[:12]}…, is now {now[:12]}…")
     found = hash_named_files(trainer) if any(entry in inputs for entry in NAMED_FILES.values()) else {}
     for name, entry in NAMED_FILES.items():
         locked = inputs.get(entry)
         if locked and found.get(entry) != locked:
             yield Problem(name, f"the sha256 was {locked[:12]}…, is now {found.get(entry, 'none: not there')[:15]}…")
+
+
+def bytes_to_hash(run: Run) -> int:
+    """Bytes of the run's models whose hash is not kept, so that a comparison reads them; for progress."""
+    paths = [Path(str(run.lock.tables.get("inputs", {}).get(name, ""))) for name in MODELS]
+    return sum(path.stat().st_size for path in paths if path.is_file() and not keeps_sha256(path))
 
 
 def compare_dataset(run: Run) -> Iterator[Problem]:

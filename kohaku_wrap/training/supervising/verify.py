@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +138,10 @@ class VerifyReport:
         return not self.faults
 
 
-def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
+def verify_run(run: Run, deep_samples: int = 0, on_bytes: Callable[[int], None] | None = None) -> VerifyReport:
     """Check the ledger of all attempts against seed, dataset, lock and each other.
 
+    `on_bytes` gets the bytes that were read of models whose hash is not kept.
     Raises NoLedger, and BadLedger for a file that is not one.
     """
     count = run.lock.count
@@ -167,7 +168,7 @@ def verify_run(run: Run, deep_samples: int = 0) -> VerifyReport:
         for each in attempts
         for where, what in each.differences.items()
     ]
-    changed = list_changed(run)
+    changed = list_changed(run, on_bytes)
     captions_changed = has_other_captions(run)
     order = check_order(run, checker, captions_changed)
     overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
@@ -208,10 +209,10 @@ def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Arra
     return np.array(limits).astype(np.int64)[attempt]
 
 
-def list_changed(run: Run) -> list[str]:
+def list_changed(run: Run, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """What of the run's files, models and captions is no longer what its lock says."""
     try:
-        return [f"{problem.where}: {problem.what}" for problem in list_changes(run)]
+        return [f"{problem.where}: {problem.what}" for problem in list_changes(run, on_bytes=on_bytes)]
     except KwrapError as error:
         return [error.message]
 

@@ -1,0 +1,138 @@
+"""What sd-scripts' own dataset reads, and the digests of it: whatever is read otherwise has another digest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kohaku_wrap.formats.caption_rows import NoImages
+from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, spread_evenly
+
+FILES: Mapping[str, Any] = {"caption_extension": ".txt"}
+CACHE: Mapping[str, Any] = {"caption_extension": ".txt", "cache_info": True}
+
+
+def paint(path: Path, size: tuple[int, int] = (40, 30), colour: tuple[int, int, int] = (1, 2, 3)) -> None:
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Three images with captions under two endings, and a cache of a fourth kind of captions."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    entries = {}
+    for name in ("a", "b", "c"):
+        paint(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"text of {name}")
+        (folder / f"{name}.caption").write_text(f"caption of {name}")
+        entries[str(folder / f"{name}.png")] = {"caption": f"cached of {name}", "resolution": [40, 30]}
+    (folder / "metadata_cache.json").write_text(json.dumps(entries))
+    return folder
+
+
+def edit_cache(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = folder / "metadata_cache.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def other_words(entries: dict[str, Any]) -> dict[str, Any]:
+    return {key: {**entry, "caption": "zzz"} for key, entry in entries.items()}
+
+
+def other_sizes(entries: dict[str, Any]) -> dict[str, Any]:
+    return {key: {**entry, "resolution": [30, 40]} for key, entry in entries.items()}
+
+
+def backwards(entries: dict[str, Any]) -> dict[str, Any]:
+    return dict(reversed(entries.items()))
+
+
+CAPTIONS, ROWS, LENGTHS = "captions_digest", "rows_digest", "image_files_digest"
+
+CHANGES: dict[str, tuple[Mapping[str, Any], Callable[[Path], object], set[str]]] = {
+    "a caption in the cache": (CACHE, lambda at: edit_cache(at, other_words), {CAPTIONS}),
+    "a size in the cache": (CACHE, lambda at: edit_cache(at, other_sizes), {CAPTIONS, ROWS}),
+    "the order of the cache": (CACHE, lambda at: edit_cache(at, backwards), {CAPTIONS, ROWS}),
+    "an image out of the cache": (
+        CACHE,
+        lambda at: edit_cache(at, lambda entries: dict(list(entries.items())[1:])),
+        {CAPTIONS, ROWS, LENGTHS},
+    ),
+    "the cache is gone": (CACHE, lambda at: (at / "metadata_cache.json").unlink(), {CAPTIONS}),
+    "a caption file beside the cache": (CACHE, lambda at: (at / "a.txt").write_text("zzz"), set()),
+    "a caption file": (FILES, lambda at: (at / "a.txt").write_text("zzz"), {CAPTIONS}),
+    "a caption file of another ending": (FILES, lambda at: (at / "a.caption").write_text("zzz"), set()),
+    "a caption file is gone": (FILES, lambda at: (at / "b.txt").unlink(), {CAPTIONS}),
+    "the cache that is not read": (FILES, lambda at: edit_cache(at, other_words), set()),
+    "an image more": (FILES, lambda at: paint(at / "d.png"), {CAPTIONS, ROWS, LENGTHS}),
+    "an image fewer": (FILES, lambda at: (at / "c.png").unlink(), {CAPTIONS, ROWS, LENGTHS}),
+    "an image of another size": (FILES, lambda at: paint(at / "c.png", (300, 400)), {CAPTIONS, ROWS, LENGTHS}),
+    "an image renamed": (FILES, lambda at: (at / "c.png").rename(at / "0.png"), {CAPTIONS, ROWS}),
+    "pixels of an image": (FILES, lambda at: (at / "c.png").write_bytes((at / "c.png").read_bytes() + b"0"), {LENGTHS}),
+    "an image in a sub-folder": (FILES, lambda at: [(at / "x").mkdir(), paint(at / "x" / "d.png")], set()),
+}
+"""The dataset's options, what is changed, and the digests that must then be others; no more and no fewer."""
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_digest_is_of_what_is_read(images: Path, name: str) -> None:
+    dataset, change, wanted = CHANGES[name]
+    before = describe_data("sd-scripts", images, dataset)
+    change(images)
+    now = describe_data("sd-scripts", images, dataset)
+    assert {key for key in before if before[key] != now[key]} == wanted
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (FILES, {}),
+        (FILES, {"caption_extension": ".caption"}),
+        (FILES, CACHE),
+        (CACHE, {"caption_extension": ".txt", "cache_info": False}),
+    ],
+)
+def test_an_option_that_has_other_captions_read_is_seen(
+    images: Path, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> None:
+    found = [describe_data("sd-scripts", images, dataset) for dataset in (first, second)]
+    assert found[0][CAPTIONS] != found[1][CAPTIONS]
+
+
+def test_images_that_were_moved_are_the_same(images: Path) -> None:
+    def into(folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda entries: {str(folder / Path(key).name): entry for key, entry in entries.items()}
+
+    before = [describe_data("sd-scripts", images, dataset) for dataset in (FILES, CACHE)]
+    away = images.rename(images.with_name("moved"))
+    edit_cache(away, into(away))
+    assert [describe_data("sd-scripts", away, dataset) for dataset in (FILES, CACHE)] == before
+
+
+def test_a_cache_that_names_images_elsewhere_is_other_data(images: Path) -> None:
+    """Moved without their cache: the trainer would look for them at the old place."""
+    before = describe_data("sd-scripts", images, CACHE)
+    away = images.rename(images.with_name("moved"))
+    assert describe_data("sd-scripts", away, CACHE)[CAPTIONS] != before[CAPTIONS]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a.png": {}}', '{"a.png": {"caption": "a", "resolution": [1]}}'])
+def test_a_cache_that_cannot_be_read_is_named(images: Path, text: str) -> None:
+    (images / "metadata_cache.json").write_text(text)
+    with pytest.raises(NoImages, match=r"metadata_cache\.json"):
+        describe_data("sd-scripts", images, CACHE)
+
+
+@pytest.mark.parametrize("count", [0, 1, MOST_LENGTHS, MOST_LENGTHS + 1, 5_210_319])
+def test_of_very_many_files_some_are_looked_at_from_all_over(count: int) -> None:
+    chosen = spread_evenly(count)
+    assert len(chosen) == len(np.unique(chosen)) == min(count, MOST_LENGTHS)
+    steps = np.diff([*chosen.tolist(), count])
+    assert count == 0 or (chosen[0] == 0 and steps.min() >= 1 and steps.max() <= -(-count // MOST_LENGTHS))
