@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, spread_evenly
+from kohaku_wrap.formats.caption_rows import NoImages
 
 FILES: Mapping[str, Any] = {"caption_extension": ".txt"}
 CACHE: Mapping[str, Any] = {"caption_extension": ".txt", "cache_info": True}
