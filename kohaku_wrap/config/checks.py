@@ -126,8 +126,8 @@ def dataset(effective: Effective, name: str) -> object:
 
 def refuse_cached_latents(effective: Effective) -> Faults:
     """Cached latents are those of one crop and one colour."""
-    key = next((key for key in ("cache_latents", "cache_latents_to_disk") if effective.get(key)), None)
-    if key is None:
+    key = "cache_latents"
+    if not effective.get(key):
         return
     for name in ("random_crop", "color_aug"):
         if dataset(effective, name):
@@ -137,9 +137,8 @@ def refuse_cached_latents(effective: Effective) -> Faults:
 
 def refuse_cached_captions(effective: Effective) -> Faults:
     """Cached outputs of the text encoders are those of one caption and of weights that stay."""
-    names = ("cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk")
-    key = next((key for key in names if effective.get(key)), None)
-    if key is None:
+    key = "cache_text_encoder_outputs"
+    if not effective.get(key):
         return
     changing = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate")
     for name in changing:

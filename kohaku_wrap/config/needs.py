@@ -18,6 +18,9 @@ OWN_DATA = "kwrap.data"
 INPUTS = ("base_weights", "network_weights")
 """Options that name networks to begin with."""
 
+TRACKERS = ("tensorboard", "wandb")
+"""What `log_with` names; `all` means both."""
+
 LAYERS = ("base", "template", "dataset", "site", "--set")
 
 DISTRIBUTIONS = {"lion_pytorch": "lion-pytorch"}
@@ -31,7 +34,7 @@ def check_needs(effective: Effective) -> list[Problem]:
         for key in effective.entries
         if not is_idle(key) and (what := find_lack(effective, key))
     ]
-    return [*problems, *check_inputs(effective), *check_package(effective)]
+    return [*problems, *check_inputs(effective), *check_packages(effective)]
 
 
 def is_idle(key: str) -> bool:
@@ -103,17 +106,28 @@ def check_inputs(effective: Effective) -> list[Problem]:
     ]
 
 
-def check_package(effective: Effective) -> list[Problem]:
-    """An optimizer that cannot be resumed, or whose package is not installed on a machine that could train."""
+def check_packages(effective: Effective) -> list[Problem]:
+    """An optimizer that cannot be resumed, and packages that are not installed on a machine that could train."""
     chosen = str(effective.get("optimizer_type") or "AdamW")
     if chosen.lower().endswith("schedulefree"):
         what = f"{chosen} has no schedule that kwrap could follow and resume: choose an optimizer with one"
         return [Problem("optimizer_type", what, effective.origin("optimizer_type"))]
+    if find_spec("torch") is None:
+        return []
     recorded: Mapping[str, Any] = load_signatures().get(chosen.lower(), {})
     path = str(recorded.get("class") or find_known("optimizer_type", chosen) or "torch")
-    package = path.partition(".")[0]
-    if find_spec("torch") is None or find_spec(package) is not None:
-        return []
-    what = f"{chosen} needs the package {package}, which is not installed: pip install "
-    what += DISTRIBUTIONS.get(package, package)
-    return [Problem("optimizer_type", what, effective.origin("optimizer_type"))]
+    wanted = [("optimizer_type", chosen, path.partition(".")[0])]
+    # Beside sdpa it is refused anyway.
+    wanted += [("xformers", "xformers", "xformers")] if effective.get("xformers") and not effective.get("sdpa") else []
+    logs = str(effective.get("log_with") or "")
+    wanted += [("log_with", name, name) for name in TRACKERS if logs in (name, "all")]
+    return [
+        Problem(
+            key,
+            f"{name} needs the package {package}, which is not installed: pip install "
+            + DISTRIBUTIONS.get(package, package),
+            effective.origin(key),
+        )
+        for key, name, package in wanted
+        if find_spec(package) is None
+    ]

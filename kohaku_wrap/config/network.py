@@ -6,11 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.fates import fate_of
+from kohaku_wrap.config.needs import rank
 from kohaku_wrap.config.patterns import find_faults
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.trainer.options import fits, parse_literal, shorten, suggest
 
 LYCORIS = "lycoris.kohya"
+
+KOHYA_LORA = "networks.lora"
+
+KOHYA_LORA_ARGS = (
+    "block_alphas",
+    "block_dims",
+    "block_lr_zero_threshold",
+    "conv_alpha",
+    "conv_block_alphas",
+    "conv_block_dims",
+    "conv_dim",
+    "down_lr_weight",
+    "loraplus_lr_ratio",
+    "loraplus_text_encoder_lr_ratio",
+    "loraplus_unet_lr_ratio",
+    "mid_lr_weight",
+    "module_dropout",
+    "rank_dropout",
+    "up_lr_weight",
+)
+"""What the trainer's own LoRA reads."""
 
 NETWORK_ARGS: Mapping[str, str] = {
     "algo": "str",
@@ -83,9 +106,23 @@ KIND_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a numb
 
 def check_network(effective: Effective) -> list[Problem]:
     """Faults of `[network_args]`, of the network's sizes and of the preset."""
+    if effective.get("network_module") == KOHYA_LORA:
+        return check_kohya_args(effective)
     if effective.get("network_module") != LYCORIS:
         return []
     return [*check_network_args(effective), *check_alpha(effective), *check_preset(effective)]
+
+
+def check_kohya_args(effective: Effective) -> list[Problem]:
+    """Arguments that the trainer's own LoRA would not look at."""
+    return [
+        Problem(key, f"{KOHYA_LORA} ignores it in silence{suggest(name, KOHYA_LORA_ARGS)}", effective.origin(key))
+        for name in effective.subtable("network_args")
+        if name not in KOHYA_LORA_ARGS
+        and fate_of("network_args", name).kind != "refused"
+        # A template that takes another module leaves the arguments of its base's behind.
+        and rank(effective, key := f"network_args.{name}") >= rank(effective, "network_module")
+    ]
 
 
 def check_network_args(effective: Effective) -> list[Problem]:
@@ -150,6 +187,10 @@ def check_algo_map(key: str, table: Mapping[str, Any], layer: str) -> list[Probl
             Problem(f"{where}.{name}", f"unknown{suggest(name, MODULE_ARGS)}", layer)
             for name in settings
             if name not in MODULE_ARGS
+        ]
+        fates = {name: fate_of("preset", f"map.{name}") for name in settings}
+        problems += [
+            Problem(f"{where}.{name}", fate.reason, layer) for name, fate in fates.items() if fate.kind == "refused"
         ]
         algorithm = settings.get("algo", "lokr")
         if algorithm not in ALGORITHMS:

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from kohaku_wrap.config.code_names import find_known, find_unknown, is_trusted, load_signatures
 from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.fates import load_fates
+from kohaku_wrap.config.needs import rank
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.trainer.options import suggest
 
-SCHEDULERS = (
-    "constant",
-    "constant_with_warmup",
-    "cosine",
-    "cosine_with_min_lr",
-    "cosine_with_restarts",
-    "inverse_sqrt",
-    "linear",
-    "piecewise_constant",
-    "polynomial",
-    "warmup_stable_decay",
-)
-"""`lr_scheduler` values that sd-scripts at 48d368f can make; `adafactor:RATE` besides."""
+SCHEDULES: Mapping[str, tuple[str, ...]] = {
+    "constant": (),
+    "constant_with_warmup": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_min_lr": ("min_lr",),
+    "cosine_with_restarts": (),
+    "inverse_sqrt": (),
+    "linear": (),
+    "piecewise_constant": ("step_rules",),
+    "polynomial": ("lr_end",),
+    "warmup_stable_decay": ("decay_type", "warmup_type"),
+}
+"""`lr_scheduler` values that sd-scripts can make, and the `lr_scheduler_args` of each that it does not pass itself.
+
+`adafactor:RATE` besides, for that optimizer alone.
+"""
+
+SCHEDULERS = tuple(SCHEDULES)
+
+NEEDED_BY_SCHEDULE: Mapping[str, tuple[str, ...]] = {
+    "cosine_with_min_lr": ("lr_scheduler_min_lr_ratio", "lr_scheduler_args.min_lr"),
+    "piecewise_constant": ("lr_scheduler_args.step_rules",),
+}
+"""What a schedule fails without; any one of them will do."""
+
+ADAFACTOR = "adafactor"
 
 Signatures = Callable[[str], list[str] | None]
 """Asks for the arguments of a class `module.Class`; None where they are not known."""
@@ -65,20 +80,53 @@ def extra_arguments(chosen: str) -> tuple[str, ...]:
 
 
 def check_scheduler(effective: Effective) -> list[Problem]:
-    """Faults of the schedule and its warm-up."""
-    if effective.get("lr_scheduler_type"):
-        return []
-    problems = []
-    chosen = effective.get("lr_scheduler", "constant")
-    if chosen not in SCHEDULERS and not chosen.startswith("adafactor"):
-        what = f'"{chosen}" is not one of {", ".join(SCHEDULERS)}{suggest(chosen, SCHEDULERS)}'
-        problems.append(Problem("lr_scheduler", what, effective.origin("lr_scheduler")))
+    """Faults of the schedule, its arguments and its warm-up, which the trainer finds once the models are loaded."""
+    return [Problem(key, what, effective.origin(key)) for key, what in find_schedule_faults(effective)]
+
+
+def find_schedule_faults(effective: Effective) -> Iterator[tuple[str, str]]:
+    """The key of each fault and what is wrong with it."""
     warmup = effective.get("lr_warmup_steps", 0)
-    layer = effective.origin("lr_warmup_steps")
+    chosen = effective.get("lr_scheduler", "constant")
+    if effective.get("lr_scheduler_type"):
+        if chosen != "constant" and rank(effective, "lr_scheduler") >= rank(effective, "lr_scheduler_type"):
+            yield "lr_scheduler", "does nothing beside lr_scheduler_type: leave one of them out"
+        elif warmup and chosen != "constant":
+            yield "lr_warmup_steps", "does not go with lr_scheduler_type, which then fails: leave it out, or write 0"
+        return
+    name, _, rate = chosen.partition(":")
+    if name == ADAFACTOR:
+        if str(effective.get("optimizer_type")).lower() != ADAFACTOR:
+            yield "lr_scheduler", f'"{chosen}" works only with optimizer_type = "Adafactor"'
+        if not is_number(rate):
+            yield "lr_scheduler", f'"{chosen}" must hold the first rate, such as "adafactor:1e-3"'
+    elif chosen not in SCHEDULERS:
+        yield "lr_scheduler", f'"{chosen}" is not one of {", ".join(SCHEDULERS)}{suggest(chosen, SCHEDULERS)}'
+        return
     if isinstance(warmup, float) and warmup >= 1:
-        what = f"{warmup} with a decimal point is a share of the run, not steps: write {int(warmup)}"
-        problems.append(Problem("lr_warmup_steps", what, layer))
+        yield (
+            "lr_warmup_steps",
+            f"{warmup} with a decimal point is a share of the run, not steps: write {int(warmup)}",
+        )
     if warmup and chosen == "constant":
-        what = 'has no effect with lr_scheduler = "constant", which then fails: write "constant_with_warmup"'
-        problems.append(Problem("lr_warmup_steps", what, layer))
-    return problems
+        yield (
+            "lr_warmup_steps",
+            'has no effect with lr_scheduler = "constant", which then fails: write "constant_with_warmup"',
+        )
+    needed = NEEDED_BY_SCHEDULE.get(chosen, ())
+    if needed and all(effective.get(key) is None for key in needed):
+        yield "lr_scheduler", f'"{chosen}" fails without {" or ".join(needed)}'
+    allowed = SCHEDULES.get(chosen, ())
+    for argument in effective.subtable("lr_scheduler_args"):
+        # Those that the table of fates knows are refused with what they need.
+        if argument not in allowed and ("lr_scheduler_args", argument) not in load_fates():
+            yield f"lr_scheduler_args.{argument}", f"{chosen} takes no such argument{suggest(argument, allowed)}"
+
+
+def is_number(text: str) -> bool:
+    """Whether the trainer could read it as a rate."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -139,7 +139,7 @@ def try_refused(bench: CensusBench, row: Row, fate: Fate) -> Seen:
     key = f"{row[0]}.{row[1]}" if row[0].endswith("_args") else key_of(row)
     path = write_template(bench.folder / "refused" / f"{row[0]}-{row[1]}.toml", {key: value})
     [(_, problems)] = check_files([str(path)], None, find_option_table(read_live=False))
-    found = [problem for problem in problems if problem.where.rpartition(".")[2] == row[1]]
+    found = [problem for problem in problems if problem.where.rpartition(".")[2] == row[1].removeprefix("map.")]
     if not found:
         return Seen(row, fate, WRONG, "template check does not refuse it")
     if not any(fate.reason in problem.what for problem in found):

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.network import KOHYA_LORA
 from kohaku_wrap.config.schema import PATH_OPTIONS
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.files import shipped_folder, write_text
@@ -223,6 +224,11 @@ def write_template(path: Path, settings: Settings) -> Path:
             tables["dataset_options"][key] = value
         else:
             flat[key] = value
+    # What would contradict a setting, or be ignored beside it, is left out.
+    if "max_train_epochs" in flat:
+        del flat["max_train_steps"]
+    if flat["network_module"] == KOHYA_LORA:
+        tables["network_args"].pop("algo")
     write_text(path, toml_text({"title": title, "training": flat, **tables}))
     return path
 

@@ -102,7 +102,14 @@ def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:
         for name, entry in document["options"].items()
     }
     dataset_options = {
-        name: Option(name, tuple(entry["types"]), default=entry["default"], level=entry["level"])
+        name: Option(
+            name,
+            tuple(entry["types"]),
+            # The dataset file's own schema names none.
+            choices=options[name].choices if name in options else None,
+            default=entry["default"],
+            level=entry["level"],
+        )
         for name, entry in document["dataset_options"].items()
     }
     return OptionTable(options, dataset_options, source)
