@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
-from kohaku_wrap.config.run_files import LOCK_FILE
+from kohaku_wrap.config.run_files import LOCK_FILE, flatten_dataset
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import read_regular
+from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import StepCount
 from kohaku_wrap.toml_files import parse_toml
 
@@ -93,6 +95,17 @@ class Run:
                 f"{self.lock_file}: not TOML ({error})", "Restore it from a backup, or start a new run."
             ) from error
         return Lock(tables, self.lock_file)
+
+    def find_images(self) -> Path:
+        """The folder of the run's images and captions: the lock's, or that of dataset.toml if they were moved there."""
+        places = [self.lock.tables.get("dataset", {}).get("image_dir", "")]
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            places.append(flatten_dataset(parse_toml(read_regular(self.dataset_config))).get("image_dir", ""))
+        for place in places:
+            with suppress(NoImages):
+                if read_captions_metadata(Path(place)).get("digest") == self.lock.dataset_digest:
+                    return Path(place)
+        return Path(places[0])
 
 
 @dataclass(frozen=True)

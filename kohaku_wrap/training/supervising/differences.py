@@ -80,6 +80,12 @@ NAMED_FILES = {"tokenizers": "tokenizers_sha256", "base_weights": "base_weights_
 """What else options name, and the lock's entry for its content."""
 
 
+NOT_KEPT_BY_0_1 = (
+    "this run was made by kwrap 0.1: lines taken out of its files, its argument lists, preset.toml and tokenizers were "
+    "not kept and cannot be compared"
+)
+
+
 class DifferentRun(ProblemsFound):
     """The run is no longer what its state was made with."""
 
@@ -113,10 +119,7 @@ def list_notes(run: Run) -> list[str]:
         if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
             notes.append(f"{path} changed since the run was made; the run keeps its own files")
     if run.lock.format == 1:
-        notes.append(
-            "this run was made by kwrap 0.1: lines taken out of its files, its argument lists, preset.toml and "
-            "tokenizers were not kept and cannot be compared"
-        )
+        notes.append(NOT_KEPT_BY_0_1)
         notes += [f"{problem.where}: {problem.what}" for problem in compare_packages(run)]
     return notes
 

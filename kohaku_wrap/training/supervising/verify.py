@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from kohaku_wrap.training.records.ledger import (
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states
-from kohaku_wrap.training.supervising.differences import list_changes
+from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
 from kohaku_wrap.training.supervising.ledger_checks import (
     LOSS_TOLERANCE,
     BoolArray,
@@ -159,7 +158,7 @@ def verify_run(run: Run, deep_samples: int = 0, on_bytes: Callable[[int], None] 
     begun = list_foreign(attempts, kept_until)
     foreign = max((each.start_optimizer_step for each in begun), default=0)
     steps, in_progress = checker.check_coverage(kept, total, steps_due, foreign)
-    notes = []
+    notes = [NOT_KEPT_BY_0_1] if run.lock.format == 1 else []
     if foreign:
         by, word = ("another run", "--allow other-run") if begun[-1].lineage else ("plain sd-scripts", "--foreign")
         notes.append(f"trained by {by} up to optimizer step {foreign:,} ({word}): proved from there on")
@@ -222,7 +221,7 @@ def has_other_captions(run: Run) -> bool:
     if not run.lock.dataset_digest:
         return False
     try:
-        return str(read_captions_metadata(images_of(run)).get("digest", "")) != run.lock.dataset_digest
+        return str(read_captions_metadata(run.find_images()).get("digest", "")) != run.lock.dataset_digest
     except KwrapError:
         return True
 
@@ -268,6 +267,8 @@ def check_deep(
     """Recompute the content of some records; what came of it, and how many could be."""
     if not samples:
         return [], 0
+    if run.lock.data != "kwrap":
+        return [Check("deep", False, 'not possible with data = "sd-scripts"')], 0
     if captions_changed:
         why = "not possible: the captions were changed after the run"
         return [Check("deep", False, why)], 0
@@ -303,7 +304,7 @@ def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
     """The order that the run's seed and dataset make, and the post id of each of its entries."""
     lock = run.lock
     options: Mapping[str, object] = lock.tables.get("dataset", {})
-    table = open_captions(images_of(run)).read_all()
+    table = open_captions(run.find_images()).read_all()
     buckets = assign_buckets(
         table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)
     )
@@ -311,11 +312,6 @@ def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
     ids = np.tile(table["id"].to_numpy().astype(np.int64), repeats)
     bucket_of_entry = np.tile(buckets.bucket_of_image, repeats)
     return BatchOrder(bucket_of_entry, lock.batch_per_gpu, lock.seed, lock.group), ids
-
-
-def images_of(run: Run) -> Path:
-    """The folder of the run's images and captions."""
-    return Path(str(run.lock.tables.get("dataset", {})["image_dir"]))
 
 
 def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import toml
 from engine_world import CAPTION, write_images
+from kwrap_0_1 import make_older
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -23,13 +24,13 @@ from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST, read_manifest
-from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import state_folder, write_state
 from kohaku_wrap.training.supervising.choose_state import NoSuchState
 from kohaku_wrap.training.supervising.create import create_run, plan_new_run
 from kohaku_wrap.training.supervising.differences import DifferentRun
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.verify import verify_run
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -448,6 +449,68 @@ def test_a_run_that_was_moved_with_its_files_goes_on(stage: Stage) -> None:
     assert not plan_resume(Run(there), step=STEP).accepted
 
 
+def test_moved_images_are_proved_as_before(stage: Stage) -> None:
+    (stage.folder / "images").rename(stage.folder / "moved")
+    assert not verify_run(stage.run).order_checked
+    edit("dataset.toml", r'^image_dir = "(.*)/images"', r'image_dir = "\1/moved"')(stage)
+    report = verify_run(stage.run, deep_samples=2)
+    assert report.is_proved and report.order_checked and report.deep_samples == 2
+
+
+def test_other_captions_at_another_place_are_not_taken_for_the_run_s(stage: Stage) -> None:
+    shutil.copytree(stage.folder / "images", stage.folder / "others")
+    (stage.folder / "images").rename(stage.folder / "kept")
+    caption_otherwise(stage)
+    (stage.folder / "images").rename(stage.folder / "others-2")
+    (stage.folder / "kept").rename(stage.folder / "images")
+    edit("dataset.toml", r'^image_dir = "(.*)/images"', r'image_dir = "\1/others-2"')(stage)
+    report = verify_run(stage.run)
+    assert report.is_proved and report.order_checked, "the captions of the lock are still at their place"
+    assert any(change.startswith("dataset: ") for change in report.changed_after)
+
+
+@pytest.mark.slow
+def test_a_run_of_kwrap_0_1_is_resumed_and_proved(stage: Stage) -> None:
+    networks = {path.name: path.read_bytes() for path in stage.run.checkpoints.glob("*.safetensors")}
+    old = make_older(stage.run)
+    assert (old.lock.format, old.lock.run_id, old.lock.options_digest) == (1, "", "")
+    report = verify_run(old)
+    assert report.is_proved and not report.changed_after
+    plan = plan_resume(old, step=STEP)
+    assert not plan.accepted and any("made by kwrap 0.1" in note for note in plan.notes)
+    done = kwrap("resume", old.folder, "--step", STEP)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = verify_run(stage.run)
+    assert report.is_proved and report.is_finished and report.attempts == 2 and report.compared
+    looked_at = {check.name: check.is_looked_at for check in report.checks}
+    assert looked_at == {"order": True, "losses": True, "options": False, "skipped steps": False, "rates": False}
+    assert any("made by kwrap 0.1" in note for note in report.notes)
+    assert {path.name: path.read_bytes() for path in stage.run.checkpoints.glob("*.safetensors")} == networks
+
+
+@pytest.mark.parametrize("name", ["min_snr_gamma", "noise_offset", "unet_lr", "resolution"])
+def test_a_changed_value_of_a_run_of_kwrap_0_1_is_refused_as_before(stage: Stage, name: str) -> None:
+    make_older(stage.run)
+    file = "dataset.toml" if name == "resolution" else "trainer.toml"
+    edit(file, rf"^{name} = .*", f"{name} = [96, 96]" if name == "resolution" else f"{name} = 0.25")(stage)
+    with pytest.raises(DifferentRun, match=f"{name}: was"):
+        plan_resume(stage.run, step=STEP)
+    assert any(change.startswith(f"{name}: was") for change in verify_run(stage.run).changed_after)
+
+
+def test_no_state_of_kwrap_0_1_is_taken_for_one_of_today(stage: Stage) -> None:
+    """Nor the other way round: a lock whose id was taken out belongs to no state of its own."""
+    make_older(stage.other("twin"))
+    state_of("twin")(stage)
+    with pytest.raises(DifferentRun, match=r"was written by a run of kwrap 0\.1, which has no id") as refused:
+        plan_resume(stage.run, step=STEP)
+    assert [problem.where for problem in refused.value.problems] == ["other-run"]
+    make_older(stage.run)
+    state_of("faster")(stage)
+    with pytest.raises(DifferentRun, match="other-run"):
+        plan_resume(stage.run, step=STEP)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["the base model", "the VAE", "a tokenizer", "captions", "the pixels of an image"])
 def test_an_accepted_difference_is_seen_in_the_losses(stage: Stage, name: str) -> None:
@@ -457,7 +520,7 @@ def test_an_accepted_difference_is_seen_in_the_losses(stage: Stage, name: str) -
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"accepted: {key}" in done.stderr
     losses: dict[int, dict[int, float]] = {1: {}, 2: {}}
-    for line in read_metrics(stage.run):
+    for line in map(json.loads, stage.run.metrics.read_text().splitlines()):
         losses[line["attempt"]][line["optimizer_step"]] = line["loss"]
     assert any(losses[1][step] != loss for step, loss in losses[2].items())
     verified = kwrap("verify", stage.run.folder)
