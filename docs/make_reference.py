@@ -29,7 +29,7 @@ Made from the commands themselves by `make docs`; a test holds this page to them
 | 2 | the command line cannot be meant |
 | 3 | the trainer failed; its last lines are shown |
 | 130 | interrupted; what was finished is kept |
-| 141 | nobody reads the output (`kwrap … \\| head`), and the output was all there was to do |
+| 141 | nobody reads the output any more, as with `head` after a pipe, and the output was all there was to do |
 """
 
 
