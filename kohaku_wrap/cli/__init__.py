@@ -6,6 +6,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -132,8 +133,12 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         print_error("there is not enough memory for this", "Free some, or raise its limit, and run it again.")
         return EXIT_FAILED
     except UnicodeEncodeError as error:
-        shown = ascii(error.object)[1:-1]
-        print_error(f"{shown[:200]}: a name that is no UTF-8 cannot be written into a file", "Rename it.")
+        around = (
+            re.split(r'["\n]', error.object[: error.start])[-1],
+            re.split(r'["\n]', error.object[error.start :])[0],
+        )
+        shown = ascii("".join(around))[1:-1]
+        print_error(f"{shown}: a name that is no UTF-8 cannot be written into a file", "Rename it.")
         return EXIT_FAILED
 
 
@@ -163,9 +168,10 @@ def tell_interrupted() -> int:
 
 def advice_for_os_error(error: OSError) -> tuple[str, str]:
     """What a failed system call means to the person, and what to do next."""
-    if not error.filename and error.errno == errno.ENOENT and not is_here():
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    if error.errno == errno.ENOENT and not Path(name).is_absolute() and not is_here():
         return "the current folder is gone", "Change to a folder that is there: cd"
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    where = f"{name}: " if name else ""
     if error.errno == errno.ENOSPC:
         return f"{where}the disk is full", "Free some space and run the same command again; nothing is half-written."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
