@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import take_lock
 
-LOCK_FILE = ".captioning"
-PART_NAMES = (".captions.*.part", ".metadata_cache.json.*.part")
-"""Temporary names of the files for the whole folder."""
+PART_NAMES = (".captions.*.part", ".metadata_cache.json.*.part", ".captioning")
+"""Temporary names of the files for the whole folder, and the lock file of kwrap 0.1."""
 
 
 class CaptionsBusy(KwrapError):
@@ -22,14 +22,14 @@ class CaptionsBusy(KwrapError):
 def lock_captions(folder: Path) -> Iterator[None]:
     """Hold `folder` against a second call, and remove what a killed one left half-written. Raises CaptionsBusy."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK_FILE
-    with path.open("ab") as lock:
-        if not take_lock(lock.fileno(), path):
+    # The folder itself is locked: a file for it could be left behind.
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not take_lock(lock, folder):
             raise CaptionsBusy(f"another `kwrap caption` writes in {folder}", "Wait for it to end, or stop it.")
-        try:
-            for name in PART_NAMES:
-                for part in folder.glob(name):
-                    part.unlink()
-            yield
-        finally:
-            path.unlink()
+        for name in PART_NAMES:
+            for part in folder.glob(name):
+                part.unlink()
+        yield
+    finally:
+        os.close(lock)
