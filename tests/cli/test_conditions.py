@@ -5,24 +5,23 @@ Real processes. Commands come from the program itself, so that one without a row
 
 from __future__ import annotations
 
+import json
 import os
-import pty
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 
 from kohaku_wrap.cli import program
 
+TRY_CONDITIONS = Path(__file__).with_name("try_conditions.py")
 TRAINING = Path(__file__).parents[1] / "training"
 WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """For root, whom no permission of a file stops."""
@@ -40,10 +39,13 @@ CONDITIONS = (
 SHOWN_CODES = {"closed stdout": 141, "reader gone": 141, "terminal gone": 141, "full log": 1}
 """Of a command whose only purpose is what it prints; a command that does more is not changed by these."""
 
+KEPT = {".supervisor.lock", ".extracting"}
+"""Hidden names that are no leftovers: of each run, and the journal by which `extract` goes on."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One command as it is tried. `{world}` is read, `{out}` is written."""
+    """One command as it is tried. `{world}` and `{plain}` are read, `{out}` is written."""
 
     words: str
     """After `kwrap`."""
@@ -57,9 +59,18 @@ class Row:
     makes: str = ""
     """What lies in `{out}` after it is done, and is not there before."""
 
+    sign: str = ""
+    """SIGTERM is sent when this is there; where nothing is named, as soon as the command takes signals."""
+
+    trains: str = ""
+    """The run in `{out}` that it trains."""
+
+    without_torch: bool = False
+    """Whether torch, which takes seconds to load, is missing."""
+
 
 ROWS = {
-    "demo": Row("demo {out}/world --posts 2", makes="world/site.toml"),
+    "demo": Row("demo {out}/world --posts 2", makes="world/site.toml", sign="out/world"),
     "template ls": Row("template ls", shows=True),
     "template show": Row("template show {world}/mine.toml", shows=True),
     "template check": Row("template check {world}/mine.toml --no-modules"),
@@ -68,26 +79,43 @@ ROWS = {
     "inspect": Row("inspect {world}/base/model.safetensors --no-hash", shows=True),
     # Without a repository: what is tried is that it says so and leaves nothing.
     "trainer install": Row("trainer install --source {world}/nothing", code=1),
-    "trainer show": Row("trainer show", shows=True),
-    "doctor": Row("doctor --engine builtin"),
+    # None is installed, which is an error and nothing to show.
+    "trainer show": Row("trainer show", code=1),
+    "doctor": Row("doctor --engine builtin", code=1, without_torch=True),
     "select": Row("select demo --db {world}/danbooru.db --out {out}/s.parquet", makes="s.parquet"),
     "extract": Row(
         "extract {world}/demo.parquet --tars {world}/tars --out {out}/images --jobs 1 --max-missing 9",
         makes="images/extracted.parquet",
+        sign="out/images",
     ),
     "caption": Row(
         "caption {world}/demo.parquet --db {world}/danbooru.db --out {out}/images --format jsonl",
         makes="images/captions.jsonl",
+        sign="out/images",
     ),
-    "plan": Row("plan demo --site {world}/site.toml", shows=True),
-    "train": Row("train demo --site {world}/site.toml --run new --dry-run", shows=True),
-    "status": Row("status {world}/runs/r", shows=True),
-    "resume": Row("resume {out}/r", makes="r/attempts/1/end.json"),
-    "verify": Row("verify {world}/runs/r"),
-    "merge": Row("merge a -m a={world}/base/model.safetensors -o {out}/m.safetensors", makes="m.safetensors"),
+    "plan": Row("plan demo --site {world}/site.toml", shows=True, without_torch=True),
+    "train": Row(
+        "train demo --site {world}/site-of-{try}.toml --run r --set max_train_steps=400 --set states.every=100",
+        makes="runs/r/checkpoints/r.safetensors",
+        sign="out/runs/r/metrics.jsonl",
+        trains="runs/r",
+    ),
+    "status": Row("status {plain}/r", shows=True),
+    "resume": Row("resume {out}/r", makes="r/checkpoints/r.safetensors", sign="out/r/attempts/1/[!.]*", trains="r"),
+    "verify": Row("verify {plain}/r"),
+    "merge": Row(
+        "merge a -m a={world}/base/model.safetensors -o {out}/m.safetensors", makes="m.safetensors", sign="out/.m*"
+    ),
     # A run without a network.
-    "publish": Row("publish {world}/runs/r --out {out}/published", code=1),
+    "publish": Row("publish {plain}/r --out {out}/published", code=1),
 }
+PREPARATIONS = (
+    "demo {world} --posts 12",
+    "select demo --db {world}/danbooru.db --out {world}/demo.parquet",
+    "extract {world}/demo.parquet --tars {world}/tars --out {world}/images --jobs 1 --max-missing 9",
+    "caption {world}/demo.parquet --db {world}/danbooru.db --out {world}/images",
+    "resume {plain}/r",
+)
 
 
 def list_commands(group: click.Group, context: click.Context, prefix: str = "") -> Iterator[str]:
@@ -102,140 +130,153 @@ def list_commands(group: click.Group, context: click.Context, prefix: str = "") 
 COMMANDS = list(list_commands(program, click.Context(program)))
 
 
-def kwrap(words: list[str]) -> list[str]:
-    """The program from its door on; a training has the plain worker."""
-    return [sys.executable, str(TRAINING / "plain_kwrap.py"), *words]
-
-
-@pytest.fixture(scope="session")
-def place() -> Iterator[Path]:
-    """A world, a trained run, and a folder that nobody may enter."""
-    place = Path(tempfile.mkdtemp(prefix="kwrap-conditions-"))
-    world = place / "world"
-    calls = (
-        f"demo {world} --posts 40",
-        f"select demo --db {world}/danbooru.db --out {world}/demo.parquet",
-        f"extract {world}/demo.parquet --tars {world}/tars --out {world}/images --jobs 1 --max-missing 9",
-        f"caption {world}/demo.parquet --db {world}/danbooru.db --out {world}/images",
-    )
-    environment = {**os.environ, "KWRAP_HOME": str(place / "home")}
-    for call in calls:
-        subprocess.run(kwrap(call.split()), check=True, env=environment, capture_output=True)
-    (world / "mine.toml").write_text('extends = "demo"\n')
-    sys.path.insert(0, str(TRAINING))
-    from plain_runs import make_run, train
-
-    train(make_run(world / "runs" / "r"))
-    make_run(place / "fresh" / "runs" / "r")
-    (place / "locked").mkdir(mode=0o000)
-    yield place
-    (place / "locked").chmod(0o700)
-    shutil.rmtree(place)
-
-
 @dataclass(frozen=True)
-class Outcome:
-    """What a process came to."""
+class Place:
+    """Where everything of the table lies."""
 
-    code: int
-    stderr: str
-    out: Path
+    folder: Path
+
+    @property
+    def world(self) -> Path:
+        return self.folder / "world"
+
+    @property
+    def plain(self) -> Path:
+        """The folder of a run that was trained."""
+        return self.folder / "plain" / "runs"
+
+    def folder_of(self, name: str, condition: str) -> Path:
+        """What the command has for itself."""
+        return self.folder / f"{name} {condition}".replace(" ", "-")
+
+    def describe_preparation(self, words: str, number: int) -> dict[str, Any]:
+        folder = self.folder / f"preparation-{number}"
+        folder.mkdir()
+        return self.describe(folder, "", words.format(world=self.world, plain=self.plain))
+
+    def describe_try(self, name: str, condition: str) -> dict[str, Any]:
+        """The command as `try_conditions.py` reads it; its folder is made and filled."""
+        row, folder = ROWS[name], self.folder_of(name, condition)
+        out = folder / "out"
+        out.mkdir(parents=True)
+        if name == "resume":
+            shutil.copytree(self.folder / "fresh" / "runs" / "r", out / "r")
+        hidden = self.folder / "locked" if condition == "no permission" else self.folder
+        names = {"world": hidden / "world", "plain": hidden / "plain" / "runs", "out": out, "try": folder.name}
+        if condition == "read-only":
+            for path in (out, *(path for path in out.rglob("*") if path.is_dir())):
+                path.chmod(0o555)
+        return self.describe(folder, condition, row.words.format(**names), row.sign, row.without_torch)
+
+    def describe(
+        self, folder: Path, condition: str, words: str, sign: str = "", without_torch: bool = False
+    ) -> dict[str, Any]:
+        environment = {"KWRAP_HOME": str(self.folder / "home"), "HOME": str(folder)}
+        if without_torch:
+            environment["PYTHONPATH"] = str(self.folder / "without-torch")
+        return {
+            "folder": str(folder),
+            "condition": condition,
+            "words": words.split(),
+            "sign": sign,
+            "environment": environment,
+        }
 
 
-def try_row(place: Path, name: str, condition: str) -> Outcome:
-    """The command under one condition, in a folder of its own."""
-    row = ROWS[name]
-    case = place / f"{name} {condition}".replace(" ", "-")
-    out = case / "out"
-    out.mkdir(parents=True)
-    if name == "resume":
-        shutil.copytree(place / "fresh" / "runs" / "r", out / "r")
-    world = place / "locked" / "world" if condition == "no permission" else place / "world"
-    words = row.words.format(world=world, out=out).split()
-    environment = {**os.environ, "KWRAP_HOME": str(case / "home"), "HOME": str(case)}
-    (case / "home").mkdir()
-    settings: dict[str, object] = {"env": environment, "cwd": case, "start_new_session": True}
-    if condition == "read-only":
-        for path in (out, *(path for path in out.rglob("*") if path.is_dir())):
-            path.chmod(0o555)
-    argv = kwrap(words)
-    if condition in ("no permission", "read-only") and os.geteuid() == 0:
-        argv = [*WITHOUT_RIGHTS, *argv]
-    return Outcome(*run_under(condition, argv, settings), out)
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """An empty world, two runs that nobody has trained, and a folder that nobody may enter."""
+    place = Place(Path(tempfile.mkdtemp(prefix="kwrap-conditions-")))
+    sys.path.insert(0, str(TRAINING))
+    from plain_runs import make_run
+
+    for name in ("plain", "fresh"):
+        make_run(place.folder / name / "runs" / "r")
+    place.world.mkdir()
+    (place.world / "mine.toml").write_text('extends = "demo"\n')
+    for condition in CONDITIONS:
+        write_site(place, condition)
+    (place.folder / "without-torch").mkdir()
+    (place.folder / "without-torch" / "torch.py").write_text('raise ImportError("there is no torch")\n')
+    (place.folder / "locked").mkdir(mode=0o000)
+    yield place
+    for path in (place.folder, *place.folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o700)
+    shutil.rmtree(place.folder)
 
 
-def run_under(condition: str, argv: list[str], settings: dict[str, object]) -> tuple[int, str]:
-    """Exit code and standard error, where somebody sees it."""
-    start: Callable[..., subprocess.Popen[str]] = lambda argv=argv, **streams: subprocess.Popen(  # noqa: E731
-        argv, stdin=subprocess.DEVNULL, text=True, **{**settings, **streams}
+def write_site(place: Place, condition: str) -> None:
+    """A site that trains the world into the folder of the try."""
+    folder = place.folder_of("train", condition)
+    (place.world / f"site-of-{folder.name}.toml").write_text(
+        '[paths]\ndb = "danbooru.db"\ntars = "tars"\nimages = "images"\nbase_model = "base/model.safetensors"\n'
+        f'tokenizers = "base/tokenizers"\nruns = "{folder / "out" / "runs"}"\n'
+        '[machine]\nengine = "builtin"\ngpus = 0\nbatch_per_gpu = 1\nworkers = 0\n'
     )
-    pipe = subprocess.PIPE
-    if condition == "closed stdout":
-        process = start(["bash", "-c", 'exec "$@" >&-', "bash", *argv], stderr=pipe)
-    elif condition == "closed stderr":
-        process = start(["bash", "-c", 'exec "$@" 2>&-', "bash", *argv], stdout=subprocess.DEVNULL)
-    elif condition == "reader gone":
-        reader, writer = os.pipe()
-        os.close(reader)
-        process = start(stdout=writer, stderr=writer)
-        os.close(writer)
-    elif condition == "terminal gone":
-        master, slave = pty.openpty()
-        process = start(stdout=slave, stderr=slave)
-        os.close(slave)
-        os.close(master)
-    elif condition == "full log":
-        with Path("/dev/full").open("w") as full:
-            process = start(stdout=full, stderr=full)
-    else:
-        process = start(stdout=subprocess.DEVNULL, stderr=pipe)
-        if condition == "SIGTERM":
-            while process.poll() is None and not takes_signal(process.pid, signal.SIGTERM):
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=300)
-    return process.returncode, stderr or ""
 
 
-def takes_signal(pid: int, number: int) -> bool:
-    """Whether the process has a handler for the signal, which Python itself has not while it starts."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (number - 1) & 1)
+def try_all(place: Place) -> dict[tuple[str, str], int]:
+    """The exit code of each command under each condition."""
+    preparations = [[place.describe_preparation(words, number)] for number, words in enumerate(PREPARATIONS)]
+    keys = [(name, condition) for name in ROWS for condition in CONDITIONS]
+    batches = [*preparations, [place.describe_try(*key) for key in keys]]
+    request = place.folder / "tries.json"
+    request.write_text(json.dumps(batches))
+    argv = [*(WITHOUT_RIGHTS if os.geteuid() == 0 else ()), sys.executable, str(TRY_CONDITIONS), str(request)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    codes = json.loads(done.stdout)
+    for number, words in enumerate(PREPARATIONS):
+        assert codes[number] == [0], (words, (place.folder / f"preparation-{number}" / "stderr.txt").read_text())
+    return dict(zip(keys, codes[-1], strict=True))
 
 
 def expected_codes(row: Row, condition: str) -> set[int]:
     """The exit codes that are right."""
     if condition == "SIGTERM":
-        return {130, row.code}
-    if condition == "no permission" and "{world}" in row.words:
+        return {130} if row.trains else {130, row.code}
+    if condition == "no permission" and ("{world}" in row.words or "{plain}" in row.words):
         return {1, 2}
     if condition == "read-only" and row.makes:
         return {1, 2}
     return {SHOWN_CODES.get(condition, row.code) if row.shows else row.code}
 
 
+def list_hidden(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob(".*") if path.name not in KEPT]
+
+
+def find_faults(place: Place, name: str, condition: str, code: int) -> Iterator[str]:
+    """What is wrong with how the command ended."""
+    row, folder = ROWS[name], place.folder_of(name, condition)
+    out = folder / "out"
+    stderr = (folder / "stderr.txt").read_text(errors="replace")
+    if code not in expected_codes(row, condition):
+        yield f"exit code {code}: {stderr[-2000:]}"
+    if "Traceback" in stderr or "Exception ignored" in stderr:
+        yield stderr[-2000:]
+    if row.makes and (code == 0) != (out / row.makes).exists():
+        yield f"exit code {code}, and {row.makes} is {'not ' if code == 0 else ''}there"
+    if hidden := list_hidden(folder):
+        yield f"left {hidden}"
+    if row.trains and code in (0, 130):
+        run = out / row.trains
+        end = json.loads((run / "attempts" / "1" / "end.json").read_text())
+        if end["kind"] != ("finished" if code == 0 else "stopped"):
+            yield f"exit code {code} after an attempt that {end['kind']}"
+        if end["optimizer_step"] and not any((run / "states").iterdir()):
+            yield f"ended at step {end['optimizer_step']} without a state"
+
+
 def test_every_command_has_a_row() -> None:
     assert sorted(ROWS) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_under_every_condition(place: Path, name: str) -> None:
-    row = ROWS[name]
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = dict(zip(CONDITIONS, pool.map(lambda each: try_row(place, name, each), CONDITIONS), strict=True))
-    wrong = []
-    for condition, outcome in outcomes.items():
-        if outcome.code not in expected_codes(row, condition):
-            wrong.append(f"{condition}: exit code {outcome.code}")
-        if "Traceback" in outcome.stderr or "Exception ignored" in outcome.stderr:
-            wrong.append(f"{condition}: {outcome.stderr[-2000:]}")
-        if row.makes and (outcome.code == 0) > (outcome.out / row.makes).exists():
-            wrong.append(f"{condition}: exit code 0 without {row.makes}")
-        # `.supervisor.lock` is the run's own.
-        names = [path.name for path in outcome.out.rglob(".*") if path.name != ".supervisor.lock"]
-        if names and condition != "SIGTERM":
-            wrong.append(f"{condition}: left {names}")
-        if any(name.endswith(".part") for name in names):
-            wrong.append(f"{condition}: left half a file, {names}")
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_under_every_condition(place: Place) -> None:
+    codes = try_all(place)
+    wrong = [f"{name}, {condition}: {fault}" for (name, condition), code in codes.items()
+             for fault in find_faults(place, name, condition, code)]  # fmt: skip
+    wrong += [f"left in the home: {name}" for name in list_hidden(place.folder / "home")]
     assert not wrong, "\n".join(wrong)
