@@ -38,6 +38,19 @@ NEEDED_BY_SCHEDULE: Mapping[str, tuple[str, ...]] = {
 
 ADAFACTOR = "adafactor"
 
+RATES_AND_SCHEDULE = ("unet_lr", "text_encoder_lr", "lr_scheduler", "lr_scheduler_type")
+"""What Adafactor's own rates take the place of; `learning_rate` is the first of them."""
+
+LOST_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
+    "adamw8bit": ("amsgrad", "optim_bits"),
+    "pagedadamw": ("amsgrad",),
+    "pagedadamw32bit": ("amsgrad", "optim_bits"),
+    "pagedadamw8bit": ("amsgrad", "optim_bits"),
+    "sgdnesterov": ("dampening", "nesterov"),
+    "sgdnesterov8bit": ("dampening", "nesterov"),
+}
+"""Arguments in an optimizer's signature that it does nothing with, or fails with as the trainer makes it."""
+
 Signatures = Callable[[str], list[str] | None]
 """Asks for the arguments of a class `module.Class`; None where they are not known."""
 
@@ -60,7 +73,8 @@ def check_optimizer(effective: Effective, ask: Signatures) -> list[Problem]:
         arguments = ask(path)
     if arguments is None:
         return problems
-    allowed = [*arguments, *extra_arguments(chosen)]
+    lost = LOST_ARGUMENTS.get(chosen.lower(), ())
+    allowed = [each for each in (*arguments, *extra_arguments(chosen)) if each not in lost]
     for name in effective.subtable("optimizer_args"):
         if name not in allowed:
             key = f"optimizer_args.{name}"
@@ -88,6 +102,17 @@ def find_schedule_faults(effective: Effective) -> Iterator[tuple[str, str]]:
     """The key of each fault and what is wrong with it."""
     warmup = effective.get("lr_warmup_steps", 0)
     chosen = effective.get("lr_scheduler", "constant")
+    if sets_own_rates(effective):
+        for key in RATES_AND_SCHEDULE:
+            is_same = str(effective.get(key) or "constant").partition(":")[0] in ("constant", ADAFACTOR)
+            if not is_same and rank(effective, key) >= rank(effective, "optimizer_type"):
+                yield (
+                    key,
+                    "does nothing while Adafactor sets its own rates: write relative_step = false, or leave it out",
+                )
+        if warmup:
+            yield "lr_warmup_steps", "fails while Adafactor sets its own rates: write relative_step = false, or 0 here"
+        return
     if effective.get("lr_scheduler_type"):
         if chosen != "constant" and rank(effective, "lr_scheduler") >= rank(effective, "lr_scheduler_type"):
             yield "lr_scheduler", "does nothing beside lr_scheduler_type: leave one of them out"
@@ -121,6 +146,15 @@ def find_schedule_faults(effective: Effective) -> Iterator[tuple[str, str]]:
         # Those that the table of fates knows are refused with what they need.
         if argument not in allowed and ("lr_scheduler_args", argument) not in load_fates():
             yield f"lr_scheduler_args.{argument}", f"{chosen} takes no such argument{suggest(argument, allowed)}"
+
+
+def sets_own_rates(effective: Effective) -> bool:
+    """Whether the trainer puts Adafactor's own rates and schedule in place of the template's."""
+    if str(effective.get("optimizer_type")).lower() != ADAFACTOR:
+        return False
+    return effective.get("optimizer_args.relative_step") is not False or bool(
+        effective.get("optimizer_args.warmup_init")
+    )
 
 
 def is_number(text: str) -> bool:

@@ -179,7 +179,13 @@ def correct_loop(source: Path, commit: str, supported: str) -> ast.Module:
     Line numbers are those of the file, so that a traceback points to the right line.
     Raises AnchorsMissing if a correction found its place other than once.
     """
-    tree = parse_source(read_source(source), source)
+    return correct_text(read_source(source), source, commit, supported)
+
+
+@cache
+def correct_text(text: str, source: Path, commit: str, supported: str) -> ast.Module:
+    """The corrected module of that text, made once a process."""
+    tree = parse_source(text, source)
     function = find_scope(tree, TRAIN)
     if not isinstance(function, ast.FunctionDef):
         raise AnchorsMissing(

@@ -14,6 +14,8 @@ import traceback
 from importlib import import_module
 
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
+from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
+from kohaku_wrap.trainer.corrections import correct_loop
 from kohaku_wrap.training.engines.sd_scripts import worker as sd_scripts
 
 IMPORTED_BY_ATTEMPTS = (
@@ -37,7 +39,9 @@ def main() -> int:
     # What the trainer prints at its import is no answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    sd_scripts.enter_checkout(require_supported(find_checkout()))
+    checkout = require_supported(find_checkout())
+    correct_loop(checkout.path / "train_network.py", checkout.name, SUPPORTED_TEXT)
+    sd_scripts.enter_checkout(checkout)
     for name in IMPORTED_BY_ATTEMPTS:
         import_module(name)
     gc.freeze()
