@@ -282,8 +282,8 @@ def can_be_accepted(key: str) -> bool:
     return key not in OF_THE_FOLDER and key not in BY_ATTEMPT and fate_of("option", key).kind == "files"
 
 
-def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str]) -> None:
-    """Raise DifferentRun with the changes that nobody accepted."""
+def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str], lock_format: int = 2) -> None:
+    """Raise DifferentRun with the changes that nobody accepted; a lock of format 1 has no texts of files."""
     left = [problem for problem in changes if problem.where not in allow]
     if not left:
         return
@@ -292,9 +292,11 @@ def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str])
     fixed = [key for key in keys if not can_be_accepted(key)]
     if not fixed:
         raise DifferentRun(subject, left, f"Undo these changes, or accept them: {offered}")
+    kept = "Each of its files stands as it was written" if lock_format > 1 else "Its options stand as they were"
+    tables = "[files]" if lock_format > 1 else "[values] and [dataset]"
     advice = [
-        f"Undo the changes of {', '.join(fixed)}: a run keeps what decides its weights. Each of its files stands as it "
-        f"was written in {LOCK_FILE}, [files].",
+        f"Undo the changes of {', '.join(fixed)}: a run keeps what decides its weights. "
+        f"{kept} in {LOCK_FILE}, {tables}.",
         "To train with something else, start a new run: kwrap train TEMPLATE --run NAME --set KEY=VALUE",
     ]
     if offered:

@@ -44,7 +44,7 @@ def check_join(run: Run, machine_rank: int) -> None:
         require_requirements()
     attempts = list_attempts(run)
     accepted = attempts[-1].allow if attempts else frozenset()
-    refuse_changes(f"run {run.name} on machine {machine_rank}", list_changes(run), accepted)
+    refuse_changes(f"run {run.name} on machine {machine_rank}", list_changes(run), accepted, run.lock.format)
 
 
 def describe_join(run: Run, machine_rank: int) -> Launch:

@@ -144,7 +144,7 @@ def plan_resume(
         state, optimizer_step = find_state(run, attempts, step, damaged, on_bytes)
     changes = list_changes(run, None if foreign else state, on_bytes)
     accepted = list_accepted(run, allow, last, changes)
-    refuse_changes(f"run {run.name}", changes, accepted)
+    refuse_changes(f"run {run.name}", changes, accepted, run.lock.format)
     there = tuple(problem for problem in changes if problem.where in accepted)
     abandons = [
         path

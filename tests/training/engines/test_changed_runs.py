@@ -493,8 +493,9 @@ def test_a_changed_value_of_a_run_of_kwrap_0_1_is_refused_as_before(stage: Stage
     make_older(stage.run)
     file = "dataset.toml" if name == "resolution" else "trainer.toml"
     edit(file, rf"^{name} = .*", f"{name} = [96, 96]" if name == "resolution" else f"{name} = 0.25")(stage)
-    with pytest.raises(DifferentRun, match=f"{name}: was"):
+    with pytest.raises(DifferentRun, match=f"{name} +was") as refused:
         plan_resume(stage.run, step=STEP)
+    assert "run.lock.toml, [values] and [dataset]" in refused.value.next_step, "such a lock has no [files]"
     assert any(change.startswith(f"{name}: was") for change in verify_run(stage.run).changed_after)
 
 
