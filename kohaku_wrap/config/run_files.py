@@ -10,6 +10,7 @@ from typing import Any
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.errors import KwrapError, MissingExtra
 from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.trainer.options import flatten_sections
 
 TRAINER_FILE = "trainer.toml"
 DATASET_FILE = "dataset.toml"
@@ -98,12 +99,9 @@ def read_yaml(text: str) -> dict[str, Any]:
 
 
 def flatten_trainer(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of trainer.toml: tables are for the eye, the later of two equal names counts."""
-    options: dict[str, Any] = {}
-    for name, value in document.items():
-        options |= value if isinstance(value, dict) else {name: value}
+    """The options of trainer.toml, each argument of a class as an entry of its own."""
     flat: dict[str, Any] = {}
-    for name, value in options.items():
+    for name, value in flatten_sections(document).items():
         if name in ARGUMENT_TABLES and isinstance(value, list):
             # The trainer splits each at the first sign of equality, and the later of two equal names counts.
             flat |= {f"{name}.{key}": text for key, _, text in (str(each).partition("=") for each in value)}

@@ -73,11 +73,11 @@ def render_yaml(table: Mapping[str, Any]) -> str:
 
 
 def describe_accelerate(
-    processes: int, gpus: int, mixed_precision: str, threads: int = 0, machines: Mapping[str, Any] | None = None
+    processes: int, gpus: int, mixed_precision: str, machines: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """accelerate's own file for a run, so that a person's default file cannot leak in.
 
-    `threads`: CPU threads of a process, 0 for accelerate's own choice. `machines`: how several find each other.
+    `machines`: how several find each other. GPUs are those that the caller's CUDA_VISIBLE_DEVICES leaves.
     """
     distributed = "NO" if processes == 1 else "MULTI_GPU" if gpus else "MULTI_CPU"
     table: dict[str, Any] = {
@@ -98,9 +98,7 @@ def describe_accelerate(
         "use_cpu": gpus == 0,
     }
     if gpus:
-        table["gpu_ids"] = ",".join(str(index) for index in range(gpus))
-    if threads:
-        table["num_cpu_threads_per_process"] = threads
+        table["gpu_ids"] = "all"
     table |= {name: value for name, value in (machines or {}).items() if name in MACHINES_IN_FILE}
     return table
 

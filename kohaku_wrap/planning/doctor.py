@@ -22,7 +22,7 @@ from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, show_bytes, to
 from kohaku_wrap.planning.training_plan import TrainingPlan
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import report_trainer
-from kohaku_wrap.trainer.installed import find_trainer
+from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
 
 TESTED_SETS = (
     {"accelerate": "1.15.0", "transformers": "4.57.6", "diffusers": "0.36.0", "huggingface-hub": "0.36.2"},
@@ -139,8 +139,8 @@ def examine_bitsandbytes(version: str) -> Finding:
 def examine_trainer(*, required: bool) -> Finding:
     """The checkout, its commit, its anchors and the packages that it imports."""
     status = "broken" if required else "warning"
-    install = "Run `kwrap trainer install`, or train with --engine builtin."
-    if find_trainer() is None:
+    if find_trainer() is None and not os.environ.get(CHECKOUT_VARIABLE):
+        install = "Run `kwrap trainer install`, or train with --engine builtin."
         return Finding("sd-scripts", status, "not installed", "The engine sd-scripts is this checkout.", install)
     try:
         report = report_trainer()

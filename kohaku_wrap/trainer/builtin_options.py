@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from kohaku_wrap.errors import Problem, ProblemsFound
-from kohaku_wrap.trainer.options import load_recorded_table
+from kohaku_wrap.trainer.options import flatten_sections, load_recorded_table
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Lion", "Lion8bit")
 SCHEDULERS = ("constant", "constant_with_warmup", "cosine")
@@ -222,14 +222,6 @@ class BuiltinOptions:
         if isinstance(self.lr_warmup_steps, float):
             return int(self.lr_warmup_steps * total_optimizer_steps)
         return self.lr_warmup_steps
-
-
-def flatten_sections(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of all sections in one table; section names are for people."""
-    values: dict[str, Any] = {}
-    for name, value in document.items():
-        values.update(value if isinstance(value, dict) else {name: value})
-    return values
 
 
 def is_default(option: Any, value: Any) -> bool:

@@ -11,19 +11,23 @@ from pathlib import Path
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import expand_user, fsync_folder, making_folder
 from kohaku_wrap.trainer.commits import (
+    SCRIPT,
     SUPPORTED,
     SUPPORTED_TEXT,
     SupportedCommit,
     find_known,
     installed_checkouts,
+    is_checkout,
     trainer_folder,
 )
 from kohaku_wrap.trainer.corrections import AnchorMatch, match_anchors, require_anchors
+from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, git_environment, read_trainer_commit
 from kohaku_wrap.trainer.requirements import InstallFailed, RequirementState, check_requirements
 
-CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
+INSTALLED = "kwrap trainer install"
+"""What chose a checkout that kwrap installed itself."""
+
 DEFAULT_SOURCE = "https://github.com/kohya-ss/sd-scripts"
-SCRIPT = "sdxl_train_network.py"
 SMALL_FILE_BYTES = 1 << 20
 """Larger files of `configs/` are left out: mirrors may lack them and SDXL training does not read them."""
 
@@ -88,11 +92,11 @@ class TrainerReport:
 def inspect_checkout(path: Path, chosen_by: str) -> Checkout:
     """What the folder is. Raises TrainerMissing when it is no sd-scripts at all."""
     path = expand_user(path).resolve()
-    if not (path / SCRIPT).is_file() or not (path / "train_network.py").is_file():
+    if not is_checkout(path):
         raise TrainerMissing(f"{path}: no sd-scripts checkout ({SCRIPT} is not there)", install_advice(chosen_by))
     if known := find_known(path):
         return Checkout(path, known.commit, known.name, True, False, chosen_by)
-    commit = read_commit(path)
+    commit = read_trainer_commit(path)
     known_commit = next((known for known in SUPPORTED if known.commit == commit), None)
     name = known_commit.name if known_commit else commit[:10] or "unknown"
     return Checkout(path, commit, name, False, known_commit is not None, chosen_by)
@@ -104,43 +108,33 @@ def install_advice(chosen_by: str) -> str:
     return "Install it again: kwrap trainer install"
 
 
-def read_commit(path: Path) -> str:
-    """The commit that git names for this very folder, or nothing."""
-    if not (path / ".git").exists():
-        return ""
-    try:
-        return run_git(["rev-parse", "HEAD"], path).strip()
-    except InstallFailed:
-        return ""
-
-
 def list_installed() -> list[Checkout]:
     """The checkouts under `$KWRAP_HOME`, in the order of SUPPORTED."""
-    return [inspect_checkout(folder, "kwrap trainer install") for folder in installed_checkouts()]
+    return [inspect_checkout(folder, INSTALLED) for folder in installed_checkouts()]
 
 
 def find_checkout(commit: str = "") -> Checkout:
-    """The checkout to train with: KWRAP_SD_SCRIPTS, else the installed one at `commit`, else the default.
+    """The checkout that `find_trainer` names; where a commit is asked for, an installed one must be at it.
 
     Raises TrainerMissing. Whether it is supported is for `require_supported`.
     """
     if given := os.environ.get(CHECKOUT_VARIABLE):
         return inspect_checkout(Path(given), CHECKOUT_VARIABLE)
-    installed = list_installed()
-    if commit:
-        wanted = [checkout for checkout in installed if checkout.commit == commit]
-        if wanted:
-            return wanted[0]
-        there = f"; installed: {', '.join(each.name for each in installed)}" if installed else ""
+    folder = find_trainer(commit)
+    if folder and commit in ("", folder.name):
+        return inspect_checkout(folder, INSTALLED)
+    own = f"point {CHECKOUT_VARIABLE} at a checkout"
+    if not commit:
         raise TrainerMissing(
-            f"sd-scripts {commit[:10]} is not installed{there}",
-            f"Install it: kwrap trainer install --commit {commit[:10]}",
+            "sd-scripts is not installed",
+            f"Install it: kwrap trainer install\nOr {own}, or use --engine builtin.",
         )
-    if installed:
-        return installed[0]
+    there = ", ".join(each.name for each in list_installed())
     raise TrainerMissing(
-        "sd-scripts is not installed",
-        f"Install it: kwrap trainer install\nOr point {CHECKOUT_VARIABLE} at a checkout, or use --engine builtin.",
+        f"sd-scripts {commit[:10]} is not installed" + (f"; installed: {there}" if there else ""),
+        f"Install it: kwrap trainer install --commit {commit[:10]}"
+        if any(commit == known.commit for known in SUPPORTED)
+        else f"kwrap does not install this commit: {own} of sd-scripts at it.",
     )
 
 
@@ -190,20 +184,20 @@ def install_checkout(
     """
     wanted = resolve_commit(commit)
     final = trainer_folder() / wanted.commit
-    if (final / SCRIPT).is_file():
-        checkout = inspect_checkout(final, "kwrap trainer install")
+    if is_checkout(final):
+        checkout = inspect_checkout(final, INSTALLED)
         if checkout.is_supported:
             return require_supported(checkout), True
         on_note(f"{final} was changed; it is replaced")
     with making_folder(trainer_folder(), f".{wanted.name}-") as part:
         on_note(f"Getting sd-scripts {wanted.name} from {source or DEFAULT_SOURCE}")
         clone_commit(source or DEFAULT_SOURCE, wanted.commit, part / "checkout")
-        require_supported(inspect_checkout(part / "checkout", "kwrap trainer install"))
+        require_supported(inspect_checkout(part / "checkout", INSTALLED))
         if final.exists():
             final.rename(part / "replaced")
         (part / "checkout").rename(final)
         fsync_folder(trainer_folder())
-    return inspect_checkout(final, "kwrap trainer install"), False
+    return inspect_checkout(final, INSTALLED), False
 
 
 def clone_commit(source: str, commit: str, folder: Path) -> None:
@@ -246,11 +240,9 @@ def small_configs(folder: Path, commit: str) -> list[str]:
 
 def run_git(arguments: Sequence[str], folder: Path) -> str:
     """What git prints, in `folder`; raises InstallFailed with git's own words."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    environment["GIT_TERMINAL_PROMPT"] = "0"
     try:
         result = subprocess.run(
-            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            ["git", *arguments], cwd=folder, env=git_environment(), capture_output=True, text=True, check=False
         )
     except FileNotFoundError as error:
         raise InstallFailed("git is not installed", "Install git and run the same command again.") from error

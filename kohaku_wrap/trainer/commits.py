@@ -45,7 +45,10 @@ SUPPORTED = (
 SUPPORTED_TEXT = ", ".join(f"{each.name} ({each.commit[:10]})" for each in SUPPORTED)
 
 
-TRAINING_SCRIPTS = ("sdxl_train_network.py", "train_network.py")
+SCRIPT = "sdxl_train_network.py"
+"""What a training of an SDXL network runs."""
+
+TRAINING_SCRIPTS = (SCRIPT, "train_network.py")
 IMPORTED_FOLDERS = ("library", "networks")
 """All that a training of an SDXL network can import of a checkout, packages in them too."""
 
@@ -75,4 +78,9 @@ def trainer_folder() -> Path:
 def installed_checkouts(first: str = "") -> list[Path]:
     """The folders of the installed checkouts: that of the commit `first`, then the default's."""
     folders = [trainer_folder() / known.commit for known in sorted(SUPPORTED, key=lambda known: known.commit != first)]
-    return [folder for folder in folders if (folder / "sdxl_train_network.py").is_file()]
+    return [folder for folder in folders if is_checkout(folder)]
+
+
+def is_checkout(folder: Path) -> bool:
+    """Whether the trainer's script lies there."""
+    return (folder / SCRIPT).is_file()

@@ -13,7 +13,7 @@ from typing import Any
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import expand_user, write_text
 from kohaku_wrap.processes import NoAnswer, ask_python
-from kohaku_wrap.trainer.commits import find_known, installed_checkouts
+from kohaku_wrap.trainer.commits import find_known, installed_checkouts, is_checkout
 from kohaku_wrap.trainer.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
 
 CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
@@ -56,7 +56,6 @@ DECISIVE_PACKAGES = frozenset(
 )
 """Packages that compute what is trained: tensors, networks, optimizers, tokens, pixels; besides CUDA's own."""
 
-TRAINER_SCRIPT = "sdxl_train_network.py"
 READ_TIMEOUT_SECONDS = 300
 
 
@@ -65,10 +64,13 @@ class UnreadableTrainer(KwrapError):
 
 
 def find_trainer(commit: str = "") -> Path | None:
-    """The sd-scripts checkout that kwrap would train with: the installed one at `commit` before the default."""
+    """The sd-scripts checkout that kwrap would train with: KWRAP_SD_SCRIPTS, else the installed one at `commit`.
+
+    The default where that commit is not installed; what is wrong with it is for `checkout.find_checkout`.
+    """
     given = os.environ.get(CHECKOUT_VARIABLE)
     folders = [expand_user(given)] if given else installed_checkouts(commit)
-    return next((folder.absolute() for folder in folders if (folder / TRAINER_SCRIPT).is_file()), None)
+    return next((folder.absolute() for folder in folders if is_checkout(folder)), None)
 
 
 def read_trainer_commit(checkout: Path) -> str:
@@ -82,11 +84,22 @@ def read_commit(folder: Path) -> str:
     """The git commit of the repository that holds `folder`; empty where there is none or git is not there."""
     try:
         result = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=20
+            ["git", "-C", str(folder), "rev-parse", "HEAD"],
+            env=git_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=20,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def git_environment() -> dict[str, str]:
+    """The caller's variables without those of git, which would name another repository; git asks no questions."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return own | {"GIT_TERMINAL_PROMPT": "0"}
 
 
 def list_versions(folders: Sequence[Path] = ()) -> dict[str, str]:

@@ -115,6 +115,14 @@ def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:
     return OptionTable(options, dataset_options, source)
 
 
+def flatten_sections(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of all sections in one table: sections are for the eye, the later of two equal names counts."""
+    values: dict[str, Any] = {}
+    for name, value in document.items():
+        values.update(value if isinstance(value, dict) else {name: value})
+    return values
+
+
 @cache
 def load_recorded_table() -> OptionTable:
     """The table that came with kwrap."""

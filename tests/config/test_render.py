@@ -16,6 +16,7 @@ from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.render import MissingInput, compose_run, hash_inputs
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.trainer_arguments import (
+    describe_accelerate,
     escape_tags,
     render_literals,
     render_network_args,
@@ -67,6 +68,12 @@ def test_files_of_a_run(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) 
     assert (subset["shuffle_caption"], subset["keep_tokens_separator"]) == (True, "|||")
     assert tomllib.loads((run.folder / "preset.toml").read_text()) == effective.preset
     assert (run.folder / "sample_prompts.txt").read_text().startswith("1girl, saber \\(fate\\) --w 1024")
+
+
+def test_accelerate_takes_the_gpus_that_the_caller_leaves() -> None:
+    """Numbers in its file would win over CUDA_VISIBLE_DEVICES; doctor tries the same file as the run."""
+    assert describe_accelerate(2, 2, "bf16")["gpu_ids"] == "all"
+    assert "gpu_ids" not in describe_accelerate(2, 0, "no")
 
 
 def test_lock_holds_every_value(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import importlib
 import importlib.machinery
 import io
 import json
-import subprocess
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from kohaku_wrap.trainer.installed import read_trainer_commit
 
 PROBE_VALUES: dict[str, Any] = {
     "bool": True,
@@ -123,14 +124,6 @@ def describe_dataset_options(config_util: Any) -> dict[str, Any]:
     return described
 
 
-def read_commit(checkout: Path) -> str:
-    """The checkout's commit, or an empty string where git cannot tell."""
-    result = subprocess.run(
-        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
 def describe_trainer(checkout: Path) -> dict[str, Any]:
     """Everything that the checks need to know of one checkout."""
     sys.path.insert(0, str(checkout))
@@ -146,7 +139,7 @@ def describe_trainer(checkout: Path) -> dict[str, Any]:
         if not isinstance(action, argparse._HelpAction)
     }
     return {
-        "commit": read_commit(checkout),
+        "commit": read_trainer_commit(checkout),
         "options": options,
         "dataset_options": describe_dataset_options(config_util),
     }

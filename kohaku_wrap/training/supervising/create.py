@@ -27,7 +27,7 @@ from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
-from kohaku_wrap.trainer.installed import find_trainer
+from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
 from kohaku_wrap.trainer.requirements import require_requirements, requirement_paths
 from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.supervising.launch import Launch, plan_launch, require_packages
@@ -138,7 +138,7 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
         engine, origin = site.machine.engine, "the default"
     if engine not in ENGINES:
         raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(ENGINES)}.")
-    if engine == "sd-scripts" and find_trainer() is None:
+    if engine == "sd-scripts" and find_trainer() is None and not os.environ.get(CHECKOUT_VARIABLE):
         raise MissingTrainer(
             f"the engine is sd-scripts ({origin}), and no checkout of it is there",
             "Get it with `kwrap trainer install`, or train with kwrap's compact trainer: --engine builtin.",

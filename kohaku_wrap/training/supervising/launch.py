@@ -164,9 +164,6 @@ def describe_attempt_accelerate(attempt: Attempt) -> dict[str, Any]:
     machines = lock.accelerate if attempt.machines > 1 else {}
     precision = str(lock.values.get("mixed_precision", "no"))
     table = describe_accelerate(attempt.processes, gpus, precision, machines=machines)
-    if gpus:
-        # The caller's CUDA_VISIBLE_DEVICES stays in force.
-        table["gpu_ids"] = "all"
     if written := lock.files.get(ACCELERATE_FILE):
         # Never what a later kwrap would write.
         kept = {name: value for name, value in read_yaml(written).items() if name not in BY_LAUNCH}

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.trainer.commits import digest_sources
+from kohaku_wrap.planning.doctor import examine_trainer
+from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
+from kohaku_wrap.trainer.commits import SUPPORTED, digest_sources
 
 Command = Callable[..., str]
 
@@ -35,6 +37,21 @@ def test_show_says_how_to_get_a_trainer(kwrap: Command, monkeypatch: pytest.Monk
 def test_a_folder_that_is_no_checkout_is_named(kwrap: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(tmp_path))
     assert f"{tmp_path}: no sd-scripts checkout" in kwrap("trainer", "show", expect=1)
+    finding = examine_trainer(required=True)
+    assert f"{tmp_path}: no sd-scripts checkout" in finding.what
+    assert "KWRAP_SD_SCRIPTS" in finding.do, "to install another would not help while it is set"
+
+
+def test_the_commit_of_a_run_that_is_not_installed_is_told_with_what_helps(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KWRAP_SD_SCRIPTS", raising=False)
+    with pytest.raises(TrainerMissing) as known:
+        find_checkout(SUPPORTED[1].commit)
+    assert known.value.next_step == f"Install it: kwrap trainer install --commit {SUPPORTED[1].commit[:10]}"
+    with pytest.raises(TrainerMissing) as foreign:
+        find_checkout("f" * 40)
+    assert "trainer install" not in foreign.value.next_step and "KWRAP_SD_SCRIPTS" in foreign.value.next_step
 
 
 @pytest.mark.parametrize(
