@@ -23,15 +23,17 @@ from kohaku_wrap.planning.training_plan import TrainingPlan
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import report_trainer
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
+from kohaku_wrap.trainer.requirements import TESTED
 
+TESTED_TOGETHER = ("accelerate", "transformers", "diffusers", "huggingface-hub")
 TESTED_SETS = (
-    {"accelerate": "1.15.0", "transformers": "4.57.6", "diffusers": "0.36.0", "huggingface-hub": "0.36.2"},
+    {name: TESTED[name].version for name in TESTED_TOGETHER},
     {"accelerate": "1.6.0", "transformers": "4.54.1", "diffusers": "0.32.1", "huggingface-hub": "0.34.3"},
 )
 """Versions that were trained with, bit-identical to each other; the first is what `make setup` installs."""
 
-TESTED_ALONE = {"torch": "2.13.0", "lycoris-lora": "4.1.3", "bitsandbytes": "0.50.2"}
-WRONG_BITSANDBYTES = ((0, 36, 0), (0, 41, 0))
+TESTED_ALONE = {name: TESTED[name].version for name in ("torch", "lycoris-lora", "bitsandbytes")}
+WRONG_BITSANDBYTES = ("0.36.0", "0.41.0")
 """First and last release whose 8-bit optimizers are wrong."""
 
 NEWEST_PYTHON = (3, 13)
@@ -125,13 +127,13 @@ def examine_versions() -> Iterator[Finding]:
 def examine_bitsandbytes(version: str) -> Finding:
     """The releases whose 8-bit optimizers are wrong."""
     first, last = WRONG_BITSANDBYTES
-    if version and first <= parse_release(version) <= last:
+    if version and parse_release(first) <= parse_release(version) <= parse_release(last):
         return Finding(
             "bitsandbytes",
             "broken",
-            f"{version} is one of 0.36.0 to 0.41.0",
+            f"{version} is one of {first} to {last}",
             "The 8-bit optimizers of these releases are wrong: training runs and the weights are bad.",
-            "Install another one: pip install bitsandbytes==0.50.2",
+            f"Install another one: pip install {TESTED['bitsandbytes'].pinned}",
         )
     return Finding.ok("bitsandbytes", version or "not installed")
 

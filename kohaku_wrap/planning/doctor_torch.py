@@ -16,6 +16,7 @@ from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yam
 from kohaku_wrap.planning.module_counts import WORKER_SETTINGS
 from kohaku_wrap.planning.sizes import show_bytes
 from kohaku_wrap.processes import NoAnswer, accelerate_command, ask_python, safe_environment
+from kohaku_wrap.trainer.requirements import TESTED
 
 WORKER = "kohaku_wrap.planning.workers.check_machine"
 WORKER_TIMEOUT_SECONDS = 300
@@ -132,7 +133,7 @@ def judge_optimizer(facts: dict[str, Any]) -> Finding:
             "broken",
             facts["error"],
             "The optimizer of the recipe is bitsandbytes'.",
-            "Install the tested release: pip install bitsandbytes==0.50.2",
+            f"Install the tested release: pip install {TESTED['bitsandbytes'].pinned}",
         )
     if "skipped" in facts:
         return Finding.ok("optimizer", f"{facts['optimizer']}: {facts['skipped']}, not tried")
@@ -142,7 +143,7 @@ def judge_optimizer(facts: dict[str, Any]) -> Finding:
             "broken",
             f"{facts['optimizer']} of bitsandbytes {facts['version']} moved {facts['moved_share']:.0%} of the weights",
             "Training would run and learn nothing, or worse.",
-            "Install the tested release: pip install bitsandbytes==0.50.2",
+            f"Install the tested release: pip install {TESTED['bitsandbytes'].pinned}",
         )
     return Finding.ok(
         "optimizer", f"{facts['optimizer']} steps on {facts['device']}, its state is {facts['state_dtype']}"
@@ -163,9 +164,8 @@ def judge_attention(facts: dict[str, Any]) -> Finding:
 
 def judge_lycoris(facts: dict[str, Any]) -> Finding:
     if "error" in facts:
-        return Finding(
-            "LyCORIS", "broken", facts["error"], "The network is made by it.", "pip install lycoris-lora==4.1.3"
-        )
+        install = f"pip install {TESTED['lycoris-lora'].pinned}"
+        return Finding("LyCORIS", "broken", facts["error"], "The network is made by it.", install)
     return Finding.ok("LyCORIS", f"{facts['version']}; kernel back end {facts['backend']}")
 
 

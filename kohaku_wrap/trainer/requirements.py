@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,13 @@ class Requirement:
     version: str
     """The tested version."""
 
+    @property
+    def pinned(self) -> str:
+        """For pip: `name==version`."""
+        return f"{self.distribution}=={self.version}"
+
+
+TORCH = Requirement("torch", "torch", "2.13.0")
 
 REQUIREMENTS = (
     Requirement("accelerate", "accelerate", "1.15.0"),
@@ -63,6 +71,9 @@ REQUIREMENTS = (
     Requirement("lion_pytorch", "lion-pytorch", "0.2.5"),
 )
 """What sd-scripts needs besides torch and torchvision, which goes with the torch that is there."""
+
+TESTED = {each.distribution: each for each in (TORCH, *REQUIREMENTS)}
+"""The one place of versions; a test holds setup.cfg, constraints.txt, the Makefile and all texts to it."""
 
 STRICT = frozenset({"accelerate", "transformers", "diffusers", "huggingface-hub", "lycoris-lora", "bitsandbytes"})
 """Packages where another version is told: these decide whether the trainer runs, and its last bits."""
@@ -93,12 +104,9 @@ class RequirementState:
 
 def torchvision_requirement() -> Requirement:
     """The torchvision that was built for the torch that is there: 0.28.0 for 2.13.0."""
-    try:
-        version = importlib.metadata.version("torch").split("+")[0]
-        major, minor, patch = (int(part) for part in version.split(".")[:3])
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return Requirement("torchvision", "torchvision", "0.28.0")
-    return Requirement("torchvision", "torchvision", f"0.{minor + 15}.{patch}" if major == 2 else "0.28.0")
+    built = (re.match(r"2\.(\d+)\.(\d+)", version) for version in (installed_version(TORCH), TORCH.version))
+    minor, patch = next(release.groups() for release in built if release)
+    return Requirement("torchvision", "torchvision", f"0.{int(minor) + 15}.{patch}")
 
 
 def packages_folder(requirement: Requirement) -> Path:
@@ -155,8 +163,7 @@ def install_requirements(on_note: Callable[[str], None] = lambda note: None) -> 
 
 
 def install_package(requirement: Requirement) -> None:
-    final = packages_folder(requirement)
-    pinned = f"{requirement.distribution}=={requirement.version}"
+    final, pinned = packages_folder(requirement), requirement.pinned
     with making_folder(final.parent, ".part-") as part:
         command = python_command("-m", "pip", "install", "--quiet", "--no-deps", "--target", part / "packages", pinned)
         result = subprocess.run(command, env=safe_environment(), capture_output=True, text=True, check=False)
