@@ -26,8 +26,7 @@ from kohaku_wrap.dataset.images.checking import (
     ImageRefused,
     check_image,
 )
-from kohaku_wrap.dataset.images.tars import TarReader, TarUnreadable
-from kohaku_wrap.dataset.images.tars_headers import Member
+from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
 
 Int64Array = npt.NDArray[np.int64]
 
