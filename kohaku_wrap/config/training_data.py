@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, open_captions, read_folder_sizes
+from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, open_captions, read_about, read_folder_sizes
 
 CACHE_FILE = "metadata_cache.json"
 """What sd-scripts reads in place of a folder's files where `cache_info` is set."""
@@ -89,10 +89,9 @@ def describe_data(data: str, images: Path, dataset: Mapping[str, Any]) -> dict[s
             "image_files_digest": digest_lengths(images, [rows.files[at] for at in spread_evenly(len(rows.files))]),
         }
     table = open_captions(images).read_all()
-    about = json.loads((table.schema.metadata or {}).get(b"kwrap", b"{}"))
     numbers = (table["id"].to_numpy(), table["width"].to_numpy(), table["height"].to_numpy())
     return {
-        "captions_digest": str(about.get("digest", "")),
+        "captions_digest": str(read_about(table.schema).get("digest", "")),
         "rows_digest": digest_of(np.ascontiguousarray(column.astype("<i8")).tobytes() for column in numbers),
         "image_files_digest": digest_lengths(images, table["file"].take(spread_evenly(len(table))).to_pylist()),
     }

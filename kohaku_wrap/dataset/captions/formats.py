@@ -11,16 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.formats.caption_rows import Int32Array, bytes_of
+
 CACHE_FILE = "metadata_cache.json"
 """What sd-scripts reads with `cache_info`: {path: {"caption", "resolution"}}."""
 
 LINES_FILE = "captions.jsonl"
-ARROW_FILE = "captions.arrow"
 ENTRY_SEPARATOR = b",\n"
 TEXT_PART = ".caption.txt.part"
 """Name of a text that will replace another; one a shard, so that a killed call leaves no more."""
-
-Int32Array = npt.NDArray[np.int32]
 
 
 def shard_paths(ids: npt.NDArray[np.int64], extensions: pa.Array) -> pa.Array:
@@ -52,13 +51,6 @@ def path_prefix(folder: Path) -> str:
     return json.dumps(folder.absolute().as_posix().rstrip("/") + "/")[1:-1]
 
 
-def bytes_of(texts: pa.Array) -> pa.Buffer:
-    """All texts of an array, one after another, without a copy."""
-    _, offsets, data = texts.buffers()
-    bounds = np.frombuffer(offsets, dtype=np.int32)[[texts.offset, texts.offset + len(texts)]]
-    return data.slice(int(bounds[0]), int(bounds[1] - bounds[0])) if data else pa.py_buffer(b"")
-
-
 def json_lines(prefix: str, files: pa.Array, escaped: pa.Array, widths: Int32Array, heights: Int32Array) -> pa.Buffer:
     """A line of `captions.jsonl` for each file; `image_size` stands in those whose width is not 0."""
     sizes = pc.binary_join_element_wise(
@@ -88,18 +80,6 @@ def cache_entries(
             pa.array(heights).cast(pa.string()),
             "]}",
             "",
-        )
-    )
-
-
-def digest_rows(
-    ids: npt.NDArray[np.int64], files: pa.Array, widths: Int32Array, heights: Int32Array, captions: pa.Array
-) -> pa.Buffer:
-    """A line a row with tabs between its values: what the digest of `captions.arrow` is the sha256 of."""
-    numbers = [pa.array(column).cast(pa.string()) for column in (ids, widths, heights)]
-    return bytes_of(
-        pc.binary_join_element_wise(
-            pc.binary_join_element_wise(numbers[0], files, numbers[1], numbers[2], captions, "\t"), "\n", ""
         )
     )
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kohaku_wrap.dataset.captions import formats as formats_of
-from kohaku_wrap.dataset.captions.columns import ColumnsWriter, EarlierCaptions
+from kohaku_wrap.dataset.captions.earlier import EarlierCaptions
 from kohaku_wrap.dataset.captions.folder import lock_captions
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, make_captions
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
@@ -26,6 +26,7 @@ from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, read_batches
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
@@ -181,7 +182,7 @@ def write_pieces(
     changes: dict[str, Changes] = {}
     same = 0
     digest = ""
-    earlier = EarlierCaptions(work.folder / formats_of.ARROW_FILE)
+    earlier = EarlierCaptions(work.folder / CAPTIONS_FILE)
     with contextlib.ExitStack() as stack:
 
         def replace(name: str, file: str, entries: int) -> IO[bytes]:
@@ -194,7 +195,7 @@ def write_pieces(
         cache = replace("cache", formats_of.CACHE_FILE, len(images or ())) if "cache" in work.formats else None
         columns = None
         if images:
-            stream = replace("arrow", formats_of.ARROW_FILE, len(images))
+            stream = replace("arrow", CAPTIONS_FILE, len(images))
             columns = stack.enter_context(ColumnsWriter(stream, {"count": len(images), **about}))
         first_entry = True
         for piece in pieces:
@@ -234,23 +235,20 @@ def write_texts(folder: Path, images: CaptionImages, columns: Path, on_progress:
     One thread does it after all captions are made: beside other threads it would wait for the interpreter's lock
     after each of its many short system calls. The file is read in pieces and not mapped, so memory stays small.
     """
-    with pa.OSFile(str(columns)) as source:
-        reader = pa.ipc.open_file(source)
-        starts = [0]
+    starts = [0]
 
-        def write_batch(number: int) -> tuple[int, int]:
-            batch = reader.get_batch(number)
-            start = starts[-1]
-            starts.append(start + batch.num_rows)
-            has_text = images.has_text[start : starts[-1]]
-            return formats_of.write_text_files(folder, batch.column("file"), batch.column("caption"), has_text)
+    def write_batch(batch: pa.RecordBatch) -> tuple[int, int]:
+        start = starts[-1]
+        starts.append(start + batch.num_rows)
+        has_text = images.has_text[start : starts[-1]]
+        return formats_of.write_text_files(folder, batch.column("file"), batch.column("caption"), has_text)
 
-        written = kept = 0
-        for wrote, left in map_in_order(write_batch, range(reader.num_record_batches), 1):
-            written, kept = written + wrote, kept + left
-            if on_progress:
-                on_progress(written + kept, len(images))
-        return written, kept
+    written = kept = 0
+    for wrote, left in map_in_order(write_batch, read_batches(columns, "file", "caption"), 1):
+        written, kept = written + wrote, kept + left
+        if on_progress:
+            on_progress(written + kept, len(images))
+    return written, kept
 
 
 @contextlib.contextmanager

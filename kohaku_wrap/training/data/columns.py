@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from kohaku_wrap.dataset.buckets import BucketAssignment, BucketOptions, assign_buckets, find_crop_corners
 from kohaku_wrap.errors import Problem, ProblemsFound
+from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.data.captions import CaptionOptions, process_caption
-from kohaku_wrap.training.data.captions_file import Columns
 from kohaku_wrap.training.data.images import (
     INTERPOLATIONS,
     UnreadableImage,

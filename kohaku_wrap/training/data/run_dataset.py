@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.data.captions_file import Columns
+from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions, Tokenize, read_dataset_options
 from kohaku_wrap.training.records.attempts import Attempt
 
@@ -20,7 +20,7 @@ class DatasetChanged(KwrapError):
 def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[ColumnsDataset, Mapping[str, Any]]:
     """The images and captions set to start where the attempt does, and the options of its dataset.toml.
 
-    Raises BadCaptions, ProblemsFound for options that this dataset lacks, and DatasetChanged.
+    Raises NoImages, ProblemsFound for options that this dataset lacks, and DatasetChanged.
     """
     lock = attempt.lock
     options = read_dataset_options(tomllib.loads(attempt.run.dataset_config.read_text(encoding="utf-8")))

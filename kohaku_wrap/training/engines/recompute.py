@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.training.data.captions_file import Columns
+from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.training.data.columns import (
     BatchKey,
     ColumnsDataset,

@@ -20,10 +20,9 @@ from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
 from kohaku_wrap.config.site import ENGINES, Site, load_site
 from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.config.training_data import read_training_sizes
-from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import fsync_folder, making_folder, write_text
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, check_columns
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported

@@ -10,10 +10,9 @@ from kohaku_wrap.config.fates import fate_of
 from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, flatten_dataset
 from kohaku_wrap.config.training_data import describe_data
-from kohaku_wrap.dataset.captions.columns import check_columns
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import keeps_sha256, kept_sha256, sha256_of_file
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, read_captions_metadata
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, check_columns, read_captions_metadata
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.commits import find_known
 from kohaku_wrap.trainer.installed import (

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.config.base_model import BadBaseModel
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.formats.sdxl import SDXL_SIZES
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
-from kohaku_wrap.training.data.captions_file import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.tokens import CaptionTokenizer

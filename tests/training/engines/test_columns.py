@@ -16,10 +16,9 @@ from engine_world import DATASET_OPTIONS, World
 
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import ProblemsFound
-from kohaku_wrap.formats.caption_rows import read_folder_sizes
+from kohaku_wrap.formats.caption_rows import Columns, NoImages, read_folder_sizes
 from kohaku_wrap.planning.step_plan import count_steps
 from kohaku_wrap.steps import StepPlan
-from kohaku_wrap.training.data.captions_file import BadCaptions, Columns
 from kohaku_wrap.training.data.columns import (
     BatchKey,
     ColumnsDataset,
@@ -213,10 +212,10 @@ def test_a_dataset_file_of_several_parts_is_refused() -> None:
 
 
 def test_what_is_not_a_captions_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadCaptions, match="no such file"):
+    with pytest.raises(NoImages, match="not there"):
         Columns.open(tmp_path)
     (tmp_path / "captions.arrow").write_bytes(b"not arrow at all")
-    with pytest.raises(BadCaptions, match="not a captions file"):
+    with pytest.raises(NoImages, match="not a captions file"):
         Columns.open(tmp_path)
 
 
