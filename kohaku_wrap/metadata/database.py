@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 from kohaku_wrap.formats.disguises import name_disguise
-from kohaku_wrap.metadata.layouts import LAYOUT_NAMES, Layout, missing_parts, recognise_layout, token_base
+from kohaku_wrap.metadata.layouts import LAYOUT_NAMES, Layout, ids_of_text, missing_parts, recognise_layout, token_base
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 HEADER_BYTES = 100
@@ -162,7 +162,7 @@ def open_database(path: Path) -> Database:
     """Recognise the database at `path` and check that everything kwrap reads is there.
 
     Raises DatabaseMissing, NotADatabase, DatabaseDamaged, DatabaseLocked or DatabaseUnreadable, and ProblemsFound
-    with every table and column that is missing. Nothing is ever written beside the file.
+    with every table and column that is missing, or every id column of text. Nothing is ever written beside the file.
     """
     given = path
     path = path.resolve()
@@ -189,6 +189,12 @@ def open_database(path: Path) -> Database:
                     str(path),
                     [Problem(where, what) for where, what in missing],
                     f"kwrap reads the danbooru2023 database in these layouts: {LAYOUT_NAMES}.",
+                )
+            if as_text := ids_of_text(connection, columns):
+                raise ProblemsFound(
+                    str(path),
+                    [Problem(where, what) for where, what in as_text],
+                    "Make each table anew: CREATE TABLE new AS SELECT CAST(id AS INTEGER) AS id, … FROM post.",
                 )
             indexed = _indexed_columns(connection, columns)
             base = token_base(connection) if layout is Layout.V0 else 0

@@ -27,6 +27,7 @@ POST_COLUMNS = (
 
 TAG_COLUMNS = ("id", "name", "type", "popularity")
 RELATION_COLUMNS = ("post_id", "tag_id")
+ID_COLUMNS = {"post": ("id",), "tag": ("id",), "posttagrelation": RELATION_COLUMNS}
 
 TOKEN = re.compile(r"\$([0-9A-Za-z]+)#")
 SAMPLED_POSTS = 20_000
@@ -85,6 +86,20 @@ def missing_parts(layout: Layout, columns: Mapping[str, frozenset[str]]) -> list
         else:
             missing += [(f"{table}.{name}", "no such column") for name in names if name not in columns[table]]
     return missing
+
+
+def ids_of_text(connection: sqlite3.Connection, columns: Mapping[str, frozenset[str]]) -> list[tuple[str, str]]:
+    """Every id column that holds its numbers as text, as a CSV file loaded without types does: where, and what.
+
+    The first row is looked at; sqlite compares texts by letters and never finds a number among them.
+    """
+    found: list[tuple[str, str]] = []
+    for table, names in ID_COLUMNS.items():
+        for name in names if table in columns else ():
+            row = connection.execute(f"SELECT {name} FROM {table} LIMIT 1").fetchone()
+            if row and isinstance(row[0], str) and row[0].strip().isdecimal():
+                found.append((f"{table}.{name}", f"holds text ({row[0][:20]!r}) where kwrap needs whole numbers"))
+    return found
 
 
 def token_base(connection: sqlite3.Connection) -> int:

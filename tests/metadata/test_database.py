@@ -243,3 +243,30 @@ def test_views_of_tables_give_the_same(tmp_path: Path, writer: ModuleType) -> No
                     connection.execute(f"ALTER TABLE {table} RENAME TO real_{table}")
                     connection.execute(f"CREATE VIEW {table} AS SELECT * FROM real_{table}")
     assert captions[0] == captions[1] and open_database(path).has_views
+
+
+@pytest.mark.parametrize("layout", ["v0-decimal", "v3"])
+def test_ids_of_text_are_named_with_what_to_do(tmp_path: Path, writer: ModuleType, layout: str) -> None:
+    """As sqlite's own import of a CSV file makes them: every column TEXT."""
+    path = writer.write_layout(tmp_path / "whole.db", writer.make_world(5), layout)
+    text = tmp_path / "text.db"
+    with closing(sqlite3.connect(text)) as connection, connection:
+        connection.execute("ATTACH ? AS whole", (str(path),))
+        tables = ["post", "tag"] if layout.startswith("v0") else ["post", "tag", "posttagrelation"]
+        for table in tables:
+            names = [name for (name,) in connection.execute("SELECT name FROM whole.pragma_table_info(?)", (table,))]
+            connection.execute(f"CREATE TABLE {table} ({', '.join(f'{name} TEXT' for name in names)})")
+            connection.execute(f"INSERT INTO {table} SELECT * FROM whole.{table}")
+    with pytest.raises(ProblemsFound) as found:
+        open_database(text)
+    told = [problem.where for problem in found.value.problems]
+    assert told == ["post.id", "tag.id", *(["posttagrelation.post_id", "posttagrelation.tag_id"] * (layout == "v3"))]
+    assert "holds text ('" in found.value.problems[0].what and "CAST(id AS INTEGER)" in found.value.next_step
+    with closing(sqlite3.connect(text)) as connection, connection:
+        for table in tables:
+            names = [name for (name,) in connection.execute("SELECT name FROM pragma_table_info(?)", (table,))]
+            numbers = [f"CAST({each} AS INTEGER) AS {each}" if each.endswith("id") else each for each in names]
+            connection.execute(f"CREATE TABLE new AS SELECT {', '.join(numbers)} FROM {table}")
+            connection.execute(f"DROP TABLE {table}")
+            connection.execute(f"ALTER TABLE new RENAME TO {table}")
+    assert len(read_drops(open_database(text), [])[0]) == 5
