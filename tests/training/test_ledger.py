@@ -15,6 +15,7 @@ import pytest
 from kohaku_wrap.training.records.ledger import (
     FILL,
     HEADER,
+    MAGIC,
     NON_FINITE,
     RECORD,
     SKIPPED,
@@ -30,6 +31,7 @@ from kohaku_wrap.training.records.ledger import (
     pack_header,
     read_ledger_file,
     read_whole_ledger_file,
+    seal_header,
 )
 
 FIRST = LedgerHeader(
@@ -170,6 +172,14 @@ def test_a_disk_that_takes_a_part_at_a_time_gets_all(tmp_path: Path, monkeypatch
     assert write(tmp_path / "parts", 3).read_bytes() == whole
 
 
+def test_numbers_are_given_by_name(tmp_path: Path) -> None:
+    """Two of them changed over would be recorded as they are."""
+    with LedgerWriter(tmp_path, FIRST) as ledger:
+        for append, numbers in ((ledger.append, (1, 0, 2, 3, 4, 0.5, 1e-4)), (ledger.append_step, (1, 0, 1, [1e-4]))):
+            with pytest.raises(TypeError):
+                append(*numbers)  # type: ignore[arg-type,operator]
+
+
 def test_no_file_is_written_over(tmp_path: Path) -> None:
     path = write(tmp_path / "a" / "b", 1)
     assert path.stat().st_mode & 0o777 == 0o644
@@ -186,9 +196,10 @@ def test_files_are_listed_by_attempt_and_rank(tmp_path: Path) -> None:
     for attempt, rank in ((2, 0), (1, 1), (10, 0), (1, 0)):
         ledger_file(tmp_path, attempt, rank).write_bytes(pack_header(FIRST))
     ledger_file(tmp_path, 3, 0).write_bytes(pack_header(dataclasses.replace(FIRST, version=2)))
+    ledger_file(tmp_path, 4, 0).write_bytes(pack_header(dataclasses.replace(FIRST, version=2)) + bytes(120))
     for name in ("attempt-0001-rank-000.bin.old", "notes.txt", "xattempt-0001-rank-000.bin"):
         (tmp_path / name).write_bytes(pack_header(FIRST))
-    assert [found[:2] for found in list_ledger_files(tmp_path)] == [(1, 0), (1, 1), (2, 0), (3, 0), (10, 0)]
+    assert [found[:2] for found in list_ledger_files(tmp_path)] == [(1, 0), (1, 1), (2, 0), (3, 0), (4, 0), (10, 0)]
 
 
 def test_every_byte_of_a_header_counts(tmp_path: Path) -> None:
@@ -202,6 +213,14 @@ def test_every_byte_of_a_header_counts(tmp_path: Path) -> None:
     path.write_bytes(other + zlib.crc32(other).to_bytes(4, "little") + data[160:])
     with pytest.raises(BadLedger, match="differs from its checksum"):
         read_ledger_file(path)
+
+
+@pytest.mark.parametrize(("flags", "is_deterministic"), [(0, False), (1, True), (2, False), (3, True)])
+def test_only_the_first_flag_of_a_header_says_deterministic(tmp_path: Path, flags: int, is_deterministic: bool) -> None:
+    """The others are free for later versions."""
+    path = tmp_path / "attempt-0001-rank-000.bin"
+    path.write_bytes(seal_header(HEADER, MAGIC, RECORD.itemsize, 1, 0, 1, 1, 1, 1, b"", b"", flags, 0))
+    assert read_ledger_file(path)[0].is_deterministic is is_deterministic
 
 
 def test_a_file_with_no_more_than_its_header(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from kohaku_wrap.training.records.states import (
     DiskFull,
     check_space,
     check_state_sizes,
+    digest_or_none,
     is_disk_full,
     list_states,
     remove_state,
@@ -50,6 +52,52 @@ def test_a_state_is_sealed(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["optimizer-step-00013600"]
 
 
+def test_a_state_that_says_nothing_of_itself_was_scheduled(tmp_path: Path) -> None:
+    def fill_over(folder: Path) -> None:
+        fill(folder)
+        (folder / "manifest.json").write_text("of a copied state")
+
+    manifest = verify_state(write_state(tmp_path, 2, fill_over, MADE_WITH))
+    assert (manifest.attempt, manifest.scheduled, manifest.extra) == (0, True, {})
+    assert set(manifest.files) == {"network.bin", "inner/optimizer.bin"}, "its own manifest seals the others"
+
+
+def test_all_of_a_state_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write(tmp_path, 2)
+    part = tmp_path / ".optimizer-step-00000002.partial"
+    inner = {part / "network.bin", part / "inner/optimizer.bin", part / "manifest.json", part / "inner", part}
+    assert set(synced) == {str(path) for path in (*inner, tmp_path)}
+    assert synced[-1] == str(tmp_path), "the name itself is durable too"
+
+
+def test_what_cannot_be_removed_stays_under_a_hidden_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise ValueError("in the middle")
+
+    state = write(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        remove_state(state)
+        assert [path.name for path in tmp_path.iterdir()] == [".optimizer-step-00000002.removed"]
+        assert list_states(tmp_path) == []
+        with pytest.raises(ValueError, match="in the middle"):
+            write_state(tmp_path, 4, fail, MADE_WITH)
+    write(tmp_path, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["optimizer-step-00000006"]
+
+
 @pytest.mark.parametrize("name", ["network.bin", "inner/optimizer.bin", "manifest.json"])
 def test_any_flipped_byte_is_named(tmp_path: Path, name: str) -> None:
     state = write(tmp_path, 2)
@@ -70,6 +118,18 @@ def test_a_missing_or_cut_file_is_named(tmp_path: Path, name: str) -> None:
     (state / name).unlink()
     with pytest.raises(DamagedState, match=f"{name} is missing"):
         check_state_sizes(state)
+    (state / name).mkdir()
+    with pytest.raises(DamagedState, match=name):
+        check_state_sizes(state)
+
+
+def test_a_file_that_grew_or_cannot_be_read_is_damaged(tmp_path: Path) -> None:
+    state = write(tmp_path, 2)
+    with (state / "network.bin").open("ab") as stream:
+        stream.write(b"n")
+    with pytest.raises(DamagedState, match=r"network\.bin is damaged \(3,001 bytes instead of 3,000\)"):
+        check_state_sizes(state)
+    assert digest_or_none(state / "none", None) is None
 
 
 def test_a_failure_while_filling_leaves_nothing(tmp_path: Path) -> None:
@@ -95,7 +155,7 @@ def test_room_is_checked_before_writing(tmp_path: Path) -> None:
     def never(folder: Path) -> None:
         pytest.fail("nothing should be written")
 
-    with pytest.raises(DiskFull, match="the disk is full") as full:
+    with pytest.raises(DiskFull, match=r"no state can be written: .* free, a state needs [\d.,]+ .B\n") as full:
         write_state(tmp_path, 2, never, MADE_WITH, expected_bytes=1 << 60)
     assert "nothing is half-written" in full.value.next_step
 
@@ -107,7 +167,7 @@ def test_a_disk_that_fills_up_is_told_as_such(tmp_path: Path) -> None:
         except OSError as error:
             raise RuntimeError("basic_ios::clear: iostream error") from error
 
-    with pytest.raises(DiskFull):
+    with pytest.raises(DiskFull, match=r"no state can be written \(optimizer step 2\): [^,]* free\n"):
         write_state(tmp_path, 2, fill_up, MADE_WITH)
     assert not list(tmp_path.iterdir())
     assert is_disk_full(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
@@ -157,6 +217,7 @@ def test_a_run_that_was_only_stopped_keeps_all_its_states(tmp_path: Path) -> Non
     for step in (3, 5):
         write(tmp_path, step, False)
     assert remove_old_states(tmp_path, keep=1) == [] and steps(tmp_path) == [3, 5]
+    assert remove_old_states(tmp_path / "none", keep=1) == []
 
 
 def test_a_state_without_a_readable_manifest_is_left_alone(tmp_path: Path) -> None:
@@ -195,11 +256,10 @@ def test_the_last_good_state_is_never_removed(tmp_path: Path) -> None:
 
 
 def rewrite_manifest(state: Path, **changes: object) -> None:
-    """Another manifest with a digest that fits it."""
+    """Another manifest with a digest that fits it; an entry that becomes None is left out."""
     path = state / "manifest.json"
-    body = json.loads(path.read_text())
-    del body["digest"]
-    body |= changes
+    body = json.loads(path.read_text()) | changes
+    body = {name: value for name, value in body.items() if name != "digest" and value is not None}
     path.write_text(json.dumps({**body, "digest": document_digest(body)}))
 
 
@@ -214,6 +274,7 @@ def test_a_manifest_that_this_kwrap_does_not_read(tmp_path: Path) -> None:
         ({"fingerprint": {}}, "is not as this kwrap writes it"),
         ({"fingerprint": {**json.loads(good)["fingerprint"], "more": 1}}, "is not as this kwrap writes it"),
         ({"files": [1]}, "is not as this kwrap writes it"),
+        ({"extra": None}, "is not as this kwrap writes it"),
     ):
         (state / "manifest.json").write_text(good)
         rewrite_manifest(state, **changes)
@@ -257,10 +318,11 @@ def test_only_states_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_state_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
-    state = write(tmp_path, 1300)
-    moved = state.rename(state_folder(tmp_path, 1299))
-    with pytest.raises(DamagedState, match="the state of optimizer step 1,300 under another name"):
-        check_state_sizes(moved)
+    moved = write(tmp_path, 1300)
+    for other in (1299, 1301):
+        moved = moved.rename(state_folder(tmp_path, other))
+        with pytest.raises(DamagedState, match="the state of optimizer step 1,300 under another name"):
+            check_state_sizes(moved)
     assert check_state_sizes(moved.rename(tmp_path / "a copy")).optimizer_step == 1300
 
 
@@ -278,17 +340,18 @@ def test_what_crashes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
 
 def test_room_for_the_largest_state_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """8,000 bytes lie there; 5 % and a MiB more must be free."""
-    write(tmp_path, 2)
-    (write(tmp_path, 4) / "manifest.json").write_text("{")
+    (write(tmp_path, 2) / "manifest.json").write_text("{")
+    write(tmp_path, 4)
     free = SimpleNamespace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    check_space(tmp_path / "empty")
+    assert write_state(tmp_path / "empty", 1, fill, MADE_WITH).is_dir(), "how large it will be is not known"
     for size_bytes, expected in ((8000, 0), (8000, 7000), (9000, 9000)):
         free.free = int(size_bytes * 1.05) + (1 << 20)
         check_space(tmp_path, expected)
         free.free -= 1
         with pytest.raises(DiskFull):
             check_space(tmp_path, expected)
-    check_space(tmp_path / "empty")
 
 
 def test_full_disks_are_known_by_number_text_or_cause() -> None:
@@ -304,7 +367,16 @@ def test_full_disks_are_known_by_number_text_or_cause() -> None:
     assert is_disk_full(KeyboardInterrupt("No space left on device")) is False
 
 
+def test_the_digest_of_a_manifest_is_pinned() -> None:
+    """Of the sorted names without a space, so that states of other versions stay readable."""
+    known = hashlib.sha256(b'{"a":1,"b":"\\u00e9"}').hexdigest()
+    assert document_digest({"a": 1, "b": "é"}) == document_digest({"b": "é", "a": 1}) == known
+
+
 def test_the_manifest_can_be_read_by_people(tmp_path: Path) -> None:
-    document = json.loads((write(tmp_path, 2) / "manifest.json").read_text())
+    state = write_state(tmp_path, 2, fill, MADE_WITH, extra={"of": "été"})
+    text = (state / "manifest.json").read_text()
+    assert text.startswith('{\n  "format": 2,\n') and text.endswith("}\n") and '"of": "été"' in text
+    document = json.loads(text)
     assert document["format"] == 2 and document["fingerprint"]["position"] == 8
     assert document["files"]["network.bin"]["size_bytes"] == 3000

@@ -216,8 +216,7 @@ class LedgerWriter:
         ledger.mkdir(parents=True, exist_ok=True)
         self.header = header
         self.path = ledger_file(ledger, header.attempt, header.rank)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(self.path, flags, 0o644)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._record = np.zeros(1, dtype=RECORD)
         self._step = np.zeros(1, dtype=STEP_RECORD)
         for record in (self._record, self._step):

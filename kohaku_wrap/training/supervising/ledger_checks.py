@@ -268,13 +268,11 @@ class Checker:
             wrong[here] = digests[records.position[here]] != records.order_digest[here]
         self.report("order", wrong, "other images than seed and dataset put there")
 
-    def check_content(self, chosen: Int64Array, digests: Sequence[int | str]) -> None:
+    def check_content(self, chosen: Int64Array, digests: Sequence[int]) -> None:
         """The recomputed content of some records is what the ledger says."""
-        recorded = self.records.content_digest[chosen].tolist()
         bad = np.zeros(len(self.records), dtype=bool)
-        bad[chosen] = [was != now for was, now in zip(recorded, digests, strict=True)]
-        troubles = [digest for digest in digests if isinstance(digest, str)]
-        self.report("deep", bad, troubles[0] if troubles else "other captions, crops or time steps when recomputed")
+        bad[chosen] = self.records.content_digest[chosen] != np.array(digests, dtype=np.uint64)
+        self.report("deep", bad, "other captions, crops or time steps when recomputed")
 
     def check_overlaps(self, conditions: Mapping[int, Conditions]) -> Overlaps:
         """Positions recorded more than once agree in images, content, rate and loss.
