@@ -164,4 +164,4 @@ def test_one_module_alone_starts_pythons() -> None:
     package = Path(python_command.__code__.co_filename).parent
     named: Callable[[Path], bool] = lambda path: re.search(r"sys\.executable", path.read_text()) is not None  # noqa: E731
     files = sorted(str(path.relative_to(package)) for path in package.rglob("*.py") if named(path))
-    assert files == ["processes.py", "training/supervising/launch.py"]
+    assert files == ["processes.py"]

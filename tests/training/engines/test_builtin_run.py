@@ -131,7 +131,7 @@ def test_rates_are_held_against_the_schedule_of_the_lock(whole: Run, tmp_path: P
     shutil.copytree(whole.folder, tmp_path / "whole")
     run = Run(tmp_path / "whole")
     lock = toml.loads(run.lock_file.read_text(encoding="utf-8"))
-    for change, fault in (({"unet_lr": 3e-4}, ["rate"]), ({"lr_scheduler": "cosine"}, ["rate"]), ({}, [])):
+    for change, fault in (({"unet_lr": 3e-4}, ["rate"]), ({"lr_warmup_steps": 2}, ["rate"]), ({}, [])):
         changed = {**lock, "values": {**lock["values"], **change}}
         run.lock_file.write_text(toml.dumps(changed), encoding="utf-8")
         report = json.loads(kwrap("verify", str(run.folder), "--json").stdout)
