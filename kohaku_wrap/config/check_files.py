@@ -13,9 +13,10 @@ from kohaku_wrap.config.layers import load_layers
 from kohaku_wrap.config.network import check_preset
 from kohaku_wrap.config.reading import Entry, shorten_path
 from kohaku_wrap.config.site import TABLES, Site, load_site
-from kohaku_wrap.config.templates import UnknownTemplate, find_template, read_toml
+from kohaku_wrap.config.templates import UnknownTemplate, find_template
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.files import expand_user, shipped_folder
+from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.options import OptionTable
 
 NOT_TEMPLATES = ("merges",)
@@ -60,7 +61,7 @@ def check_files(
 def is_site(path: Path) -> bool:
     """Whether a file has only the tables of a site, and one that no template has."""
     try:
-        tables = set(read_toml(path))
+        tables = set(load_toml(path))
     except KwrapError:
         return False
     return tables <= {*TABLES, "trust"} and bool(tables & {"paths", "machine"})
@@ -108,7 +109,7 @@ def load_for_modules(path: Path, site: Site | None, table: OptionTable) -> Effec
         else:
             base, _ = load_layers("sdxl-lokr", site, (), table)
             entry = Entry(path.stem, "preset", shorten_path(path))
-            effective = dataclasses.replace(base, preset=read_toml(path), entries={**base.entries, "preset": entry})
+            effective = dataclasses.replace(base, preset=load_toml(path), entries={**base.entries, "preset": entry})
     except KwrapError:
         return None
     return None if check_preset(effective) or not effective.preset else effective
@@ -116,13 +117,13 @@ def load_for_modules(path: Path, site: Site | None, table: OptionTable) -> Effec
 
 def is_shipped_preset(preset: Mapping[str, Any]) -> bool:
     """Whether it says what a preset that came with kwrap says; those are counted by kwrap's own tests."""
-    return any(read_toml(path) == preset for path in (shipped_folder("templates") / "presets").glob("*.toml"))
+    return any(load_toml(path) == preset for path in (shipped_folder("templates") / "presets").glob("*.toml"))
 
 
 def check_preset_file(path: Path, table: OptionTable) -> list[Problem]:
     """All faults of one preset file."""
     try:
-        preset = read_toml(path)
+        preset = load_toml(path)
     except KwrapError as fault:
         return [Problem(path.name, fault.message, f"preset {shorten_path(path)}")]
     entry = Entry(path.stem, "preset", shorten_path(path))

@@ -15,9 +15,10 @@ from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.reading import LENGTHS, Entry, LayerReader, read_override, shorten_path
 from kohaku_wrap.config.schema import ARGUMENT_TABLES, OWN_TABLES
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.config.templates import find_template, read_toml
+from kohaku_wrap.config.templates import find_template
 from kohaku_wrap.errors import Problem, ProblemsFound, command_line
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.installed import find_option_table
 from kohaku_wrap.trainer.options import OptionTable
 
@@ -50,7 +51,7 @@ def load_layers(
     if "preset" in given:
         reader.preset_source = (given["preset"].value, "--set", None)
     settle_length(reader.entries)
-    header = read_toml(path)
+    header = load_toml(path)
     notes = header.get("notes", [])
     effective = Effective(
         name=path.stem,
@@ -113,7 +114,7 @@ def order_files(path: Path) -> list[Path]:
                 [Problem("extends", f"goes round in a circle: {circle}", shorten_path(file))],
                 "Break the circle.",
             )
-        bases = read_toml(file).get("extends", [])
+        bases = load_toml(file).get("extends", [])
         if not isinstance(bases, (str, list)) or not all(isinstance(base, str) for base in bases):
             problem = Problem("extends", "must be a template's name, or a list of names", shorten_path(file))
             raise ProblemsFound(shorten_path(path), [problem], 'Write for example extends = "sdxl-lokr".')

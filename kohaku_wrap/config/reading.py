@@ -23,9 +23,10 @@ from kohaku_wrap.config.schema import (
     UPLOADING_LOGS,
 )
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.config.templates import find_preset, read_toml
+from kohaku_wrap.config.templates import find_preset
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.options import (
     Option,
     OptionTable,
@@ -93,7 +94,7 @@ class LayerReader:
 
     def read_file(self, path: Path, layer: str) -> None:
         """Put a template's values over those of the layers before it."""
-        document = read_toml(path)
+        document = load_toml(path)
         file = shorten_path(path)
         origin = f"{layer} {file}"
         for name in ("title", "notes"):
@@ -114,7 +115,7 @@ class LayerReader:
         path = Path(name) if name.endswith(".toml") else shipped_folder("datasets") / f"{name}.toml"
         if not path.is_file():
             return
-        document = read_toml(path)
+        document = load_toml(path)
         if options := document.get("dataset_options"):
             settings = list(list_settings({"dataset_options": options}, self.table))
             self.put(settings, "dataset", shorten_path(path), paths_allowed=False)
@@ -178,7 +179,7 @@ class LayerReader:
             self.problems.append(Problem("preset", "a template holds no path: name the preset", origin))
             return {}
         try:
-            return read_toml(find_preset(value, beside=folder))
+            return load_toml(find_preset(value, beside=folder))
         except KwrapError as fault:
             self.problems.append(Problem("preset", fault.message, origin))
             return {}

@@ -10,10 +10,9 @@ from typing import Any
 from kohaku_wrap.config.code_names import MODULE
 from kohaku_wrap.config.machines import check_accelerate
 from kohaku_wrap.config.schema import SECRET_OPTIONS
-from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import expand_user
-from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.toml_files import TableReader, load_toml
 
 ENGINES = ("sd-scripts", "builtin")
 
@@ -28,15 +27,8 @@ PATH_DEFAULTS = {
 
 PATH_NAMES = (*PATH_DEFAULTS, "vae", "tokenizers")
 
-MACHINE_TYPES: dict[str, type] = {
-    "engine": str,
-    "gpus": int,
-    "processes": int,
-    "batch_per_gpu": int,
-    "workers": int,
-    "accelerate": dict,
-}
 SMALLEST = {"gpus": 0, "processes": 1, "batch_per_gpu": 1, "workers": 0}
+"""Whole numbers of `[machine]`, each with the smallest that there can be."""
 
 
 class MissingSite(UsageError):
@@ -130,106 +122,68 @@ def load_site(path: Path | str) -> Site:
     file = expand_user(path).absolute()
     if not file.is_file():
         raise MissingSite(f"{path}: no such site file", "`kwrap demo DIR` writes one to look at and to copy.")
-    document = read_toml(file)
-    problems = [
-        Problem(name, f"unknown table{suggest(name, TABLES)}; there are {', '.join(TABLES)}")
-        for name in document
-        if name not in (*TABLES, "trust")
-    ]
-    trust, trust_problems = read_trust(document.get("trust", []))
-    tables: dict[str, dict[str, Any]] = {}
-    for name in TABLES:
-        table = document.get(name, {})
-        if not isinstance(table, dict):
-            problems.append(Problem(name, f"must be a table: [{name}]"))
-            table = {}
-        tables[name] = table
-    paths, path_problems = resolve_paths(tables["paths"], file.parent)
-    machine, machine_problems = read_machine(tables["machine"])
-    problems += path_problems + machine_problems + trust_problems + check_secrets(tables["secrets"])
+    document = load_toml(file)
+    problems: list[Problem] = []
+    top = TableReader("", document, (*TABLES, "trust"), problems)
+    paths = resolve_paths(TableReader("paths", top.table("paths"), PATH_NAMES, problems), file.parent)
+    machine = read_machine(TableReader("machine", top.table("machine"), (*SMALLEST, "engine", "accelerate"), problems))
+    trust = read_trust(document.get("trust", []), problems)
+    secrets = top.table("secrets")
+    check_secrets(TableReader("secrets", secrets, tuple(SECRET_OPTIONS), problems))
+    trainer = top.table("trainer")
     if problems:
         raise ProblemsFound(
             str(path), problems, "Mend these keys; `kwrap demo DIR` writes a site.toml to compare with."
         )
-    return Site(file, paths, machine, tables["trainer"], trust, tables["secrets"])
+    return Site(file, paths, machine, trainer, trust, secrets)
 
 
 TABLES = ("paths", "machine", "trainer", "secrets")
 
 
-def read_trust(value: Any) -> tuple[tuple[str, ...], list[Problem]]:
-    """The site's `trust`, and its faults."""
+def read_trust(value: Any, problems: list[Problem]) -> tuple[str, ...]:
+    """The site's `trust`; faults go to `problems`."""
     if not isinstance(value, list) or not all(isinstance(module, str) for module in value):
-        return (), [Problem("trust", 'must be a list of Python modules: trust = ["my_optimizers"]')]
-    faults = [
+        problems.append(Problem("trust", 'must be a list of Python modules: trust = ["my_optimizers"]'))
+        return ()
+    problems += [
         Problem("trust", f"{module!r} is not the name of a Python module")
         for module in value
         if not MODULE.fullmatch(module)
     ]
-    return tuple(value), faults
+    return tuple(value)
 
 
-def check_secrets(table: Mapping[str, Any]) -> list[Problem]:
-    """Faults of `[secrets]`; no message holds a value."""
-    faults = []
-    for name, value in table.items():
-        where = f"secrets.{name}"
-        if name not in SECRET_OPTIONS:
-            what = f"unknown key{suggest(name, SECRET_OPTIONS)}; there are {', '.join(SECRET_OPTIONS)}"
-            faults.append(Problem(where, what))
-        elif not isinstance(value, SECRET_OPTIONS[name]):
-            faults.append(Problem(where, "must be true or false" if SECRET_OPTIONS[name] is bool else "must be text"))
-    return faults
+def check_secrets(reader: TableReader) -> None:
+    """Note the faults of `[secrets]`; no message holds a value."""
+    for name, kind in SECRET_OPTIONS.items():
+        if not isinstance(reader.table_values.get(name, kind()), kind):
+            reader.fault(name, "must be true or false" if kind is bool else "must be text")
 
 
-def resolve_paths(table: dict[str, Any], folder: Path) -> tuple[SitePaths, list[Problem]]:
-    """`[paths]` as absolute paths, and its faults."""
-    problems: list[Problem] = []
-    values = {name: folder / default for name, default in PATH_DEFAULTS.items()}
-    for name, value in table.items():
-        if name not in PATH_NAMES:
-            problems.append(Problem(f"paths.{name}", f"unknown key{suggest(name, PATH_NAMES)}"))
-        elif not isinstance(value, str) or not value:
-            problems.append(Problem(f"paths.{name}", "must be a path in quotes"))
-        else:
-            try:
-                values[name] = folder / expand_user(value)
-            except UsageError as fault:
-                problems.append(Problem(f"paths.{name}", fault.message))
-    paths = SitePaths(
-        db=values["db"],
-        tars=values["tars"],
-        images=values["images"],
-        base_model=values["base_model"],
-        vae=values.get("vae"),
-        tokenizers=values.get("tokenizers"),
-        runs=values["runs"],
-    )
-    return paths, problems
+def resolve_paths(reader: TableReader, folder: Path) -> SitePaths:
+    """`[paths]` as absolute paths."""
+    values: dict[str, Any] = {"vae": None, "tokenizers": None}
+    values |= {name: folder / default for name, default in PATH_DEFAULTS.items()}
+    for name in [name for name in values if name in reader.table_values]:
+        value = reader.table_values[name]
+        if not isinstance(value, str) or not value:
+            reader.fault(name, "must be a path in quotes")
+            continue
+        try:
+            values[name] = folder / expand_user(value)
+        except UsageError as fault:
+            reader.fault(name, fault.message)
+    return SitePaths(**values)
 
 
-def read_machine(table: dict[str, Any]) -> tuple[Machine, list[Problem]]:
-    """`[machine]`, and its faults."""
-    problems: list[Problem] = []
-    values: dict[str, Any] = {}
-    for name, value in table.items():
-        where = f"machine.{name}"
-        if name not in MACHINE_TYPES:
-            problems.append(Problem(where, f"unknown key{suggest(name, MACHINE_TYPES)}"))
-        elif MACHINE_TYPES[name] is int and (not isinstance(value, int) or isinstance(value, bool)):
-            problems.append(Problem(where, f"{value!r} is not a whole number"))
-        elif name == "accelerate" and not isinstance(value, dict):
-            problems.append(Problem(where, "must be a table: accelerate = { num_machines = 2, … }"))
-        elif name == "accelerate" and (faults := check_accelerate(value)):
-            problems += faults
-        elif MACHINE_TYPES[name] is int and value < SMALLEST[name]:
-            problems.append(Problem(where, f"{value} is below {SMALLEST[name]}"))
-        elif name == "engine" and value not in ENGINES:
-            problems.append(
-                Problem(where, f"{value!r} is not one of {', '.join(ENGINES)}{suggest(str(value), ENGINES)}")
-            )
-        else:
-            values[name] = value
-    values.setdefault("processes", max(values.get("gpus", 1), 1))
-    values["processes"] *= int(values.get("accelerate", {}).get("num_machines", 1))
-    return Machine(**values), problems
+def read_machine(reader: TableReader) -> Machine:
+    """`[machine]`, with what it leaves open."""
+    given = {name: reader.integer(name, least) for name, least in SMALLEST.items()}
+    numbers = {name: value for name, value in given.items() if value is not None}
+    accelerate = reader.table("accelerate")
+    if faults := check_accelerate(accelerate) if accelerate else []:
+        reader.problems += faults
+        accelerate = {}
+    processes = numbers.pop("processes", max(numbers.get("gpus", 1), 1)) * int(accelerate.get("num_machines", 1))
+    return Machine(engine=reader.choice("engine", ENGINES), processes=processes, accelerate=accelerate, **numbers)

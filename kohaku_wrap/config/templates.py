@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import expand_user, home_folder, shipped_folder
@@ -40,11 +39,6 @@ class TemplateFile:
 def user_templates() -> Path:
     """The folder of a person's own templates."""
     return home_folder() / "templates"
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The file's tables. Raises UnreadableToml with line and column."""
-    return load_toml(path)
 
 
 def list_names(folders: Iterable[Path]) -> list[str]:
@@ -102,6 +96,6 @@ def list_templates() -> list[TemplateFile]:
     for origin, folder in (("yours", user_templates()), ("shipped", shipped_folder("templates"))):
         for path in sorted(folder.glob("*.toml")):
             if path.stem not in found:
-                title = str(read_toml(path).get("title", ""))
+                title = str(load_toml(path).get("title", ""))
                 found[path.stem] = TemplateFile(path.stem, path, origin, title)
     return sorted(found.values(), key=lambda template: template.name)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, read_caption_recipe
-from kohaku_wrap.dataset.toml_values import TableReader
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.metadata.filters import FLAGS, RATINGS, number_sql, size_sql
-from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.toml_files import TableReader, parse_toml
 
 RANGES = {
     "score": number_sql("score"),

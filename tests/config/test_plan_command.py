@@ -14,11 +14,12 @@ from kohaku_wrap.cli.plan import command
 from kohaku_wrap.cli.template import command as template_command
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.config.templates import find_preset, read_toml
+from kohaku_wrap.config.templates import find_preset
 from kohaku_wrap.planning import training_plan
 from kohaku_wrap.planning.sizes import total_of, weigh_host_memory, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
 from kohaku_wrap.planning.training_plan import NoMeasurement, read_step_seconds
+from kohaku_wrap.toml_files import load_toml
 
 MakeSite = Callable[..., Site]
 EPSILON_BASE = (2_567_463_684, 817_720_320, 83_653_863)
@@ -48,7 +49,7 @@ def test_epsilon_as_published(make_site: MakeSite, home: Path) -> None:
 @pytest.mark.slow
 def test_pattern_without_a_module_is_told_by_check(tmp_path: Path) -> None:
     template = tmp_path / "own.toml"
-    preset = read_toml(find_preset("small-24gib"))
+    preset = load_toml(find_preset("small-24gib"))
     preset["unet_target_module"].append("Transformer3DModel")
     preset["unet_target_name"].append(".*time_embd.+")
     preset["module_algo_map"]["CrossAttentions"] = {"algo": "lokr", "factor": 4}

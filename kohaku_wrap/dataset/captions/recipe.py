@@ -18,9 +18,9 @@ from kohaku_wrap.dataset.captions.words import (
     YEARS,
     breaks_caption,
 )
-from kohaku_wrap.dataset.toml_values import TableReader
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.metadata.filters import RATINGS
+from kohaku_wrap.toml_files import TableReader
 
 STYLES = ("kohaku", "hakubooru")
 GROUPS = ("people", "character", "series", "artist", "general", "quality", "year", "meta", "rating")

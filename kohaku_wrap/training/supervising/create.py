@@ -18,12 +18,12 @@ from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
 from kohaku_wrap.config.site import ENGINES, Site, load_site
-from kohaku_wrap.config.templates import read_toml
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import fsync_folder, making_folder, write_text
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, check_columns
 from kohaku_wrap.planning.step_plan import plan_steps
+from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
@@ -131,7 +131,7 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
     """
     if asked is not None:
         engine, origin = asked, "--engine"
-    elif "engine" in read_toml(site.path).get("machine", {}):
+    elif "engine" in load_toml(site.path).get("machine", {}):
         engine, origin = site.machine.engine, str(site.path)
     else:
         engine, origin = site.machine.engine, "the default"
