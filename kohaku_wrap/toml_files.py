@@ -127,7 +127,7 @@ class TableReader:
         """One of `choices`, the first where the key is absent."""
         value = self.text(key, choices[0])
         if value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1)
+            near = difflib.get_close_matches(value, choices, n=1, cutoff=0.75)
             meant = f"; did you mean {near[0]}?" if near else ""
             self.fault(key, f"{value!r} is not one of {', '.join(choices)}{meant}")
             return choices[0]
