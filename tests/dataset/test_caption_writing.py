@@ -28,9 +28,10 @@ from kohaku_wrap.dataset.captions.folder import CaptionsBusy, lock_captions
 from kohaku_wrap.dataset.captions.quality import SelectionNeeded
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
-from kohaku_wrap.dataset.captions.writing import NoImages, write_captions
+from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import load_dataset, read_dataset
 from kohaku_wrap.dataset.selection import select_posts
+from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.metadata import relations
 from kohaku_wrap.metadata.database import open_database
 

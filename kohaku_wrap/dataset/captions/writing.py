@@ -24,9 +24,9 @@ from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
-from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, read_batches
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoImages, read_batches
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
@@ -37,10 +37,6 @@ from kohaku_wrap.metadata.tags import read_tags
 
 FORMATS = ("txt", "cache", "jsonl")
 NEED_IMAGES = ("txt", "cache")
-
-
-class NoImages(KwrapError):
-    """A format lists images, and there are none."""
 
 
 @dataclass(frozen=True)
