@@ -25,6 +25,12 @@ class KwrapError(Exception):
 
     exit_code = EXIT_FAILED
 
+    kind = "refused"
+    """What an attempt is said to end of where this ends its worker; by itself the next attempt would meet it too."""
+
+    is_lasting = False
+    """Whether the next attempt would only meet it again, whatever the kind."""
+
     def __init__(self, message: str, next_step: str = "") -> None:
         super().__init__(message)
         self.message = message

@@ -6,7 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -24,6 +24,7 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.training.records.signs import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.supervise import RunReport
     from kohaku_wrap.training.supervising.watch import Event, WatchOptions
 
-PHASES = ("start-up", "step", "sampling", "saving", "paused")
+PHASES = get_args(Phase)
 SECONDS_BETWEEN_LINES = 10.0
 
 

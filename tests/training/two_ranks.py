@@ -11,7 +11,7 @@ import time
 import torch
 from torch import distributed
 
-from kohaku_wrap.training.engines.failures import report_failures
+from kohaku_wrap.training.engines.worker import report_failures
 from kohaku_wrap.training.records.attempts import Attempt
 
 

@@ -27,6 +27,7 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class UnreadableImage(KwrapError):
     """An image of the dataset that cannot be opened, or is not what the dataset says it is."""
 
+    kind = "bad-image"
     advice = (
         "Remove it and run `kwrap extract` again, which makes it anew, "
         "or resume with `--allow bad-images` to train a substitute."

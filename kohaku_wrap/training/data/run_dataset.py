@@ -24,7 +24,6 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
     """
     lock = attempt.lock
     options = read_dataset_options(tomllib.loads(attempt.run.dataset_config.read_text(encoding="utf-8")))
-    start = lock.count.position_of(attempt.start_optimizer_step, attempt.processes)
     dataset = ColumnsDataset(
         Columns.open(Path(options["image_dir"])),
         ItemOptions.from_dataset_options(options),
@@ -33,7 +32,7 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
         lock.group,
         tokenize,
         substitute_bad_images="bad-images" in attempt.allow,
-        start=(start.epoch, start.global_position),
+        start=(attempt.start.epoch, attempt.start.global_position),
     )
     if dataset.order.batches != lock.batches:
         raise DatasetChanged(

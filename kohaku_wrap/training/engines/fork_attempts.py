@@ -26,10 +26,7 @@ IMPORTED_BY_ATTEMPTS = (
     "transformers.models.clip.modeling_clip",
     "transformers.models.clip.tokenization_clip",
     "diffusers.models.autoencoders.autoencoder_kl",
-    "kohaku_wrap.training.engines.sd_scripts.loop",
-    "kohaku_wrap.training.engines.sd_scripts.seams",
-    "kohaku_wrap.training.engines.sd_scripts.dataset",
-    "kohaku_wrap.training.engines.sd_scripts.tiny_sizes",
+    "kohaku_wrap.training.engines.sd_scripts.run",
 )
 """What every training would import by itself, the slowest ones."""
 

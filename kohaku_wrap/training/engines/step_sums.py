@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -50,31 +48,6 @@ class StepSums:
     def mean_loss(self, attempt: Attempt) -> float:
         """Over the step's micro-batches of all ranks, once they are added up."""
         return self.loss / attempt.group
-
-    def metrics_line(
-        self,
-        attempt: Attempt,
-        optimizer_step: int,
-        epoch: int,
-        loss_average: float,
-        rates: Mapping[str, float],
-        skipped_images_loaded: int,
-        **extras: int,
-    ) -> dict[str, Any]:
-        """The step's line of metrics.jsonl; counts of what went wrong stand there only where there are any."""
-        wrong = {"nan_latents": self.nan_latents, "substitutes": self.substitutes, **extras}
-        return {
-            "optimizer_step": optimizer_step,
-            "epoch": epoch,
-            "micro_batch": optimizer_step * attempt.accumulation,
-            "loss": self.mean_loss(attempt),
-            "loss_average": loss_average,
-            **rates,
-            "seconds": round(time.monotonic() - self.started, 4),
-            "images": self.images,
-            "skipped_images_loaded": skipped_images_loaded,
-            **{name: count for name, count in wrong.items() if count},
-        }
 
 
 def begin_ledger(attempt: Attempt, rank: int) -> LedgerWriter:

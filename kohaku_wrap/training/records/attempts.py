@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import read_regular, take_lock, write_text
+from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
 from kohaku_wrap.training.records.folder import Lock, Run
-from kohaku_wrap.training.records.signs import leave_sign, read_boot_id, send_output_to
+from kohaku_wrap.training.records.signs import Phase, leave_sign, read_boot_id, send_output_to
 
-Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
 Outcome = Literal["finished", "stopped"]
 
 SUPERVISOR_BEAT = "supervisor-beat"
@@ -138,6 +138,9 @@ class Attempt:
     lineage: Mapping[str, Any] | None = None
     """Of a state that another run wrote: that run's id, options digest, attempt and optimizer step."""
 
+    position: Position | None = None
+    """Where its first optimizer step starts, as the plan of the resume computed it; None in attempts of kwrap 0.1."""
+
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Attempt:
         """The attempt that this process belongs to, from KWRAP_RUN and KWRAP_ATTEMPT."""
@@ -154,6 +157,15 @@ class Attempt:
     @property
     def lock(self) -> Lock:
         return self.run.lock
+
+    @property
+    def start(self) -> Position:
+        """Where its first optimizer step starts, for its workers. Raises BadAttempt where its file does not tell."""
+        if self.position is None:
+            raise BadAttempt(
+                f"{self.folder}: the attempt has no position", f"Go on with: {command_line('resume', self.run.folder)}"
+            )
+        return self.position
 
     @property
     def group(self) -> int:
@@ -296,6 +308,7 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
         "bad_steps": attempt.bad_steps,
         "accepted_differences": dict(attempt.differences),
         "lineage": None if attempt.lineage is None else dict(attempt.lineage),
+        "position": None if attempt.position is None else asdict(attempt.position),
         "started_unix_seconds": time.time(),
         "environment": dict(environment),
     }
@@ -323,6 +336,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
             bad_steps=None if document.get("bad_steps") is None else int(document["bad_steps"]),
             differences=dict(document.get("accepted_differences", {})),
             lineage=document.get("lineage"),
+            position=Position(**document["position"]) if document.get("position") else None,
         )
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BadAttempt(

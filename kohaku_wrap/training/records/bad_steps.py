@@ -30,6 +30,8 @@ NO_NUMBERS = ("nan", "inf", "-inf")
 class NonFiniteLoss(KwrapError):
     """The loss of an optimizer step is not a number."""
 
+    kind = "non-finite-loss"
+
 
 class TooManyBadSteps(NonFiniteLoss):
     """Optimizer steps in a row were skipped or had a loss that is no number; the next attempt would repeat them."""
@@ -40,7 +42,7 @@ class TooManyBadSteps(NonFiniteLoss):
 class MostlySkipped(KwrapError):
     """More than half of a run's optimizer steps were skipped."""
 
-    is_lasting = True
+    kind = "mostly-skipped"
 
 
 @dataclass

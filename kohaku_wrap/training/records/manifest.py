@@ -23,10 +23,18 @@ READABLE_FORMATS = (1, FORMAT)
 class DamagedState(KwrapError):
     """A state is not what its manifest says; never loaded."""
 
+    kind = "bad-state"
+
     def __init__(self, state: Path, what: str) -> None:
         super().__init__(f"{state}: {what}", "Resume from another state: `kwrap resume` takes the newest whole one.")
         self.state = state
         self.what = what
+
+
+class UnfitState(KwrapError):
+    """A whole state that this training cannot go on from: of another network, or of a schedule with a history."""
+
+    kind = "bad-state"
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ import time
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.outlets import Outlet
+
+Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
+"""What a rank is doing; each phase has its own time-out."""
 
 SUPERVISOR_LOG = "supervisor.log"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -36,6 +36,8 @@ SIZE_MARGIN = 1.05
 class DiskFull(KwrapError):
     """There is no room for a state; nothing was written under a final name."""
 
+    kind = "disk-full"
+
 
 def state_folder(states: Path, optimizer_step: int) -> Path:
     """Where the state of that step lies."""

@@ -241,6 +241,7 @@ def describe_attempt(plan: ResumePlan) -> Attempt:
         bad_steps=plan.bad_steps,
         differences={problem.where: problem.what for problem in plan.accepted},
         lineage=plan.lineage,
+        position=plan.position,
     )
 
 

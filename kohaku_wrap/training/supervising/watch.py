@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, Phase, hold_lock
+from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, hold_lock
 from kohaku_wrap.training.records.metrics import MetricsTail
+from kohaku_wrap.training.records.signs import Phase
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import (
     KILLED,
@@ -30,14 +31,11 @@ from kohaku_wrap.training.supervising.hooks import Hook
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.processes import ask_for_stacks, end_processes, is_alive
 
-PHASE_TIMEOUTS_SECONDS: Mapping[Phase, float] = {
-    "start-up": 3600.0,
-    "step": 1800.0,
-    "sampling": 3600.0,
-    "saving": 3600.0,
-    "paused": 3600.0,
-}
-"""How long each phase may go without a sign of life. Epsilon's steps take 50 s; 5.2 million images start in minutes."""
+TIMEOUT_SECONDS = 3600.0
+"""How long a phase may go without a sign of life. 5.2 million images start in minutes."""
+
+STEP_TIMEOUT_SECONDS = 1800.0
+"""The same within an optimizer step. Epsilon's take 50 s."""
 
 NAN_WINDOW_STEPS = 50
 NAN_LATENTS_AT_LEAST = 4
@@ -65,7 +63,7 @@ class WatchOptions:
     """The pauses grow no further."""
 
     timeouts_seconds: Mapping[Phase, float] = field(default_factory=dict)
-    """By phase, in place of PHASE_TIMEOUTS_SECONDS."""
+    """By phase, in place of STEP_TIMEOUT_SECONDS and TIMEOUT_SECONDS."""
 
     nan_latents_share: float = 0.05
     """Share of images with NaN latents, over the last NAN_WINDOW_STEPS optimizer steps, that ends an attempt."""
@@ -80,7 +78,7 @@ class WatchOptions:
     """A shell command for start, state, crash, stop and finish."""
 
     def timeout_of(self, phase: Phase) -> float:
-        return self.timeouts_seconds.get(phase, PHASE_TIMEOUTS_SECONDS[phase])
+        return self.timeouts_seconds.get(phase, STEP_TIMEOUT_SECONDS if phase == "step" else TIMEOUT_SECONDS)
 
 
 EventKind = Literal["start", "progress", "state", "pause", "stop", "crash", "restart", "finish", "note"]

@@ -7,7 +7,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from transformers import get_constant_schedule_with_warmup
 
-from kohaku_wrap.training.engines.sd_scripts.foreign import UnfitState, convert_schedule
+from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
+from kohaku_wrap.training.records.manifest import UnfitState
 
 WARMUP = 100
 

@@ -10,19 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.engines.builtin.network import network_tensors
 from kohaku_wrap.training.records.loss_average import LossAverage
+from kohaku_wrap.training.records.manifest import UnfitState
 
 NETWORK_FILE = "network.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULE_FILE = "schedule.json"
 SCALER_FILE = "scaler.json"
 LOSSES_FILE = "losses.json"
-
-
-class UnfitState(KwrapError):
-    """A state of another network or engine."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
-from kohaku_wrap.training.engines.failures import report_failures
+from kohaku_wrap.training.engines.worker import run_worker
 from kohaku_wrap.training.records.attempts import Attempt
-from kohaku_wrap.training.records.saving import wait_for_room
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.engines.interface import Engine
 
 SETTLED = {
     "LYCORIS_KERNEL_BACKEND": "torch",
@@ -22,26 +25,17 @@ SETTLED = {
 
 def main() -> int:
     """Train the attempt that KWRAP_RUN and KWRAP_ATTEMPT name; 0 when it finished or was stopped as asked."""
-    rank = int(os.environ.get("RANK", "0"))
-    attempt = Attempt.load()
-    attempt.open_log(rank)
-    attempt.stop_on_signals()
-    attempt.beat(rank, "start-up", attempt.start_optimizer_step)
-    report_failures(attempt, rank, lambda: attempt.start_optimizer_step)
+    return run_worker(begin)
+
+
+def begin(attempt: Attempt, rank: int) -> Engine:
+    """The engine of the attempt."""
     for name, value in SETTLED.items():
         os.environ.setdefault(name, value)
     # After the environment is settled: torch and LyCORIS read it when they are imported.
     from kohaku_wrap.training.engines.builtin.loop import BuiltinRun
 
-    run = BuiltinRun(attempt, rank)
-    report_failures(attempt, rank, lambda: run.optimizer_steps_done)
-    run.prepare()
-    outcome = run.train()
-    if rank == 0:
-        done = run.optimizer_steps_done
-        wait_for_room(attempt, lambda: attempt.finish(outcome, done), done)
-    run.close()
-    return 0
+    return BuiltinRun(attempt, rank)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from kohaku_wrap.errors import KwrapError
-
-
-class UnfitState(KwrapError):
-    """A state of plain sd-scripts whose schedule cannot be taken over."""
+from kohaku_wrap.training.records.manifest import UnfitState
 
 
 def convert_schedule(schedule: Any, optimizer_steps: int) -> int:

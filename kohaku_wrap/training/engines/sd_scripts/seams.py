@@ -15,7 +15,6 @@ from library import train_util
 from torch.utils.data import DataLoader, RandomSampler
 
 import kohaku_wrap
-from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.planning.workers.cpu_processes import leave_frozen_modules
@@ -28,14 +27,9 @@ from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
 from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop
-from kohaku_wrap.training.records.saving import wait_for_room
 from kohaku_wrap.training.records.states import check_state_sizes
 
 TAG_TABLE = "ss_tag_frequency"
-
-
-class WrongProcesses(KwrapError):
-    """The launcher started another number of processes than the attempt says."""
 
 
 def install_seams(loop: Loop, checkout: Checkout) -> None:
@@ -90,14 +84,7 @@ def make_accelerator_class(base: Any, loop: Loop) -> Any:
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
             loop.fired.add("accelerator")
-            loop.accelerator = self
-            # accelerate and torch may have set handlers of their own.
-            loop.attempt.stop_on_signals()
-            if self.num_processes != loop.attempt.processes:
-                raise WrongProcesses(
-                    f"{self.num_processes} processes were started, the attempt is for {loop.attempt.processes}",
-                    "Start it with `kwrap resume`.",
-                )
+            loop.accept_accelerator(self)
 
         def prepare(self, *objects: Any, **keywords: Any) -> Any:
             swapped = [swap_loader(each, loop) if is_training_loader(each) else each for each in objects]
@@ -106,7 +93,8 @@ def make_accelerator_class(base: Any, loop: Loop) -> Any:
                 if isinstance(each, AcceleratedScheduler):
                     each.split_batches = True
                     loop.optimizer = each.optimizers[0]
-                    loop.rate_names = name_rates(loop.network, loop.args, len(loop.optimizer.param_groups))
+                    names = name_rates(loop.network, loop.options, len(loop.optimizer.param_groups))
+                    loop.rate_groups = {name: group for group, name in enumerate(names)}
             return prepared
 
         def load_state(self, input_dir: str, *arguments: Any, **keywords: Any) -> None:
@@ -138,7 +126,7 @@ def is_training_loader(candidate: Any) -> bool:
 def swap_loader(loader: Any, loop: Loop) -> DataLoader[Any]:
     """The same loader with kwrap's order and keys; its own seed is not drawn from the global generator."""
     loop.fired.add("data loader")
-    start = loop.start
+    start = loop.attempt.start
     if isinstance(loader.dataset, KwrapDataset):
         dataset: Any = loader.dataset
     else:
@@ -196,7 +184,7 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
     ) -> None:
         """Seed noise and time steps by position; raises what the dataset met with this batch."""
         if is_train:
-            self.loop.begin_micro_batch(batch)
+            self.loop.start_micro_batch(batch)
         super().on_step_start(args, accelerator, network, text_encoders, unet, batch, weight_dtype, is_train=is_train)
 
     def encode_images_to_latents(self, *arguments: Any, **keywords: Any) -> Any:
@@ -227,9 +215,9 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         loop = self.loop
         at_first = epoch == 0
         if args.sample_prompts and not (at_first and loop.optimizer_steps):
-            loop.attempt.beat(loop.rank, "sampling", loop.optimizer_steps, loop.micro_batches)
+            loop.beat("sampling")
             super().sample_images(accelerator, args, epoch, global_step, *rest, **keywords)
-            loop.attempt.beat(loop.rank, "step", loop.optimizer_steps, loop.micro_batches)
+            loop.beat("step")
         if epoch:
             loop.end_epoch(epoch)
 
@@ -257,8 +245,7 @@ def whole_checkpoints(save_weights: Callable[..., None], loop: Loop) -> Callable
         def write() -> None:
             write_whole(Path(file), lambda part: save_weights(part, dtype, describe_checkpoint(metadata, loop)))
 
-        loop.attempt.beat(loop.rank, "saving", loop.optimizer_steps, loop.micro_batches)
-        wait_for_room(loop.attempt, write, loop.optimizer_steps, loop.micro_batches)
+        loop.save_checkpoint_file(write)
 
     return save
 
