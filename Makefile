@@ -8,10 +8,22 @@ SITE ?=
 MAX_MISSING ?=
 ENGINE ?= builtin
 PYTEST_ARGS ?=
+ROOM ?=
+SINCE ?=
+PYTHONS ?= python3.12 python3.13
+
+# What needs neither torch nor a training, and is quick: whole folders where that holds for all in them.
+FAST_TESTS := tests/formats tests/metadata tests/templates tests/test_files.py tests/test_streams.py \
+	tests/test_toml_files.py tests/test_architecture.py tests/test_count_lines.py \
+	tests/cli/test_help.py tests/cli/test_output.py tests/cli/test_next_steps.py \
+	tests/config/test_layers.py tests/config/test_render.py tests/config/test_plan.py tests/config/test_toml_text.py \
+	tests/dataset/test_recipe.py tests/dataset/test_tars.py tests/dataset/test_captions.py \
+	tests/training/test_order.py tests/training/test_ledger.py tests/training/test_states.py
+FAST_ARGS := -n 2 -m "not slow and not sd_scripts" $(or $(filter tests/$(ROOM)%,$(if $(ROOM),$(FAST_TESTS))),$(FAST_TESTS))
 MUTANTS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream census gpu test fuzz mutants lint bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
+.PHONY: help setup epsilon prove prove-upstream census gpu test test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +52,28 @@ census: $(READY)  ## try every option on the real trainer, some minutes
 gpu: $(READY)  ## measure on GPUs, into gpu-report/ and docs/measurements.md
 	$(BIN)/python -P -m kohaku_wrap.proving.gpu --document docs/measurements.md
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+test: $(READY)  ## run the tests (ROOM=merging: those of one room)
+	$(BIN)/python -m pytest -n auto $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
+
+test-fast: .venv-fast/.ready  ## the quick tests, in .venv-fast without torch
+	.venv-fast/bin/python -m pytest $(FAST_ARGS) $(PYTEST_ARGS)
+
+.venv-fast/.ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-fast
+	.venv-fast/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[fast]'
+	@touch $@
+
+test-trainer: $(READY)  ## the tests on the real sd-scripts (kwrap trainer install)
+	@$(BIN)/kwrap trainer show
+	$(BIN)/python -m pytest -n auto -m sd_scripts $(PYTEST_ARGS)
+
+test-pythons: $(addprefix test-on-,$(PYTHONS))  ## the quick tests on Python 3.12 and 3.13, where they are
+
+test-on-%:
+	@if ! $* -c '' 2>/dev/null; then echo "$*: not installed here, not tried"; else \
+	  $* -m venv .venv-$(notdir $*) && \
+	  .venv-$(notdir $*)/bin/pip install --disable-pip-version-check -q -c constraints.txt -e '.[fast]' && \
+	  .venv-$(notdir $*)/bin/python -m pytest $(FAST_ARGS) $(PYTEST_ARGS); fi
 
 fuzz: $(READY)  ## formulas and headers at random, some minutes
 	$(BIN)/python -m pytest -n auto -m fuzz --hypothesis-profile fuzz --timeout 0 tests/merging $(PYTEST_ARGS)
@@ -54,6 +86,9 @@ lint: $(READY)  ## ruff, mypy and the import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lines: $(READY)  ## lines of code by room (SINCE=COMMIT: and the change)
+	$(BIN)/python benchmarks/count_lines.py $(if $(SINCE),--since $(SINCE))
 
 bench: bench-dataset bench-merge bench-scale  ## every benchmark, each figure beside its bar
 
@@ -83,5 +118,5 @@ package: $(READY)  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove all that make made, .venv and the demo too
-	rm -rf $(VENV) build dist *.egg-info epsilon-demo prove census gpu-report .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info epsilon-demo prove census gpu-report .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
