@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kohaku_wrap.training.records.attempts import (
+    FORMAT,
     Attempt,
     BadAttempt,
     hold_lock,
@@ -126,3 +128,21 @@ def test_what_finds_no_room_is_written_later(attempt: Attempt) -> None:
     refusals += [OSError(errno.EIO, "broken")]
     with pytest.raises(OSError, match="broken"):
         wait_for_room(attempt, write, 4, pause_seconds=0.01)
+
+
+@pytest.mark.parametrize("number", [0, FORMAT + 1, "two", None, [2]])
+def test_an_attempt_of_a_later_kwrap_is_refused(attempt: Attempt, number: object) -> None:
+    path = attempt.folder / "attempt.json"
+    document = json.loads(path.read_text())
+    assert document["format"] == FORMAT
+    path.write_text(json.dumps({**document, "format": number}))
+    with pytest.raises(BadAttempt, match=f"this kwrap reads 1 to {FORMAT}"):
+        read_attempt(attempt.run, 1)
+
+
+def test_an_attempt_of_the_first_kwrap_has_what_held_then(attempt: Attempt) -> None:
+    path = attempt.folder / "attempt.json"
+    document = json.loads(path.read_text())
+    later = ("format", "machines", "foreign", "bad_steps", "accepted_differences", "lineage")
+    path.write_text(json.dumps({key: value for key, value in document.items() if key not in later}))
+    assert read_attempt(attempt.run, 1) == attempt

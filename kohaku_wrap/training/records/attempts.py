@@ -32,6 +32,10 @@ MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
 """Only where several machines train together."""
 
 
+FORMAT = 2
+"""Of `attempt.json`; 1, which has no number, is that of kwrap 0.1."""
+
+
 class BadAttempt(KwrapError):
     """A worker was started without its run, or the attempt's file cannot be read."""
 
@@ -296,6 +300,7 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
     if state is not None and state.is_relative_to(attempt.run.folder):
         state = state.relative_to(attempt.run.folder)
     document = {
+        "format": FORMAT,
         "number": attempt.number,
         "processes": attempt.processes,
         "accumulation": attempt.accumulation,
@@ -317,10 +322,15 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
 
 
 def read_attempt(run: Run, number: int) -> Attempt:
-    """One attempt of a run; raises BadAttempt when its file is missing or not what it should be."""
+    """One attempt of a run; raises BadAttempt when its file is missing, not what it should be, or of a later kwrap."""
     path = run.attempts / str(number) / "attempt.json"
     try:
         document = json.loads(read_regular(path))
+        if document.get("format", 1) not in range(1, FORMAT + 1):
+            raise BadAttempt(
+                f"{path}: has format {document['format']}; this kwrap reads 1 to {FORMAT}",
+                "Go on with the kwrap that made the attempt, or a newer one.",
+            )
         state = document["state"]
         return Attempt(
             run=run,
@@ -338,7 +348,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
             lineage=document.get("lineage"),
             position=Position(**document["position"]) if document.get("position") else None,
         )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadAttempt(
             f"{path}: cannot be read ({error})", "Restore the run's folder, or start a new run."
         ) from error
