@@ -36,6 +36,7 @@ def demo(make_site: MakeSite) -> tuple[Effective, Site, StepPlan]:
     return effective, site, plan_steps(effective, suppose_sizes(146, effective))
 
 
+@pytest.mark.torch
 def test_files_of_a_run(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) -> None:
     effective, site, plan = demo
     run = compose_run(effective, site, tmp_path / "runs" / "one", "one", plan).write()
@@ -76,6 +77,7 @@ def test_accelerate_takes_the_gpus_that_the_caller_leaves() -> None:
     assert "gpu_ids" not in describe_accelerate(2, 0, "no")
 
 
+@pytest.mark.torch
 def test_lock_holds_every_value(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) -> None:
     effective, site, plan = demo
     run = compose_run(effective, site, tmp_path / "one", "one", plan).write()
@@ -94,6 +96,7 @@ def test_lock_holds_every_value(demo: tuple[Effective, Site, StepPlan], tmp_path
     assert "numpy" in lock["versions"]
 
 
+@pytest.mark.torch
 def test_composing_hashes_nothing_and_writes_nothing(
     demo: tuple[Effective, Site, StepPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +112,7 @@ def test_composing_hashes_nothing_and_writes_nothing(
     assert run.lock["inputs"]["base_model"] == str(site.paths.base_model)
 
 
+@pytest.mark.torch
 def test_inputs_are_hashed(
     demo: tuple[Effective, Site, StepPlan], write_captions: WriteCaptions, tmp_path: Path
 ) -> None:
@@ -128,6 +132,7 @@ def test_inputs_are_hashed(
     assert lock["inputs"]["captions_digest"] == "d" * 64
 
 
+@pytest.mark.torch
 def test_a_failed_write_leaves_no_lock(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) -> None:
     effective, site, plan = demo
     run = compose_run(effective, site, tmp_path / "one", "one", plan)

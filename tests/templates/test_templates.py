@@ -158,6 +158,7 @@ def test_show_why_names_layer_and_file() -> None:
     assert lines["network_dim"].endswith("base sdxl-lokr.toml")
 
 
+@pytest.mark.torch
 def test_an_optimizer_of_ones_own_is_asked_for_its_signature(tmp_path: Path) -> None:
     own = tmp_path / "own.toml"
     own.write_text(
