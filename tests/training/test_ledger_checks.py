@@ -97,8 +97,8 @@ def test_a_record_that_differs_from_its_checksum() -> None:
     [
         ({"optimizer_step": 4}, 1, 0),
         ({"optimizer_step": 2}, 1, 0),
-        ({"position": 6, "optimizer_step": 6}, 1, 0),  # the step that position would have, in an epoch of 6
-        ({"position": 7, "optimizer_step": 6}, 1, 0),
+        ({"position": 6, "optimizer_step": 7}, 1, 0),  # the step that position would have, in an epoch of 6
+        ({"position": 7, "optimizer_step": 7}, 1, 0),
         ({"epoch": 2}, 1, 0),
         ({"attempt": 2}, 1, 0),
         ({"attempt": 0}, 1, 0),
@@ -157,6 +157,7 @@ def test_each_rank_goes_from_position_to_position() -> None:
         ([4, 5, 6, 7], 6, 3, 2, (4, 0), []),
         ([5, 6, 7], 6, 3, 2, (4, 0), [("missing", 1, 0, 0, 3, 0, 4)]),
         ([6, 7], 6, 3, 2, (4, 0), [("missing", 2, 0, 0, 3, 0, 4)]),
+        ([6, 7], 6, 3, 1, (4, 0), [("missing", 4, 0, 0, 2, 0, 2)]),
         ([0, 1, 1], 6, 0, 0, (1, 0), [("duplicate", 2, 1, 0, 1, 0, 1)]),
         ([0, 0, 0, 1, 2, 2], 6, 0, 0, (1, 2), [("duplicate", 5, 1, 0, 1, 0, 0)]),
         ([0, 1, 2, 3, 4], 2, 0, 0, (2, 0), []),
