@@ -147,6 +147,7 @@ def test_each_step_has_all_its_parts(groups: int) -> None:
         ({"attempt": 2}, []),
         ({"rates": np.full((3, 4), np.nan)}, [("rate", 3, 1, 1, 2, 0, 2)]),
         ({"rates": np.array([[1, 2, 3, 4]] * 2 + [[1, 2, 3, 5]])}, [("rate", 1, 1, 1, 4, 1, 0)]),
+        ({"rates": np.array([[1, 2, 3, 4]] * 2 + [[1, 2, 2, 4]])}, [("rate", 1, 1, 1, 4, 1, 0)]),
     ],
 )
 def test_ranks_of_an_attempt_agree(change: dict[str, Any], faults: list[Any]) -> None:
@@ -155,6 +156,13 @@ def test_ranks_of_an_attempt_agree(change: dict[str, Any], faults: list[Any]) ->
     checker = check(write_file([2, 3, 4, 5], groups=4), other)
     checker.check_ranks()
     assert told(checker) == faults
+
+
+def test_each_rank_is_compared_with_the_one_before_it() -> None:
+    flags = [STEP, STEP | SKIPPED]
+    checker = check(*(write_file([1, 2], rank=rank, flags=flags if rank == 2 else STEP) for rank in range(4)))
+    checker.check_ranks()
+    assert told(checker) == [("skip", 2, 1, 2, 2, 0, 2)]
 
 
 def test_rates_that_are_no_number_are_compared_by_their_bits() -> None:
@@ -225,6 +233,7 @@ def test_rates_are_those_of_the_schedule_at_the_updates_before() -> None:
     assert checker.check_rates(line, other) == 2 and told(checker) == [("rate", 2, 1, 0, 2, 0, 2)]
     other[2, 1] = 1e-12
     assert checker.check_rates(line, other) == 1 and told(checker)[0][1] == 3
+    assert checker.check_rates(line, expected[:1]) == 1 and told(checker)[0][1] == 3
     assert checker.check_rates(line, expected[:2]) == 3
     assert checker.faults[0].what == (
         "other rates than the schedule of the run's lock: 0.125, 0 in place of 0, 0 after 2 updates"
