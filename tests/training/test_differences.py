@@ -14,7 +14,7 @@ import pytest
 import toml
 from plain_runs import write_captions
 
-from kohaku_wrap.errors import Problem, UsageError
+from kohaku_wrap.errors import KwrapError, Problem, UsageError
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.supervising import differences
@@ -98,7 +98,9 @@ def test_named_files_are_compared_too(new_run: NewRun, tmp_path: Path) -> None:
     run = new_run(inputs=locked)
     assert list(compare_models(run, trainer)) == []
     weights.write_bytes(b"other")
-    assert keys(compare_models(run, trainer)) == ["network_weights"]
+    (found,) = compare_models(run, trainer)
+    was, now = locked["network_weights_sha256"], differences.hash_named_files(trainer)["network_weights_sha256"]
+    assert (found.where, found.what) == ("network_weights", f"the sha256 was {was[:12]}…, is now {now[:15]}…")
     weights.unlink()
     (found,) = compare_models(run, trainer)
     assert "is now none: not there" in found.what
@@ -117,6 +119,16 @@ def test_captions_are_compared_with_the_locks_digest(new_run: NewRun) -> None:
     without = new_run("without", inputs={"captions_digest": ""})
     (images / "captions.arrow").unlink()
     assert list(compare_dataset(without)) == []
+
+
+def test_captions_that_would_be_trained_are_read(new_run: NewRun) -> None:
+    run, other = new_run(), new_run("other", run={"data": "sd-scripts"})
+    check_captions(run)
+    path = run.folder.parent.parent / "images" / "captions.arrow"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(KwrapError, match=r"captions\.arrow"):
+        check_captions(run)
+    check_captions(other)  # the trainer reads captions of its own
 
 
 def test_a_lock_of_0_1_has_no_digest_and_one_of_today_must(new_run: NewRun) -> None:
@@ -182,6 +194,13 @@ def test_what_is_accepted_is_not_refused() -> None:
     with pytest.raises(DifferentRun) as refused:
         refuse_changes("r", changes[1:2], [])
     assert "can be accepted" not in refused.value.next_step
+    of_today = "Each of its files stands as it was written in run.lock.toml, [files]."
+    assert of_today in refused.value.next_step
+    for lock_format, advice in ((1, "in run.lock.toml, [values] and [dataset]."), (2, of_today), (3, of_today)):
+        with pytest.raises(DifferentRun) as refused:
+            refuse_changes("r", changes[1:2], [], lock_format)
+        assert advice in refused.value.next_step
+        assert ("Its options stand as they were" in refused.value.next_step) is (lock_format == 1)
     with pytest.raises(DifferentRun) as refused:
         refuse_changes("r", [changes[0], changes[2], changes[0]], [])
     assert "accept them: --allow dataset --allow base_model" in refused.value.next_step
@@ -199,6 +218,8 @@ def test_allowed_words_must_stand_for_something(new_run: NewRun) -> None:
     refuse_unknown(["bad-images", "nan-latents", "non-finite-loss"])
     refuse_unknown(["bad-images", "dataset", "logging_dir"], run)
     refuse_unknown([], run)
+    with pytest.raises(UsageError, match="--allow seed"):
+        refuse_unknown(["dataset", "seed"], run)
     for key in ("seed", "train_batch_size", "batch_size", "effective_batch", "options", "run.lock.toml", "preset.name"):
         with pytest.raises(UsageError, match=f"--allow {key}: cannot change within a run"):
             refuse_unknown([key], run)

@@ -158,6 +158,7 @@ def test_files_of_kwrap_0_1_say_nothing_of_options_and_steps(run: Run, new_run: 
         '{"optimizer_step": 2, "loss": "nan", "attempt": 1}\n'
         '{"optimizer_step": 3, "loss": 0.1, "optimizer_step_skipped": 1, "attempt": 1}\n'
         '{"optimizer_step": 7, "loss": "nan", "attempt": 2}\n'
+        '{"optimizer_step": 13, "loss": "nan", "attempt": 2}\n'
     )
     report = check(run, *files, kept=limits)
     assert (report.bad_steps.skipped, report.bad_steps.non_finite) == (2, 1), "the ledger goes before the metrics"
@@ -194,7 +195,7 @@ def test_rates_are_held_against_the_locks_schedule(run: Run, monkeypatch: pytest
 
     def expect(run: Run, groups: int, names: list[str]) -> np.ndarray[Any, Any]:
         asked.append((groups, names))
-        return np.zeros((20, groups))
+        return np.zeros((400, groups))
 
     monkeypatch.setattr(line_checks, "expect_rates", expect)
     assert checks(check(run, write_file(1, 12)))["rates"] == (
@@ -206,7 +207,8 @@ def test_rates_are_held_against_the_locks_schedule(run: Run, monkeypatch: pytest
     said = checks(check(run, write_file(1, 3, version=2), write_file(4, 12, attempt=2), kept={1: 3, 2: 12}))["rates"]
     assert not said[0] and said[1].startswith("9 optimizer steps of 1 groups as the lock's schedule has them; ")
     assert said[1].endswith("did not record those of 3 steps")
-    assert asked == [(1, []), (1, ["lr_unet"])]
+    assert asked == [(1, []), (1, ["lr_unet"])], "the newest line of the metrics names the groups"
+    assert checks(check(run, write_file(1, 300), steps=300, due=300))["rates"][0]
     said = checks(check(run, write_file(1, 12, version=2)))["rates"]
     assert said == (False, "kwrap 0.1 did not record the rates of all groups")
 
