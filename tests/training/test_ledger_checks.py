@@ -95,7 +95,7 @@ def test_a_record_that_differs_from_its_checksum() -> None:
 @pytest.mark.parametrize(
     ("values", "processes", "rank"),
     [
-        ({"optimizer_step": 4}, 1, 0),
+        ({"optimizer_step": 6}, 1, 0),
         ({"optimizer_step": 2}, 1, 0),
         ({"position": 6, "optimizer_step": 7}, 1, 0),  # the step that position would have, in an epoch of 6
         ({"position": 7, "optimizer_step": 7}, 1, 0),
