@@ -111,6 +111,8 @@ def test_due_are_the_whole_steps_on_the_line() -> None:
     assert list_due([second, third], {}, 6, 5).tolist() == [[2, 0, 3], [2, 0, 4], [2, 0, 5], [2, 0, 6], [3, 1, 5]]
     torn = LedgerFile(third.header, third.records[:-1], third.steps, third.steps_after)
     assert list_due([torn], {3: 8}, 8, 8)[:, 2].tolist() == [5, 6, 7]
+    twice = LedgerFile(third.header, np.repeat(third.records, 2), third.steps, third.steps_after)
+    assert list_due([twice], {3: 8}, 8, 8)[:, 2].tolist() == [5, 6, 7, 8]
     assert list_due([old], {}, 2, 2).shape == (0, 3)
 
 
