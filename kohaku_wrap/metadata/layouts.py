@@ -27,7 +27,7 @@ POST_COLUMNS = (
 
 TAG_COLUMNS = ("id", "name", "type", "popularity")
 RELATION_COLUMNS = ("post_id", "tag_id")
-ID_COLUMNS = {"post": ("id",), "tag": ("id",), "posttagrelation": RELATION_COLUMNS}
+ID_COLUMNS = {"post": ("id",), "posttagrelation": RELATION_COLUMNS}
 
 TOKEN = re.compile(r"\$([0-9A-Za-z]+)#")
 SAMPLED_POSTS = 20_000

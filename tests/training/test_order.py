@@ -105,6 +105,7 @@ def test_two_epochs_are_kept_and_no_third() -> None:
     assert order.epoch(1) is second and order.epoch(0) is not first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buckets", [1 << 16, (1 << 16) + 9])
 def test_buckets_beyond_16_bits_are_kept_apart(buckets: int) -> None:
     laid_out = BatchOrder(np.append(np.arange(buckets), [0, buckets - 1]), 2, 1, 1).epoch(0)
@@ -153,6 +154,7 @@ def test_refuses_what_makes_no_order(arguments: tuple[list[int], int, int, int])
         StepCount(9, 8).accumulation(3)
 
 
+@pytest.mark.slow
 def test_epsilon_is_laid_out_in_seconds() -> None:
     images = 5_210_319
     bucket_of_image = (draws(7, np.arange(images)) % np.uint64(40)).astype(np.int32)
