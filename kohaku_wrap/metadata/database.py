@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
+from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
 from kohaku_wrap.formats.disguises import name_disguise
 from kohaku_wrap.metadata.layouts import LAYOUT_NAMES, Layout, ids_of_text, missing_parts, recognise_layout, token_base
 
@@ -96,17 +96,10 @@ class Database:
     @contextlib.contextmanager
     def connect(self) -> Iterator[sqlite3.Connection]:
         """A connection for small queries; its failures become the errors of this module."""
-        with _explained(self.path):
-            connection = sqlite3.connect(self.uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)
-            try:
-                connection.text_factory = _decode
-                if self.private_wal_index:
-                    connection.execute(PRIVATE_WAL_INDEX).fetchall()
-                if self.has_views:
-                    limit_time(connection)
-                yield connection
-            finally:
-                connection.close()
+        with _connected(self.path, self.uri, self.private_wal_index) as connection:
+            if self.has_views:
+                limit_time(connection)
+            yield connection
 
     def value(self, query: str, parameters: Sequence[Any] = ()) -> Any:
         """The first column of the first row of a small query, None without a row."""
@@ -173,35 +166,35 @@ def open_database(path: Path) -> Database:
         )
     _check_file(path)
     uri, private_wal_index = _reading_uri(path)
-    with _explained(path):
-        connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)
-        try:
-            connection.text_factory = _decode
-            if private_wal_index:
-                connection.execute(PRIVATE_WAL_INDEX).fetchall()
-            columns = _columns_of_tables(connection)
-            has_views = _has_views(connection)
-            if has_views:
-                limit_time(connection)
-            layout = recognise_layout(columns)
-            if missing := missing_parts(layout, columns):
-                raise ProblemsFound(
-                    str(path),
-                    [Problem(where, what) for where, what in missing],
-                    f"kwrap reads the danbooru2023 database in these layouts: {LAYOUT_NAMES}.",
-                )
-            if as_text := ids_of_text(connection, columns):
-                raise ProblemsFound(
-                    str(path),
-                    [Problem(where, what) for where, what in as_text],
-                    "Make each table anew: CREATE TABLE new AS SELECT CAST(id AS INTEGER) AS id, … FROM post.",
-                )
-            indexed = _indexed_columns(connection, columns)
-            base = token_base(connection) if layout is Layout.V0 else 0
-            has_row_ids = layout.has_relation and _has_row_ids(connection)
-        finally:
-            connection.close()
+    with _connected(path, uri, private_wal_index) as connection:
+        columns = _columns_of_tables(connection)
+        has_views = _has_views(connection)
+        if has_views:
+            limit_time(connection)
+        layout = recognise_layout(columns)
+        if missing := missing_parts(layout, columns):
+            layouts = f"kwrap reads the danbooru2023 database in these layouts: {LAYOUT_NAMES}."
+            raise ProblemsFound(str(path), missing, layouts)
+        if as_text := ids_of_text(connection, columns):
+            anew = "Make each table anew: CREATE TABLE new AS SELECT CAST(id AS INTEGER) AS id, … FROM post."
+            raise ProblemsFound(str(path), as_text, anew)
+        indexed = _indexed_columns(connection, columns)
+        base = token_base(connection) if layout is Layout.V0 else 0
+        has_row_ids = layout.has_relation and _has_row_ids(connection)
     return Database(path, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
+
+
+@contextlib.contextmanager
+def _connected(path: Path, uri: str, private_wal_index: bool) -> Iterator[sqlite3.Connection]:
+    """A connection that reads texts as they come and is closed after the block."""
+    with (
+        _explained(path),
+        contextlib.closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)) as connection,
+    ):
+        connection.text_factory = _decode
+        if private_wal_index:
+            connection.execute(PRIVATE_WAL_INDEX).fetchall()
+        yield connection
 
 
 def _check_file(path: Path) -> None:

@@ -7,6 +7,8 @@ import re
 import sqlite3
 from collections.abc import Mapping
 
+from kohaku_wrap.errors import Problem
+
 LAYOUT_NAMES = "v0 (tags in post.tag_list), v1, v2, v3 (tags in posttagrelation)"
 
 POST_COLUMNS = (
@@ -72,33 +74,34 @@ def recognise_layout(columns: Mapping[str, frozenset[str]]) -> Layout:
     return Layout.V3 if "updated_at" in post else Layout.V2
 
 
-def missing_parts(layout: Layout, columns: Mapping[str, frozenset[str]]) -> list[tuple[str, str]]:
-    """Every table and column that kwrap reads and that is not there: where, and what is wrong."""
+def missing_parts(layout: Layout, columns: Mapping[str, frozenset[str]]) -> list[Problem]:
+    """Every table and column that kwrap reads and that is not there."""
     needed = {"post": POST_COLUMNS, "tag": TAG_COLUMNS}
     if layout is Layout.V0:
         needed["post"] = (*POST_COLUMNS, "tag_list")
     else:
         needed["posttagrelation"] = RELATION_COLUMNS
-    missing: list[tuple[str, str]] = []
+    missing: list[Problem] = []
     for table, names in needed.items():
         if table not in columns:
-            missing.append((table, "no such table"))
+            missing.append(Problem(table, "no such table"))
         else:
-            missing += [(f"{table}.{name}", "no such column") for name in names if name not in columns[table]]
+            missing += [Problem(f"{table}.{name}", "no such column") for name in names if name not in columns[table]]
     return missing
 
 
-def ids_of_text(connection: sqlite3.Connection, columns: Mapping[str, frozenset[str]]) -> list[tuple[str, str]]:
-    """Every id column that holds its numbers as text, as a CSV file loaded without types does: where, and what.
+def ids_of_text(connection: sqlite3.Connection, columns: Mapping[str, frozenset[str]]) -> list[Problem]:
+    """Every id column that holds its numbers as text, as a CSV file loaded without types does.
 
     The first row is looked at; sqlite compares texts by letters and never finds a number among them.
     """
-    found: list[tuple[str, str]] = []
+    found: list[Problem] = []
     for table, names in ID_COLUMNS.items():
         for name in names if table in columns else ():
             row = connection.execute(f"SELECT {name} FROM {table} LIMIT 1").fetchone()
             if row and isinstance(row[0], str) and row[0].strip().isdecimal():
-                found.append((f"{table}.{name}", f"holds text ({row[0][:20]!r}) where kwrap needs whole numbers"))
+                what = f"holds text ({row[0][:20]!r}) where kwrap needs whole numbers"
+                found.append(Problem(f"{table}.{name}", what))
     return found
 
 

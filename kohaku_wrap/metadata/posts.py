@@ -113,7 +113,7 @@ def posts_with_tags(database: Database, tag_ids: Sequence[int]) -> dict[int, Int
     found: dict[int, list[Int64Array]] = {tag_id: [] for tag_id in tag_ids}
     if not database.layout.has_relation:
         for tag_id in tag_ids:
-            token = quote_token(tag_id, database.token_base)
+            token = f"${np.base_repr(tag_id, database.token_base)}#"
             query = f"SELECT id FROM post WHERE instr(upper(tag_list), '{token}') > 0 ORDER BY id"
             found[tag_id] = [posts for (posts,) in database.scan_numbers(query)]
     elif tag_ids:
@@ -124,17 +124,6 @@ def posts_with_tags(database: Database, tag_ids: Sequence[int]) -> dict[int, Int
                 found[tag_id].append(posts[tags == tag_id])
     empty = np.empty(0, dtype=np.int64)
     return {tag_id: np.unique(np.concatenate([empty, *parts])) for tag_id, parts in found.items()}
-
-
-def quote_token(tag_id: int, base: int) -> str:
-    """Layout v0's token of a tag, such as `$1A#`."""
-    digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    text = ""
-    while True:
-        tag_id, digit = divmod(tag_id, base)
-        text = digits[digit] + text
-        if not tag_id:
-            return f"${text}#"
 
 
 def database_digest(database: Database) -> str:

@@ -15,13 +15,13 @@ import numpy.typing as npt
 from kohaku_wrap.metadata.chunks import TagChunk, relation_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.parallel import map_in_order
+from kohaku_wrap.metadata.places import place_finder
 from kohaku_wrap.metadata.tags import TagTable
 
 Int64Array = npt.NDArray[np.int64]
 
 ROWS_A_PARTITION = 1 << 21
 MOST_PARTITIONS = 256
-DENSE_LIMIT = 1 << 26
 
 Rows = tuple[Int64Array, ...]
 
@@ -37,7 +37,7 @@ def sorted_pieces(
     rows = last_row - first_row + 1
     partitions = min(max(1, -(-rows // ROWS_A_PARTITION)), MOST_PARTITIONS, len(post_ids))
     posts_a_partition = -(-len(post_ids) // partitions)
-    place_of = _places(post_ids)
+    place_of = place_finder(post_ids)
 
     def find(read: Rows) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Rows of wanted posts by partition: (rows, 2) of place and tag row, and the partition of each."""
@@ -66,21 +66,6 @@ def _all_rows(database: Database) -> Iterator[Rows]:
     """Every row of the relation in the order of the table."""
     query = "SELECT post_id, tag_id FROM posttagrelation WHERE post_id IS NOT NULL AND tag_id IS NOT NULL"
     return database.scan_numbers(query + " ORDER BY rowid" * database.has_row_ids)
-
-
-def _places(post_ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32]]:
-    """A function from post ids to their places among `post_ids`, -1 for others."""
-    largest = int(post_ids[-1])
-    if largest < DENSE_LIMIT and post_ids[0] >= 0:
-        dense = np.full(largest + 2, -1, dtype=np.int32)
-        dense[post_ids] = np.arange(len(post_ids), dtype=np.int32)
-        return lambda ids: dense[np.where((ids >= 0) & (ids <= largest), ids, largest + 1)]
-
-    def bisect(ids: Int64Array) -> npt.NDArray[np.int32]:
-        places = np.minimum(np.searchsorted(post_ids, ids), len(post_ids) - 1)
-        return np.where(post_ids[places] == ids, places, -1).astype(np.int32)
-
-    return bisect
 
 
 def _sort_partition(stream: IO[bytes], first: int, stop: int) -> TagChunk:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,15 +14,13 @@ import pyarrow as pa
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import number_sql
+from kohaku_wrap.metadata.places import NOWHERE, place_finder
 
 TAG_TYPES = ("general", "artist", "character", "copyright", "meta")
 """Names of `tag.type` 0 … 4."""
 
-NO_TAG = -1
+NO_TAG = NOWHERE
 """What `TagTable.rows_of` answers for an id that no tag has."""
-
-DENSE_LIMIT = 1 << 26
-"""Ids below this are looked up in one array of 4 bytes an id; larger ones by bisection."""
 
 
 class UnknownTags(KwrapError):
@@ -49,24 +47,9 @@ class TagTable:
         return len(self.ids)
 
     @cached_property
-    def _dense(self) -> npt.NDArray[np.int32] | None:
-        largest = int(self.ids[-1]) if len(self.ids) else 0
-        if largest >= DENSE_LIMIT or (len(self.ids) and self.ids[0] < 0):
-            return None
-        rows = np.full(largest + 2, NO_TAG, dtype=np.int32)
-        rows[self.ids] = np.arange(len(self.ids), dtype=np.int32)
-        return rows
-
-    def rows_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """The row of each id, NO_TAG where no tag has it."""
-        if not len(self.ids):
-            return np.full(len(ids), NO_TAG, dtype=np.int32)
-        if self._dense is not None:
-            last = len(self._dense) - 1
-            inside = np.where((ids >= 0) & (ids < last), ids, last)
-            return self._dense[inside]
-        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[places] == ids, places, NO_TAG).astype(np.int32)
+    def rows_of(self) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
+        """From ids to the row of each, NO_TAG where no tag has it."""
+        return place_finder(self.ids)
 
     @cached_property
     def row_of_name(self) -> dict[str, int]:

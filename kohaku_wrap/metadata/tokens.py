@@ -5,29 +5,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kohaku_wrap.errors import KwrapError
 
 LONGEST_TOKEN = 12
-START, END = ord("$"), ord("#")
+DIGITS = {10: "0-9", 36: "0-9A-Za-z"}
+"""By base, the digits of an id as a regular expression writes them; letters count in either case."""
 
 
 class TagListUnreadable(KwrapError):
     """A `post.tag_list` is not a row of `$ID#` tokens."""
-
-
-def _digit_values() -> npt.NDArray[np.int64]:
-    """The value of each byte as a digit, -1 for what is none; letters count in either case."""
-    values = np.full(256, -1, dtype=np.int64)
-    for value, pair in enumerate(
-        [(d, d) for d in "0123456789"] + [(c, c.lower()) for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-    ):
-        for character in pair:
-            values[ord(character)] = value
-    return values
-
-
-DIGITS = _digit_values()
 
 
 def parse_tag_lists(
@@ -37,54 +25,19 @@ def parse_tag_lists(
 
     `lists` has no nulls. Raises TagListUnreadable with the first post whose list is something else.
     """
-    offsets = np.frombuffer(lists.buffers()[1], dtype=np.int32)[lists.offset : lists.offset + len(lists) + 1]
-    text = lists.buffers()[2]
-    data = np.frombuffer(text, dtype=np.uint8)[offsets[0] : offsets[-1]] if text else np.empty(0, dtype=np.uint8)
-    bounds = offsets.astype(np.int64) - int(offsets[0])
-    starts = np.flatnonzero(data == START)
-    ends = np.flatnonzero(data == END)
-    digits = DIGITS[data]
-    if len(starts) != len(ends) or len(starts) + len(ends) + int((digits >= 0).sum()) != len(data):
-        raise _unreadable(post_ids, bounds, data, digits, base)
-    lengths = ends - starts - 1
-    # The first token begins with the text, every other right after the one before it.
-    follows = np.empty(len(starts), dtype=bool)
-    if len(starts):
-        follows[0] = starts[0] == 0
-        np.equal(starts[1:], ends[:-1] + 1, out=follows[1:])
-    too_large = bool((digits >= base).any())
-    if len(starts) and (not follows.all() or lengths.min() < 1 or lengths.max() > LONGEST_TOKEN or too_large):
-        raise _unreadable(post_ids, bounds, data, digits, base)
-    ids = np.zeros(len(starts), dtype=np.int64)
-    for place in range(int(lengths.max(initial=0))):
-        inside = np.flatnonzero(lengths > place)
-        ids[inside] = ids[inside] * base + digits[starts[inside] + 1 + place]
-    posts = np.searchsorted(bounds[1:], starts, side="right").astype(np.int32)
-    if len(starts) and not np.array_equal(posts, np.searchsorted(bounds[1:], ends, side="right")):
-        raise _unreadable(post_ids, bounds, data, digits, base)
-    return posts, ids
-
-
-def _unreadable(
-    post_ids: npt.NDArray[np.int64],
-    bounds: npt.NDArray[np.int64],
-    data: npt.NDArray[np.uint8],
-    digits: npt.NDArray[np.int64],
-    base: int,
-) -> TagListUnreadable:
-    """The error for the first list that is not tokens of `base`."""
-    allowed = "".join(chr(byte) for byte in range(256) if 0 <= DIGITS[byte] < base)
-    for index in range(len(post_ids)):
-        text = data[bounds[index] : bounds[index + 1]].tobytes().decode("utf-8", "replace")
-        tokens = text.split("#")
-        whole = tokens[-1] == "" and all(
-            token[:1] == "$" and 0 < len(token) - 1 <= LONGEST_TOKEN and set(token[1:]) <= set(allowed)
-            for token in tokens[:-1]
+    is_whole = pc.match_substring_regex(lists, rf"^(?:\$[{DIGITS[base]}]{{1,{LONGEST_TOKEN}}}#)*$")
+    wrong = np.flatnonzero(~is_whole.to_numpy(zero_copy_only=False))
+    if len(wrong):
+        text = lists[int(wrong[0])].as_py()
+        shown = text if len(text) <= 60 else text[:57] + "…"
+        raise TagListUnreadable(
+            f"post {post_ids[wrong[0]]}: tag_list {shown!r} is not a row of $ID# tokens with ids in base {base}",
+            "The database is damaged or of a layout that kwrap does not know; see `kwrap inspect DB`.",
         )
-        if text and not whole:
-            shown = text if len(text) <= 60 else text[:57] + "…"
-            return TagListUnreadable(
-                f"post {post_ids[index]}: tag_list {shown!r} is not a row of $ID# tokens with ids in base {base}",
-                "The database is damaged or of a layout that kwrap does not know; see `kwrap inspect DB`.",
-            )
-    return TagListUnreadable("a tag_list is not a row of $ID# tokens", "See `kwrap inspect DB`.")
+    split = pc.split_pattern(lists, "#")
+    tokens, posts = pc.list_flatten(split), pc.list_parent_indices(split)
+    # Behind the last sign of each list nothing follows.
+    is_token = pc.not_equal(tokens, "")
+    encoded = tokens.filter(is_token).dictionary_encode()
+    ids = np.array([int(token[1:], base) for token in encoded.dictionary.to_pylist()], dtype=np.int64)
+    return posts.filter(is_token).to_numpy().astype(np.int32), ids[encoded.indices.to_numpy()]
