@@ -115,7 +115,7 @@ def command(
     if failed:
         raise NotReady(f"measured and not as it should be: {', '.join(failed)}", f"See {folder / TABLE_FILE}.")
     if broken:
-        raise NotReady(f"not ready: {', '.join(broken)}", "Mend these and run `kwrap doctor` again.")
+        raise NotReady(f"not ready: {', '.join(broken)}", "Fix these and run `kwrap doctor` again.")
     click.echo("Ready." if template else "Ready; name a template and --site to look closer.")
     click.echo(f"Next: {command_line('plan', template or 'epsilon', '--site', site_file or 'site.toml')}")
 

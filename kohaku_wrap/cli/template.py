@@ -121,7 +121,7 @@ def show_command(
         print_values(effective, values, why, name)
         print_trust(effective)
     if problems:
-        raise ProblemsFound(str(effective.path), problems, "Mend these and look again.")
+        raise ProblemsFound(str(effective.path), problems, "Fix these and look again.")
 
 
 def print_values(effective: Effective, values: dict[str, Any], why: bool, typed: str) -> None:

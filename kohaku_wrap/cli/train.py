@@ -54,7 +54,7 @@ def supervisor_options(function: Callable[..., Any]) -> Callable[..., Any]:
                      help="End an attempt after N optimizer steps in a row that were skipped or had a non-finite "
                      "loss; 0: never.  [default: 50 in the first 1,000 steps, then 10]"),
         click.option("--allow", multiple=True, metavar="KEY",
-                     help="Accept knowingly: bad-images, nan-latents, non-finite-loss; on resume a difference."),
+                     help="Accept: bad-images, nan-latents, non-finite-loss; on resume a difference."),
         click.option("--hook", default="", metavar="COMMAND",
                      help="Shell command on start, state, crash, stop, finish; KWRAP_EVENT and KWRAP_MESSAGE tell."),
     )  # fmt: skip
@@ -269,7 +269,7 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: 
             take_back_run(run)
             raise RunRefused(
                 f"run {run.name} was refused before its first step: {failed.end.message}",
-                "\n".join([*told[:1], "Nothing of the run is kept: mend this and give the same command again."]),
+                "\n".join([*told[:1], "Nothing of the run is kept: fix this and give the same command again."]),
             ) from None
         raise
 

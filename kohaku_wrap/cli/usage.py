@@ -44,7 +44,7 @@ def name_parameter(parameter: click.Parameter) -> str:
 
 
 def find_command(program: click.Group, arguments: Sequence[str]) -> str:
-    """The words that lead to the command, for errors that click raises without a context."""
+    """The words that name the command, for errors that click raises without a context."""
     command: click.Command | None = program
     words = ["kwrap"]
     for argument in arguments:

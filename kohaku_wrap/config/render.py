@@ -288,7 +288,7 @@ def hash_inputs(
         if path is None:
             continue
         if not path.is_file():
-            raise MissingInput(f"{path}: no such file ({name})", f"Mend paths.{name} in {site.path}.")
+            raise MissingInput(f"{path}: no such file ({name})", f"Fix paths.{name} in {site.path}.")
         inputs[name] = str(path)
         inputs[f"{name}_sha256"] = kept_sha256(path, on_bytes)
     data = effective.get("kwrap.data")

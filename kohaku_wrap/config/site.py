@@ -133,7 +133,7 @@ def load_site(path: Path | str) -> Site:
     trainer = top.table("trainer")
     if problems:
         raise ProblemsFound(
-            str(path), problems, "Mend these keys; `kwrap demo DIR` writes a site.toml to compare with."
+            str(path), problems, "Fix these keys; `kwrap demo DIR` writes a site.toml to compare with."
         )
     return Site(file, paths, machine, trainer, trust, secrets)
 

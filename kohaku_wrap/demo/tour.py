@@ -43,7 +43,7 @@ class StageFailed(KwrapError):
     def __init__(self, stage: Stage, exit_code: int) -> None:
         super().__init__(
             f"`kwrap {shlex.join(stage.arguments)}` ended with exit code {exit_code}",
-            "Mend what its message names and run the same make command again; what is done is kept.",
+            "Fix what its message names and run the same make command again; what is done is kept.",
         )
         self.exit_code = exit_code
 

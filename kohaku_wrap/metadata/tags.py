@@ -64,7 +64,7 @@ class TagTable:
             described = [f"{name!r}{self._suggest(name)}" for name in unknown]
             raise UnknownTags(
                 f"{wanted_by}: the database has no tag {', '.join(described)}",
-                "Tags are written as the site writes them, with underscores. Mend the name or take it out.",
+                "Tags are written as the site writes them, with underscores. Fix the name or take it out.",
             )
         return self.ids[[self.row_of_name[name] for name in names]] if names else np.empty(0, dtype=np.int64)
 

@@ -215,7 +215,7 @@ def examine_files(effective: Effective | None, plan: TrainingPlan | None) -> Ite
             "broken",
             f"{site.paths.base_model} is not there",
             "Training starts from it.",
-            f"Mend paths.base_model in {site.path}.",
+            f"Fix paths.base_model in {site.path}.",
         )
 
 
@@ -250,7 +250,7 @@ def examine_write_speed(folder: Path, plan: TrainingPlan | None) -> Finding:
             speed = WRITE_TEST_BYTES / max(time.monotonic() - started, 1e-6)
     except OSError as error:
         return Finding(
-            "state folder", "broken", f"{folder}: {error.strerror}", "States are written there.", "Mend paths.runs."
+            "state folder", "broken", f"{folder}: {error.strerror}", "States are written there.", "Fix paths.runs."
         )
     state = plan.sizes.state_bytes if plan and plan.sizes else None
     wait = f"; a state takes about {state / speed:.0f} s" if state else ""

@@ -59,7 +59,7 @@ def find_torch_faults(effective: Effective | None) -> Iterator[Finding]:
             "broken",
             str(facts["error"]),
             "Nothing trains without it.",
-            "Mend it, or install it anew: pip install 'kohaku-wrap[train]', or `make setup` in a checkout.",
+            "Fix it, or install it anew: pip install 'kohaku-wrap[train]', or `make setup` in a checkout.",
         )
         return
     yield from judge_gpus(facts["torch"], effective)
@@ -119,7 +119,7 @@ def judge_gpus(facts: dict[str, Any], effective: Effective | None) -> Iterator[F
             "broken",
             f"{shown}; the site says {wanted}; torch {facts['version']} is {build}",
             "Each GPU gets one training process.",
-            "Set gpus in site.toml, mend CUDA_VISIBLE_DEVICES, or install a CUDA torch (make setup TORCH_INDEX=…).",
+            "Set gpus in site.toml, fix CUDA_VISIBLE_DEVICES, or install a CUDA torch (make setup TORCH_INDEX=…).",
         )
     else:
         yield Finding.ok("GPUs", f"{shown}; torch {facts['version']} is {build}")

@@ -208,7 +208,7 @@ class BuiltinOptions:
             raise ProblemsFound(
                 "options of the builtin engine",
                 problems,
-                'Mend these for the builtin engine, or use engine = "sd-scripts".',
+                'Fix these for the builtin engine, or use engine = "sd-scripts".',
             )
         return cls(**known)
 

@@ -171,3 +171,10 @@ def test_the_shell_completes_commands() -> None:
     environment = {**os.environ, "COMP_WORDS": "kwrap me", "COMP_CWORD": "1", "_KWRAP_COMPLETE": "bash_complete"}
     done = subprocess.run([Path(sys.executable).with_name("kwrap")], env=environment, capture_output=True, text=True)
     assert "merge" in done.stdout
+
+
+def test_words_are_plain() -> None:
+    """Readers have average English: *fix*, *shown*, *accept*."""
+    odd = re.compile(r"\b[Mm]end(?:s|ed|ing)?\b|\bknowingly\b|\bleads? to\b")
+    pages = [*PAGES, ROOT / "CHANGELOG.md", *(ROOT / "kohaku_wrap").rglob("*.py")]
+    assert not [(page, found) for page in pages if (found := odd.findall(page.read_text(encoding="utf-8")))]

@@ -126,7 +126,7 @@ def test_no_substitute_is_promised_for_the_trainers_own_dataset(new_run: NewRun)
     misbehave(run, every={"fail": "bad-image", "at": 3})
     with pytest.raises(TrainerFailed) as failed:
         train(run)
-    assert "--allow" not in failed.value.next_step and "Mend the image" in failed.value.next_step
+    assert "--allow" not in failed.value.next_step and "Fix the image" in failed.value.next_step
 
 
 def test_hooks_tell_the_story(new_run: NewRun) -> None:

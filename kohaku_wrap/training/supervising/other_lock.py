@@ -46,7 +46,7 @@ def refuse_other_lock(path: Path, new: Mapping[str, Any]) -> None:
     """Raise ProblemsFound with every difference between a lock file and the lock of the run to be made."""
     problems = compare_locks(read_lock(path), new)
     if problems:
-        raise ProblemsFound(str(path), problems, "Mend what differs, or train without --locked.")
+        raise ProblemsFound(str(path), problems, "Fix what differs, or train without --locked.")
 
 
 def read_lock(path: Path) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
 
 
 def describe_attempt(plan: ResumePlan) -> Attempt:
-    """The attempt that the plan leads to; nothing is written."""
+    """The attempt that the plan describes; nothing is written."""
     return Attempt(
         run=plan.run,
         number=plan.number,
@@ -246,7 +246,7 @@ def describe_attempt(plan: ResumePlan) -> Attempt:
 
 
 def describe_launch(plan: ResumePlan) -> Launch:
-    """The command that the plan leads to."""
+    """The command that the plan describes."""
     return plan_attempt_launch(describe_attempt(plan), plan.threads)
 
 

@@ -221,11 +221,11 @@ def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
         "mostly-skipped": "Start a new run with lower rates, or with bf16 in place of fp16. The last network is there.",
         "non-finite-loss": f"Look at the last losses with `{command_line('status', attempt.run.folder)}`; "
         + go_back(attempt),
-        "nan-latents": f"Mend the VAE's precision for a new run, or accept it: {resume} --allow nan-latents",
+        "nan-latents": f"Fix the VAE's precision for a new run, or accept it: {resume} --allow nan-latents",
         "bad-state": f"Choose another state: {resume} --step N",
         "hang": f"The stacks of the hang are in the logs under {attempt.folder}. Go on with: {resume}",
         "exited-early": f"The logs under {attempt.folder} may tell why. Go on with: {resume}",
     }
     if end.kind == "bad-image" and attempt.lock.data != "kwrap":
-        return f'Mend the image, then: {resume}. Only kwrap\'s dataset (data = "kwrap") can train a substitute.'
+        return f'Fix the image, then: {resume}. Only kwrap\'s dataset (data = "kwrap") can train a substitute.'
     return advice.get(end.kind, f"The whole logs are in {attempt.folder}. Go on with: {resume}")

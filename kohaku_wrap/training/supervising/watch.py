@@ -231,7 +231,7 @@ class AttemptWatch:
             return self.end_now(
                 "nan-latents",
                 f"{nan_latents} of the last {images} images had NaN latents by optimizer step {self.done:,}; "
-                "a VAE in fp16 does that: set no_half_vae, or use a VAE that is mended for fp16",
+                "a VAE in fp16 does that: set no_half_vae, or use a VAE that is fixed for fp16",
             )
         self.seconds.append(number_of(line.get("seconds")))
         rate = sum(self.seconds) / len(self.seconds)

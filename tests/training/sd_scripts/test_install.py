@@ -73,7 +73,7 @@ def test_a_change_in_whatever_a_training_imports_is_seen(tmp_path: Path, name: s
 
 
 @pytest.mark.sd_scripts
-def test_install_from_a_repository_then_show_then_mend(
+def test_install_from_a_repository_then_show_then_fix(
     trainer: Any, kwrap: Command, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not (trainer.checkout.path / ".git").exists():

@@ -54,7 +54,7 @@ DATASET_DEFAULTS: dict[str, Any] = {
 class UnreadableByTrainer(UnreadableImage):
     """An image that sd-scripts' own dataset cannot open."""
 
-    advice = 'Mend the image; only kwrap\'s dataset (data = "kwrap") can train a substitute in its place.'
+    advice = 'Fix the image; only kwrap\'s dataset (data = "kwrap") can train a substitute in its place.'
 
 
 class KwrapDataset(train_util.MinimalDataset):  # type: ignore[misc]  # sd-scripts has no type information
