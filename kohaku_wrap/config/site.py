@@ -132,9 +132,7 @@ def load_site(path: Path | str) -> Site:
     check_secrets(TableReader("secrets", secrets, tuple(SECRET_OPTIONS), problems))
     trainer = top.table("trainer")
     if problems:
-        raise ProblemsFound(
-            str(path), problems, "Fix these keys; `kwrap demo DIR` writes a site.toml to compare with."
-        )
+        raise ProblemsFound(str(path), problems, "Fix these keys; `kwrap demo DIR` writes a site.toml to compare with.")
     return Site(file, paths, machine, trainer, trust, secrets)
 
 
