@@ -2,20 +2,28 @@
 
 A folder may be a stranger's, and a `torch.py` in it would run as soon as a helper imports torch. Every Python that
 kwrap starts gets its command and its environment here. Not `-I`: absolute entries of PYTHONPATH are the person's own.
+
+A helper that is asked runs as `python -m kohaku_wrap.processes PID MODULE`: it ends with the process PID that asked.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import EXIT_FAILED, KwrapError
+
+ORPHAN_SECONDS = 0.5
+"""How often a helper looks whether the process that asked is still there."""
 
 
 class NoAnswer(KwrapError):
@@ -68,11 +76,12 @@ def ask_python(
 ) -> Any:
     """The JSON answer of a helper module, run with `arguments` and, where it is given, `request` as JSON on stdin.
 
-    `added`: variables over the caller's. Raises NoAnswer, whose message is the helper's last line on stderr.
+    `added`: variables over the caller's. Raises NoAnswer, whose message is the helper's last line on stderr; of a
+    KwrapError that line holds message and advice.
     """
     try:
         done = subprocess.run(
-            python_command("-m", module, *arguments),
+            python_command("-m", "kohaku_wrap.processes", os.getpid(), module, *arguments),
             input="" if request is None else json.dumps(request),
             capture_output=True,
             text=True,
@@ -97,3 +106,27 @@ def accelerate_command() -> tuple[str, ...]:
     if script.exists():
         return (str(script),)
     return tuple(python_command("-m", "accelerate.commands.accelerate_cli"))
+
+
+def end_with(parent: int) -> None:
+    """End this process once the process `parent` is no longer its parent, so that a killed one leaves no orphan."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
+
+
+def main() -> int:
+    """Run a helper module as its own program."""
+    parent, module, *arguments = sys.argv[1:]
+    threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except KwrapError as error:
+        print(". ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

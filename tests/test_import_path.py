@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -139,6 +140,45 @@ def test_an_answer_is_json_or_the_last_line_of_what_went_wrong(tmp_path: Path, m
     ):
         with pytest.raises(NoAnswer, match=message):
             ask_python("answering", request=request, timeout_seconds=1 if "sleep" in request else None)
+
+
+def test_what_a_helper_refuses_is_told_with_its_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "refusing.py").write_text(
+        "from kohaku_wrap.errors import KwrapError\nraise KwrapError('no trainer is here', 'Run `kwrap doctor`.')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(NoAnswer, match=r"^no trainer is here\. Run `kwrap doctor`\.$"):
+        ask_python("refusing")
+
+
+def test_a_helper_ends_with_the_process_that_asked_however_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waiting.py").write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(f'{{os.getpid()}}\\n')\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    asking = "from kohaku_wrap.processes import ask_python; ask_python('waiting')"
+    with subprocess.Popen(python_command("-c", asking)) as process:
+        wait_until(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text().endswith("\n"))
+        helper = int((tmp_path / "pid").read_text())
+        process.kill()
+    wait_until(lambda: not is_running(helper))
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Until `is_so`, or the test's own limit."""
+    while not is_so():
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there and no zombie, which a container without an init keeps."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("environment", [{}, {"PYTHONPATH": ":."}])

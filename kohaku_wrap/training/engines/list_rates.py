@@ -168,17 +168,13 @@ def trainer_values(lock: Lock) -> dict[str, Any]:
     return values
 
 
-def main() -> int:
+def main() -> None:
     lock = Run(Path(sys.argv[1]).resolve()).lock
     asked = json.load(sys.stdin)
     engines = {"builtin": rates_of_builtin, "sd-scripts": rates_of_sd_scripts}
     # The trainer's modules print at import.
     with contextlib.redirect_stdout(sys.stderr):
-        try:
-            rates = engines[lock.engine](lock, int(asked["groups"]), asked["names"])
-        except KwrapError as error:
-            print(error.message, file=sys.stderr)
-            return 1
+        rates = engines[lock.engine](lock, int(asked["groups"]), asked["names"])
     json.dump(rates, sys.stdout)
     sys.stdout.flush()
     # Threads of the trainer's packages may outlive main.
@@ -186,4 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -110,11 +110,7 @@ def read_locked_dataset(run: Run) -> dict[str, Any]:
 
 def main() -> int:
     run = Run(Path(sys.argv[1]).resolve())
-    try:
-        print(json.dumps(recompute(run, json.load(sys.stdin))))
-    except KwrapError as error:
-        print(error.message, file=sys.stderr)
-        return 1
+    print(json.dumps(recompute(run, json.load(sys.stdin))))
     return 0
 
 
