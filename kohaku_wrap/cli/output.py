@@ -121,8 +121,8 @@ def format_share(share: float) -> str:
 
 
 def count_of(count: int, noun: str) -> str:
-    """A number with its noun: `1 tensor`, `2 processes`."""
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    """A number with its noun: `1 tensor`, `2 processes`, `3 batches`."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
     return f"{count:,} {noun}{ending}"
 
 

@@ -101,11 +101,11 @@ def print_report(report: VerifyReport) -> None:
     ]
     for repeat in report.repeats:
         steps = f"optimizer steps {repeat.first_optimizer_step:,} to {repeat.last_optimizer_step:,}"
-        rows.append((f"attempt {repeat.attempt}, left behind", f"{steps} ({repeat.records:,} micro-batches)"))
+        rows.append((f"attempt {repeat.attempt}, left behind", f"{steps} ({count_of(repeat.records, 'micro-batch')})"))
     if report.in_progress:
-        rows.append(("step in progress", f"{report.in_progress:,} micro-batches"))
+        rows.append(("step in progress", count_of(report.in_progress, "micro-batch")))
     if report.substitutes:
-        rows.append(("with substitutes", f"{report.substitutes:,} micro-batches"))
+        rows.append(("with substitutes", count_of(report.substitutes, "micro-batch")))
     rows += [
         (check.name, check.detail if check.is_looked_at else f"not looked at: {check.detail}")
         for check in report.checks

@@ -280,7 +280,7 @@ def check_deep(
     if troubles:
         why = f"{len(troubles):,} of {len(chosen):,} micro-batches not possible: {troubles[0]}"
         return [Check("deep", False, why)], int(made.sum())
-    return [Check("deep", True, f"{len(chosen):,} micro-batches recomputed")], len(chosen)
+    return [Check("deep", True, f"micro-batches recomputed: {len(chosen):,}")], len(chosen)
 
 
 def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:
