@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import kohaku_wrap
 from kohaku_wrap.planning.doctor import WRONG_BITSANDBYTES
 from kohaku_wrap.trainer.installed import plain_name
 from kohaku_wrap.trainer.requirements import TESTED
@@ -44,3 +45,10 @@ def test_no_text_names_another_version(pattern: str) -> None:
     assert not others
     if pattern in ("Makefile", "docs/guide.md"):
         assert named, "nothing was looked at"
+
+
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest
+    assert newest[1] == re.sub(r"\.dev\d+$", "", kohaku_wrap.__version__)
+    assert (ROOT / "setup.cfg").read_text(encoding="utf-8").count("version = attr: kohaku_wrap.__version__\n") == 1
