@@ -152,6 +152,8 @@ def test_refuses_what_makes_no_order(arguments: tuple[list[int], int, int, int])
         BatchOrder(*arguments)
     with pytest.raises(BadOrder, match=r"3 processes do not divide the 8 batches(?s:.*)may be 1, 2, 4, 8\."):
         StepCount(9, 8).accumulation(3)
+    with pytest.raises(BadOrder, match=r"may be 1, 3, 9\."):
+        StepCount(9, 9).accumulation(2)
 
 
 @pytest.mark.slow

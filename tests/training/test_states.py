@@ -285,6 +285,10 @@ def test_a_manifest_that_this_kwrap_does_not_read(tmp_path: Path) -> None:
         (state / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(DamagedState, match=r"manifest\.json is damaged"):
             read_manifest(state)
+    for digest in ("0" * 64, "f" * 64):
+        (state / "manifest.json").write_text(json.dumps(json.loads(good) | {"digest": digest}))
+        with pytest.raises(DamagedState, match="does not match its digest"):
+            read_manifest(state)
 
 
 def test_a_manifest_of_kwrap_0_1_is_read(tmp_path: Path) -> None:

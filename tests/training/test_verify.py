@@ -34,6 +34,7 @@ from kohaku_wrap.training.records.ledger import (
     pack_header,
     read_ledger_file,
 )
+from kohaku_wrap.training.supervising import verify
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
 from kohaku_wrap.training.supervising.ledger_files import NoLedger
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
@@ -287,6 +288,9 @@ def test_steps_of_plain_sd_scripts_are_noted_and_the_rest_is_proved(new_run: New
     write_life(run, 2, 1, 6, 12)
     report = verify_run(run)
     assert report.is_proved and "plain sd-scripts up to optimizer step 3" in " ".join(report.notes)
+    write_life(run, 2, 1, 3, 12)
+    report = verify_run(run)
+    assert report.is_proved and "plain sd-scripts up to optimizer step 3" in " ".join(report.notes)
     write_life(run, 3, 1, 7, 12, lambda records: np.delete(records, 2))
     assert faults(run)["missing"] == (1, 8, 6)
     write_life(run, 4, 1, 0, 12)
@@ -442,6 +446,66 @@ def test_substitutes_are_counted(new_run: NewRun) -> None:
     write_life(run, 1, 1, 0, 12, set_record(3, flags=SUBSTITUTE))
     report = verify_run(run)
     assert report.is_proved and report.substitutes == 1
+    assert report.fills == 2, "a substitute is no fill"
+
+
+def test_what_is_recomputed_is_held_against_the_records(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers are made here; tests/training/engines recomputes real images."""
+    run = new_run()
+    write_life(run, 1, 1, 0, 12, set_record(3, flags=SUBSTITUTE))
+    asked: list[list[int]] = []
+    wrong: dict[int, int | str] = {}
+
+    def answer(module: str, *words: Path, request: list[list[int]], **settings: Any) -> list[int | str]:
+        asked[:] = request
+        places = [epoch * run.lock.count.positions_per_epoch + position for epoch, position, _ in request]
+        return [wrong.get(place, place * 17) for place in places]
+
+    monkeypatch.setattr(verify, "ask_python", answer)
+    report = verify_run(run, deep_samples=1000)
+    assert report.is_proved and report.deep_samples == report.records == len(asked)
+    assert [(epoch, position) for epoch, position, substituted in asked if substituted] == [(0, 3)]
+    wrong[7] = "its image is gone"
+    report = verify_run(run, deep_samples=1000)
+    assert report.is_proved and report.deep_samples == report.records - 1
+    deep = {check.name: check for check in report.checks}["deep"]
+    assert not deep.is_looked_at and deep.detail == "1 of 48 micro-batches not possible: its image is gone"
+    wrong[9] = 1
+    report = verify_run(run, deep_samples=1000)
+    assert [(fault.kind, fault.optimizer_step, fault.position) for fault in report.faults] == [("deep", 3, 9)]
+    chosen = [list(each) for each in asked]
+    verify_run(run, deep_samples=5)
+    first = list(asked)
+    verify_run(run, deep_samples=5)
+    assert len(first) == 5 and first == asked and all(each in chosen for each in first)
+
+
+def test_without_deep_nothing_is_said_of_it(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 12)
+    report = verify_run(run)
+    assert report.deep_samples == 0 and "deep" not in {check.name for check in report.checks}
+    assert check_of(run, "losses") == (True, "no position was trained twice")
+
+
+def test_less_than_a_step_is_in_progress(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 1, lambda records: records[:-2])
+    report = verify_run(run)
+    assert report.is_proved and (report.optimizer_steps, report.in_progress) == (0, 2)
+
+
+def test_a_step_that_only_left_attempts_reached_is_not_due(new_run: NewRun) -> None:
+    """Attempts 1 and 2 were left behind by `resume --step 2`, and so were the states that they wrote."""
+    run = new_run()
+    misbehave(run, attempt_1={"crash": True, "at": 5})
+    with pytest.raises(TrainerFailed):
+        train(run)
+    write_life(run, 1, 1, 0, 5)
+    write_life(run, 2, 1, 4, 9)
+    write_life(run, 3, 1, 2, 3)
+    report = verify_run(run)
+    assert report.is_proved and report.optimizer_steps == 3, report.faults
 
 
 def test_without_records_there_is_nothing_to_prove(new_run: NewRun) -> None:
@@ -457,8 +521,10 @@ def test_the_trainers_own_dataset_is_compared_between_attempts(new_run: NewRun) 
     run = new_run(run={"data": "sd-scripts"})
     write_life(run, 1, 1, 0, 8, set_record(2, order_digest=5))
     write_life(run, 2, 1, 6, 12)
-    report = verify_run(run)
-    assert report.is_proved and not report.order_checked and report.notes
+    report = verify_run(run, deep_samples=3)
+    assert report.is_proved and not report.order_checked and report.notes and report.deep_samples == 0
+    deep = {check.name: check for check in report.checks}["deep"]
+    assert not deep.is_looked_at and "not possible" in deep.detail
 
 
 def test_the_command_tells_and_exits(new_run: NewRun) -> None:
