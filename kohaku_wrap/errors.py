@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +12,14 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_TRAINER_FAILED = 3
 EXIT_INTERRUPTED = 130
+
+
+LACKS_MEMORY = re.compile(
+    r"failed to map segment|can't start new thread|Failed to launch worker thread|bad_alloc|"
+    r"[Cc]an(?:no|')t allocate memory|^MemoryError\b",
+    re.MULTILINE,
+)
+"""What libraries say where memory, or room for another thread, has run out."""
 
 
 def command_line(*words: object) -> str:
@@ -61,6 +71,17 @@ class Interrupted(KwrapError):
     """The person stopped the work; what was finished is kept."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether memory has run out, by the error or one that it came from; a KwrapError speaks of something else."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if not isinstance(error, KwrapError) and LACKS_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclass(frozen=True)

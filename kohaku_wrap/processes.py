@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import EXIT_FAILED, KwrapError
+from kohaku_wrap.errors import EXIT_FAILED, LACKS_MEMORY, KwrapError, lacks_memory
 
 ORPHAN_SECONDS = 0.5
 """How often a helper looks whether the process that asked is still there."""
@@ -77,7 +77,7 @@ def ask_python(
     """The JSON answer of a helper module, run with `arguments` and, where it is given, `request` as JSON on stdin.
 
     `added`: variables over the caller's. Raises NoAnswer, whose message is the helper's last line on stderr; of a
-    KwrapError that line holds message and advice.
+    KwrapError that line holds message and advice. Raises MemoryError where the helper had too little.
     """
     try:
         done = subprocess.run(
@@ -92,6 +92,8 @@ def ask_python(
         )
     except subprocess.TimeoutExpired:
         raise NoAnswer(f"no answer within {timeout_seconds:g} s") from None
+    if done.returncode and LACKS_MEMORY.search(done.stderr):
+        raise MemoryError
     if done.returncode:
         raise NoAnswer((done.stderr.strip().splitlines() or [f"the process ended with code {done.returncode}"])[-1])
     try:
@@ -123,6 +125,8 @@ def main() -> int:
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except KwrapError as error:
+        if lacks_memory(error):
+            raise
         print(". ".join(line.strip() for line in str(error).splitlines()), file=sys.stderr)
         return EXIT_FAILED
     return 0

@@ -19,7 +19,7 @@ import click
 import kohaku_wrap
 from kohaku_wrap.cli.output import print_error
 from kohaku_wrap.cli.usage import describe_usage_error
-from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapError, MissingExtra
+from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapError, MissingExtra, lacks_memory
 from kohaku_wrap.outlets import OutputLost, loss_of_document
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -143,12 +143,16 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
 
 
 def call_program(arguments: Sequence[str] | None) -> int:
-    """The exit code of the command itself."""
+    """The exit code of the command itself; where memory ran out, whatever came of it, raises MemoryError."""
     try:
         result: Any = program.main(args=arguments, prog_name="kwrap", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_request:
         return int(exit_request.exit_code)
+    except Exception as error:
+        if lacks_memory(error):
+            raise MemoryError from error
+        raise
 
 
 def judge_output() -> int:

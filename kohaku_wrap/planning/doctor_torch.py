@@ -104,6 +104,8 @@ def ask_worker(request: dict[str, Any]) -> dict[str, Any]:
         )
     except NoAnswer as failed:
         return {"error": failed.message}
+    except MemoryError:
+        return {"error": "there is not enough memory to load it"}
     return facts
 
 

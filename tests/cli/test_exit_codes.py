@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from kohaku_wrap.cli import advice_for_os_error, program, run_program
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
+from kohaku_wrap.processes import ask_python
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,44 @@ def test_a_mistyped_line_is_one_message(line: str, said: str, capsys: pytest.Cap
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program([]) == 2
     assert "Look around:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mib", [60, 250, 400, 800])
+@pytest.mark.parametrize("command", ["merge a -m a=x -o y", "select demo --db x --out y", "template ls"])
+def test_a_limit_of_memory_is_named(command: str, mib: int) -> None:
+    """Libraries crash, abort or blame a file where they do not fit."""
+    line = f"ulimit -v {mib << 10} && exec {sys.executable} -P -m kohaku_wrap {command}"
+    limited = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert limited.returncode == 1
+    assert limited.stderr.startswith("error: there is not enough memory") and len(limited.stderr.splitlines()) == 2
+
+
+LIMITED = """
+import resource, sys
+from kohaku_wrap.cli import run_program
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (130 << 20), resource.RLIM_INFINITY))
+sys.exit(run_program(sys.argv[1:]))
+"""
+"""Memory that is gone only after the start."""
+
+
+@pytest.mark.parametrize("command", ["merge a -m a={} -o y", "inspect {}", "extract {} --tars t --out y"])
+def test_memory_that_runs_out_is_named(command: str, tmp_path: Path) -> None:
+    network = tmp_path / "a.safetensors"
+    network.write_bytes(struct.pack("<Q", 54) + b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' + bytes(4))
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    argv = [sys.executable, "-c", LIMITED, *command.format(network).split()]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: there is not enough memory") and len(ended.stderr.splitlines()) == 2
+
+
+def test_memory_that_a_helper_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greedy.py").write_text("bytearray(1 << 60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(MemoryError):
+        ask_python("greedy")
 
 
 def test_all_problems_are_shown_at_once() -> None:

@@ -461,3 +461,23 @@ def test_the_format_decides_where_the_name_is_wrong():
     assert check_image(draw(kind="PNG"), "jpg").extension == "png"
     assert check_image(draw(), "jpeg").extension == "jpeg"
     assert check_image(draw(kind="AVIF"), "avif").extension == "avif"
+
+
+LITTLE_MEMORY = """
+import io, resource
+from PIL import Image
+from kohaku_wrap.dataset.images.checking import check_image
+content = io.BytesIO()
+Image.new("RGB", (6000, 6000)).save(content, "PNG", compress_level=1)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), resource.RLIM_INFINITY))
+try:
+    check_image(content.getvalue(), "png")
+except MemoryError:
+    print("no memory")
+"""
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_image():
+    shown = subprocess.run([sys.executable, "-c", LITTLE_MEMORY], capture_output=True, text=True, check=False)
+    assert shown.stdout == "no memory\n", shown.stderr

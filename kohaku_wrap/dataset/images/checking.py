@@ -53,7 +53,6 @@ DECODER_ERRORS = (
     TypeError,
     AttributeError,
     NotImplementedError,
-    MemoryError,
     RuntimeError,
     struct.error,
     zlib.error,
@@ -110,6 +109,10 @@ def check_image(
         # Pillow's own words hold an address, another one in each run.
         disguise = name_disguise(content[:START_BYTES]).partition(";")[0]
         raise ImageRefused(f"is {disguise or 'no image of a format that is read'}") from error
+    except MemoryError as error:
+        # Where there is room for the largest of images it is the file that asks for too much; else nothing can be said.
+        bytearray(4 * LARGEST_IMAGE_PIXELS)
+        raise ImageRefused("does not decode: asks for more memory than an image takes") from error
     except DECODER_ERRORS as error:
         raise ImageRefused(f"does not decode: {error or type(error).__name__}") from error
 
