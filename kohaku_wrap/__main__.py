@@ -11,7 +11,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 
 NEEDED_BYTES = (1 << 30) + (40 << 20) * min(os.cpu_count() or 1, 64)
-"""Of address space. Measured: 0.6 GB for numpy, pyarrow, numba and Pillow with one thread, 40 MiB for each further thread
+"""Of address space. Measured: 0.6 GB for numpy, pyarrow, numba and Pillow with one thread, 40 MiB for each further one
 of numpy's, and half a gigabyte to work with."""
 
 TOO_LITTLE = (
