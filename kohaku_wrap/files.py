@@ -97,6 +97,14 @@ def read_regular(path: Path) -> str:
         return stream.read().decode("utf-8")
 
 
+def has_size(path: Path, size_bytes: int) -> bool:
+    """Whether a file is there and as long as it was."""
+    try:
+        return path.stat().st_size == size_bytes
+    except OSError:
+        return False
+
+
 @contextmanager
 def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new hidden folder to fill and to rename; it is gone after the block, and so are those of killed processes.

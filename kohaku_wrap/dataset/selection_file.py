@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ def read_about(path: Path) -> tuple[int, dict[str, Any]]:
         return file.metadata.num_rows, about
 
 
-def open_selection(path: Path) -> pq.ParquetFile:
-    """The selection as a Parquet file with every column. Raises BadSelection."""
+def open_selection(path: Path, needed: Sequence[str] = POST_SCHEMA.names) -> pq.ParquetFile:
+    """The selection as a Parquet file with every column that is needed. Raises BadSelection."""
     if not path.is_file():
         raise BadSelection(
             f"{path}: {'not a regular file' if path.exists() else 'no such file'}",
@@ -99,7 +99,7 @@ def open_selection(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise BadSelection(f"{path}: not a selection: {error}", AGAIN) from error
-    missing = [name for name in POST_SCHEMA.names if name not in file.schema_arrow.names]
+    missing = [name for name in needed if name not in file.schema_arrow.names]
     if missing:
         file.close()
         raise BadSelection(f"{path}: no column {', '.join(missing)}", AGAIN)
@@ -153,10 +153,7 @@ def read_selected_posts(path: Path, date_parser: str = "iso") -> SelectedPosts:
             raise BadSelection(f"{path}: damaged: {error}", AGAIN) from error
     all_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
     if not len(all_ids) or (all_ids[1:] <= all_ids[:-1]).any():
-        raise BadSelection(
-            f"{path}: {'not by ascending id' if len(all_ids) else 'no posts in it'}",
-            AGAIN,
-        )
+        raise BadSelection(f"{path}: {'not by ascending id' if len(all_ids) else 'no posts in it'}", AGAIN)
     return SelectedPosts(
         ids=all_ids,
         ratings=np.concatenate(ratings),

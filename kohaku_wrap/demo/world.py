@@ -18,7 +18,7 @@ from kohaku_wrap.demo.posts import DemoPost, make_posts
 from kohaku_wrap.demo.shards import write_shards
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.files import Progress, fsync_folder, take_lock
+from kohaku_wrap.files import Progress, fsync_folder, has_size, take_lock
 from kohaku_wrap.formats.toml_text import toml_text
 
 DEFAULT_POSTS = 240
@@ -147,9 +147,8 @@ def find_world(folder: Path, posts: int, seed: int) -> World | None:
     if (world.posts, world.seed) != (posts, seed):
         raise WorldInTheWay(f"{folder} is a world of {world.posts} posts and seed {world.seed}", remove)
     for name, size_bytes in sizes.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size_bytes:
-            raise WorldInTheWay(f"{path} is gone or was changed since the world was made", remove)
+        if not has_size(folder / name, size_bytes):
+            raise WorldInTheWay(f"{folder / name} is gone or was changed since the world was made", remove)
     return world
 
 

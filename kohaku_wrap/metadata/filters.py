@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 STILL_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif")
+"""What the trainer reads, of what the site holds; gif, mp4, webm, zip and swf are no still images."""
+
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 """Names of `post.rating` 0 … 3."""
 

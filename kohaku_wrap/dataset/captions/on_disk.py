@@ -10,16 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from kohaku_wrap.errors import KwrapError
-
-EXTRACTED_FILE = "extracted.parquet"
-COLUMNS = ("id", "file", "width", "height")
-
-
-class BadImageList(KwrapError):
-    """`extracted.parquet` is not what `kwrap extract` writes."""
+from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE, ExtractedUnreadable, read_extracted
 
 
 @dataclass(frozen=True)
@@ -58,32 +50,27 @@ class CaptionImages:
 def find_images(folder: Path, post_ids: npt.NDArray[np.int64]) -> CaptionImages | None:
     """The images of the posts `post_ids` (ascending) that extract verified and that are still in `folder`.
 
-    None when nothing was extracted there yet. Raises BadImageList.
+    None when nothing was extracted there yet. Raises ExtractedUnreadable.
     """
     path = folder / EXTRACTED_FILE
     if not path.is_file():
         return None
-    try:
-        table = pq.read_table(path, columns=list(COLUMNS), memory_map=False)
-    except (pa.ArrowInvalid, KeyError, OSError) as error:
-        raise BadImageList(
-            f"{path}: {error}", "Remove it and run `kwrap extract` again; it checks all images from the tars."
-        ) from error
-    ids = table.column("id").to_numpy().astype(np.int64)
+    table = read_extracted(folder, ("id", "file", "width", "height"))
+    ids = table.column("id").to_numpy()
     if (ids[1:] <= ids[:-1]).any():
-        raise BadImageList(f"{path}: not by ascending id", "Run `kwrap extract` again.")
+        raise ExtractedUnreadable(f"{path}: not by ascending id", "Run `kwrap extract` again.")
     places = np.minimum(np.searchsorted(post_ids, ids), max(len(post_ids) - 1, 0))
     wanted = np.flatnonzero(post_ids[places] == ids) if len(post_ids) else np.empty(0, np.int64)
-    files = table.column("file").combine_chunks().cast(pa.string()).take(pa.array(wanted))
+    files = table.column("file").combine_chunks().take(pa.array(wanted))
     on_disk, has_text = look_on_disk(folder, files, ids[wanted])
     there = np.flatnonzero(on_disk)
     kept = wanted[there]
     return CaptionImages(
-        places=places[kept].astype(np.int64),
+        places=places[kept],
         ids=ids[kept],
         files=files.take(pa.array(there)),
-        widths=table.column("width").to_numpy()[kept].astype(np.int32),
-        heights=table.column("height").to_numpy()[kept].astype(np.int32),
+        widths=table.column("width").to_numpy()[kept],
+        heights=table.column("height").to_numpy()[kept],
         has_text=has_text[there],
         vanished=len(wanted) - len(kept),
     )

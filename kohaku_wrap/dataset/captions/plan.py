@@ -92,10 +92,7 @@ def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:
     if not haku:
         slots += (SEPARATOR_SLOT, *effective.suffix)
     group_slots = {group: place for place, group in enumerate(slots) if group != SEPARATOR_SLOT}
-    fates, tag_slots, tag_texts, element_of_tag, unused = _plan_tags(effective, tags, group_slots, strip=not haku)
-
-    texts = tag_texts
-    slot_of = tag_slots
+    fates, slot_of, texts, element_of_tag, unused = _plan_tags(effective, tags, group_slots, strip=not haku)
 
     def add(group_slot: int | None, text: str) -> int:
         if group_slot is None:
@@ -113,8 +110,9 @@ def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:
         add(group_slots.get("rating"), ", ".join(effective.ratings[rating])) if effective.ratings[rating] else -1
         for rating in RATINGS
     ]
+    is_separator = np.array([slot == SEPARATOR_SLOT for slot in slots])
     part_of_slot = np.zeros(MOST_SLOTS, dtype=np.int8)
-    part_of_slot[: len(slots)] = _number_parts(slots)
+    part_of_slot[: len(slots)] = 2 * np.cumsum(is_separator) - is_separator
     plain = pa.array(texts, type=pa.string())
     with_comma = pa.array([f", {text}" for text in texts], type=pa.string())
     return CaptionPlan(
@@ -134,18 +132,6 @@ def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:
     )
 
 
-def _number_parts(slots: tuple[str, ...]) -> list[int]:
-    """The part of each slot: groups between the same separators share one."""
-    parts, part = [], 0
-    for slot in slots:
-        if slot == SEPARATOR_SLOT:
-            part += 2
-            parts.append(part - 1)
-        else:
-            parts.append(part)
-    return parts
-
-
 def _plan_tags(
     recipe: CaptionRecipe, tags: TagTable, group_slots: Mapping[str, int], strip: bool
 ) -> tuple[list[int], list[int], list[str], npt.NDArray[np.int32], tuple[str, ...]]:
@@ -158,9 +144,9 @@ def _plan_tags(
     fates: list[int] = []
     slots: list[int] = []
     texts: list[str] = []
-    keeps_underscores = (lambda name: name in recipe.kaomoji) if recipe.underscores == "kaomoji" else _is_short
+    by_list = recipe.underscores == "kaomoji"
     for name, original, tag_type in zip(names, tags.names, tags.types.tolist(), strict=True):
-        text = name if keeps_underscores(name) else name.replace("_", " ")
+        text = name if (name in recipe.kaomoji if by_list else len(name) <= 3) else name.replace("_", " ")
         if strip:
             text = text.strip()
         slot = group_slots.get(GROUP_OF_TYPE[tag_type]) if tag_type >= 0 else None
@@ -207,7 +193,3 @@ def _apply_aliases(
         else:
             element_of_tag[row] = shared
     return unused
-
-
-def _is_short(name: str) -> bool:
-    return len(name) <= 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, arrange_elements
+from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, Elements, arrange_elements
 from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
@@ -86,9 +86,9 @@ class Tally:
         self.last_tokens = count(texts)
         self.tokens[separators] = self.last_tokens[separators] = 0
 
-    def add(self, chunk_elements: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]], counts: CaptionCounts) -> None:
-        """Count one chunk: its elements in order and where each caption ends."""
-        elements, ends = chunk_elements
+    def add(self, arranged: Elements, counts: CaptionCounts) -> None:
+        """Count one chunk."""
+        elements, ends = arranged.of, arranged.ends
         self.counts.add(counts)
         self.uses += np.bincount(elements, minlength=len(self.uses))
         totals = np.diff(np.concatenate([[0], np.cumsum(self.tokens[elements])[ends - 1]]))
@@ -119,9 +119,8 @@ def measure_captions(
     cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
     tokens_by, count = choose_counter(tokenizer)
 
-    def arrange(chunk: TagChunk) -> tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]], CaptionCounts]:
-        elements, counts = arrange_elements(plan, chunk, posts, cutoffs)
-        return (elements.of, elements.ends), counts
+    def arrange(chunk: TagChunk) -> tuple[Elements, CaptionCounts]:
+        return arrange_elements(plan, chunk, posts, cutoffs)
 
     def tally_all(folder: Path | None) -> Tally:
         tally = Tally(plan, count)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.images.extract_report import ExtractReport, write_report
 from kohaku_wrap.dataset.images.extract_shard import (
@@ -26,6 +25,7 @@ from kohaku_wrap.dataset.images.extract_shard import (
     ShardWriter,
     extract_in_process,
     extract_shard,
+    open_journal,
     start_process,
 )
 from kohaku_wrap.dataset.images.extracted import (
@@ -37,7 +37,7 @@ from kohaku_wrap.dataset.images.extracted import (
     read_extracted,
     write_extracted,
 )
-from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, take_numbers
+from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import Progress
 from kohaku_wrap.processes import safe_children
@@ -113,13 +113,9 @@ def find_tars(folder: Path) -> TarFolder:
 
 def read_selected_images(path: Path) -> SelectedImages:
     """Ids and original sizes of the selection at `path`. Raises BadSelection."""
-    if not path.is_file():
-        raise BadSelection(f"{path}: {'not a regular file' if path.exists() else 'no such file'}", AGAIN)
     try:
-        with pq.ParquetFile(path) as file:
+        with open_selection(path, ("id",)) as file:
             names = set(file.schema_arrow.names)
-            if "id" not in names:
-                raise BadSelection(f"{path}: no column id", AGAIN)
             columns = [name for name in ("id", "image_width", "image_height") if name in names]
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
@@ -163,7 +159,7 @@ def extract_images(
         tasks = make_tasks(selected, folder, known, max_pixels)
         processes = min(jobs or len(os.sched_getaffinity(0)), -(-len(selected.ids) // IMAGES_A_PROCESS))
         work = Extraction(images, journals.next_stem(), max_pixels, len(selected.ids), on_progress)
-        report = ExtractReport(images, len(selected.ids))
+        report = ExtractReport(images=images, selected=len(selected.ids))
         for result in work.run_here(tasks) if processes == 1 else work.run_in_pool(tasks, processes):
             report.add(result)
         report.sort()
@@ -231,9 +227,7 @@ class Extraction:
 
     def run_here(self, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
         """Run the tasks in this process, one after another."""
-        with self.journal_stem.with_name(f"{self.journal_stem.name}-{os.getpid()}.csv").open(
-            "a", encoding="utf-8"
-        ) as journal:
+        with open_journal(self.journal_stem) as journal:
             writer = ShardWriter(self.images, journal, self.max_pixels, lambda: False, self.count_done)
             for task in tasks:
                 yield extract_shard(task, writer)

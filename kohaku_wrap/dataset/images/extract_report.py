@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +20,24 @@ class ImagesMissing(KwrapError):
 
 
 @dataclass
-class ExtractReport:
-    """What became of a selection's images; every selected post is in exactly one of the four."""
+class ExtractReport(ShardResult):
+    """What became of a selection's images; every selected post is written, kept, missing or corrupt."""
 
-    images: Path
+    images: Path = field(kw_only=True)
     """The folder that holds them."""
 
-    selected: int
+    selected: int = field(kw_only=True)
     """Posts of the selection."""
-
-    written: int = 0
-    """Extracted and verified now."""
-
-    kept: int = 0
-    """There already, verified by an earlier run, and of the same size."""
-
-    missing: list[tuple[int, str]] = field(default_factory=list)
-    """Ids that no tar holds, with the reason."""
-
-    corrupt: list[tuple[int, str]] = field(default_factory=list)
-    """Ids whose members were refused, with the reason."""
-
-    reduced: int = 0
-    """Of the written, smaller copies made for `max_pixels`."""
-
-    rewritten: int = 0
-    """Of the written, pictures made anew for training: turned upright, laid on white or scaled to 8 bits."""
 
     not_looked_at: int = 0
     """Of the kept, pictures of a kwrap that did not know the rule of `appearance`; they stay as they are."""
 
-    other_size: int = 0
-    """Of the written, images whose real size is not the database's."""
-
-    refused: list[tuple[str, str, str]] = field(default_factory=list)
-    """Members refused for what they are, wanted or not: tar, name, reason."""
-
-    damaged: list[tuple[str, str]] = field(default_factory=list)
-    """Damaged and unreadable tars, with the reason."""
-
     def add(self, result: ShardResult) -> None:
         """Add what became of one task's posts."""
-        self.written += result.written
-        self.kept += result.kept
-        self.reduced += result.reduced
-        self.rewritten += result.rewritten
-        self.other_size += result.other_size
-        self.missing += result.missing
-        self.corrupt += result.corrupt
-        self.refused += result.refused
-        self.damaged += result.damaged
+        for counted in fields(ShardResult):
+            total = getattr(self, counted.name)
+            total += getattr(result, counted.name)
+            setattr(self, counted.name, total)
 
     def sort(self) -> None:
         """Put all lists in the order of ids and names; those of tars without the repeats of several tasks."""

@@ -21,12 +21,13 @@ import numpy.typing as npt
 
 from kohaku_wrap.dataset.images.checking import (
     LARGEST_FILE_BYTES,
-    STILL_EXTENSIONS,
     CheckedImage,
     ImageRefused,
     check_image,
 )
 from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
+from kohaku_wrap.files import blamed_on, has_size
+from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -120,17 +121,13 @@ class ShardWriter:
         path = self.out / name
         part = path.with_name(f".{path.name}{PART_SUFFIX}")
         try:
-            try:
-                part.write_bytes(image.content)
-            except FileNotFoundError:
-                part.parent.mkdir(exist_ok=True)
-                part.write_bytes(image.content)
-            part.replace(path)
-        except OSError as error:
-            # A write names no file in its error; the person needs to know which disk is full.
-            error.filename = error.filename or str(path)
-            part.unlink(missing_ok=True)
-            raise
+            with blamed_on(path, part):
+                try:
+                    part.write_bytes(image.content)
+                except FileNotFoundError:
+                    part.parent.mkdir(exist_ok=True)
+                    part.write_bytes(image.content)
+                part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -138,6 +135,11 @@ class ShardWriter:
         limit = self.max_pixels if image.reduced else 0
         self.journal.write(f"{post_id},{name},{image.width},{image.height},{size_bytes},{limit},{image.rewritten:d}\n")
         self.journal.flush()
+
+
+def open_journal(stem: Path) -> TextIO:
+    """This process's own journal of a run."""
+    return stem.with_name(f"{stem.name}-{os.getpid()}.csv").open("a", encoding="utf-8")
 
 
 def read_id(name: str) -> tuple[int, str] | None:
@@ -179,14 +181,7 @@ def extract_shard(task: ShardTask, writer: ShardWriter) -> ShardResult:
 def find_wanted(task: ShardTask, out: Path) -> set[int]:
     """The posts whose verified file is not there in its known size."""
     wanted = set(task.ids.tolist())
-    for post_id, (file, size_bytes) in task.known.items():
-        try:
-            if (out / file).stat().st_size == size_bytes:
-                wanted.discard(post_id)
-        except OSError:
-            # Gone since it was verified: it is extracted again.
-            continue
-    return wanted
+    return wanted.difference(post_id for post_id, (file, size) in task.known.items() if has_size(out / file, size))
 
 
 def note_refusals(reader: TarReader, wanted: set[int], result: ShardResult, failures: dict[int, list[str]]) -> None:
@@ -285,8 +280,7 @@ def start_process(out: Path, journal_stem: Path, max_pixels: int, stop: EventTyp
         with done.get_lock():
             done.value += posts
 
-    journal = journal_stem.with_name(f"{journal_stem.name}-{os.getpid()}.csv").open("a", encoding="utf-8")
-    _writer = ShardWriter(out, journal, max_pixels, stop.is_set, count_done)
+    _writer = ShardWriter(out, open_journal(journal_stem), max_pixels, stop.is_set, count_done)
 
 
 def exit_after(sentinel: int) -> None:

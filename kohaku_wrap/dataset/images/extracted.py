@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import atomic_write, take_lock
+from kohaku_wrap.files import atomic_write, has_size, take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
 JOURNAL_FOLDER = ".extracting"
@@ -93,25 +93,25 @@ class JournalFolder:
         return pa.concat_tables(tables)
 
 
-def read_extracted(images: Path) -> pa.Table:
+def read_extracted(images: Path, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
     """The rows of extracted.parquet by ascending id, none when there is no such file. Raises ExtractedUnreadable."""
     path = images / EXTRACTED_FILE
     if not path.is_file():
         return SCHEMA.empty_table()
     try:
-        table = pq.read_table(path)
-        return fit_schema(table)
+        with pq.ParquetFile(path) as file:
+            return fit_schema(file.read(list(columns)), columns)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ExtractedUnreadable(
             f"{path}: {error}", "Remove it and run `kwrap extract` again; it checks all images from the tars."
         ) from error
 
 
-def fit_schema(table: pa.Table) -> pa.Table:
-    """The columns of SCHEMA; a table of an earlier kwrap does not say what was rewritten. Raises what a cast raises."""
-    if "rewritten" not in table.column_names:
+def fit_schema(table: pa.Table, columns: Sequence[str] = SCHEMA.names) -> pa.Table:
+    """The columns as in SCHEMA; an earlier kwrap does not say what was rewritten. Raises what a cast raises."""
+    if "rewritten" in columns and "rewritten" not in table.column_names:
         table = table.append_column("rewritten", pa.nulls(table.num_rows, pa.int8()))
-    return table.select(SCHEMA.names).cast(SCHEMA)
+    return table.select(columns).cast(pa.schema([SCHEMA.field(name) for name in columns]))
 
 
 def merge_rows(earlier: pa.Table, later: pa.Table) -> pa.Table:
@@ -137,16 +137,11 @@ def drop_ids(table: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
 
 def drop_absent_files(table: pa.Table, images: Path) -> pa.Table:
     """The rows whose file is there in its recorded size."""
-    there = np.zeros(table.num_rows, dtype=bool)
-    position = 0
+    there: list[bool] = []
     for batch in table.select(["file", "size_bytes"]).to_batches():
-        for file, size_bytes in zip(batch["file"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True):
-            try:
-                there[position] = (images / file).stat().st_size == size_bytes
-            except OSError:
-                there[position] = False
-            position += 1
-    return table.filter(pa.array(there))
+        rows = zip(batch["file"].to_pylist(), batch["size_bytes"].to_pylist(), strict=True)
+        there += (has_size(images / file, size_bytes) for file, size_bytes in rows)
+    return table.filter(pa.array(there, pa.bool_()))
 
 
 def write_extracted(images: Path, table: pa.Table, about: Mapping[str, Any]) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import stat
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import open_regular
 from kohaku_wrap.formats.disguises import START_BYTES, name_disguise
 
 INDEX_LIMIT_BYTES = 1 << 28
@@ -162,28 +162,22 @@ def list_tar(path: Path, use_index: bool = True) -> TarListing:
     The index `path` with the suffix .json is used when its `filesize` is the tar's and it lists all of the tar; what
     it leaves out is found by the headers. Raises TarUnreadable when the tar cannot be opened, or is something else.
     """
-    descriptor = open_regular(path)
-    try:
+    with open_tar(path) as stream:
+        descriptor = stream.fileno()
         refuse_disguise(path, descriptor)
         index = read_index(path.with_suffix(".json"), os.fstat(descriptor).st_size) if use_index else None
         if index and covers_tar(index, descriptor):
             return index
         listing = walk_headers(descriptor)
         return join_listings(listing, index, descriptor) if index else listing
-    finally:
-        os.close(descriptor)
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file; a pipe or a device would be read without end. Raises TarUnreadable."""
+def open_tar(path: Path) -> IO[bytes]:
+    """The tar; a pipe or a device would be read without end. Raises TarUnreadable."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        return open_regular(path)
     except OSError as error:
         raise TarUnreadable(f"{path}: {error.strerror}", "Check the tar, or fetch it again.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise TarUnreadable(f"{path}: not a regular file", "Take it away, or put the tar in its place.")
-    return descriptor
 
 
 def refuse_disguise(path: Path, descriptor: int) -> None:
@@ -222,7 +216,8 @@ def join_listings(walked: TarListing, index: TarListing, descriptor: int) -> Tar
 def read_index(path: Path, size_bytes: int) -> TarListing | None:
     """The listing of a tar of `size_bytes` from its index, or None when it has none that fits."""
     try:
-        index = json.loads(read_regular(path, INDEX_LIMIT_BYTES))
+        with open_regular(path) as stream:
+            index = json.loads(stream.read(INDEX_LIMIT_BYTES))
         if index["filesize"] != size_bytes:
             return None
         listing = TarListing(from_index=True)
@@ -238,16 +233,6 @@ def read_index(path: Path, size_bytes: int) -> TarListing | None:
     return listing
 
 
-def read_regular(path: Path, limit_bytes: int) -> bytes:
-    """The content of a regular file that is not too large; OSError for all else, such as pipes and devices."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit_bytes:
-            raise OSError(f"{path}: not a regular file of at most {limit_bytes:,} bytes")
-        return stream.read(limit_bytes)
-
-
 class TarReader:
     """An open tar whose members are read by their place, and checked against their headers."""
 
@@ -259,15 +244,15 @@ class TarReader:
         self.path = path
         self.listing = list_tar(path)
         self._wanted = wanted
-        self._descriptor = open_regular(path)
-        if self.listing.from_index and not self._index_is_true():
+        self._stream = open_tar(path)
+        if self.listing.from_index and not all(follows_header(self._stream.fileno(), one) for one in self.members):
             self.listing = list_tar(path, use_index=False)
 
     def __enter__(self) -> TarReader:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        os.close(self._descriptor)
+        self._stream.close()
 
     @property
     def members(self) -> list[Member]:
@@ -276,11 +261,7 @@ class TarReader:
 
     def read(self, member: Member) -> bytes:
         """The member's data; fewer bytes than it says where the file ends before."""
-        return os.pread(self._descriptor, member.size_bytes, member.offset)
-
-    def _index_is_true(self) -> bool:
-        """True when its own header lies before each wanted member."""
-        return all(follows_header(self._descriptor, member) for member in self.members)
+        return os.pread(self._stream.fileno(), member.size_bytes, member.offset)
 
 
 def follows_header(descriptor: int, member: Member) -> bool:
