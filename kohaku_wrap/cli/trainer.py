@@ -32,7 +32,7 @@ Examples:
 @click.option(
     "--source", default="", metavar="URL|PATH", help="Git URL or local repository (default: the project's own)."
 )
-@click.option("--commit", default="", metavar="C", help="A supported tag or commit (default: v0.10.1).")
+@click.option("--commit", default="", metavar="C", help="A supported tag or commit (default: v0.11.1).")
 @click.option("--no-requirements", is_flag=True, help="Leave missing Python packages to me.")
 @click.option("--requirements-only", is_flag=True, help="Only the Python packages, for a checkout of my own.")
 @json_option
@@ -134,7 +134,7 @@ def describe_report(report: TrainerReport) -> dict[str, Any]:
         "anchors": [
             {
                 "name": match.anchor.name,
-                "file": match.anchor.file,
+                "file": ", ".join(match.files),
                 "within": match.anchor.within,
                 "found": match.count,
                 "corrected": match.anchor.replacement is not None,

@@ -143,18 +143,18 @@ def require_supported(checkout: Checkout) -> Checkout:
 
     Raises AnchorsMissing that names the places that differ, or UnsupportedTrainer.
     """
+    if checkout.is_supported:
+        return checkout
     require_anchors(checkout.path, checkout.name, SUPPORTED_TEXT)
     if checkout.is_changed:
         raise UnsupportedTrainer(
             f"{checkout.path}: files of sd-scripts {checkout.name} were changed",
             f"Restore them (git -C {checkout.path} checkout -- .), or install a fresh one: kwrap trainer install",
         )
-    if not checkout.is_supported:
-        raise UnsupportedTrainer(
-            f"{checkout.path}: sd-scripts {checkout.name} is not supported",
-            f"Supported: {SUPPORTED_TEXT}. Install one: kwrap trainer install",
-        )
-    return checkout
+    raise UnsupportedTrainer(
+        f"{checkout.path}: sd-scripts {checkout.name} is not supported",
+        f"Supported: {SUPPORTED_TEXT}. Install one: kwrap trainer install",
+    )
 
 
 def report_trainer() -> TrainerReport:

@@ -25,6 +25,21 @@ class SupportedCommit:
 
 SUPPORTED = (
     SupportedCommit(
+        "v0.11.1",
+        "6721028c79ee85a78b3a06dfd8954dae310a1cce",
+        "ea99741d29b99ad531d07ebb35e2936b7e9858c45b4c6fa75146ed5b05298862",
+    ),
+    SupportedCommit(
+        "c162e90",
+        "c162e9039cc3228057b3fc6ae64ce770b87ab9bf",
+        "7585a164e893b38d0a821742c5fee8663ceaf3dfefa1ba0f610768765b1546f4",
+    ),
+    SupportedCommit(
+        "v0.10.6",
+        "6e14642f3bc756cd947803eac0e7c9be4acdf964",
+        "66b445ce4260c1a640bc9ff245e044da1c37ca952d9e5b3bb5c77d2895281b1b",
+    ),
+    SupportedCommit(
         "v0.10.1",
         "ae72efb92babe89ff8e70f057e42db68440e8d61",
         "738ec7136b7811d01f5e98cb8f2c5e4a50a6ed0a2c8945f807972a0351220f49",

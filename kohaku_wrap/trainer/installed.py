@@ -135,9 +135,7 @@ def find_option_table(*, read_live: bool = True) -> OptionTable:
     if checkout is None:
         return load_recorded_table()
     commit = read_trainer_commit(checkout)
-    if not commit or (not read_live and not cached_table_file(commit).is_file()):
-        return load_recorded_table()
-    if not cached_table_file(commit).is_file():
+    if read_live and commit and not cached_table_file(commit).is_file():
         write_text(cached_table_file(commit), ask_trainer(checkout))
     return load_option_table(commit)
 

@@ -17,7 +17,7 @@ from kohaku_wrap.files import home_folder
 from kohaku_wrap.toml_files import parse_toml
 
 RECORDED_TABLE = Path(__file__).with_name("options_sd_scripts.json")
-"""The options of the supported commits, written by `planning/workers/list_options.py`; the same for all of them."""
+"""The default commit's options, written by `planning/workers/list_options.py`, and which of them others lack."""
 
 SHOWN_LENGTH = 120
 
@@ -124,10 +124,14 @@ def flatten_sections(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def load_recorded_table() -> OptionTable:
-    """The table that came with kwrap."""
+def load_recorded_table(commit: str = "") -> OptionTable:
+    """The table that came with kwrap: the default's, or that of another supported commit, which may lack some."""
     document = json.loads(RECORDED_TABLE.read_text(encoding="utf-8"))
-    return parse_table(document, "the recorded table of " + ", ".join(document["commits"]))
+    names = [name for name, known in document["commits"].items() if known == commit] or list(document["commits"])
+    lacking = document["lacking"].get(names[0], ())
+    for part in ("options", "dataset_options"):
+        document[part] = {name: entry for name, entry in document[part].items() if name not in lacking}
+    return parse_table(document, "the recorded table of " + ", ".join(names))
 
 
 def cached_table_file(commit: str) -> Path:
@@ -139,7 +143,7 @@ def load_option_table(commit: str | None = None) -> OptionTable:
     """The options of the installed trainer's commit where they were read, else the recorded table."""
     if commit and (file := cached_table_file(commit)).is_file():
         return parse_table(json.loads(file.read_text(encoding="utf-8")), f"sd-scripts {commit[:7]}")
-    return load_recorded_table()
+    return load_recorded_table(commit or "")
 
 
 def parse_literal(text: str) -> Any:

@@ -37,7 +37,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     checkout = require_supported(find_checkout())
-    correct_loop(checkout.path / "train_network.py", checkout.name, SUPPORTED_TEXT)
+    correct_loop(checkout.path, checkout.name, SUPPORTED_TEXT)
     sd_scripts.enter_checkout(checkout)
     for name in IMPORTED_BY_ATTEMPTS:
         import_module(name)

@@ -131,7 +131,8 @@ def rates_of_sd_scripts(lock: Lock, count: int, names: Sequence[str]) -> Any:
 
     enter_checkout(require_supported(find_checkout(lock.trainer_commit)))
     sdxl_train_network = importlib.import_module("sdxl_train_network")
-    train_util = importlib.import_module("library.train_util")
+    objects = importlib.import_module("kohaku_wrap.training.engines.sd_scripts.objects")
+    make_schedule = objects.find_object("get_scheduler_fix")
     args: argparse.Namespace = sdxl_train_network.setup_parser().parse_args([])
     for name, value in trainer_values(lock).items():
         setattr(args, name, value)
@@ -151,7 +152,7 @@ def rates_of_sd_scripts(lock: Lock, count: int, names: Sequence[str]) -> Any:
     return list_rates(
         groups,
         args.learning_rate,
-        lambda optimizer: train_util.get_scheduler_fix(args, optimizer, 1),
+        lambda optimizer: make_schedule(args=args, optimizer=optimizer, num_processes=1),
         args.max_train_steps,
     )
 

@@ -11,7 +11,7 @@ import pytest
 
 from kohaku_wrap.trainer.anchors import ANCHORS, LOOP, LOOP_ANCHORS, Anchor
 from kohaku_wrap.trainer.checkout import UnsupportedTrainer, inspect_checkout, require_supported
-from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
+from kohaku_wrap.trainer.commits import IMPORTED_FOLDERS, SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import (
     AnchorsMissing,
     SourceUnreadable,
@@ -38,7 +38,7 @@ class NetworkTrainer:
 
 
 def anchor(kind: Any, text: str, within: str = "NetworkTrainer.train", holds: str = "") -> Anchor:
-    return Anchor("a", "f.py", within, kind, text, holds)
+    return Anchor("a", within, kind, text, holds)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,9 @@ def anchor(kind: Any, text: str, within: str = "NetworkTrainer.train", holds: st
         (anchor("calls", "range()"), 1),
         (anchor("definition", "on_step_start(self, args, batch)", "NetworkTrainer"), 1),
         (anchor("definition", "on_step_start(self, args, …)", "NetworkTrainer"), 1),
+        (anchor("definition", "on_step_start(batch, self, args)", "NetworkTrainer"), 1),
         (anchor("definition", "on_step_start(self, batch)", "NetworkTrainer"), 0),
+        (anchor("definition", "on_step_start(self, images, …)", "NetworkTrainer"), 0),
         (anchor("statement", "steps = 0", "NetworkTrainer.other"), 0),
     ],
 )
@@ -71,7 +73,8 @@ def test_a_file_that_is_no_python_is_named(tmp_path: Path) -> None:
 def copy(trainer: Any, tmp_path: Path) -> Path:
     """A copy of the checkout's sources that a test may change."""
     source, target = trainer.checkout.path, tmp_path / "copy"
-    shutil.copytree(source / "library", target / "library", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in IMPORTED_FOLDERS:
+        shutil.copytree(source / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train_network.py", "sdxl_train_network.py"):
         shutil.copy(source / name, target / name)
     return target
@@ -86,17 +89,16 @@ def test_a_supported_checkout_is_known_without_git(copy: Path) -> None:
 
 @pytest.mark.sd_scripts
 @pytest.mark.parametrize(
-    ("file", "text", "other", "name"),
+    ("text", "other", "name"),
     [
-        ("train_network.py", "global_step = 0\n", "global_step = 1\n", "steps already done"),
-        ("train_network.py", "def on_step_start(self, args,", "def on_step_start(self, arguments,", "step hook"),
-        ("library/train_util.py", "def get_scheduler_fix(args,", "def get_scheduler_fixed(args,", "scheduler"),
+        ("global_step = 0\n", "global_step = 1\n", "steps already done"),
+        ("def on_step_start(", "def on_step_begin(", "step hook"),
+        ("def get_scheduler_fix(args,", "def get_scheduler_fixed(args,", "scheduler"),
     ],
 )
-def test_a_changed_place_is_named_with_the_supported_commits(
-    copy: Path, file: str, text: str, other: str, name: str
-) -> None:
-    path = copy / file
+def test_a_changed_place_is_named_with_the_supported_commits(copy: Path, text: str, other: str, name: str) -> None:
+    paths = [copy / "train_network.py", *copy.glob("library/*.py")]
+    path = next(each for each in paths if text in each.read_text(encoding="utf-8"))
     source = path.read_text(encoding="utf-8")
     assert source.count(text) == 1
     path.write_text(source.replace(text, other), encoding="utf-8")
@@ -119,7 +121,7 @@ def test_a_changed_file_with_all_places_is_refused_too(copy: Path) -> None:
 @pytest.mark.sd_scripts
 def test_the_corrected_loop_compiles_and_changes_only_its_places(copy: Path) -> None:
     source = copy / "train_network.py"
-    corrected = correct_loop(source, "copy", SUPPORTED_TEXT)
+    corrected = correct_loop(copy, "copy", SUPPORTED_TEXT)
     compile(corrected, str(source), "exec")
     text = ast.unparse(corrected)
     assert text.count(f"{LOOP}.") == sum((each.replacement or "").count(f"{LOOP}.") for each in LOOP_ANCHORS)

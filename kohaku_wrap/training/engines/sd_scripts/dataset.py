@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from library import train_util
 from library.strategy_base import TokenizeStrategy
 from torch.utils.data import Dataset, Sampler
 
@@ -21,6 +20,7 @@ from kohaku_wrap.training.data.order import BatchOrder
 from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.torch_streams import isolated_generators
+from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
 from kohaku_wrap.training.records.attempts import Attempt
 
 DATASET_CLASS = f"{__name__}.KwrapDataset"
@@ -47,6 +47,7 @@ DATASET_DEFAULTS: dict[str, Any] = {
     "max_bucket_reso": None,
     "bucket_reso_steps": None,
     "bucket_no_upscale": False,
+    "skip_image_resolution": None,
 }
 """What sd-scripts writes about a dataset into each checkpoint."""
 
@@ -57,13 +58,17 @@ class UnreadableByTrainer(UnreadableImage):
     advice = 'Fix the image; only kwrap\'s dataset (data = "kwrap") can train a substitute in its place.'
 
 
-class KwrapDataset(train_util.MinimalDataset):  # type: ignore[misc]  # sd-scripts has no type information
+class KwrapDataset(find_object("MinimalDataset")):  # type: ignore[misc]  # sd-scripts has no type information
     """kwrap's columns behind sd-scripts' seam for datasets of one's own."""
 
     def __init__(self, tokenizer: Any, max_token_length: int | None, resolution: Any, debug_dataset: bool) -> None:
         """Called by sd-scripts; all that matters is read from the run's folder."""
         batches, options = open_run_dataset(Attempt.load(), tokenize_as_trainer)
-        super().__init__(side_pair(options.get("resolution", resolution)), 1.0, debug_dataset)
+        super().__init__(
+            resolution=side_pair(options.get("resolution", resolution)),
+            network_multiplier=1.0,
+            debug_dataset=debug_dataset,
+        )
         self.batches = batches
         columns = batches.columns
         self.batch_size = batches.order.batch_size
@@ -138,7 +143,8 @@ class TrainersOwnDataset(Dataset[dict[str, Any]]):
         # One entry a batch: which images a batch holds is the trainer's own business.
         self.order = BatchOrder([0] * count.batches, 1, seed, count.group)
         self._images_loaded_too_early = multiprocessing.Value("q", 0)
-        train_util.load_image = name_unreadable(train_util.load_image)
+        load_image = find_object("load_image")
+        replace_object(load_image, name_unreadable(load_image))
         self.about_captions = self.take_tag_tables()
 
     def take_tag_tables(self) -> dict[str, str]:

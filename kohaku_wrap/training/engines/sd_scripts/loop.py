@@ -119,7 +119,7 @@ class Loop(Engine):
             self.beat("saving")
         return self.optimizer_steps
 
-    def end_micro_batch(self, optimizer_steps: int, _epoch: int) -> bool:
+    def end_micro_batch(self, optimizer_steps: int) -> bool:
         """Whether to leave the epoch; saves a state where one is due. Raises StopRequested."""
         self.fired.add("end of a micro-batch")
         if not self.step_ended:

@@ -20,17 +20,18 @@ def main() -> None:
     checkout = find_checkout()
     enter_checkout(checkout)
     import sdxl_train_network
-    from library import train_util
+    from accelerate import Accelerator
 
     from kohaku_wrap.planning.workers.cpu_processes import leave_frozen_modules
+    from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
     from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes, read_sizes
 
     parser = sdxl_train_network.setup_parser()
-    args = train_util.read_config_from_file(parser.parse_args(), parser)
+    args = find_object("read_config_from_file")(args=parser.parse_args(), parser=parser)
     sizes = read_sizes(Path(args.pretrained_model_name_or_path))
     if sizes is not None:
         change_sizes(sizes)
-    train_util.Accelerator = leave_frozen_modules(train_util.Accelerator)
+    replace_object(Accelerator, leave_frozen_modules(Accelerator))
     script = checkout.path / "sdxl_train_network.py"
     sys.argv[0] = str(script)
     runpy.run_path(str(script), run_name="__main__")

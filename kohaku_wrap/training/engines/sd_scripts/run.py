@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import sdxl_train_network
-from library import train_util
 
 from kohaku_wrap.config.base_model import require_weight_files
 from kohaku_wrap.config.code_names import find_unknown
@@ -16,6 +15,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.training.engines.sd_scripts.dataset import DATASET_CLASS
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop, StopRequested
+from kohaku_wrap.training.engines.sd_scripts.objects import find_object
 from kohaku_wrap.training.engines.sd_scripts.seams import (
     KwrapTrainer,
     finish_rotation,
@@ -68,8 +68,7 @@ class SdScriptsRun(Loop):
         attempt = self.attempt
         parser = sdxl_train_network.setup_parser()
         args = parser.parse_args()
-        train_util.verify_command_line_training_args(args)
-        args = train_util.read_config_from_file(args, parser)
+        args = find_object("read_config_from_file")(args=args, parser=parser)
         refuse_options(args, attempt)
         refuse_unknown_code(args, attempt)
         require_weight_files(vars(args), Path.cwd())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sdxl_train_network
 import torch
-import train_network
+from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
-from library import train_util
 from torch.utils.data import DataLoader, RandomSampler
 
 import kohaku_wrap
@@ -19,7 +20,7 @@ from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.planning.workers.cpu_processes import leave_frozen_modules
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.trainer.anchors import LOOP
+from kohaku_wrap.trainer.anchors import LOOP, TRAINER
 from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import correct_loop
@@ -27,36 +28,47 @@ from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
 from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop
+from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
 from kohaku_wrap.training.records.states import check_state_sizes
 
 TAG_TABLE = "ss_tag_frequency"
 
 
 def install_seams(loop: Loop, checkout: Checkout) -> None:
-    """Correct the trainer's loop and replace what it looks up in its modules; its files stay as they are."""
-    setattr(train_network, LOOP, loop)
-    corrected = correct_loop(checkout.path / "train_network.py", checkout.name, SUPPORTED_TEXT)
-    names: dict[str, Any] = {}
-    exec(compile(corrected, train_network.__file__, "exec"), train_network.__dict__, names)
-    train_network.NetworkTrainer.train = names["train"]
-    train_util.Accelerator = make_accelerator_class(leave_frozen_modules(train_util.Accelerator), loop)
-    train_util.LossRecorder = make_recorder_class(train_util.LossRecorder, loop)
-    train_util.get_scheduler_fix = schedule_for_one_process(train_util.get_scheduler_fix, loop)
+    """Correct the trainer's loop and replace what its modules look up; its files stay as they are."""
+    trainer = find_object(TRAINER)
+    module = sys.modules[trainer.__module__]
+    setattr(module, LOOP, loop)
+    corrected = correct_loop(checkout.path, checkout.name, SUPPORTED_TEXT)
+    methods: dict[str, Any] = {}
+    exec(compile(corrected, str(module.__file__), "exec"), module.__dict__, methods)
+    for name, method in methods.items():
+        setattr(trainer, name, method)
+    replace_object(Accelerator, make_accelerator_class(leave_frozen_modules(Accelerator), loop))
+    for name, make in (("LossRecorder", make_recorder_class), ("get_scheduler_fix", schedule_for_one_process)):
+        replace_object(find_object(name), make(find_object(name), loop))
     # kwrap writes its own states, sealed, at the end of the micro-batch.
     for name in ("save_and_remove_state_stepwise", "save_and_remove_state_on_epoch_end", "save_state_on_train_end"):
-        setattr(train_util, name, write_no_state)
+        replace_object(find_object(name), write_no_state)
 
 
-def write_no_state(*_arguments: Any) -> None:
+def named(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the function itself gives them, with its defaults."""
+    bound = inspect.signature(function).bind(*arguments, **keywords)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def write_no_state(*_arguments: Any, **_keywords: Any) -> None:
     """Stands where the trainer would write a state in place under its final name."""
 
 
 def schedule_for_one_process(make_schedule: Callable[..., Any], loop: Loop) -> Callable[..., Any]:
     """The trainer's schedule, counted in optimizer steps on any number of processes."""
 
-    def make(args: Any, optimizer: Any, _processes: int) -> Any:
+    def make(*arguments: Any, **keywords: Any) -> Any:
         loop.fired.add("scheduler")
-        return make_schedule(args, optimizer, 1)
+        return make_schedule(**(named(make_schedule, arguments, keywords) | {"num_processes": 1}))
 
     return make
 
@@ -118,7 +130,7 @@ def is_training_loader(candidate: Any) -> bool:
     """Whether it is the trainer's loader of training batches, known by its collator and its shuffle."""
     return (
         isinstance(candidate, DataLoader)
-        and isinstance(candidate.collate_fn, train_util.collator_class)
+        and isinstance(candidate.collate_fn, find_object("collator_class"))
         and isinstance(candidate.sampler, RandomSampler)
     )
 
@@ -164,28 +176,20 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         super().__init__()
         self.loop = loop
 
-    def post_process_network(self, args: Any, accelerator: Any, network: Any, *rest: Any) -> None:
+    def post_process_network(self, *arguments: Any, **keywords: Any) -> None:
         """Have the network's checkpoints written whole or not at all, without tables of tags."""
-        super().post_process_network(args, accelerator, network, *rest)
+        super().post_process_network(*arguments, **keywords)
+        network = named(super().post_process_network, arguments, keywords)["network"]
         self.loop.fired.add("network")
         self.loop.network = network
         network.save_weights = whole_checkpoints(network.save_weights, self.loop)
 
-    def on_step_start(
-        self,
-        args: Any,
-        accelerator: Any,
-        network: Any,
-        text_encoders: Any,
-        unet: Any,
-        batch: Any,
-        weight_dtype: Any,
-        is_train: bool = True,
-    ) -> None:
+    def on_step_start(self, *arguments: Any, **keywords: Any) -> None:
         """Seed noise and time steps by position; raises what the dataset met with this batch."""
-        if is_train:
-            self.loop.start_micro_batch(batch)
-        super().on_step_start(args, accelerator, network, text_encoders, unet, batch, weight_dtype, is_train=is_train)
+        given = named(super().on_step_start, arguments, keywords)
+        if given["is_train"]:
+            self.loop.start_micro_batch(given["batch"])
+        super().on_step_start(*arguments, **keywords)
 
     def encode_images_to_latents(self, *arguments: Any, **keywords: Any) -> Any:
         latents = super().encode_images_to_latents(*arguments, **keywords)
@@ -194,32 +198,31 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
 
     def get_noise_pred_and_target(self, *arguments: Any, **keywords: Any) -> Any:
         result = super().get_noise_pred_and_target(*arguments, **keywords)
-        if keywords.get("is_train", True):
+        if named(super().get_noise_pred_and_target, arguments, keywords)["is_train"]:
             self.loop.note_timesteps(result[2])
         return result
 
-    def process_batch(self, batch: Any, *arguments: Any, **keywords: Any) -> Any:
-        cached = batch.get("latents")
+    def process_batch(self, *arguments: Any, **keywords: Any) -> Any:
+        given = named(super().process_batch, arguments, keywords)
+        cached = given["batch"].get("latents")
         if cached is not None:
             # They were encoded before the loop, or lie on the disk.
             self.loop.note_latents(cached)
-        loss = super().process_batch(batch, *arguments, **keywords)
-        if keywords.get("is_train", True):
+        loss = super().process_batch(*arguments, **keywords)
+        if given["is_train"]:
             self.loop.note_loss(loss)
         return loss
 
-    def sample_images(
-        self, accelerator: Any, args: Any, epoch: int | None, global_step: int, *rest: Any, **keywords: Any
-    ) -> None:
+    def sample_images(self, *arguments: Any, **keywords: Any) -> None:
         """Sample as the trainer does, but not "at first" again after a resume; then end the epoch."""
-        loop = self.loop
-        at_first = epoch == 0
-        if args.sample_prompts and not (at_first and loop.optimizer_steps):
+        loop, given = self.loop, named(super().sample_images, arguments, keywords)
+        at_first = given["epoch"] == 0
+        if given["args"].sample_prompts and not (at_first and loop.optimizer_steps):
             loop.beat("sampling")
-            super().sample_images(accelerator, args, epoch, global_step, *rest, **keywords)
+            super().sample_images(*arguments, **keywords)
             loop.beat("step")
-        if epoch:
-            loop.end_epoch(epoch)
+        if given["epoch"]:
+            loop.end_epoch(given["epoch"])
 
 
 def name_rates(network: Any, args: Any, groups: int) -> tuple[str, ...]:
@@ -285,7 +288,7 @@ def finish_rotation(args: Any, optimizer_steps: int) -> None:
     every = args.save_every_n_steps
     if not every or not optimizer_steps or optimizer_steps % every:
         return
-    old = train_util.get_remove_step_no(args, optimizer_steps)
+    old = find_object("get_remove_step_no")(args=args, step_no=optimizer_steps)
     if old is not None:
-        name = train_util.get_step_ckpt_name(args, "." + args.save_model_as, old)
+        name = find_object("get_step_ckpt_name")(args=args, ext="." + args.save_model_as, step_no=old)
         (Path(args.output_dir) / name).unlink(missing_ok=True)
