@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import find_known, load_signatures
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.config.fates import fate_of_key
+from kohaku_wrap.config.fates import Fate, fate_of_key
 from kohaku_wrap.errors import Problem
 
 OWN_DATA = "kwrap.data"
@@ -56,17 +56,33 @@ def find_lack(effective: Effective, key: str) -> str:
     """
     fate = fate_of_key(key)
     value = effective.get(key)
-    if fate is None or not fate.needs or not value or value == effective.defaults.get(key):
+    if fate is None or not does_something(fate, value) or value == effective.defaults.get(key):
         return ""
     ways = [{resolve_key(effective, name): wanted for name, wanted in way.items()} for way in fate.ways()]
-    if any(all(holds(effective.get(name), wanted) for name, wanted in way.items()) for way in ways):
-        return ""
-    lacking = [(name, wanted) for way in ways for name, wanted in way.items() if not holds(effective.get(name), wanted)]
+    lacking = list_lacking(ways, effective.get)
     if all(name != OWN_DATA and rank(effective, name) > rank(effective, key) for name, _ in lacking):
         return ""
     if lacking[0][0] == OWN_DATA:
         return 'works only with data = "sd-scripts" in [kwrap]'
-    return f"does nothing without {' or '.join(say(name, wanted) for name, wanted in lacking)}"
+    return say_lacking(lacking)
+
+
+def does_something(fate: Fate, value: Any) -> bool:
+    """Whether a value is other than what stands for "off"; for some options that is true."""
+    return bool(value) or (fate.other is False and value is False)
+
+
+def list_lacking(ways: Iterable[Mapping[str, Any]], look: Callable[[str], Any]) -> list[tuple[str, Any]]:
+    """Partners and their values that are missing; empty where one of the ways holds, or there is none."""
+    ways = list(ways)
+    if any(all(holds(look(name), wanted) for name, wanted in way.items()) for way in ways):
+        return []
+    return [(name, wanted) for way in ways for name, wanted in way.items() if not holds(look(name), wanted)]
+
+
+def say_lacking(lacking: Iterable[tuple[str, Any]]) -> str:
+    """Missing partners in words."""
+    return f"does nothing without {' or '.join(say(name.removeprefix('map.'), wanted) for name, wanted in lacking)}"
 
 
 def holds(value: Any, wanted: Any) -> bool:

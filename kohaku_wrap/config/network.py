@@ -7,7 +7,7 @@ from typing import Any
 
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.fates import fate_of
-from kohaku_wrap.config.needs import rank
+from kohaku_wrap.config.needs import does_something, list_lacking, rank, say_lacking
 from kohaku_wrap.config.patterns import find_faults
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.trainer.options import fits, parse_literal, shorten, suggest
@@ -95,6 +95,7 @@ MODULE_ARGS = (
     "unbalanced_factorization",
     "use_scalar",
     "use_tucker",
+    "wd_on_out",
     "wd_on_output",
     "weight_decompose",
 )
@@ -169,14 +170,39 @@ def check_preset(effective: Effective) -> list[Problem]:
             wanted = {bool: "true or false", list: "a list", dict: "a table"}[PRESET_KEYS[key]]
             problems.append(Problem(where, f"must be {wanted}", layer))
         elif key in ("module_algo_map", "name_algo_map") and isinstance(value, dict):
-            problems += check_algo_map(key, value, layer)
+            problems += check_algo_map(effective, key, value)
+        problems += check_partners(effective, "preset", {key: value}, {})
     if not effective.preset.get("use_fnmatch"):
         problems += check_patterns(effective.preset, layer)
     return problems
 
 
-def check_algo_map(key: str, table: Mapping[str, Any], layer: str) -> list[Problem]:
+def check_partners(
+    effective: Effective, where: str, settings: Mapping[str, Any], partners: Mapping[str, Any]
+) -> list[Problem]:
+    """Settings of a preset, or of one of its maps, that do nothing without another that is missing.
+
+    `partners`: what stands for `map.NAME`.
+    """
+    own = {f"map.{name}": value for name, value in partners.items()}
+    own |= {f"preset.{name}": value for name, value in effective.preset.items()}
+
+    def look(name: str) -> Any:
+        return own.get(name, effective.get(name))
+
+    prefix = "map." if partners else ""
+    problems = []
+    for name, value in settings.items():
+        fate = fate_of("preset", f"{prefix}{name}")
+        lacking = list_lacking(fate.ways(), look) if does_something(fate, value) else []
+        if lacking:
+            problems.append(Problem(f"{where}.{name}", say_lacking(lacking), effective.origin("preset")))
+    return problems
+
+
+def check_algo_map(effective: Effective, key: str, table: Mapping[str, Any]) -> list[Problem]:
     """Faults of `module_algo_map` or `name_algo_map`."""
+    layer = effective.origin("preset")
     problems = []
     for target, settings in table.items():
         where = f"preset.{key}.{target}"
@@ -192,10 +218,12 @@ def check_algo_map(key: str, table: Mapping[str, Any], layer: str) -> list[Probl
         problems += [
             Problem(f"{where}.{name}", fate.reason, layer) for name, fate in fates.items() if fate.kind == "refused"
         ]
-        algorithm = settings.get("algo", "lokr")
+        algorithm = settings.get("algo") or effective.get("network_args.algo") or "lora"
         if algorithm not in ALGORITHMS:
             what = f"{algorithm!r} is not one of {', '.join(ALGORITHMS)}{suggest(str(algorithm), ALGORITHMS)}"
             problems.append(Problem(f"{where}.algo", what, layer))
+        else:
+            problems += check_partners(effective, where, settings, {**settings, "algo": algorithm})
     return problems
 
 

@@ -101,7 +101,7 @@ def describe_request(effective: Effective, checkout: Path | None) -> dict[str, A
 def digest_request(request: dict[str, Any], checkout: Path | None) -> str:
     """A key of everything that the counts depend on."""
     versions = {name: version for name, version in list_versions().items() if name in COUNTED_BY}
-    parts: dict[str, Any] = {**request, "versions": versions}
+    parts: dict[str, Any] = {**request, "versions": versions, "form": 2}
     if request["base_model"]:
         parts["base_model"] = Path(request["base_model"]).with_name("config.json").read_text(encoding="utf-8")
     if checkout:

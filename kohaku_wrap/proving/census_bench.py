@@ -32,8 +32,8 @@ BASE_TEMPLATE = shipped_folder("proofs") / "census.toml"
 NETWORK = "NETWORK"
 """In a row's value: the network of the run without any settings."""
 
-MAP_TARGET = "Transformer2DModel"
-"""The class whose map a row of `map.NAME` fills."""
+MAP_TARGETS = ("Transformer2DModel", "ResnetBlock2D")
+"""The classes whose maps a row of `map.NAME` fills: linear layers and convolutions."""
 
 LEDGER_FIELDS = ("optimizer_step", "epoch", "position", "order_digest", "content_digest", "loss", "learning_rate")
 
@@ -217,7 +217,8 @@ def write_template(path: Path, settings: Settings) -> Path:
         table, _, name = key.rpartition(".")
         if table == "map":
             maps = tables["preset"].setdefault("module_algo_map", {})
-            maps.setdefault(MAP_TARGET, {})[name] = value
+            for target in MAP_TARGETS:
+                maps.setdefault(target, {})[name] = value
         elif table:
             tables.setdefault(table, {})[name] = value
         elif key in tables.get("dataset_options", {}):

@@ -99,16 +99,23 @@ def find_unmatched(
     every_name = names["unet"] + names["text_encoder"]
     every_class = classes["unet"] | classes["text_encoder"]
     unmatched = []
+
+    def fits(patterns: Iterable[str], candidates: Iterable[str]) -> list[str]:
+        return [name for name in candidates if any(name == each or network.match_fn(each, name) for each in patterns)]
+
+    # LyCORIS looks into name_algo_map only for modules that it takes by their name.
+    by_name = [name for part in parts for name in fits(preset.get(f"{part}_target_name", []), names[part])]
+    looked_up = {"name_algo_map": by_name, "exclude_name": every_name}
     for part in parts:
         wanted = preset.get(f"{part}_target_module", [])
         unmatched += [f"{part}_target_module: {each}" for each in wanted if each not in classes[part]]
         for pattern in preset.get(f"{part}_target_name", []):
-            if not any(name == pattern or network.match_fn(pattern, name) for name in names[part]):
+            if not fits([pattern], names[part]):
                 unmatched.append(f"{part}_target_name: {pattern}")
     unmatched += [f"module_algo_map: {each}" for each in preset.get("module_algo_map", {}) if each not in every_class]
-    for key in ("name_algo_map", "exclude_name"):
+    for key, candidates in looked_up.items():
         for pattern in preset.get(key, []):
-            if not any(name == pattern or network.match_fn(pattern, name) for name in every_name):
+            if not fits([pattern], candidates):
                 unmatched.append(f"{key}: {pattern}")
     return unmatched
 
