@@ -25,7 +25,7 @@ from kohaku_wrap.outlets import OutputLost, loss_of_document
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Look around": ("demo", "template", "inspect"),
     "Set up": ("trainer", "doctor"),
-    "Make a dataset": ("select", "extract", "caption"),
+    "Make a dataset": ("select", "extract", "caption", "import"),
     "Train": ("plan", "train", "status", "resume", "verify"),
     "Use the result": ("merge", "publish"),
 }

@@ -201,14 +201,6 @@ def refuse_rare_saves(effective: Effective) -> Faults:
             yield key, f"{every:,} is larger than the whole run: max_train_steps = {steps:,}"
 
 
-def refuse_images_in_folders(effective: Effective) -> Faults:
-    if effective.get("kwrap.data") == "sd-scripts" and is_complete(effective) and not dataset(effective, "cache_info"):
-        yield (
-            "dataset_options.cache_info",
-            'must be true with data = "sd-scripts": without it only images directly in the folder are found',
-        )
-
-
 def refuse_lost_updates(effective: Effective) -> Faults:
     """An update below half an ulp leaves an fp16 weight as it was."""
     if not effective.get("full_fp16"):
@@ -288,7 +280,6 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_short_captions,
     refuse_two_lengths,
     refuse_rare_saves,
-    refuse_images_in_folders,
     refuse_lost_updates,
     refuse_full_precision,
     refuse_two_attentions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from kohaku_wrap.config.run_files import (
     PROMPTS_FILE,
     TRAINER_FILE,
     digest_lock,
+    flatten_dataset,
 )
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.config.site import Site
@@ -33,10 +35,10 @@ from kohaku_wrap.config.trainer_arguments import (
     render_yaml,
     section_of,
 )
-from kohaku_wrap.config.training_data import describe_data
+from kohaku_wrap.config.training_data import compose_dataset, describe_data
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import kept_sha256, sha256_of_file, write_text
-from kohaku_wrap.formats.caption_rows import read_captions_metadata
+from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_commit, read_trainer_commit
@@ -120,7 +122,7 @@ def compose_run(
     """
     folder = Path(run_folder).absolute()
     trainer = compose_trainer(effective, folder, run_name)
-    dataset = compose_dataset(effective, site)
+    dataset = compose_dataset(effective, site.paths.images)
     lock = compose_lock(effective, site, run_name, plan, trainer, inputs or name_inputs(site), engine)
     machine = site.machine
     accelerate = describe_accelerate(
@@ -177,17 +179,6 @@ def compose_trainer(effective: Effective, folder: Path, run_name: str) -> dict[s
     return options
 
 
-def compose_dataset(effective: Effective, site: Site) -> dict[str, Any]:
-    """dataset.toml: one dataset, one folder of images."""
-    shape = shape_batch(effective)
-    dataset: dict[str, Any] = {"batch_size": shape.batch_per_gpu}
-    subset: dict[str, Any] = {"image_dir": str(site.paths.images)}
-    for name, value in effective.subtable("dataset_options").items():
-        level = effective.table.dataset_options[name].level
-        (dataset if level == "dataset" else subset)[name] = value
-    return {"datasets": [{**dataset, "subsets": [subset]}]}
-
-
 def compose_lock(
     effective: Effective,
     site: Site,
@@ -212,7 +203,7 @@ def compose_lock(
         "template_commit": read_commit(effective.path.parent),
         "engine": engine,
         "data": effective.get("kwrap.data"),
-        "dataset": effective.get("kwrap.dataset", ""),
+        "dataset": inputs.get("captions_dataset") or effective.get("kwrap.dataset", ""),
         "seed": effective.get("seed"),
         "effective_batch": shape.effective_batch,
         "batch_per_gpu": shape.batch_per_gpu,
@@ -292,8 +283,9 @@ def hash_inputs(
         inputs[name] = str(path)
         inputs[f"{name}_sha256"] = kept_sha256(path, on_bytes)
     data = effective.get("kwrap.data")
-    inputs |= describe_data(data, site.paths.images, effective.subtable("dataset_options", with_defaults=True))
-    if data != "sd-scripts":
+    inputs |= describe_data(data, site.paths.images, flatten_dataset(compose_dataset(effective, site.paths.images)))
+    inputs["captions_dataset"] = site.paths.images.name
+    with suppress(NoImages):
         captions = read_captions_metadata(site.paths.images)
         inputs["captions_dataset"] = captions.get("dataset", "")
         inputs["prompt_format"] = captions.get("prompt_format")

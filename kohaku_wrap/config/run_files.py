@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
@@ -122,6 +123,24 @@ def flatten_dataset(document: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def merge_subsets(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The options of each subset of dataset.toml's first dataset, with those of the dataset and the general ones."""
+    general, first = document.get("general", {}), document.get("datasets", [{}])[0]
+    dataset = {name: value for name, value in first.items() if name != "subsets"}
+    return [{**general, **dataset, **subset} for subset in first.get("subsets", [])]
+
+
+def find_image_folder(dataset: Mapping[str, Any]) -> str:
+    """The folder with the captions of flattened dataset options; that of several subsets is above theirs."""
+    folder = str(dataset.get("image_dir", ""))
+    return str(Path(folder).parent) if folder and "datasets.0.subsets.1.image_dir" in dataset else folder
+
+
+def is_place(key: str) -> bool:
+    """Whether a key of a run's files, of any subset, says where something is."""
+    return key in PLACE_KEYS or key.endswith(".image_dir")
+
+
 def flatten(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """`table.key` and value of every entry."""
     for name, value in tables.items():
@@ -140,6 +159,6 @@ def digest_lock(tables: Mapping[str, Any]) -> str:
     }
     for name, text in tables.get("files", {}).items():
         for key, value in read_run_text(name, text).items():
-            entries[f"files.{name}.{key}"] = None if key in PLACE_KEYS else value
+            entries[f"files.{name}.{key}"] = None if is_place(key) else value
     text = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -13,8 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, open_captions, read_about, read_folder_sizes
+from kohaku_wrap.config.effective import Effective, shape_batch
+from kohaku_wrap.config.run_files import flatten_dataset
+from kohaku_wrap.formats.caption_rows import (
+    ImageSizes,
+    NoImages,
+    open_captions,
+    read_about,
+    read_folder_sizes,
+    read_subsets,
+)
 
 CACHE_FILE = "metadata_cache.json"
 """What sd-scripts reads in place of a folder's files where `cache_info` is set."""
@@ -25,6 +33,7 @@ IMAGE_ENDINGS = (*SMALL_ENDINGS, *(ending.upper() for ending in SMALL_ENDINGS))
 """Of the files that sd-scripts takes for images."""
 
 DEFAULT_CAPTION_EXTENSION = ".caption"
+CAPTION_EXTENSIONS = (".txt", DEFAULT_CAPTION_EXTENSION)
 STAT_THREADS = 16
 STAT_CHUNK = 512
 
@@ -51,6 +60,9 @@ class TrainerRows:
     sizes: npt.NDArray[np.int64]
     """(images, 2): width and height in pixels."""
 
+    repeats: npt.NDArray[np.int64] | int = 1
+    """How often an epoch trains each image, before the template's num_repeats."""
+
     @property
     def digest(self) -> str:
         """The sha256 over file, caption and size of every row."""
@@ -64,6 +76,7 @@ class TrainerRows:
             self.sizes[:, 1],
             self.source,
             caption_bytes=sum(len(each.encode()) for each in self.captions),
+            repeats=self.repeats,
         )
 
 
@@ -71,11 +84,38 @@ def read_training_sizes(effective: Effective, images: Path) -> ImageSizes:
     """The sizes of the images that this template's dataset would train. Raises NoImages."""
     if effective.get("kwrap.data") != "sd-scripts":
         return read_folder_sizes(images)
-    return read_trainer_rows(images, effective.subtable("dataset_options", with_defaults=True)).as_sizes()
+    return read_trainer_rows(images, flatten_dataset(compose_dataset(effective, images))).as_sizes()
 
 
-def describe_data(data: str, images: Path, dataset: Mapping[str, Any]) -> dict[str, str]:
+def compose_dataset(effective: Effective, images: Path) -> dict[str, Any]:
+    """dataset.toml: one dataset; a subset for each of an imported folder, otherwise the folder is the only one.
+
+    Raises NoImages where it cannot be said which captions are meant.
+    """
+    dataset: dict[str, Any] = {"batch_size": shape_batch(effective).batch_per_gpu}
+    subset: dict[str, Any] = {"image_dir": str(images)}
+    for name, value in effective.subtable("dataset_options").items():
+        level = effective.table.dataset_options[name].level
+        (dataset if level == "dataset" else subset)[name] = value
+    found = read_subsets(images)
+    if effective.get("kwrap.data") == "sd-scripts" and not found and "caption_extension" not in subset:
+        subset |= {"caption_extension": extension} if (extension := find_caption_extension(images)) else {}
+    subsets = [
+        {
+            **subset,
+            **({"image_dir": str(images / each.name)} if len(found) > 1 else {}),
+            **each.options,
+            "num_repeats": each.repeats * subset.get("num_repeats", 1),
+        }
+        for each in found
+    ]
+    return {"datasets": [{**dataset, "subsets": subsets or [subset]}]}
+
+
+def describe_data(data: str, images: Path, dataset: Mapping[str, Any], digest: str = "") -> dict[str, str]:
     """The digests of a lock's [inputs] over what `dataset`'s options have the trainer read. Raises NoImages.
+
+    `digest`: of the captions that a run was made with, which a later import may have kept under another name.
 
     `captions_digest` is over everything but pixels, `rows_digest` over files and sizes, from which the order follows,
     `image_files_digest` over the length in bytes of image files, of MOST_LENGTHS of them where there are more.
@@ -88,8 +128,9 @@ def describe_data(data: str, images: Path, dataset: Mapping[str, Any]) -> dict[s
             "rows_digest": digest_of(json.dumps(pair, ensure_ascii=False).encode() + b"\n" for pair in pairs),
             "image_files_digest": digest_lengths(images, [rows.files[at] for at in spread_evenly(len(rows.files))]),
         }
-    table = open_captions(images).read_all()
-    numbers = (table["id"].to_numpy(), table["width"].to_numpy(), table["height"].to_numpy())
+    table = open_captions(images, digest).read_all()
+    names = [name for name in ("id", "width", "height", "repeats", "subset") if name in table.column_names]
+    numbers = [table[name].to_numpy() for name in names]
     return {
         "captions_digest": str(read_about(table.schema).get("digest", "")),
         "rows_digest": digest_of(np.ascontiguousarray(column.astype("<i8")).tobytes() for column in numbers),
@@ -103,6 +144,14 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
     Sub-folders are not looked into without the cache. Raises NoImages.
     Source: DreamBoothDataset in library/train_util.py at v0.10.1.
     """
+    if subsets := read_subsets(images):
+        places = [images / each.name for each in subsets] if len(subsets) > 1 else [images]
+        parts = [read_cache(images, place / CACHE_FILE) for place in places]
+        repeats = np.repeat([each.repeats for each in subsets], [len(part.files) for part in parts])
+        files, captions = ([each for part in parts for each in getattr(part, name)] for name in ("files", "captions"))
+        return TrainerRows(
+            images, f"the images in {images}", files, captions, np.concatenate([each.sizes for each in parts]), repeats
+        )
     if not images.is_dir():
         raise NoImages(f"{images}: no such folder", "Fix paths.images in the site, or image_dir in dataset.toml.")
     cache = images / CACHE_FILE
@@ -112,15 +161,35 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
     if not paths:
         raise NoImages(
             f"{images}: no image lies in it, and sd-scripts' own dataset looks into no sub-folder",
-            f"Write {CACHE_FILE} with `kwrap caption` (--format cache) and set cache_info, "
-            'or train with data = "kwrap" in [kwrap].',
+            f"Gather them with `kwrap import {images} --out IMAGES`, which also reads N_name folders.",
         )
     extension = str(dataset.get("caption_extension") or DEFAULT_CAPTION_EXTENSION)
     with ThreadPoolExecutor(STAT_THREADS) as threads:
-        captions = list(threads.map(lambda path: read_caption(path, extension), paths))
+        found = list(
+            threads.map(lambda path: read_caption(path, extension, bool(dataset.get("enable_wildcard"))), paths)
+        )
         sizes = list(threads.map(read_size, paths))
+    captions = [str(dataset.get("class_tokens") or "") if caption is None else caption for caption in found]
+    lacking = f"; {found.count(None):,} of them have none" if None in found else ""
     files = [relative_to(path, images) for path in paths]
-    return TrainerRows(images, f"the images in {images} and their {extension} files", files, captions, as_pairs(sizes))
+    source = f"the images in {images} and their {extension} files{lacking}"
+    return TrainerRows(images, source, files, captions, as_pairs(sizes))
+
+
+def find_caption_extension(images: Path) -> str | None:
+    """The ending of the folder's caption files where it is not the trainer's own default; None else.
+
+    Raises NoImages where texts of two endings lie there: neither is chosen.
+    """
+    if (images / CACHE_FILE).is_file() or not images.is_dir():
+        return None
+    endings = {path.suffix for path in images.iterdir() if path.suffix in CAPTION_EXTENSIONS}
+    if len(endings) > 1:
+        raise NoImages(
+            f"{images}: both .txt and .caption files lie in it, and captions come from one of them",
+            'Say which: --set dataset_options.caption_extension=".txt"',
+        )
+    return endings.pop() if endings - {DEFAULT_CAPTION_EXTENSION} else None
 
 
 def read_cache(images: Path, cache: Path) -> TrainerRows:
@@ -146,17 +215,28 @@ def as_pairs(sizes: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     return pairs
 
 
-def read_caption(image: str, extension: str) -> str:
-    """The text of the image's caption file, by the two names that sd-scripts tries; empty where there is none."""
+def read_caption(image: str, extension: str, all_lines: bool = False) -> str | None:
+    """The text of the image's caption file, by the two names that sd-scripts tries; None where there is none.
+
+    It is the first line, or `all_lines` that are not empty. Raises NoImages for a text that the trainer fails at.
+    """
     stem = str(Path(image).with_suffix(""))
     words = stem.split("_")
     names = [stem, "_".join(words[:-4])] if len(words) >= 5 else [stem]
-    for name in names:
+    for path in (Path(name + extension) for name in names):
         try:
-            return Path(name + extension).read_text(encoding="utf-8", errors="backslashreplace")
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise NoImages(
+                f"{path}: not UTF-8 ({error.reason})", "Save it as UTF-8; sd-scripts reads no other."
+            ) from None
         except OSError:
             continue
-    return ""
+        if not text:
+            raise NoImages(f"{path}: empty, at which sd-scripts ends", "Write a caption into it, or remove it.")
+        lines = text.split("\n")
+        return "\n".join(line.strip() for line in lines if line.strip()) if all_lines else lines[0].strip()
+    return None
 
 
 def read_size(image: str) -> tuple[int, int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, Self
@@ -19,7 +20,13 @@ import pyarrow.compute as pc
 from kohaku_wrap.errors import KwrapError
 
 CAPTIONS_FILE = "captions.arrow"
-"""The images and captions of a folder, written by `kwrap caption`."""
+"""The images and captions of a folder, written by `kwrap caption` and `kwrap import`."""
+
+DIGITS_OF_KEPT = 16
+"""Of the digest, in the name of a captions file that an import replaced and runs may still need."""
+
+FORMAT = 2
+"""Of files with subsets. Without the entry it is 1: one subset, each image once an epoch."""
 
 METADATA_KEY = b"kwrap"
 NO_DIGEST = "0" * 64
@@ -32,12 +39,35 @@ FIELDS = (
     pa.field("height", pa.int32(), nullable=False),
     pa.field("caption", pa.large_string(), nullable=False),
 )
+GROUP_FIELDS = (
+    pa.field("repeats", pa.int32(), nullable=False),
+    pa.field("subset", pa.int32(), nullable=False),
+)
+"""From format 2 on: how often an epoch trains the image, and the place of its subset in the schema's list."""
 
 Int32Array = npt.NDArray[np.int32]
 
 
 class NoImages(KwrapError):
     """There is nothing to count: no images, or no file that lists them."""
+
+
+class NewerCaptions(KwrapError):
+    """The captions file is of a later kwrap."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Images that are trained alike."""
+
+    name: str
+    """Also its folder's below the image folder."""
+
+    repeats: int = 1
+    """How often an epoch trains each of its images, before the template's num_repeats."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Dataset options of its own, over the template's."""
 
 
 class DamagedCaptions(KwrapError):
@@ -68,6 +98,9 @@ class ImageSizes:
     caption_bytes: int | None = None
     """Bytes of all captions, where known."""
 
+    repeats: npt.NDArray[np.int64] | int = 1
+    """How often an epoch trains each image, before the template's num_repeats; (images,) where they differ."""
+
 
 def bytes_of(texts: pa.Array) -> pa.Buffer:
     """All texts of an array, one after another, without a copy."""
@@ -77,26 +110,44 @@ def bytes_of(texts: pa.Array) -> pa.Buffer:
 
 
 def digest_rows(
-    ids: npt.NDArray[np.int64], files: pa.Array, widths: Int32Array, heights: Int32Array, captions: pa.Array
+    ids: npt.NDArray[np.int64],
+    files: pa.Array,
+    widths: Int32Array,
+    heights: Int32Array,
+    captions: pa.Array,
+    *groups: Int32Array,
 ) -> pa.Buffer:
-    """A line a row with tabs between its values: what the digest of `captions.arrow` is the sha256 of."""
+    """A line a row with tabs between its values: what the digest of `captions.arrow` is the sha256 of.
+
+    `groups`: the columns of GROUP_FIELDS, for a file that has them.
+    """
     numbers = [pa.array(column).cast(pa.string()) for column in (ids, widths, heights)]
     return bytes_of(
         pc.binary_join_element_wise(
-            pc.binary_join_element_wise(numbers[0], files, numbers[1], numbers[2], captions, "\t"), "\n", ""
+            pc.binary_join_element_wise(
+                numbers[0], files, *numbers[1:], captions, *(pa.array(each).cast(pa.string()) for each in groups), "\t"
+            ),
+            "\n",
+            "",
         )
     )
 
 
-def map_captions(images: Path) -> Any:
-    """A pyarrow buffer that maps the folder's captions. Raises NoImages."""
-    path = images / CAPTIONS_FILE
+def find_captions(images: Path, digest: str = "") -> Path:
+    """The folder's captions file: that of the rows with `digest`, where later imports kept it, else the newest."""
+    kept = images / f"captions-{digest[:DIGITS_OF_KEPT]}.arrow"
+    return kept if digest and kept.is_file() else images / CAPTIONS_FILE
+
+
+def map_captions(path: Path) -> Any:
+    """A pyarrow buffer that maps a captions file. Raises NoImages."""
     try:
         return pa.memory_map(str(path)).read_buffer()
     except FileNotFoundError:
         raise NoImages(
             f"{path}: not there, so the images' sizes are not known",
-            "Run `kwrap extract` and `kwrap caption` first, or count with `kwrap plan --selection SEL.parquet`.",
+            "Run `kwrap extract` and `kwrap caption` first, or `kwrap import FOLDER` for images of your own; or count "
+            "with `kwrap plan --selection SEL.parquet`.",
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise not_captions(path, error) from None
@@ -107,12 +158,15 @@ def not_captions(path: Path, error: Exception) -> NoImages:
     return NoImages(f"{path}: not a captions file ({error})", "Run `kwrap caption` again.")
 
 
-def open_captions(images: Path) -> Any:
-    """The memory-mapped reader of the folder's captions. Raises NoImages."""
+def open_captions(images: Path, digest: str = "") -> Any:
+    """The memory-mapped reader of the folder's captions, see `find_captions`. Raises NoImages, NewerCaptions."""
+    path = find_captions(images, digest)
     try:
-        return pa.ipc.open_file(pa.BufferReader(map_captions(images)))
+        reader = pa.ipc.open_file(pa.BufferReader(map_captions(path)))
     except pa.ArrowInvalid as error:
-        raise not_captions(images / CAPTIONS_FILE, error) from None
+        raise not_captions(path, error) from None
+    refuse_newer(path, read_about(reader.schema))
+    return reader
 
 
 def read_about(schema: Any) -> dict[str, Any]:
@@ -120,9 +174,24 @@ def read_about(schema: Any) -> dict[str, Any]:
     return dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
 
 
-def read_captions_metadata(images: Path) -> dict[str, Any]:
-    """What `kwrap caption` wrote about the folder. Raises NoImages."""
-    return read_about(open_captions(images).schema)
+def refuse_newer(path: Path, about: Mapping[str, Any]) -> None:
+    """Raise NewerCaptions for a file whose rows may mean something else."""
+    if about.get("format", 1) > FORMAT:
+        raise NewerCaptions(
+            f"{path}: format {about['format']}, and this kwrap reads up to {FORMAT}", "Update kwrap, or make it again."
+        )
+
+
+def read_subsets(images: Path) -> list[Subset]:
+    """The subsets of an imported folder; none where it is one without options, or there are no captions yet."""
+    with suppress(NoImages):
+        return [Subset(**each) for each in read_captions_metadata(images).get("subsets", ())]
+    return []
+
+
+def read_captions_metadata(images: Path, digest: str = "") -> dict[str, Any]:
+    """What was written about the folder's captions, see `find_captions`. Raises NoImages."""
+    return read_about(open_captions(images, digest).schema)
 
 
 def read_folder_sizes(images: Path) -> ImageSizes:
@@ -136,6 +205,7 @@ def read_folder_sizes(images: Path) -> ImageSizes:
         heights=table["height"].to_numpy().astype(np.int64),
         source=f"the images in {images}",
         caption_bytes=sum(chunk.nbytes for chunk in captions.chunks),
+        repeats=table["repeats"].to_numpy().astype(np.int64) if "repeats" in table.column_names else 1,
     )
 
 
@@ -202,13 +272,20 @@ class Columns:
     digest: str
     """The digest over all rows that `kwrap caption` recorded."""
 
+    subsets: npt.NDArray[np.int32]
+    """(images,) the place of each image's subset."""
+
     @classmethod
-    def open(cls, folder: Path) -> Columns:
-        """Read `captions.arrow` of an image folder; nothing that is kept points into a mapping. Raises NoImages."""
-        mapped = map_captions(folder)
-        path = folder / CAPTIONS_FILE
+    def open(cls, folder: Path, digest: str = "") -> Columns:
+        """Read the captions of an image folder, see `find_captions`; nothing that is kept points into a mapping.
+
+        Raises NoImages, NewerCaptions.
+        """
+        path = find_captions(folder, digest)
+        mapped = map_captions(path)
         try:
             table = pa.ipc.open_file(pa.BufferReader(mapped)).read_all()
+            refuse_newer(path, read_about(table.schema))
             stream = path.open("rb")
             return cls(
                 folder=folder,
@@ -218,6 +295,7 @@ class Columns:
                 files=TextColumn.locate(table["file"], stream, mapped.address),
                 captions=TextColumn.locate(table["caption"], stream, mapped.address),
                 digest=str(read_about(table.schema).get("digest", "")),
+                subsets=subset_column(table),
             )
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             raise not_captions(path, error) from error
@@ -236,18 +314,33 @@ class Columns:
         return int(self.widths[row]), int(self.heights[row])
 
 
+def subset_column(table: Any) -> Int32Array:
+    """(images,) the place of each image's subset; of a file without that column all are of the first."""
+    return np.array(table["subset"]) if "subset" in table.column_names else np.zeros(len(table), dtype=np.int32)
+
+
+def begin_digest(about: Mapping[str, Any]) -> Any:
+    """The sha256 of no rows; what the subsets are belongs to the rows that name them."""
+    subsets = about.get("subsets")
+    return hashlib.sha256(json.dumps(subsets, sort_keys=True, ensure_ascii=False).encode() if subsets else b"")
+
+
 class ColumnsWriter:
     """Writes `captions.arrow` into an open binary file; the schema's metadata gets the digest of all rows.
 
     The digest is the sha256 of `digest_rows`, the same for the same rows however they came in pieces.
+    With `subsets` the file is of format 2, otherwise of format 1.
     """
 
-    def __init__(self, stream: IO[bytes], about: Mapping[str, Any]) -> None:
+    def __init__(self, stream: IO[bytes], about: Mapping[str, Any], subsets: Sequence[Subset] = ()) -> None:
         self._stream = stream
-        self._digest = hashlib.sha256()
         self._finished = False
-        schema = pa.schema(FIELDS, metadata={METADATA_KEY: json.dumps({"digest": NO_DIGEST, **about}).encode()})
-        self._writer = pa.ipc.new_file(stream, schema)
+        if subsets:
+            about = {**about, "format": FORMAT, "subsets": [asdict(each) for each in subsets]}
+        self._digest = begin_digest(about)
+        self._schema = pa.schema((*FIELDS, *GROUP_FIELDS) if subsets else FIELDS)
+        metadata = {METADATA_KEY: json.dumps({"digest": NO_DIGEST, **about}).encode()}
+        self._writer = pa.ipc.new_file(stream, self._schema.with_metadata(metadata))
 
     def __enter__(self) -> Self:
         return self
@@ -275,18 +368,20 @@ class ColumnsWriter:
         widths: Int32Array,
         heights: Int32Array,
         captions: pa.Array,
+        *groups: Int32Array,
     ) -> None:
-        """Append rows, by ascending id."""
+        """Append rows, by ascending id; `groups`: the columns of GROUP_FIELDS, for a file with subsets."""
         if not len(ids):
             return
-        self._digest.update(digest_rows(ids, files, widths, heights, captions))
+        self._digest.update(digest_rows(ids, files, widths, heights, captions, *groups))
         columns = [pa.array(ids), files, pa.array(widths), pa.array(heights), captions.cast(pa.large_string())]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=pa.schema(FIELDS)))
+        columns += map(pa.array, groups)
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
 
     @property
     def digest(self) -> str:
         """Of the rows so far."""
-        return self._digest.hexdigest()
+        return str(self._digest.hexdigest())
 
     def _write_digest(self) -> None:
         """Put the digest where its place was kept: in the schema at the head and in the footer."""
@@ -307,7 +402,7 @@ def read_batches(path: Path, *names: str) -> Iterator[Any]:
 
     Read and not mapped: mapped, the whole file would count as memory of this process.
     """
-    places = [number for number, field in enumerate(FIELDS) if field.name in names]
+    places = [number for number, each in enumerate(FIELDS) if each.name in names]
     with pa.OSFile(str(path)) as source:
         reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=places))
         for number in range(reader.num_record_batches):
@@ -319,19 +414,20 @@ def check_columns(path: Path) -> None:
 
     By the digest over the rows, 4 s for 5.2 million; a file that records none is only read.
     """
-    digest = hashlib.sha256()
-    recorded = ""
+    digest, recorded = None, ""
     try:
         for batch in read_batches(path):
-            recorded = str(read_about(batch.schema).get("digest", ""))
+            if digest is None:
+                about = read_about(batch.schema)
+                refuse_newer(path, about)
+                recorded, digest = str(about.get("digest", "")), begin_digest(about)
             batch.validate(full=True)
-            ids, files, widths, heights, captions = (batch.column(field.name) for field in FIELDS)
-            digest.update(
-                digest_rows(ids.to_numpy(), files, widths.to_numpy(), heights.to_numpy(), captions.cast(pa.string()))
-            )
+            ids, files, widths, heights, captions = (batch.column(each.name) for each in FIELDS)
+            groups = [batch.column(each.name) for each in GROUP_FIELDS if each.name in batch.schema.names]
+            digest.update(digest_rows(ids, files, widths, heights, captions.cast(pa.string()), *groups))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise DamagedCaptions(path, str(error)) from error
-    if recorded and recorded != digest.hexdigest():
+    if digest and recorded and recorded != digest.hexdigest():
         raise DamagedCaptions(path, f"its rows have the digest {digest.hexdigest()[:12]}…, not {recorded[:12]}…")

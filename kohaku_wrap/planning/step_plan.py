@@ -23,15 +23,20 @@ def count_steps(
     epochs: int | None = None,
     max_steps: int | None = None,
     num_repeats: int = 1,
+    repeats: npt.NDArray[np.int64] | int = 1,
 ) -> StepPlan:
     """Count one training. `widths`, `heights`: (images,) real sizes; one of `epochs` and `max_steps`.
+
+    An epoch trains each image `num_repeats` times `repeats`, which may differ between images.
 
     A bucket of n images makes ceil(n / batch_size) batches; a process gets ceil(batches / processes) of them;
     an epoch has ceil(that / accumulation) optimizer steps. Raises NoImages.
     Source: sd-scripts' BucketManager and train_network.py at 48d368f.
     """
     assignment = assign_buckets(widths, heights, bucket_options)
-    images_of_bucket = assignment.images_of_bucket * num_repeats
+    size = len(assignment.resolutions)
+    weights = np.broadcast_to(repeats, assignment.bucket_of_image.shape)
+    images_of_bucket = np.bincount(assignment.bucket_of_image, weights, size).astype(np.int64) * num_repeats
     images = int(images_of_bucket.sum())
     if not images:
         raise NoImages("there are no images to train on", "Run `kwrap extract` and `kwrap caption` first.")
@@ -75,6 +80,7 @@ def plan_steps(effective: Effective, sizes: ImageSizes) -> StepPlan:
         epochs=effective.get("max_train_epochs"),
         max_steps=effective.get("max_train_steps"),
         num_repeats=effective.get("dataset_options.num_repeats", 1),
+        repeats=sizes.repeats,
     )
 
 

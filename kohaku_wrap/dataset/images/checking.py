@@ -7,8 +7,9 @@ import math
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from kohaku_wrap.dataset.images.appearance import encode, show_plainly, shrink
@@ -22,6 +23,7 @@ EXTENSIONS_OF_FORMAT = {
     "PNG": ("png",),
     "WEBP": ("webp",),
     "AVIF": ("avif",),
+    "BMP": ("bmp",),
 }
 """Pillow's names of the formats that are taken."""
 
@@ -67,9 +69,16 @@ class CheckedImage:
     rewritten: bool
     """True where the file as it came would have been trained turned, transparent or white; see `appearance`."""
 
+    likeness: int = 0
+    """Where asked for: 64 bits that hardly change when the picture is resized or compressed anew."""
+
 
 def check_image(
-    content: bytes, extension: str, max_pixels: int = 0, known_size: tuple[int, int] | None = None
+    content: bytes,
+    extension: str,
+    max_pixels: int = 0,
+    known_size: tuple[int, int] | None = None,
+    with_likeness: bool = False,
 ) -> CheckedImage:
     """Decode `content` and say what it is; above `max_pixels` (0: no limit) a smaller copy takes its place.
 
@@ -84,7 +93,8 @@ def check_image(
             # Pillow's bound is checked below; its warnings about odd metadata change nothing.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=READ_FORMATS) as image:
-                return check_opened(image, content, extension, max_pixels, known_size)
+                checked = check_opened(image, content, extension, max_pixels, known_size)
+                return replace(checked, likeness=measure_likeness(image)) if with_likeness else checked
     except UnidentifiedImageError as error:
         # Pillow's own words hold an address, another one in each run.
         disguise = name_disguise(content[:START_BYTES]).partition(";")[0]
@@ -125,6 +135,13 @@ def check_opened(
         shown = shrink(shown, (max(int(shown.width * scale), 1), max(int(shown.height * scale), 1)))
     made, made_format = encode(shown, image.format, content, reduced)
     return CheckedImage(made, fit_extension(extension, made_format), *shown.size, reduced, rewritten=plain is not None)
+
+
+def measure_likeness(image: Image.Image) -> int:
+    """The 64 bits of the difference hash: is each of 8 x 8 cells darker than its right neighbour."""
+    small = image.convert("RGB").resize((9, 8), Image.Resampling.BOX).convert("L")
+    cells = np.asarray(small, dtype=np.int16)
+    return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
 
 
 def fit_extension(extension: str, image_format: str) -> str:

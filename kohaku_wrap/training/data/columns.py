@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from kohaku_wrap.config.run_files import find_image_folder, flatten_dataset, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketAssignment, BucketOptions, assign_buckets, find_crop_corners
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.formats.caption_rows import Columns
@@ -29,7 +30,7 @@ from kohaku_wrap.training.data.images import (
     load_pixels,
     resize_pixels,
 )
-from kohaku_wrap.training.data.order import BatchOrder
+from kohaku_wrap.training.data.order import BatchOrder, Entries
 from kohaku_wrap.training.data.torch_streams import item_generator
 
 SUBSTITUTES_TRIED = 64
@@ -86,13 +87,20 @@ class ItemOptions:
     num_repeats: int = 1
     """How often an epoch trains each image, each time with draws of its own."""
 
+    later_subsets: tuple[ItemOptions, ...] = ()
+    """Those of the second subset and of further ones, where there are several."""
+
     @classmethod
     def from_dataset_options(cls, options: Mapping[str, Any]) -> ItemOptions:
-        """From sd-scripts' dataset options; raises ProblemsFound that names each one this dataset does not have."""
+        """From sd-scripts' dataset options; raises ProblemsFound that names each one this dataset does not have.
+
+        Under `later_subsets` a list of those of further subsets.
+        """
+        later = tuple(cls.from_dataset_options(each) for each in options.get("later_subsets", ()))
         caption_names = {field.name for field in fields(CaptionOptions)}
         bucket_names = {field.name for field in fields(BucketOptions)}
         own = {"flip_aug", "random_crop", "resize_interpolation", "num_repeats"}
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None and name != "later_subsets"}
         problems = [
             Problem(name, f"{value!r} is not supported by kwrap's dataset; only {ITEM_DEFAULTS[name][0]!r} is")
             for name, value in given.items()
@@ -115,7 +123,12 @@ class ItemOptions:
             captions=CaptionOptions(**{name: value for name, value in given.items() if name in caption_names}),
             buckets=BucketOptions.from_dataset_options(given),
             **{name: value for name, value in given.items() if name in own},
+            later_subsets=later,
         )
+
+    def of_subset(self, place: int) -> ItemOptions:
+        """The options of the images of one subset."""
+        return self.later_subsets[place - 1] if place else self
 
 
 @dataclass(frozen=True)
@@ -165,8 +178,8 @@ class ColumnsDataset(Dataset[dict[str, Any]]):
         self.substitute_bad_images = substitute_bad_images
         self.start = start
         self.buckets: BucketAssignment = assign_buckets(columns.widths, columns.heights, options.buckets)
-        entries = np.tile(self.buckets.bucket_of_image, options.num_repeats)
-        self.order = BatchOrder(entries, batch_size, seed, group)
+        self.entries = Entries(columns.subsets, [each.num_repeats for each in (options, *options.later_subsets)])
+        self.order = BatchOrder(self.entries.of_rows(self.buckets.bucket_of_image), batch_size, seed, group)
         # Shared with the loader workers, which only add to it.
         self._images_loaded_too_early = multiprocessing.Value("q", 0)
 
@@ -186,28 +199,30 @@ class ColumnsDataset(Dataset[dict[str, Any]]):
     def draw_item(self, row: int, epoch: int, repeat: int = 0) -> Item:
         """What the seed decides about one image in one epoch, for each repeat anew; no file is opened."""
         image_id = int(self.columns.ids[row])
+        options = self.options.of_subset(int(self.columns.subsets[row]))
         draw = item_generator(self.seed, epoch, image_id, repeat)
-        flipped = self.options.flip_aug and draw.random() < 0.5
+        flipped = options.flip_aug and draw.random() < 0.5
         bucket, resized = self.resolution_of(row), self.buckets.resized_sizes[row]
         spare = max(int(resized[0]) - bucket[0], 0), max(int(resized[1]) - bucket[1], 0)
-        if self.options.random_crop:
+        if options.random_crop:
             crop = tuple(draw.randint(0, side) if side else 0 for side in spare)
         else:
             crop = tuple(side // 2 for side in spare)
-        caption = process_caption(self.columns.caption_of(row), self.options.captions, epoch, draw)
+        caption = process_caption(self.columns.caption_of(row), options.captions, epoch, draw)
         return Item(row, image_id, flipped, (crop[0], crop[1]), caption)
 
     def draw_batch(self, key: BatchKey) -> list[Item]:
         """The items of a batch as far as they are known without opening an image."""
         entries = self.order.epoch(key.epoch).images_of_batch(key.batch_index)
-        places = [divmod(int(entry), len(self.columns)) for entry in entries]
+        places = [self.entries.place_of(int(entry)) for entry in entries]
         return [self.draw_item(row, key.epoch, repeat) for repeat, row in places]
 
     def load_image(self, item: Item) -> torch.Tensor:
         """The item's pixels: (3, height, width) float32 in -1 … 1. Raises UnreadableImage."""
         pixels = load_pixels(self.columns.path_of(item.row), self.columns.size_of(item.row))
         width, height = self.buckets.resized_sizes[item.row]
-        pixels = resize_pixels(pixels, (int(width), int(height)), self.options.resize_interpolation)
+        options = self.options.of_subset(int(self.columns.subsets[item.row]))
+        pixels = resize_pixels(pixels, (int(width), int(height)), options.resize_interpolation)
         pixels = crop_pixels(pixels, self.resolution_of(item.row), item.crop)
         if item.flipped:
             pixels = pixels[:, ::-1]
@@ -297,11 +312,16 @@ def content_digest(content: str, timesteps: Sequence[int]) -> int:
 
 
 def read_dataset_options(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a dataset TOML with one dataset and one subset, flattened; raises ProblemsFound otherwise."""
+    """The options of a dataset TOML with one dataset, flattened; those of subsets after the first in `later_subsets`.
+
+    Raises ProblemsFound for several datasets, and for none.
+    """
     datasets = document.get("datasets", [])
-    subsets = datasets[0].get("subsets", []) if len(datasets) == 1 else []
-    if len(datasets) != 1 or len(subsets) != 1:
+    subsets = merge_subsets(document) if len(datasets) == 1 else []
+    if not subsets:
         problem = Problem("datasets", f"{len(datasets)} datasets and {len(subsets)} subsets; kwrap's dataset is one")
         raise ProblemsFound("dataset.toml", [problem], 'Use data = "sd-scripts" with the sd-scripts engine.')
-    dataset = {name: value for name, value in datasets[0].items() if name != "subsets"}
-    return {**document.get("general", {}), **dataset, **subsets[0]}
+    if len(subsets) == 1:
+        return subsets[0]
+    folder = find_image_folder(flatten_dataset(document))
+    return {**subsets[0], "image_dir": folder, "later_subsets": subsets[1:]}

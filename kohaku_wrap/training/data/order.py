@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +17,46 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 UInt64Array = npt.NDArray[np.uint64]
+T = TypeVar("T", bound=np.generic)
 
 EPOCHS_KEPT = 2
 """Orders held in memory: an epoch's last batches are still loading when the next one's are dealt."""
 
 NO_IMAGE = -1
 """Fills the rows of short batches in tables of images."""
+
+
+class Entries:
+    """What an epoch trains: each image as often as its subset is repeated.
+
+    First every image, then in the same order those that are trained a second time, and so on.
+    """
+
+    def __init__(self, subset_of_image: npt.NDArray[np.integer], repeats_of_subset: Sequence[int]) -> None:
+        """`subset_of_image`: (images,) places in `repeats_of_subset`."""
+        self.images = len(subset_of_image)
+        repeats = np.asarray(repeats_of_subset)
+        self._rows = None
+        if len(set(repeats_of_subset)) == 1:
+            self._counts = np.full(int(repeats[0]), self.images)
+        else:
+            of_image = repeats[subset_of_image]
+            rows = [np.flatnonzero(of_image > repeat).astype(np.int32) for repeat in range(int(repeats.max()))]
+            self._counts = np.array([len(each) for each in rows])
+            self._rows = np.concatenate(rows)
+        self._starts = np.cumsum(self._counts) - self._counts
+
+    def __len__(self) -> int:
+        return int(self._counts.sum())
+
+    def of_rows(self, column: npt.NDArray[T]) -> npt.NDArray[T]:
+        """(entries,) the values of a column of (images,)."""
+        return np.tile(column, len(self._counts)) if self._rows is None else column[self._rows]
+
+    def place_of(self, entry: int) -> tuple[int, int]:
+        """Which repeat an entry is, from 0, and its image."""
+        repeat = int(np.searchsorted(self._starts, entry, side="right")) - 1
+        return repeat, entry - int(self._starts[repeat]) if self._rows is None else int(self._rows[entry])
 
 
 @dataclass(frozen=True)

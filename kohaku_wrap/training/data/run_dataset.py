@@ -25,7 +25,7 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
     lock = attempt.lock
     options = read_dataset_options(tomllib.loads(attempt.run.dataset_config.read_text(encoding="utf-8")))
     dataset = ColumnsDataset(
-        Columns.open(Path(options["image_dir"])),
+        Columns.open(Path(options["image_dir"]), lock.dataset_digest),
         ItemOptions.from_dataset_options(options),
         lock.batch_per_gpu,
         lock.seed,

@@ -70,7 +70,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
         raise CannotReplay(f"{', '.join(unfollowed)} draws before the time steps; --deep does not follow that")
     options = read_dataset_options(read_locked_dataset(run))
     dataset = ColumnsDataset(
-        Columns.open(run.find_images()),
+        Columns.open(run.find_images(), lock.dataset_digest),
         ItemOptions.from_dataset_options(options),
         lock.batch_per_gpu,
         lock.seed,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
-from kohaku_wrap.config.run_files import LOCK_FILE, flatten_dataset
+from kohaku_wrap.config.run_files import LOCK_FILE, find_image_folder, flatten_dataset
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
@@ -100,10 +100,11 @@ class Run:
         """The folder of the run's images and captions: the lock's, or that of dataset.toml if they were moved there."""
         places = [self.lock.tables.get("dataset", {}).get("image_dir", "")]
         with suppress(OSError, ValueError, TypeError, AttributeError):
-            places.append(flatten_dataset(parse_toml(read_regular(self.dataset_config))).get("image_dir", ""))
+            places.append(find_image_folder(flatten_dataset(parse_toml(read_regular(self.dataset_config)))))
         for place in places:
             with suppress(NoImages):
-                if read_captions_metadata(Path(place)).get("digest") == self.lock.dataset_digest:
+                digest = self.lock.dataset_digest
+                if read_captions_metadata(Path(place), digest).get("digest") == digest:
                     return Path(place)
         return Path(places[0])
 

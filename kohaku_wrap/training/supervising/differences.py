@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.fates import fate_of
 from kohaku_wrap.config.render import hash_named_files
-from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, flatten_dataset
+from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, find_image_folder, flatten_dataset
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import keeps_sha256, kept_sha256, sha256_of_file
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, check_columns, read_captions_metadata
+from kohaku_wrap.formats.caption_rows import (
+    CAPTIONS_FILE,
+    NoImages,
+    check_columns,
+    find_captions,
+    open_captions,
+    read_about,
+    read_captions_metadata,
+)
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.commits import find_known
 from kohaku_wrap.trainer.installed import (
@@ -117,6 +126,14 @@ def list_notes(run: Run) -> list[str]:
     for key, path in {**sources, "site_sha256": inputs.get("site", "")}.items():
         if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
             notes.append(f"{path} changed since the run was made; the run keeps its own files")
+    images = Path(find_image_folder(read_dataset(run.dataset_config)))
+    with suppress(NoImages):
+        if run.lock.data == "kwrap" and find_captions(images, run.lock.dataset_digest).name != CAPTIONS_FILE:
+            there = open_captions(images).schema
+            notes.append(
+                f"{images} has {read_about(there).get('count', 'other')} images by now; this run keeps the "
+                f"{run.lock.images:,} an epoch that it was made with. Train with all in a new run"
+            )
     if run.lock.format == 1:
         notes.append(NOT_KEPT_BY_0_1)
         notes += [f"{problem.where}: {problem.what}" for problem in compare_packages(run)]
@@ -186,14 +203,16 @@ def compare_dataset(run: Run) -> Iterator[Problem]:
     """What would be read of images and captions, against the lock's digests."""
     inputs = run.lock.tables.get("inputs", {})
     dataset = read_dataset(run.dataset_config)
-    images = dataset.get("image_dir") or inputs.get("images")
+    images = find_image_folder(dataset) or inputs.get("images")
     if not images or not run.lock.dataset_digest:
         return
     try:
         if "rows_digest" in inputs:
-            now = describe_data(run.lock.data, Path(images), dataset)
+            now = describe_data(run.lock.data, Path(images), dataset, run.lock.dataset_digest)
         else:
-            now = {"captions_digest": str(read_captions_metadata(Path(images)).get("digest", ""))}
+            now = {
+                "captions_digest": str(read_captions_metadata(Path(images), run.lock.dataset_digest).get("digest", ""))
+            }
     except NoImages as missing:
         if run.lock.data == "kwrap" or "rows_digest" in inputs:
             yield Problem("images", missing.message)
@@ -209,8 +228,8 @@ def compare_dataset(run: Run) -> Iterator[Problem]:
 
 def check_captions(run: Run) -> None:
     """Read the captions that would be trained; raises DamagedCaptions."""
-    images = read_dataset(run.dataset_config).get("image_dir") or run.lock.tables.get("inputs", {}).get("images", "")
-    path = Path(images) / CAPTIONS_FILE
+    images = find_image_folder(read_dataset(run.dataset_config)) or run.lock.tables.get("inputs", {}).get("images", "")
+    path = find_captions(Path(images), run.lock.dataset_digest)
     if path.is_file() and run.lock.data == "kwrap":
         check_columns(path)
 

@@ -13,6 +13,7 @@ from kohaku_wrap.config.run_files import (
     PRESET_FILE,
     PROMPTS_FILE,
     UnreadableRunFile,
+    is_place,
     read_run_text,
 )
 from kohaku_wrap.errors import Problem
@@ -73,7 +74,7 @@ def read_text(path: Path) -> str:
 def compare_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Problem]:
     """Every key whose value is another; a place may be another as long as it is one."""
     for key in sorted(before.keys() | now.keys()):
-        if key in BY_ATTEMPT or (key in PLACE_KEYS and bool(before.get(key)) == bool(now.get(key))):
+        if key in BY_ATTEMPT or (is_place(key) and bool(before.get(key)) == bool(now.get(key))):
             continue
         if (key in before, as_text(before.get(key))) != (key in now, as_text(now.get(key))):
             is_lasting = key in DECIDED_BY_LOCK and key in before
@@ -139,7 +140,7 @@ def list_moves(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, Any])
     before: dict[str, Any] = {}
     for name in ("trainer.toml", "dataset.toml"):
         before |= read_run_text(name, run.lock.files.get(name, ""))
-    for key in sorted((PLACE_KEYS | BY_ATTEMPT) & before.keys() & now.keys()):
-        if before[key] != now[key]:
+    for key in sorted(before.keys() & now.keys()):
+        if (key in BY_ATTEMPT or is_place(key)) and before[key] != now[key]:
             why = "each attempt decides it" if key in BY_ATTEMPT else "what lies there is compared by its content"
             yield f"{key} was {before[key]!r}, is now {now[key]!r}; {why}"

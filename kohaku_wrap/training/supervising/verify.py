@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from kohaku_wrap.config.fates import list_unverified
+from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata
+from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata, subset_column
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.streams import draws, stream_key
-from kohaku_wrap.training.data.order import BatchOrder
+from kohaku_wrap.training.data.order import BatchOrder, Entries
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
@@ -221,7 +223,10 @@ def has_other_captions(run: Run) -> bool:
     if not run.lock.dataset_digest:
         return False
     try:
-        return str(read_captions_metadata(run.find_images()).get("digest", "")) != run.lock.dataset_digest
+        return (
+            str(read_captions_metadata(run.find_images(), run.lock.dataset_digest).get("digest", ""))
+            != run.lock.dataset_digest
+        )
     except KwrapError:
         return True
 
@@ -304,14 +309,14 @@ def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
     """The order that the run's seed and dataset make, and the post id of each of its entries."""
     lock = run.lock
     options: Mapping[str, object] = lock.tables.get("dataset", {})
-    table = open_captions(run.find_images()).read_all()
+    table = open_captions(run.find_images(), lock.dataset_digest).read_all()
     buckets = assign_buckets(
         table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)
     )
-    repeats = int(str(options.get("num_repeats", 1) or 1))
-    ids = np.tile(table["id"].to_numpy().astype(np.int64), repeats)
-    bucket_of_entry = np.tile(buckets.bucket_of_image, repeats)
-    return BatchOrder(bucket_of_entry, lock.batch_per_gpu, lock.seed, lock.group), ids
+    subsets = merge_subsets(tomllib.loads(lock.files.get(DATASET_FILE, ""))) or [dict(options)]
+    entries = Entries(subset_column(table), [int(each.get("num_repeats") or 1) for each in subsets])
+    order = BatchOrder(entries.of_rows(buckets.bucket_of_image), lock.batch_per_gpu, lock.seed, lock.group)
+    return order, entries.of_rows(table["id"].to_numpy().astype(np.int64))
 
 
 def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:

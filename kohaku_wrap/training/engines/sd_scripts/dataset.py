@@ -72,7 +72,7 @@ class KwrapDataset(find_object("MinimalDataset")):  # type: ignore[misc]  # sd-s
         self.batches = batches
         columns = batches.columns
         self.batch_size = batches.order.batch_size
-        self.num_train_images = len(columns) * batches.options.num_repeats
+        self.num_train_images = len(batches.entries)
         self.img_count = len(columns)
         self.image_dir = str(columns.folder)
         self.metadata_file = "captions.arrow"
@@ -116,11 +116,12 @@ def side_pair(resolution: Any) -> tuple[int, int] | None:
 
 def describe_buckets(batches: ColumnsDataset) -> dict[str, Any]:
     """Sizes and counts of the buckets, as sd-scripts writes them."""
-    counts = torch.bincount(torch.from_numpy(batches.buckets.bucket_of_image).long()).tolist()
+    buckets = batches.entries.of_rows(batches.buckets.bucket_of_image)
+    counts = torch.bincount(torch.from_numpy(buckets).long()).tolist()
     sizes = batches.buckets.resolutions.tolist()
     return {
         "buckets": {
-            str(bucket): {"resolution": size, "count": count * batches.options.num_repeats}
+            str(bucket): {"resolution": size, "count": count}
             for bucket, (size, count) in enumerate(zip(sizes, counts, strict=False))
             if count
         }

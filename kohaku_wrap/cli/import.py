@@ -1,0 +1,155 @@
+# ruff: noqa: N999 (a verb is called like its module)
+"""`kwrap import`: images and captions that one has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.next_steps import plan_command
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    count_of,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from kohaku_wrap.dataset.own.importing import ImportReport
+
+ONLY_IF_ANY = {
+    "copied": "copied",
+    "rewritten": "turned upright, laid on white or scaled to 8 bits",
+    "removed": "no longer in the folders",
+    "others": "of other folders, kept",
+    "missing": "named, and not there",
+    "corrupt": "no whole still image",
+    "not_utf8": "left out: caption not UTF-8",
+    "without_caption": "without a caption",
+    "empty_caption": "with an empty first line",
+    "several_lines": "captions of several lines: the first is trained",
+    "shared_text": "share a caption file",
+    "doubles": "groups of the same file",
+    "similar": "groups that look the same",
+    "too_small": "smaller than their bucket",
+}
+"""Counts that are shown where there are any."""
+
+
+@click.command(
+    "import",
+    epilog="""\b
+Examples:
+  kwrap import ~/pictures/mine --out images
+  kwrap import ~/train/img --out images --captions .txt
+  kwrap import first second --label a --label b --out images --copy
+  kwrap import dataset.toml --out images --dry-run""",
+)
+@click.argument("folders", metavar="FOLDER…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out", "images", metavar="IMAGES", required=True, type=click.Path(path_type=Path), help="Folder of the images."
+)
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="NAME",
+    help="Name of a folder, which ids are made from; once a folder, in their order. Default: the folder's own.",
+)
+@click.option(
+    "--captions",
+    default="",
+    metavar="WHICH",
+    help="Where captions come from: .txt, .caption, or a .jsonl, .json, .csv or .parquet file. Default: what is there.",
+)
+@click.option("--text-column", default="", metavar="NAME", help="The column of captions in such a file.")
+@click.option("--plain", is_flag=True, help="Take folders named N_name as folders like any other: no repeats.")
+@click.option("--copy", is_flag=True, help="Copy images into IMAGES; default: link to where they lie.")
+@click.option("--dataset", default="", metavar="NAME", help="Name of the set, for cards. Default: the labels.")
+@click.option(
+    "--resolution",
+    type=click.IntRange(min=64),
+    default=1024,
+    show_default=True,
+    metavar="PIXELS",
+    help="Of the training, to list images that are too small.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes that check; default: one a core.")
+@click.option(
+    "--max-missing",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Missing and refused images that are not an error.",
+)
+@click.option("--dry-run", is_flag=True, help="Check and report, write nothing.")
+@json_option
+@beyond_output("dry_run")
+def command(
+    folders: tuple[Path, ...],
+    images: Path,
+    labels: tuple[str, ...],
+    captions: str,
+    text_column: str,
+    plain: bool,
+    copy: bool,
+    dataset: str,
+    resolution: int,
+    jobs: int | None,
+    max_missing: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Make a dataset of images and captions that you have.
+
+    FOLDER is a folder with images, sub-folders included, or sd-scripts' dataset file (.toml). Captions are files
+    beside the images or one table; N_name folders repeat their images N times an epoch. Every image is decoded to its
+    last pixel and linked into IMAGES; one that is turned, transparent or has 16 bits is written anew there. Run it
+    again to go on or to add images: what is there is kept, with its ids. IMAGES/import-report.json lists what to look
+    at.
+    """
+    from kohaku_wrap.dataset.own.importing import (
+        REPORT_FILE,
+        ImportOptions,
+        as_document,
+        import_folders,
+        write_report,
+    )
+
+    options = ImportOptions(labels, captions, text_column, plain, copy, dry_run, dataset, resolution, jobs)
+    with progress_bar("check", "images", quiet=as_json) as progress:
+        report = import_folders(folders, images, options, progress)
+    if not dry_run:
+        write_report(report)
+    where = {} if dry_run else {"report": str(images / REPORT_FILE)}
+    if as_json:
+        print_json("import", {"out": str(images), "dry_run": dry_run, **as_document(report), **where})
+    else:
+        for note in report.notes:
+            print_note(f"note: {note}")
+        print_table("Images of your own", rows_of_report(report, where))
+    report.check(max_missing)
+    if not as_json:
+        again = "run it again without --dry-run" if dry_run else plan_command("TEMPLATE", images.parent)
+        click.echo(f"Next: {again}")
+
+
+def rows_of_report(report: ImportReport, where: dict[str, str]) -> list[tuple[str, Any]]:
+    """The report as lines of a table."""
+    counts = {name: getattr(report, name, None) for name in ONLY_IF_ANY}
+    counts = {name: report.count(name) if count is None else count for name, count in counts.items()}
+    rows: list[tuple[str, Any]] = [(name, getattr(report, name)) for name in ("dataset", "found", "written", "kept")]
+    for subset in report.subsets:
+        once = "" if subset["repeats"] == 1 else f" × {subset['repeats']}"
+        rows.append(
+            (subset["name"], f"{count_of(subset['images'], 'image')}{once}, captions from {subset['captions']}")
+        )
+    rows += [(ONLY_IF_ANY[name], count) for name, count in counts.items() if count]
+    rows += [(f"other files: {ending}", count) for ending, count in sorted(report.other_files.items())]
+    return [*rows, *where.items()]

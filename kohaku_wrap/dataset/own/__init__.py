@@ -1,0 +1,1 @@
+"""Folders of images and captions that one has, made into what both engines train from."""

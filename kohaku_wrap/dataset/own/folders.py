@@ -1,0 +1,304 @@
+"""Which images a person's folders hold, in which subsets, and what may not be imported."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tomllib
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.formats.caption_rows import Subset
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+"""Of the files that sd-scripts takes for images, in small letters."""
+
+TEXT_ENDINGS = (".txt", ".caption")
+TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+"""Hugging Face's names of a folder's captions."""
+
+CACHE_NAME = "metadata_cache.json"
+
+REGULARISATION_NAMES = frozenset(
+    f"{stem}{ending}"
+    for stem in ("reg", "regs", "regularisation", "regularization", "class")
+    for ending in ("", "_images", "-images", "_data", " images")
+) - {"class"}
+"""Folders of images that only hold a class in place; they would be trained as if they were wanted."""
+
+SUBSET_OPTIONS = frozenset(
+    {
+        "caption_dropout_every_n_epochs",
+        "caption_dropout_rate",
+        "caption_prefix",
+        "caption_separator",
+        "caption_suffix",
+        "caption_tag_dropout_rate",
+        "enable_wildcard",
+        "flip_aug",
+        "keep_tokens",
+        "keep_tokens_separator",
+        "random_crop",
+        "resize_interpolation",
+        "secondary_separator",
+        "shuffle_caption",
+    }
+)
+"""Dataset options of sd-scripts that a subset may have for itself."""
+
+HANDLED_OPTIONS = frozenset(
+    {"image_dir", "num_repeats", "class_tokens", "caption_extension", "metadata_file", "cache_info"}
+)
+ID_BITS = 63
+
+
+class NothingToImport(UsageError):
+    """The folders hold no image, or are none."""
+
+
+class NotForTraining(UsageError):
+    """A folder whose images are not meant to be trained."""
+
+
+class NamesCollide(KwrapError):
+    """Two folders or images would get one name or one id."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder whose images are trained alike."""
+
+    label: str
+    """What ids are made from, beside the path."""
+
+    root: Path
+    """What paths are relative to."""
+
+    folder: Path
+    """The folder itself: the root, or an N_name folder in it."""
+
+    subset: Subset
+    """Its name, repeats and options."""
+
+    class_text: str | None = None
+    """The caption of images without one; None outside of N_name folders."""
+
+    captions: str = ""
+    """An ending or a file, where a dataset file names one."""
+
+    left_out: frozenset[str] = frozenset()
+    """Folders directly in it that are sources of their own, or that the trainer would skip."""
+
+
+@dataclass
+class Found:
+    """The files of a source."""
+
+    source: Source
+    """Where they lie."""
+
+    images: list[str] = field(default_factory=list)
+    """Relative to the source's folder, as the disk spells them, in order."""
+
+    texts: set[str] = field(default_factory=set)
+    """Caption files, likewise."""
+
+    tables: list[Path] = field(default_factory=list)
+    """Files that may hold captions of many images."""
+
+    others: Counter[str] = field(default_factory=Counter)
+    """Endings of files that are neither, with their numbers."""
+
+    unnamed: list[str] = field(default_factory=list)
+    """Names that are no text, as Python shows them."""
+
+    def path_below_root(self, image: str) -> str:
+        """The image's path as its id is made from it."""
+        below = self.source.folder.relative_to(self.source.root).as_posix()
+        return normalise(image if below == "." else f"{below}/{image}")
+
+
+def normalise(text: str) -> str:
+    """One spelling of what looks the same: Unicode's NFC, and `/` between folders."""
+    return unicodedata.normalize("NFC", text)
+
+
+def make_id(label: str, path: str) -> int:
+    """63 positive bits of the sha256 of label and path."""
+    digest = hashlib.sha256(f"{normalise(label)}/{normalise(path)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> (64 - ID_BITS)
+
+
+def read_repeats(name: str) -> tuple[int, str] | None:
+    """Repeats and caption of a folder named N_name, as sd-scripts splits it; None for another name."""
+    first, _, rest = name.partition("_")
+    try:
+        return int(first), rest
+    except ValueError:
+        return None
+
+
+def find_sources(arguments: Sequence[Path], labels: Sequence[str], plain: bool, out: Path) -> list[Source]:
+    """The sources behind folders and dataset files. `plain`: N_name is a name like any other.
+
+    Raises NothingToImport, NotForTraining, NamesCollide.
+    """
+    if labels and len(labels) != len(arguments):
+        raise UsageError(
+            f"{len(labels)} labels for {len(arguments)} folders", "Give --label once a folder, in their order."
+        )
+    sources: list[Source] = []
+    for place, path in enumerate(arguments):
+        given = labels[place] if labels else ""
+        if path.suffix.lower() == ".toml":
+            sources += read_dataset_file(path)
+        elif path.is_dir():
+            sources += list_sources(path, given, plain)
+        else:
+            raise NothingToImport(
+                f"{path}: {'no folder' if path.exists() else 'no such folder'}",
+                "Give folders of images, or sd-scripts' dataset file (.toml).",
+            )
+    target = out.resolve()
+    for source in sources:
+        check_label(source.label)
+        place_of = source.root.resolve()
+        if target.is_relative_to(place_of) or place_of.is_relative_to(target):
+            raise UsageError(
+                f"{out}: lies in {source.root}, or holds it", "Give --out a folder beside the images, not among them."
+            )
+    refuse_same_names(sources)
+    return [source for source in sources if source.subset.repeats > 0]
+
+
+def check_label(label: str) -> None:
+    """Raise UsageError for what cannot be a folder's name."""
+    if not label.strip() or "/" in label or "\0" in label or label.startswith("."):
+        raise UsageError(f"{label!r} cannot be a label", "Give one with --label NAME: it names a folder in --out.")
+
+
+def refuse_same_names(sources: Sequence[Source]) -> None:
+    """Raise NamesCollide where two sources have the same label or subset."""
+    roots: dict[str, Path] = {}
+    names: dict[str, Path] = {}
+    for source in sources:
+        label, name = normalise(source.label), normalise(source.subset.name)
+        other = next((known for known in (roots.get(label), names.get(name)) if known not in (None, source.root)), None)
+        if other or name in names:
+            raise NamesCollide(
+                f"{source.folder} and {other or names[name]} would both be named {name!r}",
+                "Give each folder a label of its own, in their order: --label NAME --label OTHER.",
+            )
+        roots[label], names[name] = source.root, source.folder
+
+
+def list_sources(root: Path, label: str, plain: bool) -> list[Source]:
+    """The folder itself, and each N_name folder directly in it. Raises NotForTraining."""
+    name = root.resolve().name
+    label = normalise(label or name)
+    children = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    for suspect in (name, *children):
+        if suspect.casefold() in REGULARISATION_NAMES:
+            folder = root if suspect == name else root / suspect
+            raise NotForTraining(
+                f"{folder}: by its name a folder of regularisation images, which kwrap does not train with",
+                "Import the folders that are to be trained, each by its path; rename this one if it is one of them.",
+            )
+    repeated = {} if plain else {child: found for child in children if (found := read_repeats(child))}
+    own = None if plain else read_repeats(name)
+    sources = [
+        Source(
+            label,
+            root,
+            root,
+            Subset(label, own[0] if own else 1),
+            own[1] if own else None,
+            left_out=frozenset(repeated),
+        )
+    ]
+    sources += [
+        Source(label, root, root / child, Subset(normalise(f"{label}-{child}"), repeats), text)
+        for child, (repeats, text) in repeated.items()
+    ]
+    return sources
+
+
+def read_dataset_file(path: Path) -> list[Source]:
+    """The subsets of sd-scripts' dataset file. Raises UsageError, NotForTraining."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a dataset file ({error})", "Give sd-scripts' dataset_config in TOML.") from None
+    sources = []
+    for dataset in document.get("datasets", []):
+        for table in dataset.get("subsets", []):
+            inherited = {**document.get("general", {}), **{key: dataset[key] for key in dataset if key != "subsets"}}
+            sources.append(read_subset(path, inherited, table))
+    if not sources:
+        raise UsageError(f"{path}: names no [[datasets.subsets]]", "Give sd-scripts' dataset_config, or folders.")
+    return sources
+
+
+def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, Any]) -> Source:
+    """One subset of a dataset file. Raises UsageError, NotForTraining."""
+    folder = Path(str(table.get("image_dir", "")))
+    folder = folder if folder.is_absolute() or folder.is_dir() else path.parent / folder
+    if "image_dir" not in table or not folder.is_dir():
+        raise NothingToImport(f"{path}: {folder}: no such folder (image_dir)", "Fix the path in the file.")
+    if table.get("is_reg"):
+        raise NotForTraining(
+            f"{folder}: {path.name} says is_reg = true, and kwrap does not train with regularisation images",
+            "Take the subset out of the file.",
+        )
+    unknown = sorted(key for key in table if key not in SUBSET_OPTIONS | HANDLED_OPTIONS and table[key])
+    if unknown:
+        raise UsageError(
+            f"{path}: {folder}: {', '.join(unknown)} cannot be kept for one subset", "Take it out of the file."
+        )
+    both = {**inherited, **table}
+    options = {key: both[key] for key in sorted(SUBSET_OPTIONS & both.keys())}
+    repeats = both.get("num_repeats", 1)
+    label = normalise(folder.resolve().name)
+    captions = str(both.get("metadata_file") or both.get("caption_extension") or "")
+    class_text = both.get("class_tokens")
+    return Source(label, folder, folder, Subset(label, int(repeats), options), class_text, captions)
+
+
+def scan(source: Source) -> Found:
+    """List the files of a source with those in its sub-folders; hidden ones are left out."""
+    found = Found(source)
+    for parent, folders, files in os.walk(source.folder):
+        below = os.path.relpath(parent, source.folder)
+        start = "" if below == "." else f"{below}/"
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not (not start and name in source.left_out)
+        )
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            ending = Path(name).suffix.lower()
+            if not is_text(start + name):
+                found.unnamed.append(ascii(start + name))
+            elif ending in IMAGE_ENDINGS:
+                found.images.append(start + name)
+            elif ending in TEXT_ENDINGS:
+                found.texts.add(start + name)
+            elif name in TABLE_NAMES or name == CACHE_NAME:
+                found.tables.append(Path(parent, name))
+            else:
+                found.others[ending or "no ending"] += 1
+    return found
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name can be written into a caption file."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,259 @@
+"""Images of a person's folders checked and put into the image folder: linked, copied, or written anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
+from kohaku_wrap.dataset.images.extract import IMAGES_A_PROCESS, WorkerDied
+from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX, exit_after
+from kohaku_wrap.files import Progress, atomic_write
+from kohaku_wrap.processes import safe_children
+
+IMPORTED_FILE = "imported.parquet"
+JOURNAL_FILE = ".importing.jsonl"
+IMAGES_A_TASK = 16
+FORMAT = 1
+"""Of imported.parquet and the journal."""
+
+
+@dataclass(frozen=True)
+class ImportedImage:
+    """One image that was checked, and what of it lies in the image folder."""
+
+    id: int
+    """From its label and path."""
+
+    label: str
+    """Of its folder."""
+
+    path: str
+    """Below that folder, with `/`, in Unicode's NFC."""
+
+    subset: str
+    """Its subset's name."""
+
+    source: str
+    """The file that it came from, absolute."""
+
+    source_bytes: int
+    """Length of that file."""
+
+    source_mtime_ns: int
+    """Its time of change; another one has it checked again."""
+
+    file: str
+    """Below the image folder."""
+
+    width: int
+    """Real width in pixels, as it is trained."""
+
+    height: int
+    """Real height in pixels."""
+
+    sha256: str
+    """Of the file that it came from, in hex."""
+
+    likeness: int
+    """The picture's difference hash, as a signed number of 64 bits."""
+
+    how: str
+    """`linked`, `copied`, or `rewritten`: turned upright, laid on white or scaled to 8 bits."""
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """An image to check."""
+
+    id: int
+    label: str
+    path: str
+    subset: str
+    source: str
+    file: str
+    """Where it goes below the image folder, unless its format has another ending."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An image that is no whole still image."""
+
+    source: str
+    reason: str
+
+
+def read_imported(images: Path) -> dict[int, ImportedImage]:
+    """What earlier calls put into the folder, by id: finished ones, and one that was stopped."""
+    found: dict[int, ImportedImage] = {}
+    path = images / IMPORTED_FILE
+    if path.is_file():
+        found = {row["id"]: ImportedImage(**row) for row in pq.read_table(path).to_pylist()}
+    journal = images / JOURNAL_FILE
+    if journal.is_file():
+        text = journal.read_bytes()
+        for line in text[: text.rfind(b"\n") + 1].splitlines():
+            image = ImportedImage(**json.loads(line))
+            found[image.id] = image
+    return found
+
+
+def write_imported(images: Path, rows: Iterable[ImportedImage]) -> None:
+    """Write imported.parquet; the journal is not needed from then on."""
+    columns = sorted(rows, key=lambda row: row.id)
+    kinds = {"int": pa.int64(), "str": pa.string()}
+    schema = pa.schema([(name, kinds[str(kind)]) for name, kind in ImportedImage.__annotations__.items()])
+    schema = schema.with_metadata({b"kwrap": json.dumps({"format": FORMAT}).encode()})
+    with atomic_write(images / IMPORTED_FILE, "wb") as stream:
+        pq.write_table(pa.Table.from_pylist([asdict(row) for row in columns], schema=schema), stream)
+    (images / JOURNAL_FILE).unlink(missing_ok=True)
+
+
+def is_kept(image: ImportedImage, task: ImageTask, images: Path, copy: bool) -> bool:
+    """Whether an image is there as this call would put it."""
+    try:
+        status = Path(task.source).stat()
+        place = images / image.file
+        same = (image.source_bytes, image.source_mtime_ns) == (status.st_size, status.st_mtime_ns)
+        if not same or (image.subset, image.source) != (task.subset, task.source):
+            return False
+        if image.how == "linked":
+            return not copy and place.is_symlink() and place.samefile(task.source)
+        return (copy or image.how == "rewritten") and place.is_file() and not place.is_symlink()
+    except OSError:
+        return False
+
+
+def check_images(
+    tasks: Sequence[ImageTask],
+    images: Path,
+    copy: bool,
+    dry_run: bool,
+    jobs: int | None,
+    on_progress: Progress | None,
+) -> Iterator[ImportedImage | Refusal]:
+    """Check images and put them into the folder, in any order; each is in the journal before it is given back.
+
+    Raises WorkerDied when a process is killed.
+    """
+    settings = (images, copy, dry_run)
+    pieces = (tasks[start : start + IMAGES_A_TASK] for start in range(0, len(tasks), IMAGES_A_TASK))
+    processes = min(jobs or len(os.sched_getaffinity(0)), -(-len(tasks) // IMAGES_A_PROCESS))
+    results = (
+        (take_image(task, *settings) for piece in pieces for task in piece)
+        if processes <= 1
+        else run_in_pool(pieces, processes, settings)
+    )
+    journal = Path(os.devnull) if dry_run else images / JOURNAL_FILE
+    with journal.open("a", encoding="utf-8") as stream:
+        for done, result in enumerate(results, 1):
+            if isinstance(result, ImportedImage):
+                stream.write(json.dumps(asdict(result)) + "\n")
+                stream.flush()
+            if on_progress:
+                on_progress(done, len(tasks))
+            yield result
+
+
+def run_in_pool(
+    pieces: Iterator[Sequence[ImageTask]], processes: int, settings: tuple[Path, bool, bool]
+) -> Iterator[ImportedImage | Refusal]:
+    """The results of all pieces; an interrupt ends the processes after the pieces at hand."""
+    running: set[Future[list[ImportedImage | Refusal]]] = set()
+    with safe_children(), ProcessPoolExecutor(processes, get_context("spawn"), start_process) as pool:
+        try:
+            while True:
+                for piece in islice(pieces, 3 * processes - len(running)):
+                    running.add(pool.submit(take_images, piece, *settings))
+                if not running:
+                    return
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    yield from future.result()
+        except BrokenProcessPool as error:
+            raise WorkerDied(
+                "a process that checks images was killed, most often for memory",
+                "Run the same command again with fewer --jobs; what was checked is kept.",
+            ) from error
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def start_process() -> None:
+    """Ready a process of the pool: no interrupts of its own, and an end with its parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def take_images(tasks: Sequence[ImageTask], images: Path, copy: bool, dry_run: bool) -> list[ImportedImage | Refusal]:
+    """Check and place a piece of the images."""
+    return [take_image(task, images, copy, dry_run) for task in tasks]
+
+
+def take_image(task: ImageTask, images: Path, copy: bool, dry_run: bool) -> ImportedImage | Refusal:
+    """Check one image and place it. Raises OSError where it cannot be written."""
+    source = Path(task.source)
+    try:
+        status = source.stat()
+        content = source.read_bytes()
+        checked = check_image(content, source.suffix[1:].lower(), with_likeness=True)
+    except ImageRefused as refusal:
+        return Refusal(task.source, refusal.message)
+    except OSError as error:
+        return Refusal(task.source, f"cannot be read: {error.strerror}")
+    fits = checked.extension == source.suffix[1:].lower()
+    file = task.file if fits else f"{task.file}.{checked.extension}"
+    how = "rewritten" if checked.rewritten else "copied" if copy else "linked"
+    if not dry_run:
+        place_file(images / file, None if how == "linked" else checked.content, source)
+    return ImportedImage(
+        id=task.id,
+        label=task.label,
+        path=task.path,
+        subset=task.subset,
+        source=task.source,
+        source_bytes=status.st_size,
+        source_mtime_ns=status.st_mtime_ns,
+        file=file,
+        width=checked.width,
+        height=checked.height,
+        sha256=hashlib.sha256(content).hexdigest(),
+        likeness=checked.likeness - (1 << 64 if checked.likeness >> 63 else 0),
+        how=how,
+    )
+
+
+def place_file(place: Path, content: bytes | None, source: Path) -> None:
+    """Write `content` under its name, or a link to `source`; whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f".{place.name}.{os.getpid()}{PART_SUFFIX}")
+    try:
+        if content is None:
+            part.unlink(missing_ok=True)
+            part.symlink_to(source)
+        else:
+            part.write_bytes(content)
+        part.replace(place)
+    except OSError as error:
+        error.filename = error.filename or str(place)
+        part.unlink(missing_ok=True)
+        raise
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

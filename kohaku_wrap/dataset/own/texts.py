@@ -1,0 +1,219 @@
+"""The caption of each image of a source: from files beside them or from one table, by the trainer's rules."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
+from kohaku_wrap.errors import UsageError
+
+PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
+TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description")
+TAGS_COLUMN = "tags"
+
+
+class CaptionsUnclear(UsageError):
+    """Captions come from several places, and none of them is chosen."""
+
+
+class NoTable(UsageError):
+    """A file of captions cannot be read as one."""
+
+
+@dataclass
+class Texts:
+    """The captions of a source's images."""
+
+    origin: str
+    """Where they come from, for people."""
+
+    of_image: dict[str, str] = field(default_factory=dict)
+    """By the image's path in the source."""
+
+    without: list[str] = field(default_factory=list)
+    """Images that have none; they are trained with their folder's name, or with nothing."""
+
+    empty: list[str] = field(default_factory=list)
+    """Images whose caption holds nothing in its first line."""
+
+    several_lines: list[str] = field(default_factory=list)
+    """Images whose caption has further lines, which are only trained as wildcards."""
+
+    not_utf8: list[str] = field(default_factory=list)
+    """Images whose caption file is no UTF-8; they are not imported."""
+
+    shared: list[str] = field(default_factory=list)
+    """Images that have one caption file with others of their name."""
+
+    missing: list[str] = field(default_factory=list)
+    """Images that the table names and that are not there."""
+
+
+def read_texts(found: Found, wanted: str, text_column: str) -> Texts:
+    """The captions of a source. `wanted`: an ending or a file, empty to take what is there.
+
+    Raises CaptionsUnclear where several are there, NoTable.
+    """
+    wanted = wanted or found.source.captions
+    if wanted in TEXT_ENDINGS or (wanted.startswith(".") and "/" not in wanted):
+        return read_neighbours(found, wanted)
+    if wanted:
+        return read_table(found, [find_table(found, wanted)], text_column)
+    stems = {image.rpartition(".")[0] for image in found.images}
+    there = [ending for ending in TEXT_ENDINGS if any(f"{stem}{ending}" in found.texts for stem in stems)]
+    tables = [path for path in found.tables if path.name != CACHE_NAME]
+    there += sorted({path.name for path in tables})
+    if len(there) > 1:
+        raise CaptionsUnclear(
+            f"{found.source.folder}: captions lie in {' and in '.join(there)}, and one is meant",
+            f"Say which: --captions {there[0]} or --captions {there[1]}.",
+        )
+    if not there:
+        caches = [path for path in found.tables if path.name == CACHE_NAME]
+        return read_table(found, caches, text_column) if caches else read_neighbours(found, TEXT_ENDINGS[0])
+    return read_table(found, tables, text_column) if tables else read_neighbours(found, there[0])
+
+
+def find_table(found: Found, name: str) -> Path:
+    """The file of captions that a person named. Raises NoTable."""
+    for path in (found.source.folder / name, Path(name)):
+        if path.is_file():
+            return path
+    raise NoTable(f"{name}: no such file, here or in {found.source.folder}", "Name .txt, .caption or a file.")
+
+
+def read_neighbours(found: Found, ending: str) -> Texts:
+    """Captions in files of the images' names."""
+    texts = Texts(f"{ending} files")
+    by_stem = defaultdict(list)
+    for image in found.images:
+        by_stem[image.rpartition(".")[0]].append(image)
+    for stem, images in by_stem.items():
+        path = found.source.folder / f"{stem}{ending}"
+        try:
+            text: str | None = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            text = None
+        except UnicodeDecodeError:
+            texts.not_utf8 += images
+            continue
+        if text is not None and len(images) > 1:
+            texts.shared += images
+        for image in images:
+            take_text(texts, image, text)
+    return texts
+
+
+def take_text(texts: Texts, image: str, text: str | None) -> None:
+    """Note one caption: the first line, then those that are not empty, each without blanks around it."""
+    if text is None:
+        texts.without.append(image)
+        return
+    first, *later = (line.strip() for line in text.removeprefix("\ufeff").replace("\r", "\n").split("\n"))
+    later = [line for line in later if line]
+    if not first:
+        texts.empty.append(image)
+    if later:
+        texts.several_lines.append(image)
+    texts.of_image[image] = "\n".join([first, *later]) if first or later else ""
+
+
+def read_table(found: Found, tables: list[Path], text_column: str) -> Texts:
+    """Captions of tables: one entry an image, its path relative to the table or to the folder, or absolute."""
+    texts = Texts(", ".join(str(path) for path in tables))
+    places = {normalise(image): image for image in found.images}
+    by_stem = {name.rpartition(".")[0]: image for name, image in places.items()}
+    text_of: dict[str, str | None] = {}
+    for table in tables:
+        for key, text in read_entries(table, text_column):
+            names = list(name_ways(found, table, key))
+            image = next((places[name] for name in names if name in places), None)
+            image = image or next((by_stem[name] for name in names if name in by_stem), None)
+            if image is None:
+                texts.missing.append(key)
+            else:
+                text_of[image] = text
+    for image in found.images:
+        take_text(texts, image, text_of.get(image))
+    return texts
+
+
+def name_ways(found: Found, table: Path, key: str) -> Iterator[str]:
+    """What a table's path may be in the source, in the order in which it is tried."""
+    path = Path(normalise(key.replace("\\", "/")))
+    folder = found.source.folder
+    for base in (table.parent, folder, Path.cwd()):
+        for root in (folder.absolute(), folder.resolve()):
+            whole = Path(normalise(str((base if base != Path() else Path.cwd()).absolute() / path)))
+            if whole.is_relative_to(normalise(str(root))):
+                yield whole.relative_to(normalise(str(root))).as_posix()
+
+
+def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None]]:
+    """Path and caption of each entry of a table. Raises NoTable."""
+    try:
+        for number, (key, row) in enumerate(read_rows(path), 1):
+            if key is None:
+                column = next((name for name in PATH_COLUMNS if isinstance(row.get(name), str)), None)
+                if column is None:
+                    raise NoTable(
+                        f"{path}: row {number} has no path: none of {', '.join(PATH_COLUMNS)}",
+                        "Name the column of paths file_name.",
+                    )
+                key = row[column]
+            yield key, find_text(path, row, text_column)
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error, pa.ArrowException) as error:
+        raise NoTable(f"{path}: cannot be read ({error})", "Give .jsonl, .json, .csv or .parquet in UTF-8.") from None
+
+
+def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
+    """Each entry's path, where the form keys entries by it, and its columns."""
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        for batch in pq.ParquetFile(path).iter_batches():
+            names = [name for name in batch.schema.names if name == TAGS_COLUMN or is_string(batch, name)]
+            yield from ((None, row) for row in batch.select(names).to_pylist())
+    elif ending == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            yield from ((None, row) for row in csv.DictReader(stream))
+    elif ending == ".jsonl":
+        with path.open(encoding="utf-8-sig") as stream:
+            yield from ((None, json.loads(line)) for line in stream if line.strip())
+    else:
+        yield from json.loads(path.read_text(encoding="utf-8-sig")).items()
+
+
+def is_string(batch: pa.RecordBatch, name: str) -> bool:
+    """Whether a column holds texts."""
+    kind = batch.schema.field(name).type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def find_text(path: Path, row: Mapping[str, Any], text_column: str) -> str | None:
+    """The caption of one entry, with the tags of sd-scripts' fine-tuning files after it, joined as it does.
+
+    Raises CaptionsUnclear, NoTable.
+    """
+    if text_column:
+        if text_column not in row:
+            raise NoTable(f"{path}: no column {text_column}", f"Its columns: {', '.join(map(str, row))}.")
+        return None if row[text_column] is None else str(row[text_column])
+    there = [name for name in TEXT_COLUMNS if row.get(name) is not None]
+    if len(there) > 1:
+        raise CaptionsUnclear(
+            f"{path}: captions stand in {' and in '.join(there)}, and one is meant",
+            f"Say which: --text-column {there[0]} or --text-column {there[1]}.",
+        )
+    tags = row.get(TAGS_COLUMN)
+    parts = [str(row[name]) for name in there]
+    parts += [", ".join(map(str, tags)) if isinstance(tags, list) else str(tags)] if tags else []
+    return ",".join(part for part in parts if part) if parts else None

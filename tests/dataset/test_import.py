@@ -1,0 +1,370 @@
+"""Folders of one's own become a dataset: every image is checked, every caption is the trainer's, ids stay."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.formats.caption_rows import Columns, check_columns, find_captions, open_captions, read_subsets
+
+
+def paint(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0, text: str | None = None, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    if text is not None:
+        path.with_suffix(".txt").write_text(text, encoding="utf-8")
+    return path
+
+
+def run(*words: object, code: int = 0) -> Any:
+    """The document of `kwrap import … --json`, or what is said on stderr of one that ends otherwise."""
+    result = CliRunner().invoke(program, ["import", *map(str, words), "--json"])
+    failure = result.exception
+    if failure is not None and not isinstance(failure, SystemExit):
+        assert getattr(failure, "exit_code", None) == code, failure
+        return str(failure)
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def rows_of(images: Path) -> dict[str, dict[str, Any]]:
+    """Each row of captions.arrow by its file."""
+    check_columns(images / "captions.arrow")
+    return {row["file"]: row for row in open_captions(images).read_all().to_pylist()}
+
+
+def captions_of(images: Path) -> dict[str, str]:
+    return {Path(file).name: row["caption"] for file, row in rows_of(images).items()}
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    folder = tmp_path / "mine"
+    for seed, name in enumerate(("a.png", "sub dir/b.jpg", "sub dir/ünter/c.webp", "猫/d.bmp", "E.PNG")):
+        paint(folder / name, seed=seed, text=f"{name}, ☂ smile")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "images"
+
+
+def test_a_folder_with_text_files_becomes_rows_links_and_a_cache(mine: Path, out: Path) -> None:
+    report = run(mine, "--out", out)
+    assert (report["found"], report["written"], report["linked"], report["dataset"]) == (5, 5, 5, "mine")
+    rows = rows_of(out)
+    assert list(rows) == [row["file"] for row in sorted(rows.values(), key=lambda row: row["id"])]
+    for file, row in rows.items():
+        assert (out / file).is_symlink()
+        assert (out / file).samefile(mine / Path(file).relative_to("mine"))
+        assert (row["width"], row["height"], row["repeats"], row["subset"]) == (64, 48, 1, 0)
+        digest = hashlib.sha256(file.encode()).digest()
+        assert row["id"] == int.from_bytes(digest[:8], "big") >> 1
+    cache = json.loads((out / "metadata_cache.json").read_text())
+    assert {key: (entry["caption"], entry["resolution"]) for key, entry in cache.items()} == {
+        str(out / file): (row["caption"], [64, 48]) for file, row in rows.items()
+    }
+
+
+def test_a_second_call_keeps_all_and_added_images_keep_ids(mine: Path, out: Path) -> None:
+    run(mine, "--out", out)
+    before, digest = rows_of(out), (out / "captions.arrow").read_bytes()
+    again = run(mine, "--out", out)
+    assert (again["written"], again["kept"]) == (0, 5)
+    assert (out / "captions.arrow").read_bytes() == digest
+    paint(mine / "f.png", seed=9, text="new")
+    (mine / "a.txt").write_text("changed")
+    grown = run(mine, "--out", out)
+    now = rows_of(out)
+    assert (grown["written"], grown["kept"], len(now)) == (1, 5, 6)
+    assert {file: row["id"] for file, row in now.items() if file in before} == {
+        file: row["id"] for file, row in before.items()
+    }
+    assert now["mine/a.png"]["caption"] == "changed"
+    old = Columns.open(out, again["digest"])
+    assert len(old) == 5
+    assert find_captions(out, again["digest"]).name != "captions.arrow"
+    check_columns(find_captions(out, again["digest"]))
+
+
+def test_a_changed_image_is_checked_again_and_a_removed_one_is_gone(mine: Path, out: Path) -> None:
+    run(mine, "--out", out)
+    paint(mine / "a.png", (32, 32), seed=99)
+    (mine / "猫" / "d.bmp").unlink()
+    report = run(mine, "--out", out)
+    assert (report["written"], report["removed"], report["kept"]) == (1, 1, 3)
+    assert rows_of(out)["mine/a.png"]["width"] == 32
+    assert not os.path.lexists(out / "mine" / "猫" / "d.bmp")
+
+
+def test_what_must_be_shown_otherwise_is_written_anew(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "odd"
+    turned = Image.Exif()
+    turned[0x112] = 6
+    paint(folder / "turned.jpg", (40, 30), text="t", exif=turned)
+    Image.new("RGBA", (30, 30), (255, 0, 0, 128)).save(folder / "clear.png")
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(folder / "deep.png")
+    Image.new("RGB", (30, 30), "blue").save(folder / "named.png", "JPEG")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = run(folder, "--out", out)
+    assert (report["rewritten"], report["linked"]) == (3, 1)
+    rows = rows_of(out)
+    assert (rows["odd/turned.jpg"]["width"], rows["odd/turned.jpg"]["height"]) == (30, 40)
+    for file, row in rows.items():
+        with Image.open(out / file) as image:
+            assert image.size == (row["width"], row["height"])
+            assert image.mode in ("RGB", "L")
+    with Image.open(out / "odd" / "clear.png") as image:
+        assert image.getpixel((0, 0)) == (255, 127, 127)
+    assert (out / "odd" / "named.png.jpg").is_symlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_copy_is_no_link(mine: Path, out: Path) -> None:
+    run(mine, "--out", out)
+    report = run(mine, "--out", out, "--copy")
+    assert (report["copied"], report["linked"]) == (5, 0)
+    assert not any((out / file).is_symlink() for file in rows_of(out))
+
+
+def test_a_dry_run_writes_nothing(mine: Path, out: Path) -> None:
+    report = run(mine, "--out", out, "--dry-run")
+    assert report["total"] == 5
+    assert not out.exists()
+
+
+def test_n_name_folders_repeat_as_the_trainer_does(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "img"
+    paint(folder / "3_alice" / "a.png", text="alice, smile")
+    paint(folder / "3_alice" / "b.png", seed=1)
+    paint(folder / "2_bob of b" / "a.png", seed=2, text="\n")
+    paint(folder / "0_none" / "a.png", seed=3)
+    paint(folder / "loose.png", seed=4, text="loose")
+    report = run(folder, "--out", out)
+    rows = rows_of(out)
+    assert {file: (row["repeats"], row["caption"]) for file, row in rows.items()} == {
+        "img-3_alice/a.png": (3, "alice, smile"),
+        "img-3_alice/b.png": (3, "alice"),
+        "img-2_bob of b/a.png": (2, "bob of b"),
+        "img/loose.png": (1, "loose"),
+    }
+    subsets = read_subsets(out)
+    assert {each.name: each.repeats for each in subsets} == {"img": 1, "img-2_bob of b": 2, "img-3_alice": 3}
+    assert all(subsets[row["subset"]].name == file.split("/")[0] for file, row in rows.items())
+    for each in subsets:
+        cache = json.loads((out / each.name / "metadata_cache.json").read_text())
+        assert set(cache) == {str(out / file) for file in rows if file.startswith(f"{each.name}/")}
+    assert any("'alice'" in note for note in report["notes"])
+    assert any("0_none" in note for note in report["notes"])
+    plain = run(folder, "--out", tmp_path / "plain", "--plain")
+    assert {row["repeats"] for row in rows_of(tmp_path / "plain").values()} == {1}
+    assert plain["found"] == 5
+
+
+Table = Callable[[Path, dict[str, str]], list[object]]
+
+
+def lines(path: Path, texts: dict[str, str]) -> list[object]:
+    entries = [json.dumps({"file_name": name, "text": text, "extra": 1}) for name, text in texts.items()]
+    (path / "metadata.jsonl").write_text("\n".join(entries) + "\n\n")
+    return []
+
+
+def table_csv(path: Path, texts: dict[str, str]) -> list[object]:
+    with (path / "metadata.csv").open("w", newline="", encoding="utf-8-sig") as stream:
+        csv.writer(stream).writerows([("file_name", "text"), *texts.items()])
+    return []
+
+
+def parquet(path: Path, texts: dict[str, str]) -> list[object]:
+    pq.write_table(pa.table({"file_name": list(texts), "caption": list(texts.values())}), path / "metadata.parquet")
+    return []
+
+
+def fine_tuning(path: Path, texts: dict[str, str]) -> list[object]:
+    halves = {name: text.split(",", 1) for name, text in texts.items()}
+    keys = {str((path / name).with_suffix("")): {"caption": a, "tags": b} for name, (a, b) in halves.items()}
+    file = path.parent / "meta_cap.json"
+    file.write_text(json.dumps(keys))
+    return ["--captions", file]
+
+
+def cache(path: Path, texts: dict[str, str]) -> list[object]:
+    entries = {str(path / name): {"caption": text, "resolution": [64, 48]} for name, text in texts.items()}
+    (path / "metadata_cache.json").write_text(json.dumps(entries))
+    return []
+
+
+@pytest.mark.parametrize("write", [lines, table_csv, parquet, fine_tuning, cache])
+def test_captions_come_from_tables(tmp_path: Path, out: Path, write: Table) -> None:
+    folder = tmp_path / "mine"
+    texts = {"a.png": "one, two", "sub/ü b.png": 'three, "four" ☂'}
+    for seed, name in enumerate(texts):
+        paint(folder / name, seed=seed)
+    run(folder, "--out", out, *write(folder, texts))
+    assert captions_of(out) == {"a.png": "one, two", "ü b.png": 'three, "four" ☂'}
+
+
+def test_a_table_that_names_what_is_not_there_is_counted(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "mine" / "a.png")
+    lines(tmp_path / "mine", {"a.png": "a", "gone.png": "b"})
+    assert "gone.png" in run(tmp_path / "mine", "--out", out, code=1)
+    report = run(tmp_path / "mine", "--out", out, "--max-missing", 1)
+    assert (report["missing"], report["total"]) == (1, 1)
+
+
+def test_a_dataset_file_gives_subsets_with_options(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "first" / "a.png", text="a, b")
+    paint(tmp_path / "second" / "b.png", seed=1)
+    (tmp_path / "second" / "b.caption").write_text("c, d")
+    (tmp_path / "set.toml").write_text(
+        f"""
+[general]
+caption_extension = ".txt"
+[[datasets]]
+resolution = 512
+[[datasets.subsets]]
+image_dir = "{tmp_path}/first"
+num_repeats = 4
+keep_tokens = 1
+[[datasets.subsets]]
+image_dir = "{tmp_path}/second"
+caption_extension = ".caption"
+flip_aug = true
+"""
+    )
+    run(tmp_path / "set.toml", "--out", out)
+    assert {each.name: (each.repeats, dict(each.options)) for each in read_subsets(out)} == {
+        "first": (4, {"keep_tokens": 1}),
+        "second": (1, {"flip_aug": True}),
+    }
+    assert captions_of(out) == {"a.png": "a, b", "b.png": "c, d"}
+
+
+def test_odd_captions_are_counted_and_listed(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "mine"
+    paint(folder / "good.png", text="good")
+    paint(folder / "lines.png", seed=1, text="first\r\n\r\nsecond\n")
+    paint(folder / "empty.png", seed=2, text="")
+    paint(folder / "none.png", seed=3)
+    paint(folder / "marked.png", seed=4, text="\ufeffmarked")
+    paint(folder / "same.png", seed=5, text="shared")
+    paint(folder / "same.jpg", seed=6)
+    paint(folder / "bad.png", seed=7)
+    (folder / "bad.txt").write_bytes("猫".encode("cp932"))
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "clip.mp4").write_bytes(b"x")
+    assert "not UTF-8" in run(folder, "--out", out, code=1)
+    report = run(folder, "--out", out, "--max-missing", 2)
+    names = ("several_lines", "empty_caption", "without_caption", "shared_text", "not_utf8", "corrupt", "total")
+    assert [report[name] for name in names] == [1, 1, 2, 2, 1, 1, 7]
+    assert report["other_files"] == {".mp4": 1}
+    captions = captions_of(out)
+    assert captions["lines.png"] == "first\nsecond"
+    assert (captions["marked.png"], captions["none.png"], captions["empty.png"]) == ("marked", "", "")
+    lists = json.loads((out / "import-report.json").read_text())["lists"]
+    assert lists["corrupt"][0]["image"].endswith("broken.png")
+    assert lists["shared_text"] == [str(folder / "same.jpg"), str(folder / "same.png")]
+
+
+def test_doubles_are_listed_by_content_and_by_look(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "mine"
+    whole = paint(folder / "a.png", (320, 240), text="a")
+    (folder / "b.png").write_bytes(whole.read_bytes())
+    blocks = np.random.default_rng(3).integers(0, 255, (8, 9, 3), dtype=np.uint8)
+    for name, size in (("large.png", (900, 800)), ("small.jpg", (450, 400))):
+        Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(folder / name)
+    report = run(folder, "--out", out, "--resolution", 512)
+    lists = json.loads((out / "import-report.json").read_text())["lists"]
+    assert lists["doubles"] == [[str(folder / "a.png"), str(folder / "b.png")]]
+    assert lists["similar"] == [[str(folder / "large.png"), str(folder / "small.jpg")]]
+    assert report["too_small"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda at: (at / "a.caption").write_text("x"), [".txt and in .caption", "--captions .txt"]),
+        (lambda at: paint(at / "reg" / "1_girl" / "a.png"), ["regularisation"]),
+        (lambda at: lines(at, {"a.png": "x"}), [".txt and in metadata.jsonl"]),
+    ],
+)
+def test_what_is_not_clear_is_asked(mine: Path, out: Path, change: Callable[[Path], object], words: list[str]) -> None:
+    change(mine)
+    said = run(mine, "--out", out, code=2)
+    assert all(word in said for word in words)
+    assert not out.exists()
+
+
+def test_equal_labels_are_refused_by_name(mine: Path, tmp_path: Path, out: Path) -> None:
+    other = tmp_path / "other" / "mine"
+    paint(other / "a.png", seed=50, text="x")
+    assert str(other) in run(mine, other, "--out", out, code=1)
+    run(mine, "--out", out)
+    assert "--label" in run(other, "--out", out, code=1)
+    both = run(other, "--label", "second", "--out", out)
+    assert (both["total"], both["others"]) == (6, 5)
+    assert captions_of(out)["d.bmp"] == "猫/d.bmp, ☂ smile"
+
+
+def test_a_moved_folder_keeps_its_ids(mine: Path, out: Path) -> None:
+    run(mine, "--out", out)
+    before = {row["id"] for row in rows_of(out).values()}
+    (mine.parent / "new place").mkdir()
+    mine.rename(mine.parent / "new place" / "mine")
+    run(mine.parent / "new place" / "mine", "--out", out)
+    assert {row["id"] for row in rows_of(out).values()} == before
+    assert all((out / file).is_file() for file in rows_of(out))
+
+
+def test_one_spelling_of_a_name(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "mine" / unicodedata.normalize("NFD", "é.png"), text="x")
+    run(tmp_path / "mine", "--out", out)
+    assert list(rows_of(out)) == [unicodedata.normalize("NFC", "mine/é.png")]
+    assert captions_of(out) == {unicodedata.normalize("NFC", "é.png"): "x"}
+
+
+@pytest.mark.parametrize("place", [".", "inside", ".."])
+def test_the_image_folder_is_not_among_the_images(mine: Path, place: str) -> None:
+    assert "beside the images" in run(mine, "--out", mine / place, code=2)
+
+
+def test_a_killed_import_goes_on(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "mine"
+    for seed in range(900):
+        paint(folder / f"{seed}.png", (96, 96), seed=seed, text=str(seed))
+    words = [sys.executable, "-m", "kohaku_wrap", "import", str(folder), "--out", str(out), "--jobs", "2"]
+    for sign in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        journal = out / ".importing.jsonl"
+        begun = len(journal.read_bytes().splitlines()) if journal.exists() else 0
+        while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < begun + 30):
+            time.sleep(0.01)
+        process.send_signal(sign)
+        process.communicate()
+        assert process.returncode in (-sign, 130)
+        assert not (out / "captions.arrow").exists()
+    report = run(folder, "--out", out)
+    assert report["kept"] >= 60
+    assert report["kept"] + report["written"] == report["total"] == 900
+    assert not list(out.rglob(".*"))
