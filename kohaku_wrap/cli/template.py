@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.config.site import Site
-    from kohaku_wrap.trainer.options import OptionTable
 
 Path_ = click.Path(path_type=Path)
 LONGEST_VALUE = 48
@@ -201,26 +200,26 @@ def check_command(
     """
     from importlib.util import find_spec
 
-    from kohaku_wrap.config.check_files import check_files, load_for_trust
+    from kohaku_wrap.config.check_files import check_file, list_files
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.trainer.installed import find_option_table
 
     table = find_option_table()
     on_site = load_site(site) if site else None
-    reports = check_files(files, on_site, table, trust)
-    on_trust = [(path, load_for_trust(path, on_site, table, trust)) for path, _ in reports]
+    reports = [(path, *check_file(path, on_site, table, trust)) for path in list_files(files)]
     if modules or (modules is None and find_spec("torch") and find_spec("lycoris")):
-        reports = [(path, [*problems, *check_modules(path, on_site, table)]) for path, problems in reports]
-    faulty = [(path, problems) for path, problems in reports if problems]
+        for _, problems, effective in reports:
+            problems += check_modules(effective, on_site)
+    faulty = [(path, problems) for path, problems, _ in reports if problems]
     if as_json:
         print_json(
             "template check",
             {
                 "options_from": table.source,
-                "checked": [str(path) for path, _ in reports],
+                "checked": [str(path) for path, _, _ in reports],
                 "trust": [
                     {"file": str(path), **row}
-                    for path, effective in on_trust
+                    for path, _, effective in reports
                     if effective
                     for row in describe_trust(effective)
                 ],
@@ -234,7 +233,7 @@ def check_command(
         if faulty:
             raise click.exceptions.Exit(1)
         return
-    for _, effective in on_trust:
+    for _, _, effective in reports:
         if effective:
             print_trust(effective)
     for path, problems in faulty:
@@ -254,15 +253,17 @@ class FaultyTemplates(KwrapError):
     """At least one template has a fault."""
 
 
-def check_modules(path: Path, site: Site | None, table: OptionTable) -> list[Problem]:
-    """Patterns of the file's preset that match no module; shipped presets on a full SDXL are known to match."""
-    from kohaku_wrap.config.check_files import is_shipped_preset, load_for_modules
-    from kohaku_wrap.planning.module_counts import check_unmatched, count_network
+def check_modules(effective: Effective | None, site: Site | None) -> list[Problem]:
+    """Patterns of a file's preset that match no module; shipped presets on a full SDXL are known to match."""
+    from kohaku_wrap.config.check_files import is_shipped_preset
+    from kohaku_wrap.config.network import find_preset_faults
+    from kohaku_wrap.planning.module_counts import count_network, find_unmatched
 
-    effective = load_for_modules(path, site, table)
-    if effective is None or (site is None and is_shipped_preset(effective.preset)):
+    if effective is None or not effective.preset or any(find_preset_faults(effective)):
         return []
-    return check_unmatched(effective, count_network(effective))
+    if site is None and is_shipped_preset(effective.preset):
+        return []
+    return effective.blame(find_unmatched(count_network(effective)))
 
 
 @command.command(

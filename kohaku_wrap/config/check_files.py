@@ -10,7 +10,7 @@ from typing import Any
 from kohaku_wrap.config.checks import check_effective
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import load_layers
-from kohaku_wrap.config.network import check_preset
+from kohaku_wrap.config.network import find_preset_faults
 from kohaku_wrap.config.reading import Entry, shorten_path
 from kohaku_wrap.config.site import TABLES, Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate, find_template
@@ -21,6 +21,9 @@ from kohaku_wrap.trainer.options import OptionTable
 
 NOT_TEMPLATES = ("merges",)
 """Folders beside templates whose files are something else."""
+
+BASE = "sdxl-lokr"
+"""The template that a preset or a site is tried with."""
 
 
 def list_files(names: Iterable[str]) -> list[Path]:
@@ -45,17 +48,35 @@ def list_files(names: Iterable[str]) -> list[Path]:
 def check_files(
     names: Sequence[str], site: Site | None, table: OptionTable, trust: Sequence[str] = ()
 ) -> list[tuple[Path, list[Problem]]]:
-    """Every file and its faults, in order; files under `presets` are checked as presets, site files as sites."""
-    reports = []
-    for path in list_files(names):
-        if path.parent.name == "presets":
-            problems = check_preset_file(path, table)
-        elif is_site(path):
-            problems = check_site_file(path, table)
-        else:
-            problems = check_template(path, site, table, trust)
-        reports.append((path, problems))
-    return reports
+    """Every file and its faults, in order."""
+    return [(path, check_file(path, site, table, trust)[0]) for path in list_files(names)]
+
+
+def check_file(
+    path: Path, site: Site | None, table: OptionTable, trust: Sequence[str] = ()
+) -> tuple[list[Problem], Effective | None]:
+    """All faults of a file, and what it makes; None for a site, and where it cannot be read.
+
+    Files under `presets` are checked as presets, which make what they do of the base template; site files as sites.
+    """
+    kind = "preset" if path.parent.name == "presets" else "site" if is_site(path) else "template"
+    entry = Entry(path.stem, "preset", shorten_path(path))
+    try:
+        if kind == "site":
+            return load_layers(BASE, load_site(path), (), table)[1], None
+        if kind == "template":
+            effective, problems = load_layers(path, site, (), table, trust)
+            return problems + check_effective(effective), effective
+        alone = Effective(path.stem, path, "", (), {"preset": entry}, load_toml(path), table)
+        base, _ = load_layers(BASE, site, (), table)
+        on_base = dataclasses.replace(base, preset=alone.preset, entries={**base.entries, "preset": entry})
+        return alone.blame(find_preset_faults(alone)), on_base
+    except ProblemsFound as found:
+        if kind == "template":
+            return list(found.problems), None
+        return [Problem(fault.where, fault.what, f"site {shorten_path(path)}") for fault in found.problems], None
+    except KwrapError as fault:
+        return [Problem(path.name, fault.message, f"{kind} {shorten_path(path)}")], None
 
 
 def is_site(path: Path) -> bool:
@@ -67,64 +88,6 @@ def is_site(path: Path) -> bool:
     return tables <= {*TABLES, "trust"} and bool(tables & {"paths", "machine"})
 
 
-def check_site_file(path: Path, table: OptionTable) -> list[Problem]:
-    """All faults of a site, those of its `[trainer]` among them."""
-    try:
-        return load_layers("sdxl-lokr", load_site(path), (), table)[1]
-    except ProblemsFound as found:
-        return [Problem(fault.where, fault.what, f"site {shorten_path(path)}") for fault in found.problems]
-
-
-def check_template(path: Path, site: Site | None, table: OptionTable, trust: Sequence[str] = ()) -> list[Problem]:
-    """All faults of one template, of its layers and of what they make together."""
-    try:
-        effective, problems = load_layers(path, site, (), table, trust)
-        return problems + check_effective(effective)
-    except ProblemsFound as found:
-        return list(found.problems)
-    except KwrapError as fault:
-        return [Problem(path.name, fault.message, f"template {shorten_path(path)}")]
-
-
-def load_for_trust(path: Path, site: Site | None, table: OptionTable, trust: Sequence[str]) -> Effective | None:
-    """The template whose trusted code is named; None for other files, and where it cannot be read."""
-    if path.parent.name == "presets" or is_site(path):
-        return None
-    try:
-        return load_layers(path, site, (), table, trust)[0]
-    except KwrapError:
-        return None
-
-
-def load_for_modules(path: Path, site: Site | None, table: OptionTable) -> Effective | None:
-    """What the modules of a template or preset file are counted with; None where its preset cannot be read.
-
-    A preset file is counted with the arguments of the base template.
-    """
-    if is_site(path):
-        return None
-    try:
-        if path.parent.name != "presets":
-            effective, _ = load_layers(path, site, (), table)
-        else:
-            base, _ = load_layers("sdxl-lokr", site, (), table)
-            entry = Entry(path.stem, "preset", shorten_path(path))
-            effective = dataclasses.replace(base, preset=load_toml(path), entries={**base.entries, "preset": entry})
-    except KwrapError:
-        return None
-    return None if check_preset(effective) or not effective.preset else effective
-
-
 def is_shipped_preset(preset: Mapping[str, Any]) -> bool:
     """Whether it says what a preset that came with kwrap says; those are counted by kwrap's own tests."""
     return any(load_toml(path) == preset for path in (shipped_folder("templates") / "presets").glob("*.toml"))
-
-
-def check_preset_file(path: Path, table: OptionTable) -> list[Problem]:
-    """All faults of one preset file."""
-    try:
-        preset = load_toml(path)
-    except KwrapError as fault:
-        return [Problem(path.name, fault.message, f"preset {shorten_path(path)}")]
-    entry = Entry(path.stem, "preset", shorten_path(path))
-    return check_preset(Effective(path.stem, path, "", (), {"preset": entry}, preset, table))

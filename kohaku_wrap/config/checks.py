@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
-from kohaku_wrap.config.effective import BadBatch, Effective, shape_batch
-from kohaku_wrap.config.needs import check_needs, describe_idle
-from kohaku_wrap.config.network import LYCORIS, check_network
-from kohaku_wrap.config.optimizers import Signatures, check_code, check_optimizer
+from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batch
+from kohaku_wrap.config.needs import describe_idle, find_lacks
+from kohaku_wrap.config.network import LYCORIS, find_network_faults
+from kohaku_wrap.config.optimizers import Signatures, find_optimizer_faults, find_unknown_code
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.trainer.installed import ask_optimizer
-
-Faults = Iterator[tuple[str, str]]
-"""Key and what is wrong with it."""
 
 TYPICAL_WEIGHT = 0.02
 """The size of a typical weight of SDXL and of a LoKr factor."""
@@ -53,47 +50,46 @@ def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> li
 
     `ask` reads the signature of an optimizer that is not recorded.
     """
-    problems = [Problem(key, what, effective.origin(key)) for rule in RULES for key, what in rule(effective)]
-    problems += check_network(effective)
-    problems += check_code(effective)
-    problems += check_optimizer(effective, ask)
-    problems += check_needs(effective)
-    problems += check_buckets(effective)
-    if effective.site and effective.get("effective_batch"):
-        try:
-            shape_batch(effective)
-        except BadBatch as fault:
-            what = f"{fault.message}. {fault.next_step}"
-            problems.append(Problem("effective_batch", what, effective.origin("effective_batch")))
-    return problems
+    faults = [fault for rule in RULES for fault in rule(effective)]
+    faults += [*find_optimizer_faults(effective, ask), *find_lacks(effective), *find_bucket_faults(effective)]
+    problems = effective.blame(faults)
+    if is_complete(effective) and dataset(effective, "resolution") is None:
+        what = "is not set: the trainer has no default"
+        problems.append(Problem("dataset_options.resolution", what, str(effective.path)))
+    return problems + effective.blame(find_batch_faults(effective))
 
 
-def check_plan(effective: Effective, plan: StepPlan) -> list[Problem]:
+def check_plan(effective: Effective, plan: StepPlan) -> Faults:
     """Contradictions that show only once the steps are counted."""
-    problems = []
+    whole = f"optimizer steps in all {plan.total_optimizer_steps:,}"
+    yield from find_rare_saves(effective, plan.total_optimizer_steps, whole)
+
+
+def find_rare_saves(effective: Effective, steps: int, whole: str) -> Faults:
+    """What is saved or sampled less often than once in the `steps` of a run; `whole` says how many these are."""
     for key in ("save_every_n_steps", "samples.every", "sample_every_n_steps"):
         every = effective.get(key)
-        if every and every > plan.total_optimizer_steps:
-            what = f"{every:,} is larger than the whole run: optimizer steps in all {plan.total_optimizer_steps:,}"
-            problems.append(Problem(key, what, effective.origin(key)))
-    return problems
+        if every and every > steps:
+            yield key, f"{every:,} is larger than the whole run: {whole}"
 
 
-def check_buckets(effective: Effective) -> list[Problem]:
+def find_bucket_faults(effective: Effective) -> Faults:
     """Bucket options that no resolution fits."""
     options = effective.subtable("dataset_options", with_defaults=True)
-    if options.get("resolution") is None:
-        if not is_complete(effective):
-            return []
-        return [Problem("dataset_options.resolution", "is not set: the trainer has no default", str(effective.path))]
     try:
-        BucketOptions.from_dataset_options(options)
+        if options.get("resolution") is not None:
+            BucketOptions.from_dataset_options(options)
     except ProblemsFound as found:
-        return [
-            Problem(f"dataset_options.{fault.where}", fault.what, effective.origin(f"dataset_options.{fault.where}"))
-            for fault in found.problems
-        ]
-    return []
+        yield from ((f"dataset_options.{fault.where}", fault.what) for fault in found.problems)
+
+
+def find_batch_faults(effective: Effective) -> Faults:
+    """A batch that cannot be made on the site."""
+    try:
+        if effective.site and is_complete(effective):
+            shape_batch(effective)
+    except BadBatch as fault:
+        yield "effective_batch", f"{fault.message}. {fault.next_step}"
 
 
 def is_complete(effective: Effective) -> bool:
@@ -193,12 +189,8 @@ def refuse_two_lengths(effective: Effective) -> Faults:
 
 def refuse_rare_saves(effective: Effective) -> Faults:
     steps = effective.get("max_train_steps")
-    if not effective.is_set("max_train_steps") or not steps or effective.is_set("max_train_epochs"):
-        return
-    for key in ("save_every_n_steps", "samples.every", "sample_every_n_steps"):
-        every = effective.get(key)
-        if every and every > steps:
-            yield key, f"{every:,} is larger than the whole run: max_train_steps = {steps:,}"
+    if effective.is_set("max_train_steps") and steps and not effective.is_set("max_train_epochs"):
+        yield from find_rare_saves(effective, steps, f"max_train_steps = {steps:,}")
 
 
 def refuse_lost_updates(effective: Effective) -> Faults:
@@ -287,5 +279,7 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_missing_prompts,
     refuse_missing_seed,
     refuse_out_of_range,
+    find_network_faults,
+    find_unknown_code,
 )
 """Each looks at the whole and yields what contradicts."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.reading import Entry
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.trainer.options import OptionTable
+
+Faults = Iterator[tuple[str, str]]
+"""Key and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,13 @@ class Effective:
         return default if value is None else value
 
     def origin(self, key: str) -> str:
-        """The layer that set the key, and its file: `template …/epsilon.toml`."""
-        entry = self.entries.get(key)
+        """The layer that set the key, and its file: `template …/epsilon.toml`; a preset's keys are of one layer."""
+        entry = self.entries.get("preset" if key.startswith("preset.") else key)
         return entry.origin if entry else "default"
+
+    def blame(self, faults: Iterable[tuple[str, str]]) -> list[Problem]:
+        """Faults of keys as problems, each with the layer that set its key."""
+        return [Problem(key, what, self.origin(key)) for key, what in faults]
 
     def is_set(self, key: str) -> bool:
         """Whether a layer, rather than a default, decides the key."""

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import find_known, load_signatures
-from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import Fate, fate_of_key
-from kohaku_wrap.errors import Problem
 
 OWN_DATA = "kwrap.data"
 """What kwrap's data cannot do is refused, whichever layer chose it."""
@@ -27,14 +26,13 @@ DISTRIBUTIONS = {"lion_pytorch": "lion-pytorch"}
 """What to install for a package whose name differs."""
 
 
-def check_needs(effective: Effective) -> list[Problem]:
-    """Faults of options whose partners are missing, of networks that are not there, of packages not installed."""
-    problems = [
-        Problem(key, what, effective.origin(key))
-        for key in effective.entries
-        if not is_idle(key) and (what := find_lack(effective, key))
-    ]
-    return [*problems, *check_inputs(effective), *check_packages(effective)]
+def find_lacks(effective: Effective) -> Faults:
+    """Options whose partners are missing, networks that are not there, packages not installed."""
+    for key in effective.entries:
+        if not is_idle(key) and (what := find_lack(effective, key)):
+            yield key, what
+    yield from find_absent_inputs(effective)
+    yield from find_absent_packages(effective)
 
 
 def is_idle(key: str) -> bool:
@@ -111,25 +109,26 @@ def rank(effective: Effective, key: str) -> tuple[int, int]:
     return (LAYERS.index(entry.layer), names.index(file) if file in names else 0)
 
 
-def check_inputs(effective: Effective) -> list[Problem]:
+def find_absent_inputs(effective: Effective) -> Faults:
     """Networks to begin with that are not there."""
-    named = {key: effective.get(key) or [] for key in INPUTS}
-    return [
-        Problem(key, f"{name}: no such file", effective.origin(key))
-        for key, value in named.items()
-        for name in (value if isinstance(value, list) else [value])
-        if not Path(name).expanduser().is_file()
-    ]
+    for key in INPUTS:
+        value = effective.get(key) or []
+        for name in value if isinstance(value, list) else [value]:
+            if not Path(name).expanduser().is_file():
+                yield key, f"{name}: no such file"
 
 
-def check_packages(effective: Effective) -> list[Problem]:
+def find_absent_packages(effective: Effective) -> Faults:
     """An optimizer that cannot be resumed, and packages that are not installed on a machine that could train."""
     chosen = str(effective.get("optimizer_type") or "AdamW")
     if chosen.lower().endswith("schedulefree"):
-        what = f"{chosen} has no schedule that kwrap could follow and resume: choose an optimizer with one"
-        return [Problem("optimizer_type", what, effective.origin("optimizer_type"))]
+        yield (
+            "optimizer_type",
+            f"{chosen} has no schedule that kwrap could follow and resume: choose an optimizer with one",
+        )
+        return
     if find_spec("torch") is None:
-        return []
+        return
     recorded: Mapping[str, Any] = load_signatures().get(chosen.lower(), {})
     path = str(recorded.get("class") or find_known("optimizer_type", chosen) or "torch")
     wanted = [("optimizer_type", chosen, path.partition(".")[0])]
@@ -137,13 +136,7 @@ def check_packages(effective: Effective) -> list[Problem]:
     wanted += [("xformers", "xformers", "xformers")] if effective.get("xformers") and not effective.get("sdpa") else []
     logs = str(effective.get("log_with") or "")
     wanted += [("log_with", name, name) for name in TRACKERS if logs in (name, "all")]
-    return [
-        Problem(
-            key,
-            f"{name} needs the package {package}, which is not installed: pip install "
-            + DISTRIBUTIONS.get(package, package),
-            effective.origin(key),
-        )
-        for key, name, package in wanted
-        if find_spec(package) is None
-    ]
+    for key, name, package in wanted:
+        if find_spec(package) is None:
+            install = f"pip install {DISTRIBUTIONS.get(package, package)}"
+            yield key, f"{name} needs the package {package}, which is not installed: {install}"

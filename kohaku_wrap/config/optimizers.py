@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from kohaku_wrap.config.code_names import find_known, find_unknown, is_trusted, load_signatures
-from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import load_fates
 from kohaku_wrap.config.needs import rank
-from kohaku_wrap.errors import Problem
 from kohaku_wrap.trainer.options import suggest
 
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
@@ -55,32 +54,26 @@ Signatures = Callable[[str], list[str] | None]
 """Asks for the arguments of a class `module.Class`; None where they are not known."""
 
 
-def check_code(effective: Effective) -> list[Problem]:
+def find_unknown_code(effective: Effective) -> Faults:
     """Optimizers, schedules and network modules that are neither known nor trusted; nothing is imported for it."""
-    return [
-        Problem(option, what, effective.origin(option))
-        for option, what in find_unknown(effective.values, effective.trust)
-    ]
+    yield from find_unknown(effective.values, effective.trust)
 
 
-def check_optimizer(effective: Effective, ask: Signatures) -> list[Problem]:
+def find_optimizer_faults(effective: Effective, ask: Signatures) -> Faults:
     """Faults of the optimizer, its arguments and the schedule. `ask` reads signatures that are not recorded."""
-    problems = [*check_scheduler(effective)]
+    yield from find_schedule_faults(effective)
     chosen = effective.get("optimizer_type") or "AdamW"
     recorded = load_signatures().get(chosen.lower())
     arguments: list[str] | None = recorded["arguments"] if recorded else None
     if not arguments and (path := find_known("optimizer_type", chosen) or trusted_path(effective, chosen)):
         arguments = ask(path)
     if arguments is None:
-        return problems
+        return
     lost = LOST_ARGUMENTS.get(chosen.lower(), ())
     allowed = [each for each in (*arguments, *extra_arguments(chosen)) if each not in lost]
     for name in effective.subtable("optimizer_args"):
         if name not in allowed:
-            key = f"optimizer_args.{name}"
-            what = f"{chosen} takes no such argument{suggest(name, allowed)}"
-            problems.append(Problem(key, what, effective.origin(key)))
-    return problems
+            yield f"optimizer_args.{name}", f"{chosen} takes no such argument{suggest(name, allowed)}"
 
 
 def trusted_path(effective: Effective, chosen: str) -> str:
@@ -93,13 +86,8 @@ def extra_arguments(chosen: str) -> tuple[str, ...]:
     return ("relative_step", "scale_parameter", "warmup_init") if chosen.lower() == "adafactor" else ()
 
 
-def check_scheduler(effective: Effective) -> list[Problem]:
+def find_schedule_faults(effective: Effective) -> Faults:
     """Faults of the schedule, its arguments and its warm-up, which the trainer finds once the models are loaded."""
-    return [Problem(key, what, effective.origin(key)) for key, what in find_schedule_faults(effective)]
-
-
-def find_schedule_faults(effective: Effective) -> Iterator[tuple[str, str]]:
-    """The key of each fault and what is wrong with it."""
     warmup = effective.get("lr_warmup_steps", 0)
     chosen = effective.get("lr_scheduler", "constant")
     if sets_own_rates(effective):

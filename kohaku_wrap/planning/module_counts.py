@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.trainer_arguments import render_network_args
-from kohaku_wrap.errors import KwrapError, Problem
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import home_folder, write_text
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_trainer_commit
@@ -135,17 +135,13 @@ def count_network_everywhere(effective: Effective) -> list[ModuleCounts]:
     return counts
 
 
-def check_unmatched(effective: Effective, counts: ModuleCounts) -> list[Problem]:
+def find_unmatched(counts: ModuleCounts) -> Faults:
     """Patterns of the preset that fit nothing in the base model."""
-    layer = effective.origin("preset")
-    problems = []
     for each in counts.unmatched:
         key, _, pattern = each.partition(": ")
-        what = f"{pattern!r} matches no module of the base model; LyCORIS would go on without it"
-        problems.append(Problem(f"preset.{key}", what, layer))
+        yield f"preset.{key}", f"{pattern!r} matches no module of the base model; LyCORIS would go on without it"
     if not counts.unet_modules + counts.text_encoder_modules:
-        problems.append(Problem("preset", "makes no module at all", layer))
-    return problems
+        yield "preset", "makes no module at all"
 
 
 def count_as_json(counts: ModuleCounts) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from kohaku_wrap.formats.safetensors import MalformedFile, PickledFile
 from kohaku_wrap.planning.module_counts import (
     ModuleCounts,
     NotCounted,
-    check_unmatched,
     count_network_everywhere,
+    find_unmatched,
 )
 from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, show_bytes, total_of, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps
@@ -91,7 +91,7 @@ def plan_training(
 ) -> TrainingPlan:
     """Count and weigh a training of a template on its site over these images."""
     steps = plan_steps(effective, images)
-    problems = check_plan(effective, steps) + check_model(effective)
+    problems = effective.blame(check_plan(effective, steps)) + check_model(effective)
     counts: tuple[ModuleCounts, ...] = ()
     not_counted = "" if with_modules else "modules, parameters and sizes were not asked for"
     if with_modules and effective.get("network_module") == "lycoris.kohya":
@@ -102,7 +102,7 @@ def plan_training(
     sizes = None
     if counts:
         first = counts[0]
-        problems += check_unmatched(effective, first)
+        problems += effective.blame(find_unmatched(first))
         base = (first.base_unet_parameters, first.base_text_encoder_parameters, first.base_vae_parameters)
         sizes = weigh_training(effective, steps, images, first.parameters, first.tensors, base)
         problems += check_memory(sizes)
