@@ -229,8 +229,8 @@ def print_findings(plan: ResumePlan) -> None:
     """What the resume found and how it takes it, on stderr."""
     for damaged in plan.damaged:
         print_note(f"damaged, passed over: {damaged.message}")
-    for problem in plan.accepted:
-        print_note(f"accepted: {problem.where}: {problem.what}")
+    for where, what in plan.differences.items():
+        print_note(f"accepted: {where}: {what}")
     for note in plan.notes:
         print_note(note)
     if plan.lineage:
@@ -257,16 +257,16 @@ def print_start(plan: ResumePlan) -> None:
 
 def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
     """The exact position and the command."""
-    from kohaku_wrap.training.supervising.resume import describe_launch
+    from kohaku_wrap.training.supervising.launch import plan_attempt_launch
 
-    launch = describe_launch(plan)
-    position = plan.position
+    launch = plan_attempt_launch(plan)
+    position = plan.start
     if as_json:
         payload = {
             "run": str(plan.run.folder),
             "attempt": plan.number,
             "state": None if plan.state is None else show_path(plan.state),
-            "optimizer_step": plan.optimizer_step,
+            "optimizer_step": plan.start_optimizer_step,
             "epoch": position.epoch,
             "micro_batch": position.micro_batch,
             "global_position": position.global_position,
@@ -278,7 +278,7 @@ def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
             ],
             "abandons": [str(path) for path in plan.abandons],
             "damaged": [damaged.message for damaged in plan.damaged],
-            "accepted": {problem.where: problem.what for problem in plan.accepted},
+            "accepted": plan.differences,
             "notes": list(plan.notes),
             "lineage": plan.lineage,
             "argv": list(launch.argv),
@@ -289,7 +289,7 @@ def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
         return
     rows: list[tuple[str, Any]] = [
         ("state", plan.state or f"none: from {source_of(plan)}"),
-        ("optimizer steps done", f"{plan.optimizer_step:,} of {plan.run.lock.total_optimizer_steps:,}"),
+        ("optimizer steps done", f"{plan.start_optimizer_step:,} of {plan.run.lock.total_optimizer_steps:,}"),
         ("epoch", position.epoch),
         ("micro-batch of each rank", position.micro_batch),
         *(

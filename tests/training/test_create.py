@@ -138,7 +138,7 @@ def test_a_run_is_made_whole(site: Path) -> None:
     first, second = (run.folder / "command.txt").read_text().splitlines()
     assert first == "kwrap train demo" and "accelerate" in second
     plan = plan_resume(run)
-    assert (plan.state, plan.optimizer_step, plan.processes) == (None, 0, 1), "nothing differs from the lock"
+    assert (plan.state, plan.start_optimizer_step, plan.processes) == (None, 0, 1), "nothing differs from the lock"
 
 
 def test_a_failure_while_making_it_leaves_nothing(site: Path) -> None:

@@ -22,7 +22,7 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising import join
 from kohaku_wrap.training.supervising.ends import read_end
 from kohaku_wrap.training.supervising.launch import plan_attempt_launch
-from kohaku_wrap.training.supervising.resume import begin_attempt, describe_launch, plan_resume
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
 JOINED = {"num_machines": 2, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
@@ -87,7 +87,7 @@ def test_a_run_goes_on_with_fewer_machines(new_run: NewRun) -> None:
     run = new_run(processes=4, accumulation=1, machine=MACHINE)
     plan = plan_resume(run, machines=1)
     assert (plan.machines, plan.processes, plan.accumulation) == (1, 2, 2)
-    words = describe_launch(plan).argv
+    words = plan_attempt_launch(plan).argv
     assert "--num_machines" not in words
     assert "--machine_rank" not in words
     with pytest.raises(UsageError, match="1 processes cannot be shared by 2 machines"):

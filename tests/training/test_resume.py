@@ -66,7 +66,7 @@ def test_takes_the_newest_whole_state_and_names_damaged_ones(new_run: NewRun) ->
     assert steps(run) == [4, 6]
     os.truncate(state_folder(run.states, 6) / "weights.bin", 3)
     plan = plan_resume(run)
-    assert (plan.optimizer_step, plan.number) == (4, 2)
+    assert (plan.start_optimizer_step, plan.number) == (4, 2)
     assert "weights.bin is damaged" in plan.damaged[0].message
     assert plan.abandons == (state_folder(run.states, 6),)
     with pytest.raises(DamagedState, match=r"weights\.bin"):
@@ -143,7 +143,7 @@ def test_without_a_state_it_starts_again(new_run: NewRun) -> None:
     run = new_run()
     crash_at(run, 1)
     plan = plan_resume(run)
-    assert plan.state is None and plan.optimizer_step == 0
+    assert plan.state is None and plan.start_optimizer_step == 0
     assert "from the beginning, as no state is there" in call("resume", run.folder, "--dry-run").stdout
     resume(run)
     report = verify_run(run)
@@ -295,7 +295,7 @@ def test_another_base_model_is_refused_and_can_be_accepted(new_run: NewRun, tmp_
     was, now = inputs["base_model_sha256"][:12], hashlib.sha256(b"others!").hexdigest()[:12]
     assert f"{model}: the sha256 was {was}…, is now {now}…" in refused.value.message
     assert "--allow base_model" in refused.value.next_step
-    assert plan_resume(run, allow=["base_model"]).accepted[0].where == "base_model"
+    assert list(plan_resume(run, allow=["base_model"]).differences) == ["base_model"]
     model.unlink()
     with pytest.raises(DifferentRun, match="no such file"):
         plan_resume(run)
@@ -339,7 +339,7 @@ def test_a_state_of_plain_sd_scripts(new_run: NewRun) -> None:
         (run.checkpoints / name).mkdir()
     (run.checkpoints / "r-000001-state" / "train_state.json").write_text('{"current_epoch": 1, "current_step": 3}')
     plan = plan_resume(run, foreign=True)
-    assert plan.foreign and plan.state == run.checkpoints / "r-step00000004-state" and plan.optimizer_step == 4
+    assert plan.foreign and plan.state == run.checkpoints / "r-step00000004-state" and plan.start_optimizer_step == 4
     assert plan_resume(run, step=3, foreign=True).state == run.checkpoints / "r-000001-state"
     with pytest.raises(NoSuchState, match="at optimizer step 9"):
         plan_resume(run, step=9, foreign=True)

@@ -145,9 +145,7 @@ def rates_of_sd_scripts(lock: Lock, count: int, names: Sequence[str]) -> Any:
         rate = (rates[0] if rates else None) if isinstance(rates, list) else rates
         return network.prepare_optimizer_params(rate, args.unet_lr, args.learning_rate)
 
-    networks = dummy_networks(
-        args.network_module, lock.tables.get("network_args", {}), possible_parts(vars(args), names)
-    )
+    networks = dummy_networks(args.network_module, lock.table("network_args"), possible_parts(vars(args), names))
     groups = find_groups(networks, make, count)
     return list_rates(
         groups,
@@ -159,13 +157,12 @@ def rates_of_sd_scripts(lock: Lock, count: int, names: Sequence[str]) -> Any:
 
 def trainer_values(lock: Lock) -> dict[str, Any]:
     """The trainer's options as the lock has them, with its tables of arguments as the trainer takes them."""
-    tables = lock.tables
     values = dict(lock.values)
-    if tables.get("network_args"):
-        values["network_args"] = render_network_args(tables["network_args"])
+    if arguments := lock.table("network_args"):
+        values["network_args"] = render_network_args(arguments)
     for name in ("optimizer_args", "lr_scheduler_args"):
-        if tables.get(name):
-            values[name] = render_literals(tables[name])
+        if arguments := lock.table(name):
+            values[name] = render_literals(arguments)
     return values
 
 

@@ -78,7 +78,6 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
         tokenize=None,
         substitute_bad_images=True,
     )
-    on_cpu = int(lock.tables.get("machine", {}).get("gpus", 1)) == 0
     found: list[int | str] = []
     for epoch, position, was_substituted in samples:
         order = dataset.order.epoch(epoch)
@@ -98,7 +97,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
         images, _, height, width = example["images"].shape
         seed_generators(step_seed(lock.seed, epoch, position))
         shape = (images, LATENT_CHANNELS, height // LATENT_STEP, width // LATENT_STEP)
-        found.append(content_digest(example["kwrap"]["content"], replay_timesteps(shape, values, on_cpu)))
+        found.append(content_digest(example["kwrap"]["content"], replay_timesteps(shape, values, lock.is_on_cpu)))
     return found
 
 

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,9 @@ MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
 
 FORMAT = 2
 """Of `attempt.json`; 1, which has no number, is that of kwrap 0.1."""
+
+KEPT_OTHERWISE = ("run", "differences", "threads")
+"""What `attempt.json` does not have under the field's own name: its place, `accepted_differences`, `environment`."""
 
 
 class BadAttempt(KwrapError):
@@ -144,6 +147,9 @@ class Attempt:
 
     position: Position | None = None
     """Where its first optimizer step starts, as the plan of the resume computed it; None in attempts of kwrap 0.1."""
+
+    threads: int | None = None
+    """OMP_NUM_THREADS of each process, or of the attempt before while it is only planned; None for the default."""
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None) -> Attempt:
@@ -299,20 +305,12 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
     state = attempt.state
     if state is not None and state.is_relative_to(attempt.run.folder):
         state = state.relative_to(attempt.run.folder)
-    document = {
-        "format": FORMAT,
-        "number": attempt.number,
-        "processes": attempt.processes,
-        "accumulation": attempt.accumulation,
-        "machines": attempt.machines,
-        "workers": attempt.workers,
-        "start_optimizer_step": attempt.start_optimizer_step,
+    document: dict[str, Any] = {"format": FORMAT}
+    document |= {each.name: getattr(attempt, each.name) for each in fields(Attempt) if each.name not in KEPT_OTHERWISE}
+    document |= {
         "state": None if state is None else str(state),
-        "foreign": attempt.foreign,
         "allow": sorted(attempt.allow),
-        "bad_steps": attempt.bad_steps,
         "accepted_differences": dict(attempt.differences),
-        "lineage": None if attempt.lineage is None else dict(attempt.lineage),
         "position": None if attempt.position is None else asdict(attempt.position),
         "started_unix_seconds": time.time(),
         "environment": dict(environment),
@@ -332,6 +330,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
                 "Go on with the kwrap that made the attempt, or a newer one.",
             )
         state = document["state"]
+        threads = document.get("environment", {}).get("OMP_NUM_THREADS", "")
         return Attempt(
             run=run,
             number=number,
@@ -347,6 +346,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
             differences=dict(document.get("accepted_differences", {})),
             lineage=document.get("lineage"),
             position=Position(**document["position"]) if document.get("position") else None,
+            threads=int(threads) if threads.isascii() and threads.isdecimal() else None,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadAttempt(

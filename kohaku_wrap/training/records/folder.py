@@ -98,7 +98,7 @@ class Run:
 
     def find_images(self) -> Path:
         """The folder of the run's images and captions: the lock's, or that of dataset.toml if they were moved there."""
-        places = [self.lock.tables.get("dataset", {}).get("image_dir", "")]
+        places = [self.lock.table("dataset").get("image_dir", "")]
         with suppress(OSError, ValueError, TypeError, AttributeError):
             places.append(find_image_folder(flatten_dataset(parse_toml(read_regular(self.dataset_config)))))
         for place in places:
@@ -118,6 +118,10 @@ class Lock:
 
     path: Path
     """Where it was read, for messages."""
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """One table of the document: `inputs`, `machine`, …; empty for one that it lacks."""
+        return dict(self.tables.get(name, {}))
 
     def entry(self, table: str, key: str) -> Any:
         """One value; raises BadRunFolder that names it when it is missing."""
@@ -146,7 +150,7 @@ class Lock:
     @property
     def files(self) -> Mapping[str, str]:
         """The text of each of the run's files as it was written; empty for a run of kwrap 0.1."""
-        return dict(self.tables.get("files", {}))
+        return self.table("files")
 
     def number(self, table: str, key: str, at_least: int = 0) -> int:
         """A whole number; raises BadRunFolder where it is none, or out of all bounds."""
@@ -186,12 +190,28 @@ class Lock:
     @property
     def accelerate(self) -> Mapping[str, Any]:
         """Options of `accelerate launch` that say how several machines find each other."""
-        return dict(self.tables.get("machine", {}).get("accelerate", {}))
+        return dict(self.table("machine").get("accelerate", {}))
 
     @property
     def machines(self) -> int:
         """Machines that the run was made for."""
         return int(self.accelerate.get("num_machines", 1))
+
+    @property
+    def processes(self) -> int:
+        """The processes that the site gave when the run was made."""
+        machine = self.table("machine")
+        return int(machine.get("processes", max(int(machine.get("gpus", 1)), 1)))
+
+    @property
+    def workers(self) -> int:
+        """The loader workers that the site or the template gave when the run was made."""
+        return int(self.table("machine").get("workers", self.values.get("max_data_loader_n_workers", 0)) or 0)
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the run's site has no GPU."""
+        return int(self.table("machine").get("gpus", 1)) == 0
 
     @property
     def images(self) -> int:
@@ -212,38 +232,38 @@ class Lock:
 
     @property
     def states_kept(self) -> int:
-        return int(self.tables.get("states", {}).get("keep", 3))
+        return int(self.table("states").get("keep", 3))
 
     @property
     def milestone_every(self) -> int:
         """Optimizer steps between the states that retention never removes; 0 for none."""
-        return int(self.tables.get("states", {}).get("every", 0))
+        return int(self.table("states").get("every", 0))
 
     @property
     def values(self) -> Mapping[str, Any]:
         """Every effective sd-scripts option."""
-        return dict(self.tables.get("values", {}))
+        return self.table("values")
 
     @property
     def dataset_digest(self) -> str:
         """The digest of the captions and sizes that are trained; empty when the lock has none."""
-        return str(self.tables.get("inputs", {}).get("captions_digest", ""))
+        return str(self.table("inputs").get("captions_digest", ""))
 
     @property
     def trainer_commit(self) -> str:
-        return str(self.tables.get("trainer", {}).get("commit", ""))
+        return str(self.table("trainer").get("commit", ""))
 
     @property
     def trust(self) -> tuple[str, ...]:
         """Modules whose code the run may run; a run of 0.1, which asked nobody, goes on with what it was made with."""
-        given = self.tables.get("run", {}).get("trust", [])
+        given = self.table("run").get("trust", [])
         old = [] if "format" in self.tables else [str(self.values.get(option, "")) for option in CODE_OPTIONS]
         return (*map(str, given), *filter(None, old))
 
     @property
     def secrets_file(self) -> str:
         """The site file whose `[secrets]` the trainer gets; empty where there are none."""
-        return str(self.tables.get("run", {}).get("secrets_file", ""))
+        return str(self.table("run").get("secrets_file", ""))
 
 
 def is_run(folder: Path) -> bool:

@@ -120,8 +120,8 @@ def list_changes(run: Run, state: Path | None = None, on_bytes: Callable[[int], 
 def list_notes(run: Run) -> list[str]:
     """What changed and changes nothing of what is trained, and what of a run of kwrap 0.1 cannot be compared."""
     notes = list(list_moves(run, read_trainer(run.trainer_config), read_dataset(run.dataset_config)))
-    inputs = run.lock.tables.get("inputs", {})
-    templates = run.lock.tables.get("run", {}).get("template_files", [])
+    inputs = run.lock.table("inputs")
+    templates = run.lock.table("run").get("template_files", [])
     sources = {f"template_{index}_sha256": path for index, path in enumerate(templates)}
     for key, path in {**sources, "site_sha256": inputs.get("site", "")}.items():
         if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
@@ -177,7 +177,7 @@ def compare_models(
     run: Run, trainer: Mapping[str, Any], on_bytes: Callable[[int], None] | None = None
 ) -> Iterator[Problem]:
     """The files that the trainer would load, against the lock's digests; an unchanged one is not read again."""
-    inputs = run.lock.tables.get("inputs", {})
+    inputs = run.lock.table("inputs")
     for name, option in MODELS.items():
         locked, path = inputs.get(f"{name}_sha256"), Path(trainer.get(option) or "")
         if not locked or option not in trainer:
@@ -195,13 +195,13 @@ def compare_models(
 
 def bytes_to_hash(run: Run) -> int:
     """Bytes of the run's models whose hash is not kept, so that a comparison reads them; for progress."""
-    paths = [Path(str(run.lock.tables.get("inputs", {}).get(name, ""))) for name in MODELS]
+    paths = [Path(str(run.lock.table("inputs").get(name, ""))) for name in MODELS]
     return sum(path.stat().st_size for path in paths if path.is_file() and not keeps_sha256(path))
 
 
 def compare_dataset(run: Run) -> Iterator[Problem]:
     """What would be read of images and captions, against the lock's digests."""
-    inputs = run.lock.tables.get("inputs", {})
+    inputs = run.lock.table("inputs")
     dataset = read_dataset(run.dataset_config)
     images = find_image_folder(dataset) or inputs.get("images")
     if not images or not run.lock.dataset_digest:
@@ -228,7 +228,7 @@ def compare_dataset(run: Run) -> Iterator[Problem]:
 
 def check_captions(run: Run) -> None:
     """Read the captions that would be trained; raises DamagedCaptions."""
-    images = find_image_folder(read_dataset(run.dataset_config)) or run.lock.tables.get("inputs", {}).get("images", "")
+    images = find_image_folder(read_dataset(run.dataset_config)) or run.lock.table("inputs").get("images", "")
     path = find_captions(Path(images), run.lock.dataset_digest)
     if path.is_file() and run.lock.data == "kwrap":
         check_columns(path)
@@ -254,7 +254,7 @@ def compare_versions(run: Run) -> Iterator[Problem]:
 
 def compare_packages(run: Run) -> Iterator[Problem]:
     """One problem with every package that can change bits and has another version than in the lock."""
-    before = by_plain_name(run.lock.tables.get("versions", {}))
+    before = by_plain_name(run.lock.table("versions"))
     if not before:
         return
     now = by_plain_name(list_versions(requirement_paths() if run.lock.engine == "sd-scripts" else ()))
@@ -329,7 +329,7 @@ def refuse_unknown(allow: Collection[str], run: Run | None = None) -> None:
     """
     options: set[str] = set()
     if run is not None:
-        options = {*KEY_OF_FINGERPRINT.values(), *run.lock.values, *run.lock.tables.get("dataset", {})}
+        options = {*KEY_OF_FINGERPRINT.values(), *run.lock.values, *run.lock.table("dataset")}
         options |= {*read_trainer(run.trainer_config), *read_dataset(run.dataset_config), OTHER_OPTIONS, LOCK_FILE}
     for key in allow:
         if key in ACCEPTED_FAULTS or (run is not None and can_be_accepted(key)):

@@ -69,7 +69,7 @@ def why_not(lock: Lock) -> str:
     name = chosen.rpartition(".")[2].lower().removeprefix("paged")
     if any(word in name for word in OWN_RATE):
         return f"{chosen} sets its own rate"
-    arguments = lock.tables.get("optimizer_args", {})
+    arguments = lock.table("optimizer_args")
     if name == "adafactor" and arguments.get("relative_step", True):
         return f"{chosen} with relative steps sets its own rate"
     if not name.startswith(PLAIN):

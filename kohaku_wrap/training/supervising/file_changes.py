@@ -45,7 +45,7 @@ def compare_files(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, An
     if run.lock.format == 1:
         left_out = BY_ATTEMPT | RENDERED_LISTS | PLACE_KEYS
         yield from compare_options(trainer, run.lock.values, left_out)
-        yield from compare_options(dataset, run.lock.tables.get("dataset", {}), PLACE_KEYS)
+        yield from compare_options(dataset, run.lock.table("dataset"), PLACE_KEYS)
         return
     for name, written in run.lock.files.items():
         try:

@@ -17,7 +17,7 @@ from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, Att
 from kohaku_wrap.training.supervising.launch import Launch, plan_attempt_launch, require_packages
 from kohaku_wrap.training.supervising.machines import refuse_rank
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
-from kohaku_wrap.training.supervising.resume import RunFinished, describe_attempt, is_finished, plan_resume, threads_of
+from kohaku_wrap.training.supervising.resume import RunFinished, is_finished, plan_resume
 from kohaku_wrap.training.supervising.supervise import RunIsBusy, RunReport, RunStopped, log_events
 from kohaku_wrap.training.supervising.watch import Event, EventKind, OnEvent, StopSignals, start_launcher
 
@@ -52,9 +52,8 @@ def describe_join(run: Run, machine_rank: int) -> Launch:
     refuse_rank(run, machine_rank)
     attempts = list_attempts(run)
     if attempts and read_end(attempts[-1]) is None:
-        return plan_attempt_launch(attempts[-1], threads_of(attempts[-1]), machine_rank)
-    plan = plan_resume(run)
-    return plan_attempt_launch(describe_attempt(plan), plan.threads, machine_rank)
+        return plan_attempt_launch(attempts[-1], machine_rank)
+    return plan_attempt_launch(plan_resume(run), machine_rank)
 
 
 def join_run(run: Run, machine_rank: int, on_event: OnEvent) -> RunReport:
@@ -140,7 +139,7 @@ class MachineWatch:
         if self.log_file.exists():
             self.tell("note", f"machine {self.machine_rank} was in attempt {self.attempt.number} already")
             return None
-        launch = plan_attempt_launch(self.attempt, threads_of(self.attempt), self.machine_rank)
+        launch = plan_attempt_launch(self.attempt, self.machine_rank)
         self.tell(
             "start", f"machine {self.machine_rank} of {self.attempt.machines} joins attempt {self.attempt.number}"
         )

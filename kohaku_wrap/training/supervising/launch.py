@@ -17,7 +17,6 @@ from kohaku_wrap.errors import MissingExtra, UsageError
 from kohaku_wrap.files import expand_user, write_text
 from kohaku_wrap.processes import accelerate_command, safe_settings
 from kohaku_wrap.training.records.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
-from kohaku_wrap.training.records.folder import Lock
 from kohaku_wrap.training.supervising.machines import ONE_MACHINE, Machines
 
 WORKER_MODULES = {
@@ -115,7 +114,7 @@ def plan_launch(
     return Launch(argv, environment, run_folder)
 
 
-def plan_attempt_launch(attempt: Attempt, threads: int | None = None, machine_rank: int = 0) -> Launch:
+def plan_attempt_launch(attempt: Attempt, machine_rank: int = 0) -> Launch:
     """The command of an attempt of a run that is there, on one of its machines."""
     lock = attempt.lock
     return plan_launch(
@@ -124,10 +123,10 @@ def plan_attempt_launch(attempt: Attempt, threads: int | None = None, machine_ra
         attempt.number,
         attempt.processes,
         attempt.accumulation,
-        is_on_cpu(lock),
-        threads,
+        lock.is_on_cpu,
+        attempt.threads,
         Machines(attempt.machines, machine_rank, lock.accelerate),
-        lock.tables.get("kernels"),
+        lock.table("kernels"),
     )
 
 
@@ -152,15 +151,10 @@ def default_threads(processes: int, on_cpu: bool) -> int:
     return max(1, min(MOST_THREADS, cores // processes))
 
 
-def is_on_cpu(lock: Lock) -> bool:
-    """Whether the run's site has no GPU."""
-    return int(lock.tables.get("machine", {}).get("gpus", 1)) == 0
-
-
 def describe_attempt_accelerate(attempt: Attempt) -> dict[str, Any]:
     """accelerate's options for an attempt: those of the run as they were written, and its own processes."""
     lock = attempt.lock
-    gpus = 0 if is_on_cpu(lock) else attempt.processes
+    gpus = 0 if lock.is_on_cpu else attempt.processes
     machines = lock.accelerate if attempt.machines > 1 else {}
     precision = str(lock.values.get("mixed_precision", "no"))
     table = describe_accelerate(attempt.processes, gpus, precision, machines=machines)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.training.records.attempts import Attempt
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import BadLedger, LedgerFile, list_ledger_files, read_whole_ledger_file
 from kohaku_wrap.training.supervising.ledger_checks import Conditions
-from kohaku_wrap.training.supervising.resume import threads_of
 
 
 class NoLedger(KwrapError):
@@ -44,21 +42,15 @@ def read_files(run: Run) -> list[LedgerFile]:
 
 def list_conditions(run: Run, attempts: list[Attempt], files: list[LedgerFile]) -> dict[int, Conditions]:
     """Under what each attempt trained. kwrap 0.1 gave the same bits on a CPU, and said nothing of GPUs."""
-    on_cpu = int(run.lock.tables.get("machine", {}).get("gpus", 1)) == 0
     found: dict[int, Conditions] = {}
     known = {attempt.number: attempt for attempt in attempts}
     for file in files:
         header, attempt = file.header, known.get(file.header.attempt)
         if attempt is None:
             continue
-        is_deterministic = header.is_deterministic if header.version > 2 else on_cpu
-        accepted = frozenset(f"{where}: {what}" for where, what in read_accepted(attempt).items())
-        threads = threads_of(attempt)
-        found[attempt.number] = Conditions(is_deterministic, header.processes, header.device_digest, threads, accepted)
+        is_deterministic = header.is_deterministic if header.version > 2 else run.lock.is_on_cpu
+        accepted = frozenset(f"{where}: {what}" for where, what in attempt.differences.items())
+        found[attempt.number] = Conditions(
+            is_deterministic, header.processes, header.device_digest, attempt.threads, accepted
+        )
     return found
-
-
-def read_accepted(attempt: Attempt) -> dict[str, str]:
-    """The differences from the run's lock that the person accepted for this attempt, and how they differ."""
-    document = read_json_files(attempt.folder, "attempt.json")
-    return dict(document[0].get("accepted_differences", {})) if document else {}

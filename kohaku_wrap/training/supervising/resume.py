@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError, Problem, command_line
-from kohaku_wrap.steps import Position
 from kohaku_wrap.trainer.requirements import require_requirements
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts, write_attempt
 from kohaku_wrap.training.records.folder import Run
@@ -43,38 +41,8 @@ class RunFinished(KwrapError):
 
 
 @dataclass(frozen=True)
-class ResumePlan:
-    """What a resume would do; nothing is changed yet."""
-
-    run: Run
-    """The run."""
-
-    number: int
-    """Of the next attempt."""
-
-    state: Path | None
-    """The state to load; None for a start from the beginning."""
-
-    optimizer_step: int
-    """Optimizer steps done at that state."""
-
-    position: Position
-    """Where the next optimizer step starts."""
-
-    processes: int
-    """W of the next attempt."""
-
-    accumulation: int
-    """A of the next attempt."""
-
-    workers: int
-    """Loader workers of each process."""
-
-    machines: int
-    """Machines of the next attempt."""
-
-    threads: int | None
-    """OMP_NUM_THREADS of the attempt before; None for the first."""
+class ResumePlan(Attempt):
+    """The next attempt, and what making it would do; nothing is changed yet."""
 
     damaged: tuple[DamagedState, ...] = ()
     """States that did not verify, newest first."""
@@ -82,27 +50,12 @@ class ResumePlan:
     abandons: tuple[Path, ...] = ()
     """Later states and checkpoints, which move to `abandoned/`."""
 
-    foreign: bool = False
-    """Whether the state was made by plain sd-scripts."""
-
-    allow: frozenset[str] = field(default_factory=frozenset)
-    """Differences and faults that the person accepts."""
-
-    accepted: tuple[Problem, ...] = ()
-    """The differences that are there and accepted."""
-
-    bad_steps: int | None = None
-    """As in Attempt."""
-
     notes: tuple[str, ...] = ()
     """What changed without effect, and what cannot be compared."""
 
-    lineage: Mapping[str, Any] | None = None
-    """Of a state that another run wrote."""
-
     def rank_positions(self) -> list[int]:
         """The next global position of each rank."""
-        return [self.position.global_position + rank for rank in range(self.processes)]
+        return [self.start.global_position + rank for rank in range(self.processes)]
 
 
 def plan_resume(
@@ -131,7 +84,7 @@ def plan_resume(
         )
     attempts = list_attempts(run)
     last = attempts[-1] if attempts else None
-    before = (last.processes, last.machines) if last else (first_processes(run), run.lock.machines)
+    before = (last.processes, last.machines) if last else (run.lock.processes, run.lock.machines)
     machines = machines or before[1]
     processes = processes or before[0] // before[1] * machines
     refuse_machines(run, machines, processes)
@@ -145,31 +98,31 @@ def plan_resume(
     changes = list_changes(run, None if foreign else state, on_bytes)
     accepted = list_accepted(run, allow, last, changes)
     refuse_changes(f"run {run.name}", changes, accepted, run.lock.format)
-    there = tuple(problem for problem in changes if problem.where in accepted)
+    there = {problem.where: problem.what for problem in changes if problem.where in accepted}
     abandons = [
         path
         for at, path in list_states(run.states)
-        if path != state and (at > optimizer_step or is_damaged(path, damaged))
+        if path != state and (at > optimizer_step or path in [each.state for each in damaged])
     ]
     abandons += [path for path in later_checkpoints(run, optimizer_step) if path != state]
     return ResumePlan(
         run=run,
-        number=next_number(run),
-        state=state,
-        optimizer_step=optimizer_step,
-        position=run.lock.count.position_of(optimizer_step, processes),
+        number=max(attempt_numbers(run), default=0) + 1,
         processes=processes,
         accumulation=accumulation,
-        workers=workers if workers is not None else (last.workers if last else first_workers(run)),
+        workers=workers if workers is not None else (last.workers if last else run.lock.workers),
+        start_optimizer_step=optimizer_step,
+        state=state,
+        allow=accepted,
+        foreign=foreign,
         machines=machines,
-        threads=threads_of(last),
+        differences=there,
+        lineage=describe_lineage(state) if OTHER_RUN in there else None,
+        position=run.lock.count.position_of(optimizer_step, processes),
+        threads=last.threads if last else None,
         damaged=tuple(damaged),
         abandons=tuple(abandons),
-        foreign=foreign,
-        allow=accepted,
-        accepted=there,
         notes=tuple(list_notes(run)),
-        lineage=describe_lineage(state) if any(problem.where == OTHER_RUN for problem in there) else None,
     )
 
 
@@ -214,40 +167,14 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     if plan.number > 1:
         # Those of the first attempt were read when the run was made.
         check_captions(plan.run)
-    attempt = describe_attempt(plan)
-    launch = describe_launch(plan)
-    write_attempt(attempt, launch.environment)
-    write_accelerate_config(attempt)
+    launch = plan_attempt_launch(plan)
+    write_attempt(plan, launch.environment)
+    write_accelerate_config(plan)
     for path in plan.abandons:
         away = plan.run.abandoned / f"before-attempt-{plan.number}" / path.relative_to(plan.run.folder)
         away.parent.mkdir(parents=True, exist_ok=True)
         path.rename(away)
-    return attempt, launch
-
-
-def describe_attempt(plan: ResumePlan) -> Attempt:
-    """The attempt that the plan describes; nothing is written."""
-    return Attempt(
-        run=plan.run,
-        number=plan.number,
-        processes=plan.processes,
-        accumulation=plan.accumulation,
-        workers=plan.workers,
-        start_optimizer_step=plan.optimizer_step,
-        state=plan.state,
-        allow=plan.allow,
-        foreign=plan.foreign,
-        machines=plan.machines,
-        bad_steps=plan.bad_steps,
-        differences={problem.where: problem.what for problem in plan.accepted},
-        lineage=plan.lineage,
-        position=plan.position,
-    )
-
-
-def describe_launch(plan: ResumePlan) -> Launch:
-    """The command that the plan describes."""
-    return plan_attempt_launch(describe_attempt(plan), plan.threads)
+    return plan, launch
 
 
 def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
@@ -279,33 +206,3 @@ def is_finished(run: Run) -> bool:
     result = attempts[-1].result() if attempts else None
     is_there = any(run.checkpoints.glob(f"{run.name}.*")) if run.checkpoints.is_dir() else False
     return is_there and result is not None and result["outcome"] == "finished"
-
-
-def is_damaged(state: Path, damaged: Sequence[DamagedState]) -> bool:
-    return any(each.state == state for each in damaged)
-
-
-def next_number(run: Run) -> int:
-    """One more than the highest attempt, whole or not."""
-    return max(attempt_numbers(run), default=0) + 1
-
-
-def first_processes(run: Run) -> int:
-    """The processes that the site gave when the run was made."""
-    machine = run.lock.tables.get("machine", {})
-    return int(machine.get("processes", max(int(machine.get("gpus", 1)), 1)))
-
-
-def first_workers(run: Run) -> int:
-    """The loader workers that the site or the template gave when the run was made."""
-    values = run.lock.values
-    return int(run.lock.tables.get("machine", {}).get("workers", values.get("max_data_loader_n_workers", 0)) or 0)
-
-
-def threads_of(attempt: Attempt | None) -> int | None:
-    """OMP_NUM_THREADS of an attempt."""
-    if attempt is None:
-        return None
-    document = json.loads((attempt.folder / "attempt.json").read_text(encoding="utf-8"))
-    threads = document.get("environment", {}).get("OMP_NUM_THREADS", "")
-    return int(threads) if threads.isascii() and threads.isdecimal() else None

@@ -308,7 +308,7 @@ def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
 def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
     """The order that the run's seed and dataset make, and the post id of each of its entries."""
     lock = run.lock
-    options: Mapping[str, object] = lock.tables.get("dataset", {})
+    options: Mapping[str, object] = lock.table("dataset")
     table = open_captions(run.find_images(), lock.dataset_digest).read_all()
     buckets = assign_buckets(
         table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)

@@ -337,7 +337,7 @@ def test_the_table_is_long_enough() -> None:
 
 def test_an_untouched_run_is_resumed_without_a_word(stage: Stage) -> None:
     plan = plan_resume(stage.run, step=STEP)
-    assert (plan.optimizer_step, plan.accepted, plan.notes, plan.lineage) == (STEP, (), (), None)
+    assert (plan.start_optimizer_step, plan.differences, plan.notes, plan.lineage) == (STEP, {}, (), None)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -380,7 +380,7 @@ def test_what_has_no_effect_is_told(stage: Stage, name: str) -> None:
     words, change = TOLD[name]
     change(stage)
     plan = plan_resume(stage.run, step=STEP)
-    assert not plan.accepted and any(words in note for note in plan.notes), plan.notes
+    assert not plan.differences and any(words in note for note in plan.notes), plan.notes
 
 
 def test_a_state_under_the_name_of_another_step_is_not_taken(stage: Stage) -> None:
@@ -407,13 +407,13 @@ def write_package(folder: Path, name: str, version: str) -> None:
 def test_versions_that_can_change_bits(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     write_package(tmp_path, "click", "0.0.1")
-    assert not plan_resume(stage.run, step=STEP).accepted, "click computes nothing"
+    assert not plan_resume(stage.run, step=STEP).differences, "click computes nothing"
     write_package(tmp_path, "lycoris-lora", "0.0.1")
     with pytest.raises(DifferentRun, match=r"lycoris-lora was [\d.]+, is now 0\.0\.1") as refused:
         plan_resume(stage.run, step=STEP)
     assert "--allow versions" in refused.value.next_step
     begin_attempt(plan_resume(stage.run, step=STEP, allow=["versions"]))
-    assert [problem.where for problem in plan_resume(stage.run).accepted] == ["versions"]
+    assert list(plan_resume(stage.run).differences) == ["versions"]
     write_package(tmp_path, "xformers", "9.9")
     with pytest.raises(DifferentRun, match=r"xformers was not installed, is now 9\.9"):
         plan_resume(stage.run)
@@ -434,7 +434,7 @@ def test_images_that_were_moved_are_the_same(stage: Stage) -> None:
     (stage.folder / "images").rename(stage.folder / "moved")
     edit("dataset.toml", r'^image_dir = "(.*)/images"', r'image_dir = "\1/moved"')(stage)
     plan = plan_resume(stage.run, step=STEP)
-    assert not plan.accepted and any("image_dir was" in note for note in plan.notes)
+    assert not plan.differences and any("image_dir was" in note for note in plan.notes)
 
 
 def test_a_run_that_was_moved_with_its_files_goes_on(stage: Stage) -> None:
@@ -446,7 +446,7 @@ def test_a_run_that_was_moved_with_its_files_goes_on(stage: Stage) -> None:
     for path in there.glob("*.toml"):
         text = path.read_text().replace(str(run.folder), str(there))
         path.write_text(text.replace('"first"', '"elsewhere"').replace('\\"first\\"', '\\"elsewhere\\"'))
-    assert not plan_resume(Run(there), step=STEP).accepted
+    assert not plan_resume(Run(there), step=STEP).differences
 
 
 def test_moved_images_are_proved_as_before(stage: Stage) -> None:
@@ -477,7 +477,7 @@ def test_a_run_of_kwrap_0_1_is_resumed_and_proved(stage: Stage) -> None:
     report = verify_run(old)
     assert report.is_proved and not report.changed_after
     plan = plan_resume(old, step=STEP)
-    assert not plan.accepted and any("made by kwrap 0.1" in note for note in plan.notes)
+    assert not plan.differences and any("made by kwrap 0.1" in note for note in plan.notes)
     done = kwrap("resume", old.folder, "--step", STEP)
     assert done.returncode == 0, done.stdout + done.stderr
     report = verify_run(stage.run)

@@ -97,7 +97,7 @@ class BuiltinRun(Engine):
     def describe_run(self) -> dict[str, str]:
         """The metadata of every checkpoint of this run."""
         base = Path(self.options.pretrained_model_name_or_path)
-        inputs = self.attempt.lock.tables.get("inputs", {})
+        inputs = self.attempt.lock.table("inputs")
         facts = {
             "ss_new_sd_model_hash": inputs.get("base_model_sha256") or sha256_of_file(base),
             "ss_num_train_images": self.attempt.lock.images,
