@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -35,18 +36,8 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
 
     with progress_bar("pictures", "posts", quiet=as_json) as report:
         world = make_world(folder, posts, seed, on_progress=report)
-    payload = {
-        "folder": str(world.folder),
-        "posts": world.posts,
-        "seed": world.seed,
-        "images": world.images,
-        "tars": world.tars,
-        "size_bytes": world.size_bytes,
-        "kept": world.kept,
-        "site": str(world.folder / "site.toml"),
-    }
     if as_json:
-        print_json("demo", payload)
+        print_json("demo", {**asdict(world), "site": world.folder / "site.toml"})
         return
     rows = [
         ("folder", world.folder),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kohaku_wrap.cli.options import set_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
@@ -36,7 +37,7 @@ Examples:
 @click.argument("template", required=False)
 @click.option("--site", "site_file", type=Path_, help="The machine's site.toml: its paths and GPUs are tried.")
 @click.option("--engine", type=click.Choice(["sd-scripts", "builtin"]), help="Look at this engine's needs.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@set_option
 @trust_option
 @click.option(
     "--deep",
@@ -71,8 +72,7 @@ def command(
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import read_training_sizes
     from kohaku_wrap.formats.caption_rows import NoImages
-    from kohaku_wrap.planning.doctor import Health, examine_machine
-    from kohaku_wrap.planning.doctor import as_json as health_as_json
+    from kohaku_wrap.planning.doctor import examine_machine
     from kohaku_wrap.planning.doctor_torch import Finding
     from kohaku_wrap.planning.training_plan import TrainingPlan, plan_training
 
@@ -102,16 +102,16 @@ def command(
         findings.append(finding)
         if not as_json:
             print_finding(finding)
-    health = Health(tuple(findings))
-    measured = measure_deep(folder, engine, as_json) if deep and health.is_ready else None
+    broken = [finding.name for finding in findings if finding.status == "broken"]
+    measured = measure_deep(folder, engine, as_json) if deep and not broken else None
     failed = [] if measured is None else [each.name for each in measured.failed]
     if as_json:
-        told = {} if measured is None else {"deep": measured.as_json()}
-        print_json("doctor", {"engine": engine, "template": template, **health_as_json(health), **told})
-        if failed or not health.is_ready:
+        told = {"ready": not broken, "findings": [vars(finding) for finding in findings]}
+        told |= {} if measured is None else {"deep": measured.as_json()}
+        print_json("doctor", {"engine": engine, "template": template, **told})
+        if failed or broken:
             raise click.exceptions.Exit(1)
         return
-    broken = [finding.name for finding in findings if finding.status == "broken"]
     if failed:
         raise NotReady(f"measured and not as it should be: {', '.join(failed)}", f"See {folder / TABLE_FILE}.")
     if broken:

@@ -72,21 +72,9 @@ def command(
 
     with progress_bar("images", "posts", quiet=as_json) as report_progress:
         report = extract_images(selection, tars, images, jobs, max_pixels, on_progress=report_progress)
-    payload = {
-        "images": str(report.images),
-        "selected": report.selected,
-        "written": report.written,
-        "kept": report.kept,
-        "missing": len(report.missing),
-        "corrupt": len(report.corrupt),
-        "reduced": report.reduced,
-        "rewritten": report.rewritten,
-        "not_looked_at": report.not_looked_at,
-        "other_size": report.other_size,
-        "refused_members": len(report.refused),
-        "damaged_tars": len(report.damaged),
-        "report": str(images / REPORT_FILE),
-    }
+    payload = {name: len(value) if isinstance(value, list) else value for name, value in vars(report).items()}
+    payload |= {"refused_members": payload.pop("refused"), "damaged_tars": payload.pop("damaged")}
+    payload["report"] = images / REPORT_FILE
     if as_json:
         print_json("extract", payload)
     else:

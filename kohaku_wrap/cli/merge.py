@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kohaku_wrap.cli.options import note_compiling, threads_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     count_of,
@@ -27,7 +28,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 VERIFY_ELEMENTS = 10_000
-COMPILING = "note: the first merge of an installation compiles its loops first, for some ten seconds"
 
 
 def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
@@ -135,9 +135,7 @@ A formula that begins with - goes last, after --.
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--dry-run", is_flag=True, help="Read the headers only and print what would be computed.")
 @click.option("--verify", is_flag=True, help=f"Compute {VERIFY_ELEMENTS:,} random numbers again in rationals.")
-@click.option(
-    "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads; 0 for one each processor."
-)
+@threads_option
 @click.option("--like", default="", metavar="NAME|PATH", help="The anchor: keys, types and VAE; else the first model.")
 @click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken; else the anchor.")
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
@@ -187,7 +185,6 @@ def command(
         raise UsageError("no output is named", "Add -o FILE.safetensors, or --dry-run to see what would be computed.")
 
     from kohaku_wrap.merging.hashes import hash_files
-    from kohaku_wrap.merging.kernels import loops_are_compiled
     from kohaku_wrap.merging.open_files import check_output
     from kohaku_wrap.merging.running import run_merge
     from kohaku_wrap.planning.sizes import show_bytes
@@ -199,8 +196,7 @@ def command(
     with progress_bar("hash the inputs", "bytes", quiet=as_json) as report:
         hashes = hash_files([header.path for header in headers.values()], threads, report)
     metadata = build_metadata(plan, dict(zip(headers, hashes, strict=True)), title, date, recipe)
-    if not loops_are_compiled():
-        print_note(COMPILING)
+    note_compiling()
     with progress_bar("merge and verify" if verify else "merge", "bytes", quiet=as_json) as report:
         result = run_merge(plan, output, metadata, threads, VERIFY_ELEMENTS if verify else 0, report)
     kept = {"non_finite": dict(result.faults.inputs), "overflow": dict(result.faults.overflows)}

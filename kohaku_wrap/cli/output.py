@@ -181,6 +181,26 @@ def progress_bar(description: str, unit: str = "", quiet: bool = False) -> Itera
         yield plain_lines(description, unit)
 
 
+class ByteCount:
+    """Adds up bytes that are told one piece after another."""
+
+    def __init__(self, report: Progress, total: int) -> None:
+        self.report = report
+        self.total = total
+        self.done = 0
+
+    def __call__(self, size_bytes: int) -> None:
+        self.done += size_bytes
+        self.report(self.done, max(self.total, self.done))
+
+
+@contextmanager
+def counting_bytes(description: str, total: int, quiet: bool) -> Iterator[ByteCount]:
+    """Yield what is called with the size of each piece that was read, and draws a bar."""
+    with progress_bar(description, "bytes", quiet) as report:
+        yield ByteCount(report, total)
+
+
 def plain_lines(description: str, unit: str) -> Progress:
     """A callback that prints a line of progress at most every ten seconds."""
     started = last = time.monotonic()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.options import set_option
 from kohaku_wrap.cli.output import (
     count_of,
     format_duration,
@@ -38,7 +40,7 @@ Examples:
 )
 @click.argument("template")
 @click.option("--site", "site_file", type=Path_, required=True, help="The machine: paths, GPUs, batch per GPU.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@set_option
 @trust_option
 @click.option("--selection", type=Path_, help="Count the database's sizes in SEL.parquet, before any image is there.")
 @click.option(
@@ -115,30 +117,22 @@ class PlanCannotWork(ProblemsFound, KwrapError):
 
 def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
     """The document of `--json`."""
-    from kohaku_wrap.planning.module_counts import count_as_json
     from kohaku_wrap.planning.sizes import total_of
 
     steps, sizes, counts = plan.steps, plan.sizes, plan.counts
+    counted = asdict(steps)
     document: dict[str, Any] = {
         "template": plan.template,
         "engine": plan.engine,
         "data": plan.data,
         "sizes_from": plan.sizes_from,
         "sizes_exact": plan.sizes_exact,
-        "images": steps.images,
-        "batches": steps.batches,
-        "micro_batches_per_epoch": steps.micro_batches_per_epoch,
-        "optimizer_steps_per_epoch": steps.optimizer_steps_per_epoch,
-        "total_optimizer_steps": steps.total_optimizer_steps,
-        "epochs": steps.epochs,
-        "batch_per_gpu": steps.batch_size,
-        "processes": steps.processes,
-        "accumulation": steps.accumulation,
+        **counted,
+        "batch_per_gpu": counted.pop("batch_size"),
         "effective_batch": steps.effective_batch,
         "images_per_optimizer_step": steps.images_per_optimizer_step,
         "fills_per_epoch": steps.fills_per_epoch,
         "bucket_fill": steps.bucket_fill,
-        "buckets": [vars(bucket) for bucket in steps.buckets],
         "warmup_optimizer_steps": plan.warmup_optimizer_steps,
         "warmup_optimizer_steps_plain_sd_scripts": plan.warmup_plain,
         "seconds_per_step": plan.seconds_per_step,
@@ -153,18 +147,14 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
             "unet_parameters": counts[0].unet_parameters,
             "text_encoder_parameters": counts[0].text_encoder_parameters,
             "parameters": counts[0].parameters,
-            "module_counts": [count_as_json(each) for each in counts],
+            "module_counts": [{**asdict(each), "parameters": each.parameters} for each in counts],
         }
     if sizes:
         document |= {
-            "checkpoint_bytes": sizes.checkpoint_bytes,
-            "state_bytes": sizes.state_bytes,
+            **asdict(sizes),
             "disk_bytes": total_of(sizes.disk),
-            "disk": [vars(part) for part in sizes.disk],
             "host_memory_bytes": total_of(sizes.host_memory),
-            "host_memory": [vars(part) for part in sizes.host_memory],
             "gpu_memory_bytes": total_of(sizes.gpu_memory) or None,
-            "gpu_memory": [vars(part) for part in sizes.gpu_memory],
         }
     return document
 

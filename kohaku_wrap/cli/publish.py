@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.merge import COMPILING
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
-from kohaku_wrap.cli.resume import runs_folders, site_option
+from kohaku_wrap.cli.options import note_compiling, runs_folders, site_option, threads_option
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
 
 
 @click.command(
@@ -25,9 +25,7 @@ Examples:
 @click.option("--step", type=click.IntRange(0), metavar="N", help="The network of this optimizer step; else the end's.")
 @click.option("--license", "rights", default="", help="The license of the card; else the base model's.")
 @click.option("--no-bake", is_flag=True, help="The network alone, without the baked model.")
-@click.option(
-    "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads; 0 for one each processor."
-)
+@threads_option
 @site_option
 @json_option
 @beyond_output()
@@ -46,27 +44,17 @@ def command(
     The card tells recipe, hyperparameters, dataset counts, attempts and prompt format from the run's lock, and the
     digest of its ledger. SHA256SUMS is written last: a folder that has it is whole.
     """
-    from kohaku_wrap.merging.kernels import loops_are_compiled
     from kohaku_wrap.publishing.publishing import publish_run
     from kohaku_wrap.training.records.folder import find_run
 
     run = find_run(name, runs_folders(site_file))
-    if not no_bake and not loops_are_compiled():
-        print_note(COMPILING)
+    if not no_bake:
+        note_compiling()
     with progress_bar("publish", "bytes", quiet=as_json) as on_progress:
         report = publish_run(run.folder, run.lock.tables, out, step, rights, not no_bake, threads, on_progress)
     if as_json:
-        print_json(
-            "publish",
-            {
-                "run": str(run.folder),
-                "folder": str(report.folder),
-                "optimizer_step": report.optimizer_step,
-                "files": report.files,
-                "ledger_sha256": report.ledger_sha256,
-                "license": report.license,
-            },
-        )
+        described = {name: value for name, value in asdict(report).items() if name != "card"}
+        print_json("publish", {"run": run.folder, **described})
         return
     rows: list[tuple[str, object]] = [(file, sha256) for file, sha256 in report.files.items()]
     rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]

@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.options import runs_folders, site_option
 from kohaku_wrap.cli.output import (
     beyond_output,
+    counting_bytes,
     json_option,
     print_json,
     print_note,
     print_table,
-    progress_bar,
     show_path,
 )
-from kohaku_wrap.cli.train import EventPrinter, print_finished, supervisor_options, watch_options, watch_run
+from kohaku_wrap.cli.supervised import (
+    describe_launch,
+    print_finished,
+    printing_events,
+    supervisor_options,
+    watch_options,
+    watch_run,
+)
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,20 +33,8 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.resume import ResumePlan
     from kohaku_wrap.training.supervising.supervise import RunReport
 
-DEFAULT_SITE = Path("site.toml")
-
 JOINING = frozenset({"name", "site_file", "machine_rank", "dry_run", "as_json"})
 """What a machine may say that trains along."""
-
-
-def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
-    """Where runs are looked for: the site's folder, and `runs` here."""
-    from kohaku_wrap.config.site import load_site
-
-    folders = [Path("runs")]
-    if site_file is not None or DEFAULT_SITE.is_file():
-        folders.insert(0, load_site(site_file or DEFAULT_SITE).paths.runs)
-    return tuple(dict.fromkeys(folder.absolute() for folder in folders))
 
 
 def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
@@ -57,11 +53,6 @@ def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
         )
     names = "\n".join(f"  {run.folder}" for run in unfinished)
     raise UsageError(f"{len(unfinished)} unfinished runs; which one?\n{names}", "Name it: kwrap resume RUN")
-
-
-site_option = click.option(
-    "--site", "site_file", type=click.Path(path_type=Path), default=None, help="Whose runs folder to look in."
-)
 
 
 @click.command(
@@ -105,14 +96,9 @@ def command(
     foreign_state: Path | None,
     dry_run: bool,
     site_file: Path | None,
-    restarts: int,
-    restart_pause: float,
-    timeouts: tuple[str, ...],
-    nan_latents_share: float,
-    bad_steps: int | None,
     allow: tuple[str, ...],
-    hook: str,
     as_json: bool,
+    **watch: Any,
 ) -> None:
     """Go on with a run exactly where a state was saved.
 
@@ -132,7 +118,7 @@ def command(
         raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
     if machine_rank:
         refuse_choices_of_machine_0()
-    options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, bad_steps, hook)
+    options = watch_options(**watch)
     folders = runs_folders(site_file)
     run = find_run(name, folders) if name else find_unfinished_run(folders)
 
@@ -144,22 +130,17 @@ def command(
         return
 
     def plan() -> ResumePlan:
-        done, total = 0, states_bytes(run, step) + bytes_to_hash(run)
+        total = states_bytes(run, step) + bytes_to_hash(run)
         started = time.monotonic()
-        with progress_bar("verifying state and models", "bytes", quiet=as_json) as report:
-
-            def count(size_bytes: int) -> None:
-                nonlocal done
-                done += size_bytes
-                report(done, max(total, done))
-
+        with counting_bytes("verifying state and models", total, as_json) as count:
             found = plan_resume(run, step, processes, workers, allow, foreign, foreign_state, count, machines)
         if not as_json:
             print_findings(found)
             if not dry_run:
                 print_start(found)
-            if done:
-                print_note(f"verified {show_bytes(done)} of states and models in {time.monotonic() - started:.1f} s")
+            if count.done:
+                read = show_bytes(count.done)
+                print_note(f"verified {read} of states and models in {time.monotonic() - started:.1f} s")
         return found
 
     if dry_run:
@@ -188,11 +169,8 @@ def join_machine(run: Run, machine_rank: int, as_json: bool) -> RunReport:
     """Train along, with a line of progress."""
     from kohaku_wrap.training.supervising.join import join_run
 
-    printer = EventPrinter()
-    try:
-        return join_run(run, machine_rank, (lambda event: None) if as_json else printer)
-    finally:
-        printer.end_line()
+    with printing_events(as_json) as on_event:
+        return join_run(run, machine_rank, on_event)
 
 
 def show_join(run: Run, machine_rank: int, as_json: bool) -> None:
@@ -203,14 +181,7 @@ def show_join(run: Run, machine_rank: int, as_json: bool) -> None:
     if not as_json:
         click.echo(launch.text())
         return
-    payload = {
-        "run": str(run.folder),
-        "machine_rank": machine_rank,
-        "argv": list(launch.argv),
-        "environment": dict(launch.environment),
-        "folder": str(launch.folder),
-    }
-    print_json("resume", payload)
+    print_json("resume", {"run": str(run.folder), "machine_rank": machine_rank, **describe_launch(launch)})
 
 
 def states_bytes(run: Run, step: int | None) -> int:
@@ -281,9 +252,7 @@ def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
             "accepted": plan.differences,
             "notes": list(plan.notes),
             "lineage": plan.lineage,
-            "argv": list(launch.argv),
-            "environment": dict(launch.environment),
-            "folder": str(launch.folder),
+            **describe_launch(launch),
         }
         print_json("resume", payload)
         return

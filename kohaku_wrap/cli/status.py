@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.options import runs_folders, site_option
 from kohaku_wrap.cli.output import (
     count_of,
     format_duration,
@@ -18,7 +19,6 @@ from kohaku_wrap.cli.output import (
     print_table,
     show_path,
 )
-from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
 
@@ -99,14 +99,7 @@ def describe(status: RunStatus) -> dict[str, Any]:
     """The status as JSON has it."""
     from dataclasses import asdict
 
-    document = {name: value for name, value in vars(status).items() if name not in ("run", "attempts", "states")}
-    return {
-        "run": status.run.name,
-        "folder": str(status.run.folder),
-        **document,
-        "attempts": [asdict(attempt) for attempt in status.attempts],
-        "states": [asdict(state) for state in status.states],
-    }
+    return {**asdict(status), "run": status.run.name, "folder": status.run.folder}
 
 
 def one_line(status: RunStatus) -> str:

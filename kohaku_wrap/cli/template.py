@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.options import set_option
 from kohaku_wrap.cli.output import (
     ESCAPES,
     beyond_output,
@@ -58,8 +59,7 @@ def list_command(as_json: bool) -> None:
 
     templates = list_templates()
     if as_json:
-        rows = [{"name": t.name, "path": str(t.path), "origin": t.origin, "title": t.title} for t in templates]
-        print_json("template ls", {"templates": rows, "user_folder": str(user_templates())})
+        print_json("template ls", {"templates": [vars(each) for each in templates], "user_folder": user_templates()})
         return
     rows_for_people = [(t.name, t.title + (" (yours)" if t.origin == "yours" else "")) for t in templates]
     print_table("Templates", rows_for_people, "kwrap template show epsilon --why")
@@ -70,7 +70,7 @@ def list_command(as_json: bool) -> None:
 )
 @click.argument("name")
 @click.option("--site", type=Path_, help="Show the values on this machine, too.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable.")
+@set_option
 @trust_option
 @click.option("--why", is_flag=True, help="Name the layer and file that set each value, and what it decides.")
 @click.option("--all", "with_defaults", is_flag=True, help="Show the trainer's own defaults, too.")

@@ -2,156 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import (
-    ESCAPES,
-    beyond_output,
-    format_duration,
-    format_share,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    progress_bar,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, show_path
+from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
-from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.training.records.signs import Phase
+from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kohaku_wrap.training.records.folder import Run
     from kohaku_wrap.training.supervising.create import NewRun
-    from kohaku_wrap.training.supervising.resume import ResumePlan
     from kohaku_wrap.training.supervising.supervise import RunReport
-    from kohaku_wrap.training.supervising.watch import Event, WatchOptions
-
-PHASES = get_args(Phase)
-SECONDS_BETWEEN_LINES = 10.0
-
-
-def supervisor_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that `train` and `resume` share."""
-    options = (
-        click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-                     help="Start again this often after a failure, from the last good state."),
-        click.option("--restart-pause", type=click.FloatRange(0), default=10.0, show_default=True, metavar="SECONDS",
-                     help="Before the first restart; doubles with each."),
-        click.option("--timeout", "timeouts", multiple=True, metavar="PHASE=SECONDS",
-                     help=f"End an attempt that shows no sign of life for so long. Phases: {', '.join(PHASES)}."),
-        click.option("--nan-latents-share", type=click.FloatRange(0, 1), default=0.05, show_default=True,
-                     metavar="SHARE", help="End an attempt when more of its last images have NaN latents."),
-        click.option("--bad-steps", type=click.IntRange(0), metavar="N",
-                     help="End an attempt after N optimizer steps in a row that were skipped or had a non-finite "
-                     "loss; 0: never.  [default: 50 in the first 1,000 steps, then 10]"),
-        click.option("--allow", multiple=True, metavar="KEY",
-                     help="Accept: bad-images, nan-latents, non-finite-loss; on resume a difference."),
-        click.option("--hook", default="", metavar="COMMAND",
-                     help="Shell command on start, state, crash, stop, finish; KWRAP_EVENT and KWRAP_MESSAGE tell."),
-    )  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def watch_options(
-    restarts: int,
-    restart_pause: float,
-    timeouts: tuple[str, ...],
-    nan_latents_share: float,
-    bad_steps: int | None,
-    hook: str,
-) -> WatchOptions:
-    """The supervisor's options from those of the command line."""
     from kohaku_wrap.training.supervising.watch import WatchOptions
-
-    by_phase: dict[Any, float] = {}
-    for text in timeouts:
-        phase, _, seconds = text.partition("=")
-        try:
-            by_phase[phase] = float(seconds)
-        except ValueError:
-            phase = ""
-        if phase not in PHASES or by_phase[phase] <= 0:
-            raise UsageError(f"--timeout {text}: not PHASE=SECONDS", f"Phases: {', '.join(PHASES)}.")
-    return WatchOptions(
-        restarts=restarts,
-        first_pause_seconds=restart_pause,
-        timeouts_seconds=by_phase,
-        nan_latents_share=nan_latents_share,
-        bad_steps=bad_steps,
-        hook=hook,
-    )
-
-
-class EventPrinter:
-    """Prints a run's events on stderr: one line of progress, kept up to date, and a line for all else."""
-
-    def __init__(self) -> None:
-        self.is_terminal = sys.stderr.isatty()
-        self.last_seconds = float("-inf")
-        self.open_line = False
-
-    def __call__(self, event: Event) -> None:
-        import time
-
-        if event.kind != "progress":
-            self.end_line()
-            print_note(f"{event.kind}: {event.message}")
-            return
-        now = time.monotonic()
-        is_last = event.optimizer_step >= event.total_optimizer_steps
-        if not self.is_terminal and now - self.last_seconds < SECONDS_BETWEEN_LINES and not is_last:
-            return
-        self.last_seconds = now
-        share = format_share(event.optimizer_step / max(event.total_optimizer_steps, 1))
-        eta = "" if event.eta_seconds is None else f"  {format_duration(event.eta_seconds)} left"
-        text = f"step {event.optimizer_step:,}/{event.total_optimizer_steps:,} ({share})  {event.message}{eta}"
-        text = text.translate(ESCAPES)
-        if self.is_terminal:
-            # A line that wrapped could not be written over.
-            click.echo(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
-            self.open_line = True
-        else:
-            print_note(text)
-
-    def end_line(self) -> None:
-        if self.open_line:
-            click.echo("", err=True)
-            self.open_line = False
-
-
-def print_finished(command: str, report: RunReport, as_json: bool) -> None:
-    """The closing table of a run that reached its end."""
-    run = report.run
-    networks = sorted(run.checkpoints.glob(f"{run.name}.*"))
-    if as_json:
-        print_json(
-            command,
-            {
-                "run": str(run.folder),
-                "attempts": report.attempts,
-                "optimizer_steps": report.optimizer_step,
-                "networks": [str(network) for network in networks],
-            },
-        )
-        return
-    rows: list[tuple[str, Any]] = [
-        ("run", run.folder),
-        ("optimizer steps", report.optimizer_step),
-        *([("attempts just now", report.attempts)] if report.attempts > 1 else []),
-        *(("network", network) for network in networks),
-    ]
-    print_table(f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))
 
 
 @click.command(
@@ -184,14 +50,9 @@ def command(
     trust: tuple[str, ...],
     locked: Path | None,
     dry_run: bool,
-    restarts: int,
-    restart_pause: float,
-    timeouts: tuple[str, ...],
-    nan_latents_share: float,
-    bad_steps: int | None,
     allow: tuple[str, ...],
-    hook: str,
     as_json: bool,
+    **watch: Any,
 ) -> None:
     """Train a template as a new run, watched until it is done.
 
@@ -208,7 +69,7 @@ def command(
         template = template_of_lock(locked)
     if template is None:
         raise UsageError("no TEMPLATE given", "See `kwrap template ls`.")
-    options = watch_options(restarts, restart_pause, timeouts, nan_latents_share, bad_steps, hook)
+    options = watch_options(**watch)
     refuse_unknown(allow)
     new = plan_new_run(template, site_file, name, engine, overrides, trust)
     if not as_json:
@@ -220,9 +81,7 @@ def command(
                 "run": str(new.folder),
                 "engine": new.engine,
                 "engine_origin": new.engine_origin,
-                "argv": list(new.launch.argv),
-                "environment": dict(new.launch.environment),
-                "folder": str(new.launch.folder),
+                **describe_launch(new.launch),
                 "trust": describe_trust(new.effective),
             }
             print_json("train", payload)
@@ -238,15 +97,7 @@ def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
     from kohaku_wrap.training.supervising.create import create_run, hashed_bytes
 
-    total = hashed_bytes(new)
-    done = 0
-    with progress_bar("hashing the base model", "bytes", quiet=as_json) as report:
-
-        def count(size_bytes: int) -> None:
-            nonlocal done
-            done += size_bytes
-            report(done, total)
-
+    with counting_bytes("hashing the base model", hashed_bytes(new), as_json) as count:
         run = create_run(new, sys.argv, locked, count)
     if not as_json:
         print_note(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
@@ -272,23 +123,3 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: 
                 "\n".join([*told[:1], "Nothing of the run is kept: fix this and give the same command again."]),
             ) from None
         raise
-
-
-def watch_run(
-    run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...], options: WatchOptions, as_json: bool
-) -> RunReport:
-    """Supervise a run from the attempt that `first` plans; the following ones start from the newest whole state."""
-    from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
-    from kohaku_wrap.training.supervising.supervise import supervise_run
-
-    printer = EventPrinter()
-    try:
-        return supervise_run(
-            run,
-            first=lambda: begin_attempt(replace(first(), bad_steps=options.bad_steps)),
-            following=lambda: begin_attempt(replace(plan_resume(run, allow=allow), bad_steps=options.bad_steps)),
-            options=options,
-            on_event=(lambda event: None) if as_json else printer,
-        )
-    finally:
-        printer.end_line()

@@ -116,14 +116,7 @@ def checkout_rows(checkout: Checkout) -> list[tuple[str, Any]]:
 
 def describe(checkout: Checkout) -> dict[str, Any]:
     """What a checkout is, as plain data."""
-    return {
-        "path": str(checkout.path),
-        "commit": checkout.commit,
-        "name": checkout.name,
-        "supported": checkout.is_supported,
-        "changed": checkout.is_changed,
-        "chosen_by": checkout.chosen_by,
-    }
+    return {name.removeprefix("is_"): value for name, value in vars(checkout).items()}
 
 
 def describe_report(report: TrainerReport) -> dict[str, Any]:
@@ -147,7 +140,7 @@ def describe_report(report: TrainerReport) -> dict[str, Any]:
                 "name": state.requirement.distribution,
                 "tested": state.requirement.version,
                 "found": state.found,
-                "folder": None if state.folder is None else str(state.folder),
+                "folder": state.folder,
             }
             for state in report.requirements
         ],

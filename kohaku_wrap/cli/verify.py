@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.options import runs_folders, site_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     count_of,
+    counting_bytes,
     json_option,
     print_error,
     print_json,
     print_note,
     print_table,
-    progress_bar,
     show_path,
 )
-from kohaku_wrap.cli.resume import runs_folders, site_option
 from kohaku_wrap.errors import EXIT_FAILED, command_line
 
 FILLS = "to fill an epoch's last optimizer step with a batch of it"
@@ -55,14 +55,7 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     from kohaku_wrap.training.supervising.verify import verify_run
 
     run = find_run(name, runs_folders(site_file))
-    done, total = 0, bytes_to_hash(run)
-    with progress_bar("comparing models", "bytes", quiet=as_json) as show:
-
-        def count(size_bytes: int) -> None:
-            nonlocal done
-            done += size_bytes
-            show(done, max(total, done))
-
+    with counting_bytes("comparing models", bytes_to_hash(run), as_json) as count:
         report = verify_run(run, deep_samples, count)
     if as_json:
         print_json("verify", describe(report))
@@ -75,17 +68,7 @@ def describe(report: VerifyReport) -> dict[str, Any]:
     """The report as JSON has it."""
     from dataclasses import asdict
 
-    document = {name: value for name, value in vars(report).items() if name not in ("run", "faults", "repeats")}
-    document["notes"] = list(report.notes)
-    document["unverified"] = list(report.unverified)
-    document["checks"] = [asdict(check) for check in report.checks]
-    return {
-        "run": str(report.run.folder),
-        "proved": report.is_proved,
-        **document,
-        "repeats": [asdict(repeat) for repeat in report.repeats],
-        "faults": [asdict(fault) for fault in report.faults],
-    }
+    return {**asdict(report), "run": report.run.folder, "proved": report.is_proved}
 
 
 def print_report(report: VerifyReport) -> None:

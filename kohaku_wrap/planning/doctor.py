@@ -9,10 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.render import compose_trainer
@@ -304,21 +302,3 @@ def examine_clock(effective: Effective | None) -> Finding:
             "Set the clock, best by NTP.",
         )
     return Finding.ok("clock", shown)
-
-
-@dataclass(frozen=True)
-class Health:
-    """All findings of one examination."""
-
-    findings: tuple[Finding, ...]
-    """In the order of looking."""
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether nothing would break the run."""
-        return not any(finding.status == "broken" for finding in self.findings)
-
-
-def as_json(health: Health) -> dict[str, Any]:
-    """For `--json`."""
-    return {"ready": health.is_ready, "findings": [asdict(each) for each in health.findings]}

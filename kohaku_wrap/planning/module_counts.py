@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,3 @@ def find_unmatched(counts: ModuleCounts) -> Faults:
         yield f"preset.{key}", f"{pattern!r} matches no module of the base model; LyCORIS would go on without it"
     if not counts.unet_modules + counts.text_encoder_modules:
         yield "preset", "makes no module at all"
-
-
-def count_as_json(counts: ModuleCounts) -> dict[str, Any]:
-    """All fields, for `--json`."""
-    return {**asdict(counts), "parameters": counts.parameters}

@@ -1,0 +1,180 @@
+"""What `train` and `resume` share: the supervisor's options, a run's events as lines, and its closing table."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from kohaku_wrap.cli.output import (
+    ESCAPES,
+    format_duration,
+    format_share,
+    print_json,
+    print_note,
+    print_table,
+    show_path,
+)
+from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.training.records.signs import Phase
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.records.folder import Run
+    from kohaku_wrap.training.supervising.launch import Launch
+    from kohaku_wrap.training.supervising.resume import ResumePlan
+    from kohaku_wrap.training.supervising.supervise import RunReport
+    from kohaku_wrap.training.supervising.watch import Event, OnEvent, WatchOptions
+
+PHASES = get_args(Phase)
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def supervisor_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that `train` and `resume` share."""
+    options = (
+        click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+                     help="Start again this often after a failure, from the last good state."),
+        click.option("--restart-pause", type=click.FloatRange(0), default=10.0, show_default=True, metavar="SECONDS",
+                     help="Before the first restart; doubles with each."),
+        click.option("--timeout", "timeouts", multiple=True, metavar="PHASE=SECONDS",
+                     help=f"End an attempt that shows no sign of life for so long. Phases: {', '.join(PHASES)}."),
+        click.option("--nan-latents-share", type=click.FloatRange(0, 1), default=0.05, show_default=True,
+                     metavar="SHARE", help="End an attempt when more of its last images have NaN latents."),
+        click.option("--bad-steps", type=click.IntRange(0), metavar="N",
+                     help="End an attempt after N optimizer steps in a row that were skipped or had a non-finite "
+                     "loss; 0: never.  [default: 50 in the first 1,000 steps, then 10]"),
+        click.option("--allow", multiple=True, metavar="KEY",
+                     help="Accept: bad-images, nan-latents, non-finite-loss; on resume a difference."),
+        click.option("--hook", default="", metavar="COMMAND",
+                     help="Shell command on start, state, crash, stop, finish; KWRAP_EVENT and KWRAP_MESSAGE tell."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def watch_options(
+    restarts: int,
+    restart_pause: float,
+    timeouts: tuple[str, ...],
+    nan_latents_share: float,
+    bad_steps: int | None,
+    hook: str,
+) -> WatchOptions:
+    """The supervisor's options from those of the command line."""
+    from kohaku_wrap.training.supervising.watch import WatchOptions
+
+    by_phase: dict[Any, float] = {}
+    for text in timeouts:
+        phase, _, seconds = text.partition("=")
+        try:
+            by_phase[phase] = float(seconds)
+        except ValueError:
+            phase = ""
+        if phase not in PHASES or by_phase[phase] <= 0:
+            raise UsageError(f"--timeout {text}: not PHASE=SECONDS", f"Phases: {', '.join(PHASES)}.")
+    return WatchOptions(
+        restarts=restarts,
+        first_pause_seconds=restart_pause,
+        timeouts_seconds=by_phase,
+        nan_latents_share=nan_latents_share,
+        bad_steps=bad_steps,
+        hook=hook,
+    )
+
+
+class EventPrinter:
+    """Prints a run's events on stderr: one line of progress, kept up to date, and a line for all else."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stderr.isatty()
+        self.last_seconds = float("-inf")
+        self.open_line = False
+
+    def __call__(self, event: Event) -> None:
+        if event.kind != "progress":
+            self.end_line()
+            print_note(f"{event.kind}: {event.message}")
+            return
+        now = time.monotonic()
+        is_last = event.optimizer_step >= event.total_optimizer_steps
+        if not self.is_terminal and now - self.last_seconds < SECONDS_BETWEEN_LINES and not is_last:
+            return
+        self.last_seconds = now
+        share = format_share(event.optimizer_step / max(event.total_optimizer_steps, 1))
+        eta = "" if event.eta_seconds is None else f"  {format_duration(event.eta_seconds)} left"
+        text = f"step {event.optimizer_step:,}/{event.total_optimizer_steps:,} ({share})  {event.message}{eta}"
+        text = text.translate(ESCAPES)
+        if self.is_terminal:
+            # A line that wrapped could not be written over.
+            click.echo(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", nl=False, err=True)
+            self.open_line = True
+        else:
+            print_note(text)
+
+    def end_line(self) -> None:
+        if self.open_line:
+            click.echo("", err=True)
+            self.open_line = False
+
+
+@contextmanager
+def printing_events(as_json: bool) -> Iterator[OnEvent]:
+    """What a run's events are given to; with `as_json` none is printed."""
+    printer = EventPrinter()
+    try:
+        yield (lambda event: None) if as_json else printer
+    finally:
+        printer.end_line()
+
+
+def watch_run(
+    run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...], options: WatchOptions, as_json: bool
+) -> RunReport:
+    """Supervise a run from the attempt that `first` plans; the following ones start from the newest whole state."""
+    from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+    from kohaku_wrap.training.supervising.supervise import supervise_run
+
+    with printing_events(as_json) as on_event:
+        return supervise_run(
+            run,
+            first=lambda: begin_attempt(replace(first(), bad_steps=options.bad_steps)),
+            following=lambda: begin_attempt(replace(plan_resume(run, allow=allow), bad_steps=options.bad_steps)),
+            options=options,
+            on_event=on_event,
+        )
+
+
+def describe_launch(launch: Launch) -> dict[str, Any]:
+    """A command for `--json`."""
+    return {"argv": list(launch.argv), "environment": dict(launch.environment), "folder": str(launch.folder)}
+
+
+def print_finished(command: str, report: RunReport, as_json: bool) -> None:
+    """The closing table of a run that reached its end."""
+    run = report.run
+    networks = sorted(run.checkpoints.glob(f"{run.name}.*"))
+    if as_json:
+        print_json(
+            command,
+            {
+                "run": str(run.folder),
+                "attempts": report.attempts,
+                "optimizer_steps": report.optimizer_step,
+                "networks": [str(network) for network in networks],
+            },
+        )
+        return
+    rows: list[tuple[str, Any]] = [
+        ("run", run.folder),
+        ("optimizer steps", report.optimizer_step),
+        *([("attempts just now", report.attempts)] if report.attempts > 1 else []),
+        *(("network", network) for network in networks),
+    ]
+    print_table(f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))
