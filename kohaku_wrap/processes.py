@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,17 @@ def ask_python(
         return json.loads(done.stdout)
     except ValueError:
         raise NoAnswer("the process gave an answer that is no JSON") from None
+
+
+def answer(make: Callable[[], Any]) -> None:
+    """Print what a helper module makes as the JSON that `ask_python` reads.
+
+    What packages print meanwhile goes to stderr.
+    """
+    with redirect_stdout(sys.stderr):
+        document = make()
+    json.dump(document, sys.stdout, default=str)
+    sys.stdout.flush()
 
 
 def accelerate_command() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ FIRST = LedgerHeader(
 
 
 def write(folder: Path, records: int) -> Path:
-    with LedgerWriter(folder, FIRST) as ledger:
+    with closing(LedgerWriter(folder, FIRST)) as ledger:
         for each in range(records):
             ledger.append(
                 optimizer_step=each + 1, epoch=0, position=4 * each + 2, order_digest=2**64 - 1 - each,
@@ -77,7 +78,7 @@ def test_the_form_on_disk_is_pinned(tmp_path: Path) -> None:
 
 def test_steps_stand_after_their_micro_batches_with_the_rates_of_all_groups(tmp_path: Path) -> None:
     many = [1e-4 * group for group in range(6)]
-    with LedgerWriter(tmp_path, FIRST) as ledger:
+    with closing(LedgerWriter(tmp_path, FIRST)) as ledger:
         for step in (1, 2):
             for position in (0, 4):
                 ledger.append(
@@ -149,7 +150,7 @@ def test_flags_and_lengths_on_disk_are_pinned() -> None:
 @pytest.mark.parametrize(("groups", "firsts"), [(0, [0]), (1, [0]), (4, [0]), (5, [0, 4]), (8, [0, 4]), (9, [0, 4, 8])])
 def test_a_step_takes_as_many_records_as_its_groups_need(tmp_path: Path, groups: int, firsts: list[int]) -> None:
     rates = [float(group + 1) for group in range(groups)]
-    with LedgerWriter(tmp_path, FIRST) as ledger:
+    with closing(LedgerWriter(tmp_path, FIRST)) as ledger:
         ledger.append(
             optimizer_step=7, epoch=3, position=1, order_digest=0, content_digest=0, loss=1.0, learning_rate=1.0
         )
@@ -174,7 +175,7 @@ def test_a_disk_that_takes_a_part_at_a_time_gets_all(tmp_path: Path, monkeypatch
 
 def test_numbers_are_given_by_name(tmp_path: Path) -> None:
     """Two of them changed over would be recorded as they are."""
-    with LedgerWriter(tmp_path, FIRST) as ledger:
+    with closing(LedgerWriter(tmp_path, FIRST)) as ledger:
         for append, numbers in ((ledger.append, (1, 0, 2, 3, 4, 0.5, 1e-4)), (ledger.append_step, (1, 0, 1, [1e-4]))):
             with pytest.raises(TypeError):
                 append(*numbers)  # type: ignore[arg-type,operator]
@@ -185,7 +186,7 @@ def test_no_file_is_written_over(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o644
     with pytest.raises(FileExistsError):
         LedgerWriter(path.parent, FIRST)
-    with LedgerWriter(path.parent, dataclasses.replace(FIRST, rank=3)) as ledger:
+    with closing(LedgerWriter(path.parent, dataclasses.replace(FIRST, rank=3))) as ledger:
         pass
     with pytest.raises(OSError):  # it was closed
         os.fsync(ledger._descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +24,7 @@ def begin(run: Run, number: int, start: int) -> Attempt:
 
 
 def write(attempt: Attempt, first: int, last: int, loss: float) -> None:
-    with MetricsWriter(attempt) as metrics:
+    with closing(MetricsWriter(attempt)) as metrics:
         for step in range(first, last + 1):
             metrics.append({"optimizer_step": step, "loss": loss})
 

@@ -20,6 +20,8 @@ os.environ.setdefault("LYCORIS_KERNEL_TUNE", "off")
 
 import torch
 
+from kohaku_wrap.processes import answer
+
 Facts = dict[str, Any]
 
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
@@ -188,17 +190,20 @@ def count_ranks() -> Facts:
     }
 
 
-def main() -> None:
-    if sys.argv[1:] == ["ranks"]:
-        with contextlib.redirect_stdout(sys.stderr):
-            facts = count_ranks()
-        if facts.pop("is_main"):
-            print(json.dumps(facts))
-        return
+def run_checks() -> Facts:
+    """The facts of every check of the request on stdin."""
     request = json.load(sys.stdin)
+    return {name: run_check(name, request) for name in request["checks"]}
+
+
+def main() -> None:
+    if sys.argv[1:] != ["ranks"]:
+        answer(run_checks)
+        return
     with contextlib.redirect_stdout(sys.stderr):
-        facts = {name: run_check(name, request) for name in request["checks"]}
-    json.dump(facts, sys.stdout)
+        facts = count_ranks()
+    if facts.pop("is_main"):
+        print(json.dumps(facts))
 
 
 if __name__ == "__main__":

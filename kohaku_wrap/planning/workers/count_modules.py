@@ -6,7 +6,6 @@ whose `config.json` holds the sizes; else SDXL's), `checkout` (an sd-scripts fol
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, name_unet
 from kohaku_wrap.planning.workers.list_sgm_tensors import match_names
 from kohaku_wrap.planning.workers.module_names import build_named_view, pair_names
+from kohaku_wrap.processes import answer
 
 
 def build_diffusers_unet(sizes: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
@@ -154,12 +154,5 @@ def count_modules(request: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    with contextlib.redirect_stdout(sys.stderr):
-        document = count_modules(request)
-    json.dump(document, sys.stdout)
-
-
 if __name__ == "__main__":
-    main()
+    answer(lambda: count_modules(json.load(sys.stdin)))

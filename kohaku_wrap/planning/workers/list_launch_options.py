@@ -6,30 +6,28 @@ find each other, `others` the names of all the rest.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+from typing import Any
 
 from accelerate.commands.launch import launch_command_parser
 
 from kohaku_wrap.planning.workers.list_options import describe_action
+from kohaku_wrap.processes import answer
 
 GROUP = "Distributed GPUs"
 """accelerate's own heading."""
 
 
-def main() -> None:
-    with contextlib.redirect_stdout(sys.stderr):
-        parser = launch_command_parser()
+def list_launch_options() -> dict[str, Any]:
+    """Those that say how machines find each other, and the names of all others."""
+    parser = launch_command_parser()
     joining = [group for group in parser._action_groups if group.title == GROUP]
     actions = {action.dest: action for action in parser._actions}
     names = {action.dest for group in joining for action in group._group_actions} | {"num_machines"}
-    document = {
+    return {
         "options": {name: describe_action(actions[name]) for name in sorted(names)},
         "others": sorted(set(actions) - names),
     }
-    json.dump(document, sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    answer(list_launch_options)

@@ -5,13 +5,13 @@ Run as `python -m kohaku_wrap.planning.workers.list_optimizers [module.Class …
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
 import inspect
-import json
 import sys
 from typing import Any
+
+from kohaku_wrap.processes import answer
 
 CLASSES = {
     "Adafactor": "transformers.optimization.Adafactor",
@@ -65,15 +65,14 @@ def find_version(path: str) -> str:
         return ""
 
 
-def main() -> None:
+def list_optimizers() -> dict[str, Any]:
+    """Class, version and arguments of each optimizer by its name."""
     wanted = {path: path for path in sys.argv[1:]} or CLASSES
-    with contextlib.redirect_stdout(sys.stderr):
-        document = {
-            name: {"class": path, "version": find_version(path), "arguments": list_arguments(path)}
-            for name, path in wanted.items()
-        }
-    json.dump(document, sys.stdout)
+    return {
+        name: {"class": path, "version": find_version(path), "arguments": list_arguments(path)}
+        for name, path in wanted.items()
+    }
 
 
 if __name__ == "__main__":
-    main()
+    answer(list_optimizers)

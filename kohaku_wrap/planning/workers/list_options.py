@@ -7,17 +7,15 @@ facts of the parser; its help texts are not copied.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.machinery
-import io
-import json
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.processes import answer
 from kohaku_wrap.trainer.installed import read_trainer_commit
 
 PROBE_VALUES: dict[str, Any] = {
@@ -145,12 +143,5 @@ def describe_trainer(checkout: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    # The trainer's modules print while they are imported; stdout is for the document alone.
-    with contextlib.redirect_stdout(io.StringIO()):
-        document = describe_trainer(Path(sys.argv[1]).resolve())
-    json.dump(document, sys.stdout, default=str)
-
-
 if __name__ == "__main__":
-    main()
+    answer(lambda: describe_trainer(Path(sys.argv[1]).resolve()))

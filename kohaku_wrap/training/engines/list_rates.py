@@ -8,7 +8,6 @@ one an update, or ends with code 1 and the reason on stderr.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import os
@@ -22,6 +21,7 @@ from torch import nn
 
 from kohaku_wrap.config.trainer_arguments import render_literals, render_network_args
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.processes import answer
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
 from kohaku_wrap.training.records.folder import Lock, Run
@@ -166,18 +166,15 @@ def trainer_values(lock: Lock) -> dict[str, Any]:
     return values
 
 
-def main() -> None:
+def rates_of_lock() -> Any:
+    """The rates that the request on stdin asks for."""
     lock = Run(Path(sys.argv[1]).resolve()).lock
     asked = json.load(sys.stdin)
     engines = {"builtin": rates_of_builtin, "sd-scripts": rates_of_sd_scripts}
-    # The trainer's modules print at import.
-    with contextlib.redirect_stdout(sys.stderr):
-        rates = engines[lock.engine](lock, int(asked["groups"]), asked["names"])
-    json.dump(rates, sys.stdout)
-    sys.stdout.flush()
-    # Threads of the trainer's packages may outlive main.
-    os._exit(0)
+    return engines[lock.engine](lock, int(asked["groups"]), asked["names"])
 
 
 if __name__ == "__main__":
-    main()
+    answer(rates_of_lock)
+    # Threads of the trainer's packages may outlive this module.
+    os._exit(0)

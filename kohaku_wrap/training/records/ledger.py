@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -281,12 +280,6 @@ class LedgerWriter:
     def close(self) -> None:
         self.write_out()
         os.close(self._descriptor)
-
-    def __enter__(self) -> LedgerWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def read_ledger_file(path: Path) -> tuple[LedgerHeader, Records]:

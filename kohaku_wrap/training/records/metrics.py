@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from kohaku_wrap.files import atomic_write, open_regular
@@ -47,12 +46,6 @@ class MetricsWriter:
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def plain_number(value: Any) -> Any:

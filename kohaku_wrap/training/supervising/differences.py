@@ -31,7 +31,7 @@ from kohaku_wrap.trainer.installed import (
     plain_name,
     read_trainer_commit,
 )
-from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.trainer.options import flatten_sections, suggest
 from kohaku_wrap.trainer.requirements import requirement_paths
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
@@ -142,10 +142,7 @@ def list_notes(run: Run) -> list[str]:
 
 def read_trainer(path: Path) -> dict[str, Any]:
     """The options of trainer.toml, flat."""
-    flat: dict[str, Any] = {}
-    for name, value in read_run_file(path).items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat
+    return flatten_sections(read_run_file(path))
 
 
 def read_dataset(path: Path) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
+from contextlib import suppress
+
+import psutil
 
 from kohaku_wrap.training.records.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.records.folder import Run
@@ -20,27 +22,17 @@ def list_processes(run: Run, attempt_number: int | None = None, machine_rank: in
     torchrun puts every rank into a session of its own, so neither process groups nor, once the launcher is dead, the
     process tree would find them all.
     """
-    run_setting = f"{RUN_VARIABLE}={run.folder}".encode()
-    attempt_setting = None if attempt_number is None else f"{ATTEMPT_VARIABLE}={attempt_number}".encode()
-    other_machine = f"{MACHINE_VARIABLE}=".encode()
-    machine_setting = other_machine + str(machine_rank).encode()
+    wanted = {RUN_VARIABLE: str(run.folder)}
+    if attempt_number is not None:
+        wanted[ATTEMPT_VARIABLE] = str(attempt_number)
     found: list[int] = []
-    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
-        if not (entry.name.isascii() and entry.name.isdecimal()) or int(entry.name) == os.getpid():
-            continue
-        try:
-            settings = (entry / "environ").read_bytes().split(b"\0")
-            state = (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state == "Z" or run_setting not in settings:
-            continue
-        if attempt_setting is not None and attempt_setting not in settings:
-            continue
+    for process in psutil.process_iter(["environ", "status"]):
+        settings = process.info["environ"] or {}
         # Two machines of a run may be one, as in its tests.
-        of_machine = machine_setting in settings or not any(each.startswith(other_machine) for each in settings)
-        if machine_rank is None or of_machine:
-            found.append(int(entry.name))
+        of_machine = machine_rank is None or settings.get(MACHINE_VARIABLE, str(machine_rank)) == str(machine_rank)
+        is_live = process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid()
+        if wanted.items() <= settings.items() and of_machine and is_live:
+            found.append(process.pid)
     return found
 
 
@@ -67,14 +59,11 @@ def ask_for_stacks(attempt: Attempt) -> None:
 def is_alive(pid: int) -> bool:
     """Whether that process is there and more than a zombie."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return not Path("/proc/self/stat").exists()
-    return stat.rpartition(")")[2].split()[0] != "Z"
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def send_signal(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
