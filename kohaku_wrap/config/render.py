@@ -19,6 +19,7 @@ from kohaku_wrap.config.run_files import (
     ACCELERATE_FILE,
     DATASET_FILE,
     LOCK_FILE,
+    LOCK_FORMAT,
     PRESET_FILE,
     PROMPTS_FILE,
     TRAINER_FILE,
@@ -58,9 +59,6 @@ TOKENIZER_FILES = frozenset(
     }
 )
 """What is read of a tokenizer's folder."""
-
-LOCK_FORMAT = 2
-"""Without the entry it is 1, that of kwrap 0.1."""
 
 SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("model", ("pretrained_model", "vae", "tokenizer_cache", "no_half_vae", "v2", "v_param")),

@@ -20,6 +20,9 @@ ACCELERATE_FILE = "accelerate.yaml"
 LOCK_FILE = "run.lock.toml"
 PROMPTS_FILE = "sample_prompts.txt"
 
+LOCK_FORMAT = 2
+"""Of the lock; without the entry it is 1, that of kwrap 0.1."""
+
 PLACE_KEYS = frozenset(
     {
         "output_dir",

@@ -117,6 +117,20 @@ def test_a_number_out_of_bounds_in_a_lock_is_named(new_run: NewRun, line: str) -
         _ = (run.lock.count, run.lock.seed)
 
 
+@pytest.mark.parametrize("format_number", ["3", '"2"', "0", "[2]"])
+def test_a_lock_of_another_format_is_refused_with_advice(new_run: NewRun, format_number: str) -> None:
+    from kohaku_wrap.training.records.folder import BadRunFolder
+    from kohaku_wrap.training.supervising.other_lock import template_of_lock
+
+    run = new_run()
+    lines = [line for line in run.lock_file.read_text().splitlines() if not line.startswith("format ")]
+    run.lock_file.write_text("\n".join([f"format = {format_number}", *lines]))
+    for read in (lambda: run.lock, lambda: template_of_lock(run.lock_file)):
+        with pytest.raises(BadRunFolder, match="this kwrap reads 1 to 2") as refused:
+            read()
+        assert "a newer one" in refused.value.next_step
+
+
 @pytest.mark.parametrize("jump_seconds", [-1e6, 1e6])
 def test_a_jump_of_the_clock_is_no_hang(new_run: NewRun, monkeypatch: pytest.MonkeyPatch, jump_seconds: float) -> None:
     """The supervisor's time of day is days off the workers': neither a hang nor a blind eye."""

@@ -17,7 +17,7 @@ from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import read_regular, take_lock, write_text
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
-from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Lock, Place, Run
 from kohaku_wrap.training.records.signs import Phase, leave_sign, read_boot_id, send_output_to
 
 Outcome = Literal["finished", "stopped"]
@@ -185,13 +185,8 @@ class Attempt:
     def folder(self) -> Path:
         return self.run.attempts / str(self.number)
 
-    @property
-    def stop_file(self) -> Path:
-        return self.folder / "stop"
-
-    @property
-    def supervisor_lock(self) -> Path:
-        return self.folder / "supervisor.lock"
+    stop_file = Place("stop")
+    supervisor_lock = Place("supervisor.lock")
 
     @property
     def processes_here(self) -> int:

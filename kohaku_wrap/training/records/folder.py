@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
-from kohaku_wrap.config.run_files import LOCK_FILE, find_image_folder, flatten_dataset
+from kohaku_wrap.config.run_files import (
+    ACCELERATE_FILE,
+    DATASET_FILE,
+    LOCK_FILE,
+    LOCK_FORMAT,
+    TRAINER_FILE,
+    find_image_folder,
+    flatten_dataset,
+)
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
@@ -30,6 +38,27 @@ class BadRunFolder(KwrapError):
     """A run's own files cannot be read."""
 
 
+class Place:
+    """A path within the folder of its owner, which has one in `folder`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, kind: type) -> Path:
+        place: Path = owner.folder / self.name
+        return place
+
+
+class Number:
+    """A whole number of the lock, from `at_least` on."""
+
+    def __init__(self, table: str, key: str, at_least: int = 0) -> None:
+        self.entry = table, key, at_least
+
+    def __get__(self, lock: Lock, kind: type) -> int:
+        return lock.number(*self.entry)
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: a folder with its lock, attempts, states, checkpoints, metrics and ledger."""
@@ -41,45 +70,16 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
-    @property
-    def attempts(self) -> Path:
-        return self.folder / "attempts"
-
-    @property
-    def states(self) -> Path:
-        return self.folder / "states"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "ledger"
-
-    @property
-    def abandoned(self) -> Path:
-        return self.folder / "abandoned"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.folder / LOCK_FILE
-
-    @property
-    def trainer_config(self) -> Path:
-        return self.folder / "trainer.toml"
-
-    @property
-    def dataset_config(self) -> Path:
-        return self.folder / "dataset.toml"
-
-    @property
-    def accelerate_config(self) -> Path:
-        return self.folder / "accelerate.yaml"
+    attempts = Place("attempts")
+    states = Place("states")
+    checkpoints = Place("checkpoints")
+    ledger = Place("ledger")
+    abandoned = Place("abandoned")
+    metrics = Place("metrics.jsonl")
+    lock_file = Place(LOCK_FILE)
+    trainer_config = Place(TRAINER_FILE)
+    dataset_config = Place(DATASET_FILE)
+    accelerate_config = Place(ACCELERATE_FILE)
 
     @cached_property
     def lock(self) -> Lock:
@@ -94,6 +94,7 @@ class Run:
             raise BadRunFolder(
                 f"{self.lock_file}: not TOML ({error})", "Restore it from a backup, or start a new run."
             ) from error
+        refuse_later_lock(self.lock_file, tables)
         return Lock(tables, self.lock_file)
 
     def find_images(self) -> Path:
@@ -170,17 +171,9 @@ class Lock:
     def data(self) -> str:
         return str(self.entry("run", "data"))
 
-    @property
-    def seed(self) -> int:
-        return self.number("run", "seed")
-
-    @property
-    def effective_batch(self) -> int:
-        return self.number("run", "effective_batch", 1)
-
-    @property
-    def batch_per_gpu(self) -> int:
-        return self.number("run", "batch_per_gpu", 1)
+    seed = Number("run", "seed")
+    effective_batch = Number("run", "effective_batch", 1)
+    batch_per_gpu = Number("run", "batch_per_gpu", 1)
 
     @property
     def group(self) -> int:
@@ -213,18 +206,11 @@ class Lock:
         """Whether the run's site has no GPU."""
         return int(self.table("machine").get("gpus", 1)) == 0
 
-    @property
-    def images(self) -> int:
-        return self.number("plan", "images")
+    images = Number("plan", "images")
+    total_optimizer_steps = Number("plan", "total_optimizer_steps")
 
-    @property
-    def batches(self) -> int:
-        """Batches of one epoch, all buckets together."""
-        return self.number("plan", "batches", 1)
-
-    @property
-    def total_optimizer_steps(self) -> int:
-        return self.number("plan", "total_optimizer_steps")
+    batches = Number("plan", "batches", 1)
+    """Of one epoch, all buckets together."""
 
     @property
     def count(self) -> StepCount:
@@ -264,6 +250,15 @@ class Lock:
     def secrets_file(self) -> str:
         """The site file whose `[secrets]` the trainer gets; empty where there are none."""
         return str(self.table("run").get("secrets_file", ""))
+
+
+def refuse_later_lock(path: Path, tables: Mapping[str, Any]) -> None:
+    """Raise BadRunFolder for a lock of a format that this kwrap does not know."""
+    if tables.get("format", 1) not in range(1, LOCK_FORMAT + 1):
+        raise BadRunFolder(
+            f"{path}: has format {tables['format']}; this kwrap reads 1 to {LOCK_FORMAT}",
+            "Use the kwrap that made the run, or a newer one.",
+        )
 
 
 def is_run(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from kohaku_wrap.config.run_files import LOCK_PLACES, flatten
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.training.records.folder import refuse_later_lock
 
 OF_ONE_RUN = LOCK_PLACES | {"format", "digest", "run.id", "run.options_digest", "inputs.site_sha256"}
 """Entries that say where things are and which run it is, not what is trained."""
@@ -52,9 +53,11 @@ def refuse_other_lock(path: Path, new: Mapping[str, Any]) -> None:
 def read_lock(path: Path) -> dict[str, Any]:
     """The tables of a lock file."""
     try:
-        return parse_toml(path.read_text(encoding="utf-8"))
+        tables = parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KwrapError(f"{path}: not a lock ({error})", "Give the run.lock.toml of a run.") from error
+    refuse_later_lock(path, tables)
+    return tables
 
 
 def template_of_lock(path: Path) -> str:
