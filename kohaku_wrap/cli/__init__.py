@@ -119,27 +119,26 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
     except KwrapError as error:
         print_error(error.message, error.next_step)
         return error.exit_code
-    except ModuleNotFoundError as missing:
-        package = (missing.name or "").split(".")[0]
+    except (ModuleNotFoundError, OSError, MemoryError, UnicodeEncodeError) as error:
+        print_error(*advise(error))
+        return EXIT_FAILED
+
+
+def advise(error: Exception) -> tuple[str, str]:
+    """What an error of Python's own means to the person, and what to do next; raised again where it means nothing."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
         if package not in EXTRA_OF_PACKAGE:
-            raise
-        advice = MissingExtra("this command", EXTRA_OF_PACKAGE[package], package)
-        print_error(advice.message, advice.next_step)
-        return EXIT_FAILED
-    except OSError as failed_call:
-        print_error(*advice_for_os_error(failed_call))
-        return EXIT_FAILED
-    except MemoryError:
-        print_error("there is not enough memory for this", "Free some, or raise its limit, and run it again.")
-        return EXIT_FAILED
-    except UnicodeEncodeError as error:
-        around = (
-            re.split(r'["\n]', error.object[: error.start])[-1],
-            re.split(r'["\n]', error.object[error.start :])[0],
-        )
-        shown = ascii("".join(around))[1:-1]
-        print_error(f"{shown}: a name that is no UTF-8 cannot be written into a file", "Rename it.")
-        return EXIT_FAILED
+            raise error
+        missing = MissingExtra("this command", EXTRA_OF_PACKAGE[package], package)
+        return missing.message, missing.next_step
+    if isinstance(error, UnicodeEncodeError):
+        before, after = error.object[: error.start], error.object[error.start :]
+        shown = ascii(re.split(r'["\n]', before)[-1] + re.split(r'["\n]', after)[0])[1:-1]
+        return f"{shown}: a name that is no UTF-8 cannot be written into a file", "Rename it."
+    if isinstance(error, OSError):
+        return advice_for_os_error(error)
+    return "there is not enough memory for this", "Free some, or raise its limit, and run it again."
 
 
 def call_program(arguments: Sequence[str] | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,11 +26,14 @@ class Hook:
     run: Run
     """Whose events they are."""
 
-    def call(self, event: HookEvent, message: str, optimizer_step: int) -> str:
+    on_trouble: Callable[[str], None]
+    """Called with what went wrong with the command, if anything."""
+
+    def call(self, event: HookEvent, message: str, optimizer_step: int) -> None:
         """Run the command with what happened in KWRAP_EVENT, KWRAP_RUN_NAME, KWRAP_RUN_FOLDER, KWRAP_OPTIMIZER_STEP
-        and KWRAP_MESSAGE; what went wrong with it, if anything. A broken hook never stops a run."""
+        and KWRAP_MESSAGE. A broken hook never stops a run."""
         if not self.command:
-            return ""
+            return
         # Without the attempt's own variables: a hook is not one of the processes that end with it.
         environment = {
             name: value for name, value in os.environ.items() if name not in (RUN_VARIABLE, ATTEMPT_VARIABLE)
@@ -53,8 +57,8 @@ class Hook:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return f"the hook command did not end within {HOOK_TIMEOUT_SECONDS} s of {event}"
+            self.on_trouble(f"the hook command did not end within {HOOK_TIMEOUT_SECONDS} s of {event}")
+            return
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [""])[-1]
-            return f"the hook command ended with exit code {done.returncode} on {event}: {last}".rstrip(": ")
-        return ""
+            self.on_trouble(f"the hook command ended with exit code {done.returncode} on {event}: {last}".rstrip(": "))

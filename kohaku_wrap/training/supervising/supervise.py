@@ -17,7 +17,7 @@ from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.signs import RunLog
 from kohaku_wrap.training.records.states import DiskFull, is_disk_full, list_states
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
-from kohaku_wrap.training.supervising.hooks import Hook
+from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 from kohaku_wrap.training.supervising.watch import AttemptWatch, Event, OnEvent, StopSignals, WatchOptions
@@ -90,7 +90,7 @@ def supervise_run(
         raise RunIsBusy(f"{run.name}: another kwrap is training it", f"See `{command_line('status', run.folder)}`.")
     log = RunLog(run.folder)
     on_event = log_events(log, on_event)
-    hook = Hook(options.hook, run)
+    hook = Hook(options.hook, run, lambda trouble: on_event(Event("note", trouble)))
     failures_at: Counter[int] = Counter()
     stop = StopSignals()
     go_on = f"Go on with: {command_line('resume', run.folder)}"
@@ -101,7 +101,7 @@ def supervise_run(
             while True:
                 number += 1
                 attempt, launch = begin(run, first if number == 1 else following)
-                tell_trouble(hook.call("start", f"attempt {attempt.number}", attempt.start_optimizer_step), on_event)
+                hook.call("start", f"attempt {attempt.number}", attempt.start_optimizer_step)
                 end = AttemptWatch(attempt, launch, options, stop, on_event).run()
                 tell_end(attempt, end, hook, on_event)
                 if end.kind == FINISHED:
@@ -179,24 +179,17 @@ def give_up(attempt: Attempt, end: AttemptEnd, why_last: str) -> TrainerFailed:
     return TrainerFailed(attempt, end, why_last)
 
 
-def tell_trouble(trouble: str, on_event: OnEvent) -> None:
-    """Print what went wrong with a hook, if anything."""
-    if trouble:
-        on_event(Event("note", trouble))
-
-
 def tell_end(attempt: Attempt, end: AttemptEnd, hook: Hook, on_event: OnEvent) -> None:
     """Print and hook the end of one attempt."""
     step, total = end.optimizer_step, attempt.lock.total_optimizer_steps
-    if end.kind == FINISHED:
-        on_event(Event("finish", end.message, step, total))
-        tell_trouble(hook.call("finish", end.message, step), on_event)
-    elif end.is_failure:
-        on_event(Event("crash", f"attempt {attempt.number}: {end.kind}: {end.message}", step, total))
-        tell_trouble(hook.call("crash", f"{end.kind}: {end.message}", step), on_event)
+    if end.is_failure:
+        message = f"{end.kind}: {end.message}"
+        on_event(Event("crash", f"attempt {attempt.number}: {message}", step, total))
+        hook.call("crash", message, step)
     else:
-        on_event(Event("stop", end.message, step, total))
-        tell_trouble(hook.call("stop", end.message, step), on_event)
+        kind: HookEvent = "finish" if end.kind == FINISHED else "stop"
+        on_event(Event(kind, end.message, step, total))
+        hook.call(kind, end.message, step)
 
 
 def go_back(attempt: Attempt) -> str:

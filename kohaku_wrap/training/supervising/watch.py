@@ -146,7 +146,7 @@ class AttemptWatch:
         self.options = options
         self.stop = stop
         self.on_event = on_event
-        self.hook = Hook(options.hook, attempt.run)
+        self.hook = Hook(options.hook, attempt.run, lambda trouble: self.tell("note", trouble))
         self.total = attempt.lock.total_optimizer_steps
         self.done = attempt.start_optimizer_step
         self.seconds: deque[float] = deque(maxlen=RATE_WINDOW_STEPS)
@@ -206,7 +206,8 @@ class AttemptWatch:
             if self.attempt.machines > 1 and self.attempt.machines_left():
                 left_at = min(left_at, time.monotonic())
                 if time.monotonic() - left_at > LEFT_SECONDS:
-                    return self.end_without_machine()
+                    end_processes(self.attempt.run, self.attempt.number, 0)
+                    return judge_end(self.attempt, exit_code=1)
             fault = self.find_hang()
             if fault is not None:
                 return fault
@@ -248,7 +249,7 @@ class AttemptWatch:
         for step in sorted(steps - self.states_seen):
             self.states_seen.add(step)
             self.tell("state", f"state of optimizer step {step:,} saved")
-            self.call_hook("state", f"state of optimizer step {step}", step)
+            self.hook.call("state", f"state of optimizer step {step}", step)
 
     def look_for_pause(self) -> None:
         """Tell once why the trainer waits."""
@@ -306,11 +307,6 @@ class AttemptWatch:
             first.rank,
         )
 
-    def end_without_machine(self) -> AttemptEnd:
-        """An end for the reason that another machine told."""
-        end_processes(self.attempt.run, self.attempt.number, 0)
-        return judge_end(self.attempt, exit_code=1)
-
     def end_now(self, kind: str, message: str, phase: str = "", rank: int | None = None) -> AttemptEnd:
         """End all processes; the attempt's end, for a reason that kwrap found."""
         end_processes(self.attempt.run, self.attempt.number, 0)
@@ -318,13 +314,8 @@ class AttemptWatch:
         phase = phase or (beats[0].phase if beats else "start-up")
         return AttemptEnd(kind, message, steps_done(self.attempt), None, time.time(), phase, rank)
 
-    def tell(self, kind: Any, message: str, eta_seconds: float | None = None) -> None:
+    def tell(self, kind: EventKind, message: str, eta_seconds: float | None = None) -> None:
         self.on_event(Event(kind, message, self.done, self.total, eta_seconds))
-
-    def call_hook(self, event: Any, message: str, optimizer_step: int) -> None:
-        trouble = self.hook.call(event, message, optimizer_step)
-        if trouble:
-            self.tell("note", trouble)
 
 
 def start_launcher(launch: Launch, log_file: Path) -> subprocess.Popen[bytes]:
