@@ -148,7 +148,7 @@ class Attempt:
     position: Position | None = None
     """Where its first optimizer step starts, as the plan of the resume computed it; None in attempts of kwrap 0.1."""
 
-    threads: int | None = None
+    threads: int | None = field(default=None, compare=False)
     """OMP_NUM_THREADS of each process, or of the attempt before while it is only planned; None for the default."""
 
     @classmethod

@@ -47,7 +47,7 @@ def sd_scripts() -> Any:
         pytest.skip("sd-scripts is not installed; enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT")
     sys.path.insert(0, str(checkout.path))
     sys.path.extend(str(path) for path in requirement_paths())
-    from kohaku_wrap.planning.workers.torchvision_on_cpu import import_torchvision
+    from kohaku_wrap.training.engines.sd_scripts.torchvision_on_cpu import import_torchvision
 
     try:
         import_torchvision()

@@ -22,7 +22,7 @@ def main() -> None:
     import sdxl_train_network
     from accelerate import Accelerator
 
-    from kohaku_wrap.planning.workers.cpu_processes import leave_frozen_modules
+    from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_modules
     from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
     from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes, read_sizes
 

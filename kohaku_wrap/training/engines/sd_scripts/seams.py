@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, RandomSampler
 import kohaku_wrap
 from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.formats.machine_paths import without_paths
-from kohaku_wrap.planning.workers.cpu_processes import leave_frozen_modules
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.trainer.anchors import LOOP, TRAINER
 from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import correct_loop
 from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
+from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_modules
 from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop

@@ -45,7 +45,7 @@ def enter_checkout(checkout: Checkout) -> None:
     """Put the checkout, and packages that only it needs, on the import path."""
     sys.path.insert(0, str(checkout.path))
     sys.path.extend(str(path) for path in requirement_paths())
-    from kohaku_wrap.planning.workers.torchvision_on_cpu import import_torchvision
+    from kohaku_wrap.training.engines.sd_scripts.torchvision_on_cpu import import_torchvision
 
     import_torchvision()
     settle_torch()
