@@ -183,7 +183,7 @@ def test_a_line_left_behind_is_not_taken_up_again(new_run: NewRun) -> None:
     for path in (run.abandoned / "before-attempt-2" / "states").iterdir():
         path.rename(run.states / path.name)
     assert steps(run) == [6, 10, 12]
-    assert plan_resume(run).optimizer_step == 6
+    assert plan_resume(run).start_optimizer_step == 6
 
 
 def test_the_position_of_epsilon(new_run: NewRun) -> None:
@@ -344,7 +344,7 @@ def test_a_state_of_plain_sd_scripts(new_run: NewRun) -> None:
     with pytest.raises(NoSuchState, match="at optimizer step 9"):
         plan_resume(run, step=9, foreign=True)
     given = plan_resume(run, foreign=True, foreign_state=run.checkpoints / "r-step00000002-state")
-    assert given.optimizer_step == 2
+    assert given.start_optimizer_step == 2
     assert "not provably the same" in call("resume", run.folder, "--foreign", "--dry-run").output
     attempt, _ = begin_attempt(given)
     assert attempt.foreign and list_attempts(run)[0].state == given.state

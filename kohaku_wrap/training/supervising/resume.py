@@ -10,7 +10,7 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError, Problem, command_line
 from kohaku_wrap.trainer.requirements import require_requirements
-from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts, write_attempt
+from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts, read_attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.states import list_states
@@ -174,7 +174,7 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
         away = plan.run.abandoned / f"before-attempt-{plan.number}" / path.relative_to(plan.run.folder)
         away.parent.mkdir(parents=True, exist_ok=True)
         path.rename(away)
-    return plan, launch
+    return read_attempt(plan.run, plan.number), launch
 
 
 def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
