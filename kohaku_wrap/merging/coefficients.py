@@ -31,33 +31,19 @@ SIZE_LIMIT_BITS = 256
 
 @dataclass(frozen=True)
 class Reduction:
-    """What a formula means for one key."""
+    """What a formula, or a part of one, means for one key: a number, or a sum of models and networks."""
 
-    models: dict[str, Fraction] = field(default_factory=dict)
+    number: Fraction | None
+    """The number; None where it is a sum of tensors, as a whole formula always is."""
+
+    models: Mapping[str, Fraction] = field(default_factory=dict)
     """The coefficient of each checkpoint; none is 0."""
 
-    networks: dict[str, Fraction] = field(default_factory=dict)
+    networks: Mapping[str, Fraction] = field(default_factory=dict)
     """The coefficient of each network; none is 0."""
 
     dropped: tuple[str, ...] = ()
     """The difference groups, as text, that count as 0 because a member lacks the key."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A number, or a sum of models and networks."""
-
-    number: Fraction | None
-    """The number; None where the value is a sum of tensors."""
-
-    models: Mapping[str, Fraction] = field(default_factory=dict)
-    """Coefficients of checkpoints."""
-
-    networks: Mapping[str, Fraction] = field(default_factory=dict)
-    """Coefficients of networks."""
-
-    dropped: tuple[str, ...] = ()
-    """Difference groups that count as 0."""
 
 
 def add_scaled(left: Mapping[str, Fraction], right: Mapping[str, Fraction], factor: Fraction) -> dict[str, Fraction]:
@@ -101,7 +87,7 @@ class Formula:
         if self.kind_of(tree) == "number":
             raise self.error("the formula is a number; it names no model", tree.span)
         self.patterns = tuple(dict.fromkeys(part.pattern for part in walk_formula(tree) if isinstance(part, Only)))
-        self.reduce_case: Callable[[Case], Reduction] = cache(self._reduce)
+        self.reduce_case: Callable[[Case], Reduction] = cache(lambda case: self.value_of(tree, case))
 
     def error(self, message: str, span: Span) -> FormulaError:
         return FormulaError(message, self.source, span)
@@ -118,10 +104,6 @@ class Formula:
         """
         matching = frozenset(pattern for pattern in self.patterns if self.matches(key, pattern))
         return self.reduce_case(Case(blocks_of_key(key), matching, lacking))
-
-    def _reduce(self, case: Case) -> Reduction:
-        value = self.value_of(self.tree, case)
-        return Reduction(dict(value.models), dict(value.networks), value.dropped)
 
     def kind_of(self, node: Node) -> str:
         """`number` or `tensor`."""
@@ -157,15 +139,15 @@ class Formula:
                         verb = "added to" if sign == "+" else "subtracted from"
                         what = ("a number", "a model") if self.kind_of(operand) == "number" else ("a model", "a number")
                         raise self.error(f"{what[0]} cannot be {verb} {what[1]}", operand.span)
-            case Product(first, rest):
-                self.check_product(first, rest)
+            case Product():
+                self.check_product(node)
             case _:
                 return
 
-    def check_product(self, first: Node, rest: tuple[tuple[str, Node], ...]) -> None:
-        self.check_kinds(first)
-        tensors = self.kind_of(first) == "tensor"
-        for sign, operand in rest:
+    def check_product(self, node: Product) -> None:
+        self.check_kinds(node.first)
+        tensors = self.kind_of(node.first) == "tensor"
+        for sign, operand in node.rest:
             self.check_kinds(operand)
             tensor = self.kind_of(operand) == "tensor"
             if sign == "/" and tensor:
@@ -178,22 +160,22 @@ class Formula:
             if sign == "/" and self.value_of(operand, ANY_CASE).number == 0:
                 raise self.error("division by zero", operand.span)
 
-    def value_of(self, node: Node, case: Case) -> Value:
+    def value_of(self, node: Node, case: Case) -> Reduction:
         """The node's value for a key in `blocks` that matches the patterns in `matching`."""
         value = self.plain_value_of(node, case)
         self.check_size(value, node.span)
         return value
 
-    def plain_value_of(self, node: Node, case: Case) -> Value:
+    def plain_value_of(self, node: Node, case: Case) -> Reduction:
         match node:
             case Number(number):
-                return Value(number)
+                return Reduction(number)
             case Blocks():
-                return Value(weight_of_blocks(node, case.blocks))
+                return Reduction(weight_of_blocks(node, case.blocks))
             case Model(name):
-                return Value(None, {name: Fraction(1)})
+                return Reduction(None, {name: Fraction(1)})
             case Network(name):
-                return Value(None, {}, {name: Fraction(1)})
+                return Reduction(None, {}, {name: Fraction(1)})
             case Negation(operand):
                 return scale_value(self.value_of(operand, case), Fraction(-1))
             case Brackets(inside):
@@ -203,26 +185,21 @@ class Formula:
                 chosen = inside if pattern in case.matching else outside
                 if chosen is not None:
                     return drop_if_lacking(chosen, self.value_of(chosen, case), case)
-                return Value(Fraction(0) if self.kind_of(inside) == "number" else None)
-            case Product(first, rest):
-                return self.multiply(first, rest, case)
-            case Sum(first, rest):
-                return self.add(first, rest, case)
+                return Reduction(Fraction(0) if self.kind_of(inside) == "number" else None)
+            case Product():
+                return self.multiply(node, case)
+            case Sum():
+                return self.add(node, case)
 
-    def add(
-        self,
-        first: Node,
-        rest: tuple[tuple[str, Node], ...],
-        case: Case,
-    ) -> Value:
-        total = self.value_of(first, case)
-        for sign, operand in rest:
+    def add(self, node: Sum, case: Case) -> Reduction:
+        total = self.value_of(node.first, case)
+        for sign, operand in node.rest:
             value = self.value_of(operand, case)
             factor = Fraction(1 if sign == "+" else -1)
             number = None
             if total.number is not None and value.number is not None:
                 number = total.number + factor * value.number
-            total = Value(
+            total = Reduction(
                 number,
                 add_scaled(total.models, value.models, factor),
                 add_scaled(total.networks, value.networks, factor),
@@ -230,14 +207,9 @@ class Formula:
             )
         return total
 
-    def multiply(
-        self,
-        first: Node,
-        rest: tuple[tuple[str, Node], ...],
-        case: Case,
-    ) -> Value:
-        total = self.value_of(first, case)
-        for sign, operand in rest:
+    def multiply(self, node: Product, case: Case) -> Reduction:
+        total = self.value_of(node.first, case)
+        for sign, operand in node.rest:
             value = self.value_of(operand, case)
             if value.number is not None:
                 total = scale_value(total, 1 / value.number if sign == "/" else value.number)
@@ -245,7 +217,7 @@ class Formula:
                 total = scale_value(value, total.number)
         return total
 
-    def check_size(self, value: Value, span: Span) -> None:
+    def check_size(self, value: Reduction, span: Span) -> None:
         """Raise FormulaError for fractions too long to be meant."""
         numbers = [value.number or Fraction(0), *value.models.values(), *value.networks.values()]
         longest = max(max(number.numerator.bit_length(), number.denominator.bit_length()) for number in numbers)
@@ -253,18 +225,18 @@ class Formula:
             raise self.error(f"its numbers multiply to a fraction of more than {SIZE_LIMIT_BITS} bits", span)
 
 
-def drop_if_lacking(node: Node, value: Value, case: Case) -> Value:
+def drop_if_lacking(node: Node, value: Reduction, case: Case) -> Reduction:
     """A difference counts as 0 when one of its members lacks the key."""
     missing = [name for name in value.models if name in case.lacking]
     if not missing or value.number is not None or sum(value.models.values(), Fraction(0)) != 0:
         return value
-    return Value(None, {}, value.networks, (*value.dropped, format_formula(node)))
+    return Reduction(None, {}, value.networks, (*value.dropped, format_formula(node)))
 
 
-def scale_value(value: Value, factor: Fraction) -> Value:
+def scale_value(value: Reduction, factor: Fraction) -> Reduction:
     if value.number is not None:
-        return Value(value.number * factor)
-    return Value(None, add_scaled({}, value.models, factor), add_scaled({}, value.networks, factor), value.dropped)
+        return Reduction(value.number * factor)
+    return Reduction(None, add_scaled({}, value.models, factor), add_scaled({}, value.networks, factor), value.dropped)
 
 
 def weight_of_blocks(node: Blocks, blocks: tuple[str, ...]) -> Fraction:

@@ -18,44 +18,40 @@ class Span:
     """The character after the last."""
 
 
-NOWHERE = Span(0, 0)
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A part of a formula; parts that differ in nothing but their place are equal."""
+
+    span: Span = field(default=Span(0, 0), compare=False)
+    """Its place in the text, for messages."""
 
 
 @dataclass(frozen=True)
-class Number:
+class Number(Placed):
     """An exact decimal: `0.8` is 4/5."""
 
     value: Fraction
     """At least 0; a sign is a Negation."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Model:
+class Model(Placed):
     """A checkpoint, by the name that a path is bound to."""
 
     name: str
     """As written."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Network:
+class Network(Placed):
     """`net(name)`: what a network adds to the weights of a checkpoint."""
 
     name: str
     """As written."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class BlockWeight:
+class BlockWeight(Placed):
     """One `IN04=0.5` or `OUT00..OUT03=0.8`."""
 
     first: str
@@ -67,12 +63,9 @@ class BlockWeight:
     value: Fraction
     """May be negative."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Placed):
     """`blocks(…)`: a number that depends on the block that a tensor belongs to."""
 
     weights: tuple[BlockWeight, ...]
@@ -81,12 +74,9 @@ class Blocks:
     other: Fraction | None
     """What `else=` says for the blocks not named; None where it is not said, which means 1."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Only:
+class Only(Placed):
     """`only("pattern", inside, else=outside)`: one value for the keys that match, another for the rest."""
 
     pattern: str
@@ -98,34 +88,25 @@ class Only:
     outside: Node | None
     """For the others; None means nothing (0)."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Negation:
+class Negation(Placed):
     """`-x`."""
 
     operand: Node
     """A Negation or an atom."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Brackets:
+class Brackets(Placed):
     """`(x)`: kept in the tree, because a bracketed difference is a group for the rule of missing keys."""
 
     inside: Node
     """Any formula."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Product:
+class Product(Placed):
     """`a * b / c`, from left to right."""
 
     first: Node
@@ -134,12 +115,9 @@ class Product:
     rest: tuple[tuple[str, Node], ...]
     """`*` or `/`, and the operand; at least one."""
 
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
-
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Placed):
     """`a + b - c`, from left to right."""
 
     first: Node
@@ -147,9 +125,6 @@ class Sum:
 
     rest: tuple[tuple[str, Node], ...]
     """`+` or `-`, and the operand; at least one."""
-
-    span: Span = field(default=NOWHERE, compare=False)
-    """Its place in the text, for messages."""
 
 
 Node = Number | Model | Network | Blocks | Only | Negation | Brackets | Product | Sum

@@ -55,12 +55,11 @@ def hash_file(path: Path, counter: HashCounter) -> FileHashes:
     Raises MalformedFile or PickledFile where it is none.
     """
     data_start = read_header(path).data_start
-    whole, data = hashlib.sha256(), None
+    whole, data = hashlib.sha256(), hashlib.sha256()
     with path.open("rb", buffering=0) as stream:
         buffer = bytearray(HASH_BLOCK_BYTES)
         whole.update(stream.read(data_start))
         counter.add(data_start)
-        data = hashlib.sha256()
         while count := stream.readinto(buffer):
             block = memoryview(buffer)[:count]
             whole.update(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -51,10 +52,6 @@ class Target:
     """3 for a query, key or value inside a fused tensor, else 1."""
 
 
-def add_target(table: dict[str, dict[str, Target]], name: str, kind: str, target: Target) -> None:
-    table.setdefault(name, {})[kind] = target
-
-
 def split_kind(path: str) -> tuple[str, str]:
     """`a.b.weight` as `a.b` and `weight`; a path without either ending is a weight itself."""
     for kind in ("weight", "bias"):
@@ -68,36 +65,36 @@ def table_of_targets(keys: Iterable[str]) -> dict[str, dict[str, Target]]:
 
     The names are those of kohya's networks on an SDXL (or SD 1) checkpoint in single-file form.
     """
-    table: dict[str, dict[str, Target]] = {}
+    table: defaultdict[str, dict[str, Target]] = defaultdict(dict)
     for key in keys:
         if key.startswith(TEXT_ENCODER_2_PREFIX):
             add_text_encoder_2(table, key)
         for prefix, network_prefix in NETWORK_PREFIXES.items():
             if key.startswith(prefix):
                 path, kind = split_kind(key.removeprefix(prefix))
-                add_target(table, f"{network_prefix}{path.replace('.', '_')}", kind, Target(key))
+                table[f"{network_prefix}{path.replace('.', '_')}"][kind] = Target(key)
     return table
 
 
-def add_text_encoder_2(table: dict[str, dict[str, Target]], key: str) -> None:
+def add_text_encoder_2(table: defaultdict[str, dict[str, Target]], key: str) -> None:
     """The names of one key of the second text encoder, whose checkpoint has OpenCLIP's form."""
     path = key.removeprefix(TEXT_ENCODER_2_PREFIX)
     found = RESBLOCK.fullmatch(path)
     if not found:
         module, kind = split_kind(path)
         if module in MODULES_OF_TEXT_ENCODER_2:
-            add_target(table, f"lora_te2_{MODULES_OF_TEXT_ENCODER_2[module]}", kind, Target(key))
+            table[f"lora_te2_{MODULES_OF_TEXT_ENCODER_2[module]}"][kind] = Target(key)
         return
     layer, rest = found.groups()
     prefix = f"lora_te2_text_model_encoder_layers_{layer}_"
     if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
         kind = rest.removeprefix("attn.in_proj_")
         for part, name in enumerate(FUSED_PARTS):
-            add_target(table, f"{prefix}self_attn_{name}", kind, Target(key, part, len(FUSED_PARTS)))
+            table[f"{prefix}self_attn_{name}"][kind] = Target(key, part, len(FUSED_PARTS))
         return
     module, kind = split_kind(rest)
     if module in MODULES_OF_RESBLOCK:
-        add_target(table, f"{prefix}{MODULES_OF_RESBLOCK[module]}", kind, Target(key))
+        table[f"{prefix}{MODULES_OF_RESBLOCK[module]}"][kind] = Target(key)
 
 
 def is_diffusers_name(name: str) -> bool:

@@ -161,24 +161,25 @@ def parse_formula(source: str) -> Node:
 
 def read_sum(reader: Reader) -> Node:
     """sum := product (("+" | "-") product)*"""
-    start = reader.token.span
-    first = read_product(reader)
-    rest = []
-    while reader.at("+") or reader.at("-"):
-        sign = reader.take()
-        rest.append((sign.text, read_product(reader)))
-    return Sum(first, tuple(rest), reader.span_from(start)) if rest else first
+    return read_chain(reader, Sum, ("+", "-"), read_product)
 
 
 def read_product(reader: Reader) -> Node:
     """product := factor (("*" | "/") factor)*"""
+    return read_chain(reader, Product, ("*", "/"), read_factor)
+
+
+def read_chain(
+    reader: Reader, kind: type[Sum | Product], signs: tuple[str, str], read_operand: Callable[[Reader], Node]
+) -> Node:
+    """chain := operand (sign operand)*, which is the operand itself where no sign follows."""
     start = reader.token.span
-    first = read_factor(reader)
+    first = read_operand(reader)
     rest = []
-    while reader.at("*") or reader.at("/"):
+    while any(map(reader.at, signs)):
         sign = reader.take()
-        rest.append((sign.text, read_factor(reader)))
-    return Product(first, tuple(rest), reader.span_from(start)) if rest else first
+        rest.append((sign.text, read_operand(reader)))
+    return kind(first, tuple(rest), span=reader.span_from(start)) if rest else first
 
 
 def read_factor(reader: Reader) -> Node:
@@ -186,7 +187,7 @@ def read_factor(reader: Reader) -> Node:
     if reader.at("-"):
         start = reader.take().span
         operand = reader.nested(read_factor)
-        return Negation(operand, reader.span_from(start))
+        return Negation(operand, span=reader.span_from(start))
     return read_atom(reader)
 
 
@@ -194,12 +195,12 @@ def read_atom(reader: Reader) -> Node:
     """atom := NUMBER | NAME | "(" sum ")" | "net" "(" NAME ")" | blocks | only"""
     token = reader.token
     if token.kind == "number":
-        return Number(read_number(reader), token.span)
+        return Number(read_number(reader), span=token.span)
     if reader.at("("):
         reader.take()
         inside = reader.nested(read_sum)
         reader.expect(")", f"to close the bracket at character {token.span.start + 1}")
-        return Brackets(inside, reader.span_from(token.span))
+        return Brackets(inside, span=reader.span_from(token.span))
     if token.kind != "name":
         raise reader.error(f"expected a model name{after_words(reader)}")
     reader.take()
@@ -214,12 +215,12 @@ def read_atom(reader: Reader) -> Node:
             raise reader.error("expected the network's name in net(…)")
         reader.take()
         reader.expect(")", "after the network's name")
-        return Network(name.text, reader.span_from(token.span))
+        return Network(name.text, span=reader.span_from(token.span))
     if token.text in RESERVED:
         raise reader.error(f"'{token.text}' cannot stand here; it belongs inside only(…) or blocks(…)", token.span)
     if reader.at("("):
         raise reader.error(f"there is no function '{token.text}'; there are net, blocks and only", token.span)
-    return Model(token.text, token.span)
+    return Model(token.text, span=token.span)
 
 
 def after_words(reader: Reader) -> str:
@@ -270,7 +271,7 @@ def read_blocks(reader: Reader, start: Span) -> Node:
     reader.expect(")", "or ',' in blocks(…)")
     if not weights:
         raise reader.error("blocks(…) names no block", reader.span_from(start))
-    return Blocks(tuple(weights), other, reader.span_from(start))
+    return Blocks(tuple(weights), other, span=reader.span_from(start))
 
 
 def read_block_weight(reader: Reader) -> BlockWeight:
@@ -284,7 +285,7 @@ def read_block_weight(reader: Reader) -> BlockWeight:
             raise reader.error(f"{first}..{last} is not a range of blocks", reader.span_from(start))
     reader.expect("=", f"after the block {last}")
     value = read_signed_number(reader, f"for the block {last}")
-    return BlockWeight(first, last, value, reader.span_from(start))
+    return BlockWeight(first, last, value, span=reader.span_from(start))
 
 
 def read_block(reader: Reader) -> str:
@@ -313,4 +314,4 @@ def read_only(reader: Reader, start: Span) -> Node:
         reader.expect("=", "after else")
         outside = reader.nested(read_sum)
     reader.expect(")", "at the end of only(…)")
-    return Only(pattern.text[1:-1], inside, outside, reader.span_from(start))
+    return Only(pattern.text[1:-1], inside, outside, span=reader.span_from(start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,27 +77,36 @@ def choose_file(asked: str, stand_in: str, files: dict[str, Header]) -> str:
     return stand_in
 
 
+@dataclass
 class Planner:
     """Collects plans, decisions and problems over the keys of the anchor."""
 
-    def __init__(
-        self,
-        formula: Formula,
-        files: dict[str, Header],
-        networks: dict[str, Header],
-        anchor: str,
-        vae: str,
-        options: MergeOptions,
-    ) -> None:
-        self.formula, self.files, self.networks = formula, files, networks
-        self.anchor, self.vae, self.options = anchor, vae, options
-        self.models = names_of_models(formula.tree)
+    formula: Formula
+    """What to compute."""
+
+    files: dict[str, Header]
+    """The checkpoints by name."""
+
+    networks: dict[str, Header]
+    """The networks by name."""
+
+    anchor: str
+    """The checkpoint that gives key set and types."""
+
+    vae: str
+    """The one that gives the VAE."""
+
+    options: MergeOptions
+    """What to do where the files leave a choice."""
+
+    def __post_init__(self) -> None:
+        self.models = names_of_models(self.formula.tree)
         self.problems: list[Problem] = []
         self.noted: dict[str, list[str]] = {}
         self.combinations: Counter[WeightedSum] = Counter()
         self.changes: dict[str, list[tuple[str, Change]]] = {}
-        named = [weight for part in walk_formula(formula.tree) if isinstance(part, Blocks) for weight in part.weights]
-        self.vae_named = any(weight.first == "VAE" for weight in named)
+        blocks = [part for part in walk_formula(self.formula.tree) if isinstance(part, Blocks)]
+        self.vae_named = any(weight.first == "VAE" for part in blocks for weight in part.weights)
 
     def plan(self) -> MergePlan:
         tensors = self.files[self.anchor].tensors

@@ -93,9 +93,7 @@ def read_recipe(path: Path) -> Recipe:
         problems.append(Problem("options", "is not a table"))
     if problems:
         raise ProblemsFound(str(path), problems, "`kwrap merge --help` tells what the options mean.")
-    return Recipe(
-        document["formula"], dict(models), document.get("title", ""), document.get("notes", ""), dict(options)
-    )
+    return Recipe(**document)
 
 
 def problems_of_options(options: Mapping[str, Any]) -> list[Problem]:
@@ -289,17 +287,6 @@ def changed_options(options: MergeOptions) -> dict[str, Any]:
 
 WORD_OF_DTYPE = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 
-OPTION_FLAGS = {
-    "like": "--like",
-    "vae_from": "--vae-from",
-    "dtype": "--dtype",
-    "missing": "--missing",
-    "shapes": "--shapes",
-    "sums": "--sums",
-    "non_finite": "--non-finite",
-    "overflow": "--overflow",
-}
-
 
 def command_of_recipe(
     recipe: Mapping[str, Any], parents: Mapping[str, Any], metadata: Mapping[str, str], output: str
@@ -324,9 +311,9 @@ def command_of_recipe(
     options = as_table(recipe.get("options"))
     if options.get("merge_vae"):
         words.append("--merge-vae")
-    for name, flag in OPTION_FLAGS.items():
+    for name in (option.name for option in fields(MergeOptions) if option.name != "merge_vae"):
         if name in options:
-            words += [flag, WORD_OF_DTYPE.get(str(options[name]), str(options[name]))]
+            words += [f"--{name.replace('_', '-')}", WORD_OF_DTYPE.get(str(options[name]), str(options[name]))]
     for key, flag in {"modelspec.title": "--title", "modelspec.date": "--date"}.items():
         if metadata.get(key, formula) != formula:
             words += [flag, metadata[key]]

@@ -12,6 +12,7 @@ import numpy as np
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
+from kohaku_wrap.merging.kernels import BITS_DTYPES, as_numbers
 from kohaku_wrap.merging.pieces import RAW, Piece
 from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
 from kohaku_wrap.merging.worker import Worker
@@ -24,9 +25,7 @@ class MismatchFound(KwrapError):
 
 def number_of_bits(bits: bytes, kind: str) -> float:
     """The number that little-endian bytes stand for."""
-    if kind == "BF16":
-        return float(np.frombuffer(b"\0\0" + bits, dtype="<f4")[0])
-    return float(np.frombuffer(bits, dtype="<f2" if kind == "F16" else "<f4")[0])
+    return float(as_numbers(np.frombuffer(bits, dtype=BITS_DTYPES[len(bits)]), FORMATS[kind])[0])
 
 
 def draw_elements(pieces: Sequence[Piece], count: int) -> dict[int, list[int]]:
