@@ -21,8 +21,9 @@ from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.proving.killing import ON_THE_CPU
 from kohaku_wrap.proving.likeness import read_positions
-from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench
+from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench, write_site_of
 from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.create import create_run, plan_new_run
@@ -53,15 +54,6 @@ class ForkServer:
 
     def __init__(self, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "LYCORIS_KERNEL_BACKEND": "torch",
-            "LYCORIS_KERNEL_TUNE": "off",
-            "CUDA_VISIBLE_DEVICES": "",
-            "ACCELERATE_USE_CPU": "true",
-        }
         with log.open("ab") as stream:
             self.process = subprocess.Popen(
                 python_command("-m", "kohaku_wrap.training.engines.fork_attempts"),
@@ -69,7 +61,7 @@ class ForkServer:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
-                env=safe_environment(settings),
+                env=safe_environment(ON_THE_CPU),
             )
         self.log = log
 
@@ -119,18 +111,13 @@ class CensusBench:
 
     def write_site(self, name: str, own_images: bool) -> Path:
         """The world's site; with a copy of the images where a run writes beside them."""
-        document = tomllib.loads((self.world / "site.toml").read_text(encoding="utf-8"))
-        paths = {key: str((self.world / path).resolve()) for key, path in document["paths"].items()}
+        images = self.world / "images"
         if own_images:
-            images = self.folder / "images" / name
-            copy_images(Path(paths["images"]), images)
-            paths["images"] = str(images)
-        document["paths"] = {**paths, "runs": str(self.runs)}
-        document["machine"] |= {"engine": "sd-scripts", "processes": 1, "batch_per_gpu": BATCH_PER_PROCESS}
-        document["machine"].pop("workers", None)
+            copied, images = images, self.folder / "images" / name
+            copy_images(copied.resolve(), images)
+        machine = {"engine": "sd-scripts", "processes": 1, "batch_per_gpu": BATCH_PER_PROCESS, "workers": None}
         path = self.folder / "sites" / f"{name}.toml"
-        write_text(path, toml_text(document))
-        return path
+        return write_site_of(self.world, path, {"images": images, "runs": self.runs}, machine)
 
     def signature(self, settings: Settings) -> Signature:
         """What a training with these settings leaves; trained once. Raises CaseFailed."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,17 +11,14 @@ from pathlib import Path
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
-from kohaku_wrap.formats.toml_text import toml_text
-from kohaku_wrap.processes import accelerate_command, safe_environment
-from kohaku_wrap.proving.killing import Kill, ProcessFailed, train_with_kills
-from kohaku_wrap.proving.prove import Bench
+from kohaku_wrap.processes import accelerate_command
+from kohaku_wrap.proving.killing import PLAIN_WORKER, Kill, ProcessFailed, run_logged, train_with_kills
+from kohaku_wrap.proving.prove import Bench, write_site_of
 from kohaku_wrap.proving.random_sdxl import write_random_sdxl
 from kohaku_wrap.proving.step_clock import StepClock
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.processes import list_processes
-
-PLAIN_WORKER = "kohaku_wrap.training.engines.sd_scripts.plain"
 
 
 @dataclass(frozen=True)
@@ -96,15 +91,10 @@ class Workplace:
 
     def write_site(self, processes: int = 1) -> Path:
         """The machine for runs of so many processes."""
-        document = tomllib.loads((self.bench.world / "site.toml").read_text(encoding="utf-8"))
-        document["paths"] = {name: str((self.bench.world / path).resolve()) for name, path in document["paths"].items()}
-        document["paths"] |= {"base_model": str(self.base_model), "runs": str(self.bench.runs)}
+        paths = {"base_model": self.base_model, "runs": self.bench.runs}
         machine = {"engine": self.engine, "gpus": min(self.gpus, processes), "batch_per_gpu": self.scale.batch_per_gpu}
-        document["machine"] = machine | {"workers": 2 if self.gpus else 0}
         path = self.folder / "sites" / f"{self.engine}-{processes}.toml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(toml_text(document), encoding="utf-8")
-        return path
+        return write_site_of(self.bench.world, path, paths, machine | {"workers": 2 if self.gpus else 0})
 
     def settings(self, processes: int = 1) -> tuple[str, ...]:
         """Over the template, for runs of so many processes."""
@@ -162,20 +152,12 @@ class Workplace:
         kernels = {name: value for name, value in environment_of(like).items() if name.startswith(("LYCORIS", "OMP"))}
         hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         log = folder / "log"
-        with self.clock(like, log) as clock, log.open("wb") as stream:
-            done = subprocess.run(
-                command,
-                cwd=like.folder,
-                env=safe_environment({**kernels, **hidden, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}),
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if done.returncode:
+        with self.clock(like, log) as clock:
+            variables = {**kernels, **hidden, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            exit_code = run_logged(command, log, variables, like.folder)
+        if exit_code:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise ProcessFailed(
-                f"plain sd-scripts ended with exit code {done.returncode}: {''.join(last)}", f"See {log}."
-            )
+            raise ProcessFailed(f"plain sd-scripts ended with exit code {exit_code}: {''.join(last)}", f"See {log}.")
         return clock
 
 

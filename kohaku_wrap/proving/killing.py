@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,20 @@ SLICE_SECONDS = 0.005
 """A state of the tiny model is written in some tenths of a second."""
 
 LINES_SHOWN = 6
+
+PLAIN_WORKER = "kohaku_wrap.training.engines.sd_scripts.plain"
+"""What runs sd-scripts' own script."""
+
+ON_THE_CPU = {
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "LYCORIS_KERNEL_BACKEND": "torch",
+    "LYCORIS_KERNEL_TUNE": "off",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""The variables of a training on the CPU that is not started by `kwrap`."""
 
 
 class ProcessFailed(KwrapError):
@@ -43,17 +57,30 @@ def command_of(arguments: tuple[str, ...]) -> list[str]:
 
 def run_kwrap(arguments: tuple[str, ...], log: Path, environment: Mapping[str, str] | None = None) -> None:
     """One `kwrap` command to its end, with `environment` added. Raises ProcessFailed with its last lines."""
+    if exit_code := run_logged(command_of(arguments), log, environment):
+        raise failed(arguments, exit_code, log)
+
+
+def run_logged(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    timeout_seconds: float | None = None,
+) -> int:
+    """The exit code of a command that runs in `folder`; what it prints goes to the end of `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as stream:
+    with log.open("ab") as stream:
         done = subprocess.run(
-            command_of(arguments),
+            command,
+            cwd=folder,
             env=safe_environment(environment),
             stdout=stream,
             stderr=subprocess.STDOUT,
+            timeout=timeout_seconds,
             check=False,
         )
-    if done.returncode:
-        raise failed(arguments, done.returncode, log)
+    return done.returncode
 
 
 def failed(arguments: tuple[str, ...], exit_code: int, log: Path) -> ProcessFailed:

@@ -119,16 +119,14 @@ def compare_metrics(whole: Run, interrupted: Run) -> int:
 
 def compare_names(whole: Run, interrupted: Run) -> list[str]:
     """What checkpoints are called after the run's name; the names of states must agree too."""
-    states = [sorted(path.name for path in run.states.iterdir() if path.name[0] != ".") for run in (whole, interrupted)]
-    if states[0] != states[1]:
-        raise Difference(f"states left: {', '.join(states[0])}; {', '.join(states[1])}")
-    found = [
-        sorted(path.name.removeprefix(run.name) for path in run.checkpoints.glob("*.safetensors"))
-        for run in (whole, interrupted)
-    ]
-    if found[0] != found[1]:
-        raise Difference(f"checkpoints: {', '.join(found[0])}; {', '.join(found[1])}")
-    return found[0]
+    for what, folder, pattern in (("states left", "states", "[!.]*"), ("checkpoints", "checkpoints", "*.safetensors")):
+        names, others = (
+            sorted(path.name.removeprefix(run.name) for path in (run.folder / folder).glob(pattern))
+            for run in (whole, interrupted)
+        )
+        if names != others:
+            raise Difference(f"{what}: {', '.join(names)}; {', '.join(others)}")
+    return names
 
 
 def compare_networks(one: Path, other: Path) -> int:

@@ -12,15 +12,16 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.proving.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
 from kohaku_wrap.proving.likeness import Difference, compare_runs
@@ -126,20 +127,9 @@ class Bench:
 
     def write_site(self, case: str, configuration: Configuration, workers: int) -> Path:
         """The world's site with the processes and workers of a case."""
-        document = tomllib.loads((self.world / "site.toml").read_text(encoding="utf-8"))
-        document["paths"] = {name: str((self.world / path).resolve()) for name, path in document["paths"].items()} | {
-            "runs": str(self.runs.resolve())
-        }
-        document["machine"] |= {
-            "engine": self.engine,
-            "processes": configuration.processes,
-            "batch_per_gpu": BATCH_PER_PROCESS,
-            "workers": workers,
-        }
+        machine = {"processes": configuration.processes, "batch_per_gpu": BATCH_PER_PROCESS, "workers": workers}
         path = self.folder / "sites" / f"{self.engine}-{case}.toml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(toml_text(document), encoding="utf-8")
-        return path
+        return write_site_of(self.world, path, {"runs": self.runs}, {"engine": self.engine, **machine})
 
     def train(self, case: Case) -> Run:
         """The case's run, trained to its end through all kills."""
@@ -153,6 +143,16 @@ class Bench:
         logs = self.folder / "logs" / self.engine
         train_with_kills(run, tuple(arguments), case.kills, case.workers, logs, configuration.environment)
         return run
+
+
+def write_site_of(world: Path, path: Path, paths: Mapping[str, Path], machine: Mapping[str, Any]) -> Path:
+    """Write the world's site at another place, with these paths and this machine; what is None is left out."""
+    document = tomllib.loads((world / "site.toml").read_text(encoding="utf-8"))
+    every_path = {**{name: world / below for name, below in document["paths"].items()}, **paths}
+    document["paths"] = {name: str(every.resolve()) for name, every in every_path.items()}
+    document["machine"] |= machine
+    write_text(path, toml_text(document))
+    return path
 
 
 def prove(bench: Bench, cases: tuple[Case, ...]) -> int:
@@ -235,7 +235,7 @@ def choose_cases(engine: str, names: list[str] | None) -> tuple[Case, ...]:
     known = {case.name: case for case in cases}
     if unknown := [name for name in names if name not in known]:
         raise KwrapError(f"no case is called {', '.join(unknown)}", f"There are: {', '.join(known)}.")
-    return tuple(replace(known[name]) for name in names)
+    return tuple(known[name] for name in names)
 
 
 if __name__ == "__main__":

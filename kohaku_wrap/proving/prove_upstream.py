@@ -6,9 +6,7 @@ and compares the final networks. Every process is sd-scripts' own script; only t
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -26,11 +24,10 @@ from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.formats.caption_rows import read_folder_sizes
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.planning.step_plan import plan_steps
-from kohaku_wrap.processes import python_command, safe_environment
-from kohaku_wrap.proving.killing import run_kwrap
+from kohaku_wrap.processes import python_command
+from kohaku_wrap.proving.killing import ON_THE_CPU, PLAIN_WORKER, run_kwrap, run_logged
 from kohaku_wrap.trainer.installed import find_trainer
 
-PLAIN_WORKER = "kohaku_wrap.training.engines.sd_scripts.plain"
 RUN_TIMEOUT_SECONDS = 900
 FLIPPED_BYTE_FROM_END = 1000
 
@@ -137,39 +134,9 @@ class PlainRuns:
             *("--dynamo_backend", "no", "-m", PLAIN_WORKER),
             *("--config_file", TRAINER_FILE, "--dataset_config", DATASET_FILE),
         ]
-        with (folder / "log").open("wb") as log:
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env=plain_environment(),
-                stdout=log,
-                stderr=log,
-                timeout=RUN_TIMEOUT_SECONDS,
-                check=False,
-            )
-        if done.returncode:
-            raise PlainRunFailed(
-                f"plain sd-scripts ended with exit code {done.returncode}", f"Its log: {folder / 'log'}"
-            )
+        if exit_code := run_logged(command, folder / "log", ON_THE_CPU, folder, RUN_TIMEOUT_SECONDS):
+            raise PlainRunFailed(f"plain sd-scripts ended with exit code {exit_code}", f"Its log: {folder / 'log'}")
         return folder / "out"
-
-
-def plain_environment() -> dict[str, str]:
-    """The variables of a plain run on the CPU."""
-    package_root = str(Path(__file__).resolve().parents[2])
-    environment = safe_environment(
-        {
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-            "LYCORIS_KERNEL_BACKEND": "torch",
-            "LYCORIS_KERNEL_TUNE": "off",
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-    )
-    paths = [package_root, environment.get("PYTHONPATH", "")]
-    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def compare_networks(first: Path, second: Path) -> tuple[bool, str]:
