@@ -159,7 +159,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Look around:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mib", [60, 250, 400, 800])
+@pytest.mark.parametrize("mib", [60, 250, 400, 1500])
 @pytest.mark.parametrize("command", ["merge a -m a=x -o y", "select demo --db x --out y", "template ls"])
 def test_a_limit_of_memory_is_named(command: str, mib: int) -> None:
     """Libraries crash, abort or blame a file where they do not fit."""
