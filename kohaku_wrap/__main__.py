@@ -11,7 +11,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 
 NEEDED_BYTES = (2 << 30) + (40 << 20) * min(os.cpu_count() or 1, 64)
-"""Of address space: `extract` reserves 1.9 GB where two processors are, and numpy 40 MiB for the thread of each more."""
+"""Of address space: `extract` reserves 1.9 GB on two processors, and numpy 40 MiB for a thread of each more."""
 
 TOO_LITTLE = (
     f"error: there is not enough memory: kwrap needs {NEEDED_BYTES >> 20:,} MiB of address space\n"

@@ -11,9 +11,9 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
-from kohaku_wrap.errors import EXIT_FAILED, KwrapError
+from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, KwrapError
 
 EXIT_UNREAD = 141
 """What a shell shows of a command that SIGPIPE ended: 128 + 13."""
@@ -131,6 +131,18 @@ def go_on_without_reader(is_document: bool = False) -> None:
     # A background job of a terminal set to `tostop` would be stopped by a line that it prints.
     for number in (signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
+
+
+def run_as_work(main: Callable[[], int]) -> NoReturn:
+    """Be a program of its own, such as `make epsilon`, whose work goes on when nobody reads what it prints."""
+    open_outlets()
+    go_on_without_reader()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
 
 
 def loss_of_document() -> OutputLost | None:

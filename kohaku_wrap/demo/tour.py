@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.site import Site, SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
+from kohaku_wrap.outlets import EXIT_UNREAD, OUTLETS, run_as_work
 from kohaku_wrap.processes import python_command, safe_environment
 
 DEMO_FOLDER = Path("epsilon-demo")
@@ -109,8 +110,15 @@ def run_stage(stage: Stage) -> float:
     """Run one command in its own process; seconds taken. Raises StageFailed."""
     print(f"\n$ kwrap {shlex.join(stage.arguments)}", flush=True)
     started = time.monotonic()
-    done = subprocess.run(python_command("-m", "kohaku_wrap", *stage.arguments), env=safe_environment(), check=False)
-    if done.returncode:
+    is_lost = 1 in OUTLETS and OUTLETS[1].error is not None
+    done = subprocess.run(
+        python_command("-m", "kohaku_wrap", *stage.arguments),
+        env=safe_environment(),
+        stdout=subprocess.DEVNULL if is_lost else None,
+        check=False,
+    )
+    # Nobody reads any more what it only showed.
+    if done.returncode not in (0, EXIT_UNREAD):
         raise StageFailed(stage, done.returncode)
     return time.monotonic() - started
 
@@ -176,11 +184,8 @@ def main() -> int:
     except KwrapError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same make command again to go on", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_work(main)

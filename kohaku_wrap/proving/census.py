@@ -21,6 +21,7 @@ from typing import Any
 from kohaku_wrap.config.check_files import check_files
 from kohaku_wrap.config.fates import FATES_FILE, Fate, parse_fates
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.outlets import run_as_work
 from kohaku_wrap.proving.census_bench import CaseFailed, CensusBench, Settings, write_template
 from kohaku_wrap.trainer.installed import find_option_table
 
@@ -190,4 +191,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_work(main)

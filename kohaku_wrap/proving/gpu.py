@@ -20,6 +20,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.formats.caption_rows import read_folder_sizes
 from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.outlets import run_as_work
 from kohaku_wrap.planning.doctor import TESTED_ALONE, find_version
 from kohaku_wrap.planning.doctor_torch import ask_worker
 from kohaku_wrap.planning.module_counts import ModuleCounts, count_network, count_network_everywhere
@@ -254,4 +255,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_work(main)

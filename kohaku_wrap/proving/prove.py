@@ -23,6 +23,7 @@ from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
+from kohaku_wrap.outlets import run_as_work
 from kohaku_wrap.proving.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
 from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.trainer.commits import SUPPORTED, installed_checkouts
@@ -239,4 +240,4 @@ def choose_cases(engine: str, names: list[str] | None) -> tuple[Case, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_work(main)
