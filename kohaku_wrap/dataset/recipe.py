@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import hashlib
 import itertools
@@ -149,14 +148,12 @@ def read_selection_recipe(table: Mapping[str, Any], problems: list[Problem]) -> 
         problems.append(Problem("selection.seed", "missing: a sample needs one to be the same tomorrow"))
     drop = TableReader("selection.drop", reader.table("drop"), ("before_sample", "after_sample", "unless"), problems)
     conditions = _read_conditions(drop.table("unless"), problems)
-    before = _read_order("before_sample", drop, conditions, problems)
-    after = _read_order("after_sample", drop, conditions, problems)
+    before = _read_order("before_sample", drop, conditions)
+    after = _read_order("after_sample", drop, conditions)
     twice = [name for name in before if name in after]
     problems += [Problem("selection.drop", f"{name!r} stands both before and after the sample") for name in twice]
     before += tuple(name for name in conditions if name not in (*before, *after))
-    return SelectionRecipe(
-        seed=seed or 0, strata=strata, before_sample=before, after_sample=after, conditions=conditions
-    )
+    return SelectionRecipe(seed or 0, strata, before, after, conditions)
 
 
 def _read_strata(tables: list[Mapping[str, Any]], problems: list[Problem]) -> tuple[Stratum, ...]:
@@ -165,8 +162,8 @@ def _read_strata(tables: list[Mapping[str, Any]], problems: list[Problem]) -> tu
         where = f"selection.strata {number}"
         reader = TableReader(where, table, ("first_id", "last_id", "sample"), problems)
         sample = table.get("sample", "all")
-        if sample != "all" and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
-            problems.append(Problem(f"{where}.sample", f'{sample!r} is neither a count of at least 1 nor "all"'))
+        if sample != "all" and (type(sample) is not int or sample < 1):
+            reader.fault("sample", f'{sample!r} is neither a count of at least 1 nor "all"')
             sample = "all"
         stratum = Stratum(reader.integer("first_id"), reader.integer("last_id"), None if sample == "all" else sample)
         if None not in (stratum.first_id, stratum.last_id) and (stratum.first_id or 0) > (stratum.last_id or 0):
@@ -175,51 +172,52 @@ def _read_strata(tables: list[Mapping[str, Any]], problems: list[Problem]) -> tu
     in_order = sorted(strata, key=lambda one: -(1 << 62) if one.first_id is None else one.first_id)
     for low, high in itertools.pairwise(in_order):
         if low.last_id is None or high.first_id is None or high.first_id <= low.last_id:
-            problems.append(
-                Problem("selection.strata", f"{low.title} and {high.title} overlap: their posts would come twice")
-            )
+            twice = f"{low.title} and {high.title} overlap: their posts would come twice"
+            problems.append(Problem("selection.strata", twice))
     return tuple(strata) or (Stratum(None, None, None),)
 
 
-def _read_order(key: str, drop: TableReader, conditions: Mapping[str, Any], problems: list[Problem]) -> tuple[str, ...]:
+def _read_order(key: str, drop: TableReader, conditions: Mapping[str, Any]) -> tuple[str, ...]:
     names = drop.words(key, ())
     for name in names:
         if name not in FLAGS and name not in conditions:
             hint = ", ".join([*FLAGS, *conditions])
             missing = " has no value in [selection.drop.unless]" if name in CONDITIONS else f" is not one of {hint}"
-            problems.append(Problem(f"selection.drop.{key}", f"{name!r}{missing}"))
+            drop.fault(key, f"{name!r}{missing}")
     if len(set(names)) < len(names):
-        problems.append(Problem(f"selection.drop.{key}", "a filter is named twice"))
+        drop.fault(key, "a filter is named twice")
     return tuple(name for name in names if name in FLAGS or name in conditions)
 
 
 def _read_conditions(table: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
     """`[selection.drop.unless]`: a post is dropped unless it meets each of these."""
-    where = "selection.drop.unless"
-    reader = TableReader(where, table, CONDITIONS, problems)
+    reader = TableReader("selection.drop.unless", table, CONDITIONS, problems)
     conditions: dict[str, Any] = {}
     for key in table:
         if key in TAG_CONDITIONS or key in ("ratings", "extensions"):
             conditions[key] = reader.words(key, ())
             if not conditions[key]:
-                problems.append(Problem(f"{where}.{key}", "names nothing"))
+                reader.fault(key, "names nothing")
         elif key in RANGES or key == "pixels":
-            conditions[key] = _read_range(f"{where}.{key}", table[key], int, ("min", "max"), problems)
+            conditions[key] = _read_range(reader, key, TableReader.integer, ("min", "max"))
         elif key == "date":
-            conditions[key] = _read_range(f"{where}.{key}", table[key], datetime.date, ("first", "last"), problems)
-    unknown = [rating for rating in conditions.get("ratings", ()) if rating not in RATINGS]
-    problems += [Problem(f"{where}.ratings", f"{rating!r} is not one of {', '.join(RATINGS)}") for rating in unknown]
+            conditions[key] = _read_range(reader, key, TableReader.date, ("first", "last"))
+    for rating in conditions.get("ratings", ()):
+        if rating not in RATINGS:
+            reader.fault("ratings", f"{rating!r} is not one of {', '.join(RATINGS)}")
     return conditions
 
 
-def _read_range(where: str, value: Any, kind: type, keys: tuple[str, str], problems: list[Problem]) -> tuple[Any, Any]:
-    """(smallest, largest) of a table with one or both of `keys`, inclusive."""
+def _read_range(
+    reader: TableReader, key: str, read: Callable[[TableReader, str], Any], keys: tuple[str, str]
+) -> tuple[Any, Any]:
+    """(smallest, largest) of the table `key` with one or both of `keys`, inclusive."""
+    value = reader.table_values[key]
     if not isinstance(value, Mapping) or not value:
-        problems.append(Problem(where, f"a table with {keys[0]} or {keys[1]} or both is wanted, not {value!r}"))
+        reader.fault(key, f"a table with {keys[0]} or {keys[1]} or both is wanted, not {value!r}")
         return None, None
-    reader = TableReader(where, value, keys, problems)
-    read: Callable[[str], Any] = reader.integer if kind is int else reader.date
-    low, high = read(keys[0]), read(keys[1])
+    inner = TableReader(f"{reader.prefix}{key}", value, keys, reader.problems)
+    low, high = read(inner, keys[0]), read(inner, keys[1])
     if low is not None and high is not None and low > high:
-        problems.append(Problem(where, f"{keys[0]} {low} is above {keys[1]} {high}"))
+        reader.fault(key, f"{keys[0]} {low} is above {keys[1]} {high}")
     return low, high

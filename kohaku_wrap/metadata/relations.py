@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -40,16 +40,6 @@ NO_ROWS: tuple[Int64Array, ...] = (np.empty(0, dtype=np.int64), np.empty(0, dtyp
 
 class RowsOutOfOrder(Exception):
     """The relation's rows turned out not to be in the order of their posts; read them again, sorted."""
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """Relation rows from `first_row` to before `stop_row`, of posts from `first_post` to before `stop_post`."""
-
-    first_row: int
-    stop_row: int
-    first_post: int
-    stop_post: int
 
 
 SMALLEST, LARGEST = -(1 << 62), 1 << 62
@@ -154,11 +144,9 @@ def _by_posts(posts: int, read: Callable[[int, int], TagChunk]) -> Iterator[Call
 def _ordered_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
     """Stretches of a relation whose rows are in the order of their posts, cut between posts."""
 
-    def read(stretch: _Stretch, first: int, stop: int) -> TagChunk:
-        posts, tag_ids = read_rows(database, stretch.first_row, stretch.stop_row)
-        if len(posts) and not (
-            (posts[1:] >= posts[:-1]).all() and posts[0] >= stretch.first_post and posts[-1] < stretch.stop_post
-        ):
+    def read(begin: tuple[int, int], end: tuple[int, int], first: int, stop: int) -> TagChunk:
+        posts, tag_ids = read_rows(database, begin[0], end[0])
+        if len(posts) and not ((posts[1:] >= posts[:-1]).all() and posts[0] >= begin[1] and posts[-1] < end[1]):
             raise RowsOutOfOrder
         owners, wanted = _owners_of_rows(posts, post_ids[first:stop])
         if not wanted.all():
@@ -168,10 +156,10 @@ def _ordered_pieces(database: Database, tags: TagTable, post_ids: Int64Array) ->
     if not database.has_row_ids:
         raise RowsOutOfOrder
     first = 0
-    for stretch in _cut_between_posts(database):
-        stop = len(post_ids) if stretch.stop_post == LARGEST else int(np.searchsorted(post_ids, stretch.stop_post))
+    for begin, end in itertools.pairwise(_cut_between_posts(database)):
+        stop = len(post_ids) if end[1] == LARGEST else int(np.searchsorted(post_ids, end[1]))
         # Stretches without a wanted post are read too: that the rows are in order must be seen, not assumed.
-        yield partial(read, stretch, first, stop)
+        yield partial(read, begin, end, first, stop)
         first = stop
 
 
@@ -197,8 +185,12 @@ def read_rows(database: Database, first_row: int, stop_row: int) -> tuple[Int64A
     return posts, tag_ids
 
 
-def _cut_between_posts(database: Database) -> Iterator[_Stretch]:
-    """Stretches of about ROWS_A_CHUNK rows that begin with a post; raises RowsOutOfOrder where they go back."""
+def _cut_between_posts(database: Database) -> list[tuple[int, int]]:
+    """Row and post at which each stretch of about ROWS_A_CHUNK rows begins, and those after the last one.
+
+    A stretch begins with a post, and holds posts from its own on to before that of the next. Raises RowsOutOfOrder
+    where they go back.
+    """
     first_row, last_row = relation_rows(database)
     begins: list[tuple[int, int]] = [(first_row, SMALLEST)]
     with database.connect() as connection:
@@ -214,6 +206,4 @@ def _cut_between_posts(database: Database) -> Iterator[_Stretch]:
             if after[1] <= max(begins[-1][1], here[1]):
                 raise RowsOutOfOrder
             begins.append((after[0], after[1]))
-    ends = [*begins[1:], (last_row + 1, LARGEST)]
-    for (start, first_post), (stop, stop_post) in zip(begins, ends, strict=True):
-        yield _Stretch(start, stop, first_post, stop_post)
+    return [*begins, (last_row + 1, LARGEST)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes, hash_files
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe, build_metadata
 from kohaku_wrap.publishing.model_card import CardFacts, compose_card
+from kohaku_wrap.training.records.documents import read_json_files
 
 CARD_NAME = "README.md"
 SUMS_NAME = "SHA256SUMS"
@@ -64,8 +64,7 @@ def digest_of_ledger(ledger: Path) -> str:
         name = path.relative_to(ledger).as_posix()
         digest.update(f"{name}\n{path.stat().st_size}\n".encode())
         with path.open("rb") as stream:
-            while block := stream.read(HASH_BLOCK_BYTES):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
@@ -92,12 +91,7 @@ def read_lineage(attempts: Path) -> list[dict[str, Any]]:
     for folder in sorted(attempts.glob("[0-9]*"), key=lambda path: path.name.zfill(8)):
         entry: dict[str, Any] = {"number": folder.name}
         for name in ("attempt.json", "result.json", "end.json"):
-            try:
-                found = json.loads((folder / name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            if isinstance(found, dict):
-                entry[name.removesuffix(".json")] = found
+            entry |= {name.removesuffix(".json"): found for found in read_json_files(folder, name)}
         lineage.append(entry)
     return lineage
 

@@ -51,11 +51,14 @@ def path_prefix(folder: Path) -> str:
     return json.dumps(folder.absolute().as_posix().rstrip("/") + "/")[1:-1]
 
 
+def size_texts(widths: Int32Array, heights: Int32Array) -> pa.Array:
+    """Width and height of each image as JSON has them between brackets."""
+    return pc.binary_join_element_wise(pa.array(widths).cast(pa.string()), pa.array(heights).cast(pa.string()), ", ")
+
+
 def json_lines(prefix: str, files: pa.Array, escaped: pa.Array, widths: Int32Array, heights: Int32Array) -> pa.Buffer:
     """A line of `captions.jsonl` for each file; `image_size` stands in those whose width is not 0."""
-    sizes = pc.binary_join_element_wise(
-        ', "image_size": [', pa.array(widths).cast(pa.string()), ", ", pa.array(heights).cast(pa.string()), "]", ""
-    )
+    sizes = pc.binary_join_element_wise(', "image_size": [', size_texts(widths, heights), "]", "")
     sizes = pc.if_else(pa.array(widths > 0), sizes, "")
     return bytes_of(
         pc.binary_join_element_wise(
@@ -68,19 +71,9 @@ def cache_entries(
     prefix: str, files: pa.Array, escaped: pa.Array, widths: Int32Array, heights: Int32Array
 ) -> pa.Buffer:
     """An entry of `metadata_cache.json` for each file, each after ENTRY_SEPARATOR."""
+    before, sizes = f'{ENTRY_SEPARATOR.decode()}"{prefix}', size_texts(widths, heights)
     return bytes_of(
-        pc.binary_join_element_wise(
-            f'{ENTRY_SEPARATOR.decode()}"{prefix}',
-            files,
-            '": {"caption": "',
-            escaped,
-            '", "resolution": [',
-            pa.array(widths).cast(pa.string()),
-            ", ",
-            pa.array(heights).cast(pa.string()),
-            "]}",
-            "",
-        )
+        pc.binary_join_element_wise(before, files, '": {"caption": "', escaped, '", "resolution": [', sizes, "]}", "")
     )
 
 
