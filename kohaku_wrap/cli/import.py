@@ -20,7 +20,7 @@ from kohaku_wrap.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from kohaku_wrap.dataset.own.importing import ImportReport
+    from kohaku_wrap.dataset.own.report import ImportReport
 
 ONLY_IF_ANY = {
     "copied": "copied",
@@ -114,19 +114,12 @@ def command(
     again to go on or to add images: what is there is kept, with its ids. IMAGES/import-report.json lists what to look
     at.
     """
-    from kohaku_wrap.dataset.own.importing import (
-        REPORT_FILE,
-        ImportOptions,
-        as_document,
-        import_folders,
-        write_report,
-    )
+    from kohaku_wrap.dataset.own.importing import ImportOptions, import_folders
+    from kohaku_wrap.dataset.own.report import REPORT_FILE, as_document
 
     options = ImportOptions(labels, captions, text_column, plain, copy, dry_run, dataset, resolution, jobs)
     with progress_bar("check", "images", quiet=as_json) as progress:
         report = import_folders(folders, images, options, progress)
-    if not dry_run:
-        write_report(report)
     where = {} if dry_run else {"report": str(images / REPORT_FILE)}
     if as_json:
         print_json("import", {"out": str(images), "dry_run": dry_run, **as_document(report), **where})

@@ -17,6 +17,7 @@ from kohaku_wrap.cli.output import (
     paint,
     print_json,
     print_lines,
+    print_note,
     print_table,
     show_path,
 )
@@ -202,6 +203,7 @@ def check_command(
 
     from kohaku_wrap.config.check_files import check_file, list_files
     from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.config.training_data import note_whole_captions
     from kohaku_wrap.trainer.installed import find_option_table
 
     table = find_option_table()
@@ -211,6 +213,7 @@ def check_command(
         for _, problems, effective in reports:
             problems += check_modules(effective, on_site)
     faulty = [(path, problems) for path, problems, _ in reports if problems]
+    notes = {note for _, _, effective in reports if effective for note in note_whole_captions(effective)}
     if as_json:
         print_json(
             "template check",
@@ -228,11 +231,14 @@ def check_command(
                     for path, problems in faulty
                     for p in problems
                 ],
+                "notes": sorted(notes),
             },
         )
         if faulty:
             raise click.exceptions.Exit(1)
         return
+    for note in sorted(notes):
+        print_note(f"note: {note}")
     for _, _, effective in reports:
         if effective:
             print_trust(effective)

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from kohaku_wrap.config.effective import Effective, shape_batch
-from kohaku_wrap.config.run_files import flatten_dataset
+from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
+from kohaku_wrap.dataset.own.report import note_whole
 from kohaku_wrap.formats.caption_rows import (
+    OWN_STYLE,
     ImageSizes,
     NoImages,
     open_captions,
@@ -110,6 +113,28 @@ def compose_dataset(effective: Effective, images: Path) -> dict[str, Any]:
         for each in found
     ]
     return {"datasets": [{**dataset, "subsets": subsets or [subset]}]}
+
+
+def note_whole_captions(effective: Effective) -> list[str]:
+    """Imported captions that the template would shuffle or drop tags of as a whole, a trigger word with them."""
+    if effective.site is None or not (images := effective.site.paths.images).is_dir():
+        return []
+    try:
+        reader = open_captions(images)
+    except NoImages:
+        return []
+    if read_about(reader.schema).get("style") != OWN_STYLE:
+        return []
+    table, notes = reader.read_all(), []
+    subsets = merge_subsets(compose_dataset(effective, images))
+    for place, (options, subset) in enumerate(zip(subsets, read_subsets(images), strict=True)):
+        changes = options.get("shuffle_caption") or options.get("caption_tag_dropout_rate")
+        if changes and not options.get("keep_tokens"):
+            separator = options.get("keep_tokens_separator")
+            captions = table["caption"].filter(pc.equal(table["subset"], place)).to_pylist()
+            whole = [each for each in captions if not separator or separator not in each]
+            notes += note_whole(f"{subset.name}:", whole)
+    return notes
 
 
 def describe_data(data: str, images: Path, dataset: Mapping[str, Any], digest: str = "") -> dict[str, str]:

@@ -22,6 +22,9 @@ from kohaku_wrap.errors import KwrapError
 CAPTIONS_FILE = "captions.arrow"
 """The images and captions of a folder, written by `kwrap caption` and `kwrap import`."""
 
+OWN_STYLE = "own"
+"""What the schema of imported captions says of their style."""
+
 DIGITS_OF_KEPT = 16
 """Of the digest, in the name of a captions file that an import replaced and runs may still need."""
 

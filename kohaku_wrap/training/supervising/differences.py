@@ -18,8 +18,6 @@ from kohaku_wrap.formats.caption_rows import (
     NoImages,
     check_columns,
     find_captions,
-    open_captions,
-    read_about,
     read_captions_metadata,
 )
 from kohaku_wrap.toml_files import parse_toml
@@ -129,10 +127,10 @@ def list_notes(run: Run) -> list[str]:
     images = Path(find_image_folder(read_dataset(run.dataset_config)))
     with suppress(NoImages):
         if run.lock.data == "kwrap" and find_captions(images, run.lock.dataset_digest).name != CAPTIONS_FILE:
-            there = open_captions(images).schema
+            now, own = (read_captions_metadata(images, digest) for digest in ("", run.lock.dataset_digest))
             notes.append(
-                f"{images} has {read_about(there).get('count', 'other')} images by now; this run keeps the "
-                f"{run.lock.images:,} an epoch that it was made with. Train with all in a new run"
+                f"{images} was imported anew and has {now.get('count', 0):,} images; this run goes on with the "
+                f"{own.get('count', 0):,} that it began with. A new run trains them all"
             )
     if run.lock.format == 1:
         notes.append(NOT_KEPT_BY_0_1)
