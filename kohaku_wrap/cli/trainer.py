@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
+from kohaku_wrap.errors import KwrapError
 
 if TYPE_CHECKING:
+    from kohaku_wrap.proving.prove_trainer import Proof
     from kohaku_wrap.trainer.checkout import Checkout, TrainerReport
-    from kohaku_wrap.trainer.requirements import RequirementState
+    from kohaku_wrap.trainer.requirements import Requirement, RequirementState
 
 
 @click.group(epilog="Start with `kwrap trainer install`; `kwrap trainer show` tells what is there.")
@@ -21,27 +24,45 @@ def command() -> None:
     """
 
 
+source_option = click.option(
+    "--source", default="", metavar="URL|PATH", help="Git URL or local repository (default: the project's own)."
+)
+accept_option = click.option(
+    "--accept-difference", is_flag=True, help="Keep the proof of a commit that trains other networks, and say so."
+)
+
+
 @command.command(
     epilog="""
 \b
 Examples:
   kwrap trainer install
   kwrap trainer install --source ~/mirrors/sd-scripts --commit v0.10.0
+  kwrap trainer install --commit newest --prove
 """
 )
-@click.option(
-    "--source", default="", metavar="URL|PATH", help="Git URL or local repository (default: the project's own)."
-)
-@click.option("--commit", default="", metavar="C", help="A supported tag or commit (default: v0.11.1).")
+@source_option
+@click.option("--commit", default="", metavar="C", help="A tag, a commit or `newest` (default: v0.11.1).")
+@click.option("--prove", is_flag=True, help="Prove a commit that is not supported, on this machine; some minutes.")
+@accept_option
 @click.option("--no-requirements", is_flag=True, help="Leave missing Python packages to me.")
 @click.option("--requirements-only", is_flag=True, help="Only the Python packages, for a checkout of my own.")
 @json_option
 @beyond_output()
-def install(source: str, commit: str, no_requirements: bool, requirements_only: bool, as_json: bool) -> None:
-    """Get a supported commit of sd-scripts and what it lacks.
+def install(
+    source: str,
+    commit: str,
+    prove: bool,
+    accept_difference: bool,
+    no_requirements: bool,
+    requirements_only: bool,
+    as_json: bool,
+) -> None:
+    """Get a commit of sd-scripts and what it lacks.
 
     The commit is checked file by file and place by place. Packages that are missing go beside the checkout and are
-    seen by the trainer's process alone; torch is never replaced.
+    seen by the trainer's process alone; torch is never replaced. Another commit than the supported ones is installed
+    with --prove, if it trains and resumes exactly here, and trains the networks of a supported one.
     """
     from kohaku_wrap.errors import UsageError
     from kohaku_wrap.trainer.checkout import find_checkout, install_checkout
@@ -49,19 +70,125 @@ def install(source: str, commit: str, no_requirements: bool, requirements_only: 
 
     if no_requirements and requirements_only:
         raise UsageError("--no-requirements and --requirements-only leave nothing to do", "Give one of them.")
+    if accept_difference and not prove:
+        raise UsageError("--accept-difference belongs to --prove", "Add --prove.")
+    note = note_unless(as_json)
+    installed: list[Requirement] = []
 
-    def note(text: str) -> None:
-        if not as_json:
-            print_note(text)
+    def examine(checkout: Checkout) -> None:
+        if not checkout.is_supported:
+            # A proof trains.
+            installed.extend([] if no_requirements else install_requirements(note))
+            run_proof(checkout, source, accept_difference, as_json)
 
-    checkout, was_there = (find_checkout(), True) if requirements_only else install_checkout(source, commit, note)
-    installed = [] if no_requirements else install_requirements(note)
+    checkout, was_there = (
+        (find_checkout(), True)
+        if requirements_only
+        else install_checkout(source, commit, note, examine if prove else None)
+    )
+    installed += [] if no_requirements else install_requirements(note)
     packages = [f"{each.distribution} {each.version}" for each in installed]
     if as_json:
         print_json("trainer install", {**describe(checkout), "was_there": was_there, "packages_installed": packages})
         return
     rows = [*checkout_rows(checkout), ("packages installed", ", ".join(packages) or "none")]
     print_table("sd-scripts " + ("was there already" if was_there else "installed"), rows, "kwrap trainer show")
+
+
+@command.command(epilog="\b\nExamples:\n  kwrap trainer prove\n  KWRAP_SD_SCRIPTS=~/sd-scripts kwrap trainer prove")
+@source_option
+@accept_option
+@json_option
+@beyond_output()
+def prove(source: str, accept_difference: bool, as_json: bool) -> None:
+    """Prove on this machine that the sd-scripts in use resumes exactly.
+
+    Trains a small world on the CPU as a whole, with kills and resumes, and on a supported commit (got from --source, or
+    from the checkout's own history, where none is installed); all must be equal. It takes some minutes. From then on
+    the checkout is taken like a supported one; lock and card say what was proved.
+    """
+    from kohaku_wrap.trainer.checkout import find_checkout
+
+    proof = run_proof(find_checkout(), source, accept_difference, as_json)
+    if as_json:
+        print_json("trainer prove", {**proof.about(), **vars(proof.commit)})
+        return
+    rows = [(step.tried, f"{step.result} ({step.seconds:.0f} s)") for step in proof.steps]
+    rows += [("support", proof.commit.support), ("digest", proof.commit.digest)]
+    print_table(f"sd-scripts {proof.commit.name}", rows, "kwrap trainer show")
+
+
+@command.command(epilog="\b\nExample:\n  kwrap trainer update --dry-run")
+@source_option
+@click.option("--commit", default="newest", metavar="C", help="Another commit than the newest.")
+@click.option("--dry-run", is_flag=True, help="Only say what is there and what would change.")
+@accept_option
+@json_option
+@beyond_output()
+def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_json: bool) -> None:
+    """Get the newest sd-scripts: say what changes in its options, then install and prove it.
+
+    Runs go on with the commit of their lock.
+    """
+    from kohaku_wrap.trainer.checkout import install_checkout, list_installed
+    from kohaku_wrap.trainer.installed import ask_trainer, find_option_table
+    from kohaku_wrap.trainer.options import compare_tables, parse_document
+    from kohaku_wrap.trainer.requirements import install_requirements
+
+    install_requirements(note_unless(as_json))
+    before = [each.name for each in list_installed()]
+    changes: list[str] = []
+    found: list[Checkout] = []
+
+    def examine(checkout: Checkout) -> None:
+        found.append(checkout)
+        changes.extend(compare_tables(find_option_table(), parse_document(ask_trainer(checkout.path), checkout.name)))
+        if not as_json:
+            print_table(
+                "update",
+                [
+                    ("installed", ", ".join(before) or "none"),
+                    ("the source has", f"{checkout.commit} ({checkout.name}, {checkout.support})"),
+                    *[("option", line) for line in changes or ["none new, none gone, no other default"]],
+                ],
+            )
+        if dry_run:
+            raise OnlyLooked("nothing was installed", "Leave --dry-run out.")
+        if not checkout.is_supported:
+            run_proof(checkout, source, accept_difference, as_json)
+
+    try:
+        checkout, was_there = install_checkout(source, commit, note_unless(as_json), examine)
+    except OnlyLooked:
+        checkout, was_there = found[0], False
+    if as_json:
+        answer = {"installed": before, "options": changes, "was_there": was_there, "dry_run": dry_run}
+        print_json("trainer update", {**describe(checkout), **answer})
+    elif not dry_run:
+        print_table("sd-scripts " + ("was there already" if was_there else "installed"), checkout_rows(checkout))
+
+
+class OnlyLooked(KwrapError):
+    """A dry run has seen enough."""
+
+
+def note_unless(as_json: bool) -> Callable[[str], None]:
+    """What tells how far the work is; nothing beside a JSON document."""
+    return (lambda text: None) if as_json else print_note
+
+
+def run_proof(checkout: Checkout, source: str, accept_difference: bool, as_json: bool) -> Proof:
+    """Prove a checkout, in a folder that is removed when it is proved."""
+    import shutil
+
+    from kohaku_wrap.proving.prove_trainer import proof_folder, prove_checkout
+
+    folder = proof_folder(checkout)
+    shutil.rmtree(folder, ignore_errors=True)
+    note = note_unless(as_json)
+    proof = prove_checkout(checkout, folder, source, accept_difference=accept_difference, on_note=note)
+    shutil.rmtree(folder)
+    return proof
 
 
 @command.command(epilog="\b\nExample:\n  kwrap trainer show --json")
@@ -105,11 +232,10 @@ def requirement_text(state: RequirementState) -> str:
 
 def checkout_rows(checkout: Checkout) -> list[tuple[str, Any]]:
     """What a checkout is, for people."""
-    support = "supported" if checkout.is_supported else "files were changed" if checkout.is_changed else "not supported"
     return [
         ("path", checkout.path),
         ("commit", f"{checkout.commit or 'unknown'} ({checkout.name})"),
-        ("support", support),
+        ("support", checkout.support),
         ("chosen by", checkout.chosen_by),
     ]
 

@@ -42,6 +42,7 @@ from kohaku_wrap.files import kept_sha256, sha256_of_file, write_text
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.steps import StepPlan
+from kohaku_wrap.trainer.commits import find_known
 from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_commit, read_trainer_commit
 
 NETWORK_FILES = ("base_weights", "network_weights")
@@ -236,7 +237,7 @@ def compose_lock(
     lock |= {
         "preset": dict(effective.preset),
         "inputs": drop_unset(dict(inputs)),
-        "trainer": {"path": str(checkout or ""), "commit": read_trainer_commit(checkout) if checkout else ""},
+        "trainer": describe_trainer(checkout),
         "kernels": choose_kernels(on_cpu=site.machine.gpus == 0),
         "machine": {
             "gpus": site.machine.gpus,
@@ -248,6 +249,14 @@ def compose_lock(
         | ({"accelerate": dict(site.machine.accelerate)} if site.machine.accelerate else {}),
     }
     return lock
+
+
+def describe_trainer(checkout: Path | None) -> dict[str, Any]:
+    """The checkout, how kwrap knows its commit, and that commit's rule for captions."""
+    known = find_known(checkout) if checkout else None
+    return {"path": str(checkout or ""), "commit": read_trainer_commit(checkout) if checkout else ""} | (
+        {"support": known.support, "joins_by_separator": known.joins_by_separator} if known else {}
+    )
 
 
 def drop_unset(table: Mapping[str, Any]) -> dict[str, Any]:

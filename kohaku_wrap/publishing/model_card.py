@@ -144,7 +144,9 @@ def compose_card(facts: CardFacts) -> str:
         table_of(
             "Training",
             list_values(run, ("engine", "effective_batch"))
-            + list_values({"trainer_commit": lock.get("trainer", {}).get("commit")})
+            + list_values(
+                {f"trainer_{name}": lock.get("trainer", {}).get(name) or None for name in ("commit", "support")}
+            )
             + list_values(plan, ("optimizer_steps_per_epoch", "total_optimizer_steps"))
             + list_values(lock.get("values", {}), TRAINING_VALUES)
             + list_values(lock.get("optimizer_args", {})),

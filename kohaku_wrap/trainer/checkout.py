@@ -18,6 +18,7 @@ from kohaku_wrap.trainer.commits import (
     find_known,
     installed_checkouts,
     is_checkout,
+    list_known,
     trainer_folder,
 )
 from kohaku_wrap.trainer.corrections import AnchorMatch, match_anchors, require_anchors
@@ -57,10 +58,13 @@ class Checkout:
     """The tag or short hash of a supported commit, else the commit's first characters or `unknown`."""
 
     is_supported: bool
-    """Whether it is at a supported commit with its files as they were."""
+    """Whether it is at a supported commit, or one proved here, with its files as they were."""
 
     is_changed: bool
     """Whether git names a supported commit and the files are not that commit's."""
+
+    support: str
+    """How kwrap knows it: `supported`, what was proved on this machine, `files were changed` or `not supported`."""
 
     chosen_by: str
     """`KWRAP_SD_SCRIPTS` or `kwrap trainer install`."""
@@ -95,11 +99,12 @@ def inspect_checkout(path: Path, chosen_by: str) -> Checkout:
     if not is_checkout(path):
         raise TrainerMissing(f"{path}: no sd-scripts checkout ({SCRIPT} is not there)", install_advice(chosen_by))
     if known := find_known(path):
-        return Checkout(path, known.commit, known.name, True, False, chosen_by)
+        return Checkout(path, known.commit, known.name, True, False, known.support, chosen_by)
     commit = read_trainer_commit(path)
     known_commit = next((known for known in SUPPORTED if known.commit == commit), None)
     name = known_commit.name if known_commit else commit[:10] or "unknown"
-    return Checkout(path, commit, name, False, known_commit is not None, chosen_by)
+    support = "files were changed" if known_commit else "not supported"
+    return Checkout(path, commit, name, False, known_commit is not None, support, chosen_by)
 
 
 def install_advice(chosen_by: str) -> str:
@@ -133,7 +138,7 @@ def find_checkout(commit: str = "") -> Checkout:
     raise TrainerMissing(
         f"sd-scripts {commit[:10]} is not installed" + (f"; installed: {there}" if there else ""),
         f"Install it: kwrap trainer install --commit {commit[:10]}"
-        if any(commit == known.commit for known in SUPPORTED)
+        if any(commit == known.commit for known in list_known())
         else f"kwrap does not install this commit: {own} of sd-scripts at it.",
     )
 
@@ -153,7 +158,7 @@ def require_supported(checkout: Checkout) -> Checkout:
         )
     raise UnsupportedTrainer(
         f"{checkout.path}: sd-scripts {checkout.name} is not supported",
-        f"Supported: {SUPPORTED_TEXT}. Install one: kwrap trainer install",
+        f"Supported: {SUPPORTED_TEXT}. Install one: kwrap trainer install\nOr try this one here: kwrap trainer prove",
     )
 
 
@@ -165,34 +170,45 @@ def report_trainer() -> TrainerReport:
     )
 
 
-def resolve_commit(wanted: str) -> SupportedCommit:
-    """The supported commit of that tag or hash; raises UsageError with those there are."""
-    if not wanted:
-        return SUPPORTED[0]
-    for known in SUPPORTED:
-        if wanted == known.name or (len(wanted) >= 7 and known.commit.startswith(wanted.lower())):
+def find_commit(wanted: str) -> SupportedCommit | None:
+    """The supported or proved commit of that tag or hash; the default for none."""
+    for known in list_known():
+        if wanted in ("", known.name) or (len(wanted) >= 7 and known.commit.startswith(wanted.lower())):
             return known
-    raise UsageError(f"sd-scripts {wanted} is not supported", f"Supported: {SUPPORTED_TEXT}.")
+    return None
 
 
 def install_checkout(
-    source: str = "", commit: str = "", on_note: Callable[[str], None] = lambda note: None
+    source: str = "",
+    commit: str = "",
+    on_note: Callable[[str], None] = lambda note: None,
+    examine: Callable[[Checkout], object] | None = None,
 ) -> tuple[Checkout, bool]:
-    """Put a supported commit under `$KWRAP_HOME`, whole or not at all; with whether it was there already.
+    """Put a commit under `$KWRAP_HOME`, whole or not at all; with whether it was there already.
 
-    `source`: a git URL or a local repository, whose large files may be missing. Raises InstallFailed.
+    `source`: a git URL or a local repository, whose large files may be missing. `examine` is given what was got, and
+    proves it where it is not supported; without it such a commit raises UsageError. Raises InstallFailed, and what
+    `examine` raises.
     """
-    wanted = resolve_commit(commit)
-    final = trainer_folder() / wanted.commit
-    if is_checkout(final):
-        checkout = inspect_checkout(final, INSTALLED)
-        if checkout.is_supported:
-            return require_supported(checkout), True
-        on_note(f"{final} was changed; it is replaced")
-    with making_folder(trainer_folder(), f".{wanted.name}-") as part:
-        on_note(f"Getting sd-scripts {wanted.name} from {source or DEFAULT_SOURCE}")
-        clone_commit(source or DEFAULT_SOURCE, wanted.commit, part / "checkout")
-        require_supported(inspect_checkout(part / "checkout", INSTALLED))
+    known = find_commit(commit)
+    if known is None and examine is None:
+        raise UsageError(
+            f"sd-scripts {commit} is not supported",
+            f"Supported: {SUPPORTED_TEXT}. Try another on this machine: add --prove.",
+        )
+    name, source = known.name if known else commit, source or DEFAULT_SOURCE
+    with making_folder(trainer_folder(), f".{Path(name).name}-") as part:
+        if known and is_checkout(final := trainer_folder() / known.commit):
+            checkout = inspect_checkout(final, INSTALLED)
+            if checkout.is_supported:
+                return require_supported(checkout), True
+            on_note(f"{final} was changed; it is replaced")
+        on_note(f"Getting sd-scripts {name} from {source}")
+        clone_commit(source, known.commit if known else commit, part / "checkout")
+        checkout = inspect_checkout(part / "checkout", INSTALLED)
+        if examine:
+            examine(checkout)
+        final = trainer_folder() / require_supported(inspect_checkout(checkout.path, INSTALLED)).commit
         if final.exists():
             final.rename(part / "replaced")
         (part / "checkout").rename(final)
@@ -207,6 +223,8 @@ def clone_commit(source: str, commit: str, folder: Path) -> None:
         run_git(["clone", "--quiet", "--no-checkout", str(local.resolve()), str(folder)], folder.parent)
     else:
         run_git(["clone", "--quiet", "--no-checkout", "--filter=blob:none", source, str(folder)], folder.parent)
+    if commit.lower() == "newest":
+        commit = run_git(["rev-parse", "origin/HEAD"], folder).strip()
     if not has_commit(folder, commit):
         run_git(["fetch", "--quiet", "origin", commit], folder)
     patterns = [*SPARSE_PATTERNS, *(f"/{name}" for name in small_configs(folder, commit))]

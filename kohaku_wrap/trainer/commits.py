@@ -1,12 +1,16 @@
-"""The commits of sd-scripts that kwrap knows how to correct, and where checkouts of them are installed."""
+"""The commits of sd-scripts that kwrap knows how to correct or that were proved here, and where they are installed."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from kohaku_wrap.files import home_folder
+from kohaku_wrap.files import home_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,12 @@ class SupportedCommit:
     digest: str
     """Of its scripts, library and networks, so that a changed file is seen, and a checkout without git is known."""
 
+    joins_by_separator: bool = False
+    """Whether shuffled tags are joined by caption_separator and a space, where others join by a comma and a space."""
+
+    support: str = "supported"
+    """How it is known: `supported` by kwrap itself, or what was proved on this machine, and when."""
+
 
 SUPPORTED = (
     SupportedCommit(
@@ -33,6 +43,7 @@ SUPPORTED = (
         "c162e90",
         "c162e9039cc3228057b3fc6ae64ce770b87ab9bf",
         "7585a164e893b38d0a821742c5fee8663ceaf3dfefa1ba0f610768765b1546f4",
+        joins_by_separator=True,
     ),
     SupportedCommit(
         "v0.10.6",
@@ -60,6 +71,9 @@ SUPPORTED = (
 SUPPORTED_TEXT = ", ".join(f"{each.name} ({each.commit[:10]})" for each in SUPPORTED)
 
 
+TRIAL_VARIABLE = "KWRAP_TRAINER_PROOF"
+"""The environment variable by which a proof lets its own trainings take the checkout that it tries."""
+
 SCRIPT = "sdxl_train_network.py"
 """What a training of an SDXL network runs."""
 
@@ -80,9 +94,29 @@ def digest_sources(checkout: Path) -> str:
 
 
 def find_known(checkout: Path) -> SupportedCommit | None:
-    """The supported commit whose very files these are."""
+    """The supported or proved commit whose very files these are."""
     digest = digest_sources(checkout)
-    return next((known for known in SUPPORTED if known.digest == digest), None)
+    return next((known for known in list_known() if known.digest == digest), None)
+
+
+def list_known() -> Iterator[SupportedCommit]:
+    """The supported commits, those proved on this machine, and the one that a proof is trying now."""
+    yield from SUPPORTED
+    paths = sorted((home_folder() / "proofs").glob("*.json"))
+    for path in [*paths, *map(Path, filter(None, [os.environ.get(TRIAL_VARIABLE)]))]:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            yield SupportedCommit(**{field.name: document[field.name] for field in fields(SupportedCommit)})
+        except (OSError, ValueError, TypeError, KeyError):
+            # Not a proof of this kwrap: what it proved is not known.
+            continue
+
+
+def write_proof(proved: SupportedCommit, about: Mapping[str, Any], path: Path | None = None) -> Path:
+    """Keep what was proved of a checkout, with `about` beside it; under `$KWRAP_HOME` by its digest, else at `path`."""
+    path = path or home_folder() / "proofs" / f"{proved.digest}.json"
+    write_text(path, json.dumps({"format": 1, **asdict(proved), **about}, indent=1))
+    return path
 
 
 def trainer_folder() -> Path:
@@ -92,8 +126,8 @@ def trainer_folder() -> Path:
 
 def installed_checkouts(first: str = "") -> list[Path]:
     """The folders of the installed checkouts: that of the commit `first`, then the default's."""
-    folders = [trainer_folder() / known.commit for known in sorted(SUPPORTED, key=lambda known: known.commit != first)]
-    return [folder for folder in folders if is_checkout(folder)]
+    commits = dict.fromkeys(known.commit for known in sorted(list_known(), key=lambda known: known.commit != first))
+    return [folder for folder in map(trainer_folder().joinpath, commits) if is_checkout(folder)]
 
 
 def is_checkout(folder: Path) -> bool:

@@ -115,6 +115,11 @@ def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:
     return OptionTable(options, dataset_options, source)
 
 
+def parse_document(text: str, name: str) -> OptionTable:
+    """A table from the text that a checkout was asked for."""
+    return parse_table(json.loads(text), f"sd-scripts {name}")
+
+
 def flatten_sections(document: Mapping[str, Any]) -> dict[str, Any]:
     """Options of all sections in one table: sections are for the eye, the later of two equal names counts."""
     values: dict[str, Any] = {}
@@ -134,6 +139,20 @@ def load_recorded_table(commit: str = "") -> OptionTable:
     return parse_table(document, "the recorded table of " + ", ".join(names))
 
 
+def compare_tables(old: OptionTable, new: OptionTable) -> list[str]:
+    """What another commit takes otherwise, a line an option: new ones, those that are gone, other defaults."""
+    lines = []
+    for before, after in ((old.options, new.options), (old.dataset_options, new.dataset_options)):
+        for name in sorted({*before, *after}):
+            if name not in before:
+                lines.append(f"{name}: new, {after[name].describe()}")
+            elif name not in after:
+                lines.append(f"{name}: gone")
+            elif before[name].default != after[name].default:
+                lines.append(f"{name}: default {before[name].default!r}, now {after[name].default!r}")
+    return list(dict.fromkeys(lines))
+
+
 def cached_table_file(commit: str) -> Path:
     """Where the options read from an installed trainer are kept."""
     return home_folder() / "options" / f"{commit}.json"
@@ -142,7 +161,7 @@ def cached_table_file(commit: str) -> Path:
 def load_option_table(commit: str | None = None) -> OptionTable:
     """The options of the installed trainer's commit where they were read, else the recorded table."""
     if commit and (file := cached_table_file(commit)).is_file():
-        return parse_table(json.loads(file.read_text(encoding="utf-8")), f"sd-scripts {commit[:7]}")
+        return parse_document(file.read_text(encoding="utf-8"), commit[:7])
     return load_recorded_table(commit or "")
 
 

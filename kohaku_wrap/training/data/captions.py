@@ -50,6 +50,12 @@ class CaptionOptions:
     caption_tag_dropout_rate: float = 0.0
     """The share of the flexible tags that is left out each time."""
 
+    joins_by_separator: bool = False
+    """Join tags by `caption_separator` and a space, as sd-scripts c162e90 does; earlier ones join by ", ".
+
+    Not an option of sd-scripts: the run's lock says it.
+    """
+
 
 def process_caption(caption: str, options: CaptionOptions, epoch: int, draw: random.Random) -> str:
     """The text to train for one image in `epoch` (from 0), with the choices that `draw` makes.
@@ -73,7 +79,8 @@ def process_caption(caption: str, options: CaptionOptions, epoch: int, draw: ran
             draw.shuffle(flexible)
         if options.caption_tag_dropout_rate > 0:
             flexible = [tag for tag in flexible if draw.random() >= options.caption_tag_dropout_rate]
-        caption = ", ".join(head + flexible + tail)
+        joint = f"{options.caption_separator} " if options.joins_by_separator else ", "
+        caption = joint.join(head + flexible + tail)
     if options.secondary_separator:
         caption = caption.replace(options.secondary_separator, options.caption_separator)
     return caption

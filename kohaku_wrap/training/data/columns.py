@@ -91,13 +91,14 @@ class ItemOptions:
     """Those of the second subset and of further ones, where there are several."""
 
     @classmethod
-    def from_dataset_options(cls, options: Mapping[str, Any]) -> ItemOptions:
-        """From sd-scripts' dataset options; raises ProblemsFound that names each one this dataset does not have.
+    def from_dataset_options(cls, options: Mapping[str, Any], joins_by_separator: bool = False) -> ItemOptions:
+        """From sd-scripts' dataset options and its commit's rule for captions.
 
-        Under `later_subsets` a list of those of further subsets.
+        Under `later_subsets` a list of those of further subsets. Raises ProblemsFound that names each option this
+        dataset does not have.
         """
-        later = tuple(cls.from_dataset_options(each) for each in options.get("later_subsets", ()))
-        caption_names = {field.name for field in fields(CaptionOptions)}
+        later = tuple(cls.from_dataset_options(each, joins_by_separator) for each in options.get("later_subsets", ()))
+        caption_names = {field.name for field in fields(CaptionOptions)} - {"joins_by_separator"}
         bucket_names = {field.name for field in fields(BucketOptions)}
         own = {"flip_aug", "random_crop", "resize_interpolation", "num_repeats"}
         given = {name: value for name, value in options.items() if value is not None and name != "later_subsets"}
@@ -120,7 +121,10 @@ class ItemOptions:
             next_step = 'Leave these options out, or use data = "sd-scripts" with the sd-scripts engine.'
             raise ProblemsFound("dataset options", problems, next_step)
         return cls(
-            captions=CaptionOptions(**{name: value for name, value in given.items() if name in caption_names}),
+            captions=CaptionOptions(
+                **{name: value for name, value in given.items() if name in caption_names},
+                joins_by_separator=joins_by_separator,
+            ),
             buckets=BucketOptions.from_dataset_options(given),
             **{name: value for name, value in given.items() if name in own},
             later_subsets=later,

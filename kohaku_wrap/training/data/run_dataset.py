@@ -26,7 +26,7 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
     options = read_dataset_options(tomllib.loads(attempt.run.dataset_config.read_text(encoding="utf-8")))
     dataset = ColumnsDataset(
         Columns.open(Path(options["image_dir"]), lock.dataset_digest),
-        ItemOptions.from_dataset_options(options),
+        ItemOptions.from_dataset_options(options, lock.joins_by_separator),
         lock.batch_per_gpu,
         lock.seed,
         lock.group,

@@ -71,7 +71,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
     options = read_dataset_options(read_locked_dataset(run))
     dataset = ColumnsDataset(
         Columns.open(run.find_images(), lock.dataset_digest),
-        ItemOptions.from_dataset_options(options),
+        ItemOptions.from_dataset_options(options, lock.joins_by_separator),
         lock.batch_per_gpu,
         lock.seed,
         lock.group,

@@ -240,6 +240,11 @@ class Lock:
         return str(self.table("trainer").get("commit", ""))
 
     @property
+    def joins_by_separator(self) -> bool:
+        """Whether shuffled tags are joined by caption_separator, as the run's commit of sd-scripts does."""
+        return bool(self.tables.get("trainer", {}).get("joins_by_separator", False))
+
+    @property
     def trust(self) -> tuple[str, ...]:
         """Modules whose code the run may run; a run of 0.1, which asked nobody, goes on with what it was made with."""
         given = self.table("run").get("trust", [])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+from kohaku_wrap.processes import ask_python
+from kohaku_wrap.trainer.commits import SUPPORTED, SupportedCommit, installed_checkouts
 from kohaku_wrap.training.data.captions import CaptionOptions, process_caption
+from kohaku_wrap.training.engines.sd_scripts.compare_captions import compare
 
 CAPTION = "1girl, hero, artist ||| red hair, blue eyes, hat, dress, smile, sky ||| best quality, safe"
+INSTALLED = {folder.name: folder for folder in installed_checkouts()}
+"""Looked up before the tests get a home of their own."""
+
 KEPT = CaptionOptions(shuffle_caption=True, caption_tag_dropout_rate=0.5, keep_tokens_separator="|||")
 
 
@@ -139,36 +142,22 @@ def test_braces_stay_braces_beside_the_signs_that_stand_for_them(caption: str) -
     assert text == caption.replace("{{", "{").replace("}}", "}")
 
 
-OPTIONS = [
-    CaptionOptions(),
-    KEPT,
-    CaptionOptions(shuffle_caption=True, keep_tokens=2),
-    CaptionOptions(caption_tag_dropout_rate=0.15, keep_tokens_separator="|||", keep_tokens=1),
-    CaptionOptions(shuffle_caption=True, caption_dropout_rate=0.4, caption_prefix="pre", caption_suffix="post"),
-    CaptionOptions(shuffle_caption=True, secondary_separator=";;;", caption_separator=", "),
-    CaptionOptions(shuffle_caption=True, enable_wildcard=True, caption_tag_dropout_rate=0.2),
-    CaptionOptions(caption_dropout_every_n_epochs=3, shuffle_caption=True),
-]
-CAPTIONS = [
-    CAPTION,
-    "no separator, here, at all",
-    "only one ||| separator, here",
-    "a, , b,, ||| , c,  , d ||| ",
-    "first line, a\nsecond line, b, c",
-    "{red|blue} hair, {{braces}}, x;;;y, z;;;w",
-    " ||| tag one, tag two ||| ",
-    "three ||| separators, a ||| b ||| c",
-]
+@pytest.mark.parametrize(("joins", "joint"), [(False, ", "), (True, "; ")])
+def test_tags_are_joined_as_the_runs_commit_does(joins: bool, joint: str) -> None:
+    options = CaptionOptions(shuffle_caption=True, caption_separator=";", joins_by_separator=joins)
+    assert set(process_caption("a; b c;d", options, 0, random.Random(1)).split(joint)) == {"a", "b c", "d"}
 
 
 @pytest.mark.sd_scripts
-@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-def test_sd_scripts_makes_the_same_texts(options: CaptionOptions, sd_scripts: Any) -> None:
-    subset = SimpleNamespace(**asdict(options), token_warmup_step=0, token_warmup_min=1)
-    for epoch in range(3):
-        trainer = SimpleNamespace(current_epoch=epoch + 1, current_step=0, max_train_steps=10, replacements={})
-        for caption in CAPTIONS:
-            for seed in range(20):
-                random.seed(seed)
-                theirs = sd_scripts.train_util.BaseDataset.process_caption(trainer, subset, caption)
-                assert process_caption(caption, options, epoch, random.Random(seed)) == theirs
+@pytest.mark.parametrize("commit", SUPPORTED, ids=lambda commit: commit.name)
+def test_sd_scripts_makes_the_same_texts_on_each_supported_commit(commit: SupportedCommit) -> None:
+    if commit.commit not in INSTALLED:
+        pytest.skip(f"not installed; enable with `kwrap trainer install --commit {commit.name}`")
+    answer = ask_python("kohaku_wrap.training.engines.sd_scripts.compare_captions", INSTALLED[commit.commit])
+    assert answer["joins_by_separator"] == commit.joins_by_separator
+    assert answer["texts"] > 1000
+
+
+def test_a_text_that_is_made_otherwise_is_named() -> None:
+    answer = compare(lambda dataset, subset, caption: caption.split("\n")[0].replace("1girl", "1boy"))
+    assert "'1boy, solo" in answer["difference"] and "kwrap '1girl, solo" in answer["difference"]

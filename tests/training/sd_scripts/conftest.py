@@ -15,6 +15,8 @@ from kohaku_wrap.trainer.checkout import Checkout, TrainerMissing, find_checkout
 from kohaku_wrap.trainer.requirements import check_requirements
 from kohaku_wrap.training.records.folder import Run
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 HOW_TO_ENABLE = "enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT"
 SETTINGS = ("effective_batch=16", "save_every_n_steps=1", "states.keep=9")
 
