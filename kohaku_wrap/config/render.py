@@ -43,6 +43,7 @@ from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.trainer.commits import find_known
+from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_commit, read_trainer_commit
 
 NETWORK_FILES = ("base_weights", "network_weights")
@@ -190,7 +191,7 @@ def compose_lock(
     """Everything that a run depends on."""
     shape = shape_batch(effective)
     engine = engine or site.machine.engine
-    checkout = find_trainer() if engine == "sd-scripts" else None
+    checkout = find_trainer() if find_engine(engine).has_checkout else None
     values = {name: value for name, value in effective.defaults.items() if name in effective.table.options}
     values |= trainer
     for name in ARGUMENT_TABLES:

@@ -13,8 +13,7 @@ from kohaku_wrap.config.schema import SECRET_OPTIONS
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import expand_user
 from kohaku_wrap.toml_files import TableReader, load_toml
-
-ENGINES = ("sd-scripts", "builtin")
+from kohaku_wrap.trainer.engines import ENGINES
 
 PATH_DEFAULTS = {
     "db": "danbooru.db",
@@ -184,4 +183,5 @@ def read_machine(reader: TableReader) -> Machine:
         reader.problems += faults
         accelerate = {}
     processes = numbers.pop("processes", max(numbers.get("gpus", 1), 1)) * int(accelerate.get("num_machines", 1))
-    return Machine(engine=reader.choice("engine", ENGINES), processes=processes, accelerate=accelerate, **numbers)
+    engine = reader.choice("engine", tuple(ENGINES))
+    return Machine(engine=engine, processes=processes, accelerate=accelerate, **numbers)

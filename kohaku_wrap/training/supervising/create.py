@@ -17,7 +17,7 @@ from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
-from kohaku_wrap.config.site import ENGINES, Site, load_site
+from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import fsync_folder, making_folder, write_text
@@ -26,10 +26,11 @@ from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
+from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
-from kohaku_wrap.trainer.requirements import require_requirements, requirement_paths
+from kohaku_wrap.trainer.requirements import require_requirements
 from kohaku_wrap.training.records.folder import Run, is_run
-from kohaku_wrap.training.supervising.launch import Launch, plan_launch, require_packages
+from kohaku_wrap.training.supervising.launch import Launch, plan_launch
 from kohaku_wrap.training.supervising.machines import Machines
 from kohaku_wrap.training.supervising.other_lock import refuse_other_lock
 
@@ -135,14 +136,13 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
         engine, origin = site.machine.engine, str(site.path)
     else:
         engine, origin = site.machine.engine, "the default"
-    if engine not in ENGINES:
-        raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(ENGINES)}.")
-    if engine == "sd-scripts" and find_trainer() is None and not os.environ.get(CHECKOUT_VARIABLE):
+    has_checkout = find_engine(engine).has_checkout
+    if has_checkout and find_trainer() is None and not os.environ.get(CHECKOUT_VARIABLE):
         raise MissingTrainer(
             f"the engine is sd-scripts ({origin}), and no checkout of it is there",
             "Get it with `kwrap trainer install`, or train with kwrap's compact trainer: --engine builtin.",
         )
-    if engine == "sd-scripts":
+    if has_checkout:
         require_supported(find_checkout())
         require_requirements()
     return engine, origin
@@ -166,7 +166,8 @@ def create_run(
     Raises MissingExtra, NoImages, DamagedCaptions, MissingInput, ProblemsFound with every
     difference from `locked`.
     """
-    require_packages()
+    engine = find_engine(new.engine)
+    engine.require_packages()
     sizes = read_training_sizes(new.effective, new.site.paths.images)
     if new.effective.get("kwrap.data") != "sd-scripts":
         check_columns(new.site.paths.images / CAPTIONS_FILE)
@@ -181,7 +182,7 @@ def create_run(
         inputs,
         new.engine,
         secrets.token_hex(16),
-        requirement_paths() if new.engine == "sd-scripts" else (),
+        engine.package_folders(),
     )
     if locked is not None:
         refuse_other_lock(locked, rendered.lock)

@@ -22,6 +22,7 @@ from kohaku_wrap.formats.caption_rows import (
 )
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.commits import find_known
+from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.installed import (
     find_trainer,
     is_decisive,
@@ -30,7 +31,6 @@ from kohaku_wrap.trainer.installed import (
     read_trainer_commit,
 )
 from kohaku_wrap.trainer.options import flatten_sections, suggest
-from kohaku_wrap.trainer.requirements import requirement_paths
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
@@ -231,7 +231,7 @@ def check_captions(run: Run) -> None:
 
 def compare_trainer(run: Run) -> Iterator[Problem]:
     """The checkout that would train: its commit, and whether its files are that commit's."""
-    if run.lock.engine != "sd-scripts" or not run.lock.trainer_commit:
+    if not run.lock.trainer_commit:
         return
     checkout = find_trainer(run.lock.trainer_commit)
     commit = read_trainer_commit(checkout) if checkout else ""
@@ -252,7 +252,7 @@ def compare_packages(run: Run) -> Iterator[Problem]:
     before = by_plain_name(run.lock.table("versions"))
     if not before:
         return
-    now = by_plain_name(list_versions(requirement_paths() if run.lock.engine == "sd-scripts" else ()))
+    now = by_plain_name(list_versions(find_engine(run.lock.engine).package_folders()))
     optimizer = str(run.lock.values.get("optimizer_type", ""))
     own = plain_name(optimizer.split(".")[0]) if "." in optimizer else ""
     changed = [

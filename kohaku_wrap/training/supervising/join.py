@@ -8,13 +8,13 @@ import time
 
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.outlets import telling_losses
-from kohaku_wrap.trainer.requirements import require_requirements
+from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import Attempt, hold_lock, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.signs import RunLog
 from kohaku_wrap.training.supervising.differences import list_changes, refuse_changes
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, read_end, tail_of
-from kohaku_wrap.training.supervising.launch import Launch, plan_attempt_launch, require_packages
+from kohaku_wrap.training.supervising.launch import Launch, plan_attempt_launch
 from kohaku_wrap.training.supervising.machines import refuse_rank
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 from kohaku_wrap.training.supervising.resume import RunFinished, is_finished, plan_resume
@@ -39,9 +39,7 @@ def check_join(run: Run, machine_rank: int) -> None:
     refuse_rank(run, machine_rank)
     if is_finished(run):
         raise RunFinished(f"run {run.name} is finished", f"Prove it with `{command_line('verify', run.folder)}`.")
-    require_packages()
-    if run.lock.engine == "sd-scripts":
-        require_requirements()
+    find_engine(run.lock.engine).require_packages()
     attempts = list_attempts(run)
     accepted = attempts[-1].allow if attempts else frozenset()
     refuse_changes(f"run {run.name} on machine {machine_rank}", list_changes(run), accepted, run.lock.format)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 from collections.abc import Mapping
@@ -13,16 +12,11 @@ from typing import Any
 from kohaku_wrap.config.kernels import kernel_settings
 from kohaku_wrap.config.run_files import ACCELERATE_FILE, read_yaml
 from kohaku_wrap.config.trainer_arguments import MACHINES_IN_FILE, describe_accelerate, render_yaml
-from kohaku_wrap.errors import MissingExtra, UsageError
 from kohaku_wrap.files import expand_user, write_text
 from kohaku_wrap.processes import accelerate_command, safe_settings
+from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.supervising.machines import ONE_MACHINE, Machines
-
-WORKER_MODULES = {
-    "builtin": "kohaku_wrap.training.engines.builtin.worker",
-    "sd-scripts": "kohaku_wrap.training.engines.sd_scripts.worker",
-}
 
 FOLDERS = ("KWRAP_SD_SCRIPTS", "KWRAP_HOME")
 """Variables of the caller that name folders, maybe relative to where the caller stands."""
@@ -36,8 +30,6 @@ BY_LAUNCH = frozenset(
     {"distributed_type", "gpu_ids", "machine_rank", "num_processes", "num_machines", *MACHINES_IN_FILE}
 )
 """Options of accelerate's file that follow from an attempt's processes and machines."""
-
-NEEDED_PACKAGES = ("torch", "accelerate", "transformers", "diffusers", "lycoris", "bitsandbytes", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -71,8 +63,6 @@ def plan_launch(
     kernels: Mapping[str, Any] | None = None,
 ) -> Launch:
     """The command of one attempt; nothing is looked up or written. `kernels`: the table of the run's lock."""
-    if engine not in WORKER_MODULES:
-        raise UsageError(f"{engine}: no such engine", f"Engines: {', '.join(WORKER_MODULES)}.")
     several = tuple(machines.arguments()) if processes > 1 else ()
     argv = (
         *accelerate_command(),
@@ -83,7 +73,7 @@ def plan_launch(
         "--num_processes",
         str(processes),
         "-m",
-        WORKER_MODULES[engine],
+        find_engine(engine).worker,
         "--config_file",
         "trainer.toml",
         "--dataset_config",
@@ -128,12 +118,6 @@ def plan_attempt_launch(attempt: Attempt, machine_rank: int = 0) -> Launch:
         Machines(attempt.machines, machine_rank, lock.accelerate),
         lock.table("kernels"),
     )
-
-
-def require_packages() -> None:
-    """Raises MissingExtra where a package that every engine trains with is not installed."""
-    if any(importlib.util.find_spec(name) is None for name in NEEDED_PACKAGES):
-        raise MissingExtra("training", "train")
 
 
 def default_threads(processes: int, on_cpu: bool) -> int:

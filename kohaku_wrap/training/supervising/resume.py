@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError, Problem, command_line
-from kohaku_wrap.trainer.requirements import require_requirements
+from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts, read_attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
@@ -27,7 +27,6 @@ from kohaku_wrap.training.supervising.differences import (
 from kohaku_wrap.training.supervising.launch import (
     Launch,
     plan_attempt_launch,
-    require_packages,
     write_accelerate_config,
 )
 from kohaku_wrap.training.supervising.machines import refuse_machines
@@ -161,9 +160,7 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     The attempt is written first: from then on the ledger and the states of the line left behind are known as such,
     even if this process dies in the middle. Raises MissingExtra, MissingRequirements, DamagedCaptions.
     """
-    require_packages()
-    if plan.run.lock.engine == "sd-scripts":
-        require_requirements()
+    find_engine(plan.run.lock.engine).require_packages()
     if plan.number > 1:
         # Those of the first attempt were read when the run was made.
         check_captions(plan.run)
