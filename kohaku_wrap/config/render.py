@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,19 +111,16 @@ def compose_run(
     run_name: str,
     plan: StepPlan,
     inputs: Mapping[str, Any] | None = None,
-    engine: str | None = None,
     run_id: str = "",
-    package_folders: Sequence[Path] = (),
 ) -> RenderedRun:
     """Compose the run's files without touching the disk or hashing anything.
 
     `inputs`: what `hash_inputs` gave; without it only paths are locked. `run_id`: made at random for a run to train.
-    `package_folders`: where packages lie that only the trainer's process sees.
     """
     folder = Path(run_folder).absolute()
     trainer = compose_trainer(effective, folder, run_name)
     dataset = compose_dataset(effective, site.paths.images)
-    lock = compose_lock(effective, site, run_name, plan, trainer, inputs or name_inputs(site), engine)
+    lock = compose_lock(effective, site, run_name, plan, trainer, inputs or name_inputs(site))
     machine = site.machine
     accelerate = describe_accelerate(
         machine.processes, machine.gpus, trainer.get("mixed_precision", "no"), machines=machine.accelerate
@@ -141,7 +138,7 @@ def compose_run(
     if samples.get("prompts"):
         texts[PROMPTS_FILE] = render_prompts(samples)
     lock["run"] |= {"id": run_id, "options_digest": digest_options(lock)}
-    lock["versions"] = list_versions(package_folders)
+    lock["versions"] = list_versions(find_engine(machine.engine).package_folders())
     lock["files"] = dict(texts)
     lock["digest"] = digest_lock(tomllib.loads(toml_text(lock)))
     texts[LOCK_FILE] = toml_text(lock)
@@ -186,11 +183,10 @@ def compose_lock(
     plan: StepPlan,
     trainer: Mapping[str, Any],
     inputs: Mapping[str, Any],
-    engine: str | None,
 ) -> dict[str, Any]:
     """Everything that a run depends on."""
     shape = shape_batch(effective)
-    engine = engine or site.machine.engine
+    engine = site.machine.engine
     checkout = find_trainer() if find_engine(engine).has_checkout else None
     values = {name: value for name, value in effective.defaults.items() if name in effective.table.options}
     values |= trainer

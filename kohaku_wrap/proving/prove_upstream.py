@@ -102,7 +102,6 @@ class PlainRuns:
             self.folder / "rendered",
             "plain",
             plan_steps(effective, read_folder_sizes(site.paths.images)),
-            engine="sd-scripts",
         ).write()
         options = {
             **rendered.trainer,

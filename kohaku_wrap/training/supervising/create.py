@@ -166,8 +166,7 @@ def create_run(
     Raises MissingExtra, NoImages, DamagedCaptions, MissingInput, ProblemsFound with every
     difference from `locked`.
     """
-    engine = find_engine(new.engine)
-    engine.require_packages()
+    find_engine(new.engine).require_packages()
     sizes = read_training_sizes(new.effective, new.site.paths.images)
     if new.effective.get("kwrap.data") != "sd-scripts":
         check_columns(new.site.paths.images / CAPTIONS_FILE)
@@ -180,9 +179,7 @@ def create_run(
         new.name,
         plan,
         inputs,
-        new.engine,
         secrets.token_hex(16),
-        engine.package_folders(),
     )
     if locked is not None:
         refuse_other_lock(locked, rendered.lock)
