@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.files import write_text
 from kohaku_wrap.processes import NoAnswer
-from kohaku_wrap.trainer.installed import ask_reader
+from kohaku_wrap.trainer.installed import ask_reader, find_version
 from kohaku_wrap.trainer.options import Option, UnfitValue, cached_table_file, check_value, suggest
 
 OWN = {
@@ -28,9 +27,8 @@ OWN = {
 @cache
 def ask_launcher() -> Mapping[str, Any]:
     """What `list_launch_options` prints, asked once per version; empty where accelerate cannot be asked."""
-    try:
-        version = metadata.version("accelerate")
-    except metadata.PackageNotFoundError:
+    version = find_version("accelerate")
+    if not version:
         return {}
     kept = cached_table_file(f"accelerate-{version}")
     if not kept.is_file():

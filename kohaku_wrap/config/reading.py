@@ -172,13 +172,11 @@ class LayerReader:
         value, origin, folder = self.preset_source
         if isinstance(value, dict):
             return value
-        if not isinstance(value, str):
-            self.problems.append(Problem("preset", "must be a preset's name or a table", origin))
-            return {}
-        if LOOKS_LIKE_PATH.match(value):
-            self.problems.append(Problem("preset", "a template holds no path: name the preset", origin))
-            return {}
         try:
+            if not isinstance(value, str):
+                raise UnfitValue("must be a preset's name or a table")
+            if LOOKS_LIKE_PATH.match(value):
+                raise UnfitValue("a template holds no path: name the preset")
             return load_toml(find_preset(value, beside=folder))
         except KwrapError as fault:
             self.problems.append(Problem("preset", fault.message, origin))

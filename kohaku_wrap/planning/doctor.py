@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 from kohaku_wrap.config.effective import Effective
@@ -20,7 +19,7 @@ from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, show_bytes, to
 from kohaku_wrap.planning.training_plan import TrainingPlan
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import report_trainer
-from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
+from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, find_version
 from kohaku_wrap.trainer.requirements import TESTED
 
 TESTED_TOGETHER = ("accelerate", "transformers", "diffusers", "huggingface-hub")
@@ -72,14 +71,6 @@ def examine_python() -> Finding:
         "Some of the trainer's packages may not be there for it.",
         "Run `make setup PYTHON=python3.11`.",
     )
-
-
-def find_version(name: str) -> str:
-    """The installed version without its build; empty where the package is missing."""
-    try:
-        return metadata.version(name).split("+")[0]
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def parse_release(version: str) -> tuple[int, ...]:

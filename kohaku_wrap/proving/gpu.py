@@ -21,7 +21,7 @@ from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.formats.caption_rows import read_folder_sizes
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.outlets import run_as_work
-from kohaku_wrap.planning.doctor import TESTED_ALONE, find_version
+from kohaku_wrap.planning.doctor import TESTED_ALONE
 from kohaku_wrap.planning.doctor_torch import ask_worker
 from kohaku_wrap.planning.module_counts import ModuleCounts, count_network, count_network_everywhere
 from kohaku_wrap.planning.sizes import show_bytes, total_of
@@ -31,7 +31,7 @@ from kohaku_wrap.proving.gpu_runs import SCALES, Workplace
 from kohaku_wrap.proving.killing import run_kwrap
 from kohaku_wrap.proving.likeness import Difference, compare_networks, compare_runs
 from kohaku_wrap.proving.step_clock import median_of
-from kohaku_wrap.trainer.installed import find_trainer
+from kohaku_wrap.trainer.installed import find_trainer, find_version
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
 

@@ -102,6 +102,14 @@ def git_environment() -> dict[str, str]:
     return own | {"GIT_TERMINAL_PROMPT": "0"}
 
 
+def find_version(package: str) -> str:
+    """The installed version without its build; empty where the package is missing."""
+    try:
+        return metadata.version(package).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return ""
+
+
 def list_versions(folders: Sequence[Path] = ()) -> dict[str, str]:
     """Every installed package and its version, by name; of `folders` too, which come last on the import path."""
     found: dict[str, str] = {}

@@ -6,12 +6,12 @@ Run as `python -m kohaku_wrap.planning.workers.list_optimizers [module.Class …
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import inspect
 import sys
 from typing import Any
 
 from kohaku_wrap.processes import answer
+from kohaku_wrap.trainer.installed import find_version, plain_name
 
 CLASSES = {
     "Adafactor": "transformers.optimization.Adafactor",
@@ -57,19 +57,15 @@ def list_arguments(path: str) -> list[str] | None:
     return [parameter.name for parameter in parameters if parameter.name not in NOT_ARGUMENTS]
 
 
-def find_version(path: str) -> str:
-    """The version of the package that holds a class, without its build; empty where it is not installed."""
-    try:
-        return importlib.metadata.version(path.split(".")[0].replace("_", "-")).split("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def list_optimizers() -> dict[str, Any]:
     """Class, version and arguments of each optimizer by its name."""
     wanted = {path: path for path in sys.argv[1:]} or CLASSES
     return {
-        name: {"class": path, "version": find_version(path), "arguments": list_arguments(path)}
+        name: {
+            "class": path,
+            "version": find_version(plain_name(path.split(".")[0])),
+            "arguments": list_arguments(path),
+        }
         for name, path in wanted.items()
     }
 

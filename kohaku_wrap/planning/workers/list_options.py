@@ -96,9 +96,6 @@ def describe_dataset_options(config_util: Any) -> dict[str, Any]:
     """Each option of a dataset file: its TOML types, and whether `[[datasets]]` or a subset takes it."""
     sanitizer = config_util.ConfigSanitizer(True, False, False, True)
 
-    def validate(config: dict[str, Any]) -> Any:
-        return sanitizer.user_config_validator(config)
-
     def in_dataset(name: str, value: Any) -> dict[str, Any]:
         return {"datasets": [{name: value, "subsets": [{"image_dir": "x"}]}]}
 
@@ -109,8 +106,8 @@ def describe_dataset_options(config_util: Any) -> dict[str, Any]:
     defaults = {**vars(config_util.DreamBoothDatasetParams()), **vars(config_util.DreamBoothSubsetParams())}
     described = {}
     for name in sorted(names):
-        of_subset = accepted_types(validate, in_subset, name)
-        of_dataset = accepted_types(validate, in_dataset, name)
+        of_subset = accepted_types(sanitizer.user_config_validator, in_subset, name)
+        of_dataset = accepted_types(sanitizer.user_config_validator, in_dataset, name)
         default = defaults.get(name)
         # Two of the trainer's own defaults are one-tuples by a stray comma.
         default = default[0] if isinstance(default, tuple) and len(default) == 1 else default

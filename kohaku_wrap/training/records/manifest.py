@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -156,19 +156,9 @@ def read_manifest(state: Path) -> Manifest:
     if body.get("format") not in READABLE_FORMATS:
         raise DamagedState(state, f"{MANIFEST} has format {body.get('format')}; this kwrap reads 1 to {FORMAT}")
     try:
-        return compose_manifest(body)
+        values = {each.name: body[each.name] for each in fields(Manifest)}
+        values["fingerprint"] = Fingerprint(**body["fingerprint"])
+        values["files"] = {name: SealedFile(**sealed) for name, sealed in body["files"].items()}
+        return Manifest(**values)
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedState(state, f"{MANIFEST} is not as this kwrap writes it ({error})") from error
-
-
-def compose_manifest(body: Mapping[str, Any]) -> Manifest:
-    """The manifest of a document; raises KeyError or TypeError for one that lacks something or has more."""
-    return Manifest(
-        optimizer_step=body["optimizer_step"],
-        fingerprint=Fingerprint(**body["fingerprint"]),
-        files={name: SealedFile(**sealed) for name, sealed in body["files"].items()},
-        attempt=body["attempt"],
-        scheduled=body["scheduled"],
-        written_unix_seconds=body["written_unix_seconds"],
-        extra=body["extra"],
-    )

@@ -82,7 +82,10 @@ def write_state(
     try:
         part.mkdir()
         fill(part)
-        seal_state(part, optimizer_step, fingerprint, attempt, scheduled, extra or {})
+        sealed = seal_files(part)
+        write_manifest(
+            part, Manifest(optimizer_step, fingerprint, sealed, attempt, scheduled, time.time(), extra or {})
+        )
         fsync_folder(states)
         if final.exists():
             remove_state(final)
@@ -96,19 +99,15 @@ def write_state(
     return final
 
 
-def seal_state(
-    folder: Path,
-    optimizer_step: int,
-    fingerprint: Fingerprint,
-    attempt: int,
-    scheduled: bool,
-    extra: Mapping[str, Any],
-) -> Manifest:
-    """Make the files of a state durable and write its manifest, last."""
+def seal_files(folder: Path) -> dict[str, SealedFile]:
+    """Make the files of a state durable; size and sha256 of each by its name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        sealed = dict(zip((relative_name(path, folder) for path in paths), threads.map(seal_file, paths), strict=True))
-    manifest = Manifest(optimizer_step, fingerprint, sealed, attempt, scheduled, time.time(), dict(extra))
+        return dict(zip((relative_name(path, folder) for path in paths), threads.map(seal_file, paths), strict=True))
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the seal of a state, last, and make all names durable."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
         stream.write(manifest_text(manifest))
         stream.flush()
@@ -116,7 +115,6 @@ def seal_state(
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync_folder(inner)
     fsync_folder(folder)
-    return manifest
 
 
 def seal_file(path: Path) -> SealedFile:
