@@ -77,9 +77,10 @@ def command(
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import read_training_sizes
     from kohaku_wrap.planning.step_plan import other_dataset, read_selection_sizes, suppose_sizes
-    from kohaku_wrap.planning.training_plan import plan_training, read_step_seconds
+    from kohaku_wrap.planning.training_plan import plan_training
     from kohaku_wrap.trainer.installed import find_option_table
     from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.records.metrics import read_step_seconds
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
@@ -90,7 +91,7 @@ def command(
     else:
         sizes = read_selection_sizes(selection) if selection else read_training_sizes(effective, site.paths.images)
     if measured:
-        seconds_per_step = read_step_seconds(find_run(measured, (site.paths.runs,)).folder)
+        seconds_per_step = read_step_seconds(find_run(measured, (site.paths.runs,)))
     plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules)
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:

@@ -150,23 +150,20 @@ def print_fates(keys: Iterable[str]) -> None:
     """What the options decide, by kind; those that are not named decide the weights."""
     from kohaku_wrap.config.fates import fate_of_key
 
-    fates = {key: fate for key in sorted(keys) if (fate := fate_of_key(key))}
-    files = [key for key, fate in fates.items() if fate.kind == "files"]
-    weights = {key: fate for key, fate in fates.items() if fate.kind == "weights"}
-    untried = [f"{key} ({fate.untestable})" for key, fate in weights.items() if fate.untestable]
-    left_out = {
-        kind: [f"{key} ({fate.reason})" for key, fate in fates.items() if fate.kind == kind]
-        for kind in ("refused", "unverified")
-    }
-    rows = (
-        ("decide files, logs or speed only", files),
-        ("decide the weights, not testable here", untried),
-        ("left to the trainer, unverified", left_out["unverified"]),
-        ("refused", left_out["refused"]),
-    )
-    for words, names in rows:
-        if names:
-            print_lines(f"{words}: {', '.join(names)}")
+    named: dict[str, list[str]] = {}
+    for key in sorted(keys):
+        fate = fate_of_key(key)
+        if fate and (fate.kind != "weights" or fate.untestable):
+            why = fate.untestable if fate.kind == "weights" else fate.reason
+            named.setdefault(fate.kind, []).append(key if fate.kind == "files" else f"{key} ({why})")
+    for kind, words in (
+        ("files", "decide files, logs or speed only"),
+        ("weights", "decide the weights, not testable here"),
+        ("unverified", "left to the trainer, unverified"),
+        ("refused", "refused"),
+    ):
+        if kind in named:
+            print_lines(f"{words}: {', '.join(named[kind])}")
     print_lines("All others decide the weights; they are in the options digest of a run.")
 
 

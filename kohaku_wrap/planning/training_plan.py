@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from dataclasses import dataclass
-from pathlib import Path
 
 from kohaku_wrap.config.base_model import (
     BadBaseModel,
@@ -16,7 +13,7 @@ from kohaku_wrap.config.base_model import (
 )
 from kohaku_wrap.config.checks import check_plan
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.errors import KwrapError, Problem
+from kohaku_wrap.errors import Problem
 from kohaku_wrap.formats.caption_rows import ImageSizes
 from kohaku_wrap.formats.safetensors import MalformedFile, PickledFile
 from kohaku_wrap.planning.module_counts import (
@@ -28,13 +25,6 @@ from kohaku_wrap.planning.module_counts import (
 from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, show_bytes, total_of, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.steps import StepPlan
-
-STEPS_LOOKED_AT = 500
-"""The newest measured steps that the step time is taken from."""
-
-
-class NoMeasurement(KwrapError):
-    """The run has measured no step yet."""
 
 
 @dataclass(frozen=True)
@@ -160,23 +150,3 @@ def check_memory(sizes: Sizes) -> list[Problem]:
         f'{show_bytes(largest.size_bytes)}. Fewer workers in site.toml, or data = "kwrap", need less'
     )
     return [Problem("host memory", what)]
-
-
-def read_step_seconds(run: Path) -> float:
-    """The median seconds of an optimizer step that a run measured. Raises NoMeasurement."""
-    path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()[-STEPS_LOOKED_AT:]
-    except FileNotFoundError:
-        raise NoMeasurement(f"{path}: not there", "Name the folder of a run, or give --seconds-per-step.") from None
-    seconds = []
-    for line in lines:
-        try:
-            value = json.loads(line).get("seconds")
-        except ValueError:
-            continue
-        if isinstance(value, (int, float)) and value > 0:
-            seconds.append(float(value))
-    if not seconds:
-        raise NoMeasurement(f"{path}: holds no measured step", "Give --seconds-per-step instead.")
-    return statistics.median(seconds)

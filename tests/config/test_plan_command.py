@@ -18,8 +18,9 @@ from kohaku_wrap.config.templates import find_preset
 from kohaku_wrap.planning import training_plan
 from kohaku_wrap.planning.sizes import total_of, weigh_host_memory, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
-from kohaku_wrap.planning.training_plan import NoMeasurement, read_step_seconds
 from kohaku_wrap.toml_files import load_toml
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.metrics import NoMeasurement, read_step_seconds
 
 MakeSite = Callable[..., Site]
 EPSILON_BASE = (2_567_463_684, 817_720_320, 83_653_863)
@@ -162,7 +163,7 @@ def test_captions_of_another_dataset_are_noted(
 
 def test_measured_step_time(tmp_path: Path) -> None:
     with pytest.raises(NoMeasurement):
-        read_step_seconds(tmp_path)
+        read_step_seconds(Run(tmp_path))
     lines = [{"optimizer_step": step, "seconds": seconds} for step, seconds in enumerate([90.0, 49.0, 50.0, 51.0])]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n")
-    assert read_step_seconds(tmp_path) == 50.5
+    assert read_step_seconds(Run(tmp_path)) == 50.5

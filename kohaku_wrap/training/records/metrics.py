@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import atomic_write, open_regular
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.records.documents import is_whole
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import wait_for_room
+
+STEPS_LOOKED_AT = 500
+"""The newest measured steps that the step time is taken from."""
+
+
+class NoMeasurement(KwrapError):
+    """The run has measured no step yet."""
 
 
 class MetricsWriter:
@@ -64,6 +74,17 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
         if step <= kept.get(line.get("attempt", 0), math.inf):
             lines[step] = line
     return [lines[step] for step in sorted(lines)]
+
+
+def read_step_seconds(run: Run) -> float:
+    """The median seconds of an optimizer step that a run measured. Raises NoMeasurement."""
+    if not run.metrics.is_file():
+        raise NoMeasurement(f"{run.metrics}: not there", "Name the folder of a run, or give --seconds-per-step.")
+    newest = deque(iterate_lines(run.metrics), STEPS_LOOKED_AT)
+    seconds = [value for line in newest if isinstance(value := line.get("seconds"), int | float) and value > 0]
+    if not seconds:
+        raise NoMeasurement(f"{run.metrics}: holds no measured step", "Give --seconds-per-step instead.")
+    return float(statistics.median(seconds))
 
 
 def write_metrics_table(run: Run, path: Path) -> None:
