@@ -122,6 +122,7 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
 
     steps, sizes, counts = plan.steps, plan.sizes, plan.counts
     counted = asdict(steps)
+    counted["batch_per_gpu"] = counted.pop("batch_size")
     document: dict[str, Any] = {
         "template": plan.template,
         "engine": plan.engine,
@@ -129,7 +130,6 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
         "sizes_from": plan.sizes_from,
         "sizes_exact": plan.sizes_exact,
         **counted,
-        "batch_per_gpu": counted.pop("batch_size"),
         "effective_batch": steps.effective_batch,
         "images_per_optimizer_step": steps.images_per_optimizer_step,
         "fills_per_epoch": steps.fills_per_epoch,
