@@ -53,20 +53,18 @@ def read_drops(
     if len(filters) > MOST_FILTERS:
         raise ValueError(f"{len(filters)} filters are more than {MOST_FILTERS}")
     bits = " + ".join(f"({one.drops}) * {1 << bit}" for bit, one in enumerate(filters)) or "0"
-    ids: list[Int64Array] = []
-    drops: list[Int64Array] = []
+    scanned = [(np.empty(0, dtype=np.int64),) * 2]
     done = 0
     total = int(database.value("SELECT max(rowid) FROM post") or 0) if on_posts else 0
-    for some, bits_of_some in database.scan_numbers(f"SELECT id, CAST({bits} AS INTEGER) FROM post ORDER BY id"):
-        ids.append(some)
-        drops.append(bits_of_some)
-        done += len(some)
+    for ids, drops in database.scan_numbers(f"SELECT id, CAST({bits} AS INTEGER) FROM post ORDER BY id"):
+        scanned.append((ids, drops))
+        done += len(ids)
         if on_posts:
             on_posts(min(done, total), total)
-    all_ids = np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
+    all_ids, all_drops = map(np.concatenate, zip(*scanned, strict=True))
     if (all_ids[1:] <= all_ids[:-1]).any():
         raise DatabaseDamaged(f"{database.path}: a post id occurs twice", "Download or copy it again.")
-    return all_ids, np.concatenate(drops) if drops else np.empty(0, dtype=np.int64)
+    return all_ids, all_drops
 
 
 def read_posts(database: Database, wanted: Int64Array, on_posts: Progress | None = None) -> Iterator[pa.RecordBatch]:

@@ -34,6 +34,9 @@ PREFIX = ("people", "character", "series", "artist")
 SHUFFLED = ("general",)
 SUFFIX = ("quality", "year", "meta", "rating")
 UNDERSCORE_RULES = ("kaomoji", "short")
+WORD_LISTS = ("prefix", "shuffled", "suffix", "people_tags", "drop_meta", "drop_artist", "drop")
+"""Keys of `[caption]` that are lists of words."""
+
 CUTOFF_SOURCES = ("database", "selection", "published")
 
 
@@ -125,29 +128,20 @@ class CaptionRecipe:
 def read_caption_recipe(table: Mapping[str, Any], problems: list[Problem]) -> CaptionRecipe:
     """The `[caption]` table; faults go to `problems`."""
     reader = TableReader("caption", table, [entry.name for entry in fields(CaptionRecipe)], problems)
-    parts = {
-        part: reader.words(part, default)
-        for part, default in (("prefix", PREFIX), ("shuffled", SHUFFLED), ("suffix", SUFFIX))
-    }
+    words = {name: reader.words(name, getattr(CaptionRecipe, name)) for name in WORD_LISTS}
     seen: set[str] = set()
-    for part, groups in parts.items():
-        for group in groups:
+    for part in ("prefix", "shuffled", "suffix"):
+        for group in words[part]:
             if group not in GROUPS:
                 reader.fault(part, f"{group!r} is not one of {', '.join(GROUPS)}")
             if group in seen:
                 reader.fault(part, f"the group {group!r} stands twice")
             seen.add(group)
     return CaptionRecipe(
+        **words,
         style=reader.choice("style", STYLES),
-        prefix=parts["prefix"],
-        shuffled=parts["shuffled"],
-        suffix=parts["suffix"],
-        people_tags=reader.words("people_tags", PEOPLE_TAGS),
         underscores=reader.choice("underscores", UNDERSCORE_RULES),
         kaomoji=frozenset(reader.words("kaomoji", sorted(KAOMOJI))),
-        drop_meta=reader.words("drop_meta", META_BLACK_LIST),
-        drop_artist=reader.words("drop_artist", ARTIST_BLACK_LIST),
-        drop=reader.words("drop", ()),
         aliases=_read_aliases(reader.table("aliases"), problems),
         quality=_read_quality(reader.table("quality"), problems),
         years=_read_years(reader, problems),
