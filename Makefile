@@ -7,6 +7,7 @@ TORCH_INDEX ?=
 SITE ?=
 MAX_MISSING ?=
 ENGINE ?= builtin
+COMMIT ?=
 PYTEST_ARGS ?=
 ROOM ?=
 SINCE ?=
@@ -40,8 +41,8 @@ $(READY): setup.cfg constraints.txt
 epsilon: $(READY)  ## the whole recipe, demo scale (SITE=site.toml: yours)
 	$(BIN)/python -P -m kohaku_wrap.demo.tour $(if $(SITE),--site $(SITE)) $(if $(MAX_MISSING),--max-missing $(MAX_MISSING))
 
-prove: $(READY)  ## train, kill, resume, compare (ENGINE=sd-scripts)
-	$(BIN)/python -P -m kohaku_wrap.proving.prove --engine $(ENGINE)
+prove: $(READY)  ## train, kill, resume, compare (ENGINE=sd-scripts, COMMIT=C)
+	$(BIN)/python -P -m $(if $(COMMIT),kohaku_wrap.proving.prove_trainer --commit $(COMMIT),kohaku_wrap.proving.prove --engine $(ENGINE))
 
 prove-upstream: $(READY)  ## the same for plain sd-scripts: why kwrap exists
 	$(BIN)/python -P -m kohaku_wrap.proving.prove --upstream

@@ -3,11 +3,17 @@
 Captions are compared with the commit's own dataset class; the small world is trained once as a whole, once killed and
 resumed, and once on a supported commit; a part of the census of options is run. What was proved is kept under
 `$KWRAP_HOME` by the digest of the checkout: from then on it is taken as a supported commit is.
+
+`make prove ENGINE=sd-scripts COMMIT=C` proves a commit that is installed, a supported one too, and writes it into the
+list of proved releases, docs/proved.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +25,22 @@ from typing import Any
 
 from kohaku_wrap.config.fates import load_fates
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import home_folder
+from kohaku_wrap.files import home_folder, write_text
 from kohaku_wrap.processes import ask_python
 from kohaku_wrap.proving.census import choose_rows, walk
 from kohaku_wrap.proving.census_bench import CensusBench
 from kohaku_wrap.proving.killing import Kill
 from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.proving.prove import Bench, Case, Configuration
-from kohaku_wrap.trainer.checkout import INSTALLED, Checkout, inspect_checkout, install_checkout, run_git
+from kohaku_wrap.trainer.checkout import (
+    INSTALLED,
+    Checkout,
+    find_checkout,
+    find_commit,
+    inspect_checkout,
+    install_checkout,
+    run_git,
+)
 from kohaku_wrap.trainer.commits import (
     IMPORTED_FOLDERS,
     SUPPORTED,
@@ -252,6 +266,53 @@ def find_reference(checkout: Checkout, source: str, on_note: Callable[[str], Non
     )
 
 
+LISTED = ("accelerate", "diffusers", "lycoris-lora", "torch", "transformers")
+LIST_HEAD = """# Releases of sd-scripts that were proved
+
+Written by `make prove ENGINE=sd-scripts COMMIT=C`: on a CPU, trained as a whole, killed, resumed, compared with another
+supported commit and with a part of the option census; see [exact resume](exact-resume.md#another-commit-of-sd-scripts).
+
+| commit | hash | identical to | date | versions |
+|---|---|---|---|---|
+"""
+
+
+def write_list(proof: Proof, path: Path) -> None:
+    """Put a proof into the list of proved releases, in place of an older one of the same commit."""
+    text = path.read_text(encoding="utf-8") if path.exists() else LIST_HEAD
+    rows = [line for line in text.removeprefix(LIST_HEAD).splitlines() if line]
+    versions = ", ".join(f"{name} {proof.versions[name]}" for name in LISTED if name in proof.versions)
+    same = f"no: {proof.difference}" if proof.difference else proof.reference
+    name, commit = proof.commit.name, proof.commit.commit[:10]
+    rows = [row for row in rows if not row.startswith(f"| {name} |")]
+    rows.append(f"| {name} | {commit} | {same} | {proof.date} | {versions} |")
+    write_text(path, LIST_HEAD + "\n".join(rows) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 0 when the commit is proved."""
+    parser = argparse.ArgumentParser(prog="python -P -m kohaku_wrap.proving.prove_trainer", description=__doc__)
+    parser.add_argument("--commit", required=True, help="a tag or hash that is installed")
+    parser.add_argument("--folder", type=Path, default=Path("prove/trainer"), help="where to work")
+    parser.add_argument("--list", type=Path, default=Path("docs/proved.md"), help="the list of proved releases")
+    chosen = parser.parse_args(arguments)
+    try:
+        known = find_commit(chosen.commit)
+        checkout = find_checkout(known.commit if known else chosen.commit)
+        shutil.rmtree(chosen.folder, ignore_errors=True)
+        # That of a supported commit is for the list alone.
+        proof = prove_checkout(checkout, chosen.folder, keep=not checkout.is_supported, on_note=print)
+    except KwrapError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    write_list(proof, chosen.list)
+    return 0
+
+
 def proof_folder(checkout: Checkout) -> Path:
     """Where a proof works: beside the proofs that are kept."""
     return home_folder() / "proofs" / "work" / digest_sources(checkout.path)[:12]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -31,13 +31,13 @@ TRAIN = f"{TRAINER}.train"
 HOOK = f"{TRAINER}.on_step_start"
 
 FOLLOWED: dict[str, Edit] = {
+    "the fix of #2425": fix_2425,
     "a block moved to a method": move_block,
     "a function moved to a module": move_function("get_scheduler_fix"),
     "a class moved to a module": move_function("LossRecorder"),
     "an argument added to a hook": add_argument(HOOK, "None"),
     "an argument added to what is wrapped": add_argument("get_scheduler_fix", "False"),
     "lines added to the loop": add_lines(TRAIN, "seen = 0\nprint(seen)"),
-    "the fix of #2425": fix_2425,
     "a variable that kwrap does not use renamed": rename(TRAIN, "progress_bar", "bar"),
 }
 REFUSED: dict[str, tuple[Edit, str]] = {

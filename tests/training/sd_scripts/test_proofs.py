@@ -1,0 +1,93 @@
+"""What was proved on this machine is taken by its files alone, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kohaku_wrap.config.render import describe_trainer
+from kohaku_wrap.trainer.checkout import find_commit, inspect_checkout, require_supported
+from kohaku_wrap.trainer.commits import (
+    TRIAL_VARIABLE,
+    SupportedCommit,
+    digest_sources,
+    find_known,
+    write_proof,
+)
+from kohaku_wrap.trainer.corrections import AnchorsMissing
+from kohaku_wrap.trainer.options import OptionTable, compare_tables, parse_table
+
+TEXT = "proved on this machine on 2026-11-25, identical to v0.11.1"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for name in ("sdxl_train_network.py", "train_network.py", "networks/lora.py", "library/loss.py"):
+        path = tmp_path / "checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n")
+    return tmp_path / "checkout"
+
+
+def proved(checkout: Path, support: str = TEXT) -> SupportedCommit:
+    return SupportedCommit("new", "c0ffee" * 6 + "beef", digest_sources(checkout), True, support)
+
+
+def test_a_proved_checkout_is_taken_like_a_supported_one(checkout: Path) -> None:
+    assert not inspect_checkout(checkout, "test").is_supported
+    write_proof(proved(checkout), {"date": "2026-11-25"})
+    found = require_supported(inspect_checkout(checkout, "test"))
+    assert (found.name, found.support) == ("new", TEXT)
+    assert find_commit("c0ffeec") == find_commit("new") == proved(checkout)
+    assert describe_trainer(checkout) == {
+        "path": str(checkout),
+        "commit": "c0ffee" * 6 + "beef",
+        "support": TEXT,
+        "joins_by_separator": True,
+    }
+
+
+@pytest.mark.parametrize("name", ["networks/lora.py", "library/loss.py", "train_network.py"])
+def test_a_file_changed_after_the_proof_ends_it(checkout: Path, name: str) -> None:
+    write_proof(proved(checkout), {})
+    (checkout / name).write_text("x = 1\n")
+    assert find_known(checkout) is None
+    with pytest.raises(AnchorsMissing, match="found 0 times"):
+        require_supported(inspect_checkout(checkout, "test"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": 1', json.dumps({"name": "new", "commit": "c"})])
+def test_what_is_no_proof_proves_nothing(checkout: Path, home: Path, content: str) -> None:
+    path = write_proof(proved(checkout), {})
+    assert path.parent == home / "proofs"
+    path.write_text(content)
+    assert find_known(checkout) is None
+
+
+def test_a_trial_holds_for_its_own_processes_only(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = write_proof(proved(checkout, "on trial"), {}, tmp_path / "trial.json")
+    assert find_known(checkout) is None
+    monkeypatch.setenv(TRIAL_VARIABLE, str(trial))
+    assert find_known(checkout) is not None
+
+
+def test_an_unknown_commit_is_refused_without_a_proof(kwrap: Callable[..., str]) -> None:
+    assert "--prove" in kwrap("trainer", "install", "--commit", "0123456789", expect=2)
+    assert "Add --prove" in kwrap("trainer", "install", "--accept-difference", expect=2)
+
+
+def test_changed_options_are_listed() -> None:
+    def table(**options: object) -> OptionTable:
+        entries = {name: {"type": "int", "default": default} for name, default in options.items()}
+        return parse_table({"options": entries, "dataset_options": {}}, "test")
+
+    assert compare_tables(table(a=1, b=2, c=3), table(b=2, c=4, d=5)) == [
+        "a: gone",
+        "c: default 3, now 4",
+        "d: new, a whole number",
+    ]
