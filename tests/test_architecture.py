@@ -51,7 +51,11 @@ def test_files_that_are_named_are_there(page: Path) -> None:
 
 
 def test_functions_and_classes_that_are_named_are_there() -> None:
-    named = {word for word in words_in_code(PAGE) if NAME.fullmatch(word)} - {"schema_version", "image_dir", "num_repeats"}
+    named = {word for word in words_in_code(PAGE) if NAME.fullmatch(word)} - {
+        "schema_version",
+        "image_dir",
+        "num_repeats",
+    }
     assert len(named) >= 10
     assert named - defined_names() == set()
 

@@ -18,6 +18,7 @@ import torch
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.processes import answer
 from kohaku_wrap.training.data.columns import (
     BatchKey,
     ColumnsDataset,
@@ -107,11 +108,5 @@ def read_locked_dataset(run: Run) -> dict[str, Any]:
     return tomllib.loads(run.dataset_config.read_text(encoding="utf-8") if text is None else text)
 
 
-def main() -> int:
-    run = Run(Path(sys.argv[1]).resolve())
-    print(json.dumps(recompute(run, json.load(sys.stdin))))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    answer(lambda: recompute(Run(Path(sys.argv[1]).resolve()), json.load(sys.stdin)))
