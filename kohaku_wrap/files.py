@@ -97,6 +97,14 @@ def read_regular(path: Path) -> str:
         return stream.read().decode("utf-8")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The document; raises ValueError, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def has_size(path: Path, size_bytes: int) -> bool:
     """Whether a file is there and as long as it was."""
     try:
@@ -178,7 +186,7 @@ def key_of_file(path: Path) -> str:
 def load_hashes() -> dict[str, list[str]]:
     """The kept hashes by key: the sha256, for a safetensors file perhaps also that of its data; none if unreadable."""
     try:
-        held = json.loads((home_folder() / KEPT_HASHES).read_text(encoding="utf-8"))
+        held = parse_json(read_regular(home_folder() / KEPT_HASHES))
     except (OSError, ValueError):
         return {}
     if not isinstance(held, dict):

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.files import atomic_write, home_folder, kept_sha256, sha256_of_file, shipped_folder, write_text
+from kohaku_wrap.files import (
+    atomic_write,
+    home_folder,
+    kept_sha256,
+    parse_json,
+    sha256_of_file,
+    shipped_folder,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_former_content_and_no_neighbour(tmp_path: Path) -> None:
@@ -95,3 +103,9 @@ def test_the_help_is_quick_and_free_of_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", ""])
+def test_a_document_that_cannot_be_read_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_json(text)

@@ -5,13 +5,13 @@ Only names are compared here; the trainer compares the shapes when it loads the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.safetensors import Header, MalformedFile, read_header
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 
@@ -38,7 +38,7 @@ def read_sizes(path: Path) -> Mapping[str, Mapping[str, Any]]:
     if not config.is_file():
         return SDXL_SIZES
     try:
-        document = json.loads(config.read_text(encoding="utf-8"))
+        document = parse_json(read_regular(config))
         return {part: dict(document[part]) for part in SDXL_SIZES}
     except (ValueError, KeyError, TypeError) as error:
         raise BadBaseModel(

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
 from kohaku_wrap.dataset.own.report import note_whole
+from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import (
     OWN_STYLE,
     ImageSizes,
@@ -220,7 +221,7 @@ def find_caption_extension(images: Path) -> str | None:
 def read_cache(images: Path, cache: Path) -> TrainerRows:
     """The rows of a `metadata_cache.json`. Raises NoImages."""
     try:
-        entries = json.loads(cache.read_text(encoding="utf-8"))
+        entries = parse_json(read_regular(cache))
         captions = [str(entry["caption"] or "") for entry in entries.values()]
         sizes = as_pairs([entry["resolution"] for entry in entries.values()])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,7 @@ from kohaku_wrap.demo.posts import DemoPost, make_posts
 from kohaku_wrap.demo.shards import write_shards
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.files import Progress, fsync_folder, has_size, take_lock
+from kohaku_wrap.files import Progress, fsync_folder, has_size, parse_json, take_lock
 from kohaku_wrap.formats.toml_text import toml_text
 
 DEFAULT_POSTS = 240
@@ -140,7 +140,7 @@ def find_world(folder: Path, posts: int, seed: int) -> World | None:
         return None
     remove = "Choose another folder, or remove this one first."
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = parse_json(record.read_text(encoding="utf-8"))
         world, sizes = World(**{**found["world"], "folder": folder, "kept": True}), dict(found["size_bytes"])
     except (ValueError, TypeError, KeyError) as error:
         raise WorldInTheWay(f"{record} is not the record of an embedded world", remove) from error

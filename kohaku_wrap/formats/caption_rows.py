@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import open_regular
 
 CAPTIONS_FILE = "captions.arrow"
 """The images and captions of a folder, written by `kwrap caption` and `kwrap import`."""
@@ -144,6 +145,7 @@ def find_captions(images: Path, digest: str = "") -> Path:
 def map_captions(path: Path) -> Any:
     """A pyarrow buffer that maps a captions file. Raises NoImages."""
     try:
+        open_regular(path).close()
         return pa.memory_map(str(path)).read_buffer()
     except FileNotFoundError:
         raise NoImages(

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, atomic_write, sha256_of_file, write_text
+from kohaku_wrap.files import (
+    HASH_BLOCK_BYTES,
+    Progress,
+    atomic_write,
+    sha256_of_file,
+    write_text,
+)
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.formats.safetensors import encode_header, read_header
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes, hash_files

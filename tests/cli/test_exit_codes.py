@@ -197,6 +197,31 @@ def test_memory_that_a_helper_lacks_is_named(tmp_path: Path, monkeypatch: pytest
         ask_python("greedy")
 
 
+def call(*words: str | bytes | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-P", "-m", "kohaku_wrap", *words]
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, errors="replace", check=False, timeout=120)
+
+
+def test_a_name_that_is_no_utf8_is_one_message(tmp_path: Path) -> None:
+    told = call("template", "check", os.fsencode(tmp_path) + b"/\xff.toml")
+    assert told.returncode == 2 and "udcff.toml: no such template" in told.stderr and "Traceback" not in told.stderr
+
+
+def test_a_current_folder_that_is_gone_is_one_message(tmp_path: Path) -> None:
+    line = 'mkdir gone && cd gone && rmdir ../gone && exec "$@" -P -m kohaku_wrap demo world --posts 2'
+    argv = ["bash", "-c", line, "bash", sys.executable]
+    told = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert told.returncode == 1 and told.stderr.startswith("error: the current folder is gone\n"), told.stderr
+
+
+@pytest.mark.parametrize("name", ["captions.arrow", "metadata_cache.json"])
+def test_a_pipe_in_place_of_captions_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "site.toml").write_text('[paths]\nimages = "."\nbase_model = "b"\n[machine]\nengine = "builtin"\n')
+    told = call("plan", "demo", "--site", tmp_path / "site.toml")
+    assert told.returncode == 1 and told.stderr.count("error: ") == 1 and "Traceback" not in told.stderr, told.stderr
+
+
 def test_all_problems_are_shown_at_once() -> None:
     problems = [
         Problem("learning_rat", "unknown option; did you mean learning_rate?"),

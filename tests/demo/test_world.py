@@ -179,6 +179,15 @@ def test_an_interrupt_leaves_nothing(tmp_path):
     assert not folder.exists()
 
 
+def test_of_two_at_once_one_makes_the_world(tmp_path):
+    argv = [sys.executable, "-m", "kohaku_wrap", "demo", str(tmp_path / "world"), "--posts", "20"]
+    children = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [child.communicate(timeout=120)[1] for child in children]
+    codes = sorted(child.returncode for child in children)
+    assert codes in ([0, 0], [0, 2]) and not any("Traceback" in text for text in told), told
+    assert make_world(tmp_path / "world", posts=20).kept
+
+
 def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path):
     def limit_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

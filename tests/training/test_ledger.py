@@ -254,3 +254,9 @@ def test_sigkill_loses_no_record(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=False)
     assert len(read_ledger_file(ledger_file(tmp_path, 1, 2))[1]) == 7
+
+
+def test_a_pipe_in_place_of_a_ledger_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "attempt-0001-rank-000.bin")
+    with pytest.raises(OSError, match="not a regular file"):
+        list_ledger_files(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kohaku_wrap.dataset.captions.formats import CACHE_FILE, LINES_FILE
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import atomic_write
+from kohaku_wrap.files import atomic_write, parse_json
 
 
 class NotRelocatable(KwrapError):
@@ -54,7 +54,7 @@ def relocate_captions(folder: Path) -> RelocationReport:
         with lines.open(encoding="utf-8") as source, atomic_write(lines) as stream:
             for line in source:
                 try:
-                    entry = json.loads(line)
+                    entry = parse_json(line)
                     entry["image_path"] = move_path(entry["image_path"], folder, lines).as_posix()
                 except (ValueError, KeyError, TypeError) as error:
                     raise not_ours(lines) from error
@@ -85,7 +85,7 @@ def read_cache_entries(path: Path) -> Iterator[tuple[str, object]]:
             if (number == 0 and text == "{") or text in ("}", "{}"):
                 continue
             try:
-                ((key, value),) = json.loads("{" + text + "}").items()
+                ((key, value),) = parse_json("{" + text + "}").items()
             except ValueError as error:
                 raise not_ours(path) from error
             yield key, value

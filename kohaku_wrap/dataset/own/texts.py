@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.files import parse_json
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description")
@@ -178,6 +178,8 @@ def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None
 def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
     """Each entry's path, where the form keys entries by it, and its columns."""
     ending = path.suffix.lower()
+    if not path.is_file():
+        raise OSError("not a regular file")
     if ending == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches():
             names = [name for name in batch.schema.names if name == TAGS_COLUMN or is_string(batch, name)]
@@ -187,9 +189,9 @@ def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
             yield from ((None, row) for row in csv.DictReader(stream))
     elif ending == ".jsonl":
         with path.open(encoding="utf-8-sig") as stream:
-            yield from ((None, json.loads(line)) for line in stream if line.strip())
+            yield from ((None, parse_json(line)) for line in stream if line.strip())
     else:
-        yield from json.loads(path.read_text(encoding="utf-8-sig")).items()
+        yield from parse_json(path.read_text(encoding="utf-8-sig")).items()
 
 
 def is_string(batch: pa.RecordBatch, name: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.files import read_regular, take_lock, write_text
+from kohaku_wrap.files import parse_json, read_regular, take_lock, write_text
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
 from kohaku_wrap.training.records.folder import Lock, Place, Run
@@ -318,7 +318,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
     """One attempt of a run; raises BadAttempt when its file is missing, not what it should be, or of a later kwrap."""
     path = run.attempts / str(number) / "attempt.json"
     try:
-        document = json.loads(read_regular(path))
+        document = parse_json(read_regular(path))
         if document.get("format", 1) not in range(1, FORMAT + 1):
             raise BadAttempt(
                 f"{path}: has format {document['format']}; this kwrap reads 1 to {FORMAT}",

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import open_regular
 
 MAGIC = b"KWRAPLG3"
 HEADER = struct.Struct("<8sIIIIIIq32s64sIQ8xI")
@@ -290,7 +291,8 @@ def read_ledger_file(path: Path) -> tuple[LedgerHeader, Records]:
 
 def read_whole_ledger_file(path: Path) -> LedgerFile:
     """All that one file holds, of either form; what a crash tore off the end is left out. Raises BadLedger."""
-    data = path.read_bytes()
+    with open_regular(path) as stream:
+        data = stream.read()
     header, start = unpack_header(path, data)
     whole = (len(data) - start) // RECORD.itemsize
     records = np.frombuffer(data, dtype=RECORD, count=whole, offset=start)
@@ -314,6 +316,6 @@ def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:
 
 def holds_header(path: Path) -> bool:
     """Whether the file was not cut before its header ended."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         data = stream.read(HEADER.size)
     return len(data) >= (HEADER if data.startswith(MAGIC) else HEADER_2).size

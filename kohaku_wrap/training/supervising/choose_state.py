@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
+from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
@@ -109,7 +109,7 @@ def foreign_step(state: Path) -> int:
     if match := FOREIGN_STATE_OF_STEP.search(state.name):
         return int(match.group(1))
     try:
-        return int(json.loads((state / "train_state.json").read_text(encoding="utf-8"))["current_step"])
+        return int(parse_json(read_regular(state / "train_state.json"))["current_step"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(
             f"{state}: neither its name nor train_state.json tells the optimizer step", "Say it with `--step N`."

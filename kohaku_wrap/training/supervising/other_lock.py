@@ -8,6 +8,7 @@ from typing import Any
 
 from kohaku_wrap.config.run_files import LOCK_PLACES, flatten
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.folder import refuse_later_lock
 
@@ -53,7 +54,7 @@ def refuse_other_lock(path: Path, new: Mapping[str, Any]) -> None:
 def read_lock(path: Path) -> dict[str, Any]:
     """The tables of a lock file."""
     try:
-        tables = parse_toml(path.read_text(encoding="utf-8"))
+        tables = parse_toml(read_regular(path))
     except (OSError, ValueError) as error:
         raise KwrapError(f"{path}: not a lock ({error})", "Give the run.lock.toml of a run.") from error
     refuse_later_lock(path, tables)
