@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import database_writer
 import pytest
 from hypothesis import settings
+
+from kohaku_wrap.trainer.checkout import Checkout, TrainerMissing, find_checkout
+from kohaku_wrap.trainer.requirements import check_requirements
+
+HOW_TO_ENABLE = "enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT"
 
 settings.register_profile("plain", max_examples=300, deadline=None)
 # `make fuzz`: the same properties for minutes.
@@ -18,6 +25,40 @@ settings.load_profile("plain")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs so, and children would inherit it: no interrupt could be tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The checkout that the person has, and the home where its packages lie."""
+
+    checkout: Checkout
+    """A supported checkout."""
+
+    home: str | None
+    """`$KWRAP_HOME` as it was before the tests got their own."""
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Trainer:
+    """The person's checkout; where there is none, the test is skipped with how to enable it."""
+    try:
+        checkout = find_checkout()
+    except TrainerMissing:
+        pytest.skip(f"sd-scripts is not installed; {HOW_TO_ENABLE}")
+    missing = [state.requirement.distribution for state in check_requirements() if state.is_missing]
+    if missing:
+        pytest.skip(f"sd-scripts lacks {', '.join(missing)}: kwrap trainer install --requirements-only")
+    return Trainer(checkout, os.environ.get("KWRAP_HOME"))
+
+
+@pytest.fixture
+def use_trainer(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """Let commands of this test find the person's checkout and packages."""
+    if trainer.home is None:
+        monkeypatch.delenv("KWRAP_HOME")
+    else:
+        monkeypatch.setenv("KWRAP_HOME", trainer.home)
+    return trainer
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import pytest
 from kohaku_wrap.config.fates import FATES_FILE, Fate, load_fates
 from kohaku_wrap.proving.census import main, set_other, try_refused, what_it_needs
 from kohaku_wrap.proving.census_bench import CensusBench
-from kohaku_wrap.trainer.installed import find_trainer
 
 
 @pytest.fixture
@@ -48,9 +47,8 @@ def test_a_row_brings_what_it_needs() -> None:
 @pytest.mark.slow
 @pytest.mark.sd_scripts
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("use_trainer")
 def test_a_planted_row_makes_the_census_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if find_trainer() is None:
-        pytest.skip("no sd-scripts checkout is installed")
     table = FATES_FILE.read_text(encoding="utf-8")
     right = 'min_snr_gamma = {fate = "weights"'
     assert right in table

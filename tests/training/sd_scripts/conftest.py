@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.trainer.checkout import Checkout, TrainerMissing, find_checkout
-from kohaku_wrap.trainer.requirements import check_requirements
 from kohaku_wrap.training.records.folder import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-HOW_TO_ENABLE = "enable with `kwrap trainer install`, or KWRAP_SD_SCRIPTS=CHECKOUT"
 SETTINGS = ("effective_batch=16", "save_every_n_steps=1", "states.keep=9")
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """The checkout that the person has, and the home where its packages lie."""
-
-    checkout: Checkout
-    """A supported checkout."""
-
-    home: str | None
-    """`$KWRAP_HOME` as it was before the tests got their own."""
-
-
-@pytest.fixture(scope="session")
-def trainer() -> Trainer:
-    """The person's checkout; where there is none, the test is skipped with how to enable it."""
-    try:
-        checkout = find_checkout()
-    except TrainerMissing:
-        pytest.skip(f"sd-scripts is not installed; {HOW_TO_ENABLE}")
-    missing = [state.requirement.distribution for state in check_requirements() if state.is_missing]
-    if missing:
-        pytest.skip(f"sd-scripts lacks {', '.join(missing)}: kwrap trainer install --requirements-only")
-    return Trainer(checkout, os.environ.get("KWRAP_HOME"))
-
-
-@pytest.fixture
-def use_trainer(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """Let commands of this test find the person's checkout and packages."""
-    if trainer.home is None:
-        monkeypatch.delenv("KWRAP_HOME")
-    else:
-        monkeypatch.setenv("KWRAP_HOME", trainer.home)
-    return trainer
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +42,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, kwrap: Callable[..., str]) -
 
 
 @pytest.fixture(scope="session")
-def train(trainer: Trainer, kwrap: Callable[..., str], world: Path) -> Callable[[str, str], Run]:
+def train(trainer: object, kwrap: Callable[..., str], world: Path) -> Callable[[str, str], Run]:
     """Trains a run of that name and engine in the world: two epochs, accumulation that does not divide the batches."""
 
     def run(name: str, engine: str) -> Run:
