@@ -18,7 +18,7 @@ from kohaku_wrap.planning.doctor_torch import Finding, find_torch_faults
 from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, show_bytes, total_of
 from kohaku_wrap.planning.training_plan import TrainingPlan
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
-from kohaku_wrap.trainer.checkout import report_trainer
+from kohaku_wrap.trainer.checkout import report_trainer, require_transformers
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, find_version
 from kohaku_wrap.trainer.requirements import TESTED
 
@@ -135,6 +135,7 @@ def examine_trainer(*, required: bool) -> Finding:
         return Finding("sd-scripts", status, "not installed", "The engine sd-scripts is this checkout.", install)
     try:
         report = report_trainer()
+        require_transformers(report.checkout)
     except KwrapError as fault:
         return Finding("sd-scripts", status, fault.message, "The engine sd-scripts is this checkout.", fault.next_step)
     checkout = report.checkout

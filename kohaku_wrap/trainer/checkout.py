@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,13 @@ from kohaku_wrap.trainer.commits import (
 )
 from kohaku_wrap.trainer.corrections import AnchorMatch, match_anchors, require_anchors
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, git_environment, read_trainer_commit
-from kohaku_wrap.trainer.requirements import InstallFailed, RequirementState, check_requirements
+from kohaku_wrap.trainer.requirements import (
+    TESTED,
+    InstallFailed,
+    RequirementState,
+    check_requirements,
+    installed_version,
+)
 
 INSTALLED = "kwrap trainer install"
 """What chose a checkout that kwrap installed itself."""
@@ -42,6 +49,14 @@ class TrainerMissing(KwrapError):
 
 class UnsupportedTrainer(KwrapError):
     """The checkout is not at a supported commit, or its files were changed."""
+
+
+class ImpossiblePair(KwrapError):
+    """The checkout cannot be imported with the packages that are installed."""
+
+
+FIRST_WITHOUT_EXTRACTOR = 5
+IMPORTS_EXTRACTOR = re.compile(r"^from transformers import (?:.*, )?CLIPFeatureExtractor\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -146,9 +161,10 @@ def find_checkout(commit: str = "") -> Checkout:
 def require_supported(checkout: Checkout) -> Checkout:
     """The checkout, if kwrap may correct its loop.
 
-    Raises AnchorsMissing that names the places that differ, or UnsupportedTrainer.
+    Raises AnchorsMissing that names the places that differ, UnsupportedTrainer, or ImpossiblePair.
     """
     if checkout.is_supported:
+        require_transformers(checkout)
         return checkout
     require_anchors(checkout.path, checkout.name, SUPPORTED_TEXT)
     if checkout.is_changed:
@@ -160,6 +176,20 @@ def require_supported(checkout: Checkout) -> Checkout:
         f"{checkout.path}: sd-scripts {checkout.name} is not supported",
         f"Supported: {SUPPORTED_TEXT}. Install one: kwrap trainer install\nOr try this one here: kwrap trainer prove",
     )
+
+
+def require_transformers(checkout: Checkout) -> None:
+    """Raise ImpossiblePair where the checkout imports what transformers 5 no longer has."""
+    version = installed_version(TESTED["transformers"])
+    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < FIRST_WITHOUT_EXTRACTOR:
+        return
+    for path in sorted((checkout.path / "library").glob("*.py")):
+        if IMPORTS_EXTRACTOR.search(path.read_text(encoding="utf-8")):
+            raise ImpossiblePair(
+                f"sd-scripts {checkout.name} does not train with transformers {version}: library/{path.name} imports "
+                "CLIPFeatureExtractor, which is gone there",
+                f"Install transformers {TESTED['transformers'].version}, or a newer commit: kwrap trainer install",
+            )
 
 
 def report_trainer() -> TrainerReport:

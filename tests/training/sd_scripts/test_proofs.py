@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kohaku_wrap.config.render import describe_trainer
-from kohaku_wrap.trainer.checkout import find_commit, inspect_checkout, require_supported
+from kohaku_wrap.planning.doctor import examine_trainer
+from kohaku_wrap.trainer.checkout import ImpossiblePair, find_commit, inspect_checkout, require_supported
 from kohaku_wrap.trainer.commits import (
     TRIAL_VARIABLE,
     SupportedCommit,
@@ -91,3 +92,32 @@ def test_changed_options_are_listed() -> None:
         "c: default 3, now 4",
         "d: new, a whole number",
     ]
+
+
+@pytest.mark.parametrize(
+    ("version", "line", "fits"),
+    [
+        ("5.23.0", "from transformers import CLIPFeatureExtractor, CLIPTextModel", False),
+        ("5.23.0", "from transformers import CLIPTextModel, CLIPFeatureExtractor", False),
+        ("5.23.0", "from transformers import CLIPImageProcessor as CLIPFeatureExtractor, CLIPTextModel", True),
+        ("4.57.6", "from transformers import CLIPFeatureExtractor, CLIPTextModel", True),
+    ],
+)
+def test_an_impossible_pair_with_transformers_is_refused_by_train_and_doctor(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, line: str, fits: bool
+) -> None:
+    (checkout / "library" / "pipeline.py").write_text(f"import torch\n{line}\n")
+    write_proof(proved(checkout), {})
+    package = tmp_path / "packages" / f"transformers-{version}.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(checkout))
+    found = inspect_checkout(checkout, "test")
+    if fits:
+        assert require_supported(found) == found
+        return
+    with pytest.raises(ImpossiblePair, match=r"sd-scripts new does not train with transformers 5\.23\.0"):
+        require_supported(found)
+    finding = examine_trainer(required=True)
+    assert finding.status == "broken" and "library/pipeline.py" in finding.what
