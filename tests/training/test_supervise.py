@@ -30,7 +30,7 @@ from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.status import read_status
 from kohaku_wrap.training.supervising.supervise import RunStopped, TrainerFailed, await_orphans, supervise_run
 from kohaku_wrap.training.supervising.verify import verify_run
-from kohaku_wrap.training.supervising.watch import StopSignals, WatchOptions
+from kohaku_wrap.training.supervising.watch import StopSignals, WatchOptions, start_launcher
 
 NewRun = Callable[..., Run]
 
@@ -360,3 +360,13 @@ def test_how_many_bad_steps_end_an_attempt(
             counts.check_step(attempt, step, math.nan, is_skipped=False)
         accepted = dataclasses.replace(attempt, allow=frozenset({"non-finite-loss"}))
         counts.check_step(accepted, step, math.nan, is_skipped=False)
+
+
+def test_variables_of_the_shell_for_accelerate_have_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    monkeypatch.setenv("KEPT", "yes")
+    names = ("KEPT", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    program = f"import os; print({{name: os.environ.get(name) for name in {names}}})"
+    launch = Launch((sys.executable, "-c", program), {}, tmp_path)
+    assert start_launcher(launch, tmp_path / "log").wait() == 0
+    assert (tmp_path / "log").read_text() == "{'KEPT': 'yes', 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS': None}\n"

@@ -209,6 +209,12 @@ def ledger_file(ledger: Path, attempt: int, rank: int) -> Path:
     return ledger / f"attempt-{attempt:04d}-rank-{rank:03d}.bin"
 
 
+def recorded_attempts(ledger: Path) -> set[int]:
+    """The attempts that left a file in the ledger's folder."""
+    names = (FILE_NAME.fullmatch(path.name) for path in ledger.glob("attempt-*"))
+    return {int(name[1]) for name in names if name}
+
+
 class LedgerWriter:
     """Appends the records of one rank; after `write_out` SIGKILL loses none."""
 

@@ -31,9 +31,12 @@ from kohaku_wrap.trainer.installed import (
     read_trainer_commit,
 )
 from kohaku_wrap.trainer.options import flatten_sections, suggest
+from kohaku_wrap.training.records.attempts import attempt_numbers
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
+from kohaku_wrap.training.records.ledger import recorded_attempts
+from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
+from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.file_changes import BY_ATTEMPT, compare_files, list_moves
 
 OTHER_RUN = "other-run"
@@ -124,6 +127,7 @@ def list_notes(run: Run) -> list[str]:
     for key, path in {**sources, "site_sha256": inputs.get("site", "")}.items():
         if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
             notes.append(f"{path} changed since the run was made; the run keeps its own files")
+    notes += list_missing_records(run)
     images = Path(find_image_folder(read_dataset(run.dataset_config)))
     with suppress(NoImages):
         if run.lock.data == "kwrap" and find_captions(images, run.lock.dataset_digest).name != CAPTIONS_FILE:
@@ -136,6 +140,21 @@ def list_notes(run: Run) -> list[str]:
         notes.append(NOT_KEPT_BY_0_1)
         notes += [f"{problem.where}: {problem.what}" for problem in compare_packages(run)]
     return notes
+
+
+def list_missing_records(run: Run) -> Iterator[str]:
+    """Attempts whose record or ledger is gone: the run goes on, and `verify` will not prove them."""
+    known, recorded = set(attempt_numbers(run)), recorded_attempts(run.ledger)
+    saved = set()
+    for _, path in list_states(run.states):
+        with suppress(DamagedState):
+            manifest = read_manifest(path)
+            if manifest.fingerprint.run_id == run.lock.run_id:
+                saved.add(manifest.attempt)
+    for attempt in sorted((recorded | saved) - known):
+        yield f"{run.attempts / str(attempt)} is gone: what it trained may count twice for `kwrap verify`"
+    for attempt in sorted(saved - recorded):
+        yield f"{run.ledger} has no file of attempt {attempt}: `kwrap verify` cannot prove what it trained"
 
 
 def read_trainer(path: Path) -> dict[str, Any]:

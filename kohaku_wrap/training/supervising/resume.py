@@ -12,6 +12,7 @@ from kohaku_wrap.errors import KwrapError, Problem, command_line
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts, read_attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.ledger import recorded_attempts
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.choose_state import find_foreign_state, find_state
@@ -106,7 +107,7 @@ def plan_resume(
     abandons += [path for path in later_checkpoints(run, optimizer_step) if path != state]
     return ResumePlan(
         run=run,
-        number=max(attempt_numbers(run), default=0) + 1,
+        number=max([0, *attempt_numbers(run), *recorded_attempts(run.ledger)]) + 1,
         processes=processes,
         accumulation=accumulation,
         workers=workers if workers is not None else (last.workers if last else run.lock.workers),

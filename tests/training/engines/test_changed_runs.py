@@ -322,6 +322,14 @@ TOLD: dict[str, tuple[str, Callable[[Stage], None]]] = {
         "max_data_loader_n_workers was 0, is now 3; each attempt decides it",
         edit("trainer.toml", r"^max_data_loader_n_workers = .*", "max_data_loader_n_workers = 3"),
     ),
+    "an attempt's record gone": (
+        "is gone: what it trained may count twice for `kwrap verify`",
+        lambda stage: shutil.rmtree(stage.run.attempts / "1"),
+    ),
+    "the ledger gone": (
+        "has no file of attempt 1: `kwrap verify` cannot prove what it trained",
+        lambda stage: shutil.rmtree(stage.run.ledger),
+    ),
     "accumulation": (
         "gradient_accumulation_steps was 2, is now 7; each attempt decides it",
         edit("trainer.toml", r"^gradient_accumulation_steps = .*", "gradient_accumulation_steps = 7"),
@@ -381,6 +389,12 @@ def test_what_has_no_effect_is_told(stage: Stage, name: str) -> None:
     change(stage)
     plan = plan_resume(stage.run, step=STEP)
     assert not plan.differences and any(words in note for note in plan.notes), plan.notes
+
+
+def test_an_attempt_never_takes_the_number_of_one_in_the_ledger(stage: Stage) -> None:
+    shutil.rmtree(stage.run.attempts)
+    attempt, _ = begin_attempt(plan_resume(stage.run, step=STEP))
+    assert attempt.number == 2
 
 
 def test_a_state_under_the_name_of_another_step_is_not_taken(stage: Stage) -> None:
