@@ -53,7 +53,7 @@ from kohaku_wrap.trainer.commits import (
     write_proof,
 )
 from kohaku_wrap.trainer.corrections import require_anchors
-from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, is_decisive, list_versions
+from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, is_decisive, list_versions, plain_name
 from kohaku_wrap.trainer.requirements import InstallFailed, require_requirements, requirement_paths
 from kohaku_wrap.training.records.folder import Run
 
@@ -281,7 +281,7 @@ def write_list(proof: Proof, path: Path) -> None:
     """Put a proof into the list of proved releases, in place of an older one of the same commit."""
     text = path.read_text(encoding="utf-8") if path.exists() else LIST_HEAD
     rows = [line for line in text.removeprefix(LIST_HEAD).splitlines() if line]
-    versions = ", ".join(f"{name} {proof.versions[name]}" for name in LISTED if name in proof.versions)
+    versions = ", ".join(f"{name} {found}" for name, found in proof.versions.items() if plain_name(name) in LISTED)
     same = f"no: {proof.difference}" if proof.difference else proof.reference
     name, commit = proof.commit.name, proof.commit.commit[:10]
     rows = [row for row in rows if not row.startswith(f"| {name} |")]
