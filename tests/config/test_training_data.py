@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, spread_evenly
+from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, find_caption_extension, spread_evenly
 from kohaku_wrap.formats.caption_rows import NoImages
 
 FILES: Mapping[str, Any] = {"caption_extension": ".txt"}
@@ -104,6 +104,37 @@ def test_an_option_that_has_other_captions_read_is_seen(
 ) -> None:
     found = [describe_data("sd-scripts", images, dataset) for dataset in (first, second)]
     assert found[0][CAPTIONS] != found[1][CAPTIONS]
+
+
+def test_the_cache_that_the_trainer_writes_is_the_same_data(tmp_path: Path) -> None:
+    """Its first start writes what it read: first lines, without blanks and line ends."""
+    for name in ("a", "b"):
+        paint(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f" {name}, smile \nsecond line\n")
+    before = describe_data("sd-scripts", tmp_path, CACHE)
+    entries = {
+        str(tmp_path / f"{name}.png"): {"caption": f"{name}, smile", "resolution": [40, 30]} for name in ("a", "b")
+    }
+    (tmp_path / "metadata_cache.json").write_text(json.dumps(entries))
+    assert describe_data("sd-scripts", tmp_path, CACHE) == before
+
+
+@pytest.mark.parametrize("content", [b"", "猫".encode("cp932")])
+def test_a_text_that_the_trainer_fails_at_is_named(tmp_path: Path, content: bytes) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(NoImages, match=r"a\.txt"):
+        describe_data("sd-scripts", tmp_path, FILES)
+
+
+def test_the_ending_of_texts_is_found_and_of_two_none_is_chosen(tmp_path: Path, images: Path) -> None:
+    assert find_caption_extension(images) is None
+    (images / "metadata_cache.json").unlink()
+    with pytest.raises(NoImages, match=r"\.txt and \.caption"):
+        find_caption_extension(images)
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.txt").write_text("a")
+    assert find_caption_extension(tmp_path / "only") == ".txt"
 
 
 def test_images_that_were_moved_are_the_same(images: Path) -> None:

@@ -337,6 +337,26 @@ def test_a_moved_folder_keeps_its_ids(mine: Path, out: Path) -> None:
     assert all((out / file).is_file() for file in rows_of(out))
 
 
+def test_a_moved_image_folder_gets_its_caches_from_another_import(mine: Path, out: Path) -> None:
+    run(mine, "--out", out)
+    ids = {row["id"] for row in rows_of(out).values()}
+    away = out.rename(out.with_name("away"))
+    relocated = CliRunner().invoke(program, ["caption", "--relocate", "--out", str(away)])
+    assert "kwrap import FOLDER" in str(relocated.exception)
+    assert run(mine, "--out", away)["kept"] == 5
+    assert {row["id"] for row in rows_of(away).values()} == ids
+    assert all(Path(key).is_file() for key in json.loads((away / "metadata_cache.json").read_text()))
+
+
+@pytest.mark.parametrize("name", ["pipe.png", "a.txt"])
+def test_a_pipe_is_not_waited_for(mine: Path, out: Path, name: str) -> None:
+    (mine / name).unlink(missing_ok=True)
+    os.mkfifo(mine / name)
+    result = CliRunner().invoke(program, ["import", str(mine), "--out", str(out)])
+    assert result.exit_code == 1
+    assert "regular" in str(result.exception)
+
+
 def test_one_spelling_of_a_name(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "mine" / unicodedata.normalize("NFD", "é.png"), text="x")
     run(tmp_path / "mine", "--out", out)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.dataset.captions.formats import CACHE_FILE, LINES_FILE
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import atomic_write, parse_json
+from kohaku_wrap.formats.caption_rows import read_subsets
 
 
 class NotRelocatable(KwrapError):
@@ -33,6 +34,11 @@ class RelocationReport:
 def relocate_captions(folder: Path) -> RelocationReport:
     """Rewrite the absolute paths of metadata_cache.json and captions.jsonl to `folder`. Raises NotRelocatable."""
     folder = folder.absolute()
+    if read_subsets(folder):
+        raise NotRelocatable(
+            f"{folder}: images of your own, whose caption files `kwrap import` writes",
+            f"Run `{command_line('import', 'FOLDER', '--out', folder)}` again: images and ids stay as they are.",
+        )
     files: dict[str, int] = {}
     missing = 0
     cache, lines = folder / CACHE_FILE, folder / LINES_FILE

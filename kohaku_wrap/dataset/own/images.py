@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
 from kohaku_wrap.dataset.images.extract import IMAGES_A_PROCESS, WorkerDied
 from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX, exit_after
-from kohaku_wrap.files import Progress, atomic_write
+from kohaku_wrap.files import Progress, atomic_write, open_regular
 from kohaku_wrap.processes import safe_children
 
 IMPORTED_FILE = "imported.parquet"
@@ -210,8 +210,8 @@ def take_image(task: ImageTask, images: Path, copy: bool, dry_run: bool) -> Impo
     """Check one image and place it. Raises OSError where it cannot be written."""
     source = Path(task.source)
     try:
-        status = source.stat()
-        content = source.read_bytes()
+        with open_regular(source) as stream:
+            status, content = os.fstat(stream.fileno()), stream.read()
         checked = check_image(content, source.suffix[1:].lower(), with_likeness=True)
     except ImageRefused as refusal:
         return Refusal(task.source, refusal.message)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.files import parse_json
+from kohaku_wrap.files import parse_json, read_regular
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description")
@@ -100,7 +100,7 @@ def read_neighbours(found: Found, ending: str) -> Texts:
     for stem, images in by_stem.items():
         path = found.source.folder / f"{stem}{ending}"
         try:
-            text: str | None = path.read_text(encoding="utf-8")
+            text: str | None = read_regular(path)
         except FileNotFoundError:
             text = None
         except UnicodeDecodeError:
@@ -171,7 +171,7 @@ def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None
                     )
                 key = row[column]
             yield key, find_text(path, row, text_column)
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error, pa.ArrowException) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error, pa.ArrowException) as error:
         raise NoTable(f"{path}: cannot be read ({error})", "Give .jsonl, .json, .csv or .parquet in UTF-8.") from None
 
 
