@@ -99,6 +99,11 @@ def move_function(name: str) -> Edit:
             [(place, node)] = [
                 (place, node) for place, node in enumerate(tree.body) if getattr(node, "name", None) == name
             ]
+            neighbours = {str(each.name) for each in tree.body if isinstance(each, ast.FunctionDef | ast.ClassDef)}
+            used = neighbours & {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+            if used and isinstance(node, ast.FunctionDef):
+                # When it is called, so that neither module needs the other at import.
+                node.body[:0] = ast.parse(f"from library.{path.stem} import {', '.join(sorted(used))}").body
             imports = [each for each in tree.body if isinstance(each, ast.Import | ast.ImportFrom)]
             imports = [each for each in imports if getattr(each, "module", "") != "__future__"]
             logger = ast.parse("import logging\nlogger = logging.getLogger(__name__)").body
