@@ -135,13 +135,14 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
     from kohaku_wrap.trainer.options import compare_tables, parse_document
     from kohaku_wrap.trainer.requirements import install_requirements
 
-    install_requirements(note_unless(as_json))
     before = [each.name for each in list_installed()]
     changes: list[str] = []
     found: list[Checkout] = []
 
     def examine(checkout: Checkout) -> None:
         found.append(checkout)
+        # Its options are read by loading it.
+        install_requirements(note_unless(as_json))
         changes.extend(compare_tables(find_option_table(), parse_document(ask_trainer(checkout.path), checkout.name)))
         if not as_json:
             print_table(

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
+from PIL import Image
 
 from kohaku_wrap.cli import program
 
@@ -78,6 +80,8 @@ ROWS = {
     "template diff": Row("template diff epsilon {world}/mine.toml", shows=True),
     "inspect": Row("inspect {world}/base/model.safetensors --no-hash", shows=True),
     # Without a repository: what is tried is that it says so and leaves nothing.
+    "trainer prove": Row("trainer prove", code=1),
+    "trainer update": Row("trainer update --source {world}/nothing", code=1),
     "trainer install": Row("trainer install --source {world}/nothing", code=1),
     # None is installed, which is an error and nothing to show.
     "trainer show": Row("trainer show", code=1),
@@ -93,6 +97,7 @@ ROWS = {
         makes="images/captions.jsonl",
         sign="out/images",
     ),
+    "import": Row("import {world}/own --out {out}/images", makes="images/captions.arrow", sign="out/images"),
     "plan": Row("plan demo --site {world}/site.toml", shows=True, without_torch=True),
     "train": Row(
         "train demo --site {world}/site-of-{try}.toml --run r --set max_train_steps=400 --set states.every=100",
@@ -194,6 +199,10 @@ def place() -> Iterator[Place]:
         make_run(place.folder / name / "runs" / "r")
     place.world.mkdir()
     (place.world / "mine.toml").write_text('extends = "demo"\n')
+    (place.world / "own").mkdir()
+    for name in ("one", "two"):
+        Image.effect_noise((160, 96), 60).convert("RGB").save(place.world / "own" / f"{name}.png")
+        (place.world / "own" / f"{name}.txt").write_text("1girl, smile")
     for condition in CONDITIONS:
         write_site(place, condition)
     (place.folder / "without-torch").mkdir()
@@ -224,8 +233,16 @@ def try_all(place: Place) -> dict[tuple[str, str], int]:
     request = place.folder / "tries.json"
     request.write_text(json.dumps(batches))
     argv = [*(WITHOUT_RIGHTS if os.geteuid() == 0 else ()), sys.executable, str(TRY_CONDITIONS), str(request)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    codes = json.loads(done.stdout)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            stdout, stderr = process.communicate()
+        finally:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+    assert process.returncode == 0, stderr
+    codes = json.loads(stdout)
     for number, words in enumerate(PREPARATIONS):
         assert codes[number] == [0], (words, (place.folder / f"preparation-{number}" / "stderr.txt").read_text())
     return dict(zip(keys, codes[-1], strict=True))
