@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 STYLES = ("kohaku", "hakubooru")
 FORMATS = ("txt", "cache", "jsonl")
+RARE_SHOWN = 20
 
 
 @click.command(
@@ -66,6 +67,14 @@ Examples:
     help="Explain the caption of one post; with SEL.parquet, as it is written there.",
 )
 @click.option("--stats", is_flag=True, help="Count tags and tokens, write nothing.")
+@click.option(
+    "--rare",
+    type=click.IntRange(min=0),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="With --stats: list words in fewer captions.",
+)
 @click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats.")
 @click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
@@ -80,6 +89,7 @@ def command(
     style: str | None,
     post_id: int | None,
     stats: bool,
+    rare: int,
     tokenizer: Path | None,
     relocate: bool,
     jobs: int | None,
@@ -101,7 +111,7 @@ def command(
     selection = require(selection, "SEL.parquet", "captions (or --post ID)")
     name, recipe = choose_recipe(selection, dataset, style)
     if stats:
-        print_statistics(database, selection, recipe, tokenizer, jobs, as_json)
+        print_statistics(database, selection, recipe, rare, tokenizer, jobs, as_json)
         return
     write(database, selection, require(out, "--out IMAGES", "captions"), name, recipe, formats, jobs, as_json)
 
@@ -218,7 +228,7 @@ def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:
 
 
 def print_statistics(
-    db: Path, selection: Path, recipe: CaptionRecipe, tokenizer: Path | None, jobs: int | None, as_json: bool
+    db: Path, selection: Path, recipe: CaptionRecipe, rare: int, tokenizer: Path | None, jobs: int | None, as_json: bool
 ) -> None:
     """Print what the captions are made of."""
     from kohaku_wrap.dataset.captions.statistics import measure_captions
@@ -232,16 +242,17 @@ def print_statistics(
             recipe,
             tokenizer,
             spill_folder=selection.absolute().parent,
+            rare_below=rare,
             threads=jobs or usable_threads(),
             on_progress=progress,
         )
     if as_json:
         print_json("caption", asdict(statistics))
         return
-    print_table(f"Captions of {selection}, {recipe.style} style", rows_of_statistics(statistics))
+    print_table(f"Captions of {selection}, {recipe.style} style", rows_of_statistics(statistics, rare))
 
 
-def rows_of_statistics(statistics: CaptionStatistics) -> list[tuple[str, Any]]:
+def rows_of_statistics(statistics: CaptionStatistics, rare: int) -> list[tuple[str, Any]]:
     """The statistics as lines of a table."""
     posts = max(statistics.posts, 1)
     total = max(sum(statistics.groups.values()), 1)
@@ -253,6 +264,10 @@ def rows_of_statistics(statistics: CaptionStatistics) -> list[tuple[str, Any]]:
         rows.append(
             (group, f"{count:,} words, {format_share(count / total)} of all, {count / posts:.1f} a caption: {words}")
         )
+    if statistics.rare:
+        first = ", ".join(f"{word} ({uses:,})" for word, uses in statistics.rare[:RARE_SHOWN])
+        more = ", …; all with --json" if len(statistics.rare) > RARE_SHOWN else ""
+        rows.append((f"in fewer than {rare:,} captions", f"{len(statistics.rare):,} words: {first}{more}"))
     rows += [(f"tags: {fate.replace('_', ' ')}", count) for fate, count in statistics.tags.items() if count]
     rows += [(f"posts: {what.replace('_', ' ')}", count) for what, count in statistics.lacking.items() if count]
     rows += [

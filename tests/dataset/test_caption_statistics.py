@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -99,6 +100,24 @@ def test_groups_and_frequencies(database: Database, selection: Path, tmp_path: P
     assert list(statistics.frequent["general"]) == ranked[:10]
     assert statistics.groups["rating"] == 200 and statistics.posts == 200
     assert 0 < statistics.used_popularity["1000"] <= statistics.popularity["1000"] <= statistics.popularity["100"]
+
+
+def test_rare_words_are_listed_with_their_counts(database: Database, selection: Path, tmp_path: Path) -> None:
+    captions = captions_of(database, selection, CaptionRecipe(), tmp_path / "images")
+    uses = Counter(
+        word for caption in captions for word in re.split(r", | ?\|\|\| ?", caption.replace("nsfw, ", "nsfw; "))
+    )
+    below = sorted(uses.values())[len(uses) // 2] + 1
+    words = [str(selection), "--db", str(database.path), "--stats", "--rare", str(below)]
+    document = json.loads(CliRunner().invoke(command, [*words, "--json"]).stdout)
+    wanted = sorted(
+        ((word, count) for word, count in uses.items() if word and count < below), key=lambda w: (w[1], w[0])
+    )
+    # The rating's word has a comma of its own.
+    assert [(word.replace("nsfw, ", "nsfw; "), count) for word, count in document["rare"]] == wanted
+    shown = CliRunner().invoke(command, words).output
+    assert f"in fewer than {below} captions" in shown
+    assert f"{wanted[0][0]} ({wanted[0][1]})" in shown
 
 
 def test_without_a_tokenizer_the_estimate_is_named(

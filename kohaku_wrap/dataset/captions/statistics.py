@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ class CaptionStatistics:
 
     frequent: Mapping[str, tuple[tuple[str, int], ...]]
     """For each group, the most frequent words and in how many captions they stand."""
+
+    rare: tuple[tuple[str, int], ...]
+    """Words that stand in fewer captions than asked for, the rarest first, and in how many."""
 
     popularity: Mapping[str, int]
     """Tags of the database whose popularity is at least 100 and 1000."""
@@ -109,6 +113,7 @@ def measure_captions(
     tokenizer: Path | None,
     spill_folder: Path,
     most_frequent: int = 10,
+    rare_below: int = 0,
     threads: int = 1,
     on_progress: Progress | None = None,
 ) -> CaptionStatistics:
@@ -147,6 +152,7 @@ def measure_captions(
         lacking=dict(zip(POST_COUNTS, tally.counts.lacking.tolist(), strict=True)),
         distinct_words=int((tally.uses > 0).sum()) - len(plan.separators),
         frequent=most_frequent_words(plan, tally.uses, most_frequent),
+        rare=rare_words(plan, tally.uses, rare_below),
         popularity={str(least): int((tags.popularity >= least).sum()) for least in POPULARITIES},
         used_popularity={str(least): int((used & (tags.popularity >= least)).sum()) for least in POPULARITIES},
         tokens_by=tokens_by,
@@ -183,6 +189,16 @@ def most_frequent_words(
         )
         found[slot] = tuple(words[:most])
     return found
+
+
+def rare_words(plan: CaptionPlan, uses: npt.NDArray[np.int64], below: int) -> tuple[tuple[str, int], ...]:
+    """The words in fewer than `below` captions and their counts, the rarest first, ties by word."""
+    found: Counter[str] = Counter()
+    # Two tags may be one word, such as long_hair and "long hair".
+    for place in np.flatnonzero(uses).tolist() if below > 1 else ():
+        if place not in plan.separators:
+            found[plan.texts[place].as_py()] += int(uses[place])
+    return tuple(sorted(((w, n) for w, n in found.items() if n < below), key=lambda word: (word[1], word[0])))
 
 
 def quantiles_of(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
