@@ -24,8 +24,9 @@ def test_one_process_gets_every_position() -> None:
     assert (sampler.rank, sampler.processes, sampler.epoch) == (0, 1, 0)
 
 
-@pytest.mark.parametrize("start", [0, 4, 8])
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("processes", "start"), [*((each, start) for each in (1, 2, 4) for start in (0, 4, 8)), (3, 3), (3, 9)]
+)
 def test_the_ranks_share_the_positions_in_turn(processes: int, start: int) -> None:
     samplers = [PositionSampler(FILLED, 1, start, rank, processes) for rank in range(processes)]
     for rank, sampler in enumerate(samplers):
@@ -45,6 +46,9 @@ def test_keys_hold_epoch_batch_and_fill() -> None:
 def test_only_the_epoch_of_the_resume_starts_in_the_middle() -> None:
     sampler = PositionSampler(ORDER, 3, 5)
     assert sampler.epoch == 3
+    late = PositionSampler(ORDER, 300, 5)
+    late.set_epoch(int("300"))
+    assert late.first_position == 5
     for epoch, first in ((3, 5), (4, 0), (2, 0), (300, 0), (3, 5)):
         sampler.set_epoch(epoch)
         assert sampler.first_position == first

@@ -179,12 +179,12 @@ def steps(states: Path) -> list[int]:
 
 
 def test_retention_keeps_the_newest_and_milestones(tmp_path: Path) -> None:
-    for step in range(1, 12):
+    for step in range(1, 15):
         write(tmp_path, step)
         remove_old_states(tmp_path, keep=3, every=5)
-    assert steps(tmp_path) == [5, 9, 10, 11]
-    assert remove_old_states(tmp_path, keep=1) == [5, 9, 10]
-    assert remove_old_states(tmp_path, keep=0) == [] and steps(tmp_path) == [11]
+    assert steps(tmp_path) == [5, 10, 12, 13, 14]
+    assert remove_old_states(tmp_path, keep=1) == [5, 10, 12, 13]
+    assert remove_old_states(tmp_path, keep=0) == [] and steps(tmp_path) == [14]
 
 
 def test_a_state_of_a_stop_goes_when_a_scheduled_one_follows(tmp_path: Path) -> None:
