@@ -126,9 +126,9 @@ def prove(source: str, accept_difference: bool, as_json: bool) -> None:
 @json_option
 @beyond_output()
 def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_json: bool) -> None:
-    """Get the newest sd-scripts: say what changes in its options, then install and prove it.
+    """Get the newest sd-scripts, and prove it.
 
-    Runs go on with the commit of their lock.
+    What changes in its options is shown first. Runs go on with the commit of their lock.
     """
     from kohaku_wrap.trainer.checkout import install_checkout, list_installed
     from kohaku_wrap.trainer.installed import ask_trainer, find_option_table
