@@ -147,7 +147,7 @@ def write_text(path: Path, text: str) -> None:
 def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """The file's sha256 in hex; `on_bytes` is told the size of each block read."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
+    with open_regular(Path(path)) as stream:
         while block := stream.read(HASH_BLOCK_BYTES):
             digest.update(block)
             if on_bytes:

@@ -109,3 +109,9 @@ def test_the_help_is_quick_and_free_of_torch() -> None:
 def test_a_document_that_cannot_be_read_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         parse_json(text)
+
+
+def test_a_pipe_is_not_hashed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        sha256_of_file(tmp_path / "pipe")

@@ -221,12 +221,12 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> NoReturn:
     """The console script: SIGTERM ends a command as tidily as SIGINT does."""
-    signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, interrupt)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt)
     try:
+        # Inside, as a signal may come as soon as it is taken.
+        signal.signal(signal.SIGTERM, interrupt)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, interrupt)
         code = run_program()
         if signal.setitimer(signal.ITIMER_REAL, 0)[0]:
             # It fell into the command's last imports; the alarm would end the interpreter's own end.

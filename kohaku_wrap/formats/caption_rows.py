@@ -402,6 +402,7 @@ def read_batches(path: Path, *names: str) -> Iterator[Any]:
     Read and not mapped: mapped, the whole file would count as memory of this process.
     """
     places = [number for number, each in enumerate(FIELDS) if each.name in names]
+    open_regular(path).close()
     with pa.OSFile(str(path)) as source:
         reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=places))
         for number in range(reader.num_record_batches):

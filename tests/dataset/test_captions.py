@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
+from kohaku_wrap.dataset.captions.earlier import EarlierCaptions
 from kohaku_wrap.dataset.captions.explanation import NoSuchPost, explain_post
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, find_repeats, make_captions
 from kohaku_wrap.dataset.captions.plan import FATES, plan_captions
@@ -319,3 +321,8 @@ def test_explanation_is_the_caption(maker: Maker, writer: ModuleType) -> None:
             assert len(explanation.tags) == len([row for row in world.relations if row[0] == post["id"]])
     with pytest.raises(NoSuchPost, match="no post 4"):
         explain_post(open_database(path), CaptionRecipe(), 4)
+
+
+def test_a_pipe_in_place_of_earlier_captions_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "captions.arrow")
+    assert EarlierCaptions(tmp_path / "captions.arrow").ids.size == 0

@@ -115,9 +115,11 @@ def encode_with_vae(request: Facts) -> Facts:
     from safetensors import safe_open
 
     from kohaku_wrap.config.base_model import read_sizes
+    from kohaku_wrap.files import open_regular
     from kohaku_wrap.formats.sdxl import VAE_PREFIX
 
     path = Path(request["vae"] or request["base_model"])
+    open_regular(path).close()
     with safe_open(str(path), framework="pt") as file:
         names = list(file.keys())
         wanted = [name for name in names if name.startswith(VAE_PREFIX) or request["vae"]]

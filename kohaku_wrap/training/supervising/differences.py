@@ -12,7 +12,7 @@ from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, find_image_folder, flatten_dataset
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import keeps_sha256, kept_sha256, sha256_of_file
+from kohaku_wrap.files import keeps_sha256, kept_sha256, read_regular, sha256_of_file
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     NoImages,
@@ -170,7 +170,7 @@ def read_dataset(path: Path) -> dict[str, Any]:
 def read_run_file(path: Path) -> dict[str, Any]:
     """A TOML file of the run; raises DifferentRun when it cannot be read."""
     try:
-        return parse_toml(path.read_text(encoding="utf-8"))
+        return parse_toml(read_regular(path))
     except (OSError, ValueError) as error:
         raise DifferentRun(str(path), [Problem(path.name, str(error))], "Restore the run's own files.") from error
 

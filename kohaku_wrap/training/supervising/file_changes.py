@@ -17,6 +17,7 @@ from kohaku_wrap.config.run_files import (
     read_run_text,
 )
 from kohaku_wrap.errors import Problem
+from kohaku_wrap.files import read_regular
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.launch import BY_LAUNCH, describe_attempt_accelerate
@@ -65,7 +66,7 @@ def compare_files(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, An
 def read_text(path: Path) -> str:
     """A file of the run. Raises UnreadableRunFile."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path)
     except (OSError, UnicodeDecodeError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise UnreadableRunFile(f"{path.name}: {what}", "Restore the run's own files.") from None
