@@ -4,6 +4,7 @@ from kohaku_wrap.import_path import drop_current_folder
 
 drop_current_folder()
 
+# After the call: a contextlib.py of the current folder must not be what is imported.
 import contextlib  # noqa: E402
 import mmap  # noqa: E402
 import os  # noqa: E402
