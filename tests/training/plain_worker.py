@@ -24,6 +24,8 @@ from kohaku_wrap.training.supervising.verify import read_order
 
 
 def hang() -> None:
+    """Hang for ever, and say so first."""
+    print("hangs", flush=True)
     while True:
         time.sleep(3600)
 

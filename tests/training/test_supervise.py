@@ -166,6 +166,17 @@ def wait_for_step(run: Run, step: int) -> None:
     pytest.fail(f"step {step} never came")
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def log_lines(attempt: Attempt) -> list[str]:
+    return [line for path in attempt.folder.glob("*.log") for line in path.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_state_and_ends(new_run: NewRun, whole: bytes, number: int) -> None:
     run = new_run()
@@ -189,12 +200,13 @@ def test_a_second_signal_ends_at_once(new_run: NewRun, whole: bytes) -> None:
     run = new_run()
     misbehave(run, attempt_1={"hang": "step", "at": 3})
     supervisor = start_supervisor(run)
-    wait_for_step(run, 3)
+    # After its metrics are there the worker still looks for a stop: only a hang never answers the first signal.
+    wait_until(lambda: any("hangs" in line for each in list_attempts(run) for line in log_lines(each)))
     supervisor.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    wait_until(list_attempts(run)[0].stop_file.exists)
     assert supervisor.poll() is None
     supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(10) == 130
+    assert supervisor.wait(30) == 130
     assert ends(run) == ["killed"] and not list_processes(run)
     train(run)
     assert weights(run) == whole
