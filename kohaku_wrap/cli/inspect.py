@@ -39,7 +39,33 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def print_report(report: FileReport) -> None:
+def describe_origin(file: Path, sha256: str) -> dict[str, Any]:
+    """The run among whose checkpoints the file lies, and whether that run wrote it; empty for other files.
+
+    `sha256`: of the file; empty where it was not computed.
+    """
+    from kohaku_wrap.training.records.folder import Run, is_run
+    from kohaku_wrap.training.records.networks import list_written
+
+    folder = file.resolve().parent
+    if folder.name != "checkpoints" or not is_run(folder.parent):
+        return {}
+    written = list_written(Run(folder.parent)).get(file.name, "")
+    is_same = written == sha256 if written and sha256 else None
+    return {"run": str(folder.parent), "written_sha256": written or None, "is_as_written": is_same}
+
+
+def tell_origin(origin: Mapping[str, Any]) -> str:
+    """Whether a file among a run's checkpoints is what the run wrote."""
+    run, written = Path(origin["run"]).name, origin["written_sha256"]
+    if not written:
+        return f"unknown: run {run} has no sha256 of what it wrote under this name"
+    if origin["is_as_written"] is None:
+        return f"run {run} wrote the sha256 {written[:10]}… under this name; not compared"
+    return f"as run {run} wrote it" if origin["is_as_written"] else f"not what run {run} wrote: {written}"
+
+
+def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
     from kohaku_wrap.merging.inspecting import short_metadata
     from kohaku_wrap.planning.sizes import show_bytes
 
@@ -57,6 +83,7 @@ def print_report(report: FileReport) -> None:
     if report.hashes:
         rows += [("AutoV2", report.hashes.auto_v2), ("sha256", report.hashes.sha256)]
         rows += [("sha256 of the data", report.hashes.data_sha256)]
+    rows += [("of the run", tell_origin(origin))] if origin else []
     rows += sorted(short_metadata(header.metadata).items())
     rows += rows_of_recipe(report)
     print_table(str(header.path), rows, "" if report.replay else command_line("inspect", header.path, "--json"))
@@ -79,7 +106,8 @@ def command(file: Path, no_hash: bool, as_json: bool) -> None:
     """Show what a checkpoint, network or database is.
 
     FILE is a checkpoint or network in safetensors form: its kind, keys, types, hashes, metadata and merge recipe are
-    shown. Or it is a metadata database: its layout, counts, ratings and what a selection would drop.
+    shown, and of one among a run's checkpoints whether the run wrote it. Or it is a metadata database: its layout,
+    counts, ratings and what a selection would drop.
     """
     from kohaku_wrap.merging.inspecting import describe_report, inspect_file, is_database
 
@@ -88,10 +116,11 @@ def command(file: Path, no_hash: bool, as_json: bool) -> None:
         return
     with progress_bar("hash", "bytes", quiet=as_json) as report_progress:
         report = inspect_file(file, not no_hash, report_progress)
+    origin = describe_origin(file, report.hashes.sha256 if report.hashes else "")
     if as_json:
-        print_json("inspect", describe_report(report))
+        print_json("inspect", {**describe_report(report), "of_run": origin or None})
     else:
-        print_report(report)
+        print_report(report, origin)
 
 
 def inspect_database(file: Path, as_json: bool) -> None:

@@ -48,14 +48,16 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     of every optimizer step with the schedule of the run's lock, and each attempt's options with the lock's digest;
     counts skipped steps. What it could not look at is named. Exit code 1 if something differs, with the first place.
 
-    Captions, models or files that were changed after the run are shown, and change neither verdict nor exit code.
+    Captions, models, files or networks that were changed after the run are shown, and change neither verdict nor exit
+    code.
     """
     from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.records.networks import bytes_of_networks
     from kohaku_wrap.training.supervising.differences import bytes_to_hash
     from kohaku_wrap.training.supervising.verify import verify_run
 
     run = find_run(name, runs_folders(site_file))
-    with counting_bytes("comparing models", bytes_to_hash(run), as_json) as count:
+    with counting_bytes("comparing models", bytes_to_hash(run) + bytes_of_networks(run), as_json) as count:
         report = verify_run(run, deep_samples, count)
     if as_json:
         print_json("verify", describe(report))

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import (
     HASH_BLOCK_BYTES,
     Progress,
     atomic_write,
+    kept_sha256,
     sha256_of_file,
     write_text,
 )
@@ -24,6 +25,8 @@ from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe, build_metadata
 from kohaku_wrap.publishing.model_card import CardFacts, compose_card
 from kohaku_wrap.training.records.documents import read_json_files
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.networks import list_written
 
 CARD_NAME = "README.md"
 SUMS_NAME = "SHA256SUMS"
@@ -91,6 +94,17 @@ def find_network(checkpoints: Path, name: str, optimizer_step: int | None) -> Pa
     )
 
 
+def refuse_other_network(run_folder: Path, network: Path) -> None:
+    """Raise CannotPublish where the network is not the one that the run wrote; of an old run nobody can tell."""
+    written = list_written(Run(run_folder)).get(network.name, "")
+    if written and kept_sha256(network) != written:
+        raise CannotPublish(
+            f"{network}: is not the network that the run wrote, whose sha256 is {written[:AUTO_V2_DIGITS]}…",
+            "Its card would tell of another training. Put the run's own network back; "
+            f"`{command_line('verify', run_folder)}` compares them all.",
+        )
+
+
 def read_lineage(attempts: Path) -> list[dict[str, Any]]:
     """Each attempt of a run as it was recorded, with how it ended where that is known, oldest first."""
     lineage = []
@@ -139,6 +153,7 @@ def publish_run(
             f"the base model {base} is not there, so nothing can be baked",
             "Put it back where run.lock.toml names it, or publish the network alone with --no-bake.",
         )
+    refuse_other_network(folder, network)
     read_header(network)
     rights = rights or (read_header(base).metadata.get("modelspec.license", "") if base.is_file() else "")
     out.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.bad_steps import BadSteps, TooManyBadSteps
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
+from kohaku_wrap.training.records.networks import note_network
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
 from kohaku_wrap.training.supervising.verify import read_order
 
@@ -127,7 +128,9 @@ def main() -> int:
         if stop:
             attempt.finish("stopped", done)
             return int(faults.get("exit_code", 0))
-    (attempt.run.checkpoints / f"{attempt.run.name}.safetensors").write_bytes(weights)
+    network = attempt.run.checkpoints / f"{attempt.run.name}.safetensors"
+    network.write_bytes(weights)
+    note_network(attempt, network)
     attempt.finish("finished", done)
     return 0
 

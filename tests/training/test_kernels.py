@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from plain_runs import write_base_model, write_captions
 
-from kohaku_wrap.config.kernels import choose_kernels
+from kohaku_wrap.config.kernels import SWITCHES, choose_kernels, dropped_variables, list_other_switches
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.documents import read_json_files
@@ -20,7 +20,7 @@ VARIABLES = ("LYCORIS_KERNEL_BACKEND", "LYCORIS_KERNEL_TUNE", "LYCORIS_KERNEL_CA
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
+    for name in (*VARIABLES, *SWITCHES):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -51,6 +51,7 @@ def test_every_attempt_keeps_the_kernels_of_the_lock(
         "lycoris_backend": "torch",
         "lycoris_tuning": False,
         "deterministic": gpus == 0,
+        "switches": {},
     }
     begin_attempt(plan_resume(run))
     for name, value in zip(VARIABLES, ("triton", "on", str(tmp_path / "elsewhere"), str(gpus)), strict=True):
@@ -87,3 +88,41 @@ def test_what_would_leave_the_choice_open_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"{name}={value}"):
         choose_kernels(on_cpu=False)
+
+
+def test_switches_of_the_shell_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    monkeypatch.setenv("OMP_DYNAMIC", "")
+    run = new_run(tmp_path, 1)
+    assert run.lock.table("kernels")["switches"] == {"NVIDIA_TF32_OVERRIDE": "0", "OMP_DYNAMIC": ""}
+    assert plan_resume(run).notes == ()
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.delenv("OMP_DYNAMIC")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("KEPT", "yes")
+    plan = plan_resume(run)
+    kept = "when the run was made: the run keeps it as it was"
+    assert plan.notes == (
+        f"NVIDIA_TF32_OVERRIDE is 1 here and was 0 {kept}",
+        f"CUBLAS_WORKSPACE_CONFIG is :16:8 here and was not set {kept}",
+        f"OMP_DYNAMIC is not set here and was empty {kept}",
+    )
+    attempt, launch = begin_attempt(plan)
+    environment = launch.full_environment()
+    assert environment["NVIDIA_TF32_OVERRIDE"] == "0" and environment["OMP_DYNAMIC"] == ""
+    assert "CUBLAS_WORKSPACE_CONFIG" not in environment and environment["KEPT"] == "yes"
+    assert " env -u CUBLAS_WORKSPACE_CONFIG " in launch.text()
+    recorded = read_json_files(attempt.folder, "attempt.json")[0]["environment"]
+    assert recorded["NVIDIA_TF32_OVERRIDE"] == "0", "what the attempt got is in its record too"
+
+
+def test_a_run_that_recorded_no_switches_takes_those_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    before = {"lycoris_backend": "torch", "lycoris_tuning": False, "deterministic": False}
+    assert not dropped_variables(before) and not dropped_variables({}) and not list_other_switches(before)
+    monkeypatch.setenv("MKL_CBWR", "AVX2")
+    assert list_other_switches(before) == [
+        "MKL_CBWR=AVX2 is set here and can change bits; whether it was when the run was made is not recorded"
+    ]
+    assert len(set(SWITCHES)) == len(SWITCHES) == len(dropped_variables({**before, "switches": {}}))

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.columns import content_digest
@@ -20,10 +20,9 @@ from kohaku_wrap.training.engines.step_sums import StepSums, begin_ledger
 from kohaku_wrap.training.records.attempts import Attempt, Outcome
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.metrics import MetricsWriter
+from kohaku_wrap.training.records.networks import note_network
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
 from kohaku_wrap.training.records.signs import Phase
-
-Written = TypeVar("Written")
 
 
 class WrongProcesses(KwrapError):
@@ -274,10 +273,11 @@ class Engine(ABC):
             print(f"saved {state.name}", flush=True)
         self.accelerator.wait_for_everyone()
 
-    def save_checkpoint_file(self, write: Callable[[], Written]) -> Written:
-        """What `write` returns, called again while the disk is full; on rank 0."""
+    def save_checkpoint_file(self, path: Path, write: Callable[[], object]) -> None:
+        """Let `write` make the network at `path`, again while the disk is full, and keep its sha256; on rank 0."""
         self.beat("saving")
-        return wait_for_room(self.attempt, write, self.optimizer_steps, self.micro_batches)
+        for act in (write, lambda: note_network(self.attempt, path)):
+            wait_for_room(self.attempt, act, self.optimizer_steps, self.micro_batches)
 
     def close(self) -> None:
         """End the files of the records."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.fates import fate_of
+from kohaku_wrap.config.kernels import list_other_switches
 from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, find_image_folder, flatten_dataset
 from kohaku_wrap.config.training_data import describe_data
@@ -128,6 +129,7 @@ def list_notes(run: Run) -> list[str]:
         if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
             notes.append(f"{path} changed since the run was made; the run keeps its own files")
     notes += list_missing_records(run)
+    notes += list_other_switches(run.lock.table("kernels"))
     images = Path(find_image_folder(read_dataset(run.dataset_config)))
     with suppress(NoImages):
         if run.lock.data == "kwrap" and find_captions(images, run.lock.dataset_digest).name != CAPTIONS_FILE:

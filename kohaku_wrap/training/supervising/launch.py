@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.kernels import kernel_settings
+from kohaku_wrap.config.kernels import dropped_variables, kernel_settings
 from kohaku_wrap.config.run_files import ACCELERATE_FILE, read_yaml
 from kohaku_wrap.config.trainer_arguments import MACHINES_IN_FILE, describe_accelerate, render_yaml
 from kohaku_wrap.files import expand_user, write_text
@@ -45,9 +45,26 @@ class Launch:
     folder: Path
     """The working directory: the run's own, where no package lies that could shadow another."""
 
+    dropped: frozenset[str] = frozenset()
+    """Variables of the caller that it does not get, besides accelerate's own."""
+
+    def full_environment(self) -> dict[str, str]:
+        """The caller's variables as far as they have a say, and those of the attempt over them.
+
+        accelerate's are left out: they would win over the run's own file, in silence.
+        """
+        callers = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in self.dropped and not name.startswith("ACCELERATE_")
+        }
+        return {**callers, **self.environment}
+
     def text(self) -> str:
         """One line for a shell."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        if dropped := sorted(self.dropped & os.environ.keys()):
+            settings = ["env", *(f"-u {name}" for name in dropped), *settings]
         return f"cd {shlex.quote(str(self.folder))} && {' '.join(settings)} {shlex.join(self.argv)}"
 
 
@@ -101,7 +118,7 @@ def plan_launch(
     environment |= kernel_settings(kernels or {}, run_folder)
     # The worker's folder is another one: what is relative here would not be found there.
     environment |= {name: str(expand_user(os.environ[name]).absolute()) for name in FOLDERS if os.environ.get(name)}
-    return Launch(argv, environment, run_folder)
+    return Launch(argv, environment, run_folder, dropped_variables(kernels or {}))
 
 
 def plan_attempt_launch(attempt: Attempt, machine_rank: int = 0) -> Launch:

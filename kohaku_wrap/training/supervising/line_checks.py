@@ -24,7 +24,7 @@ class Check:
     """One thing that `verify` looks at."""
 
     name: str
-    """`order`, `losses`, `options`, `skipped steps`, `rates` or `deep`."""
+    """`order`, `losses`, `options`, `skipped steps`, `rates`, `networks` or `deep`."""
 
     is_looked_at: bool
     """Whether all of it could be looked at."""

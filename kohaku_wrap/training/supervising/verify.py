@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,8 +14,6 @@ from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata, subset_column
-from kohaku_wrap.processes import NoAnswer, ask_python
-from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.data.order import BatchOrder, Entries
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.records.folder import Run
@@ -25,7 +23,9 @@ from kohaku_wrap.training.records.ledger import (
 )
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.records.networks import Network, compare_networks
 from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.supervising.deep_checks import check_deep
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
 from kohaku_wrap.training.supervising.ledger_checks import (
     LOSS_TOLERANCE,
@@ -39,12 +39,6 @@ from kohaku_wrap.training.supervising.ledger_checks import (
 from kohaku_wrap.training.supervising.ledger_files import list_conditions, read_files
 from kohaku_wrap.training.supervising.line_checks import Check, check_steps
 from kohaku_wrap.training.supervising.resume import is_finished
-
-RECOMPUTE_WORKER = "kohaku_wrap.training.engines.recompute"
-
-
-class CannotRecompute(KwrapError):
-    """The worker that recomputes samples could not do it."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +120,13 @@ class VerifyReport:
     """Optimizer steps on the line whose mean loss was no number."""
 
     checks: tuple[Check, ...] = ()
-    """What was looked at and what was not: order, losses, rates, options, skipped steps, deep."""
+    """What was looked at and what was not: order, losses, options, skipped steps, rates, networks, deep."""
 
     unverified: tuple[str, ...] = ()
     """Options of the run that are left to the trainer: it is proved except for these."""
 
     changed_after: tuple[str, ...] = ()
-    """Captions, models and files that are no longer what the lock says; the ledger is not held against them."""
+    """What is no longer as lock or records say, networks too; the ledger is not held against it."""
 
     @property
     def is_proved(self) -> bool:
@@ -170,6 +164,7 @@ def verify_run(run: Run, deep_samples: int = 0, on_bytes: Callable[[int], None] 
         for where, what in each.differences.items()
     ]
     changed = list_changed(run, on_bytes)
+    networks = list(compare_networks(run, on_bytes))
     captions_changed = has_other_captions(run)
     order = check_order(run, checker, captions_changed)
     overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
@@ -198,9 +193,9 @@ def verify_run(run: Run, deep_samples: int = 0, on_bytes: Callable[[int], None] 
         deep_samples=deep_samples,
         skipped_steps=line.bad_steps.skipped,
         non_finite_steps=line.bad_steps.non_finite,
-        checks=(order, describe_losses(overlaps), *line.checks, *deep),
+        checks=(order, describe_losses(overlaps), *line.checks, describe_networks(networks), *deep),
         unverified=list_unverified(run.lock.files),
-        changed_after=tuple(changed),
+        changed_after=(*changed, *(network.change for network in networks if network.is_changed)),
     )
 
 
@@ -266,26 +261,17 @@ def describe_losses(overlaps: Overlaps) -> Check:
     return Check("losses", overlaps.left_out == 0, "; ".join(parts))
 
 
-def check_deep(
-    run: Run, checker: Checker, candidates: Int64Array, samples: int, captions_changed: bool
-) -> tuple[list[Check], int]:
-    """Recompute the content of some records; what came of it, and how many could be."""
-    if not samples:
-        return [], 0
-    if run.lock.data != "kwrap":
-        return [Check("deep", False, 'not possible with data = "sd-scripts"')], 0
-    if captions_changed:
-        why = "not possible: the captions were changed after the run"
-        return [Check("deep", False, why)], 0
-    chosen = choose_samples(candidates, min(samples, len(candidates)))
-    digests = recompute_content(run, checker.records, chosen)
-    troubles = [digest for digest in digests if isinstance(digest, str)]
-    made = np.array([not isinstance(digest, str) for digest in digests], dtype=bool)
-    checker.check_content(chosen[made], [digest for digest in digests if not isinstance(digest, str)])
-    if troubles:
-        why = f"{len(troubles):,} of {len(chosen):,} micro-batches not possible: {troubles[0]}"
-        return [Check("deep", False, why)], int(made.sum())
-    return [Check("deep", True, f"micro-batches recomputed: {len(chosen):,}")], len(chosen)
+def describe_networks(networks: Sequence[Network]) -> Check:
+    """Whether the checkpoints are what the run wrote."""
+    if not networks:
+        return Check("networks", True, "none is there")
+    unknown = [network.path.name for network in networks if not network.written]
+    changed = [network.path.name for network in networks if network.is_changed]
+    same = len(networks) - len(unknown) - len(changed)
+    parts = [f"{same:,} as the run wrote them"] if same else []
+    parts += [f"not what the run wrote: {', '.join(changed)}"] if changed else []
+    parts += [f"{', '.join(unknown)}: the run has no sha256 of what it wrote"] if unknown else []
+    return Check("networks", not unknown, "; ".join(parts))
 
 
 def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:
@@ -317,30 +303,6 @@ def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
     entries = Entries(subset_column(table), [int(each.get("num_repeats") or 1) for each in subsets])
     order = BatchOrder(entries.of_rows(buckets.bucket_of_image), lock.batch_per_gpu, lock.seed, lock.group)
     return order, entries.of_rows(table["id"].to_numpy().astype(np.int64))
-
-
-def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:
-    """Some of the records, spread by a fixed draw, so that a second call looks at the same ones."""
-    return np.sort(candidates[np.argsort(draws(stream_key("deep"), candidates))[:samples]])
-
-
-def recompute_content(run: Run, records: Records, chosen: Int64Array) -> list[int | str]:
-    """The content digest of each chosen record, made anew from images and captions, or why it could not be.
-
-    Raises CannotRecompute when the worker fails as a whole.
-    """
-    substituted = (records.flags & SUBSTITUTE) > 0
-    samples = [[int(records.epoch[each]), int(records.position[each]), int(substituted[each])] for each in chosen]
-    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    try:
-        digests: list[int | str] = ask_python(
-            RECOMPUTE_WORKER, run.folder, request=samples, added=settings, folder=run.folder
-        )
-    except NoAnswer as failed:
-        raise CannotRecompute(
-            f"the samples cannot be recomputed: {failed.message}", "Verify without --deep, or fix that."
-        ) from None
-    return digests
 
 
 def list_repeats(records: Records, kept: BoolArray) -> Iterator[Repeat]:

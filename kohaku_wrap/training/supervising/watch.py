@@ -319,16 +319,12 @@ class AttemptWatch:
 
 
 def start_launcher(launch: Launch, log_file: Path) -> subprocess.Popen[bytes]:
-    """accelerate in a session of its own, its output in a log.
-
-    The caller's variables for accelerate are left out: they would win over the run's own file, in silence.
-    """
-    callers = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    """accelerate in a session of its own, its output in a log."""
     with log_file.open("ab") as log:
         return subprocess.Popen(
             launch.argv,
             cwd=launch.folder,
-            env={**callers, **launch.environment},
+            env=launch.full_environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

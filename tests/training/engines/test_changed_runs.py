@@ -574,3 +574,22 @@ def test_a_finished_run_does_not_pretend_to_train(stage: Stage, key: str) -> Non
     assert done.returncode == 2
     assert f"--allow {key}: cannot change within a run" in done.stderr
     assert len(list_attempts(stage.run)) == 1
+
+
+def test_an_exchanged_network_is_told_by_inspect_and_not_published(stage: Stage) -> None:
+    network = stage.run.checkpoints / "first.safetensors"
+    assert "as run first wrote it" in kwrap("inspect", network).stdout
+    assert "not compared" in kwrap("inspect", network, "--no-hash").stdout
+    step = network.with_name(f"first-step{STEP + 1:08d}.safetensors")
+    assert json.loads(kwrap("inspect", step, "--json").stdout)["of_run"]["is_as_written"] is True
+    shutil.copy(step, network)
+    told = json.loads(kwrap("inspect", network, "--json").stdout)
+    assert told["of_run"]["is_as_written"] is False and told["of_run"]["written_sha256"] != told["sha256"]
+    done = kwrap("publish", stage.run.folder, "--out", stage.folder / "out", "--no-bake")
+    assert done.returncode == 1 and "is not the network that the run wrote" in done.stderr, done.stderr
+    assert not (stage.folder / "out").exists()
+    elsewhere = stage.folder / "elsewhere.safetensors"
+    shutil.copy(network, elsewhere)
+    assert json.loads(kwrap("inspect", elsewhere, "--json").stdout)["of_run"] is None
+    (list_attempts(stage.run)[0].folder / "networks.json").unlink()
+    assert "unknown: run first has no sha256" in kwrap("inspect", network).stdout

@@ -202,7 +202,9 @@ class BuiltinRun(Engine):
                 "ss_training_finished_at": str(time.time()),
             }
             path = Path(self.options.output_dir) / f"{name}.safetensors"
-            self.save_checkpoint_file(lambda: save_network(self.network, path, self.options, self.metadata | facts))
+            self.save_checkpoint_file(
+                path, lambda: save_network(self.network, path, self.options, self.metadata | facts)
+            )
             print(f"saved {path.name}", flush=True)
 
     def remove_old_checkpoint(self, pattern: str, newest: int, every: int | None, span: int | None) -> None:

@@ -248,7 +248,7 @@ def whole_checkpoints(save_weights: Callable[..., None], loop: Loop) -> Callable
         def write() -> None:
             write_whole(Path(file), lambda part: save_weights(part, dtype, describe_checkpoint(metadata, loop)))
 
-        loop.save_checkpoint_file(write)
+        loop.save_checkpoint_file(Path(file), write)
 
     return save
 

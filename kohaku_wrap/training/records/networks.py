@@ -1,0 +1,95 @@
+"""The networks in a run's checkpoints: what each was when the run wrote it, and whether it still is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.files import keeps_sha256, kept_sha256, write_text
+from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
+from kohaku_wrap.training.records.documents import read_json_files
+from kohaku_wrap.training.records.folder import Run
+
+NETWORKS_FILE = "networks.json"
+"""Of an attempt: the sha256 of each network that it wrote, by name."""
+
+SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
+"""Of networks, as `save_model_as` has them."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A file in a run's checkpoints."""
+
+    path: Path
+    """Where it is."""
+
+    written: str
+    """The sha256 of what the run wrote under that name; empty where it kept none, as kwrap did before 0.2."""
+
+    now: str
+    """Its sha256 now; empty where it is gone."""
+
+    @property
+    def is_changed(self) -> bool:
+        return bool(self.written) and self.written != self.now
+
+    @property
+    def change(self) -> str:
+        """What became of it, for people."""
+        now = f"is now {self.now[:12]}…" if self.now else "the file is gone"
+        return f"{self.path}: the sha256 was {self.written[:12]}… when the run wrote it, {now}"
+
+
+def note_network(attempt: Attempt, path: Path) -> None:
+    """Keep the sha256 of a network that the attempt has just written, before any state or word counts on it."""
+    written = read_written(attempt.folder) | {path.name: kept_sha256(path)}
+    write_text(attempt.folder / NETWORKS_FILE, json.dumps(written, indent=2) + "\n")
+
+
+def read_written(attempt_folder: Path) -> dict[str, str]:
+    """The sha256 by name of what one attempt wrote; what is none is left out."""
+    documents = read_json_files(attempt_folder, NETWORKS_FILE)
+    return {name: sha256 for each in documents for name, sha256 in each.items() if isinstance(sha256, str)}
+
+
+def list_written(run: Run) -> dict[str, str]:
+    """The sha256 by name of what the run wrote; a later attempt's network replaces that of an earlier one."""
+    written: dict[str, str] = {}
+    for number in attempt_numbers(run):
+        written |= read_written(run.attempts / str(number))
+    return written
+
+
+def list_network_files(run: Run) -> list[Path]:
+    """The networks on the disk among the run's checkpoints, by name."""
+    found = run.checkpoints.iterdir() if run.checkpoints.is_dir() else iter(())
+    return sorted(
+        path for path in found if path.suffix in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def compare_networks(run: Run, on_bytes: Callable[[int], None] | None = None) -> Iterator[Network]:
+    """Each network among the run's checkpoints, by name, and the last one of a finished run where it is gone.
+
+    Others that are gone were removed by the run itself, as its options say. `on_bytes` gets the bytes that are read.
+    """
+    written, files = list_written(run), list_network_files(run)
+    for path in files:
+        sha256 = written.get(path.name, "")
+        yield Network(path, sha256, kept_sha256(path, on_bytes) if sha256 else "")
+    result = next((attempt.result() for attempt in reversed(list_attempts(run))), None) or {}
+    last = str(run.lock.table("run").get("name", run.name))
+    for name in sorted(written.keys() - {path.name for path in files}):
+        if result.get("outcome") == "finished" and Path(name).stem == last:
+            yield Network(run.checkpoints / name, written[name], "")
+
+
+def bytes_of_networks(run: Run) -> int:
+    """Bytes of the run's networks whose hash is not kept, so that a comparison reads them; for progress."""
+    written = list_written(run)
+    return sum(
+        path.stat().st_size for path in list_network_files(run) if path.name in written and not keeps_sha256(path)
+    )

@@ -1,0 +1,65 @@
+"""What `verify --deep` makes anew: captions, crops and time steps of some micro-batches, from images and captions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.processes import NoAnswer, ask_python
+from kohaku_wrap.streams import draws, stream_key
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.ledger import SUBSTITUTE
+from kohaku_wrap.training.supervising.ledger_checks import Checker, Int64Array, Records
+from kohaku_wrap.training.supervising.line_checks import Check
+
+RECOMPUTE_WORKER = "kohaku_wrap.training.engines.recompute"
+
+
+class CannotRecompute(KwrapError):
+    """The worker that recomputes samples could not do it."""
+
+
+def check_deep(
+    run: Run, checker: Checker, candidates: Int64Array, samples: int, captions_changed: bool
+) -> tuple[list[Check], int]:
+    """Recompute the content of some records; what came of it, and how many could be."""
+    if not samples:
+        return [], 0
+    if run.lock.data != "kwrap":
+        return [Check("deep", False, 'not possible with data = "sd-scripts"')], 0
+    if captions_changed:
+        why = "not possible: the captions were changed after the run"
+        return [Check("deep", False, why)], 0
+    chosen = choose_samples(candidates, min(samples, len(candidates)))
+    digests = recompute_content(run, checker.records, chosen)
+    troubles = [digest for digest in digests if isinstance(digest, str)]
+    made = np.array([not isinstance(digest, str) for digest in digests], dtype=bool)
+    checker.check_content(chosen[made], [digest for digest in digests if not isinstance(digest, str)])
+    if troubles:
+        why = f"{len(troubles):,} of {len(chosen):,} micro-batches not possible: {troubles[0]}"
+        return [Check("deep", False, why)], int(made.sum())
+    return [Check("deep", True, f"micro-batches recomputed: {len(chosen):,}")], len(chosen)
+
+
+def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:
+    """Some of the records, spread by a fixed draw, so that a second call looks at the same ones."""
+    return np.sort(candidates[np.argsort(draws(stream_key("deep"), candidates))[:samples]])
+
+
+def recompute_content(run: Run, records: Records, chosen: Int64Array) -> list[int | str]:
+    """The content digest of each chosen record, made anew from images and captions, or why it could not be.
+
+    Raises CannotRecompute when the worker fails as a whole.
+    """
+    substituted = (records.flags & SUBSTITUTE) > 0
+    samples = [[int(records.epoch[each]), int(records.position[each]), int(substituted[each])] for each in chosen]
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        digests: list[int | str] = ask_python(
+            RECOMPUTE_WORKER, run.folder, request=samples, added=settings, folder=run.folder
+        )
+    except NoAnswer as failed:
+        raise CannotRecompute(
+            f"the samples cannot be recomputed: {failed.message}", "Verify without --deep, or fix that."
+        ) from None
+    return digests

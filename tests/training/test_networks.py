@@ -1,0 +1,90 @@
+"""Whether the networks among a run's checkpoints are those that it wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import CliRunner
+from plain_runs import misbehave, train
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.networks import NETWORKS_FILE, bytes_of_networks, list_written
+from kohaku_wrap.training.supervising.verify import VerifyReport, verify_run
+
+NewRun = Callable[..., Run]
+
+
+def finished(new_run: NewRun) -> tuple[Run, Path]:
+    run = new_run()
+    train(run)
+    return run, run.checkpoints / "r.safetensors"
+
+
+def told(report: VerifyReport) -> tuple[bool, str]:
+    check = next(check for check in report.checks if check.name == "networks")
+    return check.is_looked_at, check.detail
+
+
+def test_networks_as_written_are_said_to_be(new_run: NewRun) -> None:
+    run, _ = finished(new_run)
+    read: list[int] = []
+    report = verify_run(run, on_bytes=read.append)
+    assert told(report) == (True, "1 as the run wrote them") and not report.changed_after
+    assert sum(read) == bytes_of_networks(run) == 0, "the run has hashed it already"
+
+
+def test_an_exchanged_network_is_named_and_the_ledger_stays_proved(new_run: NewRun) -> None:
+    run, network = finished(new_run)
+    written = list_written(run)["r.safetensors"]
+    network.write_bytes(bytes(reversed(network.read_bytes())))
+    assert bytes_of_networks(run) == network.stat().st_size
+    report = verify_run(run)
+    assert told(report) == (True, "not what the run wrote: r.safetensors")
+    assert len(report.changed_after) == 1 and f"the sha256 was {written[:12]}…" in report.changed_after[0]
+    result = CliRunner().invoke(program, ["verify", str(run.folder)])
+    assert result.exit_code == 0 and "note: changed after the run: " in result.stderr
+
+
+def test_a_finished_network_that_is_gone_is_missed(new_run: NewRun) -> None:
+    run, network = finished(new_run)
+    network.unlink()
+    report = verify_run(run)
+    assert told(report) == (True, "not what the run wrote: r.safetensors")
+    assert "the file is gone" in report.changed_after[0]
+
+
+def test_networks_that_the_run_removed_itself_are_not_missed(new_run: NewRun) -> None:
+    run, network = finished(new_run)
+    path = list_attempts(run)[0].folder / NETWORKS_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r-step00000002.safetensors": "0" * 64}))
+    (run.checkpoints / "notes.txt").write_text("mine")
+    assert told(verify_run(run)) == (True, "1 as the run wrote them")
+    (run.checkpoints / "merged.safetensors").write_bytes(network.read_bytes())
+    looked_at, detail = told(verify_run(run))
+    assert not looked_at and "merged.safetensors: the run has no sha256" in detail
+
+
+def test_of_an_old_run_nobody_can_tell(new_run: NewRun) -> None:
+    run, network = finished(new_run)
+    for odd in (None, "[", "[]", '{"r.safetensors": 5}'):
+        path = list_attempts(run)[0].folder / NETWORKS_FILE
+        path.unlink(missing_ok=True) if odd is None else path.write_text(odd)
+        report = verify_run(run)
+        assert told(report) == (False, "r.safetensors: the run has no sha256 of what it wrote")
+        assert report.is_proved and not report.changed_after
+    network.unlink()
+    assert told(verify_run(run)) == (True, "none is there")
+
+
+def test_the_network_of_the_last_attempt_that_wrote_it_counts(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, attempt_1={"crash": True, "at": 7})
+    train(run, restarts=1)
+    first, second = list_attempts(run)
+    assert not (first.folder / NETWORKS_FILE).exists() and (second.folder / NETWORKS_FILE).exists()
+    (first.folder / NETWORKS_FILE).write_text(json.dumps({"r.safetensors": "0" * 64}))
+    assert told(verify_run(run)) == (True, "1 as the run wrote them")
