@@ -141,4 +141,4 @@ def print_run(status: RunStatus) -> None:
     folder = show_path(status.run.folder)
     following = {"finished": ("verify", folder), "running": ("status", folder, "--watch")}
     words = following.get(status.condition, ("resume", folder))
-    print_table(f"Run {status.run.name}", rows, command_line(*words))
+    print_table(f"Run {status.run.name}", rows, status.advice or command_line(*words))

@@ -107,17 +107,24 @@ def print_report(report: VerifyReport) -> None:
     for change in report.changed_after:
         print_note(f"note: changed after the run: {change}")
     if report.faults:
+        from kohaku_wrap.training.supervising.status import advise
+
+        go_back = "Go back to a state before the first of these: " + command_line(
+            "resume", show_path(report.run.folder), "--step", "N"
+        )
+        is_skipped = all(fault.kind == "skipped" for fault in report.faults)
         lines = "\n".join(f"  {describe_fault(fault)}" for fault in report.faults)
         print_error(
             f"run {report.run.name}: the ledger does not prove the run\n{lines}",
-            "Go back to a state before the first of these: "
-            + command_line("resume", show_path(report.run.folder), "--step", "N"),
+            (is_skipped and advise(report.run)) or go_back,
         )
 
 
 def next_step(report: VerifyReport) -> str:
+    from kohaku_wrap.training.supervising.status import advise
+
     if not report.is_finished:
-        return command_line("resume", show_path(report.run.folder))
+        return advise(report.run) or command_line("resume", show_path(report.run.folder))
     network = report.run.checkpoints / f"{report.run.name}.safetensors"
     return command_line("inspect", show_path(network))
 

@@ -63,7 +63,8 @@ def check_file(
     entry = Entry(path.stem, "preset", shorten_path(path))
     try:
         if kind == "site":
-            return load_layers(BASE, load_site(path), (), table)[1], None
+            effective, problems = load_layers(BASE, load_site(path), (), table)
+            return problems + [each for each in check_effective(effective) if each.layer.startswith("site ")], None
         if kind == "template":
             effective, problems = load_layers(path, site, (), table, trust)
             return problems + check_effective(effective), effective

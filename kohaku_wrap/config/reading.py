@@ -22,7 +22,7 @@ from kohaku_wrap.config.schema import (
     TABLES,
     UPLOADING_LOGS,
 )
-from kohaku_wrap.config.site import Site
+from kohaku_wrap.config.site import Site, find_path
 from kohaku_wrap.config.templates import find_preset
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import shipped_folder
@@ -108,7 +108,7 @@ class LayerReader:
         for name in find_misspelled_tables(document, self.table):
             self.problems.append(Problem(f"[{name}]", f"unknown table{suggest(name, TABLES)}", origin))
             del document[name]
-        self.put(list(list_settings(document, self.table)), layer, file, paths_allowed=False)
+        self.put(list(list_settings(document, self.table)), layer, file)
 
     def read_dataset(self, name: str) -> None:
         """Put the `[dataset_options]` of a dataset recipe, if it has them, over the template's."""
@@ -118,12 +118,12 @@ class LayerReader:
         document = load_toml(path)
         if options := document.get("dataset_options"):
             settings = list(list_settings({"dataset_options": options}, self.table))
-            self.put(settings, "dataset", shorten_path(path), paths_allowed=False)
+            self.put(settings, "dataset", shorten_path(path))
 
     def read_site(self, site: Site) -> None:
         """Put the site's paths, workers and trainer options over the template's."""
         file = shorten_path(site.path)
-        self.put(list(list_settings({"trainer": dict(site.trainer)}, self.table)), "site", file, paths_allowed=True)
+        self.put(list(list_settings({"trainer": dict(site.trainer)}, self.table)), "site", file, site.path.parent)
         derived: dict[str, Any] = {
             "pretrained_model_name_or_path": str(site.paths.base_model),
             "vae": str(site.paths.vae) if site.paths.vae else None,
@@ -140,7 +140,7 @@ class LayerReader:
             if value is not None:
                 self.entries[key] = Entry(value, "site", file)
 
-    def put(self, settings: list[Setting], layer: str, file: str, *, paths_allowed: bool) -> None:
+    def put(self, settings: list[Setting], layer: str, file: str, folder: Path | None = None) -> None:
         """Check each setting and put those that hold."""
         origin = f"{layer} {file}".rstrip()
         seen: dict[str, str] = {}
@@ -151,7 +151,7 @@ class LayerReader:
                 continue
             seen[setting.key] = setting.where
             try:
-                value = check_setting(setting, self.table, paths_allowed=paths_allowed)
+                value = check_setting(setting, self.table, folder)
             except UnfitValue as fault:
                 self.problems.append(Problem(setting.where, fault.message, origin))
                 continue
@@ -234,8 +234,11 @@ def find_option(key: str, table: OptionTable) -> Option | None:
     return OWN_TABLES.get(prefix, {}).get(name)
 
 
-def check_setting(setting: Setting, table: OptionTable, *, paths_allowed: bool) -> Any:
-    """The value that a setting gives, or UnfitValue that says what is wrong with it."""
+def check_setting(setting: Setting, table: OptionTable, folder: Path | None) -> Any:
+    """The value that a setting gives, or UnfitValue that says what is wrong with it.
+
+    `folder`: where relative paths begin, which become absolute; None where no path is allowed.
+    """
     key, value = setting.key, setting.value
     prefix, _, name = key.partition(".")
     fate = fate_of_key(key)
@@ -245,11 +248,11 @@ def check_setting(setting: Setting, table: OptionTable, *, paths_allowed: bool) 
         raise UnfitValue(fate.reason)
     if key in SECRET_OPTIONS:
         raise UnfitValue("a token or an upload is this machine's own: put it under [secrets] in site.toml")
-    if not paths_allowed and key == "log_with" and value in UPLOADING_LOGS:
+    if folder is None and key == "log_with" and value in UPLOADING_LOGS:
         raise UnfitValue(f'"{value}" sends logs and samples away: put it under [trainer] in site.toml')
-    if not paths_allowed and key in NAME_OPTIONS and isinstance(value, str) and {"/", "\\"} & set(value):
+    if folder is None and key in NAME_OPTIONS and isinstance(value, str) and {"/", "\\"} & set(value):
         raise UnfitValue("becomes a part of file names: it may hold no slash")
-    if not paths_allowed and (key in PATH_OPTIONS or looks_like_path(value)):
+    if folder is None and (key in PATH_OPTIONS or looks_like_path(value)):
         raise UnfitValue("a template holds no path: put it under [trainer] in site.toml")
     if prefix in ARGUMENT_TABLES:
         if not name:
@@ -264,6 +267,10 @@ def check_setting(setting: Setting, table: OptionTable, *, paths_allowed: bool) 
     checked = check_value(option, value)
     if key == "effective_batch" and checked < 1:
         raise UnfitValue(f"{checked} is below 1")
+    if folder is not None and key in PATH_OPTIONS:
+        # The trainer reads it in the run's folder.
+        several = isinstance(checked, list)
+        return [find_path(each, folder) for each in checked] if several else find_path(checked, folder)
     return checked
 
 
@@ -322,7 +329,7 @@ def read_override(text: str, table: OptionTable) -> tuple[dict[str, Entry], list
             raise UnfitValue("a preset's keys cannot be set here: write a preset of your own and name it")
         if key == "preset":
             return {key: Entry(raw.strip().strip("\"'"), "--set", "")}, []
-        checked = check_setting(Setting(written, key, value), table, paths_allowed=True)
+        checked = check_setting(Setting(written, key, value), table, Path.cwd())
     except UnfitValue as fault:
         return {}, [Problem(written, fault.message, "--set")]
     return {key: Entry(checked, "--set", "")}, []

@@ -14,6 +14,7 @@ from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import expand_user
 from kohaku_wrap.toml_files import TableReader, load_toml
 from kohaku_wrap.trainer.engines import ENGINES
+from kohaku_wrap.trainer.options import UnfitValue
 
 PATH_DEFAULTS = {
     "db": "danbooru.db",
@@ -172,6 +173,16 @@ def resolve_paths(reader: TableReader, folder: Path) -> SitePaths:
         except UsageError as fault:
             reader.fault(name, fault.message)
     return SitePaths(**values)
+
+
+def find_path(value: Any, folder: Path) -> Any:
+    """A path below `folder` unless it is absolute or begins with `~`; what is no path as it is."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return str(folder / expand_user(value))
+    except UsageError as fault:
+        raise UnfitValue(fault.message) from fault
 
 
 def read_machine(reader: TableReader) -> Machine:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from kohaku_wrap.cli import program
 from kohaku_wrap.config.layers import load_layers, resolve_template
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate
@@ -147,6 +149,34 @@ def test_site_paths_resolve_against_its_folder(tmp_path: Path) -> None:
     assert site.paths.runs == Path("/r")
     assert site.paths.db == tmp_path / "here" / "danbooru.db"
     assert (site.machine.engine, site.machine.processes) == ("sd-scripts", 1)
+
+
+def test_paths_of_trainer_options_begin_where_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer reads them in the run's folder."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "start.safetensors").write_bytes(b"")
+    site = tmp_path / "site.toml"
+    site.write_text('[trainer]\nnetwork_weights = "start.safetensors"\nbase_weights = ["a.safetensors", "~/b"]\n')
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", "/home/someone")
+    effective = load_layers("demo", load_site(site), ["base_weights=['c.safetensors', '/d']"])[0]
+    assert effective.get("network_weights") == str(tmp_path / "start.safetensors")
+    assert effective.get("base_weights") == [str(tmp_path / "here" / "c.safetensors"), "/d"]
+    assert load_layers("demo", load_site(site))[0].get("base_weights") == [
+        str(tmp_path / "a.safetensors"),
+        "/home/someone/b",
+    ]
+
+
+@pytest.mark.parametrize("checked", ["demo", "site.toml"])
+def test_a_missing_network_of_the_site_is_shown(tmp_path: Path, checked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "site.toml").write_text('[machine]\ngpus = 0\n[trainer]\nnetwork_weights = "w/gone.safetensors"\n')
+    result = CliRunner().invoke(program, ["template", "check", checked, "--site", "site.toml", "--no-modules"])
+    assert result.exit_code == 1
+    assert f"network_weights  {tmp_path}/w/gone.safetensors: no such file  (site " in result.stdout
 
 
 def test_every_fault_of_a_site_at_once(tmp_path: Path) -> None:

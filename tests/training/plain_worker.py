@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.records.attempts import Attempt
-from kohaku_wrap.training.records.bad_steps import BadSteps, TooManyBadSteps
+from kohaku_wrap.training.records.bad_steps import BadSteps, MostlySkipped, TooManyBadSteps
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.networks import note_network
@@ -128,6 +128,11 @@ def main() -> int:
         if stop:
             attempt.finish("stopped", done)
             return int(faults.get("exit_code", 0))
+    try:
+        bad_steps.check_end(done)
+    except MostlySkipped as error:
+        attempt.fail(0, error.kind, error.message, done, error.next_step, error.is_lasting)
+        return 1
     network = attempt.run.checkpoints / f"{attempt.run.name}.safetensors"
     network.write_bytes(weights)
     note_network(attempt, network)

@@ -45,8 +45,8 @@ def test_an_exchanged_network_is_named_and_the_ledger_stays_proved(new_run: NewR
     report = verify_run(run)
     assert told(report) == (True, "not what the run wrote: r.safetensors")
     assert len(report.changed_after) == 1 and f"the sha256 was {written[:12]}…" in report.changed_after[0]
-    result = CliRunner().invoke(program, ["verify", str(run.folder)])
-    assert result.exit_code == 0 and "note: changed after the run: " in result.stderr
+    result = CliRunner().invoke(program, ["verify", str(run.folder)], standalone_mode=False)
+    assert result.return_value == 0 and "note: changed after the run: " in result.stderr
 
 
 def test_a_finished_network_that_is_gone_is_missed(new_run: NewRun) -> None:

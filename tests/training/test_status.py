@@ -47,6 +47,20 @@ def test_a_failed_run_tells_its_story(new_run: NewRun) -> None:
     assert "4 (damaged)" in text and "failed" in text and f"kwrap resume {run.folder}" in text.replace("\n", "")
 
 
+def test_a_run_that_skipped_most_steps_is_not_sent_to_a_resume(new_run: NewRun) -> None:
+    """Another attempt from its last state would end the same way."""
+    run = new_run()
+    misbehave(run, every={"skip": [2, 3, 4, 5, 6, 8, 9, 10]})
+    with pytest.raises(TrainerFailed, match="mostly-skipped"):
+        train(run)
+    advice = "Start a new run with lower rates, or with bf16 in place of fp16."
+    told = call(run.folder)
+    assert f"Next: {advice}" in told.output and "kwrap resume" not in told.output
+    assert json.loads(call(run.folder, "--json").stdout)["advice"].startswith(advice)
+    proof = CliRunner().invoke(program, ["verify", str(run.folder)], standalone_mode=False)
+    assert proof.return_value == 1 and advice in proof.stderr and "kwrap resume" not in proof.output, proof.output
+
+
 def test_several_runs_take_a_line_each(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = new_run("first"), new_run("second")
     train(first)

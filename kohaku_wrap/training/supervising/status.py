@@ -16,6 +16,7 @@ from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
 from kohaku_wrap.training.supervising.resume import is_finished
+from kohaku_wrap.training.supervising.supervise import advice_after
 from kohaku_wrap.training.supervising.watch import number_of
 
 Condition = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
@@ -130,6 +131,9 @@ class RunStatus:
     last_error: str
     """Of the newest attempt that failed; empty without one."""
 
+    advice: str
+    """What to do first where a resume would only meet the same fault; empty where it goes on."""
+
     disk_free_bytes: int
     """Where the run lies."""
 
@@ -174,9 +178,17 @@ def read_status(run: Run) -> RunStatus:
         attempts=told,
         states=states,
         last_error=f"attempt {failures[-1].number}: {failures[-1].end}: {failures[-1].message}" if failures else "",
+        advice=advise(run),
         disk_free_bytes=shutil.disk_usage(run.folder).free,
         disk_used_bytes=sum(state.size_bytes for state in states) + checkpoint_bytes(run),
     )
+
+
+def advise(run: Run) -> str:
+    """What to do first where a resume of the run would only meet the fault that ended it; empty where it goes on."""
+    attempt = next(reversed(list_attempts(run)), None)
+    end = read_end(attempt) if attempt else None
+    return advice_after(attempt, end) if attempt and end and end.is_failure and not end.may_restart else ""
 
 
 def describe_attempt(attempt: Attempt, end: AttemptEnd | None) -> AttemptStatus:
