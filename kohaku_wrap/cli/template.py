@@ -285,7 +285,8 @@ Examples:
 def copy_command(name: str, destination: str, force: bool, as_json: bool) -> None:
     """Copy a template to change it.
 
-    NAME may also be a preset (kohaku-lokr, small-24gib) or a merge recipe (bake-network, gamma-rev1). DESTINATION is a
+    NAME may also be a preset (kohaku-lokr, small-24gib), a merge recipe (bake-network, gamma-rev1) or a file of styles
+    (kohaku). DESTINATION is a
     path, or a name in your own folder ($KWRAP_HOME/templates). What a template extends is found by name as before, so
     the copy holds only the differences. A preset belongs into a folder presets/ beside the template that names it.
     """
@@ -299,7 +300,8 @@ def copy_command(name: str, destination: str, force: bool, as_json: bool) -> Non
         folder = target / "presets" if kind == "presets" and target.name != "presets" else target
         target = folder / source.name
     elif target.suffix != ".toml":
-        own = {"presets": user_templates() / "presets", "merges": Path()}.get(kind, user_templates())
+        own = user_templates() / kind if kind in ("presets", "styles") else user_templates()
+        own = Path() if kind == "merges" else own
         target = own / f"{destination}.toml" if "/" not in destination else Path(f"{destination}.toml")
     if target.exists() and not force:
         raise TemplateExists(f"{target}: already there", "Choose another name, or add --force.")
@@ -310,6 +312,7 @@ def copy_command(name: str, destination: str, force: bool, as_json: bool) -> Non
     following = {
         "presets": f'name it in a template: preset = "{target.stem}"',
         "merges": command_line("merge", target, "--dry-run") + " with -m NAME=FILE for each of its models",
+        "styles": command_line("prompt", "--style") + " lists them",
     }
     check = command_line("template", "check", target)
     print_table("", [("copied", source), ("to", target)], f"edit it, then {following.get(kind, check)}")

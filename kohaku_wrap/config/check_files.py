@@ -19,7 +19,7 @@ from kohaku_wrap.files import expand_user, shipped_folder
 from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.options import OptionTable
 
-NOT_TEMPLATES = ("merges",)
+NOT_TEMPLATES = ("merges", "styles")
 """Folders beside templates whose files are something else."""
 
 BASE = "sdxl-lokr"

@@ -11,7 +11,7 @@ from kohaku_wrap.files import expand_user, home_folder, shipped_folder
 from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.options import suggest
 
-KINDS = ("presets", "merges")
+KINDS = ("presets", "merges", "styles")
 """The folders of what is no template beside the shipped templates."""
 
 

@@ -17,7 +17,9 @@ from kohaku_wrap.merging.recipes import find_recipe
 from kohaku_wrap.trainer.options import load_recorded_table
 
 BROKEN = Path(__file__).with_name("broken")
-SHIPPED = [path for path in sorted(shipped_folder("templates").rglob("*.toml")) if path.parent.name != "merges"]
+SHIPPED = [
+    path for path in sorted(shipped_folder("templates").rglob("*.toml")) if path.parent.name not in ("merges", "styles")
+]
 
 
 def broken_files() -> list[Path]:

@@ -51,39 +51,47 @@ def _holds_tokenizer(folder: Path) -> bool:
     )
 
 
-def load_counter(folder: Path) -> CountTokens:
-    """A function from texts to their numbers of CLIP tokens, without the start and end tokens.
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer of a folder, as the package `tokenizers` has it: `encode` gives ids and places in the text.
 
-    Raises ModuleNotFoundError without the package `tokenizers`.
+    Raises ModuleNotFoundError without that package.
     """
     tokenizers: Any = importlib.import_module("tokenizers")
     regex, normalizers, pre_tokenizers = tokenizers.Regex, tokenizers.normalizers, tokenizers.pre_tokenizers
 
     if (folder / "tokenizer.json").is_file():
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    else:
-        merges = [
-            tuple(line.split(" "))
-            for line in (folder / "merges.txt").read_text("utf-8").splitlines()
-            if line and not line.startswith("#version")
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    merges = [
+        tuple(line.split(" "))
+        for line in (folder / "merges.txt").read_text("utf-8").splitlines()
+        if line and not line.startswith("#version")
+    ]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            vocab=json.loads((folder / "vocab.json").read_text("utf-8")),
+            merges=merges,
+            unk_token="<|endoftext|>",
+            end_of_word_suffix="</w>",
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(regex(CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
-        tokenizer = tokenizers.Tokenizer(
-            tokenizers.models.BPE(
-                vocab=json.loads((folder / "vocab.json").read_text("utf-8")),
-                merges=merges,
-                unk_token="<|endoftext|>",
-                end_of_word_suffix="</w>",
-            )
-        )
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(regex(CLIP_WORDS), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+    )
+    return tokenizer
+
+
+def load_counter(folder: Path) -> CountTokens:
+    """A function from texts to their numbers of CLIP tokens, without the start and end tokens.
+
+    Raises ModuleNotFoundError without the package `tokenizers`.
+    """
+    tokenizer = load_tokenizer(folder)
 
     def count(texts: Sequence[str]) -> npt.NDArray[np.int64]:
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)

@@ -1,0 +1,1 @@
+"""Pictures from checkpoints: prompts as people write them, sheets of cells, and what a picture says about itself."""
