@@ -1,6 +1,8 @@
 # The front door: `make` lists the targets.
 PYTHON ?= python3
-VENV := .venv
+SET ?=
+VENV := .venv$(addprefix -,$(SET))
+CONSTRAINTS := constraints$(addprefix -,$(SET)).txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH_INDEX ?=
@@ -23,19 +25,23 @@ FAST_TESTS := tests/formats tests/metadata tests/templates tests/test_files.py t
 FAST_ARGS := -n 2 -m "not slow and not sd_scripts and not torch" $(or $(filter tests/$(ROOM)%,$(if $(ROOM),$(FAST_TESTS))),$(FAST_TESTS))
 MUTANTS_ARGS ?=
 
+ifeq ($(wildcard $(CONSTRAINTS)),)
+$(error SET=$(SET): no such set of versions; there is: $(patsubst constraints-%.txt,%,$(wildcard constraints-*.txt)))
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup epsilon prove prove-upstream census gpu test test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## make .venv, tested versions (TORCH_INDEX=URL: own torch)
+setup: $(READY)  ## make .venv, tested versions (SET=transformers-5, TORCH_INDEX=URL)
 
-$(READY): setup.cfg constraints.txt
+$(READY): setup.cfg $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kwrap needs Python 3.11 or newer: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --disable-pip-version-check -q --index-url $(TORCH_INDEX) torch==2.13.0)
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[train,merge,dev,mutants]'
+	$(BIN)/pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e '.[train$(addprefix -,$(SET)),merge,dev,mutants]'
 	@touch $(READY)
 
 epsilon: $(READY)  ## the whole recipe, demo scale (SITE=site.toml: yours)
@@ -119,5 +125,5 @@ package: $(READY)  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build -q
 
 clean:  ## remove all that make made, .venv and the demo too
-	rm -rf $(VENV) .venv-* build dist *.egg-info epsilon-demo prove census gpu-report .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-* build dist *.egg-info epsilon-demo prove census gpu-report .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

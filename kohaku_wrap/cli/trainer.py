@@ -42,7 +42,7 @@ Examples:
 """
 )
 @source_option
-@click.option("--commit", default="", metavar="C", help="A tag, a commit or `newest` (default: v0.11.1).")
+@click.option("--commit", default="", metavar="C", help="A tag, commit, branch or `newest` (default: v0.11.1).")
 @click.option("--prove", is_flag=True, help="Prove a commit that is not supported, on this machine; some minutes.")
 @accept_option
 @click.option("--no-requirements", is_flag=True, help="Leave missing Python packages to me.")
@@ -120,7 +120,7 @@ def prove(source: str, accept_difference: bool, as_json: bool) -> None:
 
 @command.command(epilog="\b\nExample:\n  kwrap trainer update --dry-run")
 @source_option
-@click.option("--commit", default="newest", metavar="C", help="Another commit than the newest.")
+@click.option("--commit", default="newest", metavar="C", help="A tag, commit or branch (default: newest).")
 @click.option("--dry-run", is_flag=True, help="Only say what is there and what would change.")
 @accept_option
 @json_option
@@ -128,7 +128,8 @@ def prove(source: str, accept_difference: bool, as_json: bool) -> None:
 def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_json: bool) -> None:
     """Get the newest sd-scripts, and prove it.
 
-    What changes in its options is shown first. Runs go on with the commit of their lock.
+    The newest is what the source has checked out, for a URL the last commit of its default branch; in a fork that may
+    be the fork's own commit. What changes in its options is shown first. Runs go on with the commit of their lock.
     """
     from kohaku_wrap.trainer.checkout import install_checkout, list_installed
     from kohaku_wrap.trainer.installed import ask_trainer, find_option_table

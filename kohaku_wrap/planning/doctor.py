@@ -20,14 +20,14 @@ from kohaku_wrap.planning.training_plan import TrainingPlan
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import report_trainer, require_transformers
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, find_version
-from kohaku_wrap.trainer.requirements import TESTED
+from kohaku_wrap.trainer.requirements import SETS, TESTED, find_set, packages_of
 
 TESTED_TOGETHER = ("accelerate", "transformers", "diffusers", "huggingface-hub")
 TESTED_SETS = (
-    {name: TESTED[name].version for name in TESTED_TOGETHER},
+    *({name: packages_of(each)[name].version for name in TESTED_TOGETHER} for each in SETS),
     {"accelerate": "1.6.0", "transformers": "4.54.1", "diffusers": "0.32.1", "huggingface-hub": "0.34.3"},
 )
-"""Versions that were trained with, bit-identical to each other; the first is what `make setup` installs."""
+"""Versions that were trained with; the first are what `make setup` installs, the last are upstream's own."""
 
 TESTED_ALONE = {name: TESTED[name].version for name in ("torch", "lycoris-lora", "bitsandbytes")}
 WRONG_BITSANDBYTES = ("0.36.0", "0.41.0")
@@ -103,13 +103,14 @@ def examine_versions() -> Iterator[Finding]:
     if tested and not alone:
         yield Finding.ok("packages", f"{shown}: a tested set")
     else:
-        wanted = ", ".join(f"{name} {version}" for name, version in {**TESTED_SETS[0], **TESTED_ALONE}.items())
+        here = find_set()
+        wanted = ", ".join(f"{name} {packages_of(here)[name].version}" for name in found)
         yield Finding(
             "packages",
             "warning",
             f"{shown}: not a set that was tested together",
             "Other versions fail at import, or change the last bits of a run.",
-            f"Use {wanted}: `make setup` installs them.",
+            f"Use {wanted}: `make setup{here and f' SET={here}'}` installs them.",
         )
 
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,10 +35,13 @@ from kohaku_wrap.proving.prove import Bench, Case, Configuration
 from kohaku_wrap.trainer.checkout import (
     INSTALLED,
     Checkout,
+    ImpossiblePair,
     find_checkout,
     find_commit,
     inspect_checkout,
     install_checkout,
+    require_supported,
+    require_transformers,
     run_git,
 )
 from kohaku_wrap.trainer.commits import (
@@ -54,7 +57,7 @@ from kohaku_wrap.trainer.commits import (
 )
 from kohaku_wrap.trainer.corrections import require_anchors
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, is_decisive, list_versions, plain_name
-from kohaku_wrap.trainer.requirements import InstallFailed, require_requirements, requirement_paths
+from kohaku_wrap.trainer.requirements import InstallFailed, find_set, require_requirements, requirement_paths
 from kohaku_wrap.training.records.folder import Run
 
 ROWS = (
@@ -234,11 +237,12 @@ def prove_checkout(
 ) -> Proof:
     """Prove a checkout, working in `folder`, and with `keep` have it taken like a supported one from then on.
 
-    Raises NotProved, AnchorsMissing, MissingRequirements.
+    Raises NotProved, AnchorsMissing, MissingRequirements, ImpossiblePair.
 
     `source`: where a supported commit to compare with is got from, where none is installed.
     """
     require_requirements()
+    require_transformers(checkout)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     reference = find_reference(checkout, source or str(checkout.path), on_note)
     on_note(f"Proving sd-scripts {checkout.name} against {reference.name}; this takes some minutes")
@@ -254,12 +258,11 @@ def find_reference(checkout: Checkout, source: str, on_note: Callable[[str], Non
     for known in others:
         folder = trainer_folder() / known.commit
         if folder.is_dir() and (found := inspect_checkout(folder, INSTALLED)).is_supported:
-            return found
+            with suppress(ImpossiblePair):
+                return require_supported(found)
     for known in others:
-        try:
+        with suppress(InstallFailed, ImpossiblePair):
             return install_checkout(source, known.commit, on_note)[0]
-        except InstallFailed:
-            continue
     raise NotProved(
         f"sd-scripts {checkout.name} is not proved: no supported commit is here to compare with, nor in {source}",
         f"Install one, and try again: kwrap trainer install. Supported: {SUPPORTED_TEXT}.",
@@ -272,20 +275,20 @@ LIST_HEAD = """# Releases of sd-scripts that were proved
 Written by `make prove ENGINE=sd-scripts COMMIT=C`: on a CPU, trained as a whole, killed, resumed, compared with another
 supported commit and with a part of the option census; see [exact resume](exact-resume.md#another-commit-of-sd-scripts).
 
-| commit | hash | identical to | date | versions |
-|---|---|---|---|---|
+| commit | hash | set of versions | identical to | date | versions |
+|---|---|---|---|---|---|
 """
 
 
 def write_list(proof: Proof, path: Path) -> None:
-    """Put a proof into the list of proved releases, in place of an older one of the same commit."""
+    """Put a proof into the list of proved releases, in place of an older one of the same commit and set of versions."""
     text = path.read_text(encoding="utf-8") if path.exists() else LIST_HEAD
     rows = [line for line in text.removeprefix(LIST_HEAD).splitlines() if line]
     versions = ", ".join(f"{name} {found}" for name, found in proof.versions.items() if plain_name(name) in LISTED)
     same = f"no: {proof.difference}" if proof.difference else proof.reference
-    name, commit = proof.commit.name, proof.commit.commit[:10]
-    rows = [row for row in rows if not row.startswith(f"| {name} |")]
-    rows.append(f"| {name} | {commit} | {same} | {proof.date} | {versions} |")
+    pair = f"| {proof.commit.name} | {proof.commit.commit[:10]} | {find_set() or 'default'} |"
+    rows = [row for row in rows if not row.startswith(pair)]
+    rows.append(f"{pair} {same} | {proof.date} | {versions} |")
     write_text(path, LIST_HEAD + "\n".join(rows) + "\n")
 
 

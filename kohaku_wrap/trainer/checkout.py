@@ -29,6 +29,7 @@ from kohaku_wrap.trainer.requirements import (
     InstallFailed,
     RequirementState,
     check_requirements,
+    find_set,
     installed_version,
 )
 
@@ -36,6 +37,9 @@ INSTALLED = "kwrap trainer install"
 """What chose a checkout that kwrap installed itself."""
 
 DEFAULT_SOURCE = "https://github.com/kohya-ss/sd-scripts"
+NEWEST = "newest"
+"""In place of a commit: what the source has checked out."""
+
 SMALL_FILE_BYTES = 1 << 20
 """Larger files of `configs/` are left out: mirrors may lack them and SDXL training does not read them."""
 
@@ -55,8 +59,10 @@ class ImpossiblePair(KwrapError):
     """The checkout cannot be imported with the packages that are installed."""
 
 
-FIRST_WITHOUT_EXTRACTOR = 5
-IMPORTS_EXTRACTOR = re.compile(r"^from transformers import (?:.*, )?CLIPFeatureExtractor\b", re.MULTILINE)
+GONE = ("CLIPFeatureExtractor",)
+"""What transformers 5 no longer has, of what releases of sd-scripts import."""
+
+IMPORTED = re.compile(r"^from transformers import +(\([^)]*\)|.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -179,17 +185,20 @@ def require_supported(checkout: Checkout) -> Checkout:
 
 
 def require_transformers(checkout: Checkout) -> None:
-    """Raise ImpossiblePair where the checkout imports what transformers 5 no longer has."""
-    version = installed_version(TESTED["transformers"])
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < FIRST_WITHOUT_EXTRACTOR:
+    """Raise ImpossiblePair where the checkout imports what the transformers that is installed no longer has."""
+    if find_set() != "transformers-5":
         return
-    for path in sorted((checkout.path / "library").glob("*.py")):
-        if IMPORTS_EXTRACTOR.search(path.read_text(encoding="utf-8")):
-            raise ImpossiblePair(
-                f"sd-scripts {checkout.name} does not train with transformers {version}: library/{path.name} imports "
-                "CLIPFeatureExtractor, which is gone there",
-                f"Install transformers {TESTED['transformers'].version}, or a newer commit: kwrap trainer install",
-            )
+    for path in sorted((checkout.path / "library").glob("**/*.py")):
+        for names in IMPORTED.findall(path.read_text(encoding="utf-8")):
+            found = {words.split()[0] for words in names.strip("()").split(",") if words.strip()} & {*GONE}
+            if found:
+                raise ImpossiblePair(
+                    f"sd-scripts {checkout.name} does not train with transformers "
+                    f"{installed_version(TESTED['transformers'])}: library/{path.name} imports {', '.join(found)}, "
+                    "which is gone there",
+                    f"Use the environment with transformers {TESTED['transformers'].version} (make setup), or a newer "
+                    "commit: kwrap trainer install",
+                )
 
 
 def report_trainer() -> TrainerReport:
@@ -234,7 +243,7 @@ def install_checkout(
                 return require_supported(checkout), True
             on_note(f"{final} was changed; it is replaced")
         on_note(f"Getting sd-scripts {name} from {source}")
-        clone_commit(source, known.commit if known else commit, part / "checkout")
+        clone_commit(source, known.commit if known else commit, part / "checkout", on_note)
         checkout = inspect_checkout(part / "checkout", INSTALLED)
         if examine:
             examine(checkout)
@@ -246,20 +255,49 @@ def install_checkout(
     return inspect_checkout(final, INSTALLED), False
 
 
-def clone_commit(source: str, commit: str, folder: Path) -> None:
+def clone_commit(source: str, commit: str, folder: Path, on_note: Callable[[str], None]) -> None:
     """A checkout of what SDXL training needs of one commit; the rest is not fetched where git can leave it out."""
     local = expand_user(source.removeprefix("file://"))
     if local.exists():
         run_git(["clone", "--quiet", "--no-checkout", str(local.resolve()), str(folder)], folder.parent)
     else:
         run_git(["clone", "--quiet", "--no-checkout", "--filter=blob:none", source, str(folder)], folder.parent)
-    if commit.lower() == "newest":
-        commit = run_git(["rev-parse", "origin/HEAD"], folder).strip()
-    if not has_commit(folder, commit):
+    if commit.lower() == NEWEST:
+        # What the source itself has checked out: for a server its default branch.
+        commit = run_git(["rev-parse", "HEAD"], folder).strip()
+        on_note(describe_newest(source, folder))
+    elif not has_commit(folder, commit):
         run_git(["fetch", "--quiet", "origin", commit], folder)
+        commit = run_git(["rev-parse", "FETCH_HEAD"], folder).strip()
     patterns = [*SPARSE_PATTERNS, *(f"/{name}" for name in small_configs(folder, commit))]
     run_git(["sparse-checkout", "set", "--no-cone", *patterns], folder)
     run_git(["-c", "advice.detachedHead=false", "checkout", "--quiet", "--detach", commit], folder)
+
+
+def describe_newest(source: str, folder: Path) -> str:
+    """Which commit stands for `newest`, and how far it is from the last one that kwrap supports."""
+    branch = run_git(["rev-parse", "--abbrev-ref", "HEAD"], folder).strip().replace("HEAD", "no branch")
+    about = run_git(["log", "-1", "--format=%h of %cs (%s)"], folder).strip()
+    later = [
+        (int(run_git(["rev-list", "--count", f"{known.commit}..HEAD"], folder)), known.name)
+        for known in SUPPORTED
+        if has_commit(folder, known.commit) and is_ancestor(folder, known.commit)
+    ]
+    if later:
+        count, name = min(later)
+        about += f", {count:,} commit{'s' * (count != 1)} after {name}"
+    return (
+        f"The newest is what {source} has checked out: {branch}, {about}. In a fork these may be the fork's own "
+        "commits; choose another by --commit TAG, HASH or BRANCH"
+    )
+
+
+def is_ancestor(folder: Path, commit: str) -> bool:
+    try:
+        run_git(["merge-base", "--is-ancestor", commit, "HEAD"], folder)
+    except InstallFailed:
+        return False
+    return True
 
 
 def has_commit(folder: Path, commit: str) -> bool:

@@ -7,8 +7,8 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
@@ -63,6 +63,8 @@ REQUIREMENTS = (
     Requirement("einops", "einops", "0.8.2"),
     Requirement("toml", "toml", "0.10.2"),
     Requirement("voluptuous", "voluptuous", "0.16.0"),
+    # The trainer asks for 1.4.1, which takes a pixel off both sides of WebP with a profile. Later ones turn the size of
+    # an image that has a tag, where the trainer does not turn its pixels: extract and import leave no such tag.
     Requirement("imagesize", "imagesize", "2.0.1"),
     Requirement("ftfy", "ftfy", "6.3.1"),
     Requirement("cv2", "opencv-python-headless", "5.0.0.93"),
@@ -75,7 +77,15 @@ REQUIREMENTS = (
 TESTED = {each.distribution: each for each in (TORCH, *REQUIREMENTS)}
 """The one place of versions; a test holds setup.cfg, constraints.txt, the Makefile and all texts to it."""
 
-STRICT = frozenset({"accelerate", "transformers", "diffusers", "huggingface-hub", "lycoris-lora", "bitsandbytes"})
+SETS: Mapping[str, Mapping[str, str]] = {
+    "": {},
+    "transformers-5": {"transformers": "5.24.0", "diffusers": "0.42.1", "huggingface-hub": "2.4.0"},
+}
+"""Sets of versions that were proved, by the name that `make setup SET=` takes: in what each differs from TESTED."""
+
+STRICT = frozenset(
+    {"accelerate", "transformers", "diffusers", "huggingface-hub", "lycoris-lora", "bitsandbytes", "imagesize"}
+)
 """Packages where another version is told: these decide whether the trainer runs, and its last bits."""
 
 
@@ -115,10 +125,23 @@ def packages_folder(requirement: Requirement) -> Path:
     return trainer_folder() / ".packages" / f"{requirement.distribution}-{requirement.version}-{python}"
 
 
+def find_set() -> str:
+    """The name of the set of versions that is installed: the one with this release line of transformers."""
+    line = installed_version(TESTED["transformers"]).split(".")[0]
+    return next((name for name, own in SETS.items() if own.get("transformers", "").split(".")[0] == line), "")
+
+
+def packages_of(set_name: str) -> dict[str, Requirement]:
+    """The tested packages of a set, by distribution."""
+    own = SETS[set_name]
+    return {name: replace(each, version=own.get(name, each.version)) for name, each in TESTED.items()}
+
+
 def check_requirements() -> list[RequirementState]:
     """Every package that the trainer imports, without importing any."""
     states = []
-    for requirement in (*REQUIREMENTS, torchvision_requirement()):
+    tested = packages_of(find_set())
+    for requirement in (*(tested[each.distribution] for each in REQUIREMENTS), torchvision_requirement()):
         folder = packages_folder(requirement)
         if importlib.util.find_spec(requirement.module) is not None:
             states.append(RequirementState(requirement, installed_version(requirement), None))

@@ -54,7 +54,7 @@ def test_untested_versions_warn_and_name_the_tested_ones(monkeypatch: pytest.Mon
     found = {**doctor.TESTED_SETS[0], **doctor.TESTED_ALONE}
     monkeypatch.setattr(doctor, "find_version", lambda name: found.get(name, ""))
     assert {finding.status for finding in examine_versions()} == {"ok"}
-    found["transformers"] = "5.23.0"
+    found["transformers"] = "4.57.5"
     [_, packages] = examine_versions()
     assert packages.status == "warning"
     assert "transformers 4.57.6" in packages.do
@@ -62,6 +62,19 @@ def test_untested_versions_warn_and_name_the_tested_ones(monkeypatch: pytest.Mon
     [_, packages] = examine_versions()
     assert packages.status == "broken"
     assert "transformers" in packages.what
+
+
+def test_the_second_set_is_tested_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {**doctor.TESTED_SETS[1], **doctor.TESTED_ALONE}
+    assert found["transformers"].startswith("5.")
+    monkeypatch.setattr(doctor, "find_version", lambda name: found.get(name, ""))
+    monkeypatch.setattr(doctor, "find_set", lambda: "transformers-5")
+    assert {finding.status for finding in examine_versions()} == {"ok"}
+    found["diffusers"] = doctor.TESTED_SETS[0]["diffusers"]
+    [_, packages] = examine_versions()
+    assert packages.status == "warning"
+    assert f"diffusers {doctor.TESTED_SETS[1]['diffusers']}" in packages.do
+    assert "`make setup SET=transformers-5`" in packages.do
 
 
 def test_an_optimizer_that_does_not_step_is_broken() -> None:

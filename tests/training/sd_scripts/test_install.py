@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kohaku_wrap.planning.doctor import examine_trainer
-from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
+from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout, run_git
 from kohaku_wrap.trainer.commits import SUPPORTED, digest_sources
 
 Command = Callable[..., str]
@@ -98,3 +98,27 @@ def test_install_from_a_repository_then_show_then_fix(
     kwrap(*install, "--no-requirements")
     assert json.loads(kwrap("trainer", "show", "--json"))["supported"]
     assert [path.name for path in (home / "trainer").iterdir()] == [trainer.checkout.commit]
+
+
+@pytest.mark.sd_scripts
+def test_the_newest_is_what_the_source_has_checked_out_and_said_to_be(
+    trainer: Any, kwrap: Command, home: Path, tmp_path: Path
+) -> None:
+    """A fork's own commit on top, and a branch of it beside: neither is supported, and both are named."""
+    if not (trainer.checkout.path / ".git").exists():
+        pytest.skip("the checkout is not a git repository; enable with `kwrap trainer install`")
+    fork = tmp_path / "fork"
+    run_git(["clone", "--quiet", "--no-checkout", str(trainer.checkout.path), str(fork)], tmp_path)
+    author = ("-c", "user.name=x", "-c", "user.email=x@x")
+    tree = run_git(["mktree"], fork).strip()
+    for branch in ("aside", "own"):
+        commit = run_git([*author, "commit-tree", tree, "-p", "HEAD", "-m", f"on {branch}"], fork).strip()
+        run_git(["branch", branch, commit], fork)
+    run_git(["symbolic-ref", "HEAD", "refs/heads/own"], fork)
+    install = ("trainer", "install", "--source", str(fork), "--prove", "--no-requirements", "--commit")
+    said = kwrap(*install, "newest", expect=1)
+    assert f"{fork} has checked out: own, " in said and "(on own)" in said
+    assert f"1 commit after {trainer.checkout.name}" in said and "--commit TAG, HASH or BRANCH" in said
+    assert "sdxl_train_network.py is not there" in said
+    assert "sdxl_train_network.py is not there" in kwrap(*install, "aside", expect=1)
+    assert [*(home / "trainer").iterdir()] == []

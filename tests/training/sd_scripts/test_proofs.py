@@ -10,7 +10,15 @@ import pytest
 
 from kohaku_wrap.config.render import describe_trainer
 from kohaku_wrap.planning.doctor import examine_trainer
-from kohaku_wrap.trainer.checkout import ImpossiblePair, find_commit, inspect_checkout, require_supported
+from kohaku_wrap.trainer import checkout as checkout_module
+from kohaku_wrap.trainer.checkout import (
+    ImpossiblePair,
+    find_commit,
+    inspect_checkout,
+    list_installed,
+    require_supported,
+    require_transformers,
+)
 from kohaku_wrap.trainer.commits import (
     TRIAL_VARIABLE,
     SupportedCommit,
@@ -99,6 +107,8 @@ def test_changed_options_are_listed() -> None:
     [
         ("5.23.0", "from transformers import CLIPFeatureExtractor, CLIPTextModel", False),
         ("5.23.0", "from transformers import CLIPTextModel, CLIPFeatureExtractor", False),
+        ("5.23.0", "from transformers import (\n    CLIPTextModel,\n    CLIPFeatureExtractor,\n)", False),
+        ("5.23.0", "from transformers import (\n    CLIPImageProcessor as CLIPFeatureExtractor,\n)", True),
         ("5.23.0", "from transformers import CLIPImageProcessor as CLIPFeatureExtractor, CLIPTextModel", True),
         ("4.57.6", "from transformers import CLIPFeatureExtractor, CLIPTextModel", True),
     ],
@@ -121,3 +131,18 @@ def test_an_impossible_pair_with_transformers_is_refused_by_train_and_doctor(
         require_supported(found)
     finding = examine_trainer(required=True)
     assert finding.status == "broken" and "library/pipeline.py" in finding.what
+
+
+@pytest.mark.sd_scripts
+def test_the_commits_of_february_do_not_train_with_transformers_5(
+    use_trainer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KWRAP_SD_SCRIPTS", raising=False)
+    monkeypatch.setattr(checkout_module, "find_set", lambda: "transformers-5")
+    refused = set()
+    for each in list_installed():
+        try:
+            require_transformers(each)
+        except ImpossiblePair:
+            refused.add(each.name)
+    assert refused == {"v0.10.0", "v0.10.1", "48d368f"} & {each.name for each in list_installed()}
