@@ -20,8 +20,11 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.supervised import (
     describe_launch,
+    print_findings,
     print_finished,
+    print_start,
     printing_events,
+    source_of,
     supervisor_options,
     watch_options,
     watch_run,
@@ -194,36 +197,6 @@ def states_bytes(run: Run, step: int | None) -> int:
         return read_manifest(states[-1]).size_bytes if states else 0
     except DamagedState:
         return 0
-
-
-def print_findings(plan: ResumePlan) -> None:
-    """What the resume found and how it takes it, on stderr."""
-    for damaged in plan.damaged:
-        print_note(f"damaged, passed over: {damaged.message}")
-    for where, what in plan.differences.items():
-        print_note(f"accepted: {where}: {what}")
-    for note in plan.notes:
-        print_note(note)
-    if plan.lineage:
-        print_note("a state of another run: what it was trained with is not in this run's ledger")
-    if plan.foreign:
-        print_note("a state of plain sd-scripts: the order is not provably the same as before it")
-
-
-def source_of(plan: ResumePlan) -> str:
-    """The state's folder, or the beginning."""
-    from kohaku_wrap.training.records.states import list_states
-
-    if plan.state is not None:
-        return show_path(plan.state)
-    return "the beginning" if list_states(plan.run.states) else "the beginning, as no state is there"
-
-
-def print_start(plan: ResumePlan) -> None:
-    """Where the attempt starts, and what moves for it, on stderr."""
-    print_note(f"attempt {plan.number} of {plan.run.name} from {source_of(plan)}")
-    for path in plan.abandons:
-        print_note(f"to abandoned/: {path.relative_to(plan.run.folder)}")
 
 
 def show_dry_run(plan: ResumePlan, as_json: bool) -> None:

@@ -44,11 +44,14 @@ class ProcessFailed(KwrapError):
 class Kill:
     """When to kill an attempt."""
 
-    epochs: float
+    epochs: float = 0.0
     """Not before this share of the run's first epoch is trained; beyond 1 in later epochs."""
 
     in_state: bool = False
     """Wait from then for the next state, and kill while it is being written."""
+
+    to_end: bool = False
+    """Let the attempt reach the end of the run instead; the next one makes it longer."""
 
 
 def command_of(arguments: tuple[str, ...]) -> list[str]:
@@ -97,21 +100,25 @@ def train_with_kills(
     workers: tuple[int, ...],
     logs: Path,
     environment: Mapping[str, str] | None = None,
+    longer: Mapping[int, Sequence[str]] | None = None,
 ) -> None:
     """Train to the end: `arguments` starts the run, each kill ends an attempt, `kwrap resume` starts the next one.
 
-    `workers`: loader workers of each attempt. Raises ProcessFailed when a process ends by itself before its kill, or
+    `workers`: loader workers of each attempt. `longer`: attempts that `kwrap extend` starts instead, with its options.
+    Raises ProcessFailed when a process ends by itself before its kill, or
     the last one does not finish.
     """
     logs.mkdir(parents=True, exist_ok=True)
     for number in range(len(kills) + 1):
         if number:
             loaders = workers[min(number, len(workers) - 1)]
-            arguments = ("resume", str(run.folder), "--workers", str(loaders))
+            options = (longer or {}).get(number + 1)
+            verb = ("resume",) if options is None else ("extend", *options)
+            arguments = (*verb, str(run.folder), "--workers", str(loaders))
         log = logs / f"{run.name}-{number + 1}.log"
-        if number == len(kills):
+        if number == len(kills) or kills[number].to_end:
             run_kwrap(arguments, log, environment)
-            return
+            continue
         kill_midway(run, arguments, kills[number], number + 1, log, environment)
 
 

@@ -118,12 +118,17 @@ def compare_metrics(whole: Run, interrupted: Run) -> int:
 
 
 def compare_names(whole: Run, interrupted: Run) -> list[str]:
-    """What checkpoints are called after the run's name; the names of states must agree too."""
+    """What checkpoints are called after the run's name; the names of states must agree too.
+
+    A run that was made longer keeps the network that it ended with before.
+    """
+    ends = {f"-step{chapter.total_optimizer_steps:08d}.safetensors" for chapter in interrupted.lock.chapters[:-1]}
     for what, folder, pattern in (("states left", "states", "[!.]*"), ("checkpoints", "checkpoints", "*.safetensors")):
         names, others = (
             sorted(path.name.removeprefix(run.name) for path in (run.folder / folder).glob(pattern))
             for run in (whole, interrupted)
         )
+        others = [name for name in others if name in names or name not in ends]
         if names != others:
             raise Difference(f"{what}: {', '.join(names)}; {', '.join(others)}")
     return names

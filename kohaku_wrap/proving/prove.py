@@ -14,7 +14,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,12 @@ class Case:
     configuration: Configuration = Configuration()
     """What is trained."""
 
+    settings: tuple[str, ...] = ()
+    """Of the template, beside SETTINGS: a shorter length."""
+
+    longer: Mapping[int, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    """Attempts that `kwrap extend` begins, and how much longer each makes the run."""
+
 
 def read_cases() -> tuple[Case, ...]:
     """The cases of proofs/resume.toml, which says what each key means."""
@@ -92,6 +98,8 @@ def read_cases() -> tuple[Case, ...]:
             kills=tuple(Kill(**kill) for kill in case["kills"]),
             workers=tuple(case.get("workers", [0])),
             configuration=Configuration(**{key: case[key] for key in ("processes", "accumulation") if key in case}),
+            settings=tuple(case.get("settings", [])),
+            longer={int(attempt): tuple(options) for attempt, options in case.get("longer", {}).items()},
         )
         for case in document["case"]
     )
@@ -137,12 +145,12 @@ class Bench:
         configuration = case.configuration
         effective_batch = configuration.processes * configuration.accumulation * BATCH_PER_PROCESS
         site = self.write_site(case.name, configuration, case.workers[0])
-        settings = [f"effective_batch={effective_batch}", *SETTINGS]
+        settings = [f"effective_batch={effective_batch}", *SETTINGS, *case.settings]
         arguments = ["train", "demo", "--site", str(site), "--run", case.name]
         arguments += [part for setting in settings for part in ("--set", setting)]
         run = Run(self.runs / case.name)
         logs = self.folder / "logs" / self.engine
-        train_with_kills(run, tuple(arguments), case.kills, case.workers, logs, configuration.environment)
+        train_with_kills(run, tuple(arguments), case.kills, case.workers, logs, configuration.environment, case.longer)
         return run
 
 

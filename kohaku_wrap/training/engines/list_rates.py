@@ -1,7 +1,8 @@
 """The rate of each optimizer group after each update, by the engine's own scheduler on a dummy optimizer.
 
 Called as `python -m kohaku_wrap.training.engines.list_rates RUN` with a JSON document on stdin: `groups`, how many the
-optimizer had, and `names`, what the metrics call them. All else comes from the run's lock. Prints a JSON list of lists,
+optimizer had, `names`, what the metrics call them, and `chapters`, the lengths of the run. All else comes from the
+run's lock. Prints a JSON list of lists,
 one an update, or ends with code 1 and the reason on stderr.
 """
 
@@ -24,6 +25,8 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.processes import answer
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
+from kohaku_wrap.training.engines.schedule import options_of_cycle
+from kohaku_wrap.training.records.chapters import Cycle, find_cycle
 from kohaku_wrap.training.records.folder import Lock, Run
 
 NETWORKS = {"lycoris.kohya": "LycorisNetworkKohya", "networks.lora": "LoRANetwork"}
@@ -119,9 +122,14 @@ def rates_of_builtin(lock: Lock, count: int, names: Sequence[str]) -> Any:
         ),
         count,
     )
-    total = lock.total_optimizer_steps
-    return list_rates(
-        groups, options.learning_rate, lambda optimizer: create_schedule(optimizer, options, total), total
+    return join_chapters(
+        lock,
+        lambda cycle: list_rates(
+            groups,
+            options.learning_rate,
+            lambda optimizer: create_schedule(optimizer, options, cycle),
+            cycle.optimizer_steps,
+        ),
     )
 
 
@@ -136,7 +144,6 @@ def rates_of_sd_scripts(lock: Lock, count: int, names: Sequence[str]) -> Any:
     args: argparse.Namespace = sdxl_train_network.setup_parser().parse_args([])
     for name, value in trainer_values(lock).items():
         setattr(args, name, value)
-    args.max_train_steps = lock.total_optimizer_steps
 
     def make(network: Any) -> Any:
         rates = args.text_encoder_lr
@@ -147,12 +154,28 @@ def rates_of_sd_scripts(lock: Lock, count: int, names: Sequence[str]) -> Any:
 
     networks = dummy_networks(args.network_module, lock.table("network_args"), possible_parts(vars(args), names))
     groups = find_groups(networks, make, count)
-    return list_rates(
-        groups,
-        args.learning_rate,
-        lambda optimizer: make_schedule(args=args, optimizer=optimizer, num_processes=1),
-        args.max_train_steps,
-    )
+
+    def list_cycle(cycle: Cycle) -> Any:
+        own = argparse.Namespace(**vars(args) | options_of_cycle(cycle))
+        return list_rates(
+            groups,
+            args.learning_rate,
+            lambda optimizer: make_schedule(args=own, optimizer=optimizer, num_processes=1),
+            cycle.optimizer_steps,
+        )
+
+    return join_chapters(lock, list_cycle)
+
+
+def join_chapters(lock: Lock, list_cycle: Callable[[Cycle], Any]) -> Any:
+    """(updates, groups) of the whole run: each chapter's own part of the cycle that it is in."""
+    rates: list[Any] = []
+    chapters = lock.chapters
+    for number, chapter in enumerate(chapters):
+        cycle = find_cycle(chapters[: number + 1])
+        rates = rates[: chapter.from_updates]
+        rates += list_cycle(cycle)[chapter.from_updates - cycle.from_updates :]
+    return rates
 
 
 def trainer_values(lock: Lock) -> dict[str, Any]:
@@ -168,8 +191,9 @@ def trainer_values(lock: Lock) -> dict[str, Any]:
 
 def rates_of_lock() -> Any:
     """The rates that the request on stdin asks for."""
-    lock = Run(Path(sys.argv[1]).resolve()).lock
     asked = json.load(sys.stdin)
+    run = Run(Path(sys.argv[1]).resolve())
+    lock = run.suppose({**run.lock.tables, "chapters": asked["chapters"]}).lock
     engines = {"builtin": rates_of_builtin, "sd-scripts": rates_of_sd_scripts}
     return engines[lock.engine](lock, int(asked["groups"]), asked["names"])
 

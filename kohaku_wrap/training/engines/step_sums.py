@@ -64,6 +64,7 @@ def begin_ledger(attempt: Attempt, rank: int) -> LedgerWriter:
         lock.options_digest,
         is_deterministic=not torch.cuda.is_available() or os.environ.get(DETERMINISTIC_VARIABLE) == "1",
         device_digest=digest_of_device(),
+        chapter=len(lock.chapters),
     )
     return LedgerWriter(attempt.run.ledger, header)
 

@@ -25,6 +25,7 @@ from kohaku_wrap.files import read_regular
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import StepCount
 from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.training.records.chapters import EPOCHS, STEPS, Chapter, Cycle, find_cycle, read_chapters
 
 LARGEST_NUMBER = 1 << 48
 STATE_NAME = re.compile(r"optimizer-step-([0-9]{8,})")
@@ -96,6 +97,16 @@ class Run:
             ) from error
         refuse_later_lock(self.lock_file, tables)
         return Lock(tables, self.lock_file)
+
+    def forget_lock(self) -> None:
+        """Read the lock anew when it is next asked for: it was written just now."""
+        vars(self).pop("lock", None)
+
+    def suppose(self, tables: Mapping[str, Any]) -> Run:
+        """The same run as if its lock were this one; nothing is written."""
+        supposed = Run(self.folder)
+        vars(supposed)["lock"] = Lock(tables, self.lock_file)
+        return supposed
 
     def find_images(self) -> Path:
         """The folder of the run's images and captions: the lock's, or that of dataset.toml if they were moved there."""
@@ -208,6 +219,25 @@ class Lock:
 
     images = Number("plan", "images")
     total_optimizer_steps = Number("plan", "total_optimizer_steps")
+
+    @property
+    def chapters(self) -> tuple[Chapter, ...]:
+        """The lengths that the run was given, the first one first; one for a run that was never extended."""
+        try:
+            if documents := self.tables.get("chapters"):
+                return read_chapters(documents)
+        except (TypeError, ValueError) as error:
+            raise BadRunFolder(
+                f"{self.path}: [[chapters]] cannot be read ({error})",
+                "The lock was edited or cut; restore it or start a new run.",
+            ) from None
+        option = EPOCHS if self.values.get(EPOCHS) else STEPS
+        return (Chapter(0, 0, self.total_optimizer_steps, {option: int(self.values.get(option, 0))}),)
+
+    @property
+    def cycle(self) -> Cycle:
+        """What the schedule goes through now."""
+        return find_cycle(self.chapters)
 
     batches = Number("plan", "batches", 1)
     """Of one epoch, all buckets together."""

@@ -17,9 +17,9 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import open_regular
 
 MAGIC = b"KWRAPLG3"
-HEADER = struct.Struct("<8sIIIIIIq32s64sIQ8xI")
+HEADER = struct.Struct("<8sIIIIIIq32s64sIQI4xI")
 """Magic, record size, attempt, rank, processes, accumulation, batch size, seed, the run's id, the digest of its
-options, header flags, a digest of the device, and the CRC-32 of these; 160 bytes.
+options, header flags, a digest of the device, the chapter of the run, and the CRC-32 of these; 160 bytes.
 """
 
 MAGIC_2 = b"KWRAPLG2"
@@ -134,6 +134,9 @@ class LedgerHeader:
     device_digest: int = 0
     """Of the kind of device and torch's version, unsigned 64-bit: others round otherwise. 0 where it is not known."""
 
+    chapter: int = 1
+    """Of the run, counted from 1: each time that it was made longer begins a new one."""
+
     version: int = 3
     """Of the file's form; 2 was written by kwrap 0.1."""
 
@@ -164,7 +167,7 @@ def pack_header(header: LedgerHeader) -> bytes:
         return seal_header(HEADER_2, MAGIC_2, RECORD.itemsize, *fields)
     texts = (header.run_id.encode("ascii"), header.options_digest.encode("ascii"))
     flags = DETERMINISTIC * header.is_deterministic
-    return seal_header(HEADER, MAGIC, RECORD.itemsize, *fields, *texts, flags, header.device_digest)
+    return seal_header(HEADER, MAGIC, RECORD.itemsize, *fields, *texts, flags, header.device_digest, header.chapter)
 
 
 def seal_header(form: struct.Struct, *fields: bytes | int) -> bytes:
@@ -186,13 +189,15 @@ def unpack_header(path: Path, data: bytes) -> tuple[LedgerHeader, int]:
     header = LedgerHeader(attempt, rank, processes, accumulation, batch_size, seed, version=version)
     if rest:
         run_id, options_digest = (each.rstrip(b"\0").decode("ascii", "replace") for each in rest[:2])
-        flags, device_digest = rest[2:]
+        flags, device_digest, chapter = rest[2:]
         header = replace(
             header,
             run_id=run_id,
             options_digest=options_digest,
             is_deterministic=bool(flags & DETERMINISTIC),
             device_digest=device_digest,
+            # 0 in files from before there were chapters.
+            chapter=chapter or 1,
         )
     return header, form.size
 

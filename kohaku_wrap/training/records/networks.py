@@ -49,6 +49,13 @@ def note_network(attempt: Attempt, path: Path) -> None:
     write_text(attempt.folder / NETWORKS_FILE, json.dumps(written, indent=2) + "\n")
 
 
+def note_new_name(attempt: Attempt, name: str, new_name: str) -> None:
+    """Keep the sha256 of a network that is about to get another name."""
+    written = read_written(attempt.folder)
+    if sha256 := written.pop(name, ""):
+        write_text(attempt.folder / NETWORKS_FILE, json.dumps(written | {new_name: sha256}, indent=2) + "\n")
+
+
 def read_written(attempt_folder: Path) -> dict[str, str]:
     """The sha256 by name of what one attempt wrote; what is none is left out."""
     documents = read_json_files(attempt_folder, NETWORKS_FILE)

@@ -9,10 +9,11 @@ from typing import Any
 
 from kohaku_wrap.config.fates import fate_of
 from kohaku_wrap.config.kernels import list_other_switches
+from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, find_image_folder, flatten_dataset
 from kohaku_wrap.config.training_data import describe_data
-from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
+from kohaku_wrap.errors import Problem, ProblemsFound, UsageError, command_line
 from kohaku_wrap.files import keeps_sha256, kept_sha256, read_regular, sha256_of_file
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
@@ -78,8 +79,6 @@ ACCEPTED_DIFFERENCES = frozenset(
 
 OF_THE_FOLDER = frozenset({"output_dir", "output_name"})
 """Options that name the run's own folder; another value would train into another run."""
-
-LENGTHS = frozenset({"max_train_epochs", "max_train_steps"})
 
 MODELS = {"base_model": "pretrained_model_name_or_path", "vae": "vae"}
 """Files that the lock has the sha256 of, and the trainer's option that names each."""
@@ -352,11 +351,12 @@ def refuse_unknown(allow: Collection[str], run: Run | None = None) -> None:
             continue
         table = key.partition(".")[0]
         if key in options or table in (*BY_ATTEMPT, "network_args", "optimizer_args", "lr_scheduler_args", "preset"):
-            longer = " and longer" if key in LENGTHS else ""
+            if key in LENGTHS and run is not None:
+                more = command_line("extend", run.folder, "--epochs", 1)
+                raise UsageError(f"--allow {key}: a run is made longer by a command of its own", f"Such as {more}")
             raise UsageError(
                 f"--allow {key}: cannot change within a run",
-                f"There is no command for other{longer} runs from a state yet. Start a new run: "
-                f"kwrap train TEMPLATE --run NAME --set {key}=VALUE",
+                f"Start a new run: kwrap train TEMPLATE --run NAME --set {key}=VALUE",
             )
         known = {*ACCEPTED_FAULTS, *(ACCEPTED_DIFFERENCES if run is not None else ()), *options}
         raise UsageError(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.metrics import read_metrics
 
 WORKER = "kohaku_wrap.training.engines.list_rates"
 
@@ -47,17 +48,37 @@ def expect_rates(run: Run, groups: int, names: Sequence[str]) -> npt.NDArray[np.
     lock = run.lock
     if reason := why_not(lock):
         raise NoExpectedRates(reason)
+    return np.array(ask_rates(run, groups, names), dtype=np.float64).reshape(-1, groups)
+
+
+def preview_rates(run: Run, updates: int) -> dict[int, list[float]]:
+    """The rates of some updates, counted from 1: the last one before `updates`, the next, one in the middle, the last.
+
+    `run`: with the lock that is only supposed. Raises NoExpectedRates.
+    """
+    if reason := why_not(run.lock):
+        raise NoExpectedRates(reason)
+    names = [name for name in (read_metrics(run) or [{}])[-1] if name.startswith("lr_")]
+    rates = ask_rates(run, max(len(names), 1), names)
+    last = len(rates)
+    chosen = sorted({each for each in (updates, updates + 1, (updates + last + 1) // 2, last) if 1 <= each <= last})
+    return {each: rates[each - 1] for each in chosen}
+
+
+def ask_rates(run: Run, groups: int, names: Sequence[str]) -> list[list[float]]:
+    """(updates, groups) from the worker. Raises NoExpectedRates."""
+    chapters = [chapter.document() for chapter in run.lock.chapters]
     try:
-        rates = ask_python(
+        rates: list[list[float]] = ask_python(
             WORKER,
             run.folder,
-            request={"groups": groups, "names": list(names)},
+            request={"groups": groups, "names": list(names), "chapters": chapters},
             added={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             folder=run.folder,
         )
     except NoAnswer as error:
         raise NoExpectedRates(f"the schedule cannot be followed here: {error.message}") from None
-    return np.array(rates, dtype=np.float64).reshape(-1, groups)
+    return rates
 
 
 def why_not(lock: Lock) -> str:

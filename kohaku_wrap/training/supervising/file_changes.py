@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.run_files import (
     ACCELERATE_FILE,
     PLACE_KEYS,
     PRESET_FILE,
     PROMPTS_FILE,
+    TRAINER_FILE,
     UnreadableRunFile,
     is_place,
     read_run_text,
@@ -54,6 +56,8 @@ def compare_files(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, An
         except UnreadableRunFile as error:
             yield Problem(name, error.message.removeprefix(f"{name}: "))
             continue
+        if name == TRAINER_FILE:
+            now = with_lengths_of_lock(run, before, now)
         if name == ACCELERATE_FILE:
             yield from compare_accelerate(run, before, now)
         elif name == PROMPTS_FILE:
@@ -61,6 +65,16 @@ def compare_files(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, An
                 yield Problem(KEY_OF_PLACE[name], f"{name} was changed")
         else:
             yield from compare_values(before, now)
+
+
+def with_lengths_of_lock(run: Run, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's options as the next attempt has them: a length of an earlier chapter gives way to the lock's."""
+    length = {name: now[name] for name in LENGTHS if name in now}
+    if length not in [dict(chapter.length) for chapter in run.lock.chapters]:
+        return dict(now)
+    return {name: value for name, value in now.items() if name not in LENGTHS} | {
+        name: before[name] for name in LENGTHS if name in before
+    }
 
 
 def read_text(path: Path) -> str:

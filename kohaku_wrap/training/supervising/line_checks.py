@@ -24,7 +24,7 @@ class Check:
     """One thing that `verify` looks at."""
 
     name: str
-    """`order`, `losses`, `options`, `skipped steps`, `rates`, `networks` or `deep`."""
+    """`order`, `losses`, `options`, `skipped steps`, `rates`, `chapters`, `networks` or `deep`."""
 
     is_looked_at: bool
     """Whether all of it could be looked at."""
@@ -69,7 +69,8 @@ def check_steps(
     checker.check_updates(line)
     bad_steps, skipped = count_bad_steps(run, checker, line, steps, foreign)
     rates = check_rates(run, checker, line, steps, foreign)
-    return LineReport(bad_steps, (options, skipped, rates), checker.faults)
+    chapters = check_chapters(run, files, checker)
+    return LineReport(bad_steps, (options, skipped, rates, *chapters), checker.faults)
 
 
 def list_due(files: Sequence[LedgerFile], limits: Mapping[int, int], steps: int, steps_due: int) -> Int64Array:
@@ -113,6 +114,22 @@ def check_options(run: Run, files: Sequence[LedgerFile], checker: StepChecker) -
     if old:
         return Check("options", False, f"{OLD} a digest of the options: {name_attempts(old)}")
     return Check("options", True, "unlike the lock" if unlike else "every attempt has the digest of the lock")
+
+
+def check_chapters(run: Run, files: Sequence[LedgerFile], checker: StepChecker) -> list[Check]:
+    """In a run that was made longer: each step was trained in a chapter that is in the lock and reaches it."""
+    chapters = run.lock.chapters
+    if len(chapters) == 1:
+        return []
+    before = len(checker.faults)
+    ends = np.array([0, *(chapter.total_optimizer_steps for chapter in chapters)], dtype=np.int64)
+    for file in files:
+        header, steps = file.header, file.steps["optimizer_step"].astype(np.int64)
+        bad = steps[steps > ends[header.chapter if header.chapter < len(ends) else 0]]
+        owner = (np.full(len(bad), header.attempt), np.full(len(bad), header.rank))
+        checker.report("chapter", *owner, bad, f"trained in chapter {header.chapter}, which does not reach it")
+    counts = f"{len(chapters)}, of {', '.join(f'{each.total_optimizer_steps:,}' for each in chapters)} optimizer steps"
+    return [Check("chapters", len(checker.faults) == before, counts)]
 
 
 def count_bad_steps(

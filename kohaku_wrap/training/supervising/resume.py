@@ -30,6 +30,7 @@ from kohaku_wrap.training.supervising.launch import (
     plan_attempt_launch,
     write_accelerate_config,
 )
+from kohaku_wrap.training.supervising.length import settle_length, shorter_end
 from kohaku_wrap.training.supervising.machines import refuse_machines
 
 CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
@@ -38,6 +39,10 @@ CHECKPOINT_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
 
 class RunFinished(KwrapError):
     """All optimizer steps are done."""
+
+
+class EarlierChapter(KwrapError):
+    """A state from before the run was extended, whose steps another schedule would train."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def plan_resume(
         # Whatever became of its states.
         raise RunFinished(
             f"run {run.name} is finished: all {run.lock.total_optimizer_steps:,} optimizer steps are done",
-            f"Prove it with `{command_line('verify', run.folder)}`; go back with `--step N`.",
+            f"Prove it with `{command_line('verify', run.folder)}`. Train on with "
+            f"`{command_line('extend', run.folder, '--epochs', 1)}`, or go back with `--step N`.",
         )
     attempts = list_attempts(run)
     last = attempts[-1] if attempts else None
@@ -95,6 +101,7 @@ def plan_resume(
         state, optimizer_step = find_foreign_state(run, step, foreign_state)
     else:
         state, optimizer_step = find_state(run, attempts, step, damaged, on_bytes)
+    refuse_earlier_chapter(run, optimizer_step)
     changes = list_changes(run, None if foreign else state, on_bytes)
     accepted = list_accepted(run, allow, last, changes)
     refuse_changes(f"run {run.name}", changes, accepted, run.lock.format)
@@ -124,6 +131,17 @@ def plan_resume(
         abandons=tuple(abandons),
         notes=tuple(list_notes(run)),
     )
+
+
+def refuse_earlier_chapter(run: Run, optimizer_step: int) -> None:
+    """Raise EarlierChapter for a start before the last chapter, where its schedule would have begun there."""
+    chapter = run.lock.chapters[-1]
+    if chapter.schedule and optimizer_step < chapter.from_optimizer_step:
+        raise EarlierChapter(
+            f"run {run.name}: optimizer step {optimizer_step:,} lies before step {chapter.from_optimizer_step:,}, from "
+            f"which the run was extended with --schedule {chapter.schedule}",
+            f"Take a state from there on, or start a new run of {chapter.total_optimizer_steps:,} optimizer steps.",
+        )
 
 
 def list_accepted(
@@ -165,6 +183,7 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     if plan.number > 1:
         # Those of the first attempt were read when the run was made.
         check_captions(plan.run)
+    settle_length(plan.run, plan.abandons)
     launch = plan_attempt_launch(plan)
     write_attempt(plan, launch.environment)
     write_accelerate_config(plan)
@@ -187,7 +206,8 @@ def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
         elif match := CHECKPOINT_OF_EPOCH.search(path.name):
             at = int(match.group(1)) * per_epoch
         elif path.stem == run.name:
-            at = run.lock.total_optimizer_steps + 1
+            # The network of a shorter run stays: it gets the name of its step.
+            at = shorter_end(run) or run.lock.total_optimizer_steps + 1
         else:
             continue
         if at > optimizer_step:
@@ -203,4 +223,4 @@ def is_finished(run: Run) -> bool:
     attempts = list_attempts(run)
     result = attempts[-1].result() if attempts else None
     is_there = any(run.checkpoints.glob(f"{run.name}.*")) if run.checkpoints.is_dir() else False
-    return is_there and result is not None and result["outcome"] == "finished"
+    return is_there and result is not None and result["outcome"] == "finished" and not shorter_end(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import tomllib
@@ -32,6 +33,7 @@ from kohaku_wrap.training.engines.builtin.network import (
 )
 from kohaku_wrap.training.engines.builtin.state import Trained
 from kohaku_wrap.training.engines.interface import Engine
+from kohaku_wrap.training.engines.schedule import take_up_schedule
 from kohaku_wrap.training.engines.step_sums import StepSums
 from kohaku_wrap.training.records.attempts import Outcome
 from kohaku_wrap.training.records.loss_average import LossAverage
@@ -67,7 +69,7 @@ class BuiltinRun(Engine):
         self.loss_of_batch.place_model()
         self.network.to(self.accelerator.device, torch.float32)
         optimizer = create_optimizer(self.network, options)
-        schedule = create_schedule(optimizer, options, self.total_optimizer_steps)
+        schedule = create_schedule(optimizer, options, self.attempt.lock.cycle)
         # The network is not prepared: gradients are averaged once an optimizer step, so nothing wraps it.
         self.network.prepare_grad_etc()
         optimizer, schedule = self.accelerator.prepare(optimizer, schedule)
@@ -91,7 +93,10 @@ class BuiltinRun(Engine):
         if state is None:
             return
         check_state_sizes(state)
+        schedule = self.trained.schedule.scheduler
+        fresh = copy.deepcopy(schedule.state_dict())
         self.trained.read(state)
+        take_up_schedule(schedule, fresh, self.attempt)
         print(f"resumed from {state.name}", flush=True)
 
     def describe_run(self) -> dict[str, str]:

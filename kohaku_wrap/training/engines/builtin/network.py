@@ -18,6 +18,7 @@ from kohaku_wrap.files import atomic_write
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.engines.builtin.models import BaseModel
+from kohaku_wrap.training.records.chapters import Cycle
 
 SAVED_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -95,15 +96,15 @@ def optimizer_class(name: str) -> Any:
     return getattr(importlib.import_module(module), class_name)
 
 
-def create_schedule(optimizer: torch.optim.Optimizer, options: BuiltinOptions, total_optimizer_steps: int) -> Any:
-    """The rate over optimizer steps, by transformers; the same on any number of processes."""
+def create_schedule(optimizer: torch.optim.Optimizer, options: BuiltinOptions, cycle: Cycle) -> Any:
+    """The rate over the updates of a cycle, by transformers; the same on any number of processes."""
     from transformers import get_scheduler
 
     return get_scheduler(
         options.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=options.warmup_optimizer_steps(total_optimizer_steps),
-        num_training_steps=total_optimizer_steps,
+        num_warmup_steps=options.warmup_optimizer_steps(cycle.optimizer_steps) if cycle.has_warmup else 0,
+        num_training_steps=cycle.optimizer_steps,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from kohaku_wrap.training.engines.schedule import write_rates
 from kohaku_wrap.training.records.manifest import UnfitState
 
 
@@ -29,11 +30,5 @@ def convert_schedule(schedule: Any, optimizer_steps: int) -> int:
         )
     schedule.last_epoch = counted // processes
     schedule._step_count = schedule.last_epoch + 1
-    rates = [
-        base * function(schedule.last_epoch)
-        for base, function in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
+    write_rates(schedule)
     return int(schedule.last_epoch)

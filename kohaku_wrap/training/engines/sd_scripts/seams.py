@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
 import inspect
 import os
 import sys
@@ -24,6 +26,7 @@ from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import correct_loop
 from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
+from kohaku_wrap.training.engines.schedule import options_of_cycle, take_up_schedule
 from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_modules
 from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
@@ -68,7 +71,9 @@ def schedule_for_one_process(make_schedule: Callable[..., Any], loop: Loop) -> C
 
     def make(*arguments: Any, **keywords: Any) -> Any:
         loop.fired.add("scheduler")
-        return make_schedule(**(named(make_schedule, arguments, keywords) | {"num_processes": 1}))
+        given = named(make_schedule, arguments, keywords)
+        args = argparse.Namespace(**vars(given["args"]) | options_of_cycle(loop.attempt.lock.cycle))
+        return make_schedule(**given | {"num_processes": 1, "args": args})
 
     return make
 
@@ -113,6 +118,7 @@ def make_accelerator_class(base: Any, loop: Loop) -> Any:
             state = Path(input_dir)
             if not loop.attempt.foreign:
                 check_state_sizes(state)
+            fresh = [copy.deepcopy(each.scheduler.state_dict()) for each in self._schedulers]
             super().load_state(input_dir, *arguments, **keywords)
             # Restored on rank 0 alone: the ranks would disagree about where an accumulation ends.
             self.step = 0
@@ -121,6 +127,8 @@ def make_accelerator_class(base: Any, loop: Loop) -> Any:
             if loop.attempt.foreign:
                 for schedule in self._schedulers:
                     convert_schedule(schedule.scheduler, loop.attempt.start_optimizer_step)
+            for schedule, before in zip(self._schedulers, fresh, strict=True):
+                take_up_schedule(schedule.scheduler, before, loop.attempt)
             print(f"resumed from {state.name}", flush=True)
 
     return KwrapAccelerator
