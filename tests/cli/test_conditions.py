@@ -107,6 +107,9 @@ ROWS = {
     ),
     "status": Row("status {plain}/r", shows=True),
     "resume": Row("resume {out}/r", makes="r/checkpoints/r.safetensors", sign="out/r/attempts/1/[!.]*", trains="r"),
+    "extend": Row(
+        "extend {out}/r --steps 4", makes="r/checkpoints/r.safetensors", sign="out/r/attempts/1/[!.]*", trains="r"
+    ),
     "verify": Row("verify {plain}/r"),
     "merge": Row(
         "merge a -m a={world}/base/model.safetensors -o {out}/m.safetensors", makes="m.safetensors", sign="out/.m*"
@@ -164,7 +167,7 @@ class Place:
         row, folder = ROWS[name], self.folder_of(name, condition)
         out = folder / "out"
         out.mkdir(parents=True)
-        if name == "resume":
+        if name in ("resume", "extend"):
             shutil.copytree(self.folder / "fresh" / "runs" / "r", out / "r")
         hidden = self.folder / "locked" if condition == "no permission" else self.folder
         names = {"world": hidden / "world", "plain": hidden / "plain" / "runs", "out": out, "try": folder.name}
