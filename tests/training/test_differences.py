@@ -225,10 +225,10 @@ def test_allowed_words_must_stand_for_something(new_run: NewRun) -> None:
             refuse_unknown([key], run)
     with pytest.raises(UsageError) as refused:
         refuse_unknown(["max_train_epochs"], new_run("long", values={"max_train_epochs": 2}))
-    assert "other and longer runs" in refused.value.next_step
+    assert "kwrap extend" in refused.value.next_step and "--epochs 1" in refused.value.next_step
     with pytest.raises(UsageError) as refused:
         refuse_unknown(["seed"], run)
-    assert "longer" not in refused.value.next_step and "--set seed=VALUE" in refused.value.next_step
+    assert "extend" not in refused.value.next_step and "--set seed=VALUE" in refused.value.next_step
     for key, near in (("datasett", "dataset"), ("bad-image", "bad-images")):
         with pytest.raises(UsageError, match=f"no such fault or option; did you mean {near}"):
             refuse_unknown([key], run)

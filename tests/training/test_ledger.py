@@ -220,8 +220,9 @@ def test_every_byte_of_a_header_counts(tmp_path: Path) -> None:
 def test_only_the_first_flag_of_a_header_says_deterministic(tmp_path: Path, flags: int, is_deterministic: bool) -> None:
     """The others are free for later versions."""
     path = tmp_path / "attempt-0001-rank-000.bin"
-    path.write_bytes(seal_header(HEADER, MAGIC, RECORD.itemsize, 1, 0, 1, 1, 1, 1, b"", b"", flags, 0))
+    path.write_bytes(seal_header(HEADER, MAGIC, RECORD.itemsize, 1, 0, 1, 1, 1, 1, b"", b"", flags, 0, 0))
     assert read_ledger_file(path)[0].is_deterministic is is_deterministic
+    assert read_ledger_file(path)[0].chapter == 1, "a file from before there were chapters"
 
 
 def test_a_file_with_no_more_than_its_header(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from kohaku_wrap.training.records.ledger import (
     pack_header,
     read_ledger_file,
 )
-from kohaku_wrap.training.supervising import verify
+from kohaku_wrap.training.supervising import deep_checks
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
 from kohaku_wrap.training.supervising.ledger_files import NoLedger
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
@@ -461,7 +461,7 @@ def test_what_is_recomputed_is_held_against_the_records(new_run: NewRun, monkeyp
         places = [epoch * run.lock.count.positions_per_epoch + position for epoch, position, _ in request]
         return [wrong.get(place, place * 17) for place in places]
 
-    monkeypatch.setattr(verify, "ask_python", answer)
+    monkeypatch.setattr(deep_checks, "ask_python", answer)
     report = verify_run(run, deep_samples=1000)
     assert report.is_proved and report.deep_samples == report.records == len(asked)
     assert [(epoch, position) for epoch, position, substituted in asked if substituted] == [(0, 3)]
