@@ -21,28 +21,44 @@ CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
 
 DECISIVE_PACKAGES = frozenset(
     {
+        # Tensors, kernels, ranks.
         "torch",
         "torchvision",
+        "torchao",
         "triton",
+        "tilelang",
         "xformers",
         "flash-attn",
         "sageattention",
+        "apex",
+        "transformer-engine",
         "accelerate",
         "deepspeed",
+        "numpy",
+        "mkl",
+        "tbb",
+        # Models, networks, quantisation.
         "lycoris-lora",
         "bitsandbytes",
+        "optimum-quanto",
         "diffusers",
         "transformers",
-        "tokenizers",
-        "ftfy",
+        "einops",
         "safetensors",
-        "numpy",
+        # Tokens.
+        "tokenizers",
+        "regex",
+        "ftfy",
+        "sentencepiece",
+        # Captions, sizes and options as they are read.
+        "pyarrow",
+        "toml",
+        "voluptuous",
+        # Pixels.
         "pillow",
-        "pillow-avif-plugin",
-        "opencv-python",
-        "opencv-python-headless",
         "imagesize",
         "albumentations",
+        # Optimizers.
         "lion-pytorch",
         "schedulefree",
         "prodigyopt",
@@ -51,10 +67,12 @@ DECISIVE_PACKAGES = frozenset(
         "came-pytorch",
         "pytorch-optimizer",
         "adabelief-pytorch",
-        "torchao",
     }
 )
-"""Packages that compute what is trained: tensors, networks, optimizers, tokens, pixels; besides CUDA's own."""
+"""Packages that compute what is trained, or read what it is computed from."""
+
+DECISIVE_FAMILIES = ("nvidia-", "cuda-", "rocm", "intel-", "pytorch-triton", "triton-", "opencv-", "pillow-")
+"""How the names of more of them begin: back ends of torch, and what comes in several builds."""
 
 READ_TIMEOUT_SECONDS = 300
 
@@ -131,7 +149,7 @@ def plain_name(package: str) -> str:
 def is_decisive(package: str) -> bool:
     """Whether another version of a package can change bits of what is trained."""
     name = plain_name(package)
-    return name in DECISIVE_PACKAGES or name.startswith("nvidia-")
+    return name in DECISIVE_PACKAGES or name.startswith(DECISIVE_FAMILIES)
 
 
 def find_option_table(*, read_live: bool = True) -> OptionTable:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -12,9 +15,11 @@ from typing import Any
 
 import pytest
 import toml
+from list_imports import COMPUTES_NOTHING
 from plain_runs import write_captions
 
 from kohaku_wrap.errors import KwrapError, Problem, UsageError
+from kohaku_wrap.trainer.installed import is_decisive
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.supervising import differences
@@ -48,6 +53,26 @@ def with_table(run: Run, name: str, table: dict[str, str]) -> Run:
 
 def keys(problems: Any) -> list[str]:
     return [problem.where for problem in problems]
+
+
+def prove_compared(engine: str) -> None:
+    """Each package that the engine imports is compared between attempts, or computes nothing."""
+    program = Path(__file__).with_name("list_imports.py")
+    done = subprocess.run([sys.executable, program, engine], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert {"torch", "lycoris-lora", "pyarrow", "einops"} <= imported
+    assert {name for name in imported if not is_decisive(name)} == imported & COMPUTES_NOTHING
+
+
+def test_packages_of_the_builtin_engine_are_compared() -> None:
+    prove_compared("builtin")
+
+
+@pytest.mark.sd_scripts
+@pytest.mark.usefixtures("use_trainer")
+def test_packages_of_the_real_trainer_are_compared() -> None:
+    prove_compared("sd-scripts")
 
 
 def test_an_untouched_run_has_no_changes(new_run: NewRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -268,7 +269,7 @@ def compare_versions(run: Run) -> Iterator[Problem]:
 
 
 def compare_packages(run: Run) -> Iterator[Problem]:
-    """One problem with every package that can change bits and has another version than in the lock."""
+    """One problem with every package that can change bits, and Python, of another version than in the lock."""
     before = by_plain_name(run.lock.table("versions"))
     if not before:
         return
@@ -280,6 +281,10 @@ def compare_packages(run: Run) -> Iterator[Problem]:
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and (is_decisive(name) or name == own)
     ]
+    python = ".".join(str(run.lock.table("machine").get("python", "")).split(".")[:2])
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if python and python != here:
+        changed.append(f"Python was {python}, is now {here}")
     if changed:
         yield Problem("versions", "; ".join(changed))
 

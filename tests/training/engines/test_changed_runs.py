@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from kwrap_0_1 import make_older
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from kohaku_wrap.config.run_files import digest_lock
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST, read_manifest
@@ -422,6 +425,12 @@ def test_versions_that_can_change_bits(stage: Stage, tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     write_package(tmp_path, "click", "0.0.1")
     assert not plan_resume(stage.run, step=STEP).differences, "click computes nothing"
+    lock = tomllib.loads(stage.run.lock_file.read_text())
+    lock["machine"]["python"] = "3.9.1"
+    stage.run.lock_file.write_text(toml_text(lock | {"digest": digest_lock(lock)}))
+    with pytest.raises(DifferentRun, match=r"versions +Python was 3\.9, is now 3\.\d+") as older:
+        plan_resume(stage.run, step=STEP)
+    assert "--allow versions" in older.value.next_step
     write_package(tmp_path, "lycoris-lora", "0.0.1")
     with pytest.raises(DifferentRun, match=r"lycoris-lora was [\d.]+, is now 0\.0\.1") as refused:
         plan_resume(stage.run, step=STEP)
