@@ -4,8 +4,7 @@ from kohaku_wrap.import_path import drop_current_folder
 
 drop_current_folder()
 
-# After the call: a contextlib.py of the current folder must not be what is imported.
-import contextlib  # noqa: E402
+# After the call: an mmap.py of the current folder must not be what is imported.
 import mmap  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
@@ -14,10 +13,8 @@ import sys  # noqa: E402
 NEEDED_BYTES = (2 << 30) + (40 << 20) * min(os.cpu_count() or 1, 64)
 """Of address space: `extract` reserves 1.9 GB on two processors, and numpy 40 MiB for a thread of each more."""
 
-TOO_LITTLE = (
-    f"error: there is not enough memory: kwrap needs {NEEDED_BYTES >> 20:,} MiB of address space\n"
-    "`ulimit -v` shows its limit in KiB; raise it: ulimit -v unlimited\n"
-)
+LARGE = ("numba", "numpy", "pyarrow", "torch")
+"""Packages that many commands load; `--version` and whatever else needs none of them runs in 100 MiB."""
 
 
 def leave(_number: int, _frame: object) -> None:
@@ -28,13 +25,24 @@ def leave(_number: int, _frame: object) -> None:
         os._exit(130)
 
 
-def has_room() -> bool:
-    """Whether the limit of address space lets the libraries load: many abort or crash where it does not."""
-    try:
-        mmap.mmap(-1, NEEDED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
-    except OSError:
-        return False
-    return True
+class AskForRoom:
+    """An importer that finds nothing, and asks once for address space when the first large package is imported."""
+
+    @classmethod
+    def find_spec(cls, name: str, _path: object = None, _target: object = None) -> None:
+        """Raises KwrapError where the limit does not let the package load: many abort or crash there."""
+        if name not in LARGE:
+            return
+        try:
+            mmap.mmap(-1, NEEDED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+        except OSError:
+            from kohaku_wrap.errors import KwrapError
+
+            raise KwrapError(
+                f"there is not enough memory: this command needs {NEEDED_BYTES >> 20:,} MiB of address space",
+                "`ulimit -v` shows its limit in KiB; raise it: ulimit -v unlimited",
+            ) from None
+        sys.meta_path.remove(cls)
 
 
 def main() -> None:
@@ -42,10 +50,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, leave)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
-    if not has_room():
-        with contextlib.suppress(OSError):
-            os.write(2, TOO_LITTLE.encode())
-        sys.exit(1)
+    sys.meta_path.insert(0, AskForRoom)
     from kohaku_wrap.outlets import open_outlets
 
     open_outlets()

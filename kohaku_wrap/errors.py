@@ -22,6 +22,11 @@ LACKS_MEMORY = re.compile(
 """What libraries say where memory, or room for another thread, has run out."""
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says without a number of the system and a path, which the message around it names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def command_line(*words: object) -> str:
     """`kwrap` with these words as one types it into a shell: what needs quotes has them."""
     return shlex.join(["kwrap", *map(str, words)])

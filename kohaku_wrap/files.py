@@ -63,9 +63,12 @@ def blamed_on(path: Path, part: Path) -> Iterator[None]:
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` and give it the name only when all is on disk.
 
-    On any failure, an interrupt included, the neighbour is removed and `path` stays as it was.
+    On any failure, an interrupt included, the neighbour is removed and `path` stays as it was. Raises OSError for a
+    folder, a pipe or a device of that name: root would replace /dev/null.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, describe_absence(path), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     encoding = None if "b" in mode else "utf-8"
@@ -89,6 +92,13 @@ def open_regular(path: Path) -> IO[bytes]:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def describe_absence(path: Path, wanted: str = "file") -> str:
+    """Why there is no regular file to read: nothing of the name, a folder, or a pipe, a socket or a device."""
+    if not path.exists():
+        return f"no such {wanted}"
+    return "a folder" if path.is_dir() else "not a regular file"
 
 
 def read_regular(path: Path) -> str:

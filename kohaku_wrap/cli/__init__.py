@@ -119,7 +119,7 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
     except KwrapError as error:
         print_error(error.message, error.next_step)
         return error.exit_code
-    except (ModuleNotFoundError, OSError, MemoryError, UnicodeEncodeError) as error:
+    except (ModuleNotFoundError, OSError, MemoryError, UnicodeEncodeError, RuntimeError) as error:
         print_error(*advise(error))
         return EXIT_FAILED
 
@@ -138,6 +138,10 @@ def advise(error: Exception) -> tuple[str, str]:
         return f"{shown}: a name that is no UTF-8 cannot be written into a file", "Rename it."
     if isinstance(error, OSError):
         return advice_for_os_error(error)
+    if isinstance(error, RuntimeError):
+        if "Symlink loop" not in str(error):  # of Path.resolve, until Python 3.13
+            raise error
+        return f"{str(error).split(' from ')[-1]}: a link to itself", "Remove the link, or fix it."
     return "there is not enough memory for this", "Free some, or raise its limit, and run it again."
 
 

@@ -20,6 +20,7 @@ from kohaku_wrap.cli.output import (
     progress_bar,
 )
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.files import describe_absence
 
 if TYPE_CHECKING:
     from kohaku_wrap.merging.plan import MergeOptions, MergePlan
@@ -46,7 +47,7 @@ def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
         if name in bindings:
             raise UsageError(f"-m {name} is given twice", "Give each name one file.")
         if not Path(path).is_file():
-            raise UsageError(f"-m {name}: there is no file {path}", "Check the path.")
+            raise UsageError(f"-m {name}: {path}: {describe_absence(Path(path))}", "Check the path.")
         bindings[name] = Path(path)
     return bindings
 

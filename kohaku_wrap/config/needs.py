@@ -10,6 +10,7 @@ from typing import Any
 from kohaku_wrap.config.code_names import find_known, load_signatures
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import Fate, fate_of_key
+from kohaku_wrap.files import describe_absence
 
 OWN_DATA = "kwrap.data"
 """What kwrap's data cannot do is refused, whichever layer chose it."""
@@ -114,8 +115,8 @@ def find_absent_inputs(effective: Effective) -> Faults:
     for key in INPUTS:
         value = effective.get(key) or []
         for name in value if isinstance(value, list) else [value]:
-            if not Path(name).expanduser().is_file():
-                yield key, f"{name}: no such file"
+            if not (path := Path(name).expanduser()).is_file():
+                yield key, f"{name}: {describe_absence(path)}"
 
 
 def find_absent_packages(effective: Effective) -> Faults:

@@ -38,7 +38,7 @@ from kohaku_wrap.config.trainer_arguments import (
 )
 from kohaku_wrap.config.training_data import compose_dataset, describe_data
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import kept_sha256, sha256_of_file, write_text
+from kohaku_wrap.files import describe_absence, kept_sha256, sha256_of_file, write_text
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.steps import StepPlan
@@ -283,7 +283,7 @@ def hash_inputs(
         if path is None:
             continue
         if not path.is_file():
-            raise MissingInput(f"{path}: no such file ({name})", f"Fix paths.{name} in {site.path}.")
+            raise MissingInput(f"{path}: {describe_absence(path)} ({name})", f"Fix paths.{name} in {site.path}.")
         inputs[name] = str(path)
         inputs[f"{name}_sha256"] = kept_sha256(path, on_bytes)
     data = effective.get("kwrap.data")

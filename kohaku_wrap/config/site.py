@@ -11,7 +11,7 @@ from kohaku_wrap.config.code_names import MODULE
 from kohaku_wrap.config.machines import check_accelerate
 from kohaku_wrap.config.schema import SECRET_OPTIONS
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import expand_user
+from kohaku_wrap.files import describe_absence, expand_user
 from kohaku_wrap.toml_files import TableReader, load_toml
 from kohaku_wrap.trainer.engines import ENGINES
 from kohaku_wrap.trainer.options import UnfitValue
@@ -121,7 +121,9 @@ def load_site(path: Path | str) -> Site:
     """Read and check a site file. Raises ProblemsFound with every fault of it."""
     file = expand_user(path).absolute()
     if not file.is_file():
-        raise MissingSite(f"{path}: no such site file", "`kwrap demo DIR` writes one to look at and to copy.")
+        raise MissingSite(
+            f"{path}: {describe_absence(file, 'site file')}", "`kwrap demo DIR` writes one to look at and to copy."
+        )
     document = load_toml(file)
     problems: list[Problem] = []
     top = TableReader("", document, (*TABLES, "trust"), problems)

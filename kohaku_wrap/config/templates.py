@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.files import expand_user, home_folder, shipped_folder
+from kohaku_wrap.files import describe_absence, expand_user, home_folder, shipped_folder
 from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.options import suggest
 
@@ -58,7 +58,9 @@ def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | 
             if candidate.is_file():
                 return candidate
         named = ", ".join(list_names(folders))
-        raise UnknownTemplate(f"{text}: no such {kind} file", f"Check the path, or give a name: {named}.")
+        raise UnknownTemplate(
+            f"{text}: {describe_absence(path, f'{kind} file')}", f"Check the path, or give a name: {named}."
+        )
     for folder in folders:
         if (path := folder / f"{text}.toml").is_file():
             return path

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
 from kohaku_wrap.dataset.own.report import note_whole
+from kohaku_wrap.errors import reason_of
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import (
     OWN_STYLE,
@@ -251,7 +252,7 @@ def read_caption(image: str, extension: str, all_lines: bool = False) -> str | N
     names = [stem, "_".join(words[:-4])] if len(words) >= 5 else [stem]
     for path in (Path(name + extension) for name in names):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path)
         except UnicodeDecodeError as error:
             raise NoImages(
                 f"{path}: not UTF-8 ({error.reason})", "Save it as UTF-8; sd-scripts reads no other."
@@ -273,7 +274,9 @@ def read_size(image: str) -> tuple[int, int]:
         with Image.open(image) as opened:
             return opened.size
     except (OSError, ValueError) as error:
-        raise NoImages(f"{image}: its size cannot be read ({error})", "Fix the image, or move it away.") from None
+        raise NoImages(
+            f"{image}: its size cannot be read ({reason_of(error)})", "Fix the image, or move it away."
+        ) from None
 
 
 def relative_to(path: str, folder: Path) -> str:

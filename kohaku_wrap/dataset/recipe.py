@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from typing import Any
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, read_caption_recipe
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.files import describe_absence, sha256_of_file, shipped_folder
 from kohaku_wrap.metadata.filters import FLAGS, RATINGS, number_sql, size_sql
-from kohaku_wrap.toml_files import TableReader, parse_toml
+from kohaku_wrap.toml_files import TableReader, load_toml
 
 RANGES = {
     "score": number_sql("score"),
@@ -103,7 +102,7 @@ def dataset_names() -> list[str]:
 
 
 def load_dataset(name: str) -> DatasetRecipe:
-    """The dataset of a shipped name or of a path. Raises UnknownDataset and ProblemsFound."""
+    """The dataset of a shipped name or of a path. Raises UnknownDataset, UnreadableToml and ProblemsFound."""
     path = Path(name)
     if path.suffix != ".toml" and not path.is_file():
         if name not in dataset_names():
@@ -115,13 +114,8 @@ def load_dataset(name: str) -> DatasetRecipe:
             )
         path = shipped_folder("datasets") / f"{name}.toml"
     if not path.is_file():
-        raise UnknownDataset(f"{path}: no such file", f"Shipped datasets: {', '.join(dataset_names())}.")
-    data = path.read_bytes()
-    try:
-        document = parse_toml(data.decode("utf-8"))
-    except ValueError as error:
-        raise UnknownDataset(f"{path}: not a TOML file: {error}", "Fix the line that is named.") from error
-    return read_dataset(document, name, path, hashlib.sha256(data).hexdigest())
+        raise UnknownDataset(f"{path}: {describe_absence(path)}", f"Shipped datasets: {', '.join(dataset_names())}.")
+    return read_dataset(load_toml(path), name, path, sha256_of_file(path))
 
 
 def read_dataset(document: Mapping[str, Any], name: str, path: Path | None = None, sha256: str = "") -> DatasetRecipe:

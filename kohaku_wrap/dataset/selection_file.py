@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.years import read_years
-from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import atomic_write
+from kohaku_wrap.errors import KwrapError, reason_of
+from kohaku_wrap.files import atomic_write, describe_absence
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import POST_SCHEMA, UNKNOWN_NUMBER
 
@@ -92,13 +92,13 @@ def open_selection(path: Path, needed: Sequence[str] = POST_SCHEMA.names) -> pq.
     """The selection as a Parquet file with every column that is needed. Raises BadSelection."""
     if not path.is_file():
         raise BadSelection(
-            f"{path}: {'not a regular file' if path.exists() else 'no such file'}",
+            f"{path}: {describe_absence(path)}",
             "Make a selection with `kwrap select DATASET --db DB --out SEL.parquet`.",
         )
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise BadSelection(f"{path}: not a selection: {error}", AGAIN) from error
+        raise BadSelection(f"{path}: not a selection: {reason_of(error)}", AGAIN) from error
     missing = [name for name in needed if name not in file.schema_arrow.names]
     if missing:
         file.close()
@@ -150,7 +150,7 @@ def read_selected_posts(path: Path, date_parser: str = "iso") -> SelectedPosts:
                 years.append(read_years(take_texts(path, "created_at", batch.column("created_at")), date_parser))
                 extensions.append(take_texts(path, "file_ext", batch.column("file_ext")).dictionary_encode())
         except (pa.ArrowException, OSError) as error:
-            raise BadSelection(f"{path}: damaged: {error}", AGAIN) from error
+            raise BadSelection(f"{path}: damaged: {reason_of(error)}", AGAIN) from error
     all_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
     if not len(all_ids) or (all_ids[1:] <= all_ids[:-1]).any():
         raise BadSelection(f"{path}: {'not by ascending id' if len(all_ids) else 'no posts in it'}", AGAIN)

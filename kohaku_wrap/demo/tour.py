@@ -17,6 +17,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.site import Site, SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
+from kohaku_wrap.files import describe_absence
 from kohaku_wrap.outlets import EXIT_UNREAD, OUTLETS, run_as_work
 from kohaku_wrap.processes import python_command, safe_environment
 
@@ -179,7 +180,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.site is not None and not arguments.site.is_file():
-            raise UsageError(f"{arguments.site}: no such file", "docs/guide.md shows what a site.toml holds.")
+            raise UsageError(
+                f"{arguments.site}: {describe_absence(arguments.site)}", "docs/guide.md shows what a site.toml holds."
+            )
         take_tour(arguments.site, arguments.max_missing)
     except KwrapError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, reason_of
 from kohaku_wrap.files import open_regular
 
 CAPTIONS_FILE = "captions.arrow"
@@ -159,7 +159,7 @@ def map_captions(path: Path) -> Any:
 
 def not_captions(path: Path, error: Exception) -> NoImages:
     """What is said of a file that `kwrap caption` did not write."""
-    return NoImages(f"{path}: not a captions file ({error})", "Run `kwrap caption` again.")
+    return NoImages(f"{path}: not a captions file ({reason_of(error)})", "Run `kwrap caption` again.")
 
 
 def open_captions(images: Path, digest: str = "") -> Any:

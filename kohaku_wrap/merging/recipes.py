@@ -13,14 +13,14 @@ from typing import Any
 
 import kohaku_wrap
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.files import describe_absence, shipped_folder
 from kohaku_wrap.formats.machine_paths import clean_value, without_paths
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import LIKE, VAE
-from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.toml_files import load_toml
 
 RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
 NESTED_VALUE_LIMIT = 16_384
@@ -68,12 +68,9 @@ def list_recipes() -> dict[str, Path]:
 def read_recipe(path: Path) -> Recipe:
     """A recipe from its TOML file.
 
-    Raises ProblemsFound with all faults of the file, or UsageError where it is not TOML.
+    Raises ProblemsFound with all faults of the file, or UnreadableToml where it is not TOML.
     """
-    try:
-        document = parse_toml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not a TOML file: {error}", "Correct the line that it names.") from None
+    document = load_toml(path)
     problems = [
         Problem(key, f"unknown; a recipe has {', '.join(RECIPE_KEYS)}") for key in document if key not in RECIPE_KEYS
     ]
@@ -124,7 +121,8 @@ def find_recipe(text: str) -> Recipe:
         if not path.is_file():
             names = ", ".join(shipped)
             raise UsageError(
-                f"{text}: there is no such recipe", f"Shipped recipes: {names}; or give a TOML file or a formula."
+                f"{text}: {describe_absence(path, 'recipe')}",
+                f"Shipped recipes: {names}; or give a TOML file or a formula.",
             )
         return read_recipe(path)
     return Recipe(text)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
+from kohaku_wrap.files import describe_absence
 from kohaku_wrap.formats.disguises import name_disguise
 from kohaku_wrap.metadata.layouts import LAYOUT_NAMES, Layout, ids_of_text, missing_parts, recognise_layout, token_base
 
@@ -161,7 +162,7 @@ def open_database(path: Path) -> Database:
     path = path.resolve()
     if not path.is_file():
         raise DatabaseMissing(
-            f"{given}: {'a folder, not a database' if path.is_dir() else 'no such file'}",
+            f"{given}: {describe_absence(path)}",
             "Give the danbooru2023 sqlite file with --db, or make a small world with `kwrap demo DIR`.",
         )
     _check_file(path)

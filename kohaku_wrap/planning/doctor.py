@@ -14,6 +14,7 @@ from pathlib import Path
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.render import compose_trainer
 from kohaku_wrap.errors import KwrapError, ProblemsFound
+from kohaku_wrap.files import describe_absence
 from kohaku_wrap.planning.doctor_torch import Finding, find_torch_faults
 from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, show_bytes, total_of
 from kohaku_wrap.planning.training_plan import TrainingPlan
@@ -204,7 +205,7 @@ def examine_files(effective: Effective | None, plan: TrainingPlan | None) -> Ite
         yield Finding(
             "base model",
             "broken",
-            f"{site.paths.base_model} is not there",
+            f"{site.paths.base_model}: {describe_absence(site.paths.base_model)}",
             "Training starts from it.",
             f"Fix paths.base_model in {site.path}.",
         )

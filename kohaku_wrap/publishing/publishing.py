@@ -14,6 +14,7 @@ from kohaku_wrap.files import (
     HASH_BLOCK_BYTES,
     Progress,
     atomic_write,
+    describe_absence,
     kept_sha256,
     sha256_of_file,
     write_text,
@@ -150,7 +151,7 @@ def publish_run(
     base = Path(str(lock.get("inputs", {}).get("base_model", "")))
     if bake and not base.is_file():
         raise CannotPublish(
-            f"the base model {base} is not there, so nothing can be baked",
+            f"the base model {base}: {describe_absence(base)}, so nothing can be baked",
             "Put it back where run.lock.toml names it, or publish the network alone with --no-bake.",
         )
     refuse_other_network(folder, network)

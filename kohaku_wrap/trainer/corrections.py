@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
 from kohaku_wrap.trainer.anchors import ANCHORS, LOOP, LOOP_ANCHORS, TRAINER, Anchor
 from kohaku_wrap.trainer.commits import TRAINING_SCRIPTS
 
@@ -97,7 +97,7 @@ def read_source(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SourceUnreadable(f"{path}: {error}", FRESH_CHECKOUT) from error
+        raise SourceUnreadable(f"{path}: {reason_of(error)}", FRESH_CHECKOUT) from error
 
 
 def parse_source(text: str, path: Path) -> ast.Module:
@@ -105,7 +105,7 @@ def parse_source(text: str, path: Path) -> ast.Module:
     try:
         return ast.parse(text, filename=str(path))
     except SyntaxError as error:
-        raise SourceUnreadable(f"{path}: {error}", FRESH_CHECKOUT) from error
+        raise SourceUnreadable(f"{path}: {reason_of(error)}", FRESH_CHECKOUT) from error
 
 
 @cache

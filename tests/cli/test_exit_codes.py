@@ -160,13 +160,20 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("mib", [60, 250, 400, 1500])
-@pytest.mark.parametrize("command", ["merge a -m a=x -o y", "select demo --db x --out y", "template ls"])
+@pytest.mark.parametrize("command", ["status x", "select demo --db x --out y", "template show demo"])
 def test_a_limit_of_memory_is_named(command: str, mib: int) -> None:
     """Libraries crash, abort or blame a file where they do not fit."""
     line = f"ulimit -v {mib << 10} && exec {sys.executable} -P -m kohaku_wrap {command}"
     limited = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
     assert limited.returncode == 1
     assert limited.stderr.startswith("error: there is not enough memory") and len(limited.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", "template ls", "trainer show --help"])
+def test_what_loads_nothing_needs_little(command: str) -> None:
+    line = f"ulimit -v {100 << 10} && exec {sys.executable} -P -m kohaku_wrap {command}"
+    limited = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=60)
+    assert (limited.returncode, limited.stderr) == (0, "") and limited.stdout
 
 
 LIMITED = """
@@ -220,6 +227,37 @@ def test_a_pipe_in_place_of_captions_is_not_waited_for(name: str, tmp_path: Path
     (tmp_path / "site.toml").write_text('[paths]\nimages = "."\nbase_model = "b"\n[machine]\nengine = "builtin"\n')
     told = call("plan", "demo", "--site", tmp_path / "site.toml")
     assert told.returncode == 1 and told.stderr.count("error: ") == 1 and "Traceback" not in told.stderr, told.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "template check pipe.toml",
+        "plan demo --site pipe.toml",
+        "select pipe.toml --db pipe.db --out s.parquet",
+        "select demo --db pipe.db --out s.parquet",
+        "extract pipe.parquet --tars . --out images",
+        "import pipe.toml --out images",
+        "merge pipe.toml -o m.safetensors",
+        "merge a -m a=pipe.safetensors -o m.safetensors",
+        "template cp demo pipe.toml --force",
+    ],
+)
+def test_a_pipe_is_not_called_absent_and_not_replaced(words: str, tmp_path: Path) -> None:
+    pipes = [tmp_path / f"pipe{ending}" for ending in (".toml", ".db", ".parquet", ".safetensors")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    told = call(*words.split(), folder=tmp_path)
+    assert told.returncode in (1, 2) and "not a regular file" in told.stderr, told.stderr
+    assert sorted(tmp_path.iterdir()) == sorted(pipes) and all(pipe.is_fifo() for pipe in pipes)
+
+
+@pytest.mark.parametrize("words", ["select demo --db loop --out s.parquet", "import . --out loop", "demo loop"])
+def test_a_link_to_itself_is_one_message(words: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    told = call(*words.split(), folder=tmp_path)
+    assert told.returncode in (1, 2) and told.stderr.startswith("error: "), told.stderr
+    assert "loop" in told.stderr and "Traceback" not in told.stderr, told.stderr
 
 
 def test_all_problems_are_shown_at_once() -> None:

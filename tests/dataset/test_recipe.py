@@ -12,6 +12,7 @@ import pytest
 from kohaku_wrap.dataset.recipe import Stratum, UnknownDataset, dataset_names, load_dataset, read_dataset
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.files import shipped_folder
+from kohaku_wrap.toml_files import UnreadableToml
 
 
 def faults(document: dict[str, Any]) -> dict[str, str]:
@@ -75,7 +76,7 @@ def test_unknown_name_and_path(tmp_path: Path) -> None:
     with pytest.raises(UnknownDataset, match="no such file"):
         load_dataset(str(tmp_path / "mine.toml"))
     (tmp_path / "bad.toml").write_text("[selection\n")
-    with pytest.raises(UnknownDataset, match="not a TOML file"):
+    with pytest.raises(UnreadableToml, match="line"):
         load_dataset(str(tmp_path / "bad.toml"))
 
 

@@ -24,6 +24,7 @@ from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import build_metadata, find_recipe, read_recipe
 from kohaku_wrap.merging.running import run_merge
+from kohaku_wrap.toml_files import UnreadableToml
 
 from .conftest import UNET, WriteModel
 
@@ -60,7 +61,7 @@ def test_a_word_is_a_recipe_or_a_formula(tmp_path: Path) -> None:
     with pytest.raises(ProblemsFound, match=r"(?s)2 problems.*model .*unknown.*options\.vea_from .*unknown"):
         find_recipe(str(path))
     path.write_text("formula = ")
-    with pytest.raises(UsageError, match="not a TOML file"):
+    with pytest.raises(UnreadableToml, match="line"):
         find_recipe(str(path))
 
 

@@ -38,7 +38,7 @@ from kohaku_wrap.dataset.images.extracted import (
     write_extracted,
 )
 from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, reason_of
 from kohaku_wrap.files import Progress
 from kohaku_wrap.processes import safe_children
 
@@ -119,7 +119,7 @@ def read_selected_images(path: Path) -> SelectedImages:
             columns = [name for name in ("id", "image_width", "image_height") if name in names]
             table = file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise BadSelection(f"{path}: not a selection: {error}", AGAIN) from error
+        raise BadSelection(f"{path}: not a selection: {reason_of(error)}", AGAIN) from error
     if not table.num_rows:
         raise BadSelection(f"{path}: no posts in it", AGAIN)
     ids = take_numbers(path, "id", table["id"], least=0)

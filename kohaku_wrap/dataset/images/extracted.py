@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, reason_of
 from kohaku_wrap.files import atomic_write, has_size, take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
@@ -103,7 +103,8 @@ def read_extracted(images: Path, columns: Sequence[str] = SCHEMA.names) -> pa.Ta
             return fit_schema(file.read(list(columns)), columns)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ExtractedUnreadable(
-            f"{path}: {error}", "Remove it and run `kwrap extract` again; it checks all images from the tars."
+            f"{path}: {reason_of(error)}",
+            "Remove it and run `kwrap extract` again; it checks all images from the tars.",
         ) from error
 
 

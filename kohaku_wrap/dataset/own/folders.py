@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 from kohaku_wrap.formats.caption_rows import Subset
+from kohaku_wrap.toml_files import TableReader, load_toml
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 """Of the files that sd-scripts takes for images, in small letters."""
@@ -229,23 +229,24 @@ def list_sources(root: Path, label: str, plain: bool) -> list[Source]:
 
 
 def read_dataset_file(path: Path) -> list[Source]:
-    """The subsets of sd-scripts' dataset file. Raises UsageError, NotForTraining."""
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a dataset file ({error})", "Give sd-scripts' dataset_config in TOML.") from None
+    """The subsets of sd-scripts' dataset file. Raises UnreadableToml, ProblemsFound, UsageError, NotForTraining."""
+    document = load_toml(path)
+    problems: list[Problem] = []
+    top = TableReader("", document, tuple(document), problems)
     sources = []
-    for dataset in document.get("datasets", []):
-        for table in dataset.get("subsets", []):
-            inherited = {**document.get("general", {}), **{key: dataset[key] for key in dataset if key != "subsets"}}
-            sources.append(read_subset(path, inherited, table))
+    for dataset in top.tables("datasets"):
+        for table in TableReader("datasets", dataset, tuple(dataset), problems).tables("subsets"):
+            inherited = {**top.table("general"), **{key: dataset[key] for key in dataset if key != "subsets"}}
+            sources.append(read_subset(path, inherited, table, problems))
+    if problems:
+        raise ProblemsFound(str(path), problems, "Give sd-scripts' dataset_config in TOML.")
     if not sources:
         raise UsageError(f"{path}: names no [[datasets.subsets]]", "Give sd-scripts' dataset_config, or folders.")
     return sources
 
 
-def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, Any]) -> Source:
-    """One subset of a dataset file. Raises UsageError, NotForTraining."""
+def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, Any], problems: list[Problem]) -> Source:
+    """One subset of a dataset file; faults of its numbers go to `problems`. Raises UsageError, NotForTraining."""
     folder = Path(str(table.get("image_dir", "")))
     folder = folder if folder.is_absolute() or folder.is_dir() else path.parent / folder
     if "image_dir" not in table or not folder.is_dir():
@@ -262,11 +263,13 @@ def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, An
         )
     both = {**inherited, **table}
     options = {key: both[key] for key in sorted(SUBSET_OPTIONS & both.keys())}
-    repeats = both.get("num_repeats", 1)
+    repeats = TableReader("datasets.subsets", both, tuple(both), problems).integer("num_repeats", 1)
     label = normalise(folder.resolve().name)
     captions = str(both.get("metadata_file") or both.get("caption_extension") or "")
     class_text = both.get("class_tokens")
-    return Source(label, folder, folder, Subset(label, int(repeats), options), class_text, captions)
+    return Source(
+        label, folder, folder, Subset(label, 1 if repeats is None else repeats, options), class_text, captions
+    )
 
 
 def scan(source: Source) -> Found:

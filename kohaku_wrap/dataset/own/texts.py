@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, reason_of
 from kohaku_wrap.files import parse_json, read_regular
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
@@ -172,7 +172,9 @@ def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None
                 key = row[column]
             yield key, find_text(path, row, text_column)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error, pa.ArrowException) as error:
-        raise NoTable(f"{path}: cannot be read ({error})", "Give .jsonl, .json, .csv or .parquet in UTF-8.") from None
+        raise NoTable(
+            f"{path}: cannot be read ({reason_of(error)})", "Give .jsonl, .json, .csv or .parquet in UTF-8."
+        ) from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.errors import KwrapError, command_line, reason_of
 from kohaku_wrap.files import parse_json, read_regular, take_lock, write_text
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
@@ -345,7 +345,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadAttempt(
-            f"{path}: cannot be read ({error})", "Restore the run's folder, or start a new run."
+            f"{path}: cannot be read ({reason_of(error)})", "Restore the run's folder, or start a new run."
         ) from error
 
 

@@ -20,7 +20,7 @@ from kohaku_wrap.config.run_files import (
     find_image_folder,
     flatten_dataset,
 )
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, reason_of
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import StepCount
@@ -93,7 +93,7 @@ class Run:
             ) from None
         except (OSError, ValueError) as error:
             raise BadRunFolder(
-                f"{self.lock_file}: not TOML ({error})", "Restore it from a backup, or start a new run."
+                f"{self.lock_file}: not TOML ({reason_of(error)})", "Restore it from a backup, or start a new run."
             ) from error
         refuse_later_lock(self.lock_file, tables)
         return Lock(tables, self.lock_file)

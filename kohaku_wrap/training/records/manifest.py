@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import kohaku_wrap
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, reason_of
 from kohaku_wrap.files import read_regular
 
 MANIFEST = "manifest.json"
@@ -150,7 +150,7 @@ def read_manifest(state: Path) -> Manifest:
     except FileNotFoundError:
         raise DamagedState(state, f"{MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise DamagedState(state, f"{MANIFEST} is damaged ({error})") from error
+        raise DamagedState(state, f"{MANIFEST} is damaged ({reason_of(error)})") from error
     if document_digest(body) != digest:
         raise DamagedState(state, f"{MANIFEST} is damaged (its content does not match its digest)")
     if body.get("format") not in READABLE_FORMATS:

@@ -14,8 +14,8 @@ from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, find_image_folder, flatten_dataset
 from kohaku_wrap.config.training_data import describe_data
-from kohaku_wrap.errors import Problem, ProblemsFound, UsageError, command_line
-from kohaku_wrap.files import keeps_sha256, kept_sha256, read_regular, sha256_of_file
+from kohaku_wrap.errors import Problem, ProblemsFound, UsageError, command_line, reason_of
+from kohaku_wrap.files import describe_absence, keeps_sha256, kept_sha256, read_regular, sha256_of_file
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     NoImages,
@@ -174,7 +174,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
     try:
         return parse_toml(read_regular(path))
     except (OSError, ValueError) as error:
-        raise DifferentRun(str(path), [Problem(path.name, str(error))], "Restore the run's own files.") from error
+        raise DifferentRun(str(path), [Problem(path.name, reason_of(error))], "Restore the run's own files.") from error
 
 
 def compare_lock(run: Run) -> Iterator[Problem]:
@@ -199,7 +199,7 @@ def compare_models(
         if not locked or option not in trainer:
             continue
         if not path.is_file():
-            yield Problem(name, f"{path}: no such file")
+            yield Problem(name, f"{path}: {describe_absence(path)}")
         elif (now := kept_sha256(path, on_bytes)) != locked:
             yield Problem(name, f"{path}: the sha256 was {locked[:12]}…, is now {now[:12]}…")
     found = hash_named_files(trainer) if any(entry in inputs for entry in NAMED_FILES.values()) else {}

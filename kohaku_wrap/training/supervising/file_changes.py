@@ -18,7 +18,7 @@ from kohaku_wrap.config.run_files import (
     is_place,
     read_run_text,
 )
-from kohaku_wrap.errors import Problem
+from kohaku_wrap.errors import Problem, reason_of
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
@@ -82,7 +82,7 @@ def read_text(path: Path) -> str:
     try:
         return read_regular(path)
     except (OSError, UnicodeDecodeError) as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        what = "no such file" if isinstance(error, FileNotFoundError) else reason_of(error)
         raise UnreadableRunFile(f"{path.name}: {what}", "Restore the run's own files.") from None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.run_files import LOCK_PLACES, flatten
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.folder import refuse_later_lock
@@ -56,7 +56,7 @@ def read_lock(path: Path) -> dict[str, Any]:
     try:
         tables = parse_toml(read_regular(path))
     except (OSError, ValueError) as error:
-        raise KwrapError(f"{path}: not a lock ({error})", "Give the run.lock.toml of a run.") from error
+        raise KwrapError(f"{path}: not a lock ({reason_of(error)})", "Give the run.lock.toml of a run.") from error
     refuse_later_lock(path, tables)
     return tables
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
+from kohaku_wrap.errors import reason_of
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
 from kohaku_wrap.planning.workers.module_names import build_named_view, pair_names
 
@@ -83,7 +84,7 @@ def read_tensors(path: Path) -> Tensors:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise BadBaseModel(
-            f"{path}: not a safetensors file that can be read ({error})", "Set `base_model` in site.toml."
+            f"{path}: not a safetensors file that can be read ({reason_of(error)})", "Set `base_model` in site.toml."
         ) from error
 
 

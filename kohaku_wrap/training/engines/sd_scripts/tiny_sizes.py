@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, reason_of
 
 CONFIG_FILE = "config.json"
 SDXL_TEXT_WIDTHS = {768: "text_encoder", 1280: "text_encoder_2"}
@@ -44,7 +44,7 @@ def read_sizes(base_model: Path) -> Mapping[str, Any] | None:
             return dict(sizes)
     except (OSError, ValueError) as error:
         raise BadModelConfig(
-            f"{path}: {error}", "Make the demo again, or remove the file if the model is SDXL."
+            f"{path}: {reason_of(error)}", "Make the demo again, or remove the file if the model is SDXL."
         ) from error
     # A diffusers folder has a config.json of its own.
     return None
