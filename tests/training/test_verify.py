@@ -35,6 +35,7 @@ from kohaku_wrap.training.records.ledger import (
     read_ledger_file,
 )
 from kohaku_wrap.training.supervising import deep_checks
+from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
 from kohaku_wrap.training.supervising.ledger_files import NoLedger
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
@@ -163,6 +164,8 @@ def test_a_true_ledger_is_proved(new_run: NewRun) -> None:
     assert report.optimizer_steps == report.total_optimizer_steps == 2 * count.optimizer_steps_per_epoch
     assert report.positions == report.records == 2 * count.positions_per_epoch
     assert report.fills == 2 * (count.positions_per_epoch - count.batches) > 0
+    assert report.skipped_images_loaded == 0 and report.deep_samples == 0 and report.in_progress == 0
+    assert report.notes == (NOT_KEPT_BY_0_1,), "of the order there is nothing to say"
 
 
 def test_attempts_on_other_numbers_of_processes_make_one_line(new_run: NewRun) -> None:
@@ -524,7 +527,11 @@ def test_the_trainers_own_dataset_is_compared_between_attempts(new_run: NewRun) 
     report = verify_run(run, deep_samples=3)
     assert report.is_proved and not report.order_checked and report.notes and report.deep_samples == 0
     deep = {check.name: check for check in report.checks}["deep"]
-    assert not deep.is_looked_at and "not possible" in deep.detail
+    assert not deep.is_looked_at and deep.detail == 'not possible with data = "sd-scripts"'
+    assert check_of(run, "order") == (
+        False,
+        'data = "sd-scripts": the images at each position are compared between attempts only',
+    )
 
 
 def test_the_command_tells_and_exits(new_run: NewRun) -> None:

@@ -107,25 +107,25 @@ class VerifyReport:
     faults: tuple[Fault, ...]
     """Empty when all is proved."""
 
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
     """What the reader should know."""
 
-    deep_samples: int = 0
+    deep_samples: int
     """Micro-batches recomputed from images and captions."""
 
-    skipped_steps: int = 0
+    skipped_steps: int
     """Optimizer steps on the line that the GradScaler skipped."""
 
-    non_finite_steps: int = 0
+    non_finite_steps: int
     """Optimizer steps on the line whose mean loss was no number."""
 
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Check, ...]
     """What was looked at and what was not: order, losses, options, skipped steps, rates, networks, deep."""
 
-    unverified: tuple[str, ...] = ()
+    unverified: tuple[str, ...]
     """Options of the run that are left to the trainer: it is proved except for these."""
 
-    changed_after: tuple[str, ...] = ()
+    changed_after: tuple[str, ...]
     """What is no longer as lock or records say, networks too; the ledger is not held against it."""
 
     @property
