@@ -126,3 +126,16 @@ def test_a_run_that_recorded_no_switches_takes_those_of_the_shell(monkeypatch: p
         "MKL_CBWR=AVX2 is set here and can change bits; whether it was when the run was made is not recorded"
     ]
     assert len(set(SWITCHES)) == len(SWITCHES) == len(dropped_variables({**before, "switches": {}}))
+
+
+def test_threads_stay_those_of_the_attempt_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run = new_run(tmp_path, 1)
+    assert begin_attempt(plan_resume(run))[1].environment["OMP_NUM_THREADS"] == "3"
+    assert plan_resume(run).notes == ()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    plan = plan_resume(run)
+    assert plan.notes == ("OMP_NUM_THREADS is 5 here and was 3 in the attempt before: the run keeps it as it was",)
+    assert begin_attempt(plan)[1].environment["OMP_NUM_THREADS"] == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert plan_resume(run).notes == ()

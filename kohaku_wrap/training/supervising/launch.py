@@ -137,6 +137,14 @@ def plan_attempt_launch(attempt: Attempt, machine_rank: int = 0) -> Launch:
     )
 
 
+def note_threads(attempt: Attempt | None) -> list[str]:
+    """How the caller's OMP_NUM_THREADS differs from that of the attempt before, which holds."""
+    given, kept = os.environ.get("OMP_NUM_THREADS", ""), attempt.threads if attempt else None
+    if kept is None or given in ("", str(kept)):
+        return []
+    return [f"OMP_NUM_THREADS is {given} here and was {kept} in the attempt before: the run keeps it as it was"]
+
+
 def default_threads(processes: int, on_cpu: bool) -> int:
     """Threads of each process: the caller's OMP_NUM_THREADS, else one on a CPU, else the cores shared out.
 

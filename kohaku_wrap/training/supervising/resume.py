@@ -27,6 +27,7 @@ from kohaku_wrap.training.supervising.differences import (
 )
 from kohaku_wrap.training.supervising.launch import (
     Launch,
+    note_threads,
     plan_attempt_launch,
     write_accelerate_config,
 )
@@ -129,7 +130,7 @@ def plan_resume(
         threads=last.threads if last else None,
         damaged=tuple(damaged),
         abandons=tuple(abandons),
-        notes=tuple(list_notes(run)),
+        notes=(*list_notes(run), *note_threads(last)),
     )
 
 
