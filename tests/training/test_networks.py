@@ -13,6 +13,7 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import NETWORKS_FILE, bytes_of_networks, list_written
+from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.verify import VerifyReport, verify_run
 
 NewRun = Callable[..., Run]
@@ -62,10 +63,20 @@ def test_networks_that_the_run_removed_itself_are_not_missed(new_run: NewRun) ->
     path = list_attempts(run)[0].folder / NETWORKS_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "r-step00000002.safetensors": "0" * 64}))
     (run.checkpoints / "notes.txt").write_text("mine")
+    (run.checkpoints / ".r.77.part.safetensors").write_bytes(b"torn")
+    (run.checkpoints / "samples.safetensors").mkdir()
     assert told(verify_run(run)) == (True, "1 as the run wrote them")
-    (run.checkpoints / "merged.safetensors").write_bytes(network.read_bytes())
-    looked_at, detail = told(verify_run(run))
-    assert not looked_at and "merged.safetensors: the run has no sha256" in detail
+    for name in ("merged.safetensors", "old.ckpt", "older.pt"):
+        (run.checkpoints / name).write_bytes(network.read_bytes())
+    unknown = "merged.safetensors, old.ckpt, older.pt: the run has no sha256 of what it wrote"
+    assert told(verify_run(run)) == (False, f"1 as the run wrote them; {unknown}")
+    assert bytes_of_networks(run) == 0, "what cannot be compared is not read"
+
+
+def test_a_network_that_a_resume_moved_away_is_not_missed(new_run: NewRun) -> None:
+    run, network = finished(new_run)
+    begin_attempt(plan_resume(run, step=10))
+    assert not network.exists() and told(verify_run(run)) == (True, "none is there")
 
 
 def test_of_an_old_run_nobody_can_tell(new_run: NewRun) -> None:
