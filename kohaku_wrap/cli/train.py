@@ -11,7 +11,7 @@ import click
 from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, show_path
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Examples:
   kwrap train demo --site world/site.toml --run first
   kwrap train epsilon --site site.toml --run epsilon --restarts 5
+  kwrap train epsilon --site site.toml --try
   kwrap train epsilon --site site.toml --set seed=7 --dry-run
   kwrap train --locked runs/epsilon/run.lock.toml --site site.toml --run again"""
 )
@@ -38,6 +39,9 @@ Examples:
 @click.option("--locked", type=click.Path(path_type=Path), metavar="LOCK",
               help="Repeat the run of this run.lock.toml: refuse whatever would differ from it.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the command that would run; make nothing.")
+@click.option(
+    "--try", "is_trial", is_flag=True, help="Train two steps, resume one, remove them; say what the whole run needs."
+)
 @supervisor_options
 @json_option
 @beyond_output("dry_run")
@@ -50,6 +54,7 @@ def command(
     trust: tuple[str, ...],
     locked: Path | None,
     dry_run: bool,
+    is_trial: bool,
     allow: tuple[str, ...],
     as_json: bool,
     **watch: Any,
@@ -71,6 +76,11 @@ def command(
         raise UsageError("no TEMPLATE given", "See `kwrap template ls`.")
     options = watch_options(**watch)
     refuse_unknown(allow)
+    if is_trial:
+        if locked is not None or dry_run:
+            raise UsageError("--try trains two steps of its own", "Leave --locked and --dry-run out.")
+        try_run(template, site_file, name, engine, overrides, trust, allow, options, as_json)
+        return
     new = plan_new_run(template, site_file, name, engine, overrides, trust)
     if not as_json:
         print_trust(new.effective)
@@ -91,6 +101,48 @@ def command(
     run = make_run(new, locked, as_json)
     report = train_run(run, allow, options, as_json)
     print_finished("train", report, as_json)
+
+
+def try_run(
+    template: str,
+    site_file: Path,
+    name: str | None,
+    engine: str | None,
+    overrides: tuple[str, ...],
+    trust: tuple[str, ...],
+    allow: tuple[str, ...],
+    options: WatchOptions,
+    as_json: bool,
+) -> None:
+    """Train two steps, resume the second, and say what the whole run will need."""
+    from kohaku_wrap.cli.trial import plan_whole, print_trial
+    from kohaku_wrap.config.layers import resolve_template
+    from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.proving.trial import SETTINGS, SUFFIX, clear_earlier, finish_trial
+    from kohaku_wrap.training.supervising.create import plan_new_run
+    from kohaku_wrap.training.supervising.resume import plan_resume
+
+    site = load_site(site_file)
+    effective = resolve_template(template, site, overrides, trust=trust)
+    own = f"{name or Path(template).stem}{SUFFIX}"
+    clear_earlier(site.paths.runs / own)
+    new = plan_new_run(template, site_file, own, engine, (*overrides, *SETTINGS), trust)
+    if not as_json:
+        print_trust(new.effective)
+        print_note(f"engine: {new.engine} ({new.engine_origin})")
+    run = make_run(new, None, as_json)
+    train_run(run, allow, options, as_json)
+
+    def resume_from(step: int) -> RunReport:
+        return watch_run(run, lambda: plan_resume(run, step, allow=allow), allow, options, as_json)
+
+    trial = finish_trial(run, resume_from)
+    following = [word for text in overrides for word in ("--set", text)]
+    following += [word for module in trust for word in ("--trust", module)]
+    following += ["--engine", engine] if engine else []
+    following += ["--run", name] if name else []
+    whole = command_line("train", template, "--site", site_file, *following)
+    print_trial(trial, plan_whole(effective, trial), whole, as_json)
 
 
 def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
