@@ -83,6 +83,7 @@ Examples:
 )
 @click.option("--state", "foreign_state", type=click.Path(path_type=Path), metavar="PATH",
               help="The folder of the plain state, with --foreign.")  # fmt: skip
+@click.option("--deep", is_flag=True, help="Compare the sha256 of all images where it is known, not of 100 that moved.")
 @click.option("--dry-run", is_flag=True, help="Print the position and the command; change nothing.")
 @site_option
 @supervisor_options
@@ -97,6 +98,7 @@ def command(
     workers: int | None,
     foreign: bool,
     foreign_state: Path | None,
+    deep: bool,
     dry_run: bool,
     site_file: Path | None,
     allow: tuple[str, ...],
@@ -109,13 +111,16 @@ def command(
     abandoned/. A damaged state is named and the one before it is used; where none is whole, nothing is trained until
     --step 0 asks for the beginning. Without RUN: the only unfinished run.
 
+    A run may be moved and renamed, and so may its images and models: --site names the site file that says where they
+    lie now. They are recognised by their digests; the run remembers the site.
+
     With --machine-rank K this machine makes no attempt: it trains along in those of machine 0, which runs `kwrap train`
     or `kwrap resume`, joins the next one after a restart, and returns when the run is finished or stopped.
     """
     from kohaku_wrap.planning.sizes import show_bytes
     from kohaku_wrap.training.records.folder import find_run
-    from kohaku_wrap.training.supervising.differences import bytes_to_hash
     from kohaku_wrap.training.supervising.resume import plan_resume
+    from kohaku_wrap.training.supervising.site_places import bytes_to_hash
 
     if foreign_state is not None and not foreign:
         raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
@@ -133,10 +138,12 @@ def command(
         return
 
     def plan() -> ResumePlan:
-        total = states_bytes(run, step) + bytes_to_hash(run)
+        total = states_bytes(run, step) + bytes_to_hash(run, site_file)
         started = time.monotonic()
         with counting_bytes("verifying state and models", total, as_json) as count:
-            found = plan_resume(run, step, processes, workers, allow, foreign, foreign_state, count, machines)
+            found = plan_resume(
+                run, step, processes, workers, allow, foreign, foreign_state, count, machines, site_file, deep
+            )
         if not as_json:
             print_findings(found)
             if not dry_run:

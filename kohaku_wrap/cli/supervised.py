@@ -189,7 +189,7 @@ def describe_launch(launch: Launch) -> dict[str, Any]:
 def print_finished(command: str, report: RunReport, as_json: bool) -> None:
     """The closing table of a run that reached its end."""
     run = report.run
-    networks = sorted(run.checkpoints.glob(f"{run.name}.*"))
+    networks = run.networks
     if as_json:
         print_json(
             command,

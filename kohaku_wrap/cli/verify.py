@@ -53,12 +53,13 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     """
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.networks import bytes_of_networks
-    from kohaku_wrap.training.supervising.differences import bytes_to_hash
+    from kohaku_wrap.training.supervising.site_places import bytes_to_hash
     from kohaku_wrap.training.supervising.verify import verify_run
 
     run = find_run(name, runs_folders(site_file))
-    with counting_bytes("comparing models", bytes_to_hash(run) + bytes_of_networks(run), as_json) as count:
-        report = verify_run(run, deep_samples, count)
+    total = bytes_to_hash(run, site_file) + bytes_of_networks(run)
+    with counting_bytes("comparing models", total, as_json) as count:
+        report = verify_run(run, deep_samples, count, site_file)
     if as_json:
         print_json("verify", describe(report))
     else:
@@ -125,7 +126,7 @@ def next_step(report: VerifyReport) -> str:
 
     if not report.is_finished:
         return advise(report.run) or command_line("resume", show_path(report.run.folder))
-    network = report.run.checkpoints / f"{report.run.name}.safetensors"
+    network = report.run.checkpoints / f"{report.run.output_name}.safetensors"
     return command_line("inspect", show_path(network))
 
 

@@ -39,6 +39,9 @@ IMAGE_ENDINGS = (*SMALL_ENDINGS, *(ending.upper() for ending in SMALL_ENDINGS))
 
 DEFAULT_CAPTION_EXTENSION = ".caption"
 CAPTION_EXTENSIONS = (".txt", DEFAULT_CAPTION_EXTENSION)
+MOST_GUESSES = 64
+"""Paths of a cache, of no known place, for which an earlier place of the image folder is looked for."""
+
 STAT_THREADS = 16
 STAT_CHUNK = 512
 
@@ -221,17 +224,52 @@ def find_caption_extension(images: Path) -> str | None:
 
 def read_cache(images: Path, cache: Path) -> TrainerRows:
     """The rows of a `metadata_cache.json`. Raises NoImages."""
+    entries = load_cache(images, cache)
     try:
-        entries = parse_json(read_regular(cache))
         captions = [str(entry["caption"] or "") for entry in entries.values()]
         sizes = as_pairs([entry["resolution"] for entry in entries.values()])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NoImages(
-            f"{cache}: not what sd-scripts reads ({error!r})", "Make it again with `kwrap caption`."
-        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise not_a_cache(cache, error) from None
     if not captions:
         raise NoImages(f"{cache}: lists no image", "Run `kwrap extract` and `kwrap caption` again.")
-    return TrainerRows(images, str(cache), [relative_to(path, images) for path in entries], captions, sizes)
+    return TrainerRows(images, str(cache), list(entries), captions, sizes)
+
+
+def load_cache(images: Path, cache: Path) -> dict[str, Any]:
+    """The entries of a `metadata_cache.json` by file, relative to the image folder where it lies in it.
+
+    Raises NoImages. Its paths may be those of a place where the folder lay before: a file that is in the folder by the
+    end of its path is taken for that one, and those beside it likewise.
+    """
+    try:
+        entries = dict(parse_json(read_regular(cache)).items())
+        paths = list(map(Path, entries))
+    except (OSError, ValueError, AttributeError) as error:
+        raise not_a_cache(cache, error) from None
+    bases = [images.absolute(), images.resolve()]
+    guesses = MOST_GUESSES
+    files = []
+    for path in paths:
+        base = next((base for base in bases if path.is_relative_to(base)), None)
+        if base is None and guesses and path.is_absolute():
+            guesses -= 1
+            if base := find_old_folder(path, images):
+                bases.append(base)
+        files.append((path.relative_to(base) if base else path).as_posix())
+    return dict(zip(files, entries.values(), strict=True))
+
+
+def find_old_folder(path: Path, images: Path) -> Path | None:
+    """Where the image folder lay when a path of an image in it was written; None for an image that it does not have."""
+    for at in range(1, len(path.parts)):
+        if images.joinpath(*path.parts[at:]).is_file():
+            return Path(*path.parts[:at])
+    return None
+
+
+def not_a_cache(cache: Path, error: Exception) -> NoImages:
+    """The error for a file that sd-scripts would fail at."""
+    return NoImages(f"{cache}: not what sd-scripts reads ({error!r})", "Make it again with `kwrap caption`.")
 
 
 def as_pairs(sizes: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
@@ -295,21 +333,27 @@ def spread_evenly(count: int) -> npt.NDArray[np.int64]:
 
 
 def digest_lengths(folder: Path, files: Sequence[str]) -> str:
-    """The sha256 over the length in bytes of each file; a missing one counts as -1."""
+    """The sha256 over the length in bytes of each file as little-endian 64-bit numbers; a missing one counts as -1."""
+    return digest_of(iter([read_lengths(folder, files).tobytes()]))
+
+
+def read_lengths(folder: Path, files: Sequence[str]) -> npt.NDArray[np.int64]:
+    """(files,) the length of each in bytes; -1 for one that is not there."""
     chunks = [files[start : start + STAT_CHUNK] for start in range(0, len(files), STAT_CHUNK)]
     with ThreadPoolExecutor(STAT_THREADS) as threads:
-        return digest_of(threads.map(lambda chunk: lengths_of(folder, chunk), chunks))
+        found = list(threads.map(lambda chunk: lengths_of(folder, chunk), chunks))
+    return np.concatenate(found) if found else np.empty(0, dtype="<i8")
 
 
-def lengths_of(folder: Path, files: Sequence[str]) -> bytes:
-    """The length of each file as little-endian 64-bit numbers."""
+def lengths_of(folder: Path, files: Sequence[str]) -> npt.NDArray[np.int64]:
+    """(files,) likewise, one after the other."""
     lengths = np.empty(len(files), dtype="<i8")
     for index, file in enumerate(files):
         try:
             lengths[index] = (folder / file).stat().st_size
         except OSError:
             lengths[index] = -1
-    return lengths.tobytes()
+    return lengths
 
 
 def digest_of(pieces: Iterator[bytes]) -> str:

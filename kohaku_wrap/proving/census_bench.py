@@ -223,7 +223,7 @@ def write_template(path: Path, settings: Settings) -> Path:
 
 def find_network(run: Run) -> Path:
     """The run's final network, in whichever format."""
-    return next(path for path in run.checkpoints.iterdir() if path.stem == run.name)
+    return run.networks[0]
 
 
 def read_signature(run: Run) -> Signature:

@@ -65,7 +65,8 @@ def compare_runs(whole: Run, interrupted: Run) -> Likeness:
     names = compare_names(whole, interrupted)
     tensors = sum(
         compare_networks(
-            whole.checkpoints / f"{whole.name}{name}", interrupted.checkpoints / f"{interrupted.name}{name}"
+            whole.checkpoints / f"{whole.output_name}{name}",
+            interrupted.checkpoints / f"{interrupted.output_name}{name}",
         )
         for name in names
     )
@@ -125,7 +126,7 @@ def compare_names(whole: Run, interrupted: Run) -> list[str]:
     ends = {f"-step{chapter.total_optimizer_steps:08d}.safetensors" for chapter in interrupted.lock.chapters[:-1]}
     for what, folder, pattern in (("states left", "states", "[!.]*"), ("checkpoints", "checkpoints", "*.safetensors")):
         names, others = (
-            sorted(path.name.removeprefix(run.name) for path in (run.folder / folder).glob(pattern))
+            sorted(path.name.removeprefix(run.output_name) for path in (run.folder / folder).glob(pattern))
             for run in (whole, interrupted)
         )
         others = [name for name in others if name in names or name not in ends]

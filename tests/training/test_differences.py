@@ -35,11 +35,11 @@ from kohaku_wrap.training.supervising.differences import (
     compare_versions,
     list_changes,
     list_notes,
-    read_run_file,
-    read_trainer,
     refuse_changes,
     refuse_unknown,
 )
+from kohaku_wrap.training.supervising.places import read_run_file, read_trainer
+from kohaku_wrap.training.supervising.site_places import settle_places
 
 NewRun = Callable[..., Run]
 
@@ -78,7 +78,9 @@ def test_packages_of_the_real_trainer_are_compared() -> None:
 def test_an_untouched_run_has_no_changes(new_run: NewRun) -> None:
     run = new_run()
     assert list_changes(run) == []
-    assert len(list_notes(run)) == 1 and "made by kwrap 0.1" in list_notes(run)[0]
+    assert (
+        len(list_notes(run, settle_places(run))) == 1 and "made by kwrap 0.1" in list_notes(run, settle_places(run))[0]
+    )
 
 
 def test_files_of_the_run_are_read_flat(tmp_path: Path) -> None:
@@ -134,26 +136,26 @@ def test_named_files_are_compared_too(new_run: NewRun, tmp_path: Path) -> None:
 def test_captions_are_compared_with_the_locks_digest(new_run: NewRun) -> None:
     run = new_run()
     images = run.folder.parent.parent / "images"
-    assert list(compare_dataset(run)) == []
+    assert list(compare_dataset(run, settle_places(run))) == []
     write_captions(images, 45, "0ther")
-    (found,) = compare_dataset(run)
+    (found,) = compare_dataset(run, settle_places(run))
     assert found.where == "dataset" and f"had the digest {run.lock.dataset_digest[:12]}…, now " in found.what
     (images / "captions.arrow").unlink()
-    assert keys(compare_dataset(run)) == ["images"]
-    check_captions(run)  # nothing there to read
+    assert keys(compare_dataset(run, settle_places(run))) == ["images"]
+    check_captions(run, settle_places(run).images)  # nothing there to read
     without = new_run("without", inputs={"captions_digest": ""})
     (images / "captions.arrow").unlink()
-    assert list(compare_dataset(without)) == []
+    assert list(compare_dataset(without, settle_places(without))) == []
 
 
 def test_captions_that_would_be_trained_are_read(new_run: NewRun) -> None:
     run, other = new_run(), new_run("other", run={"data": "sd-scripts"})
-    check_captions(run)
+    check_captions(run, settle_places(run).images)
     path = run.folder.parent.parent / "images" / "captions.arrow"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(KwrapError, match=r"captions\.arrow"):
-        check_captions(run)
-    check_captions(other)  # the trainer reads captions of its own
+        check_captions(run, settle_places(run).images)
+    check_captions(other, settle_places(other).images)  # the trainer reads captions of its own
 
 
 def test_a_lock_of_0_1_has_no_digest_and_one_of_today_must(new_run: NewRun) -> None:
@@ -171,7 +173,7 @@ def test_packages_that_can_change_bits_are_compared(new_run: NewRun) -> None:
     (found,) = compare_packages(changed)
     assert (found.where, found.what) == ("versions", f"torch was 0.1, is now {here['torch']}")
     assert list(compare_versions(changed)) == [], "a run of kwrap 0.1 goes on as before"
-    assert any("torch was 0.1" in note for note in list_notes(changed))
+    assert any("torch was 0.1" in note for note in list_notes(changed, settle_places(changed)))
     today = with_table(new_run("today", format=2), "versions", {**base, "torch": "0.1"})
     assert keys(compare_versions(today)) == ["versions"]
     own = new_run("own", values={"optimizer_type": "my_optimizer.Fast"})
@@ -264,20 +266,27 @@ def test_allowed_words_must_stand_for_something(new_run: NewRun) -> None:
 def test_sources_that_changed_are_noted_and_kept(new_run: NewRun, tmp_path: Path) -> None:
     template, site = tmp_path / "own.toml", tmp_path / "site.toml"
     template.write_text("a")
-    site.write_text("b")
+    made_on = "[machine]\ngpus = 0\n"
+    site.write_text(made_on)
     hashes = {
         "site": str(site),
-        "site_sha256": hashlib.sha256(b"b").hexdigest(),
+        "site_sha256": hashlib.sha256(made_on.encode()).hexdigest(),
         "template_0_sha256": hashlib.sha256(b"a").hexdigest(),
     }
     run = new_run(inputs=hashes, run={"template_files": [str(template)]})
-    assert len(list_notes(run)) == 1
-    site.write_text("other")
-    assert [note for note in list_notes(run) if str(site) in note and "keeps its own files" in note]
+    assert len(list_notes(run, settle_places(run))) == 1
+    site.write_text(made_on + "workers = 3\n[trainer]\nunet_lr = 0.5\n")
+    notes = list_notes(run, settle_places(run))
+    assert f"{site} changed since the run was made" in notes
+    assert any("taken from" in note and "workers: 3" in note for note in notes)
+    assert any("not taken from" in note and "unet_lr = 0.5" in note for note in notes)
     template.unlink()
-    assert len(list_notes(run)) == 2
+    template.with_name("site.toml").write_text(made_on)
+    assert len(list_notes(run, settle_places(run))) == 1
     template.write_text("other")
-    assert len(list_notes(run)) == 3
+    assert len(list_notes(run, settle_places(run))) == 2
+    site.write_text("none")
+    assert any("nothing is taken from this site" in note for note in list_notes(run, settle_places(run)))
 
 
 def test_another_commit_of_the_trainer(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:

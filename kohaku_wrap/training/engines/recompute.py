@@ -1,8 +1,8 @@
 """The content digests of some micro-batches, made anew from the run's images and captions without its models.
 
-Called as `python -m kohaku_wrap.training.engines.recompute RUN` with a JSON list of [epoch, position, substituted] on
-stdin, the last whether the ledger says that an image was replaced; prints a JSON list of digests, or of texts that say
-why one could not be made.
+Called as `python -m kohaku_wrap.training.engines.recompute RUN IMAGES` with a JSON list of [epoch, position,
+substituted] on stdin, the last whether the ledger says that an image was replaced; prints a JSON list of digests, or of
+texts that say why one could not be made.
 """
 
 from __future__ import annotations
@@ -109,4 +109,4 @@ def read_locked_dataset(run: Run) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(lambda: recompute(Run(Path(sys.argv[1]).resolve()), json.load(sys.stdin)))
+    answer(lambda: recompute(Run(Path(sys.argv[1]).resolve(), Path(sys.argv[2])), json.load(sys.stdin)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,25 @@ class Run:
     folder: Path
     """`runs/NAME`, absolute."""
 
+    images_now: Path | None = field(default=None, compare=False)
+    """Where its images lie by the word of a site that the run does not know of yet."""
+
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def output_name(self) -> str:
+        """What its checkpoints are called: the name that it was made with, whatever its folder is called now."""
+        made_as = self.lock.values.get("output_name") or self.lock.table("run").get("name")
+        return str(made_as or self.name)
+
+    @property
+    def networks(self) -> list[Path]:
+        """The network of the last optimizer step, in each form that is there."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(path for path in self.checkpoints.iterdir() if path.is_file() and path.stem == self.output_name)
 
     attempts = Place("attempts")
     states = Place("states")
@@ -77,6 +93,7 @@ class Run:
     ledger = Place("ledger")
     abandoned = Place("abandoned")
     metrics = Place("metrics.jsonl")
+    trainer_data = Place("trainer-data")
     lock_file = Place(LOCK_FILE)
     trainer_config = Place(TRAINER_FILE)
     dataset_config = Place(DATASET_FILE)
@@ -110,7 +127,7 @@ class Run:
 
     def find_images(self) -> Path:
         """The folder of the run's images and captions: the lock's, or that of dataset.toml if they were moved there."""
-        places = [self.lock.table("dataset").get("image_dir", "")]
+        places = [self.lock.table("dataset").get("image_dir", ""), *filter(None, [self.images_now])]
         with suppress(OSError, ValueError, TypeError, AttributeError):
             places.append(find_image_folder(flatten_dataset(parse_toml(read_regular(self.dataset_config)))))
         for place in places:

@@ -88,9 +88,8 @@ def compare_networks(run: Run, on_bytes: Callable[[int], None] | None = None) ->
         sha256 = written.get(path.name, "")
         yield Network(path, sha256, kept_sha256(path, on_bytes) if sha256 else "")
     result = next((attempt.result() for attempt in reversed(list_attempts(run))), None) or {}
-    last = str(run.lock.table("run").get("name", run.name))
     for name in sorted(written.keys() - {path.name for path in files}):
-        if result.get("outcome") == "finished" and Path(name).stem == last:
+        if result.get("outcome") == "finished" and Path(name).stem == run.output_name:
             yield Network(run.checkpoints / name, written[name], "")
 
 

@@ -56,7 +56,7 @@ def recompute_content(run: Run, records: Records, chosen: Int64Array) -> list[in
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
         digests: list[int | str] = ask_python(
-            RECOMPUTE_WORKER, run.folder, request=samples, added=settings, folder=run.folder
+            RECOMPUTE_WORKER, run.folder, run.find_images(), request=samples, added=settings, folder=run.folder
         )
     except NoAnswer as failed:
         raise CannotRecompute(

@@ -12,10 +12,10 @@ from kohaku_wrap.config.fates import fate_of
 from kohaku_wrap.config.kernels import list_other_switches
 from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.render import hash_named_files
-from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock, find_image_folder, flatten_dataset
+from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock
 from kohaku_wrap.config.training_data import describe_data
-from kohaku_wrap.errors import Problem, ProblemsFound, UsageError, command_line, reason_of
-from kohaku_wrap.files import describe_absence, keeps_sha256, kept_sha256, read_regular, sha256_of_file
+from kohaku_wrap.errors import Problem, UsageError, command_line
+from kohaku_wrap.files import describe_absence, kept_sha256, sha256_of_file
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     NoImages,
@@ -23,7 +23,6 @@ from kohaku_wrap.formats.caption_rows import (
     find_captions,
     read_captions_metadata,
 )
-from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.commits import find_known
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.installed import (
@@ -33,7 +32,7 @@ from kohaku_wrap.trainer.installed import (
     plain_name,
     read_trainer_commit,
 )
-from kohaku_wrap.trainer.options import flatten_sections, suggest
+from kohaku_wrap.trainer.options import suggest
 from kohaku_wrap.training.records.attempts import attempt_numbers
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import recorded_attempts
@@ -41,6 +40,8 @@ from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint, rea
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.file_changes import BY_ATTEMPT, compare_files, list_moves
+from kohaku_wrap.training.supervising.places import DifferentRun, Places, read_dataset, read_trainer
+from kohaku_wrap.training.supervising.site_places import MODELS, settle_places
 
 OTHER_RUN = "other-run"
 """The key of `--allow` for a state that another run wrote."""
@@ -81,8 +82,6 @@ ACCEPTED_DIFFERENCES = frozenset(
 OF_THE_FOLDER = frozenset({"output_dir", "output_name"})
 """Options that name the run's own folder; another value would train into another run."""
 
-MODELS = {"base_model": "pretrained_model_name_or_path", "vae": "vae"}
-"""Files that the lock has the sha256 of, and the trainer's option that names each."""
 
 NAMED_FILES = {"tokenizers": "tokenizers_sha256", "base_weights": "base_weights_sha256"} | {
     "network_weights": "network_weights_sha256"
@@ -96,21 +95,22 @@ NOT_KEPT_BY_0_1 = (
 )
 
 
-class DifferentRun(ProblemsFound):
-    """The run is no longer what its state was made with."""
-
-
-def list_changes(run: Run, state: Path | None = None, on_bytes: Callable[[int], None] | None = None) -> list[Problem]:
+def list_changes(
+    run: Run,
+    state: Path | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    places: Places | None = None,
+) -> list[Problem]:
     """What changed since the run was locked, and since a state of it was written; one entry a key.
 
-    `on_bytes` gets the bytes that were read of models whose hash is not kept.
+    `on_bytes` gets the bytes that were read of models whose hash is not kept. `places`: those of today, if settled.
     """
-    trainer = read_trainer(run.trainer_config)
+    places = places or settle_places(run, on_bytes=on_bytes)
     changes = [
         *compare_lock(run),
-        *compare_files(run, trainer, read_dataset(run.dataset_config)),
-        *compare_models(run, trainer, on_bytes),
-        *compare_dataset(run),
+        *compare_files(run, places.options, places.dataset_options),
+        *compare_models(run, places.options, on_bytes),
+        *compare_dataset(run, places),
         *compare_trainer(run),
         *compare_versions(run),
     ]
@@ -119,18 +119,17 @@ def list_changes(run: Run, state: Path | None = None, on_bytes: Callable[[int], 
     return changes + [problem for problem in made if problem.where not in told]
 
 
-def list_notes(run: Run) -> list[str]:
+def list_notes(run: Run, places: Places) -> list[str]:
     """What changed and changes nothing of what is trained, and what of a run of kwrap 0.1 cannot be compared."""
-    notes = list(list_moves(run, read_trainer(run.trainer_config), read_dataset(run.dataset_config)))
+    notes = [*places.notes, *list_moves(run, places.options, places.dataset_options)]
     inputs = run.lock.table("inputs")
     templates = run.lock.table("run").get("template_files", [])
-    sources = {f"template_{index}_sha256": path for index, path in enumerate(templates)}
-    for key, path in {**sources, "site_sha256": inputs.get("site", "")}.items():
+    for key, path in {f"template_{index}_sha256": path for index, path in enumerate(templates)}.items():
         if key in inputs and path and Path(path).is_file() and sha256_of_file(Path(path)) != inputs[key]:
             notes.append(f"{path} changed since the run was made; the run keeps its own files")
     notes += list_missing_records(run)
     notes += list_other_switches(run.lock.table("kernels"))
-    images = Path(find_image_folder(read_dataset(run.dataset_config)))
+    images = places.images
     with suppress(NoImages):
         if run.lock.data == "kwrap" and find_captions(images, run.lock.dataset_digest).name != CAPTIONS_FILE:
             now, own = (read_captions_metadata(images, digest) for digest in ("", run.lock.dataset_digest))
@@ -157,24 +156,6 @@ def list_missing_records(run: Run) -> Iterator[str]:
         yield f"{run.attempts / str(attempt)} is gone: what it trained may count twice for `kwrap verify`"
     for attempt in sorted(saved - recorded):
         yield f"{run.ledger} has no file of attempt {attempt}: `kwrap verify` cannot prove what it trained"
-
-
-def read_trainer(path: Path) -> dict[str, Any]:
-    """The options of trainer.toml, flat."""
-    return flatten_sections(read_run_file(path))
-
-
-def read_dataset(path: Path) -> dict[str, Any]:
-    """The options of dataset.toml, its levels put together."""
-    return flatten_dataset(read_run_file(path))
-
-
-def read_run_file(path: Path) -> dict[str, Any]:
-    """A TOML file of the run; raises DifferentRun when it cannot be read."""
-    try:
-        return parse_toml(read_regular(path))
-    except (OSError, ValueError) as error:
-        raise DifferentRun(str(path), [Problem(path.name, reason_of(error))], "Restore the run's own files.") from error
 
 
 def compare_lock(run: Run) -> Iterator[Problem]:
@@ -209,26 +190,16 @@ def compare_models(
             yield Problem(name, f"the sha256 was {locked[:12]}…, is now {found.get(entry, 'none: not there')[:15]}…")
 
 
-def bytes_to_hash(run: Run) -> int:
-    """Bytes of the run's models whose hash is not kept, so that a comparison reads them; for progress."""
-    paths = [Path(str(run.lock.table("inputs").get(name, ""))) for name in MODELS]
-    return sum(path.stat().st_size for path in paths if path.is_file() and not keeps_sha256(path))
-
-
-def compare_dataset(run: Run) -> Iterator[Problem]:
+def compare_dataset(run: Run, places: Places) -> Iterator[Problem]:
     """What would be read of images and captions, against the lock's digests."""
-    inputs = run.lock.table("inputs")
-    dataset = read_dataset(run.dataset_config)
-    images = find_image_folder(dataset) or inputs.get("images")
-    if not images or not run.lock.dataset_digest:
+    inputs, images = run.lock.table("inputs"), places.images
+    if not images.parts or not run.lock.dataset_digest:
         return
     try:
         if "rows_digest" in inputs:
-            now = describe_data(run.lock.data, Path(images), dataset, run.lock.dataset_digest)
+            now = describe_data(run.lock.data, images, places.dataset_options, run.lock.dataset_digest)
         else:
-            now = {
-                "captions_digest": str(read_captions_metadata(Path(images), run.lock.dataset_digest).get("digest", ""))
-            }
+            now = {"captions_digest": str(read_captions_metadata(images, run.lock.dataset_digest).get("digest", ""))}
     except NoImages as missing:
         if run.lock.data == "kwrap" or "rows_digest" in inputs:
             yield Problem("images", missing.message)
@@ -242,10 +213,9 @@ def compare_dataset(run: Run) -> Iterator[Problem]:
         yield Problem("image_files", "image files were replaced or removed: their lengths in bytes are others")
 
 
-def check_captions(run: Run) -> None:
-    """Read the captions that would be trained; raises DamagedCaptions."""
-    images = find_image_folder(read_dataset(run.dataset_config)) or run.lock.table("inputs").get("images", "")
-    path = find_captions(Path(images), run.lock.dataset_digest)
+def check_captions(run: Run, images: Path) -> None:
+    """Read the captions of a folder that would be trained; raises DamagedCaptions."""
+    path = find_captions(images, run.lock.dataset_digest)
     if path.is_file() and run.lock.data == "kwrap":
         check_columns(path)
 

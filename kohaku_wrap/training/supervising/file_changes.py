@@ -130,13 +130,13 @@ def compare_accelerate(run: Run, before: Mapping[str, Any], now: Mapping[str, An
 
 def compare_place(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
     """Whether the trainer would read and write its own files in this folder."""
-    moved = "the run's folder was moved; move it back, or write its new place into its TOML files"
+    elsewhere = "checkpoints would go to another place than the run's own folder"
     written = trainer.get("output_dir")
     if written is not None and Path(written).resolve() != run.checkpoints.resolve():
-        yield Problem("output_dir", f"is {written}: {moved}")
+        yield Problem("output_dir", f"is {written}: {elsewhere}")
     name = trainer.get("output_name")
-    if name is not None and name != run.name:
-        yield Problem("output_name", f"is {name!r}: the run's folder is named {run.name!r}")
+    if name is not None and name != run.output_name:
+        yield Problem("output_name", f"is {name!r}: the run's checkpoints are named {run.output_name!r}")
     own = {"sample_prompts": (trainer.get("sample_prompts"), PROMPTS_FILE)}
     for each in trainer.get("network_args") or ():
         option, _, value = str(each).partition("=")
@@ -156,6 +156,7 @@ def list_moves(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, Any])
     for name in ("trainer.toml", "dataset.toml"):
         before |= read_run_text(name, run.lock.files.get(name, ""))
     for key in sorted(before.keys() & now.keys()):
-        if (key in BY_ATTEMPT or is_place(key)) and before[key] != now[key]:
+        is_own = str(now[key]).startswith(f"{run.folder}/")
+        if (key in BY_ATTEMPT or is_place(key)) and before[key] != now[key] and not is_own:
             why = "each attempt decides it" if key in BY_ATTEMPT else "what lies there is compared by its content"
             yield f"{key} was {before[key]!r}, is now {now[key]!r}; {why}"

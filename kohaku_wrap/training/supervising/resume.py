@@ -33,6 +33,10 @@ from kohaku_wrap.training.supervising.launch import (
 )
 from kohaku_wrap.training.supervising.length import settle_length, shorter_end
 from kohaku_wrap.training.supervising.machines import refuse_machines
+from kohaku_wrap.training.supervising.moved_images import compare_moved_images
+from kohaku_wrap.training.supervising.places import Places, read_places
+from kohaku_wrap.training.supervising.site_places import settle_places
+from kohaku_wrap.training.supervising.trainer_data import write_trainer_data
 
 CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
 CHECKPOINT_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
@@ -57,7 +61,10 @@ class ResumePlan(Attempt):
     """Later states and checkpoints, which move to `abandoned/`."""
 
     notes: tuple[str, ...] = ()
-    """What changed without effect, and what cannot be compared."""
+    """What changed without effect, what was taken from the site or not, and what cannot be compared."""
+
+    places: Places | None = None
+    """Where all that the run reads and writes lies now."""
 
     def rank_positions(self) -> list[int]:
         """The next global position of each rank."""
@@ -74,6 +81,8 @@ def plan_resume(
     foreign_state: Path | None = None,
     on_bytes: Callable[[int], None] | None = None,
     machines: int | None = None,
+    site_file: Path | None = None,
+    deep: bool = False,
 ) -> ResumePlan:
     """Choose the newest whole state of the run's current line, or that of `step`, and verify it.
 
@@ -82,6 +91,8 @@ def plan_resume(
     between state and run, BadOrder for a number of processes that does not divide.
     """
     refuse_unknown(allow, run)
+    asked = {"processes": processes or machines, "workers": workers is not None}
+    places = settle_places(run, site_file, on_bytes, [name for name, given in asked.items() if given])
     if step is None and foreign_state is None and is_finished(run):
         # Whatever became of its states.
         raise RunFinished(
@@ -93,7 +104,7 @@ def plan_resume(
     last = attempts[-1] if attempts else None
     before = (last.processes, last.machines) if last else (run.lock.processes, run.lock.machines)
     machines = machines or before[1]
-    processes = processes or before[0] // before[1] * machines
+    processes = processes or places.processes or before[0] // before[1] * machines
     refuse_machines(run, machines, processes)
     accumulation = run.lock.count.accumulation(processes)
     damaged: list[DamagedState] = []
@@ -103,7 +114,11 @@ def plan_resume(
     else:
         state, optimizer_step = find_state(run, attempts, step, damaged, on_bytes)
     refuse_earlier_chapter(run, optimizer_step)
-    changes = list_changes(run, None if foreign else state, on_bytes)
+    changes = list_changes(run, None if foreign else state, on_bytes, places)
+    image_notes: list[str] = []
+    if not any(problem.where in ("images", "dataset", "image_files") for problem in changes):
+        faults, image_notes = compare_moved_images(places, deep)
+        changes += faults
     accepted = list_accepted(run, allow, last, changes)
     refuse_changes(f"run {run.name}", changes, accepted, run.lock.format)
     there = {problem.where: problem.what for problem in changes if problem.where in accepted}
@@ -118,7 +133,9 @@ def plan_resume(
         number=max([0, *attempt_numbers(run), *recorded_attempts(run.ledger)]) + 1,
         processes=processes,
         accumulation=accumulation,
-        workers=workers if workers is not None else (last.workers if last else run.lock.workers),
+        workers=next(
+            each for each in (workers, places.workers, last.workers if last else run.lock.workers) if each is not None
+        ),
         start_optimizer_step=optimizer_step,
         state=state,
         allow=accepted,
@@ -130,7 +147,8 @@ def plan_resume(
         threads=last.threads if last else None,
         damaged=tuple(damaged),
         abandons=tuple(abandons),
-        notes=(*list_notes(run), *note_threads(last)),
+        notes=(*list_notes(run, places), *image_notes, *note_threads(last)),
+        places=places,
     )
 
 
@@ -181,13 +199,16 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     even if this process dies in the middle. Raises MissingExtra, MissingRequirements, DamagedCaptions.
     """
     find_engine(plan.run.lock.engine).require_packages()
+    places = plan.places or read_places(plan.run)
     if plan.number > 1:
         # Those of the first attempt were read when the run was made.
-        check_captions(plan.run)
+        check_captions(plan.run, places.images)
     settle_length(plan.run, plan.abandons)
     launch = plan_attempt_launch(plan)
     write_attempt(plan, launch.environment)
     write_accelerate_config(plan)
+    places.write()
+    write_trainer_data(places)
     for path in plan.abandons:
         away = plan.run.abandoned / f"before-attempt-{plan.number}" / path.relative_to(plan.run.folder)
         away.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +227,7 @@ def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
             at = int(match.group(1))
         elif match := CHECKPOINT_OF_EPOCH.search(path.name):
             at = int(match.group(1)) * per_epoch
-        elif path.stem == run.name:
+        elif path.stem == run.output_name:
             # The network of a shorter run stays: it gets the name of its step.
             at = shorter_end(run) or run.lock.total_optimizer_steps + 1
         else:
@@ -223,5 +244,4 @@ def is_finished(run: Run) -> bool:
     """
     attempts = list_attempts(run)
     result = attempts[-1].result() if attempts else None
-    is_there = any(run.checkpoints.glob(f"{run.name}.*")) if run.checkpoints.is_dir() else False
-    return is_there and result is not None and result["outcome"] == "finished" and not shorter_end(run)
+    return bool(run.networks) and result is not None and result["outcome"] == "finished" and not shorter_end(run)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from kohaku_wrap.config.fates import list_unverified
 from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
+from kohaku_wrap.config.site import load_site
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata, subset_column
@@ -38,7 +40,9 @@ from kohaku_wrap.training.supervising.ledger_checks import (
 )
 from kohaku_wrap.training.supervising.ledger_files import list_conditions, read_files
 from kohaku_wrap.training.supervising.line_checks import Check, check_steps
+from kohaku_wrap.training.supervising.places import Places
 from kohaku_wrap.training.supervising.resume import is_finished
+from kohaku_wrap.training.supervising.site_places import settle_places
 
 
 @dataclass(frozen=True)
@@ -133,12 +137,23 @@ class VerifyReport:
         return not self.faults
 
 
-def verify_run(run: Run, deep_samples: int = 0, on_bytes: Callable[[int], None] | None = None) -> VerifyReport:
+def verify_run(
+    run: Run,
+    deep_samples: int = 0,
+    on_bytes: Callable[[int], None] | None = None,
+    site_file: Path | None = None,
+) -> VerifyReport:
     """Check the ledger of all attempts against seed, dataset, lock and each other.
 
-    `on_bytes` gets the bytes that were read of models whose hash is not kept.
-    Raises NoLedger, and BadLedger for a file that is not one.
+    `on_bytes` gets the bytes that were read of models whose hash is not kept. `site_file`: where images and models lie
+    now. Raises NoLedger, BadLedger for a file that is not one, and what `load_site` raises.
     """
+    if site_file is not None:
+        load_site(site_file)
+    places: Places | None = None
+    with suppress(KwrapError):
+        places = settle_places(run, site_file, on_bytes)
+        run = replace(run, images_now=places.images)
     count = run.lock.count
     files = read_files(run)
     records = Records.of_files(files, count)
@@ -163,7 +178,7 @@ def verify_run(run: Run, deep_samples: int = 0, on_bytes: Callable[[int], None] 
         for each in attempts
         for where, what in each.differences.items()
     ]
-    changed = list_changed(run, on_bytes)
+    changed = list_changed(run, places, on_bytes)
     networks = list(compare_networks(run, on_bytes))
     captions_changed = has_other_captions(run)
     order = check_order(run, checker, captions_changed)
@@ -205,10 +220,10 @@ def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Arra
     return np.array(limits).astype(np.int64)[attempt]
 
 
-def list_changed(run: Run, on_bytes: Callable[[int], None] | None = None) -> list[str]:
+def list_changed(run: Run, places: Places | None, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """What of the run's files, models and captions is no longer what its lock says."""
     try:
-        return [f"{problem.where}: {problem.what}" for problem in list_changes(run, on_bytes=on_bytes)]
+        return [f"{problem.where}: {problem.what}" for problem in list_changes(run, None, on_bytes, places)]
     except KwrapError as error:
         return [error.message]
 

@@ -32,6 +32,7 @@ from kohaku_wrap.training.records.states import state_folder, write_state
 from kohaku_wrap.training.supervising.choose_state import NoSuchState
 from kohaku_wrap.training.supervising.create import create_run, plan_new_run
 from kohaku_wrap.training.supervising.differences import DifferentRun
+from kohaku_wrap.training.supervising.places import read_trainer
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.verify import verify_run
 
@@ -460,16 +461,17 @@ def test_images_that_were_moved_are_the_same(stage: Stage) -> None:
     assert not plan.differences and any("image_dir was" in note for note in plan.notes)
 
 
-def test_a_run_that_was_moved_with_its_files_goes_on(stage: Stage) -> None:
+def test_a_run_that_was_moved_goes_on_at_its_new_place(stage: Stage) -> None:
     run = stage.run
     there = run.folder.with_name("elsewhere")
     run.folder.rename(there)
-    with pytest.raises(DifferentRun, match="the run's folder was moved"):
-        plan_resume(Run(there), step=STEP)
-    for path in there.glob("*.toml"):
-        text = path.read_text().replace(str(run.folder), str(there))
-        path.write_text(text.replace('"first"', '"elsewhere"').replace('\\"first\\"', '\\"elsewhere\\"'))
-    assert not plan_resume(Run(there), step=STEP).differences
+    plan = plan_resume(Run(there), step=STEP)
+    assert not plan.differences and any(f"moved here from {run.folder}" in note for note in plan.notes)
+    begin_attempt(plan)
+    written = read_trainer(there / "trainer.toml")
+    assert (written["output_dir"], written["output_name"]) == (str(there / "checkpoints"), "first")
+    assert f"preset={there / 'preset.toml'}" in written["network_args"]
+    assert not [note for note in plan_resume(Run(there), step=STEP).notes if "moved" in note]
 
 
 def test_moved_images_are_proved_as_before(stage: Stage) -> None:

@@ -11,6 +11,7 @@ import sdxl_train_network
 
 from kohaku_wrap.config.base_model import require_weight_files
 from kohaku_wrap.config.code_names import find_unknown
+from kohaku_wrap.config.run_files import DATASET_FILE
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.training.engines.sd_scripts.dataset import DATASET_CLASS
@@ -69,6 +70,8 @@ class SdScriptsRun(Loop):
         parser = sdxl_train_network.setup_parser()
         args = parser.parse_args()
         args = find_object("read_config_from_file")(args=args, parser=parser)
+        if (own := attempt.run.trainer_data / DATASET_FILE).is_file():
+            args.dataset_config = str(own)
         refuse_options(args, attempt)
         refuse_unknown_code(args, attempt)
         require_weight_files(vars(args), Path.cwd())

@@ -1,0 +1,49 @@
+"""The site file that a run goes by now, and what it took from it: `site.json`, no part of what the run is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kohaku_wrap.files import write_text
+from kohaku_wrap.training.records.documents import read_json_files
+from kohaku_wrap.training.records.folder import Run
+
+SITE_FILE = "site.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What the last attempt went by."""
+
+    site: str
+    """The site file, absolute; empty where there was none."""
+
+    taken: Mapping[str, Any] = field(default_factory=dict)
+    """The site's paths and numbers that the run has by now: `base_model`, `images`, `processes`, `workers`, …"""
+
+    images: str = ""
+    """The image folder of the last attempt."""
+
+    format: int = FORMAT
+    """Of the file."""
+
+
+def read_remembered(run: Run) -> Remembered:
+    """What the run remembers, else what its lock says of the site that it was made on."""
+    for kept in read_json_files(run.folder, SITE_FILE):
+        site, taken, images = kept.get("site"), kept.get("taken"), kept.get("images")
+        if kept.get("format") == FORMAT and isinstance(site, str) and isinstance(taken, dict):
+            return Remembered(site, taken, str(images or ""))
+    inputs = run.lock.table("inputs")
+    taken = {name: inputs[name] for name in ("base_model", "vae", "tokenizers", "images") if name in inputs}
+    taken |= {"processes": run.lock.processes, "workers": run.lock.workers}
+    return Remembered(str(inputs.get("site", "")), taken, str(inputs.get("images", "")))
+
+
+def write_remembered(run: Run, remembered: Remembered) -> None:
+    """Keep it, whole or not at all."""
+    write_text(run.folder / SITE_FILE, json.dumps(asdict(remembered), indent=2) + "\n")
