@@ -94,8 +94,7 @@ def plan_new_run(
     effective = resolve_template(template, site, overrides, trust=trust)
     shape = shape_batch(effective)
     name = name or Path(template).stem
-    if Path(name).name != name or name.startswith("."):
-        raise UsageError(f"{name!r} is not a run's name", "Give a plain name; runs lie in the site's paths.runs.")
+    check_name(name)
     folder = site.paths.runs / name
     refuse_taken(folder)
     if engine == "builtin":
@@ -111,6 +110,12 @@ def plan_new_run(
         folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines, kernels=kernels
     )
     return NewRun(name, folder, engine, engine_origin, effective, site, launch)
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError for what cannot be the name of a run's folder."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UsageError(f"{name!r} is not a run's name", "Give a plain name; runs lie in the site's paths.runs.")
 
 
 def refuse_taken(folder: Path) -> None:

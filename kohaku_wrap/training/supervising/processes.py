@@ -22,12 +22,13 @@ def list_processes(run: Run, attempt_number: int | None = None, machine_rank: in
     torchrun puts every rank into a session of its own, so neither process groups nor, once the launcher is dead, the
     process tree would find them all.
     """
-    wanted = {RUN_VARIABLE: str(run.folder)}
-    if attempt_number is not None:
-        wanted[ATTEMPT_VARIABLE] = str(attempt_number)
+    wanted = {} if attempt_number is None else {ATTEMPT_VARIABLE: str(attempt_number)}
     found: list[int] = []
-    for process in psutil.process_iter(["environ", "status"]):
+    for process in psutil.process_iter(["environ", "status", "cwd"]):
         settings = process.info["environ"] or {}
+        # They work in the run's folder, and that follows it where it was moved; what they were told does not.
+        if RUN_VARIABLE not in settings or str(run.folder) != (process.info["cwd"] or settings[RUN_VARIABLE]):
+            continue
         # Two machines of a run may be one, as in its tests.
         of_machine = machine_rank is None or settings.get(MACHINE_VARIABLE, str(machine_rank)) == str(machine_rank)
         is_live = process.info["status"] != psutil.STATUS_ZOMBIE and process.pid != os.getpid()

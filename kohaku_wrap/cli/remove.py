@@ -1,0 +1,49 @@
+"""`kwrap remove`: a run's folder taken away, its networks kept."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note, print_table, show_path
+from kohaku_wrap.errors import UsageError, command_line
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap remove smoke-test
+  kwrap remove runs/smoke-test --yes --checkpoints"""
+)
+@click.argument("name", metavar="RUN")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--checkpoints", "with_checkpoints", is_flag=True, help="Remove its networks, too.")
+@site_option
+@json_option
+def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None, as_json: bool) -> None:
+    """Remove a run: states, ledger, logs and what was abandoned.
+
+    Asks first. Its networks stay in RUN/checkpoints/ with the run's lock beside them, unless --checkpoints is given.
+    A run that others came from is not removed, nor one that a process holds.
+    """
+    from kohaku_wrap.planning.sizes import show_bytes
+    from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.housekeeping import plan_removal, remove_run
+
+    removal = plan_removal(find_run(name, runs_folders(site_file)), with_checkpoints)
+    run = removal.run
+    kept = f"{count_of(len(removal.kept), 'network')} in {show_path(run.checkpoints)}" if removal.kept else "nothing"
+    if not yes:
+        if as_json or not sys.stdin.isatty():
+            again = command_line("remove", show_path(run.folder), "--yes", *["--checkpoints"] * with_checkpoints)
+            raise UsageError(f"{show_path(run.folder)}: not removed, as nobody can be asked", f"Type: {again}")
+        print_note(f"{show_path(run.folder)}: {show_bytes(removal.size_bytes)} will be removed; kept: {kept}")
+        click.confirm(f"Remove run {run.name}?", abort=True, err=True)
+    remove_run(removal)
+    if as_json:
+        print_json("remove", {"run": run.folder, "removed_bytes": removal.size_bytes, "kept": list(removal.kept)})
+        return
+    print_table(f"Removed {run.name}", [("room made", show_bytes(removal.size_bytes)), ("kept", kept)], "kwrap status")

@@ -1,0 +1,41 @@
+"""`kwrap rename`: another name for a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.output import json_option, print_json, print_table, show_path
+from kohaku_wrap.errors import command_line
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap rename epsilon epsilon-low-rate
+  kwrap rename runs/epsilon epsilon-low-rate"""
+)
+@click.argument("name", metavar="RUN")
+@click.argument("new_name", metavar="NEW")
+@site_option
+@json_option
+def command(name: str, new_name: str, site_file: Path | None, as_json: bool) -> None:
+    """Give a run another name, beside where it lies.
+
+    Its folder is renamed; its checkpoints keep the name that the run was made with. Refused while a process holds the
+    run. A folder that was moved or renamed by hand is the same run, too.
+    """
+    from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.housekeeping import rename_run
+    from kohaku_wrap.training.supervising.resume import is_finished
+
+    run = find_run(name, runs_folders(site_file))
+    moved = rename_run(run, new_name)
+    if as_json:
+        print_json("rename", {"run": moved.folder, "was": run.folder})
+        return
+    verb = "verify" if is_finished(moved) else "resume"
+    rows = [("run", moved.folder), ("was", run.folder), ("checkpoints", f"{moved.output_name}…, as before")]
+    print_table(f"Renamed to {moved.name}", rows, command_line(verb, show_path(moved.folder)))

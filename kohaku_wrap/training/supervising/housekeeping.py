@@ -1,0 +1,114 @@
+"""A run renamed or removed as a whole, while no process holds it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.config.run_files import LOCK_FILE
+from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.files import fsync_folder, read_regular
+from kohaku_wrap.training.records.attempts import hold_lock, list_attempts
+from kohaku_wrap.training.records.folder import Run, list_runs
+from kohaku_wrap.training.supervising.create import check_name, refuse_taken
+from kohaku_wrap.training.supervising.places import read_places
+from kohaku_wrap.training.supervising.processes import list_processes
+from kohaku_wrap.training.supervising.supervise import LOCK_FILE as SUPERVISOR_LOCK
+from kohaku_wrap.training.supervising.supervise import RunIsBusy
+
+
+class NeededByOthers(KwrapError):
+    """Other runs came from this one, and need what would be removed."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What removing a run takes away and leaves."""
+
+    run: Run
+    """The run."""
+
+    size_bytes: int
+    """Of all that would go."""
+
+    kept: tuple[Path, ...]
+    """Networks that stay."""
+
+
+@contextmanager
+def holding(run: Run) -> Iterator[None]:
+    """Hold the run as its supervisor would. Raises RunIsBusy where any process of it lives here."""
+    lock = hold_lock(run.folder / SUPERVISOR_LOCK)
+    try:
+        if lock is None or list_processes(run):
+            stop = f"Stop it first (Ctrl-C where it trains), or see `{command_line('status', run.folder)}`."
+            raise RunIsBusy(f"run {run.name}: a process holds it", stop)
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def rename_run(run: Run, name: str) -> Run:
+    """Give the run's folder another name, beside where it lies; its checkpoints keep the name that it was made with.
+
+    Raises UsageError for what is no name, RunExists, RunIsBusy.
+    """
+    check_name(name)
+    new = run.folder.with_name(name)
+    refuse_taken(new)
+    with holding(run):
+        run.folder.rename(new)
+        fsync_folder(new.parent)
+        moved = Run(new)
+        read_places(moved).write()
+    return moved
+
+
+def plan_removal(run: Run, with_checkpoints: bool) -> Removal:
+    """What would go and what stays. Raises NeededByOthers with the runs that came from this one."""
+    kept = () if with_checkpoints else tuple(sorted(run.checkpoints.glob("*"))) if run.checkpoints.is_dir() else ()
+    others = list(list_descendants(run, with_checkpoints))
+    if others:
+        raise NeededByOthers(
+            f"run {run.name}: other runs came from it: {', '.join(other.name for other in others)}",
+            "Remove those first, or keep it; what takes most room are its states: [states] keep = N in a template.",
+        )
+    files = [path for path in run.folder.rglob("*") if path.is_file() and not path.is_symlink() and path not in kept]
+    return Removal(run, sum(path.stat().st_size for path in files), kept)
+
+
+def list_descendants(run: Run, with_checkpoints: bool) -> Iterator[Run]:
+    """Runs beside it that began from a state of it, or from a network of it that would go."""
+    for other in list_runs(run.folder.parent):
+        if other.folder == run.folder:
+            continue
+        texts = []
+        for path in (other.lock_file, other.trainer_config):
+            try:
+                texts.append(read_regular(path))
+            except (OSError, UnicodeDecodeError):
+                texts.append("")
+        lineages = [(attempt.lineage or {}).get("run_id") for attempt in list_attempts(other)]
+        came = run.lock.run_id and (run.lock.run_id in texts[0] or run.lock.run_id in lineages)
+        if came or (with_checkpoints and f'"{run.checkpoints}/' in texts[1]):
+            yield other
+
+
+def remove_run(removal: Removal) -> None:
+    """Remove the run; networks that stay lie in its `checkpoints/`, with its lock beside them. Raises RunIsBusy."""
+    run = removal.run
+    with holding(run):
+        away = run.folder.with_name(f".{run.name}.{os.getpid()}.removed")
+        run.folder.rename(away)
+        if removal.kept:
+            run.folder.mkdir()
+            (away / LOCK_FILE).rename(away / run.checkpoints.name / f"{run.output_name}.lock.toml")
+            (away / run.checkpoints.name).rename(run.checkpoints)
+            fsync_folder(run.folder)
+        fsync_folder(run.folder.parent)
+        shutil.rmtree(away, ignore_errors=True)
