@@ -133,7 +133,7 @@ def main() -> int:
     except MostlySkipped as error:
         attempt.fail(0, error.kind, error.message, done, error.next_step, error.is_lasting)
         return 1
-    network = attempt.run.checkpoints / f"{attempt.run.name}.safetensors"
+    network = attempt.run.checkpoints / f"{attempt.run.output_name}.safetensors"
     network.write_bytes(weights)
     note_network(attempt, network)
     attempt.finish("finished", done)

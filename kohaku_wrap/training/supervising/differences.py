@@ -121,7 +121,7 @@ def list_changes(
 
 def list_notes(run: Run, places: Places) -> list[str]:
     """What changed and changes nothing of what is trained, and what of a run of kwrap 0.1 cannot be compared."""
-    notes = [*places.notes, *list_moves(run, places.options, places.dataset_options)]
+    notes = [*places.notes, *list_moves(run, places.options, places.dataset_options, " ".join(places.notes))]
     inputs = run.lock.table("inputs")
     templates = run.lock.table("run").get("template_files", [])
     for key, path in {f"template_{index}_sha256": path for index, path in enumerate(templates)}.items():
@@ -290,8 +290,13 @@ def can_be_accepted(key: str) -> bool:
     return key not in OF_THE_FOLDER and key not in BY_ATTEMPT and fate_of("option", key).kind == "files"
 
 
-def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str], lock_format: int = 2) -> None:
-    """Raise DifferentRun with the changes that nobody accepted; a lock of format 1 has no texts of files."""
+def refuse_changes(
+    subject: str, changes: list[Problem], allow: Collection[str], lock_format: int = 2, hint: str = ""
+) -> None:
+    """Raise DifferentRun with the changes that nobody accepted; a lock of format 1 has no texts of files.
+
+    `hint`: what may make them go away, told first.
+    """
     left = [problem for problem in changes if problem.where not in allow]
     if not left:
         return
@@ -299,11 +304,11 @@ def refuse_changes(subject: str, changes: list[Problem], allow: Collection[str],
     offered = " ".join(f"--allow {key}" for key in keys if can_be_accepted(key))
     fixed = [key for key in keys if not can_be_accepted(key)]
     if not fixed:
-        raise DifferentRun(subject, left, f"Undo these changes, or accept them: {offered}")
+        raise DifferentRun(subject, left, f"{hint}Undo these changes, or accept them: {offered}")
     kept = "Each of its files stands as it was written" if lock_format > 1 else "Its options stand as they were"
     tables = "[files]" if lock_format > 1 else "[values] and [dataset]"
     advice = [
-        f"Undo the changes of {', '.join(fixed)}: a run keeps what decides its weights. "
+        f"{hint}Undo the changes of {', '.join(fixed)}: a run keeps what decides its weights. "
         f"{kept} in {LOCK_FILE}, {tables}.",
         "To train with something else, start a new run: kwrap train TEMPLATE --run NAME --set KEY=VALUE",
     ]

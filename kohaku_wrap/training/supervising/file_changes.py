@@ -147,8 +147,8 @@ def compare_place(run: Run, trainer: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(key, f"is {path}, not the run's own {file}")
 
 
-def list_moves(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[str]:
-    """Notes on places that are others, and on options that the attempt decides."""
+def list_moves(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, Any], told: str = "") -> Iterator[str]:
+    """Notes on places that are others and were not told of, and on options that the attempt decides."""
     if run.lock.format == 1:
         return
     now = {**trainer, **dataset}
@@ -156,7 +156,7 @@ def list_moves(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, Any])
     for name in ("trainer.toml", "dataset.toml"):
         before |= read_run_text(name, run.lock.files.get(name, ""))
     for key in sorted(before.keys() & now.keys()):
-        is_own = str(now[key]).startswith(f"{run.folder}/")
-        if (key in BY_ATTEMPT or is_place(key)) and before[key] != now[key] and not is_own:
+        is_told = is_place(key) and (str(now[key]).startswith(f"{run.folder}/") or str(now[key]) in told)
+        if (key in BY_ATTEMPT or is_place(key)) and before[key] != now[key] and not is_told:
             why = "each attempt decides it" if key in BY_ATTEMPT else "what lies there is compared by its content"
             yield f"{key} was {before[key]!r}, is now {now[key]!r}; {why}"

@@ -26,7 +26,7 @@ def settle_length(run: Run, abandons: Collection[Path]) -> None:
     if (longer := with_length(text, chapters[-1].length)) != text:
         write_text(run.trainer_config, longer)
     if step := shorter_end(run):
-        for path in run.checkpoints.glob(f"{run.name}.*"):
+        for path in run.networks:
             if path not in abandons:
                 name = f"{path.stem}-step{step:08d}{path.suffix}"
                 note_new_name(list_attempts(run)[-1], path.name, name)

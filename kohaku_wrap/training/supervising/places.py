@@ -12,7 +12,7 @@ from kohaku_wrap.config.run_files import (
     find_image_folder,
     flatten_dataset,
 )
-from kohaku_wrap.errors import Problem, ProblemsFound, reason_of
+from kohaku_wrap.errors import Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.files import read_regular, write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.toml_files import parse_toml
@@ -21,6 +21,9 @@ from kohaku_wrap.training.records.attempts import RUN_VARIABLE
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.remembered import Remembered, read_remembered, write_remembered
+
+OWN_PLACES = frozenset({"output_dir", "output_name", "sample_prompts", "logging_dir", "network_args.preset"})
+"""Those that are made by the run itself."""
 
 PRESET_ARGUMENT = "preset="
 
@@ -68,6 +71,17 @@ class Places:
     def images(self) -> Path:
         """The folder of images and captions."""
         return Path(find_image_folder(self.dataset_options) or self.run.lock.table("inputs").get("images", ""))
+
+    @property
+    def hint(self) -> str:
+        """What to try where something that the run needs is not at its place; empty where all is."""
+        named = [self.options.get(option) for option in PLACE_KEYS - OWN_PLACES]
+        listed = [each for value in named if value for each in (value if isinstance(value, list) else [value])]
+        missing = [path for path in (*listed, str(self.images)) if not (self.run.folder / str(path)).exists()]
+        if not missing:
+            return ""
+        again = command_line("resume", self.run.folder, "--site", self.remembered.site or "site.toml")
+        return f"If {missing[0]} was moved, write its new place into a site file, and: {again}\n"
 
     def move(self, option: str, value: Any) -> Places:
         """The same with another place for an option of trainer.toml."""

@@ -120,7 +120,7 @@ def plan_resume(
         faults, image_notes = compare_moved_images(places, deep)
         changes += faults
     accepted = list_accepted(run, allow, last, changes)
-    refuse_changes(f"run {run.name}", changes, accepted, run.lock.format)
+    refuse_changes(f"run {run.name}", changes, accepted, run.lock.format, places.hint)
     there = {problem.where: problem.what for problem in changes if problem.where in accepted}
     abandons = [
         path
@@ -203,11 +203,11 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     if plan.number > 1:
         # Those of the first attempt were read when the run was made.
         check_captions(plan.run, places.images)
+    places.write()
     settle_length(plan.run, plan.abandons)
     launch = plan_attempt_launch(plan)
     write_attempt(plan, launch.environment)
     write_accelerate_config(plan)
-    places.write()
     write_trainer_data(places)
     for path in plan.abandons:
         away = plan.run.abandoned / f"before-attempt-{plan.number}" / path.relative_to(plan.run.folder)
