@@ -16,8 +16,8 @@ from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.chapters import AGAIN, EPOCHS, STEPS, Chapter
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising.differences import read_dataset
 from kohaku_wrap.training.supervising.length import with_length
+from kohaku_wrap.training.supervising.places import read_dataset
 from kohaku_wrap.training.supervising.resume import ResumePlan, plan_resume
 
 
