@@ -111,6 +111,8 @@ ROWS = {
         "extend {out}/r --steps 4", makes="r/checkpoints/r.safetensors", sign="out/r/attempts/1/[!.]*", trains="r"
     ),
     "verify": Row("verify {plain}/r"),
+    "rename": Row("rename {out}/r other", makes="other/run.lock.toml"),
+    "remove": Row("remove {out}/r --yes"),
     "merge": Row(
         "merge a -m a={world}/base/model.safetensors -o {out}/m.safetensors", makes="m.safetensors", sign="out/.m*"
     ),
@@ -167,7 +169,7 @@ class Place:
         row, folder = ROWS[name], self.folder_of(name, condition)
         out = folder / "out"
         out.mkdir(parents=True)
-        if name in ("resume", "extend"):
+        if name in ("resume", "extend", "rename", "remove"):
             shutil.copytree(self.folder / "fresh" / "runs" / "r", out / "r")
         hidden = self.folder / "locked" if condition == "no permission" else self.folder
         names = {"world": hidden / "world", "plain": hidden / "plain" / "runs", "out": out, "try": folder.name}
