@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from kohaku_wrap.errors import UsageError
+
+Kept = TypeVar("Kept")
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the total, in the unit that the caller announced."""
@@ -113,6 +115,21 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def kept_answer(path: Path | None, parse: Callable[[Any], Kept], ask: Callable[[], Any]) -> Kept:
+    """What `parse` makes of the JSON that was kept at `path`; where none can be read, `ask`, keep the answer, parse it.
+
+    Where it cannot be kept it is no failure.
+    """
+    if path is not None:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            return parse(parse_json(read_regular(path)))
+    document = ask()
+    if path is not None:
+        with suppress(OSError):
+            write_text(path, json.dumps(document, indent=1) + "\n")
+    return parse(document)
 
 
 def has_size(path: Path, size_bytes: int) -> bool:

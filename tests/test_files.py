@@ -15,6 +15,7 @@ import pytest
 from kohaku_wrap.files import (
     atomic_write,
     home_folder,
+    kept_answer,
     kept_sha256,
     parse_json,
     sha256_of_file,
@@ -115,3 +116,20 @@ def test_a_pipe_is_not_hashed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         sha256_of_file(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{}", '{"a": []}', "[" * 50_000, "\udcff"])
+def test_a_kept_answer_that_cannot_be_read_is_asked_for_anew(kept: str, tmp_path: Path) -> None:
+    place = tmp_path / "kept.json"
+    place.write_text(kept, errors="surrogateescape")
+    answers = iter([{"a": 3}, {"a": 4}])
+    for _ in range(2):
+        assert kept_answer(place, lambda found: int(found["a"]), lambda: next(answers)) == 3
+
+
+def test_an_answer_is_given_where_it_cannot_be_kept(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "pipe", tmp_path / "file" / "kept.json", None):
+        assert kept_answer(place, lambda found: int(found["a"]), lambda: {"a": 3}) == 3
+    assert (tmp_path / "pipe").is_fifo()

@@ -133,7 +133,7 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
     """
     from kohaku_wrap.trainer.checkout import install_checkout, list_installed
     from kohaku_wrap.trainer.installed import ask_trainer, find_option_table
-    from kohaku_wrap.trainer.options import compare_tables, parse_document
+    from kohaku_wrap.trainer.options import compare_tables, parse_table
     from kohaku_wrap.trainer.requirements import install_requirements
 
     before = [each.name for each in list_installed()]
@@ -144,7 +144,9 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
         found.append(checkout)
         # Its options are read by loading it.
         install_requirements(note_unless(as_json))
-        changes.extend(compare_tables(find_option_table(), parse_document(ask_trainer(checkout.path), checkout.name)))
+        changes.extend(
+            compare_tables(find_option_table(), parse_table(ask_trainer(checkout.path), f"sd-scripts {checkout.name}"))
+        )
         if not as_json:
             print_table(
                 "update",

@@ -14,7 +14,7 @@ from kohaku_wrap.config.network import find_preset_faults
 from kohaku_wrap.config.reading import Entry, shorten_path
 from kohaku_wrap.config.site import TABLES, Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate, find_template
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
 from kohaku_wrap.files import expand_user, shipped_folder
 from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.options import OptionTable
@@ -78,13 +78,15 @@ def check_file(
         return [Problem(fault.where, fault.what, f"site {shorten_path(path)}") for fault in found.problems], None
     except KwrapError as fault:
         return [Problem(path.name, fault.message, f"{kind} {shorten_path(path)}")], None
+    except OSError as fault:
+        return [Problem(path.name, reason_of(fault), f"{kind} {shorten_path(path)}")], None
 
 
 def is_site(path: Path) -> bool:
     """Whether a file has only the tables of a site, and one that no template has."""
     try:
         tables = set(load_toml(path))
-    except KwrapError:
+    except (KwrapError, OSError):
         return False
     return tables <= {*TABLES, "trust"} and bool(tables & {"paths", "machine"})
 

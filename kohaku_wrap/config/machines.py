@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from kohaku_wrap.errors import Problem
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import kept_answer
 from kohaku_wrap.processes import NoAnswer
 from kohaku_wrap.trainer.installed import ask_reader, find_version
 from kohaku_wrap.trainer.options import Option, UnfitValue, cached_table_file, check_value, suggest
@@ -31,13 +30,14 @@ def ask_launcher() -> Mapping[str, Any]:
     if not version:
         return {}
     kept = cached_table_file(f"accelerate-{version}")
-    if not kept.is_file():
-        try:
-            write_text(kept, json.dumps(ask_reader("list_launch_options", "launch")))
-        except NoAnswer:
-            return {}
-    table: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-    return table
+    try:
+        return kept_answer(
+            kept,
+            lambda table: {**table, "options": {**table["options"]}},
+            lambda: ask_reader("list_launch_options", "launch"),
+        )
+    except NoAnswer:
+        return {}
 
 
 def check_accelerate(table: Mapping[str, Any]) -> list[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -337,7 +338,7 @@ def read_override(text: str, table: OptionTable) -> tuple[dict[str, Entry], list
 
 def shorten_path(path: Path) -> str:
     """The path as a person would write it from here; shipped templates by their file's name."""
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # not resolve, which fails at a link to itself
     shipped = shipped_folder("templates")
     for root in (shipped, Path.cwd(), shipped.parent):
         if path.is_relative_to(root):

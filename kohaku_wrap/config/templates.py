@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, reason_of
 from kohaku_wrap.files import describe_absence, expand_user, home_folder, shipped_folder
-from kohaku_wrap.toml_files import load_toml
+from kohaku_wrap.toml_files import UnreadableToml, load_toml
 from kohaku_wrap.trainer.options import suggest
 
 KINDS = ("presets", "merges", "styles")
@@ -33,7 +33,7 @@ class TemplateFile:
     """`yours` or `shipped`."""
 
     title: str
-    """Its own first words about itself."""
+    """Its own first words about itself; why it cannot be read, where that is so."""
 
 
 def user_templates() -> Path:
@@ -43,7 +43,12 @@ def user_templates() -> Path:
 
 def list_names(folders: Iterable[Path]) -> list[str]:
     """The names in these folders, the first folder's first, each once."""
-    return list(dict.fromkeys(file.stem for folder in folders for file in sorted(folder.glob("*.toml"))))
+    return list(dict.fromkeys(file.stem for folder in folders for file in list_toml(folder)))
+
+
+def list_toml(folder: Path) -> list[Path]:
+    """The folder's regular `*.toml` files by name."""
+    return sorted(path for path in folder.glob("*.toml") if path.is_file())
 
 
 def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | None = None) -> Path:
@@ -96,8 +101,13 @@ def list_templates() -> list[TemplateFile]:
     """All templates that have a name; a person's own hide shipped ones of the same name."""
     found: dict[str, TemplateFile] = {}
     for origin, folder in (("yours", user_templates()), ("shipped", shipped_folder("templates"))):
-        for path in sorted(folder.glob("*.toml")):
+        for path in list_toml(folder):
             if path.stem not in found:
-                title = str(load_toml(path).get("title", ""))
+                try:
+                    title = str(load_toml(path).get("title", ""))
+                except UnreadableToml as error:
+                    title = f"cannot be read: {error.message.removeprefix(f'{path}: ')}"
+                except OSError as error:
+                    title = f"cannot be read: {reason_of(error)}"
                 found[path.stem] = TemplateFile(path.stem, path, origin, title)
     return sorted(found.values(), key=lambda template: template.name)

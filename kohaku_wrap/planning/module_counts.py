@@ -11,7 +11,7 @@ from typing import Any
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.trainer_arguments import render_network_args
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import home_folder, write_text
+from kohaku_wrap.files import home_folder, kept_answer
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_trainer_commit
 
@@ -76,12 +76,11 @@ def count_network(effective: Effective, checkout: Path | None = None) -> ModuleC
     """
     request = describe_request(effective, checkout)
     kept = home_folder() / "counts" / f"{digest_request(request, checkout)}.json"
-    if kept.is_file():
-        document = json.loads(kept.read_text(encoding="utf-8"))
-    else:
-        document = ask_worker(request)
-        write_text(kept, json.dumps(document, indent=1) + "\n")
-    return ModuleCounts(**{**document, "unmatched": tuple(document["unmatched"])})
+    return kept_answer(
+        kept,
+        lambda counted: ModuleCounts(**{**counted, "unmatched": tuple(counted["unmatched"])}),
+        lambda: ask_worker(request),
+    )
 
 
 def describe_request(effective: Effective, checkout: Path | None) -> dict[str, Any]:

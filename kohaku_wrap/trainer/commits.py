@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.files import home_folder, write_text
+from kohaku_wrap.files import home_folder, parse_json, read_regular, write_text
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def list_known() -> Iterator[SupportedCommit]:
     paths = sorted((home_folder() / "proofs").glob("*.json"))
     for path in [*paths, *map(Path, filter(None, [os.environ.get(TRIAL_VARIABLE)]))]:
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = parse_json(read_regular(path))
             yield SupportedCommit(**{field.name: document[field.name] for field in fields(SupportedCommit)})
         except (OSError, ValueError, TypeError, KeyError):
             # Not a proof of this kwrap: what it proved is not known.

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import expand_user, write_text
+from kohaku_wrap.files import expand_user, kept_answer
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.trainer.commits import find_known, installed_checkouts, is_checkout
-from kohaku_wrap.trainer.options import OptionTable, cached_table_file, load_option_table, load_recorded_table
+from kohaku_wrap.trainer.options import (
+    OptionTable,
+    cached_table_file,
+    load_option_table,
+    load_recorded_table,
+    parse_table,
+)
 
 CHECKOUT_VARIABLE = "KWRAP_SD_SCRIPTS"
 """The environment variable that points at an existing sd-scripts checkout."""
@@ -161,9 +166,13 @@ def find_option_table(*, read_live: bool = True) -> OptionTable:
     if checkout is None:
         return load_recorded_table()
     commit = read_trainer_commit(checkout)
-    if read_live and commit and not cached_table_file(commit).is_file():
-        write_text(cached_table_file(commit), ask_trainer(checkout))
-    return load_option_table(commit)
+    if not read_live or not commit:
+        return load_option_table(commit)
+    return kept_answer(
+        cached_table_file(commit),
+        lambda table: parse_table(table, f"sd-scripts {commit[:7]}"),
+        lambda: ask_trainer(checkout),
+    )
 
 
 def ask_reader(worker: str, argument: str) -> Any:
@@ -188,22 +197,21 @@ def ask_optimizer(path: str) -> list[str] | None:
     except metadata.PackageNotFoundError:
         kept = None  # a file of the person's own, which changes
     try:
-        if kept and kept.is_file():
-            document = json.loads(kept.read_text(encoding="utf-8"))
-        else:
-            document = ask_reader("list_optimizers", path)
+        return kept_answer(kept, lambda found: read_arguments(found[path]), lambda: ask_reader("list_optimizers", path))
     except NoAnswer:
         return None
-    if kept and not kept.is_file():
-        write_text(kept, json.dumps(document))
-    arguments: list[str] | None = document[path]["arguments"]
-    return arguments
 
 
-def ask_trainer(checkout: Path) -> str:
-    """The options of a checkout as JSON, read from its own parser in a process of its own. Raises UnreadableTrainer."""
+def read_arguments(optimizer: Mapping[str, Any]) -> list[str] | None:
+    """The names of its arguments; None where it takes any."""
+    arguments = optimizer["arguments"]
+    return None if arguments is None else [*map(str, arguments)]
+
+
+def ask_trainer(checkout: Path) -> Any:
+    """The options of a checkout, read from its own parser in a process of its own. Raises UnreadableTrainer."""
     try:
-        return json.dumps(ask_reader("list_options", str(checkout)))
+        return ask_reader("list_options", str(checkout))
     except NoAnswer as failed:
         raise UnreadableTrainer(
             f"{checkout}: its parser could not be read: {failed.message}",

@@ -7,13 +7,14 @@ import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import home_folder
+from kohaku_wrap.files import home_folder, parse_json, read_regular
 from kohaku_wrap.toml_files import parse_toml
 
 RECORDED_TABLE = Path(__file__).with_name("options_sd_scripts.json")
@@ -115,11 +116,6 @@ def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:
     return OptionTable(options, dataset_options, source)
 
 
-def parse_document(text: str, name: str) -> OptionTable:
-    """A table from the text that a checkout was asked for."""
-    return parse_table(json.loads(text), f"sd-scripts {name}")
-
-
 def flatten_sections(document: Mapping[str, Any]) -> dict[str, Any]:
     """Options of all sections in one table: sections are for the eye, the later of two equal names counts."""
     values: dict[str, Any] = {}
@@ -160,8 +156,9 @@ def cached_table_file(commit: str) -> Path:
 
 def load_option_table(commit: str | None = None) -> OptionTable:
     """The options of the installed trainer's commit where they were read, else the recorded table."""
-    if commit and (file := cached_table_file(commit)).is_file():
-        return parse_document(file.read_text(encoding="utf-8"), commit[:7])
+    if commit:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            return parse_table(parse_json(read_regular(cached_table_file(commit))), f"sd-scripts {commit[:7]}")
     return load_recorded_table(commit or "")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from kohaku_wrap.cli import program
+from kohaku_wrap.cli import program, run_program
 from kohaku_wrap.config.layers import load_layers, resolve_template
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate
@@ -224,3 +226,21 @@ def test_arguments_may_be_written_as_sd_scripts_takes_them(tmp_path: Path) -> No
 
 def test_a_prompt_is_one_line() -> None:
     assert escape_tags("1girl,\n  long hair\n(cosplay)") == r"1girl, long hair \(cosplay\)"
+
+
+def test_one_bad_file_of_a_folder_hides_no_other(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = home / "templates"
+    folder.mkdir()
+    (folder / "broken.toml").write_text("title = ")
+    (folder / "good.toml").write_text('title = "Mine"\nextends = "demo"\n')
+    (folder / "loop.toml").symlink_to("loop.toml")
+    (folder / "folder.toml").mkdir()
+    os.mkfifo(folder / "pipe.toml")
+    assert run_program(["template", "ls"]) == 0
+    shown = capsys.readouterr().out
+    assert "broken" in shown and "cannot be read: Invalid value (at end of document)" in shown and "Mine" in shown
+    assert "loop" not in shown and "pipe" not in shown
+    assert run_program(["template", "check", str(folder), "--no-modules", "--json"]) == 1
+    assert {fault["where"] for fault in json.loads(capsys.readouterr().out)["problems"]} == {
+        "broken.toml", "folder.toml", "loop.toml", "pipe.toml",
+    }  # fmt: skip

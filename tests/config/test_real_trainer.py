@@ -37,7 +37,7 @@ def generated_sizes(count: int, seed: int) -> list[tuple[int, int]]:
 
 
 def test_recorded_table_is_what_the_parser_says(checkout: Path) -> None:
-    live = parse_table(json.loads(ask_trainer(checkout)), "live")
+    live = parse_table(ask_trainer(checkout), "live")
     recorded = load_recorded_table()
     assert live.options == recorded.options
     assert live.dataset_options == recorded.dataset_options
