@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.files import Progress
@@ -108,14 +110,13 @@ def run_merge(
     start = encode_header({tensor.key: tensor.spot for tensor in plan.tensors}, metadata)
     size_bytes = len(start) + plan.data_bytes
     pieces = cut_pieces(plan)
-    faults, lock, finder = Faults(), threading.Lock(), KeyFinder(plan)
+    faults = Faults()
     files = Files(headers)
     try:
         with new_file(output, size_bytes) as descriptor:
             write_at(descriptor, np.frombuffer(start, dtype=np.uint8), 0)
             reserve_space(descriptor, size_bytes)
-            count = min(threads or count_threads(), max(1, len(pieces) * 64))
-            workers = [Worker(plan, files, finder, faults, lock) for _ in range(count)]
+            workers = make_workers(plan, files, faults, threads, len(pieces))
             total_bytes = plan.data_bytes * (2 if verify_elements else 1)
             Pool(list_tasks(pieces)).run(workers, descriptor, len(start), total_bytes, on_progress)
             raise_faults(plan, faults)
@@ -132,6 +133,32 @@ def run_merge(
     finally:
         files.close()
     return MergeResult(output, size_bytes, faults, verified, unverified)
+
+
+def make_workers(plan: MergePlan, files: Files, faults: Faults, threads: int, pieces: int) -> list[Worker]:
+    """As many as there are threads, or as there is work for."""
+    lock, finder = threading.Lock(), KeyFinder(plan)
+    count = min(threads or count_threads(), max(1, pieces * 64))
+    return [Worker(plan, files, finder, faults, lock) for _ in range(count)]
+
+
+def merge_in_memory(plan: MergePlan, threads: int = 0) -> NDArray[np.uint8]:
+    """The data of the merge, byte for byte as `run_merge` writes it, in memory and in no file.
+
+    Raises ProblemsFound for non-finite elements that are not allowed.
+    """
+    pieces, faults = cut_pieces(plan), Faults()
+    descriptor = os.memfd_create("kwrap-merge", os.MFD_CLOEXEC)
+    files = Files({**plan.files, **plan.networks})
+    try:
+        os.ftruncate(descriptor, plan.data_bytes)
+        workers = make_workers(plan, files, faults, threads, len(pieces))
+        Pool(list_tasks(pieces)).run(workers, descriptor, 0, plan.data_bytes, lambda done, total: None)
+        raise_faults(plan, faults)
+        return np.frombuffer(mmap.mmap(descriptor, plan.data_bytes), dtype=np.uint8)
+    finally:
+        files.close()
+        os.close(descriptor)
 
 
 def raise_faults(plan: MergePlan, faults: Faults) -> None:

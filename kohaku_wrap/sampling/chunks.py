@@ -6,6 +6,7 @@ that is full ends behind its last comma where that is among its last 20 tokens.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,16 @@ def find_tokenizers(folder: Path | None) -> tuple[Path, Path] | None:
             return (first, second) if first and second else None
     one = find_tokenizer(folder)
     return (one, one) if one else None
+
+
+def digest_tokenizers(folders: tuple[Path, Path]) -> str:
+    """A sha256 over the files that say how both tokenizers cut a text."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def load_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer] | None:

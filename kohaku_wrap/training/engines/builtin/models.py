@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
@@ -18,11 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
 from kohaku_wrap.errors import reason_of
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
+from kohaku_wrap.planning.workers.module_filling import Tensors, convert, fill_module
 from kohaku_wrap.planning.workers.module_names import build_named_view, pair_names
-
-Tensors = dict[str, torch.Tensor]
-
-KEYS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -88,17 +83,6 @@ def read_tensors(path: Path) -> Tensors:
         ) from error
 
 
-def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: Any) -> Tensors:
-    """diffusers' conversion of one part; it fails on absent keys with their name alone, which is told in full here."""
-    try:
-        converted: Tensors = conversion(dict(tensors), dict(config))
-    except (KeyError, IndexError, AttributeError) as error:
-        raise BadBaseModel(
-            f"{path}: {part} is not there or incomplete (at {error})", "Set `base_model` in site.toml to a whole SDXL."
-        ) from error
-    return converted
-
-
 def convert_second_encoder(encoder: CLIPTextModelWithProjection, tensors: Tensors, path: Path) -> Tensors:
     """OpenCLIP's tensors under transformers' names; queries, keys and values are cut apart.
 
@@ -115,20 +99,3 @@ def convert_second_encoder(encoder: CLIPTextModelWithProjection, tensors: Tensor
     )
     projection = own.get(f"{TEXT_ENCODER_2_PREFIX}text_projection")
     return converted if projection is None else converted | {"text_projection.weight": projection}
-
-
-def fill_module(module: nn.Module, tensors: Tensors, path: Path, part: str) -> None:
-    """Give `module` the tensors by name, without copying. Raises BadBaseModel unless all fit."""
-    # Older files carry a buffer that is no longer a parameter.
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
-    faults = [f"{len(names)} keys {what} ({', '.join(names[:KEYS_SHOWN])}{', …' if len(names) > KEYS_SHOWN else ''})"
-              for what, names in (("missing", missing), ("unexpected", unexpected), ("of another size", sorted(wrong)))
-              if names]  # fmt: skip
-    if faults:
-        raise BadBaseModel(
-            f"{path}: {part} does not fit: {'; '.join(faults)}", "Set `base_model` in site.toml to a whole SDXL."
-        )
-    module.load_state_dict(tensors, assign=True)

@@ -1,0 +1,215 @@
+"""`kwrap sample`: pictures from checkpoints, baked models, networks and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kohaku_wrap.cli.options import site_option
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    count_of,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+    progress_bar,
+)
+from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
+from kohaku_wrap.errors import command_line
+
+if TYPE_CHECKING:
+    from kohaku_wrap.sampling.checkpoints import Model
+    from kohaku_wrap.sampling.expanding import PlacedCell
+    from kohaku_wrap.sampling.running import DrawingJob
+    from kohaku_wrap.sampling.sheets import Sheet
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def picture_options(function: Function) -> Function:
+    """Options that decide a picture, over those of the sheet."""
+    options = (
+        click.option("--style", "styles", multiple=True, metavar="NAME", help="A style prompt, or none; repeatable."),
+        click.option("--negative", default="", metavar="TEXT", help="The negative prompt."),
+        click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Repeatable; usually 0."),
+        click.option(
+            "--size", "sizes", multiple=True, metavar="WxH", help="Repeatable; usually what the model is for."
+        ),
+        click.option(
+            "--guidance", "guidances", multiple=True, type=float, metavar="CFG", help="Repeatable; usually 5."
+        ),
+        click.option("--sampler", metavar="NAME", help="euler-a (usual), dpmpp-2m or dpmpp-2m-sde."),
+        click.option("--schedule", metavar="NAME", help="exponential (usual), karras or uniform."),
+        click.option("--sampler-steps", type=click.IntRange(1), metavar="N", help="Usually 24."),
+        click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="Usually 2, as SDXL is trained."),
+        click.option("--emphasis", metavar="NAME", help="How weights act: no-norm (usual), original or ignore."),
+        click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."),
+        click.option("--zero-terminal-snr", is_flag=True, default=None, help="With --prediction v, as trained."),
+        click.option("--template", metavar="NAME", help="Take the prediction from a template."),
+        click.option("--hires", metavar="SCALE[:S]", help="A second, larger pass over a share S of the steps."),
+        click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def compute_options(function: Function) -> Function:
+    """Options that say how the numbers are computed; bits differ between two of their values."""
+    options = (
+        click.option("--device", type=click.Choice(("cpu", "cuda")), help="Usually a GPU where there is one."),
+        click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp16 on a GPU, else fp32."),
+        click.option(
+            "--vae-dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp32: SDXL's overflows."
+        ),
+        click.option("--batch", type=click.IntRange(1, 256), metavar="N", help="Rows of each forward; GPU 4, CPU 1."),
+        click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of the processor, a process."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap sample model.safetensors --prompt "1girl, solo, masterpiece" --out look
+  kwrap sample base.safetensors --network epsilon.safetensors:0.8 \\
+      --prompts prompts.txt --style kohaku-1 --seed 1 --seed 2 --out look
+  kwrap sample --run epsilon --steps all --prompts sheet.toml --out look
+  kwrap sample a.safetensors b.safetensors --prompts sheet.toml --out look \\
+      --jobs 4 --size 832x1216
+
+\b
+A sheet (sheet.toml) is the product of its lists:
+  prompts = ["1girl, {style}, solo, masterpiece"]  or [[prompts]] tables with
+                                                   prompt, name, negative
+  styles = ["none", "kohaku-1"]   seeds = [1, 2]   sizes = ["832x1216"]
+  guidance = [5, 7]   negative, steps, sampler, schedule, clip_skip, emphasis,
+  hires; rows and columns name the axes of the contact sheet: prompt, style,
+  seed, model, size, guidance.
+"""
+)
+@click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
+@click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
+@click.option("--run", "run_name", metavar="RUN", help="Draw with the networks that a run kept.")
+@click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest.")
+@click.option("--prompts", "sheet_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, or a sheet.")
+@click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where pictures go.")
+@picture_options
+@compute_options
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU.")
+@click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used.")
+@click.option("--tokenizers", type=click.Path(path_type=Path), metavar="DIR", help="Both CLIP tokenizers.")
+@click.option("--dry-run", is_flag=True, help="List the pictures, draw none.")
+@site_option
+@json_option
+@beyond_output("dry_run")
+def command(
+    models: tuple[Path, ...],
+    networks: tuple[str, ...],
+    run_name: str | None,
+    steps: str | None,
+    sheet_file: Path | None,
+    texts: tuple[str, ...],
+    out: Path,
+    jobs: int,
+    offload: bool,
+    tokenizers: Path | None,
+    dry_run: bool,
+    site_file: Path | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Draw pictures, and a contact sheet of them.
+
+    A picture is drawn once: a second call goes on where the first one ended, and only what is not there is drawn. Each
+    PNG says how it was made, for galleries and for `kwrap inspect`. Seeds do not give the webui's pictures: the noise
+    of a picture follows from its seed and step alone, on every device.
+    """
+    from kohaku_wrap.sampling.contact_sheet import choose_axes, write_contact_sheet
+    from kohaku_wrap.sampling.running import draw_sheet, find_waiting
+
+    sheet = choose_sheet(sheet_file, texts, asked)
+    listed = list_models(models, networks, run_name, steps, site_file)
+    job = prepare(sheet, listed, asked, tokenizers, site_file, out, jobs, offload, quiet=as_json)
+    choose_axes(job.cells, sheet.rows, sheet.columns)
+    for known in job.models:
+        if not known.prediction.source:
+            print_note(
+                f"note: {known.model.path.name} does not say what it predicts; epsilon is assumed (--prediction)"
+            )
+    waiting = find_waiting(job)
+    if dry_run:
+        show(job, waiting, None, as_json, dry_run=True)
+        return
+    with progress_bar("draw", "pictures", quiet=as_json) as report:
+        draw_sheet(job, waiting, report)
+    contact = write_contact_sheet(out, job.cells, sheet.rows, sheet.columns)
+    show(job, waiting, contact, as_json, dry_run=False)
+
+
+def prepare(
+    sheet: Sheet,
+    models: list[Model],
+    asked: dict[str, Any],
+    tokenizers: Path | None,
+    site: Path | None,
+    out: Path,
+    jobs: int,
+    offload: bool,
+    quiet: bool,
+) -> DrawingJob:
+    """The cells of the sheet with these models."""
+    from kohaku_wrap.dataset.recipe import load_dataset
+    from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
+    from kohaku_wrap.sampling.chunks import digest_tokenizers
+    from kohaku_wrap.sampling.devices import choose_compute, usual_size
+    from kohaku_wrap.sampling.expanding import Defaults, KnownModel, expand_sheet
+    from kohaku_wrap.sampling.running import DrawingJob
+
+    folders = choose_tokenizers(tokenizers, site, models)
+    compute = choose_compute(*(asked[name] for name in ("device", "dtype", "vae_dtype", "batch", "threads")))
+    with progress_bar("hash", "bytes", quiet=quiet) as report:
+        hashes = hash_models(models, report)
+    known = [KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked)) for each in models]
+    size = usual_size([model.path for model in models])
+    defaults = Defaults(compute, digest_tokenizers(folders), sizes=(size,), lenient=asked["lenient"])
+    cells = expand_sheet(sheet, known, defaults, load_dataset("epsilon").caption)
+    return DrawingJob(cells, known, hashes, folders, out, jobs, offload)
+
+
+def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, as_json: bool, dry_run: bool) -> None:
+    """Print what was drawn, or would be."""
+    new = {each.cell.name for each in waiting}
+    pictures = [
+        {"file": str(job.out / each.cell.name), "seed": each.cell.seed, "prompt": each.cell.prompt,
+         "model": each.model.title, "negative": each.cell.negative, "width": each.cell.width,
+         "height": each.cell.height, "guidance": each.cell.guidance, "labels": dict(each.labels),
+         "optimizer_step": each.model.optimizer_step, "drawn": each.cell.name in new}
+        for each in job.cells
+    ]  # fmt: skip
+    compute = job.cells[0].cell.compute
+    if as_json:
+        print_json("sample", {"dry_run": dry_run, "pictures": pictures, "compute": asdict(compute),
+                              "contact_sheet": str(contact) if contact else None})  # fmt: skip
+        return
+    kept = len(pictures) - len(new)
+    rows: list[tuple[str, Any]] = [
+        ("pictures", f"{len(pictures):,}: {len(new):,} {'to draw' if dry_run else 'drawn'}, {kept:,} there already"),
+        ("computed", f"{compute.device} in {compute.dtype}, VAE in {compute.vae_dtype}, batch {compute.batch}, "
+                     f"{count_of(compute.threads, 'thread')}"),
+    ]  # fmt: skip
+    rows += [("model", known.model.title) for known in job.models]
+    if dry_run:
+        rows += [("picture", job.out / each.cell.name) for each in job.cells]
+    else:
+        rows.append(("contact sheet", contact))
+    following = "the same command without --dry-run" if dry_run else command_line("inspect", pictures[0]["file"])
+    print_table(f"Pictures in {job.out}", rows, following)

@@ -1,0 +1,138 @@
+"""What `kwrap sample` draws with: sheet, models, tokenizers and prediction, of the command line, a run and the site."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kohaku_wrap.cli.next_steps import read_site_paths
+from kohaku_wrap.cli.options import runs_folders
+from kohaku_wrap.errors import UsageError, command_line
+
+if TYPE_CHECKING:
+    from kohaku_wrap.sampling.checkpoints import Model, Prediction
+    from kohaku_wrap.sampling.sheets import Sheet
+
+
+def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any]) -> Sheet:
+    """The sheet of --prompts or of --prompt, with what the command line says over it."""
+    from kohaku_wrap.sampling import sheets
+    from kohaku_wrap.sampling.cells import EMPHASES, SAMPLERS, SCHEDULES
+    from kohaku_wrap.sampling.grammar import parse_prompt
+    from kohaku_wrap.sampling.styles import find_style
+    from kohaku_wrap.trainer.options import suggest
+
+    if bool(texts) == (path is not None):
+        what = "--prompt and --prompts cannot be combined" if texts else "no prompt is given"
+        raise UsageError(what, "Give --prompts FILE, with a prompt a line or as a sheet, or --prompt TEXT.")
+    for text in (*texts, asked["negative"]):
+        parse_prompt(text, asked["lenient"])
+    for name, known in (("sampler", SAMPLERS), ("schedule", SCHEDULES), ("emphasis", EMPHASES)):
+        if asked[name] and asked[name] not in known:
+            raise UsageError(f"--{name}: there is no {asked[name]}{suggest(asked[name], known)}",
+                             f"There are {', '.join(known)}.")  # fmt: skip
+    sheet = sheets.read_sheet(path, asked["lenient"]) if path else sheets.Sheet(tuple(map(sheets.SheetPrompt, texts)))
+    try:
+        over: dict[str, Any] = {
+            "styles": tuple(None if name == sheets.NO_STYLE else find_style(name) for name in asked["styles"]),
+            "seeds": tuple(map(sheets.check_seed, asked["seeds"])),
+            "sizes": tuple(map(sheets.read_size, asked["sizes"])),
+            "guidances": tuple(map(sheets.check_guidance, asked["guidances"])),
+            "hires": sheets.read_hires(asked["hires"]) if asked["hires"] else None,
+        }
+    except ValueError as error:
+        raise UsageError(str(error), "See `kwrap sample --help`.") from None
+    names = ("negative", "sampler", "schedule", "clip_skip", "emphasis")
+    over |= {name: asked[name] for name in names} | {"steps": asked["sampler_steps"]}
+    return replace(sheet, **{name: value for name, value in over.items() if value})
+
+
+def list_models(
+    models: tuple[Path, ...], networks: tuple[str, ...], run: str | None, steps: str | None, site: Path | None
+) -> list[Model]:
+    """The models that are named, or those of a run. Raises NoModel, and what checking their headers raises."""
+    from kohaku_wrap.sampling.checkpoints import Model, NoModel, check_model, read_network
+
+    added = tuple(map(read_network, networks))
+    if run is not None and models:
+        raise UsageError("MODEL and --run cannot be combined", "Give the one or the other.")
+    if steps is not None and run is None:
+        raise UsageError("--steps is of a run: --run is missing", "The sampler's steps are --sampler-steps.")
+    if run is not None:
+        return [replace(model, networks=(*model.networks, *added)) for model in models_of_run(run, steps, site)]
+    if not models:
+        raise NoModel("no model is named", "Give the path of an SDXL checkpoint, or --run RUN.")
+    listed = [Model(path, added) for path in dict.fromkeys(models)]
+    for model in listed:
+        check_model(model)
+    return listed
+
+
+def models_of_run(name: str, steps: str | None, site: Path | None) -> list[Model]:
+    """The run's base model with each network that it kept and that is asked for."""
+    from kohaku_wrap.sampling.checkpoints import AddedNetwork, Model, NoModel, check_model
+    from kohaku_wrap.training.records.folder import find_run
+
+    run = find_run(name, runs_folders(site))
+    base = Path(str(run.lock.tables.get("inputs", {}).get("base_model", "")))
+    title = str(run.lock.tables.get("run", {}).get("name", run.folder.name))
+    folder = run.folder / "checkpoints"
+    kept: dict[int, Path] = {}
+    for path in sorted(folder.glob(f"{title}-step*.safetensors")):
+        number = path.stem.removeprefix(f"{title}-step")
+        if number.isdecimal():
+            kept[int(number)] = path
+    end = folder / f"{title}.safetensors"
+    found: list[tuple[int | None, Path]] = [*kept.items(), *([(None, end)] if end.is_file() else [])]
+    if not found:
+        raise NoModel(f"{folder}: the run has kept no network yet", f"See {command_line('status', name)}.")
+    if steps is None:
+        found = found[-1:]
+    elif steps != "all":
+        wanted = [each.strip() for each in steps.split(",")]
+        missing = [each for each in wanted if not each.isdecimal() or int(each) not in kept]
+        if missing:
+            listed = ", ".join(map(str, kept)) or "none"
+            raise UsageError(
+                f"--steps: there is no network of step {', '.join(missing)}", f"There are {listed}, or all."
+            )
+        found = [(int(each), kept[int(each)]) for each in wanted]
+    models = [Model(base, (AddedNetwork(path),), f"{title} step {step}" if step is not None else title, step)
+              for step, path in found]  # fmt: skip
+    for model in models:
+        check_model(model)
+    return models
+
+
+def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model]) -> tuple[Path, Path]:
+    """The folders of both tokenizers: as named, of the site, beside the first model, or of the hub's cache."""
+    from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.sampling.chunks import find_tokenizers
+
+    if folder is None and (paths := load_site(site).paths if site else read_site_paths(Path())):
+        folder = paths.tokenizers
+    beside = models[0].path.parent
+    if folder is None:
+        folder = next((each for each in (beside / "tokenizers", beside) if any(each.glob("**/vocab.json"))), None)
+    if found := find_tokenizers(folder):
+        return found
+    raise UsageError(
+        "no tokenizers are known here", "Name the folder of both CLIP tokenizers: --tokenizers DIR, or in site.toml."
+    )
+
+
+def choose_prediction(model: Model, asked: dict[str, Any]) -> Prediction:
+    """What the model predicts: as asked for, by the template, or by its file."""
+    from kohaku_wrap.config.layers import load_layers
+    from kohaku_wrap.formats.safetensors import read_header
+    from kohaku_wrap.sampling.checkpoints import Prediction, find_prediction
+
+    if asked["prediction"]:
+        return Prediction(asked["prediction"], bool(asked["zero_terminal_snr"]), "--prediction")
+    if asked["template"]:
+        effective, _ = load_layers(asked["template"])
+        kind = "v" if effective.get("v_parameterization") else "epsilon"
+        return Prediction(kind, bool(effective.get("zero_terminal_snr")), f"the template {asked['template']}")
+    found = find_prediction(read_header(model.path))
+    return replace(found, zero_terminal_snr=True) if asked["zero_terminal_snr"] else found

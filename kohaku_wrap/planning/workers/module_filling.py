@@ -1,0 +1,43 @@
+"""The parts of a single-file SDXL given to diffusers' and transformers' modules by name, and every misfit told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kohaku_wrap.config.base_model import BadBaseModel
+
+Tensors = dict[str, torch.Tensor]
+
+KEYS_SHOWN = 5
+
+
+def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: Any) -> Tensors:
+    """diffusers' conversion of one part; it fails on absent keys with their name alone, which is told in full here."""
+    try:
+        converted: Tensors = conversion(dict(tensors), dict(config))
+    except (KeyError, IndexError, AttributeError) as error:
+        raise BadBaseModel(
+            f"{path}: {part} is not there or incomplete (at {error})", "Set `base_model` in site.toml to a whole SDXL."
+        ) from error
+    return converted
+
+
+def fill_module(module: nn.Module, tensors: Tensors, path: Path, part: str) -> None:
+    """Give `module` the tensors by name, without copying. Raises BadBaseModel unless all fit."""
+    # Older files carry a buffer that is no longer a parameter.
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    faults = [f"{len(names)} keys {what} ({', '.join(names[:KEYS_SHOWN])}{', …' if len(names) > KEYS_SHOWN else ''})"
+              for what, names in (("missing", missing), ("unexpected", unexpected), ("of another size", sorted(wrong)))
+              if names]  # fmt: skip
+    if faults:
+        raise BadBaseModel(
+            f"{path}: {part} does not fit: {'; '.join(faults)}", "Set `base_model` in site.toml to a whole SDXL."
+        )
+    module.load_state_dict(tensors, assign=True)

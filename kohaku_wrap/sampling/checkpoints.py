@@ -1,0 +1,138 @@
+"""The models to draw with: checkpoints, baked or with networks added as they are baked; told from headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kohaku_wrap.config.base_model import BadBaseModel, check_base_model
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.files import Progress
+from kohaku_wrap.formats.safetensors import Header, read_header
+from kohaku_wrap.merging.hashes import FileHashes, hash_files
+from kohaku_wrap.merging.networks import is_network
+from kohaku_wrap.merging.plan import MergePlan
+from kohaku_wrap.merging.planning import plan_merge
+
+WEIGHTED = re.compile(r"(?P<file>.+):(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))")
+MARKS = ("v_pred", "ztsnr")
+"""Empty tensors that v-prediction checkpoints carry."""
+
+
+class NoModel(UsageError):
+    """Nothing to draw with, or a file that is none."""
+
+
+@dataclass(frozen=True)
+class AddedNetwork:
+    """A network and how strongly it is added."""
+
+    path: Path
+    """The file."""
+
+    weight: str = "1"
+    """A plain decimal, as it was written."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint and the networks that are added to it."""
+
+    path: Path
+    """The checkpoint."""
+
+    networks: tuple[AddedNetwork, ...] = ()
+    """In the order in which they were named."""
+
+    label: str = ""
+    """What contact sheets call it; empty for the files' names."""
+
+    optimizer_step: int | None = None
+    """The step of the run that the network was saved at, where it is a run's."""
+
+    @property
+    def title(self) -> str:
+        """Its label, or the names of its files."""
+        added = [f"{each.path.stem}:{each.weight}" if each.weight != "1" else each.path.stem for each in self.networks]
+        return self.label or " + ".join([self.path.stem, *added])
+
+    def plan(self) -> MergePlan:
+        """The merge that adds the networks. Raises what `plan_merge` raises."""
+        names = {f"n{place}": each for place, each in enumerate(self.networks)}
+        terms = [f"{'-' if each.weight.startswith('-') else '+'} {each.weight.lstrip('+-')} * net({name})"
+                 for name, each in names.items()]  # fmt: skip
+        paths = {"base": self.path, **{name: each.path for name, each in names.items()}}
+        return plan_merge(" ".join(["base", *terms]), paths)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts, and who says so."""
+
+    kind: str
+    """epsilon or v."""
+
+    zero_terminal_snr: bool
+    """Whether its noise schedule ends in pure noise."""
+
+    source: str
+    """Where that stands; empty where nothing says it and epsilon is assumed."""
+
+
+def read_network(text: str) -> AddedNetwork:
+    """A network of `FILE` or `FILE:WEIGHT`. Raises NoModel where there is no such file."""
+    found = WEIGHTED.fullmatch(text)
+    network = AddedNetwork(Path(found["file"]), found["weight"]) if found and not Path(text).exists() else None
+    network = network or AddedNetwork(Path(text))
+    if not network.path.is_file():
+        raise NoModel(f"{network.path}: there is no such network file", "Check the path: --network FILE[:WEIGHT].")
+    return network
+
+
+def check_model(model: Model) -> Header:
+    """Raise NoModel, or what merging raises, unless pictures can be drawn with it; its checkpoint's header."""
+    if not model.path.is_file():
+        raise NoModel(f"{model.path}: there is no such file", "Give the path of an SDXL checkpoint (.safetensors).")
+    header = read_header(model.path)
+    if is_network(header):
+        raise NoModel(
+            f"{model.path}: this is a network, not a checkpoint",
+            f"Give the checkpoint that it was trained on, and --network {model.path}.",
+        )
+    try:
+        check_base_model(model.path)
+    except BadBaseModel as error:
+        raise KwrapError(error.message, "Give a whole SDXL checkpoint, its VAE included.") from None
+    if model.networks:
+        model.plan()
+    return header
+
+
+def hash_models(models: Sequence[Model], on_progress: Progress) -> dict[Path, FileHashes]:
+    """The hashes of every file of the models."""
+    files = list(dict.fromkeys(path for model in models for path in files_of(model)))
+    return dict(zip(files, hash_files(files, on_progress=on_progress), strict=True))
+
+
+def files_of(model: Model) -> list[Path]:
+    """The checkpoint, then its networks."""
+    return [model.path, *(each.path for each in model.networks)]
+
+
+def identify_model(model: Model, hashes: Mapping[Path, FileHashes]) -> str:
+    """What a cell knows of the model: hashes and weights."""
+    added = "".join(f"+{each.weight}*{hashes[each.path].sha256}" for each in model.networks)
+    return hashes[model.path].sha256 + added
+
+
+def find_prediction(header: Header) -> Prediction:
+    """What the checkpoint says of its prediction: by modelspec, or by the keys that mark v-prediction."""
+    stated = header.metadata.get("modelspec.prediction_type", "").lower()
+    marked = [mark for mark in MARKS if mark in header.tensors]
+    if marked:
+        return Prediction("v", "ztsnr" in marked, f"its key {' and '.join(marked)}")
+    if stated in ("v", "v_prediction", "epsilon"):
+        return Prediction("epsilon" if stated == "epsilon" else "v", False, "modelspec.prediction_type")
+    return Prediction("epsilon", False, "")

@@ -1,0 +1,46 @@
+"""What there is to compute with, told without loading torch, and how a picture is computed where nobody says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.sampling.cells import Compute
+
+LATENT_PIXELS = 8
+DEVICES = ("cpu", "cuda")
+GPU_BATCH = 4
+"""Rows of a forward on a GPU, where --batch does not say it."""
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU is there and not hidden from this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
+
+
+def choose_compute(
+    device: str | None, dtype: str | None, vae_dtype: str | None, batch: int | None, threads: int | None
+) -> Compute:
+    """As asked for; what is left open follows from the machine, never from how many processes there are."""
+    chosen = device or ("cuda" if has_gpu() else "cpu")
+    on_gpu = chosen == "cuda"
+    return Compute(
+        chosen, dtype or ("fp16" if on_gpu else "fp32"), vae_dtype or "fp32", batch or (GPU_BATCH if on_gpu else 1),
+        threads or count_threads(),
+    )  # fmt: skip
+
+
+def count_threads() -> int:
+    """`OMP_NUM_THREADS`, or as many as processors that this process may use."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdecimal() and int(said):
+        return int(said)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usual_size(models: Sequence[Path]) -> tuple[int, int]:
+    """The size that the first model is made for: 1024 × 1024 for SDXL. Raises BadBaseModel."""
+    side = int(read_sizes(models[0])["unet"].get("sample_size", 128)) * LATENT_PIXELS
+    return side, side

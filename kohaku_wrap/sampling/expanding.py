@@ -1,0 +1,129 @@
+"""A sheet and its models made into cells, each with its place on the contact sheet."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.sampling.cells import Cell, Compute, Hires
+from kohaku_wrap.sampling.checkpoints import Model, Prediction
+from kohaku_wrap.sampling.compose import place_style
+from kohaku_wrap.sampling.sheets import MOST_CELLS, NO_STYLE, Sheet
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where the sheet does not say."""
+
+    compute: Compute
+    tokenizers: str
+    seeds: tuple[int, ...] = (0,)
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    guidances: tuple[float, ...] = (5.0,)
+    negative: str = ""
+    steps: int = 24
+    sampler: str = "euler-a"
+    schedule: str = "exponential"
+    clip_skip: int = 2
+    emphasis: str = "no-norm"
+    hires: Hires | None = None
+    lenient: bool = False
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model with what its files say."""
+
+    model: Model
+    """Paths and weights."""
+
+    identity: str
+    """Hashes and weights."""
+
+    prediction: Prediction
+    """What it predicts."""
+
+
+@dataclass(frozen=True)
+class PlacedCell:
+    """A cell and where it stands."""
+
+    cell: Cell
+    """What to draw."""
+
+    model: Model
+    """With which files."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What it is called on each axis of AXES."""
+
+
+def expand_sheet(
+    sheet: Sheet, models: Sequence[KnownModel], defaults: Defaults, recipe: CaptionRecipe
+) -> list[PlacedCell]:
+    """Every cell of the product, in the order prompt, style, model, size, guidance, seed; each content once.
+
+    Raises UsageError for more than MOST_CELLS.
+    """
+    axes = (
+        list(enumerate(sheet.prompts, start=1)),
+        sheet.styles,
+        models,
+        sheet.sizes or defaults.sizes,
+        sheet.guidances or defaults.guidances,
+        sheet.seeds or defaults.seeds,
+    )
+    count = 1
+    for axis in axes:
+        count *= len(axis)
+    if count > MOST_CELLS:
+        raise UsageError(f"the sheet has {count:,} cells; {MOST_CELLS:,} are allowed", "Make several smaller sheets.")
+    found: dict[str, PlacedCell] = {}
+    titles = name_models([each.model for each in models])
+    for (number, prompt), style, known, size, guidance, seed in itertools.product(*axes):
+        own = prompt.own
+        negative = prompt.negative if prompt.negative is not None else sheet.negative or defaults.negative
+        added = style.negative if style else ""
+        cell = Cell(
+            model=known.identity,
+            prompt=place_style(prompt.text, style.prompt if style else "", recipe),
+            negative=", ".join(text for text in (negative, added) if text),
+            seed=own.get("seed", seed),
+            width=own.get("width", size[0]),
+            height=own.get("height", size[1]),
+            tokenizers=defaults.tokenizers,
+            steps=own.get("steps") or sheet.steps or defaults.steps,
+            guidance=own.get("guidance", guidance),
+            sampler=sheet.sampler or defaults.sampler,
+            schedule=sheet.schedule or defaults.schedule,
+            clip_skip=sheet.clip_skip or defaults.clip_skip,
+            emphasis=sheet.emphasis or defaults.emphasis,
+            lenient=defaults.lenient,
+            prediction=known.prediction.kind,
+            zero_terminal_snr=known.prediction.zero_terminal_snr,
+            hires=sheet.hires or defaults.hires,
+            compute=defaults.compute,
+        )
+        labels: dict[str, Any] = {
+            "prompt": prompt.label or f"{number}: {prompt.text}",
+            "style": style.name if style else NO_STYLE,
+            "seed": f"seed {cell.seed}",
+            "model": titles[known.model],
+            "size": f"{cell.width}x{cell.height}",
+            "guidance": f"CFG {cell.guidance:g}",
+        }
+        found.setdefault(cell.digest, PlacedCell(cell, known.model, labels))
+    return list(found.values())
+
+
+def name_models(models: Sequence[Model]) -> dict[Model, str]:
+    """A title each; two of the same get their folders."""
+    titles = {model: model.title for model in models}
+    for model, title in list(titles.items()):
+        if sum(other == title for other in titles.values()) > 1:
+            titles[model] = f"{model.path.parent.name}/{title}"
+    return titles
