@@ -14,8 +14,9 @@ from kohaku_wrap.files import write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.bad_steps import BadSteps
-from kohaku_wrap.training.records.chapters import AGAIN, EPOCHS, STEPS, Chapter
+from kohaku_wrap.training.records.chapters import AGAIN, EPOCHS, RULES, STEPS, STRETCH, Chapter
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.expected_rates import NoExpectedRates, preview_rates
 from kohaku_wrap.training.supervising.length import with_length
 from kohaku_wrap.training.supervising.places import read_dataset
 from kohaku_wrap.training.supervising.resume import ResumePlan, plan_resume
@@ -70,7 +71,7 @@ def plan_extension(
     refuse_old(run)
     before = lock.chapters[-1]
     depends = tuple(list_dependent(lock.values, read_dataset(run.dataset_config), sets_own_rates(lock.tables)))
-    refuse_rule(run, depends, schedule, repeats_warmup, f"--epochs {epochs}" if epochs else f"--steps {steps}")
+    refuse_rule(run, depends, schedule, repeats_warmup)
     total, length = count_longer(run, before, epochs, steps)
     chapter = Chapter(0, 0, total, length, schedule, repeats_warmup, time.time())
     # Where it begins is known only once the state is chosen.
@@ -81,6 +82,8 @@ def plan_extension(
         from_optimizer_step=planned.start_optimizer_step,
         from_updates=planned.start_optimizer_step - skipped,
     )
+    if depends and not schedule:
+        raise ask_for_rule(run, depends, chapter, ("--epochs", epochs) if epochs else ("--steps", steps))
     if chapter.schedule and chapter.from_optimizer_step < before.from_optimizer_step:
         raise RuleNeeded(
             f"run {run.name}: its newest state lies before the last time that it was extended",
@@ -99,15 +102,24 @@ def refuse_old(run: Run) -> None:
         )
 
 
-def refuse_rule(run: Run, depends: Sequence[str], schedule: str, repeats_warmup: bool, more: str) -> None:
-    """Raise RuleNeeded or UsageError unless a rule is given just where one is needed."""
-    if depends and not schedule:
-        raise RuleNeeded(
-            f"run {run.name}: {', '.join(depends)} depends on the length of the run",
-            "Say how it goes on: --schedule stretch (the rates of the longer plan from here on) or --schedule again "
-            "(a new cycle from here on, without warm-up unless --repeat-warmup).\n"
-            f"See both: kwrap extend {run.folder} {more} --schedule stretch --dry-run",
-        )
+def ask_for_rule(run: Run, depends: Sequence[str], chapter: Chapter, more: tuple[object, ...]) -> RuleNeeded:
+    """The question which rule is meant, with the rates under each."""
+    words = {STRETCH: "the rates of the longer plan from here on", AGAIN: "a new cycle from here on, without warm-up"}
+    lines = [f"run {run.name}: {', '.join(depends)} depends on the length of the run"]
+    for rule in RULES:
+        longer = run.suppose(with_chapter(run, replace(chapter, schedule=rule)))
+        try:
+            rates = preview_rates(longer, chapter.from_updates)
+            shown = [f"{', '.join(f'{each:.4g}' for each in rates[update])} at update {update:,}" for update in rates]
+        except NoExpectedRates as error:
+            shown = [error.message]
+        lines.append(f"  --schedule {rule}: {words[rule]}: {'; '.join(shown)}")
+    again = [command_line("extend", run.folder, *more, "--schedule", rule) for rule in RULES]
+    return RuleNeeded("\n".join(lines), f"Choose one: {again[0]}, or {again[1]} (--repeat-warmup for its warm-up too)")
+
+
+def refuse_rule(run: Run, depends: Sequence[str], schedule: str, repeats_warmup: bool) -> None:
+    """Raise UsageError for a rule that would have no effect."""
     if schedule and not depends:
         raise UsageError(
             f"--schedule {schedule}: nothing of run {run.name} depends on its length", "Leave --schedule out."

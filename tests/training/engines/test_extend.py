@@ -37,6 +37,7 @@ def verify(run: Run) -> dict[str, object]:
     return document
 
 
+@pytest.mark.timeout(900)
 def test_each_rule_gives_its_rates_and_is_proved(world: World) -> None:
     """A cosine of three steps, stretched to five at its end, then a new cycle of four."""
     assert kwrap(*train_arguments(world.site, "cosine", *COSINE)).returncode == 0
@@ -44,6 +45,9 @@ def test_each_rule_gives_its_rates_and_is_proved(world: World) -> None:
     asked = kwrap("extend", str(run.folder), "--steps", "2")
     assert asked.returncode == 1
     assert 'lr_scheduler = "cosine" depends on the length' in asked.stderr
+    rate = f"{cosine(3, 5):.4g} at update 4"
+    assert rate in asked.stderr.split("--schedule stretch")[1].split("--schedule again")[0], asked.stderr
+    assert f"{RATE:.4g} at update 4" in asked.stderr.split("--schedule again")[1]
     before = run.lock_file.read_bytes()
     dry = kwrap("extend", str(run.folder), "--steps", "2", "--schedule", "stretch", "--dry-run", "--json")
     shown = json.loads(dry.stdout)
