@@ -52,10 +52,14 @@ class Configuration:
     trainer: str = ""
     """The sd-scripts checkout; empty for the one that a training would use."""
 
+    data: str = "kwrap"
+    """Whose dataset is trained from; `sd-scripts` is the trainer's own."""
+
     @property
     def name(self) -> str:
         commit = f"-{Path(self.trainer).name[:7]}" if self.trainer else ""
-        return f"p{self.processes}a{self.accumulation}{commit}"
+        own = "-own-data" if self.data != "kwrap" else ""
+        return f"p{self.processes}a{self.accumulation}{commit}{own}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -97,7 +101,9 @@ def read_cases() -> tuple[Case, ...]:
             says=case["says"],
             kills=tuple(Kill(**kill) for kill in case["kills"]),
             workers=tuple(case.get("workers", [0])),
-            configuration=Configuration(**{key: case[key] for key in ("processes", "accumulation") if key in case}),
+            configuration=Configuration(
+                **{key: case[key] for key in ("processes", "accumulation", "data") if key in case}
+            ),
             settings=tuple(case.get("settings", [])),
             longer={int(attempt): tuple(options) for attempt, options in case.get("longer", {}).items()},
         )
@@ -145,7 +151,12 @@ class Bench:
         configuration = case.configuration
         effective_batch = configuration.processes * configuration.accumulation * BATCH_PER_PROCESS
         site = self.write_site(case.name, configuration, case.workers[0])
-        settings = [f"effective_batch={effective_batch}", *SETTINGS, *case.settings]
+        settings = [
+            f"effective_batch={effective_batch}",
+            f'kwrap.data="{configuration.data}"',
+            *SETTINGS,
+            *case.settings,
+        ]
         arguments = ["train", "demo", "--site", str(site), "--run", case.name]
         arguments += [part for setting in settings for part in ("--set", setting)]
         run = Run(self.runs / case.name)
@@ -238,7 +249,9 @@ def other_commits() -> Iterator[Case]:
 
 def choose_cases(engine: str, names: list[str] | None) -> tuple[Case, ...]:
     """All cases of the engine, or those named. Raises KwrapError."""
-    cases = (*read_cases(), *(other_commits() if engine == "sd-scripts" else ()))
+    own = engine == "sd-scripts"
+    cases = tuple(case for case in read_cases() if own or case.configuration.data == "kwrap")
+    cases += tuple(other_commits()) if own else ()
     if not names:
         return cases
     known = {case.name: case for case in cases}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kohaku_wrap.config.render import describe_trainer
 from kohaku_wrap.files import sha256_of_file
 from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import inspect_file
 from kohaku_wrap.publishing.publishing import CannotPublish, digest_of_ledger, publish_run
+from kohaku_wrap.trainer.commits import SupportedCommit, digest_sources, write_proof
 
 from .conftest import WriteModel
 
@@ -94,6 +98,27 @@ def test_a_step_is_published_whole(tmp_path: Path, run: tuple[Path, dict[str, An
         assert fact in card, fact
     assert str(tmp_path) not in card
     assert inspect_file(out / "epsilon-step00013600-baked.safetensors").recipe["formula"] == "base + 1.0 * net(network)"
+
+
+@pytest.mark.parametrize(
+    "support",
+    [
+        "proved on this machine on 2026-11-25, identical to v0.11.1",
+        "exact here on 2026-11-25, not equal to v0.11.1: the two runs differ in the loss of epoch 0, position 0: 1, 2",
+    ],
+)
+def test_the_card_says_how_the_trainers_commit_is_known(
+    tmp_path: Path, run: tuple[Path, dict[str, Any]], support: str
+) -> None:
+    folder, lock = run
+    checkout = tmp_path / "checkout"
+    (checkout / "networks").mkdir(parents=True)
+    (checkout / "networks" / "lora.py").write_text("rank = 4\n")
+    write_proof(SupportedCommit("new", "c0ffee" * 6 + "beef", digest_sources(checkout), support=support), {})
+    lock = tomllib.loads(toml_text({**lock, "trainer": describe_trainer(checkout)}))
+    card = publish_run(folder, lock, tmp_path / "out", bake=False).card.read_text()
+    assert f"| trainer_support | {support} |" in card
+    assert "| trainer_commit | c0ffee" in card and str(checkout) not in card
 
 
 def test_the_end_without_baking_and_again(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
