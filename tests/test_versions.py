@@ -52,8 +52,8 @@ def test_every_tested_package_is_installed_by_setup_in_that_version(set_name: st
 def test_a_set_differs_in_nothing_but_its_own_packages() -> None:
     default, newer = read_pins(""), read_pins("transformers-5")
     differ = {name for name in default.keys() & newer.keys() if default[name] != newer[name]}
-    assert differ == {*SETS["transformers-5"], "tokenizers"}
-    assert default.keys() - newer.keys() == {"httpx", "httpcore"}
+    assert differ == {*SETS["transformers-5"]}
+    assert default.keys() <= newer.keys()
 
 
 @pytest.mark.parametrize("pattern", TEXTS)

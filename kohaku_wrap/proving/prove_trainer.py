@@ -125,6 +125,8 @@ class Trial:
 
     def __init__(self, checkout: Checkout, folder: Path, on_note: Callable[[str], None]) -> None:
         self.checkout = checkout
+        self.is_edited = not checkout.commit or checkout.is_changed or was_edited(checkout.path)
+        self.name = f"{checkout.name}-changed" if self.is_edited else checkout.name
         self.folder = folder
         self.on_note = on_note
         self.steps: list[Step] = []
@@ -136,7 +138,7 @@ class Trial:
             result = work()
         except KwrapError as fault:
             raise NotProved(
-                f"sd-scripts {self.checkout.name} is not proved: {tried}: {fault.message}", fault.next_step
+                f"sd-scripts {self.name} is not proved: {tried}: {fault.message}", fault.next_step
             ) from fault
         self.steps.append(Step(tried, result, round(time.monotonic() - started, 1)))
         self.on_note(f"{tried}: {result}")
@@ -144,9 +146,9 @@ class Trial:
     def run(self, reference: Checkout, *, accept_difference: bool) -> Proof:
         """The whole proof. Raises NotProved."""
         digest, date = digest_sources(self.checkout.path), datetime.now(UTC).date().isoformat()
-        commit = SupportedCommit(self.checkout.name, self.checkout.commit, digest)
-        if not commit.commit or self.checkout.is_changed or was_edited(self.checkout.path):
-            commit = replace(commit, name=f"{commit.name}-changed", commit=f"files-{digest[:12]}")
+        commit = SupportedCommit(self.name, self.checkout.commit, digest)
+        if self.is_edited:
+            commit = replace(commit, commit=f"files-{digest[:12]}")
         require_anchors(self.checkout.path, self.checkout.name, SUPPORTED_TEXT)
         answer: dict[str, Any] = {}
         self.step("captions", lambda: self.compare_captions(answer))
@@ -245,8 +247,9 @@ def prove_checkout(
     require_transformers(checkout)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     reference = find_reference(checkout, source or str(checkout.path), on_note)
-    on_note(f"Proving sd-scripts {checkout.name} against {reference.name}; this takes some minutes")
-    proof = Trial(checkout, folder.absolute(), on_note).run(reference, accept_difference=accept_difference)
+    trial = Trial(checkout, folder.absolute(), on_note)
+    on_note(f"Proving sd-scripts {trial.name} against {reference.name}; this takes some minutes")
+    proof = trial.run(reference, accept_difference=accept_difference)
     if keep:
         write_proof(proof.commit, proof.about())
     return proof

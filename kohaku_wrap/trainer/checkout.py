@@ -29,8 +29,8 @@ from kohaku_wrap.trainer.requirements import (
     InstallFailed,
     RequirementState,
     check_requirements,
-    find_set,
     installed_version,
+    packages_of,
 )
 
 INSTALLED = "kwrap trainer install"
@@ -63,6 +63,8 @@ GONE = ("CLIPFeatureExtractor",)
 """What transformers 5 no longer has, of what releases of sd-scripts import."""
 
 IMPORTED = re.compile(r"^from transformers import +(\([^)]*\)|.*)$", re.MULTILINE)
+FIRST_WITHOUT_TEXT_MODEL = (5, 6)
+"""The release of transformers in which the weights of text encoders got other names: no supported commit knows them."""
 
 
 @dataclass(frozen=True)
@@ -185,20 +187,26 @@ def require_supported(checkout: Checkout) -> Checkout:
 
 
 def require_transformers(checkout: Checkout) -> None:
-    """Raise ImpossiblePair where the checkout imports what the transformers that is installed no longer has."""
-    if find_set() != "transformers-5":
-        return
-    for path in sorted((checkout.path / "library").glob("**/*.py")):
+    """Raise ImpossiblePair where the checkout cannot train with the transformers that is installed.
+
+    Of a commit that is not supported only its imports are looked at; the rest is for its proof.
+    """
+    version = installed_version(TESTED["transformers"])
+    release = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    lacks, do = "", "make setup"
+    if release >= FIRST_WITHOUT_TEXT_MODEL and any(checkout.commit == known.commit for known in SUPPORTED):
+        lacks = "it loads SDXL's text encoders by names that changed in 5.6"
+        do = f"make setup, or make setup SET=transformers-5 ({packages_of('transformers-5')['transformers'].pinned})"
+    for path in sorted((checkout.path / "library").glob("**/*.py")) if release >= (5,) else ():
         for names in IMPORTED.findall(path.read_text(encoding="utf-8")):
-            found = {words.split()[0] for words in names.strip("()").split(",") if words.strip()} & {*GONE}
-            if found:
-                raise ImpossiblePair(
-                    f"sd-scripts {checkout.name} does not train with transformers "
-                    f"{installed_version(TESTED['transformers'])}: library/{path.name} imports {', '.join(found)}, "
-                    "which is gone there",
-                    f"Use the environment with transformers {TESTED['transformers'].version} (make setup), or a newer "
-                    "commit: kwrap trainer install",
-                )
+            if found := {words.split()[0] for words in names.strip("()").split(",") if words.strip()} & {*GONE}:
+                lacks = f"library/{path.name} imports {', '.join(found)}, which is gone there"
+                do = "make setup. Or take a newer commit: kwrap trainer install"
+    if lacks:
+        raise ImpossiblePair(
+            f"sd-scripts {checkout.name} does not train with transformers {version}: {lacks}",
+            f"Use the environment with transformers {TESTED['transformers'].version}: {do}",
+        )
 
 
 def report_trainer() -> TrainerReport:

@@ -79,7 +79,7 @@ TESTED = {each.distribution: each for each in (TORCH, *REQUIREMENTS)}
 
 SETS: Mapping[str, Mapping[str, str]] = {
     "": {},
-    "transformers-5": {"transformers": "5.24.0", "diffusers": "0.42.1", "huggingface-hub": "2.4.0"},
+    "transformers-5": {"transformers": "5.5.4", "diffusers": "0.42.1", "huggingface-hub": "1.33.0"},
 }
 """Sets of versions that were proved, by the name that `make setup SET=` takes: in what each differs from TESTED."""
 

@@ -134,15 +134,17 @@ def test_an_impossible_pair_with_transformers_is_refused_by_train_and_doctor(
 
 
 @pytest.mark.sd_scripts
-def test_the_commits_of_february_do_not_train_with_transformers_5(
-    use_trainer: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_matrix_of_commits_and_transformers(use_trainer: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KWRAP_SD_SCRIPTS", raising=False)
-    monkeypatch.setattr(checkout_module, "find_set", lambda: "transformers-5")
-    refused = set()
-    for each in list_installed():
-        try:
-            require_transformers(each)
-        except ImpossiblePair:
-            refused.add(each.name)
-    assert refused == {"v0.10.0", "v0.10.1", "48d368f"} & {each.name for each in list_installed()}
+    there = {each.name for each in list_installed()}
+    february = {"v0.10.0", "v0.10.1", "48d368f"} & there
+    for version, expected in {"4.57.6": set(), "5.5.4": february, "5.6.0": there, "5.24.0": there}.items():
+        monkeypatch.setattr(checkout_module, "installed_version", lambda _, version=version: version)
+        refused = set()
+        for each in list_installed():
+            try:
+                require_transformers(each)
+            except ImpossiblePair as pair:
+                refused.add(each.name)
+                assert version in pair.message and "make setup" in pair.next_step
+        assert refused == expected, version
