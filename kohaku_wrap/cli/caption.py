@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
+from kohaku_wrap.cli.options import open_source, tags_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     format_share,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
     from kohaku_wrap.dataset.captions.report import CaptionReport
     from kohaku_wrap.dataset.captions.statistics import CaptionStatistics
+    from kohaku_wrap.dataset.recipe import DatasetRecipe
+    from kohaku_wrap.metadata.source import Source
 
 STYLES = ("kohaku", "hakubooru")
 FORMATS = ("txt", "cache", "jsonl")
@@ -42,7 +45,8 @@ Examples:
   kwrap caption --relocate --out /new/place/images"""
 )
 @click.argument("selection", metavar="[SEL.parquet]", required=False, type=click.Path(path_type=Path))
-@click.option("--db", "db", type=click.Path(path_type=Path), help="The danbooru2023 sqlite database.")
+@click.option("--db", "db", type=click.Path(path_type=Path), help="The metadata: a file or a folder of any edition.")
+@tags_option
 @click.option("--out", "out", type=click.Path(path_type=Path), metavar="IMAGES", help="The folder of the images.")
 @click.option(
     "--dataset",
@@ -83,6 +87,7 @@ Examples:
 def command(
     selection: Path | None,
     db: Path | None,
+    tag_table: Path | None,
     out: Path | None,
     dataset: str | None,
     formats: str,
@@ -104,16 +109,20 @@ def command(
     if relocate:
         print_relocation(require(out, "--out IMAGES", "--relocate"), as_json)
         return
-    database = require(db, "--db DB", "captions")
+    db = require(db, "--db DB", "captions")
+    if post_id is None:
+        selection = require(selection, "SEL.parquet", "captions (or --post ID)")
+    found = choose_dataset(selection, dataset)
+    recipe = replace(found.caption, style=style) if style else found.caption
+    database = open_source(db, found.metadata, tag_table)
     if post_id is not None:
-        print_explanation(database, choose_recipe(selection, dataset, style)[1], post_id, selection, as_json)
+        print_explanation(database, recipe, post_id, selection, as_json)
         return
-    selection = require(selection, "SEL.parquet", "captions (or --post ID)")
-    name, recipe = choose_recipe(selection, dataset, style)
+    assert selection
     if stats:
         print_statistics(database, selection, recipe, rare, tokenizer, jobs, as_json)
         return
-    write(database, selection, require(out, "--out IMAGES", "captions"), name, recipe, formats, jobs, as_json)
+    write(database, selection, require(out, "--out IMAGES", "captions"), found.name, recipe, formats, jobs, as_json)
 
 
 def require(value: Path | None, what: str, purpose: str) -> Path:
@@ -123,23 +132,20 @@ def require(value: Path | None, what: str, purpose: str) -> Path:
     return value
 
 
-def choose_recipe(selection: Path | None, dataset: str | None, style: str | None) -> tuple[str, CaptionRecipe]:
-    """The dataset's name and caption rules: as asked for, else of the selection, else Epsilon's."""
-    from dataclasses import replace
-
+def choose_dataset(selection: Path | None, dataset: str | None) -> DatasetRecipe:
+    """The dataset with its caption rules: as asked for, else of the selection, else Epsilon's."""
     from kohaku_wrap.dataset.recipe import load_dataset, read_dataset
     from kohaku_wrap.dataset.selection_file import read_about
 
     if dataset is None and selection is not None:
         about = read_about(selection)[1]
-        found = read_dataset({"caption": about.get("caption", {})}, str(about.get("dataset", selection)))
-    else:
-        found = load_dataset(dataset or "epsilon")
-    return found.name, replace(found.caption, style=style) if style else found.caption
+        tables = {key: about.get(key, {}) for key in ("metadata", "caption")}
+        return read_dataset(tables, str(about.get("dataset", selection)))
+    return load_dataset(dataset or "epsilon")
 
 
 def write(
-    db: Path,
+    database: Source,
     selection: Path,
     out: Path,
     name: str,
@@ -150,14 +156,12 @@ def write(
 ) -> None:
     """Write captions and print the report."""
     from kohaku_wrap.dataset.captions.writing import write_captions
-    from kohaku_wrap.metadata.database import open_database
     from kohaku_wrap.metadata.parallel import usable_threads
 
     wanted = list(dict.fromkeys(one.strip() for one in formats.split(",") if one.strip()))
     unknown = [one for one in wanted if one not in FORMATS]
     if unknown or not wanted:
         raise UsageError(f"--format: {', '.join(unknown) or 'nothing'} is not among {', '.join(FORMATS)}")
-    database = open_database(db)
     with progress_bar("caption", "posts", quiet=as_json) as progress:
         report = write_captions(
             database, selection, out, recipe, wanted, name, jobs or usable_threads(), on_progress=progress
@@ -196,12 +200,13 @@ def next_command(report: CaptionReport, selection: Path, out: Path, dataset: str
     return plan_command(template, out.parent)
 
 
-def print_explanation(db: Path, recipe: CaptionRecipe, post_id: int, selection: Path | None, as_json: bool) -> None:
+def print_explanation(
+    database: Source, recipe: CaptionRecipe, post_id: int, selection: Path | None, as_json: bool
+) -> None:
     """Print one post's caption, group by group."""
     from kohaku_wrap.dataset.captions.explanation import explain_post
-    from kohaku_wrap.metadata.database import open_database
 
-    explanation = explain_post(open_database(db), recipe, post_id, selection)
+    explanation = explain_post(database, recipe, post_id, selection)
     if as_json:
         groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
         print_json("caption", {"style": recipe.style, **asdict(explanation), "groups": groups})
@@ -228,16 +233,21 @@ def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:
 
 
 def print_statistics(
-    db: Path, selection: Path, recipe: CaptionRecipe, rare: int, tokenizer: Path | None, jobs: int | None, as_json: bool
+    database: Source,
+    selection: Path,
+    recipe: CaptionRecipe,
+    rare: int,
+    tokenizer: Path | None,
+    jobs: int | None,
+    as_json: bool,
 ) -> None:
     """Print what the captions are made of."""
     from kohaku_wrap.dataset.captions.statistics import measure_captions
-    from kohaku_wrap.metadata.database import open_database
     from kohaku_wrap.metadata.parallel import usable_threads
 
     with progress_bar("count", "posts", quiet=as_json) as progress:
         statistics = measure_captions(
-            open_database(db),
+            database,
             selection,
             recipe,
             tokenizer,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.options import tags_option
 from kohaku_wrap.cli.output import count_of, json_option, print_json, print_lines, print_table, progress_bar
 from kohaku_wrap.errors import command_line
 
@@ -97,22 +98,27 @@ Examples:
   kwrap inspect model.safetensors
   kwrap inspect epsilon.safetensors --json
   kwrap inspect danbooru.db
+  kwrap inspect posts-snapshot.parquet
+  kwrap inspect e621.csv --dataset e621 --tags tags.csv
 """
 )
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.option("--dataset", metavar="DATASET", help="Whose [metadata] says how another site's metadata is read.")
+@tags_option
 @click.option("--no-hash", is_flag=True, help="Do not read the data for the hashes; the header alone is quick.")
 @json_option
-def command(file: Path, no_hash: bool, as_json: bool) -> None:
+def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bool, as_json: bool) -> None:
     """Show what a checkpoint, network or database is.
 
     FILE is a checkpoint or network in safetensors form: its kind, keys, types, hashes, metadata and merge recipe are
-    shown, and of one among a run's checkpoints whether the run wrote it. Or it is a metadata database: its layout,
-    counts, ratings and what a selection would drop.
+    shown, and of one among a run's checkpoints whether the run wrote it. Or it is a metadata set, a file or a folder:
+    its edition, what that lacks, its counts, ratings and what a selection would drop.
     """
-    from kohaku_wrap.merging.inspecting import describe_report, inspect_file, is_database
+    from kohaku_wrap.merging.inspecting import describe_report, inspect_file
+    from kohaku_wrap.metadata.opening import is_metadata
 
-    if is_database(file):
-        inspect_database(file, as_json)
+    if dataset or tag_table or is_metadata(file):
+        inspect_database(file, dataset, tag_table, as_json)
         return
     with progress_bar("hash", "bytes", quiet=as_json) as report_progress:
         report = inspect_file(file, not no_hash, report_progress)
@@ -123,19 +129,30 @@ def command(file: Path, no_hash: bool, as_json: bool) -> None:
         print_report(report, origin)
 
 
-def inspect_database(file: Path, as_json: bool) -> None:
+def inspect_database(file: Path, dataset: str | None, tag_table: Path | None, as_json: bool) -> None:
     """Show a metadata database."""
+    from dataclasses import replace
+
+    from kohaku_wrap.dataset.recipe import load_dataset
+    from kohaku_wrap.metadata.columns import DANBOORU
     from kohaku_wrap.metadata.description import describe_database
     from kohaku_wrap.planning.sizes import show_bytes
 
-    described = asdict(describe_database(file))
+    mapping = load_dataset(dataset).metadata if dataset else DANBOORU
+    described = asdict(describe_database(file, replace(mapping, tag_table=tag_table)))
     if as_json:
         print_json("inspect", {"file": str(file), "kind": "metadata database", **described})
         return
     rows: list[tuple[str, Any]] = [("kind", "metadata database")]
     for name, value in described.items():
         if isinstance(value, Mapping):
-            value = ", ".join(f"{key} {count:,}" for key, count in value.items())
+            if name == "lacks":
+                rows += [(f"lacks: {what}", sentence) for what, sentence in value.items()]
+                continue
+            counted = (
+                f"{key} {count:,}" if isinstance(count, int) else f"{key}: {count}" for key, count in value.items()
+            )
+            value = ", ".join(counted)
         elif isinstance(value, tuple):
             value = ", ".join(value)
         elif name == "size_bytes":

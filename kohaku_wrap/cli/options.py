@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kohaku_wrap.cli.output import print_note
+
+if TYPE_CHECKING:
+    from kohaku_wrap.metadata.columns import SiteMapping
+    from kohaku_wrap.metadata.source import Source
 
 DEFAULT_SITE = Path("site.toml")
 
 site_option = click.option(
     "--site", "site_file", type=click.Path(path_type=Path), default=None, help="Whose runs folder to look in."
 )
+
+tags_option = click.option(
+    "--tags", "tag_table", type=click.Path(path_type=Path), metavar="TAGS",
+    help="A table of tags (name, category), for a DB whose tags have no category columns.",
+)  # fmt: skip
 
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable."
@@ -31,6 +41,15 @@ def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
     if site_file is not None or DEFAULT_SITE.is_file():
         folders.insert(0, load_site(site_file or DEFAULT_SITE).paths.runs)
     return tuple(dict.fromkeys(folder.absolute() for folder in folders))
+
+
+def open_source(db: Path, mapping: SiteMapping, tag_table: Path | None) -> Source:
+    """The metadata set of `--db`, read by the dataset's `[metadata]` and with the categories of `--tags`."""
+    from dataclasses import replace
+
+    from kohaku_wrap.metadata.opening import open_metadata
+
+    return open_metadata(db, replace(mapping, tag_table=tag_table))
 
 
 def note_compiling() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import extract_command
+from kohaku_wrap.cli.options import open_source, tags_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -22,12 +23,19 @@ Examples:
   kwrap select my-dataset.toml --db danbooru2023.db --out mine.parquet --json"""
 )
 @click.argument("dataset", metavar="DATASET")
-@click.option("--db", "db", required=True, type=click.Path(path_type=Path), help="The danbooru2023 sqlite database.")
+@click.option(
+    "--db",
+    "db",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The metadata: a file or a folder of any edition.",
+)
 @click.option("--out", "out", required=True, type=click.Path(path_type=Path), metavar="SEL.parquet",
               help="The selection to write.")  # fmt: skip
+@tags_option
 @json_option
 @beyond_output()
-def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
+def command(dataset: str, db: Path, out: Path, tag_table: Path | None, as_json: bool) -> None:
     """Select posts: a seeded sample, then the recipe's filters.
 
     DATASET is a shipped name (epsilon, delta, demo) or the path of a dataset file. The same seed and database give
@@ -35,10 +43,9 @@ def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
     """
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.dataset.selection import GENERATOR, select_posts
-    from kohaku_wrap.metadata.database import open_database
 
     recipe = load_dataset(dataset)
-    database = open_database(db)
+    database = open_source(db, recipe.metadata, tag_table)
     with progress_bar("select", "posts", quiet=as_json) as progress:
         report = select_posts(database, recipe, out, on_progress=progress)
     if as_json:
@@ -51,9 +58,13 @@ def command(dataset: str, db: Path, out: Path, as_json: bool) -> None:
 
 def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
     """The report as lines of a table."""
-    from kohaku_wrap.metadata.filters import FLAG_COLUMNS
+    from kohaku_wrap.metadata.filters import FLAGS
 
-    rows: list[tuple[str, Any]] = [("posts in the database", report.posts)]
+    rows: list[tuple[str, Any]] = [("metadata", report.edition)]
+    rows += [(f"lacks: {what}", sentence) for what, sentence in report.lacks.items()]
+    rows.append(("posts in the database", report.posts))
+    if report.duplicate_ids:
+        rows.append(("more rows of the same ids", report.duplicate_ids))
     if report.outside_strata:
         rows.append(("outside the strata", report.outside_strata))
     rows += [(f"dropped before: {reason}", count) for reason, count in report.dropped_before_sample.items()]
@@ -67,5 +78,5 @@ def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
     rows.append(("sampled", report.sampled))
     rows += [(f"dropped: {reason}", count) for reason, count in report.dropped.items()]
     for name, count in report.unknown.items():
-        rows.append((f"{name} unknown, {'kept' if name in FLAG_COLUMNS else 'dropped'}", count))
+        rows.append((f"{name} unknown, {'kept' if name in FLAGS and name != 'no_still_image' else 'dropped'}", count))
     return [*rows, ("selected", report.selected), ("written to", out)]

@@ -12,16 +12,17 @@ from typing import Any
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, read_caption_recipe
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import describe_absence, sha256_of_file, shipped_folder
-from kohaku_wrap.metadata.filters import FLAGS, RATINGS, number_sql, size_sql
+from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping, read_site_mapping
+from kohaku_wrap.metadata.filters import FLAGS, RATINGS
 from kohaku_wrap.toml_files import TableReader, load_toml
 
 RANGES = {
-    "score": number_sql("score"),
-    "fav_count": number_sql("fav_count"),
-    "width": size_sql("image_width"),
-    "height": size_sql("image_height"),
+    "score": "score",
+    "fav_count": "fav_count",
+    "width": "image_width",
+    "height": "image_height",
 }
-"""Conditions that are a range of one column, and the SQL of its value."""
+"""Conditions that are a range of one column, and the column."""
 
 TAG_CONDITIONS = ("tags_all", "tags_any", "tags_none")
 CONDITIONS = (*TAG_CONDITIONS, "ratings", "extensions", "date", "pixels", *RANGES)
@@ -95,6 +96,12 @@ class DatasetRecipe:
     caption_table: Mapping[str, Any] = field(default_factory=dict)
     """The `[caption]` table as the file has it."""
 
+    metadata: SiteMapping = DANBOORU
+    """How another site's metadata is read."""
+
+    metadata_table: Mapping[str, Any] = field(default_factory=dict)
+    """The `[metadata]` table as the file has it."""
+
 
 def dataset_names() -> list[str]:
     """The shipped datasets."""
@@ -121,16 +128,18 @@ def load_dataset(name: str) -> DatasetRecipe:
 def read_dataset(document: Mapping[str, Any], name: str, path: Path | None = None, sha256: str = "") -> DatasetRecipe:
     """Check a dataset's tables. Raises ProblemsFound with every fault."""
     problems: list[Problem] = []
-    top = TableReader("", document, ("title", "notes", "selection", "caption"), problems)
+    top = TableReader("", document, ("title", "notes", "metadata", "selection", "caption"), problems)
     top.text("title")
     top.text("notes")
+    metadata_table = top.table("metadata")
+    metadata = read_site_mapping(metadata_table, problems)
     selection = read_selection_recipe(top.table("selection"), problems)
     caption_table = top.table("caption")
     caption = read_caption_recipe(caption_table, problems)
     if problems:
         example = shipped_folder("datasets") / "epsilon.toml"
         raise ProblemsFound(str(path or name), problems, f"Every key is explained in {example}.")
-    return DatasetRecipe(name, path, sha256, selection, caption, caption_table)
+    return DatasetRecipe(name, path, sha256, selection, caption, caption_table, metadata, metadata_table)
 
 
 def read_selection_recipe(table: Mapping[str, Any], problems: list[Problem]) -> SelectionRecipe:

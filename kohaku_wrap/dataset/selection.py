@@ -15,8 +15,9 @@ from kohaku_wrap.dataset.selection_file import write_selection
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata import filters
-from kohaku_wrap.metadata.database import Database
-from kohaku_wrap.metadata.posts import database_digest, posts_with_tags, read_drops, read_posts
+from kohaku_wrap.metadata.editions import find_lacks
+from kohaku_wrap.metadata.posts import PostDrops, posts_with_tags, read_drops, read_posts
+from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import read_tags
 from kohaku_wrap.streams import draws, stream_key
 
@@ -67,6 +68,15 @@ class SelectionReport:
     layout: str
     """Of the database."""
 
+    edition: str
+    """What the database was recognised as."""
+
+    lacks: Mapping[str, str]
+    """What the edition does not say, and what follows."""
+
+    duplicate_ids: int
+    """Rows of posts beyond the first of their id, which do not count."""
+
     posts: int
     """In the database."""
 
@@ -97,14 +107,15 @@ class SelectionReport:
 
 
 def select_posts(
-    database: Database, dataset: DatasetRecipe, out: Path, on_progress: Progress | None = None
+    source: Source, dataset: DatasetRecipe, out: Path, on_progress: Progress | None = None
 ) -> SelectionReport:
     """Select by the recipe and write `out`, a Parquet file of one row a post by ascending id.
 
     Raises EmptySelection when nothing is left, UnknownTags for a tag the database does not have.
     """
     recipe = dataset.selection
-    ids, drops = find_drops(database, recipe, on_progress)
+    scanned, drops = find_drops(source, recipe, on_progress)
+    ids = scanned.ids
     inside = np.zeros(len(ids), dtype=bool)
     bounds = [stratum_bounds(ids, stratum) for stratum in recipe.strata]
     for start, stop in bounds:
@@ -134,7 +145,10 @@ def select_posts(
     report = SelectionReport(
         dataset=dataset.name,
         seed=recipe.seed,
-        layout=database.layout.value,
+        layout=source.edition.layout,
+        edition=source.edition.name,
+        lacks=find_lacks(source.edition, drops.deleted(), drops.no_offset()),
+        duplicate_ids=scanned.duplicates,
         posts=len(ids),
         outside_strata=outside,
         strata=strata,
@@ -148,7 +162,7 @@ def select_posts(
     if not report.selected:
         told = ", ".join(f"{count:,} {reason}" for reason, count in (dropped_before | dropped).items() if count)
         raise EmptySelection(
-            f"{dataset.name}: no post is left of {report.posts:,} in {database.path}"
+            f"{dataset.name}: no post is left of {report.posts:,} in {source.path}"
             + (f" (sampled {report.sampled:,}; dropped: {told})" if told else f" (sampled {report.sampled:,})"),
             "Compare the recipe's ids and filters with `kwrap inspect DB`.",
         )
@@ -159,15 +173,18 @@ def select_posts(
         "generator": GENERATOR,
         "caption": dataset.caption_table,
         "layout": report.layout,
-        "db_digest": database_digest(database),
+        "edition": {"name": report.edition, "columns": source.edition.columns, "lacks": report.lacks},
+        "metadata": dataset.metadata_table,
+        "db_digest": source.digest(),
         "counts": {
             "posts": report.posts,
+            "duplicate_ids": report.duplicate_ids,
             "sampled": report.sampled,
             "dropped": dict(dropped),
             "selected": report.selected,
         },
     }
-    write_selection(out, read_posts(database, ids[selected], on_progress), report.selected, about)
+    write_selection(out, read_posts(source, ids[selected], on_progress, scanned.in_order), report.selected, about)
     return report
 
 
@@ -175,7 +192,8 @@ class Drops:
     """Which filter drops which post."""
 
     def __init__(self, bits: Int64Array, names: Sequence[str], by_tag: Mapping[str, BoolArray]) -> None:
-        """`bits`: for each of `names` whether it drops the post, above them for each whether it is unknown."""
+        """`bits`: for each of `names` whether it drops the post, above them for each whether it is unknown; then
+        whether the post is deleted, and whether its date says no offset."""
         self._bits = bits
         self._place = {name: place for place, name in enumerate(names)}
         self._by_tag = by_tag
@@ -192,37 +210,48 @@ class Drops:
             return np.zeros(len(self._bits), dtype=bool)
         return self._bit(len(self._place) + self._place[name])
 
+    def deleted(self) -> int:
+        """How many posts are deleted."""
+        return int(self._bit(2 * len(self._place)).sum())
+
+    def no_offset(self) -> int:
+        """How many posts have a date without an offset."""
+        return int(self._bit(2 * len(self._place) + 1).sum())
+
     def _bit(self, place: int) -> BoolArray:
         mask: BoolArray = (self._bits >> place) & 1 == 1
         return mask
 
 
-def find_drops(
-    database: Database, recipe: SelectionRecipe, on_progress: Progress | None = None
-) -> tuple[Int64Array, Drops]:
+def find_drops(source: Source, recipe: SelectionRecipe, on_progress: Progress | None = None) -> tuple[PostDrops, Drops]:
     """All post ids, ascending, and what each filter and condition of the recipe says about them.
 
     One scan of the post table for all but the tag conditions, which read the tags' own posts.
     """
     names = (*recipe.before_sample, *recipe.after_sample)
+    tags = read_tags(source) if any(name in TAG_CONDITIONS for name in names) else None
     tag_conditions = [name for name in names if name in TAG_CONDITIONS]
     wanted_tags = {
-        name: read_tags(database).find_names(recipe.conditions[name], f"selection.drop.unless.{name}").tolist()
+        name: tags.find_names(recipe.conditions[name], f"selection.drop.unless.{name}").tolist()
         for name in tag_conditions
+        if tags
     }
     in_sql = [name for name in names if name not in TAG_CONDITIONS]
     made = [build_filter(name, recipe.conditions.get(name)) for name in in_sql]
     unknown = [filters.Filter(one.name, one.unknown) for one in made]
-    ids, bits = read_drops(database, [*made, *unknown], on_progress)
-    holders = posts_with_tags(database, sorted({tag for some in wanted_tags.values() for tag in some}))
-    has_tag = {tag: np.isin(ids, posts, assume_unique=True) for tag, posts in holders.items()}
+    counted = [filters.flag_filter("deleted"), filters.Filter("no_offset", filters.NO_OFFSET)]
+    scanned = read_drops(source, [*made, *unknown, *counted], on_progress)
+    holders = (
+        posts_with_tags(source, tags, sorted({tag for some in wanted_tags.values() for tag in some})) if tags else {}
+    )
+    has_tag = {tag: np.isin(scanned.ids, posts, assume_unique=True) for tag, posts in holders.items()}
     combine = {
         "tags_all": lambda masks: ~np.logical_and.reduce(masks),
         "tags_any": lambda masks: ~np.logical_or.reduce(masks),
         "tags_none": lambda masks: np.logical_or.reduce(masks),
     }
     by_tag = {name: combine[name]([has_tag[tag] for tag in some]) for name, some in wanted_tags.items()}
-    return ids, Drops(bits, in_sql, by_tag)
+    return scanned, Drops(scanned.drops, in_sql, by_tag)
 
 
 def build_filter(name: str, value: Any) -> filters.Filter:
@@ -232,9 +261,7 @@ def build_filter(name: str, value: Any) -> filters.Filter:
     if name in RANGES:
         return filters.range_filter(name, RANGES[name], *value)
     if name == "pixels":
-        return filters.range_filter(
-            name, f"{filters.size_sql('image_width')} * {filters.size_sql('image_height')}", *value
-        )
+        return filters.range_filter(name, "CAST(image_width AS DOUBLE) * image_height", *value)
     if name == "date":
         return filters.date_filter(name, *value)
     if name == "ratings":

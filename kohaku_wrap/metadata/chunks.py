@@ -12,6 +12,10 @@ from kohaku_wrap.metadata.database import Database
 Int32Array = npt.NDArray[np.int32]
 
 
+class RowsOutOfOrder(Exception):
+    """Rows turned out not to be in the order of their posts; read them again, sorted."""
+
+
 @dataclass(frozen=True)
 class TagChunk:
     """The tags of a stretch of the wanted posts."""

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.formats.disguises import name_disguise
-from kohaku_wrap.metadata.layouts import LAYOUT_NAMES, Layout, ids_of_text, missing_parts, recognise_layout, token_base
+from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
+from kohaku_wrap.metadata.dialects import Sqlite, name_sql
+from kohaku_wrap.metadata.editions import danbooru_posts_sql, make_edition
+from kohaku_wrap.metadata.layouts import (
+    LAYOUT_NAMES,
+    Layout,
+    find_posts_table,
+    ids_of_text,
+    is_danbooru2023,
+    missing_parts,
+    recognise_layout,
+    token_base,
+)
+from kohaku_wrap.metadata.source import ROWS_A_BATCH, DatabaseDamaged, Edition, Source, digest_of_files
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
 HEADER_BYTES = 100
 LOCK_TIMEOUT_SECONDS = 5.0
-ROWS_A_BATCH = 1 << 16
 
 VIEW_SECONDS_VARIABLE = "KWRAP_VIEW_SECONDS"
 VIEW_SECONDS = 60.0
@@ -47,10 +59,6 @@ class NotADatabase(KwrapError):
     """The file is something else than a sqlite database."""
 
 
-class DatabaseDamaged(KwrapError):
-    """The file began as a sqlite database but is cut off or overwritten."""
-
-
 class DatabaseLocked(KwrapError):
     """Another program holds the database for writing."""
 
@@ -64,11 +72,8 @@ class DatabaseUnreadable(KwrapError):
 
 
 @dataclass(frozen=True)
-class Database:
-    """A database that was recognised and may be read, by any number of connections at once."""
-
-    path: Path
-    """The file, with symbolic links followed."""
+class Database(Source):
+    """A sqlite database that was recognised and may be read, by any number of connections at once."""
 
     uri: str
     """How sqlite opens it so that nothing is written beside it."""
@@ -77,7 +82,7 @@ class Database:
     """Whether a WAL is read whose shared index file does not exist."""
 
     layout: Layout
-    """Which of the four published forms it has."""
+    """Which of the four published forms of danbooru2023 it has, or that it is a table of posts with their tags."""
 
     columns: Mapping[str, frozenset[str]]
     """The columns of each table, in lower case."""
@@ -102,13 +107,49 @@ class Database:
                 limit_time(connection)
             yield connection
 
-    def value(self, query: str, parameters: Sequence[Any] = ()) -> Any:
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The one file."""
+        return (self.path,)
+
+    def dialect(self, table: str) -> Sqlite:
+        """How values are asked for; each has a type of its own."""
+        return Sqlite()
+
+    def value(self, query: str) -> Any:
         """The first column of the first row of a small query, None without a row."""
         with self.connect() as connection:
-            row = connection.execute(query, parameters).fetchone()
+            row = connection.execute(query).fetchone()
         return row[0] if row else None
 
-    def scan(self, query: str) -> Iterator[pa.RecordBatch]:
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """The rows of a query with a small result."""
+        with self.connect() as connection:
+            return connection.execute(query).fetchall()
+
+    def count_posts(self) -> int:
+        """The largest rowid, or the number of rows."""
+        if self.edition.has_tag_strings:
+            return int(self.value(f"SELECT count(*) FROM ({self.edition.posts})"))
+        return int(self.value("SELECT max(rowid) FROM post") or 0)
+
+    def digest(self) -> str:
+        """A cheap fingerprint of the content: the layout and the ends and sizes of the tables.
+
+        Copies have the same one, with or without indexes; reading it takes no scan.
+        """
+        if self.edition.has_tag_strings:
+            return digest_of_files([self.path])
+        questions = ["SELECT max(id) FROM post", "SELECT min(id) FROM post", "SELECT max(id) FROM tag"]
+        if not self.layout.has_relation:
+            questions.append("SELECT tag_list FROM post ORDER BY id DESC LIMIT 1")
+        elif self.has_row_ids:
+            questions.append("SELECT max(rowid) FROM posttagrelation")
+        questions.append("SELECT created_at || ' ' || fav_count || ' ' || score FROM post ORDER BY id DESC LIMIT 1")
+        answers = [self.layout.value, *(str(self.value(question)) for question in questions)]
+        return hashlib.sha256("\n".join(answers).encode()).hexdigest()
+
+    def scan(self, query: str, rows: int = ROWS_A_BATCH) -> Iterator[pa.RecordBatch]:
         """The rows of a large query as Arrow batches of some 65,000, read without a Python object a value.
 
         Columns take the type of their first values, so a query casts what may be NULL or of mixed type. Bytes of a
@@ -127,7 +168,7 @@ class Database:
             if self.private_wal_index:
                 cursor.execute(PRIVATE_WAL_INDEX)
                 cursor.fetchall()
-            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(ROWS_A_BATCH)})
+            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(rows)})
             cursor.execute(query)
             yield from map(_with_readable_text, cursor.fetch_record_batch())
 
@@ -139,21 +180,11 @@ class Database:
             while rows := cursor.fetchmany(ROWS_A_BATCH):
                 yield pa.record_batch([pa.array(column) for column in zip(*rows, strict=True)], names=names)
 
-    def scan_numbers(self, query: str) -> Iterator[tuple[npt.NDArray[np.int64], ...]]:
-        """The columns of each batch of a large query for whole numbers. Raises DatabaseDamaged for anything else."""
-        for batch in self.scan(query):
-            if not batch.num_rows:
-                continue
-            for column, name in zip(batch.columns, batch.schema.names, strict=True):
-                if not pa.types.is_integer(column.type) or column.null_count:
-                    raise DatabaseDamaged(
-                        f"{self.path}: the column {name} holds what is no whole number", "Download or copy it again."
-                    )
-            yield tuple(column.to_numpy().astype(np.int64, copy=False) for column in batch.columns)
 
+def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
+    """Recognise the sqlite database at `path` and check that everything kwrap reads is there.
 
-def open_database(path: Path) -> Database:
-    """Recognise the database at `path` and check that everything kwrap reads is there.
+    `mapping`: how a table of posts of another site is read.
 
     Raises DatabaseMissing, NotADatabase, DatabaseDamaged, DatabaseLocked or DatabaseUnreadable, and ProblemsFound
     with every table and column that is missing, or every id column of text. Nothing is ever written beside the file.
@@ -172,6 +203,14 @@ def open_database(path: Path) -> Database:
         has_views = _has_views(connection)
         if has_views:
             limit_time(connection)
+        if not is_danbooru2023(columns) and (found := find_posts_table(columns, mapping, str(path))):
+            table, some = found
+            ask = partial(_first_value, connection)
+            name = f"API columns in the table {table}, sqlite"
+            edition = make_edition(name, some, Sqlite(), name_sql(table), "0" if has_views else "rowid", ask, mapping)
+            return Database(
+                path, edition, uri, private_wal_index, Layout.API, columns, frozenset(), 0, has_views, False
+            )
         layout = recognise_layout(columns)
         if missing := missing_parts(layout, columns):
             layouts = f"kwrap reads the danbooru2023 database in these layouts: {LAYOUT_NAMES}."
@@ -182,7 +221,13 @@ def open_database(path: Path) -> Database:
         indexed = _indexed_columns(connection, columns)
         base = token_base(connection) if layout is Layout.V0 else 0
         has_row_ids = layout.has_relation and _has_row_ids(connection)
-    return Database(path, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
+    edition = Edition(f"danbooru2023 {layout.value}, sqlite", layout.value, danbooru_posts_sql(Sqlite()))
+    return Database(path, edition, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
+
+
+def _first_value(connection: sqlite3.Connection, query: str) -> Any:
+    row = connection.execute(query).fetchone()
+    return row[0] if row else None
 
 
 @contextlib.contextmanager

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from kohaku_wrap.metadata.database import open_database
-from kohaku_wrap.metadata.filters import (
-    DAY_SQL,
-    EXTENSION_SQL,
-    FLAG_COLUMNS,
-    FLAGS,
-    RATING_SQL,
-    RATINGS,
-    READABLE_DATE_SQL,
-    flag_sql,
-    number_sql,
-    size_sql,
-)
-from kohaku_wrap.metadata.tags import TAG_TYPES
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kohaku_wrap.metadata.columns import DANBOORU, TAG_TYPES, SiteMapping
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.editions import find_lacks
+from kohaku_wrap.metadata.filters import FLAG_COLUMNS, FLAGS, NO_OFFSET, RATINGS
+from kohaku_wrap.metadata.opening import open_metadata
+from kohaku_wrap.metadata.posts import bits_sql, post_ids
+from kohaku_wrap.metadata.source import Source
+from kohaku_wrap.metadata.strings import FirstRows
+from kohaku_wrap.metadata.tags import read_tags
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,17 @@ class DatabaseDescription:
     path: Path
     """The database file."""
 
+    edition: str
+    """What was recognised."""
+
+    columns: Mapping[str, str]
+    """By what is read, the column of the table; empty for danbooru2023, whose columns have fixed names."""
+
+    lacks: Mapping[str, str]
+    """What the edition does not say, and what follows."""
+
     layout: str
-    """v0, v1, v2 or v3."""
+    """v0, v1, v2 or v3 of danbooru2023, or api."""
 
     token_base: int | None
     """Base of the tag ids in layout v0's lists; None in the other layouts."""
@@ -39,13 +48,16 @@ class DatabaseDescription:
     """Of the file."""
 
     posts: int
-    """Rows of `post`."""
+    """Different posts."""
+
+    duplicate_ids: int
+    """Rows of posts beyond the first of their id, which do not count."""
 
     tags: int
-    """Rows of `tag`."""
+    """Different tags."""
 
     relations: int | None
-    """Rows of `posttagrelation`; None in layout v0."""
+    """Rows of `posttagrelation`; None where there is no such table."""
 
     indexes: tuple[str, ...]
     """`table.column` of the columns that lead an index."""
@@ -64,6 +76,9 @@ class DatabaseDescription:
 
     unknown_dates: int
     """Posts whose upload date cannot be read."""
+
+    no_offset: int
+    """Posts whose date says no offset; it is read in the zone of the site."""
 
     would_drop: Mapping[str, int]
     """For each filter, the posts that it alone would drop."""
@@ -84,61 +99,99 @@ class DatabaseDescription:
     """Tables that kwrap does not know and ignores."""
 
 
-UNKNOWN_SQL = {
-    **{column: f"({flag_sql(column)}) IS NULL" for column in FLAG_COLUMNS.values()},
-    **{column: f"({number_sql(column)}) IS NULL" for column in ("fav_count", "score")},
-    **{column: f"({size_sql(column)}) IS NULL" for column in ("image_width", "image_height")},
-}
-"""Columns whose unknown values are counted beside those of dates and ratings, and the SQL that finds them."""
+UNKNOWN_COLUMNS = (*FLAG_COLUMNS.values(), "fav_count", "score", "image_width", "image_height")
+"""Columns whose unknown values are counted beside those of dates and ratings."""
 
 KNOWN_TABLES = frozenset({"post", "tag", "posttagrelation", "localpost"})
 
 
-def describe_database(path: Path) -> DatabaseDescription:
-    """Describe the database at `path`; raises what `open_database` raises."""
-    database = open_database(path)
-    sums = ", ".join(f"coalesce(sum({drops}), 0)" for drops in (*FLAGS.values(), *UNKNOWN_SQL.values()))
-    with database.connect() as connection:
-        posts, first_id, last_id, known, first_date, last_date, *counted = connection.execute(
-            f"SELECT count(*), min(id), max(id), coalesce(sum({READABLE_DATE_SQL}), 0), "
-            f"min(CASE WHEN {READABLE_DATE_SQL} THEN {DAY_SQL} END), "
-            f"max(CASE WHEN {READABLE_DATE_SQL} THEN {DAY_SQL} END), {sums} FROM post"
-        ).fetchone()
-        grouped = connection.execute(
-            f"SELECT {RATING_SQL} AS r, {EXTENSION_SQL} AS e, count(*) FROM post GROUP BY r, e"
-        ).fetchall()
-        kind = number_sql("type")
-        types = dict(connection.execute(f"SELECT {kind} AS k, count(*) FROM tag GROUP BY k").fetchall())
-        relations = None
-        if database.layout.has_relation:
-            relations = connection.execute("SELECT count(*) FROM posttagrelation").fetchone()[0]
-    ratings: dict[str, int] = dict.fromkeys((*RATINGS, "unknown"), 0)
-    extensions: dict[str, int] = {}
-    for rating, extension, count in grouped:
-        ratings[RATINGS[rating] if rating >= 0 else "unknown"] += count
-        extensions[extension or "none"] = extensions.get(extension or "none", 0) + count
-    tag_types = {name: types.pop(number, 0) for number, name in enumerate(TAG_TYPES)}
-    tag_types["unknown"] = sum(types.values())
+def describe_database(path: Path, mapping: SiteMapping = DANBOORU) -> DatabaseDescription:
+    """Describe the metadata set at `path`; raises what `open_metadata` raises."""
+    source = open_metadata(path, mapping)
+    scanned = _scan_posts(source)
+    tags = read_tags(source)
+    database = source if isinstance(source, Database) else None
+    relations = None
+    if source.edition.layout in ("v1", "v2", "v3"):
+        relations = int(source.value("SELECT count(*) FROM posttagrelation"))
+    others = () if database is None or source.edition.has_tag_strings else database.columns
+    types = np.bincount(tags.types + 1, minlength=len(TAG_TYPES) + 1).tolist()
+    counts = scanned.counts
     return DatabaseDescription(
         path=path,
-        layout=database.layout.value,
-        token_base=database.token_base or None,
-        size_bytes=database.path.stat().st_size,
-        posts=posts,
-        tags=sum(tag_types.values()),
+        edition=source.edition.name,
+        columns=source.edition.columns,
+        lacks=find_lacks(source.edition, counts["deleted"], counts["no_offset"]),
+        layout=source.edition.layout,
+        token_base=(database.token_base if database else 0) or None,
+        size_bytes=sum(file.stat().st_size for file in source.files),
+        posts=scanned.posts,
+        duplicate_ids=scanned.rows - scanned.posts,
+        tags=len(tags),
         relations=relations,
-        indexes=tuple(sorted(database.indexed)),
-        first_id=first_id,
-        last_id=last_id,
-        first_date=first_date,
-        last_date=last_date,
-        unknown_dates=posts - known,
-        would_drop=dict(zip(FLAGS, counted, strict=False)),
-        unknown=dict(zip(UNKNOWN_SQL, counted[len(FLAGS) :], strict=True)),
-        ratings=ratings,
-        extensions=dict(sorted(extensions.items(), key=lambda item: (-item[1], item[0]))),
-        tag_types=tag_types,
-        unknown_tables=tuple(
-            sorted(name for name in database.columns if name not in KNOWN_TABLES and not name.startswith("sqlite_"))
-        ),
+        indexes=tuple(sorted(database.indexed)) if database else (),
+        first_id=scanned.first_id,
+        last_id=scanned.last_id,
+        first_date=scanned.first_day,
+        last_date=scanned.last_day,
+        unknown_dates=counts["unknown_date"],
+        no_offset=counts["no_offset"],
+        would_drop={name: counts[name] for name in FLAGS},
+        unknown={column: counts[f"unknown {column}"] for column in UNKNOWN_COLUMNS},
+        ratings={name: counts[f"rating {name}"] for name in (*RATINGS, "unknown")},
+        extensions=dict(sorted(scanned.extensions.items(), key=lambda item: (-item[1], item[0]))),
+        tag_types=dict(zip((*TAG_TYPES, "unknown"), [*types[1:], types[0]], strict=True)),
+        unknown_tables=tuple(sorted(name for name in others if name not in KNOWN_TABLES and name[:7] != "sqlite_")),
     )
+
+
+CONDITIONS: Mapping[str, str] = {
+    **FLAGS,
+    "unknown_date": "day IS NULL",
+    "no_offset": NO_OFFSET,
+    **{f"unknown {column}": f"{column} IS NULL" for column in UNKNOWN_COLUMNS},
+    **{f"rating {name}": f"rating = {number}" for number, name in ((-1, "unknown"), *enumerate(RATINGS))},
+}
+"""What is counted, and the SQL that is true for it."""
+
+
+@dataclass
+class Scanned:
+    """What a scan of the posts counted."""
+
+    rows: int = 0
+    posts: int = 0
+    first_id: int | None = None
+    last_id: int | None = None
+    first_day: str | None = None
+    last_day: str | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    extensions: Counter[str] = field(default_factory=Counter)
+
+
+def _scan_posts(source: Source) -> Scanned:
+    """Count posts by CONDITIONS, each post once, in one pass."""
+    scanned = Scanned()
+    first_rows = FirstRows() if source.edition.has_tag_strings else None
+    days: set[str] = set()
+    ids_seen: list[int] = []
+    query = f"SELECT id, {bits_sql(tuple(CONDITIONS.values()))} AS bits, coalesce(day, '') AS day, file_ext"
+    for batch in source.scan(f"{query} FROM ({source.edition.posts}) AS post"):
+        scanned.rows += batch.num_rows
+        ids = post_ids(source, batch.column(0))
+        if first_rows and not (kept := first_rows.keep(ids)).all():
+            batch, ids = batch.filter(pa.array(kept)), ids[kept]
+        if not len(ids):
+            continue
+        scanned.posts += len(ids)
+        bits = batch.column(1).to_numpy()
+        for place, name in enumerate(CONDITIONS):
+            scanned.counts[name] += int((bits >> place & 1).sum())
+        ids_seen += [int(ids.min()), int(ids.max())]
+        days |= set(pc.min_max(batch.column(2).filter(pc.not_equal(batch.column(2), ""))).as_py().values())
+        for one in pc.value_counts(batch.column(3)).to_pylist():
+            scanned.extensions[one["values"] or "none"] += one["counts"]
+    known = sorted(day for day in days if day)
+    scanned.first_day, scanned.last_day = (known[0], known[-1]) if known else (None, None)
+    scanned.first_id, scanned.last_id = (min(ids_seen), max(ids_seen)) if ids_seen else (None, None)
+    return scanned

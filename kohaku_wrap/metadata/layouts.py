@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 import re
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from kohaku_wrap.errors import Problem
+from kohaku_wrap.errors import Problem, ProblemsFound
+from kohaku_wrap.metadata.columns import FoundColumns, SiteMapping, find_columns
+from kohaku_wrap.metadata.source import API_LAYOUT
 
 LAYOUT_NAMES = "v0 (tags in post.tag_list), v1, v2, v3 (tags in posttagrelation)"
 
@@ -58,10 +60,33 @@ class Layout(enum.Enum):
     V3 = "v3"
     """June 2024 on: as v2, with `post.updated_at`."""
 
+    API = API_LAYOUT
+    """Of another data set: one table of posts, with their tags in it."""
+
     @property
     def has_relation(self) -> bool:
         """Whether tags are read from `posttagrelation`."""
-        return self is not Layout.V0
+        return self not in (Layout.V0, Layout.API)
+
+
+def is_danbooru2023(columns: Mapping[str, frozenset[str]]) -> bool:
+    """Whether there are posts with a relation or with lists of tag ids."""
+    return "posttagrelation" in columns or "tag_list" in columns.get("post", ())
+
+
+def find_posts_table(
+    columns: Mapping[str, Collection[str]], mapping: SiteMapping, where: str
+) -> tuple[str, FoundColumns] | None:
+    """The table of posts with their tags, and which of its columns are read; None where there is none.
+
+    Raises ProblemsFound where there are several and none is called post or posts.
+    """
+    found = {table: some for table, names in columns.items() if (some := find_columns(names, mapping, where))}
+    named = [table for table in found if table in ("post", "posts")] or list(found)
+    if len(named) > 1:
+        several = [Problem(table, "has an id and tags") for table in named]
+        raise ProblemsFound(where, several, "kwrap reads one table: call it posts, or give a file of it alone.")
+    return (named[0], found[named[0]]) if named else None
 
 
 def recognise_layout(columns: Mapping[str, frozenset[str]]) -> Layout:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+import datetime
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kohaku_wrap.files import Progress
-from kohaku_wrap.metadata.database import Database, DatabaseDamaged
-from kohaku_wrap.metadata.filters import EXTENSION_SQL, RATING_SQL, Filter, number_sql, size_sql
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.filters import Filter
+from kohaku_wrap.metadata.source import DatabaseDamaged, Source
+from kohaku_wrap.metadata.strings import FirstRows, split_tags
+from kohaku_wrap.metadata.tags import TagTable
 
 Int64Array = npt.NDArray[np.int64]
+
+LOCAL = r"^[1-9]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[T ]([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?$"
+"""Dates that say no zone."""
 
 MOST_FILTERS = 62
 """Filters that fit the bits of one integer."""
@@ -23,21 +31,16 @@ UNKNOWN_NUMBER = -(1 << 31)
 """`score` and `fav_count` of a post where the database has no whole number."""
 
 
-def _int32(number: str, unknown: int) -> str:
-    """SQL for a whole number, the nearest one that 32 bits hold; `unknown` where it is NULL."""
-    return f"coalesce(max(min({number}, 2147483647), -2147483648), {unknown})"
-
-
 POST_COLUMNS: tuple[tuple[str, str, pa.DataType], ...] = (
-    ("id", "CAST(id AS INTEGER)", pa.int64()),
-    ("rating", RATING_SQL, pa.int8()),
-    ("fav_count", _int32(number_sql("fav_count"), UNKNOWN_NUMBER), pa.int32()),
-    ("score", _int32(number_sql("score"), UNKNOWN_NUMBER), pa.int32()),
-    ("created_at", "CAST(coalesce(created_at, '') AS TEXT)", pa.string()),
-    ("file_ext", f"CAST({EXTENSION_SQL} AS TEXT)", pa.string()),
-    ("image_width", _int32(size_sql("image_width"), 0), pa.int32()),
-    ("image_height", _int32(size_sql("image_height"), 0), pa.int32()),
-    ("md5", "CAST(coalesce(md5, '') AS TEXT)", pa.string()),
+    ("id", "CAST(id AS BIGINT)", pa.int64()),
+    ("rating", "rating", pa.int8()),
+    ("fav_count", f"coalesce(fav_count, {UNKNOWN_NUMBER})", pa.int32()),
+    ("score", f"coalesce(score, {UNKNOWN_NUMBER})", pa.int32()),
+    ("created_at", "created_at", pa.string()),
+    ("file_ext", "file_ext", pa.string()),
+    ("image_width", "coalesce(image_width, 0)", pa.int32()),
+    ("image_height", "coalesce(image_height, 0)", pa.int32()),
+    ("md5", "coalesce(md5, '')", pa.string()),
 )
 """Name, SQL and type of what later steps need of a post."""
 
@@ -46,55 +49,144 @@ UNKNOWN_FAVOURITES = UNKNOWN_NUMBER
 POST_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, _, kind in POST_COLUMNS])
 
 
-def read_drops(
-    database: Database, filters: Sequence[Filter], on_posts: Progress | None = None
-) -> tuple[Int64Array, Int64Array]:
-    """All post ids, ascending, and for each the filters that drop it: bit k for `filters[k]`."""
-    if len(filters) > MOST_FILTERS:
-        raise ValueError(f"{len(filters)} filters are more than {MOST_FILTERS}")
-    bits = " + ".join(f"({one.drops}) * {1 << bit}" for bit, one in enumerate(filters)) or "0"
+class PostDrops(NamedTuple):
+    """Which filter drops which post."""
+
+    ids: Int64Array
+    """(posts,) ascending."""
+
+    drops: Int64Array
+    """(posts,) bit k for filter k."""
+
+    duplicates: int
+    """Rows beyond the first of their id, which do not count."""
+
+    in_order: bool
+    """Whether the table's rows ascend by id."""
+
+
+def post_ids(source: Source, column: pa.Array) -> Int64Array:
+    """The ids of a batch. Raises DatabaseDamaged for a post whose id is no whole number."""
+    if column.null_count or not pa.types.is_integer(column.type):
+        raise DatabaseDamaged(
+            f"{source.path}: {column.null_count or len(column):,} posts have an id that is no whole number",
+            "kwrap needs the numbers of the site. Name their column in [metadata.columns] of a dataset file.",
+        )
+    ids: Int64Array = column.to_numpy().astype(np.int64, copy=False)
+    return ids
+
+
+def bits_sql(conditions: Sequence[str]) -> str:
+    """SQL for a whole number whose bit k says whether `conditions[k]` is true; none of them may be NULL."""
+    if len(conditions) > MOST_FILTERS:
+        raise ValueError(f"{len(conditions)} conditions are more than {MOST_FILTERS}")
+    bits = " + ".join(f"CAST(({one}) AS BIGINT) * {1 << bit}" for bit, one in enumerate(conditions)) or "0"
+    return f"CAST({bits} AS BIGINT)"
+
+
+def read_drops(source: Source, filters: Sequence[Filter], on_posts: Progress | None = None) -> PostDrops:
+    """All posts and what drops them. Of several rows of one post the first counts, where an edition has such rows."""
+    bits = bits_sql([one.drops for one in filters])
     scanned = [(np.empty(0, dtype=np.int64),) * 2]
     done = 0
-    total = int(database.value("SELECT max(rowid) FROM post") or 0) if on_posts else 0
-    for ids, drops in database.scan_numbers(f"SELECT id, CAST({bits} AS INTEGER) FROM post ORDER BY id"):
-        scanned.append((ids, drops))
-        done += len(ids)
+    total = source.count_posts() if on_posts else 0
+    order = "" if source.edition.has_tag_strings else " ORDER BY id"
+    query = f"SELECT id, {bits} AS drops FROM ({source.edition.posts}) AS post{order}"
+    for batch in source.scan(query):
+        scanned.append((post_ids(source, batch.column(0)), batch.column(1).to_numpy()))
+        done += batch.num_rows
         if on_posts:
             on_posts(min(done, total), total)
-    all_ids, all_drops = map(np.concatenate, zip(*scanned, strict=True))
-    if (all_ids[1:] <= all_ids[:-1]).any():
-        raise DatabaseDamaged(f"{database.path}: a post id occurs twice", "Download or copy it again.")
-    return all_ids, all_drops
+    ids, drops = map(np.concatenate, zip(*scanned, strict=True))
+    rows = len(ids)
+    in_order = bool((ids[1:] > ids[:-1]).all())
+    if not in_order:
+        if not source.edition.has_tag_strings:
+            raise DatabaseDamaged(f"{source.path}: a post id occurs twice", "Download or copy it again.")
+        ids, first = np.unique(ids, return_index=True)
+        drops = drops[first]
+    return PostDrops(ids, drops, rows - len(ids), in_order)
 
 
-def read_posts(database: Database, wanted: Int64Array, on_posts: Progress | None = None) -> Iterator[pa.RecordBatch]:
-    """The posts with the ids `wanted` (ascending) as batches of POST_SCHEMA, ascending."""
+def read_posts(
+    source: Source, wanted: Int64Array, on_posts: Progress | None = None, in_order: bool = False
+) -> Iterator[pa.RecordBatch]:
+    """The posts with the ids `wanted` (ascending) as batches of POST_SCHEMA, ascending.
+
+    `in_order`: the table's rows are known to ascend, so that they need not be sorted.
+    """
     if not len(wanted):
         return
-    columns = ", ".join(sql for _, sql, _ in POST_COLUMNS)
-    query = f"SELECT {columns} FROM post WHERE id BETWEEN {wanted[0]} AND {wanted[-1]} ORDER BY id"
-    done = 0
-    for batch in database.scan(query):
+    columns = ", ".join(f"{sql} AS {name}" for name, sql, _ in POST_COLUMNS)
+    posts = f"({source.edition.posts}) AS post WHERE id BETWEEN {wanted[0]} AND {wanted[-1]}"
+    if not source.edition.has_tag_strings:
+        posts += " ORDER BY id"
+    elif not in_order:
+        posts += " ORDER BY id, place"
+    done, last = 0, wanted[0] - 1
+    for batch in source.scan(f"SELECT {columns} FROM {posts}"):
         ids = batch.column(0).to_numpy()
         places = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
-        kept = batch.filter(pa.array(wanted[places] == ids))
+        is_first = np.diff(ids, prepend=last) != 0
+        kept = batch.filter(pa.array((wanted[places] == ids) & is_first))
+        last = ids[-1] if len(ids) else last
         if kept.num_rows:
-            arrays = [kept.column(number).cast(kind, safe=False) for number, (_, _, kind) in enumerate(POST_COLUMNS)]
+            arrays = [_as_type(kept.column(number), kind) for number, (_, _, kind) in enumerate(POST_COLUMNS)]
+            arrays[4] = with_offsets(arrays[4], source.edition.zone)
             yield pa.RecordBatch.from_arrays(arrays, schema=POST_SCHEMA)
         done += kept.num_rows
         if on_posts:
             on_posts(done, len(wanted))
 
 
-def count_favourites(database: Database) -> dict[int, tuple[Int64Array, Int64Array]]:
+def _as_type(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The column in the type of POST_SCHEMA; numbers beyond 32 bits become the nearest that they hold."""
+    if kind == pa.int32():
+        column = pa.array(np.clip(column.to_numpy(), UNKNOWN_NUMBER, -UNKNOWN_NUMBER - 1))
+    return column.cast(kind, safe=False)
+
+
+def with_offsets(dates: pa.Array, zone: str) -> pa.Array:
+    """The dates, with the zone's offset at that time where they say none; texts that are no dates stay."""
+    plain = np.flatnonzero(pc.match_substring_regex(dates, LOCAL).to_numpy(zero_copy_only=False))
+    if not len(plain):
+        return dates
+    day = pc.utf8_slice_codeunits(dates.take(plain), 0, 10)
+    real = {one: _is_day(one) for one in pc.unique(day).to_pylist()}
+    plain = plain[np.array([real[one] for one in day.to_pylist()])]
+    if not len(plain):
+        return dates
+    local = pc.replace_substring(dates.take(plain), " ", "T").cast(pa.timestamp("us")).cast(pa.timestamp("ms"), False)
+    moments = pc.assume_timezone(local, zone, ambiguous="earliest", nonexistent="earliest")
+    written = pc.strftime(moments, format="%Y-%m-%dT%H:%M:%S%z")
+    parts = pc.utf8_slice_codeunits(written, 0, 26), pc.utf8_slice_codeunits(written, 26)
+    mask = np.zeros(len(dates), dtype=bool)
+    mask[plain] = True
+    return pc.replace_with_mask(dates, pa.array(mask), pc.binary_join_element_wise(*parts, ":"))
+
+
+def _is_day(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def count_favourites(source: Source) -> dict[int, tuple[Int64Array, Int64Array]]:
     """For each known rating, the values of `fav_count` over all posts, ascending, and how many posts have each."""
     parts: dict[int, list[tuple[Int64Array, Int64Array]]] = {}
-    favourites_sql = number_sql("fav_count")
-    graded = f"({favourites_sql}) IS NOT NULL AND {RATING_SQL} >= 0"
-    query = f"SELECT {RATING_SQL}, {favourites_sql} FROM post WHERE {graded}"
-    for ratings, favourites in database.scan_numbers(query):
-        for rating in np.unique(ratings).tolist():
-            parts.setdefault(rating, []).append(np.unique(favourites[ratings == rating], return_counts=True))
+    first_rows = FirstRows() if source.edition.has_tag_strings else None
+    columns = "id, rating, coalesce(fav_count, 0) AS fav_count, CAST(fav_count IS NOT NULL AS BIGINT) AS known"
+    for ids, ratings, favourites, known in source.scan_numbers(
+        f"SELECT {columns} FROM ({source.edition.posts}) AS post"
+    ):
+        counted = (ratings >= 0) & (known == 1)
+        if first_rows:
+            counted &= first_rows.keep(ids)
+        for rating in np.unique(ratings[counted]).tolist():
+            some = favourites[counted & (ratings == rating)]
+            parts.setdefault(rating, []).append(np.unique(some, return_counts=True))
     return {rating: merge_counts(some) for rating, some in sorted(parts.items())}
 
 
@@ -106,35 +198,32 @@ def merge_counts(parts: Sequence[tuple[Int64Array, Int64Array]]) -> tuple[Int64A
     return values, counts
 
 
-def posts_with_tags(database: Database, tag_ids: Sequence[int]) -> dict[int, Int64Array]:
+def posts_with_tags(source: Source, tags: TagTable, tag_ids: Sequence[int]) -> dict[int, Int64Array]:
     """For each tag id, the ids of the posts that have it, ascending."""
     found: dict[int, list[Int64Array]] = {tag_id: [] for tag_id in tag_ids}
-    if not database.layout.has_relation:
+    empty = np.empty(0, dtype=np.int64)
+    if not tag_ids:
+        return {}
+    if source.edition.has_tag_strings:
+        names = pa.array([tags.names[int(row)] for row in tags.rows_of(np.array(tag_ids))])
+        first_rows = FirstRows()
+        for batch in source.scan(f"SELECT id, tags FROM ({source.edition.posts}) AS post"):
+            ids = batch.column(0).to_numpy()
+            owners, tokens = split_tags(batch.column(1))
+            places = pc.fill_null(pc.index_in(tokens, value_set=names), -1).to_numpy()
+            places = np.where(first_rows.keep(ids)[owners], places, -1)
+            posts = ids[owners]
+            for number, tag_id in enumerate(tag_ids):
+                found[tag_id].append(posts[places == number])
+    elif isinstance(source, Database) and not source.layout.has_relation:
         for tag_id in tag_ids:
-            token = f"${np.base_repr(tag_id, database.token_base)}#"
+            token = f"${np.base_repr(tag_id, source.token_base)}#"
             query = f"SELECT id FROM post WHERE instr(upper(tag_list), '{token}') > 0 ORDER BY id"
-            found[tag_id] = [posts for (posts,) in database.scan_numbers(query)]
-    elif tag_ids:
+            found[tag_id] = [posts for (posts,) in source.scan_numbers(query)]
+    else:
         listed = ", ".join(map(str, tag_ids))
         query = f"SELECT post_id, tag_id FROM posttagrelation WHERE tag_id IN ({listed}) AND post_id IS NOT NULL"
-        for posts, tags in database.scan_numbers(query):
+        for posts, some in source.scan_numbers(query):
             for tag_id in tag_ids:
-                found[tag_id].append(posts[tags == tag_id])
-    empty = np.empty(0, dtype=np.int64)
+                found[tag_id].append(posts[some == tag_id])
     return {tag_id: np.unique(np.concatenate([empty, *parts])) for tag_id, parts in found.items()}
-
-
-def database_digest(database: Database) -> str:
-    """A cheap fingerprint of the database's content: its layout and the ends and sizes of its tables.
-
-    Copies have the same one, with or without indexes; reading it takes no scan.
-    """
-    questions = ["SELECT max(id) FROM post", "SELECT min(id) FROM post", "SELECT max(id) FROM tag"]
-    if database.layout.has_relation:
-        if database.has_row_ids:
-            questions.append("SELECT max(rowid) FROM posttagrelation")
-    else:
-        questions.append("SELECT tag_list FROM post ORDER BY id DESC LIMIT 1")
-    questions.append("SELECT created_at || ' ' || fav_count || ' ' || score FROM post ORDER BY id DESC LIMIT 1")
-    answers = [database.layout.value, *(str(database.value(question)) for question in questions)]
-    return hashlib.sha256("\n".join(answers).encode()).hexdigest()

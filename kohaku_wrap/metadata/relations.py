@@ -12,10 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kohaku_wrap.metadata.chunks import TagChunk, relation_rows
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, relation_rows
 from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.layouts import Layout
 from kohaku_wrap.metadata.parallel import map_in_order
+from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.spill import sorted_pieces
+from kohaku_wrap.metadata.streamed import streamed_pieces, unordered_rows
 from kohaku_wrap.metadata.tags import TagTable
 from kohaku_wrap.metadata.tokens import parse_tag_lists
 
@@ -38,15 +41,11 @@ NO_ROWS: tuple[Int64Array, ...] = (np.empty(0, dtype=np.int64), np.empty(0, dtyp
 """Post and tag ids of no rows."""
 
 
-class RowsOutOfOrder(Exception):
-    """The relation's rows turned out not to be in the order of their posts; read them again, sorted."""
-
-
 SMALLEST, LARGEST = -(1 << 62), 1 << 62
 
 
 def map_tag_chunks(
-    database: Database,
+    source: Source,
     tags: TagTable,
     post_ids: Int64Array,
     work: Callable[[TagChunk], Result],
@@ -61,15 +60,18 @@ def map_tag_chunks(
     """
     if not len(post_ids):
         return
-    if not database.layout.has_relation:
-        pieces: Iterable[Callable[[], TagChunk]] = _token_pieces(database, tags, post_ids)
-    elif _lookup_is_cheaper(database, len(post_ids)):
-        pieces = _lookup_pieces(database, tags, post_ids)
-    elif spill_folder is None:
-        pieces = _ordered_pieces(database, tags, post_ids)
-    else:
+    if isinstance(source, Database) and source.layout is Layout.V0:
+        pieces: Iterable[Callable[[], TagChunk]] = _token_pieces(source, tags, post_ids)
+    elif isinstance(source, Database) and source.layout.has_relation and _lookup_is_cheaper(source, len(post_ids)):
+        pieces = _lookup_pieces(source, tags, post_ids)
+    elif spill_folder is not None:
         spill_folder.mkdir(parents=True, exist_ok=True)
-        pieces = sorted_pieces(database, tags, post_ids, spill_folder, threads)
+        rows, batches = unordered_rows(source, tags, post_ids)
+        pieces = sorted_pieces(rows, batches, len(post_ids), spill_folder, threads)
+    elif isinstance(source, Database) and source.layout.has_relation:
+        pieces = _ordered_pieces(source, tags, post_ids)
+    else:
+        pieces = streamed_pieces(source, tags, post_ids)
 
     def read_and_work(piece: Callable[[], TagChunk]) -> Result | None:
         chunk = piece()

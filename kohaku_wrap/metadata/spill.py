@@ -1,10 +1,10 @@
-"""A relation whose rows are in no order, sorted by post through temporary files with bounded memory."""
+"""Tags whose rows are in no order, sorted by post through temporary files with bounded memory."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -12,60 +12,46 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.metadata.chunks import TagChunk, relation_rows
-from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.parallel import map_in_order
-from kohaku_wrap.metadata.places import place_finder
-from kohaku_wrap.metadata.tags import TagTable
-
-Int64Array = npt.NDArray[np.int64]
 
 ROWS_A_PARTITION = 1 << 21
 MOST_PARTITIONS = 256
 
-Rows = tuple[Int64Array, ...]
+Rows = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+"""The place of each row's post among the wanted ones, and the row of its tag."""
 
 
 def sorted_pieces(
-    database: Database, tags: TagTable, post_ids: Int64Array, folder: Path, threads: int
+    rows: int, batches: Iterable[Callable[[], Rows]], posts: int, folder: Path, threads: int
 ) -> Iterator[Callable[[], TagChunk]]:
-    """Chunks of the relation's wanted rows by post; rows of one post keep the order of the table.
+    """Chunks of tags by post out of `batches` of them, which keep their order within a post.
 
-    The rows go to files without a name in `folder` by stretches of posts, 8 bytes each, that are sorted in memory.
+    `rows`: about how many there are in all; `posts`: how many posts are wanted. The rows go to files without a name in
+    `folder` by stretches of posts, 8 bytes each, that are sorted in memory.
     """
-    first_row, last_row = relation_rows(database) if database.has_row_ids else (0, -1)
-    rows = last_row - first_row + 1
-    partitions = min(max(1, -(-rows // ROWS_A_PARTITION)), MOST_PARTITIONS, len(post_ids))
-    posts_a_partition = -(-len(post_ids) // partitions)
-    place_of = place_finder(post_ids)
+    partitions = min(max(1, -(-rows // ROWS_A_PARTITION)), MOST_PARTITIONS, posts)
+    posts_a_partition = -(-posts // partitions)
 
-    def find(read: Rows) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Rows of wanted posts by partition: (rows, 2) of place and tag row, and the partition of each."""
-        places = place_of(read[0])
-        wanted = np.flatnonzero(places >= 0)
-        pairs = np.stack([places[wanted], tags.rows_of(read[1][wanted])], axis=1).astype(np.int32)
+    def find(batch: Callable[[], Rows]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Rows by partition: (rows, 2) of place and tag row, and the partition of each."""
+        pairs = np.stack(batch(), axis=1).astype(np.int32, copy=False)
         partition = pairs[:, 0] // posts_a_partition
         order = np.argsort(partition.astype(np.uint16), kind="stable")
         return pairs[order], np.searchsorted(partition[order], np.arange(partitions + 1))
 
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(partitions)]
-        for pairs, bounds in map_in_order(find, _all_rows(database), threads):
+        for pairs, bounds in map_in_order(find, batches, threads):
             for number in np.flatnonzero(np.diff(bounds)).tolist():
                 streams[number].write(pairs[bounds[number] : bounds[number + 1]].tobytes())
         # From here on each file is closed, and with it gone, by the piece that sorts it.
         stack.pop_all()
     for number, stream in enumerate(streams):
         first = number * posts_a_partition
-        stop = min(first + posts_a_partition, len(post_ids))
+        stop = min(first + posts_a_partition, posts)
         if stop > first:
             yield partial(_sort_partition, stream, first, stop)
-
-
-def _all_rows(database: Database) -> Iterator[Rows]:
-    """Every row of the relation in the order of the table."""
-    query = "SELECT post_id, tag_id FROM posttagrelation WHERE post_id IS NOT NULL AND tag_id IS NOT NULL"
-    return database.scan_numbers(query + " ORDER BY rowid" * database.has_row_ids)
 
 
 def _sort_partition(stream: IO[bytes], first: int, stop: int) -> TagChunk:

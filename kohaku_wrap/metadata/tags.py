@@ -12,12 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.metadata.database import Database
-from kohaku_wrap.metadata.filters import number_sql
+from kohaku_wrap.metadata.columns import TAG_TYPES
 from kohaku_wrap.metadata.places import NOWHERE, place_finder
-
-TAG_TYPES = ("general", "artist", "character", "copyright", "meta")
-"""Names of `tag.type` 0 … 4."""
+from kohaku_wrap.metadata.source import Source
+from kohaku_wrap.metadata.strings import count_tags
+from kohaku_wrap.metadata.tag_table import read_tag_types
 
 NO_TAG = NOWHERE
 """What `TagTable.rows_of` answers for an id that no tag has."""
@@ -80,14 +79,46 @@ class TagTable:
         return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def read_tags(database: Database) -> TagTable:
-    """Every tag of the database."""
-    tag_id, kind = number_sql("id"), number_sql("type")
+def read_tags(source: Source) -> TagTable:
+    """Every tag: of the tag table, or where there is none of the posts' own columns, with its number of posts."""
+    return _count_all(source) if source.edition.has_tag_strings else _read_table(source)
+
+
+def _count_all(source: Source) -> TagTable:
+    """The tags of all posts; a tag's type is that of the columns in which it stands most often."""
+    edition = source.edition
+    kinds = list(edition.typed)
+    columns = [f"tags_{kind}" for kind in kinds]
+    if len(kinds) < len(TAG_TYPES):
+        columns.append("tags")
+        kinds.append(-1)
+    uses: dict[str, dict[int, int]] = {}
+    for batch in source.scan(f"SELECT {', '.join(columns)} FROM ({edition.posts}) AS post"):
+        for kind, column in zip(kinds, batch.columns, strict=True):
+            for name, count in zip(*count_tags(column), strict=True):
+                some = uses.setdefault(name, {})
+                some[kind] = some.get(kind, 0) + count
+    names = tuple(sorted(uses))
+    known = read_tag_types(edition.tag_table, edition.categories) if edition.tag_table else {}
+    types, popularity = [], []
+    for name in names:
+        some = uses[name]
+        typed = [(-count, kind) for kind, count in some.items() if kind >= 0]
+        types.append(min(typed)[1] if typed else known.get(name, -1))
+        popularity.append(some.get(-1) or sum(some.values()))
+    return TagTable(
+        np.arange(len(names), dtype=np.int64), names, np.array(types, np.int8), np.array(popularity, np.int64)
+    )
+
+
+def _read_table(source: Source) -> TagTable:
+    dialect = source.dialect("tag")
+    tag_id, kind, popularity = (dialect.number(column) for column in ("id", "type", "popularity"))
     batches = list(
-        database.scan(
-            f"SELECT {tag_id}, CAST(coalesce(name, '') AS TEXT), "
-            f"CASE WHEN ({kind}) IN (0, 1, 2, 3, 4) THEN ({kind}) ELSE -1 END, "
-            f"coalesce({number_sql('popularity')}, 0) FROM tag WHERE ({tag_id}) IS NOT NULL ORDER BY id"
+        source.scan(
+            f"SELECT {tag_id} AS id, {dialect.text('name')} AS name, "
+            f"CASE WHEN ({kind}) IN (0, 1, 2, 3, 4) THEN ({kind}) ELSE -1 END AS type, "
+            f"coalesce({popularity}, 0) AS popularity FROM tag WHERE ({tag_id}) IS NOT NULL ORDER BY tag.id"
         )
     )
     if not batches or not sum(batch.num_rows for batch in batches):

@@ -21,7 +21,6 @@ from kohaku_wrap.metadata.description import describe_database
 from kohaku_wrap.metadata.posts import (
     UNKNOWN_NUMBER,
     count_favourites,
-    database_digest,
     posts_with_tags,
     read_drops,
     read_posts,
@@ -40,7 +39,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, writer: ModuleType,
 
 
 def dropped_by(database: Database, one: filters.Filter) -> set[int]:
-    ids, drops = read_drops(database, [one])
+    ids, drops, *_ = read_drops(database, [one])
     return set(ids[drops == 1].tolist())
 
 
@@ -97,7 +96,7 @@ def test_favourites_by_rating(database: Database, world: Any) -> None:
 
 def test_posts_by_tag(database: Database, world: Any) -> None:
     tags = [tag[0] for tag in world.tags[:9]]
-    found = posts_with_tags(database, tags)
+    found = posts_with_tags(database, read_tags(database), tags)
     for tag in tags:
         assert found[tag].tolist() == sorted({post for post, one in world.relations if one == tag})
 
@@ -124,10 +123,10 @@ def test_unknown_tags_are_named_with_the_nearest(database: Database) -> None:
 def test_digest_follows_the_content_not_the_copy(tmp_path: Path, writer: ModuleType, world: Any) -> None:
     plain = open_database(writer.write_layout(tmp_path / "a.db", world, "v2", indexed=False))
     indexed = open_database(writer.write_layout(tmp_path / "b.db", world, "v2"))
-    assert database_digest(plain) == database_digest(indexed)
+    assert plain.digest() == indexed.digest()
     world.relations.append((600, world.tags[0][0]))
     other = open_database(writer.write_layout(tmp_path / "c.db", world, "v2"))
-    assert database_digest(other) != database_digest(plain)
+    assert other.digest() != plain.digest()
 
 
 def test_description_counts(tmp_path: Path, writer: ModuleType, world: Any) -> None:
@@ -222,7 +221,7 @@ def test_flags_are_read_as_dumps_write_them(
     values = (*YES, *NO, *UNKNOWN_FLAGS)
     ids = set_values(path, column, values, text_columns)
     made = filters.flag_filter(column.removeprefix("is_"))
-    read, bits = read_drops(open_database(path), [made, filters.Filter("unknown", made.unknown)])
+    read, bits, *_ = read_drops(open_database(path), [made, filters.Filter("unknown", made.unknown)])
     found = dict(zip(read.tolist(), bits.tolist(), strict=True))
     expected = [1] * len(YES) + [0] * len(NO) + [2] * len(UNKNOWN_FLAGS)
     assert [(value, found[post]) for value, post in zip(values, ids, strict=True)] == list(

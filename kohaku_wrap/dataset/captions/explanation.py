@@ -16,11 +16,12 @@ from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_post
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.chunks import TagChunk
-from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.columns import TAG_TYPES
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, read_posts
 from kohaku_wrap.metadata.relations import map_tag_chunks
-from kohaku_wrap.metadata.tags import NO_TAG, TAG_TYPES, read_tags
+from kohaku_wrap.metadata.source import Source
+from kohaku_wrap.metadata.tags import NO_TAG, read_tags
 
 
 class NoSuchPost(KwrapError):
@@ -77,7 +78,7 @@ class PostExplanation:
 
 
 def explain_post(
-    database: Database, recipe: CaptionRecipe, post_id: int, selection: Path | None = None
+    database: Source, recipe: CaptionRecipe, post_id: int, selection: Path | None = None
 ) -> PostExplanation:
     """Make and explain the caption of one post, as it is in the captions of `selection`. Raises NoSuchPost."""
     fits = -(1 << 63) <= post_id < 1 << 63

@@ -11,9 +11,9 @@ from kohaku_wrap.dataset.captions.recipe import QualityRecipe
 from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERCENTILES
 from kohaku_wrap.dataset.selection_file import SelectedPosts
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, count_favourites
+from kohaku_wrap.metadata.source import Source
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -28,7 +28,7 @@ class SelectionNeeded(UsageError):
     """Cut-offs of the selection were asked for, and none was given."""
 
 
-def find_cutoffs(recipe: QualityRecipe, database: Database, selection: SelectedPosts | None) -> npt.NDArray[np.int64]:
+def find_cutoffs(recipe: QualityRecipe, database: Source, selection: SelectedPosts | None) -> npt.NDArray[np.int64]:
     """(4, percentiles) the `fav_count` that a post of each rating must exceed for each percentile, descending.
 
     The cut-off of percentile P is the smallest value that at least P % of the rating's posts do not exceed (nearest

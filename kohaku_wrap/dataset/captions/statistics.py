@@ -17,9 +17,9 @@ from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.tokens import CountTokens, estimate_tokens, find_tokenizer, load_counter
 from kohaku_wrap.dataset.selection_file import read_selected_posts
 from kohaku_wrap.files import Progress
-from kohaku_wrap.metadata.chunks import TagChunk
-from kohaku_wrap.metadata.database import Database
-from kohaku_wrap.metadata.relations import RowsOutOfOrder, map_tag_chunks
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
+from kohaku_wrap.metadata.relations import map_tag_chunks
+from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import read_tags
 
 TOKEN_LIMITS = (75, 150, 225)
@@ -107,7 +107,7 @@ class Tally:
 
 
 def measure_captions(
-    database: Database,
+    database: Source,
     selection: Path,
     recipe: CaptionRecipe,
     tokenizer: Path | None,

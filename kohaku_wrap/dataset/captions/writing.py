@@ -27,12 +27,11 @@ from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_post
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoImages, read_batches
-from kohaku_wrap.metadata.chunks import TagChunk
-from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.parallel import map_in_order
-from kohaku_wrap.metadata.posts import database_digest
-from kohaku_wrap.metadata.relations import RowsOutOfOrder, map_tag_chunks
+from kohaku_wrap.metadata.relations import map_tag_chunks
+from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import read_tags
 
 FORMATS = ("txt", "cache", "jsonl")
@@ -55,7 +54,7 @@ class Piece:
 class Work:
     """All that making and writing captions needs, read once."""
 
-    database: Database
+    database: Source
     plan: CaptionPlan
     posts: SelectedPosts
     cutoffs: npt.NDArray[np.int64]
@@ -98,7 +97,7 @@ class Work:
 
 
 def write_captions(
-    database: Database,
+    database: Source,
     selection: Path,
     folder: Path,
     recipe: CaptionRecipe,
@@ -127,7 +126,7 @@ def write_captions(
         notes.append(f"{without} {folder}: only captions.jsonl was written; run `kwrap extract`, then this again")
         formats = [name for name in formats if name not in NEED_IMAGES]
         images = None
-    if posts.about.get("db_digest") not in (None, database_digest(database)):
+    if posts.about.get("db_digest") not in (None, database.digest()):
         notes.append("the database is not the one that the selection was made from")
     tags = read_tags(database)
     plan = plan_captions(recipe, tags)

@@ -1,0 +1,121 @@
+"""The tags of posts out of tables that are read once from their beginning to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, relation_rows
+from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.places import place_finder
+from kohaku_wrap.metadata.source import Source
+from kohaku_wrap.metadata.spill import Rows
+from kohaku_wrap.metadata.strings import find_rows, wanted_texts
+from kohaku_wrap.metadata.tags import NO_TAG, TagTable
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+ROWS_A_BATCH = 1 << 18
+"""Rows of a relation read at once."""
+
+POSTS_A_PIECE = 1 << 14
+"""Posts whose words are split at once."""
+
+TAGS_A_POST = 40
+"""About, where nothing counts them."""
+
+
+def streamed_pieces(source: Source, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
+    """Chunks in the order of a table whose rows ascend by post. Raises RowsOutOfOrder where they do not."""
+    first = 0
+    pieces = _string_rows if source.edition.has_tag_strings else _relation_rows
+    for places, find in pieces(source, tags, post_ids):
+        if not len(places):
+            continue
+        if (places[1:] < places[:-1]).any() or places[0] < first:
+            raise RowsOutOfOrder
+        stop = int(places[-1]) + 1
+        yield partial(_chunk, find, first, stop)
+        first = stop
+    if first < len(post_ids):
+        nothing = np.empty(0, dtype=np.int32)
+        yield partial(TagChunk, first, len(post_ids), nothing, nothing)
+
+
+def unordered_rows(source: Source, tags: TagTable, post_ids: Int64Array) -> tuple[int, Iterator[Callable[[], Rows]]]:
+    """About how many rows there are, and all of them in the order of the table."""
+    if source.edition.has_tag_strings:
+        pieces = _string_rows(source, tags, post_ids)
+        return TAGS_A_POST * len(post_ids), (find for _, find in pieces)
+    if isinstance(source, Database):
+        first, last = relation_rows(source) if source.has_row_ids else (0, -1)
+        rows = last - first + 1
+    else:
+        rows = int(source.value("SELECT count(*) FROM posttagrelation"))
+    place_of = place_finder(post_ids)
+    return rows, (partial(_find_wanted, place_of, tags, *some) for some in _scan_relation(source))
+
+
+def _chunk(find: Callable[[], Rows], first: int, stop: int) -> TagChunk:
+    places, tag_rows = find()
+    return TagChunk(first, stop, places - np.int32(first), tag_rows)
+
+
+def _string_rows(
+    source: Source, tags: TagTable, post_ids: Int64Array
+) -> Iterator[tuple[Int32Array, Callable[[], Rows]]]:
+    for places, texts in wanted_texts(source, post_ids, POSTS_A_PIECE):
+        yield places, partial(_find_texts, tags, places, texts)
+
+
+def _find_texts(tags: TagTable, places: Int32Array, texts: pa.Array) -> Rows:
+    owners, rows = find_rows(texts, tags.row_of_name, NO_TAG)
+    return places[owners], rows
+
+
+def _relation_rows(
+    source: Source, tags: TagTable, post_ids: Int64Array
+) -> Iterator[tuple[Int32Array, Callable[[], Rows]]]:
+    """The rows of whole posts: those of a batch's last post are kept for the next one."""
+    place_of = place_finder(post_ids)
+    kept: tuple[Int64Array, ...] = (np.empty(0, np.int64),) * 2
+    for some in _scan_relation(source):
+        posts, tag_ids = (np.concatenate(pair) for pair in zip(kept, some, strict=True))
+        if (posts[1:] < posts[:-1]).any():
+            raise RowsOutOfOrder
+        cut = int(np.searchsorted(posts, posts[-1])) if len(posts) else 0
+        kept = posts[cut:], tag_ids[cut:]
+        rows = _find_wanted(place_of, tags, posts[:cut], tag_ids[:cut])
+        yield rows[0], partial(_same, rows)
+    rows = _find_wanted(place_of, tags, *kept)
+    yield rows[0], partial(_same, rows)
+
+
+def _same(rows: Rows) -> Rows:
+    return rows
+
+
+def _find_wanted(
+    place_of: Callable[[Int64Array], Int32Array], tags: TagTable, posts: Int64Array, tag_ids: Int64Array
+) -> Rows:
+    """The rows of wanted posts."""
+    places = place_of(posts)
+    wanted = np.flatnonzero(places >= 0)
+    return places[wanted], tags.rows_of(tag_ids[wanted])
+
+
+def _scan_relation(source: Source) -> Iterator[tuple[Int64Array, ...]]:
+    """Post and tag ids of every row of the relation in the order of the table."""
+    dialect = source.dialect("posttagrelation")
+    post, tag = ("post_id", "tag_id") if isinstance(source, Database) else map(dialect.number, ("post_id", "tag_id"))
+    order = " ORDER BY rowid" if isinstance(source, Database) and source.has_row_ids else ""
+    return source.scan_numbers(
+        f"SELECT {post} AS post_id, {tag} AS tag_id FROM posttagrelation "
+        f"WHERE post_id IS NOT NULL AND tag_id IS NOT NULL{order}",
+        ROWS_A_BATCH,
+    )

@@ -1,0 +1,208 @@
+"""Tables of posts in Parquet, DuckDB, CSV or JSON files, read through DuckDB with bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.metadata.columns import FoundColumns, SiteMapping
+from kohaku_wrap.metadata.database import DatabaseLocked, DatabaseUnreadable
+from kohaku_wrap.metadata.dialects import Duck, is_leaf, name_sql
+from kohaku_wrap.metadata.editions import danbooru_posts_sql, make_edition
+from kohaku_wrap.metadata.filters import quote
+from kohaku_wrap.metadata.layouts import find_posts_table, is_danbooru2023, missing_parts, recognise_layout
+from kohaku_wrap.metadata.parallel import usable_threads
+from kohaku_wrap.metadata.source import ROWS_A_BATCH, DatabaseDamaged, Edition, Source, digest_of_files
+from kohaku_wrap.metadata.table_files import TableFiles
+
+MEMORY_LIMIT = "768MB"
+"""What DuckDB holds before it writes to temporary files."""
+
+_TEXT_TYPES = re.compile(r"\b(TIMESTAMP( WITH TIME ZONE|_[A-Z]+)?|DATE|TIME|UUID)\b(?!\")")
+
+Columns = Mapping[str, Mapping[str, pa.DataType]]
+"""By table, its columns of one value or a list of texts a row, and their types; `a.b` is b in the structure a."""
+
+
+@dataclass(frozen=True)
+class Tables(Source):
+    """Tables of posts that were recognised."""
+
+    connection: duckdb.DuckDBPyConnection
+    """In which every table has its name."""
+
+    columns: Columns
+    """What the tables hold."""
+
+    every: tuple[Path, ...]
+    """The files, in order."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, in order."""
+        return self.every
+
+    def dialect(self, table: str) -> Duck:
+        """How values of the table are asked for, by the types of its columns."""
+        return Duck(self.columns[table])
+
+    def scan(self, query: str, rows: int = ROWS_A_BATCH) -> Iterator[pa.RecordBatch]:
+        """The rows of a large query as Arrow batches of `rows`, in the order of the files."""
+        with explained(self.path):
+            yield from self.connection.cursor().sql(query).to_arrow_reader(rows)
+
+    def value(self, query: str) -> Any:
+        """The first column of the first row of a small query, None without a row."""
+        found = self.rows(query)
+        return found[0][0] if found else None
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """The rows of a query with a small result."""
+        with explained(self.path):
+            return self.connection.cursor().execute(query).fetchall()
+
+    def count_posts(self) -> int:
+        """How many rows of posts there are, by the files' own count where they have one."""
+        return int(self.value(f"SELECT count(*) FROM ({self.edition.posts}) AS post"))
+
+    def digest(self) -> str:
+        """A fingerprint of the files."""
+        return digest_of_files(self.files)
+
+
+def open_tables(files: TableFiles, mapping: SiteMapping) -> Tables:
+    """Recognise the tables of `files` and check that everything kwrap reads is there.
+
+    Raises DatabaseDamaged, DatabaseLocked or DatabaseUnreadable, and ProblemsFound for what is missing.
+    """
+    connection, columns = open_files(files, mapping.zone)
+    edition = _recognise(files, columns, mapping, lambda query: _first(connection, files.path, query))
+    return Tables(files.path, edition, connection, columns, files.every)
+
+
+def open_files(files: TableFiles, zone: str) -> tuple[duckdb.DuckDBPyConnection, Columns]:
+    """A connection in which every table of the files has its name, and their columns."""
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": MEMORY_LIMIT,
+        "threads": usable_threads(),
+        "temp_directory": tempfile.gettempdir(),
+        "autoinstall_known_extensions": False,
+    }
+    with explained(files.path):
+        is_database = files.kind == "duckdb"
+        connection = duckdb.connect(str(files.path) if is_database else ":memory:", is_database, config)
+        connection.execute(f"SET GLOBAL TimeZone = {quote(zone)}")
+        for name, paths in files.tables.items():
+            connection.execute(f"CREATE VIEW {name_sql(name)} AS SELECT {_reader(connection, files, paths)}")
+        names = list(files.tables) or [name for (name,) in connection.execute("SHOW TABLES").fetchall()]
+        return connection, {name.lower(): _columns_of(connection, name) for name in names}
+
+
+def _recognise(
+    files: TableFiles,
+    columns: Columns,
+    mapping: SiteMapping,
+    ask: Callable[[str], Any],
+) -> Edition:
+    where, kind = str(files.path), files.describe()
+    known = {table: frozenset(map(str.lower, some)) for table, some in columns.items()}
+    if is_danbooru2023(known):
+        layout = recognise_layout(known)
+        missing = missing_parts(layout, known)
+        if not layout.has_relation:
+            missing.append(Problem("posttagrelation", "no such table"))
+        if missing:
+            raise ProblemsFound(where, missing, "kwrap reads the tables post, tag and posttagrelation of danbooru2023.")
+        sql = danbooru_posts_sql(Duck(columns["post"]))
+        return Edition(f"danbooru2023 {layout.value}, {kind}", layout.value, sql)
+    found = find_posts_table({table: list(some) for table, some in columns.items()}, mapping, where)
+    if not found:
+        problems = [Problem(table, f"columns {', '.join(list(some)[:40])}") for table, some in columns.items()]
+        needed = "kwrap needs an id and tags (tag_string, tags, or a column for each category). Name them in [metadata]"
+        raise ProblemsFound(where, problems, f"{needed} of a dataset file: see datasets/gelbooru.toml.")
+    table, some = found
+    _refuse_mixed(files, table, some)
+    name = f"API columns, {kind}" if files.tables else f"API columns in the table {table}, {kind}"
+    place = "file_index * 1099511627776 + file_row_number" if files.kind == "parquet" else "row_number() OVER ()"
+    return make_edition(name, some, Duck(columns[table]), name_sql(table), place, ask, mapping)
+
+
+def _refuse_mixed(files: TableFiles, table: str, found: FoundColumns) -> None:
+    """Raise ProblemsFound for files of a table that lack the id or tags which the others have."""
+    needed = [found.posts["id"], *found.whole, *(name for names in found.typed.values() for name in names)]
+    problems = []
+    for path in files.tables.get(table, ()) if files.kind == "parquet" else ():
+        has = {name.lower() for name in _leaves(files.schema_of(path))}
+        missing = [name for name in needed if name.lower() not in has]
+        problems += [Problem(path.name, f"no column {', '.join(missing)}, which other files have")] if missing else []
+    if problems:
+        raise ProblemsFound(str(files.path), problems, "These are files of different sets: give one set alone.")
+
+
+def _reader(connection: duckdb.DuckDBPyConnection, files: TableFiles, paths: Sequence[Path]) -> str:
+    """What selects the rows of the files as one table."""
+    listed = "[" + ", ".join(quote(str(path)) for path in paths) + "]"
+    if files.kind == "parquet":
+        return f"*, file_index, file_row_number FROM read_parquet({listed}, union_by_name = true)"
+    if files.kind == "csv":
+        # As texts: what each is, a dialect says.
+        return f"* FROM read_csv({listed}, all_varchar = true, header = true, union_by_name = true)"
+    reader = f"read_json({listed}, union_by_name = true, sample_size = -1, maximum_object_size = {1 << 24}"
+    described = connection.execute(f"DESCRIBE SELECT * FROM {reader})").fetchall()
+    # Dates stay as they are written: DuckDB would take their offset away.
+    kinds = {name: _TEXT_TYPES.sub("VARCHAR", kind) for name, kind, *_ in described}
+    written = ", ".join(f"{quote(name)}: {quote(kind)}" for name, kind in kinds.items())
+    return f"* FROM {reader}, columns = {{{written}}})"
+
+
+def _columns_of(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str, pa.DataType]:
+    schema = connection.sql(f"SELECT * FROM {name_sql(table)} LIMIT 0").to_arrow_reader(1).schema
+    return _leaves(schema)
+
+
+def _leaves(fields: Any, prefix: str = "") -> dict[str, pa.DataType]:
+    """All columns with values, those within structures too."""
+    found: dict[str, pa.DataType] = {}
+    for one in fields:
+        if pa.types.is_struct(one.type):
+            found |= _leaves(one.type, f"{prefix}{one.name}.")
+        elif is_leaf(one.type):
+            found[prefix + one.name] = one.type
+    return found
+
+
+def _first(connection: duckdb.DuckDBPyConnection, path: Path, query: str) -> Any:
+    with explained(path):
+        row = connection.execute(query).fetchone()
+    return row[0] if row else None
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failure of DuckDB into the error that a person can act on."""
+    try:
+        yield
+    except (duckdb.Error, pa.ArrowException) as error:
+        raise explain_failure(path, str(error)) from error
+
+
+def explain_failure(path: Path, message: str) -> KwrapError:
+    """The error for what DuckDB said about the files at `path`."""
+    said, first = message.lower(), message.strip().splitlines()[0]
+    if "could not set lock" in said:
+        return DatabaseLocked(f"{path}: locked by another program that writes to it", "Wait until it is done.")
+    if "out of memory" in said or "no space left" in said or "temporary" in said:
+        temporary = tempfile.gettempdir()
+        return DatabaseUnreadable(f"{path}: {first}", f"kwrap sorts in {temporary}; set TMPDIR to a larger disk.")
+    if "version" in said and "storage" in said:
+        return DatabaseUnreadable(f"{path}: {first}", "Update duckdb: pip install -U duckdb.")
+    return DatabaseDamaged(f"{path}: cannot be read: {first}", "Download or copy it again.")
