@@ -25,24 +25,30 @@ def leave(_number: int, _frame: object) -> None:
         os._exit(130)
 
 
+def has_room() -> bool:
+    """Whether the limit of address space lets the large packages load."""
+    try:
+        mmap.mmap(-1, NEEDED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+    except OSError:
+        return False
+    return True
+
+
 class AskForRoom:
     """An importer that finds nothing, and asks once for address space when the first large package is imported."""
 
     @classmethod
     def find_spec(cls, name: str, _path: object = None, _target: object = None) -> None:
         """Raises KwrapError where the limit does not let the package load: many abort or crash there."""
-        if name not in LARGE:
-            return
-        try:
-            mmap.mmap(-1, NEEDED_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
-        except OSError:
-            from kohaku_wrap.errors import KwrapError
+        if name in LARGE:
+            if not has_room():
+                from kohaku_wrap.errors import KwrapError
 
-            raise KwrapError(
-                f"there is not enough memory: this command needs {NEEDED_BYTES >> 20:,} MiB of address space",
-                "`ulimit -v` shows its limit in KiB; raise it: ulimit -v unlimited",
-            ) from None
-        sys.meta_path.remove(cls)
+                raise KwrapError(
+                    f"there is not enough memory: this command needs {NEEDED_BYTES >> 20:,} MiB of address space",
+                    "`ulimit -v` shows its limit in KiB; raise it: ulimit -v unlimited",
+                )
+            sys.meta_path.remove(cls)
 
 
 def main() -> None:

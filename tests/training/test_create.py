@@ -59,6 +59,25 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(program, [str(each) for each in arguments], standalone_mode=False)
 
 
+AT_ONCE = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {room!r})
+import kohaku_wrap.__main__, plain_kwrap
+from kohaku_wrap.training.supervising import create, resume
+
+def wait_for_both(folder):
+    Path({meeting!r}, str(os.getpid())).touch()
+    while len(os.listdir({meeting!r})) < 2:
+        time.sleep(0.01)
+
+create.fsync_folder = wait_for_both
+resume.begin_attempt = plain_kwrap.begin_plain_attempt
+kohaku_wrap.__main__.main()
+"""
+"""Two processes that have both made their folder before either gives it the run's name."""
+
+
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
@@ -246,3 +265,16 @@ def test_a_run_refused_at_its_start_is_taken_back(site: Path) -> None:
     assert "kwrap resume" not in str(refused.value) and "logs" not in str(refused.value)
     assert "Nothing of the run is kept" in refused.value.next_step
     assert not (site.parent / "runs" / "refused").exists()
+
+
+def test_of_two_at_once_one_trains_and_the_other_says_why_it_does_not(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "meeting").mkdir()
+    driver = AT_ONCE.format(room=str(Path(__file__).parent), meeting=str(tmp_path / "meeting"))
+    options = ["--set", BATCH, "--set", "max_train_steps=4", "--run", "r"]
+    argv = [sys.executable, "-c", driver, "train", "demo", "--site", str(site), *options]
+    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = {process.returncode: stderr for process in both for _, stderr in [process.communicate(timeout=200)]}
+    assert sorted(told) == [0, 2], told
+    assert "runs/r: this run exists\nGo on with it: kwrap resume " in told[2] and "Traceback" not in told[2], told[2]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["r"]
+    assert json.loads((tmp_path / "runs/r/attempts/1/end.json").read_text())["kind"] == "finished"
