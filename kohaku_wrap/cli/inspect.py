@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import tags_option
-from kohaku_wrap.cli.output import count_of, json_option, print_json, print_lines, print_table, progress_bar
+from kohaku_wrap.cli.output import (
+    ESCAPES_IN_LINES,
+    count_of,
+    json_option,
+    print_json,
+    print_lines,
+    print_table,
+    progress_bar,
+)
 from kohaku_wrap.errors import command_line
 
 if TYPE_CHECKING:
@@ -100,6 +108,7 @@ Examples:
   kwrap inspect danbooru.db
   kwrap inspect posts-snapshot.parquet
   kwrap inspect e621.csv --dataset e621 --tags tags.csv
+  kwrap inspect look/1girl-solo_1_b49353a7ae64.png
 """
 )
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
@@ -108,15 +117,20 @@ Examples:
 @click.option("--no-hash", is_flag=True, help="Do not read the data for the hashes; the header alone is quick.")
 @json_option
 def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bool, as_json: bool) -> None:
-    """Show what a checkpoint, network or database is.
+    """Show what a checkpoint, network, picture or database is.
 
     FILE is a checkpoint or network in safetensors form: its kind, keys, types, hashes, metadata and merge recipe are
     shown, and of one among a run's checkpoints whether the run wrote it. Or it is a metadata set, a file or a folder:
-    its edition, what that lacks, its counts, ratings and what a selection would drop.
+    its edition, what that lacks, its counts, ratings and what a selection would drop. Or it is a
+    picture that kwrap drew: how, and the command that draws it again.
     """
     from kohaku_wrap.merging.inspecting import describe_report, inspect_file
     from kohaku_wrap.metadata.opening import is_metadata
+    from kohaku_wrap.sampling.pictures import is_png
 
+    if is_png(file):
+        inspect_picture(file, as_json)
+        return
     if dataset or tag_table or is_metadata(file):
         inspect_database(file, dataset, tag_table, as_json)
         return
@@ -127,6 +141,36 @@ def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bo
         print_json("inspect", {**describe_report(report), "of_run": origin or None})
     else:
         print_report(report, origin)
+
+
+def inspect_picture(file: Path, as_json: bool) -> None:
+    """Show how a picture was drawn, and the command that draws it again."""
+    from kohaku_wrap.sampling.pictures import read_record
+    from kohaku_wrap.sampling.replaying import describe_picture
+
+    record, pixels = read_record(file)
+    described = describe_picture(file, record, pixels)
+    if as_json:
+        print_json("inspect", described)
+        return
+    cell = record.cell
+    rows: list[tuple[str, Any]] = [("prompt", cell.prompt), ("negative", cell.negative or "(none)")]
+    rows += [(name.replace("_", " "), value) for name, value in cell.describe().items()
+             if name not in ("prompt", "negative", "format", "compute", "model", "tokenizers", "seed")]  # fmt: skip
+    rows += [("seed", str(cell.seed)), ("computed", ", ".join(f"{k} {v}" for k, v in asdict(cell.compute).items()))]
+    for number, each in enumerate(record.files):
+        weight = f" at {each.weight}" if each.weight else ""
+        rows.append(("network" if number else "checkpoint", f"{each.name}{weight}, sha256 {each.sha256}"))
+    if record.optimizer_step is not None:
+        rows.append(("optimizer step", record.optimizer_step))
+    rows.append(("prediction by", record.prediction_from or "nothing says it; epsilon was assumed"))
+    rows.append(("drawn by", ", ".join(f"{name} {version}" for name, version in record.versions.items())))
+    rows.append(("device", record.device_name))
+    rows.append(("pixels", "as drawn" if described["pixels_as_drawn"] else "changed since it was drawn"))
+    rows += [("not known here", name) for name in described["unknown_files"]]
+    print_table(str(file), rows)
+    # Not broken to the terminal's width: it is to be copied.
+    click.echo(f"Drawn again by:\n{described['replay']}".translate(ESCAPES_IN_LINES))
 
 
 def inspect_database(file: Path, dataset: str | None, tag_table: Path | None, as_json: bool) -> None:

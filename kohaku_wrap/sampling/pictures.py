@@ -22,6 +22,7 @@ CHUNK = "kwrap"
 PARAMETERS = "parameters"
 LORA_HASH_DIGITS = 12
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 class NotOurs(KwrapError):
@@ -146,6 +147,9 @@ def read_texts(path: Path) -> tuple[dict[str, str], str]:
         warnings.simplefilter("ignore")
         with path.open("rb") as stream, Image.open(stream, formats=("PNG",)) as image:
             image.load()
+            stream.seek(-len(PNG_END), 2)
+            if stream.read() != PNG_END:
+                raise ValueError("it is cut off")
             texts = {name: str(text) for name, text in getattr(image, "text", {}).items()}
             return texts, hash_pixels(image)
 
