@@ -106,13 +106,19 @@ def models_of_run(name: str, steps: str | None, site: Path | None) -> list[Model
 
 
 def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model]) -> tuple[Path, Path]:
-    """The folders of both tokenizers: as named, of the site, beside the first model, or of the hub's cache."""
+    """The folders of both tokenizers: as named, of the site, beside the first model, or of the hub's cache.
+
+    A site file is looked for here, beside the model and one folder above.
+    """
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.sampling.chunks import find_tokenizers
 
-    if folder is None and (paths := load_site(site).paths if site else read_site_paths(Path())):
-        folder = paths.tokenizers
-    beside = models[0].path.parent
+    beside = models[0].path.absolute().parent
+    for near in () if site else (Path(), beside, beside.parent):
+        paths = read_site_paths(near)
+        folder = folder or (paths.tokenizers if paths else None)
+    if folder is None and site:
+        folder = load_site(site).paths.tokenizers
     if folder is None:
         folder = next((each for each in (beside / "tokenizers", beside) if any(each.glob("**/vocab.json"))), None)
     if found := find_tokenizers(folder):

@@ -46,17 +46,18 @@ def read_sizes(path: Path) -> Mapping[str, Mapping[str, Any]]:
         ) from error
 
 
-def check_base_model(path: Path, with_vae: bool = True) -> None:
+def check_base_model(path: Path, with_vae: bool = True, sizes_of: Path | None = None) -> None:
     """Raise BadBaseModel unless the file is safetensors in full length with every tensor of an SDXL.
 
-    `with_vae`: whether its own VAE is needed. Raises PickledFile, too.
+    `with_vae`: whether its own VAE is needed. `sizes_of`: the model beside which its sizes stand, where not beside it.
+    Raises PickledFile, too.
     """
     try:
         held = require_safetensors(path).tensors
     except MalformedFile as fault:
         raise BadBaseModel(fault.message, fault.next_step) from None
     faults = []
-    for part, names in list_tensor_names(read_sizes(path)).items():
+    for part, names in list_tensor_names(read_sizes(sizes_of or path)).items():
         missing = [name for name in names if name not in held]
         if missing and (with_vae or part != "the VAE"):
             shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")

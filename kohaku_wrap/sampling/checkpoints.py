@@ -15,6 +15,7 @@ from kohaku_wrap.merging.hashes import FileHashes, hash_files
 from kohaku_wrap.merging.networks import is_network
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.planning import plan_merge
+from kohaku_wrap.sampling.sizes import find_sizes
 
 WEIGHTED = re.compile(r"(?P<file>.+):(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))")
 MARKS = ("v_pred", "ztsnr")
@@ -102,7 +103,7 @@ def check_model(model: Model) -> Header:
             f"Give the checkpoint that it was trained on, and --network {model.path}.",
         )
     try:
-        check_base_model(model.path)
+        check_base_model(model.path, sizes_of=find_sizes(header))
     except BadBaseModel as error:
         raise KwrapError(error.message, "Give a whole SDXL checkpoint, its VAE included.") from None
     if model.networks:

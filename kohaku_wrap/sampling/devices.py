@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.sampling.cells import Compute
+from kohaku_wrap.sampling.sizes import find_sizes
 
 LATENT_PIXELS = 8
 DEVICES = ("cpu", "cuda")
@@ -42,5 +44,5 @@ def count_threads() -> int:
 
 def usual_size(models: Sequence[Path]) -> tuple[int, int]:
     """The size that the first model is made for: 1024 × 1024 for SDXL. Raises BadBaseModel."""
-    side = int(read_sizes(models[0])["unet"].get("sample_size", 128)) * LATENT_PIXELS
+    side = int(read_sizes(find_sizes(read_header(models[0])))["unet"].get("sample_size", 128)) * LATENT_PIXELS
     return side, side

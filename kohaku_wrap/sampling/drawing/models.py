@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.running import merge_in_memory
 from kohaku_wrap.planning.workers.module_filling import Tensors, convert, fill_module
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.checkpoints import Model
+from kohaku_wrap.sampling.sizes import find_sizes
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TORCH_OF_FILE = {
@@ -78,7 +80,7 @@ def load_drawer(model: Model, compute: Compute) -> Drawer:
         # Bytes of a merge and of a mapped file are read only.
         warnings.simplefilter("ignore", UserWarning)
         tensors = read_model(model, compute.threads)
-    sizes = read_sizes(model.path)
+    sizes = read_sizes(find_sizes(read_header(model.path)))
     parts = make_parts(sizes)
     fill_parts(parts, tensors, model.path)
     wanted = TORCH_DTYPES[compute.dtype]
