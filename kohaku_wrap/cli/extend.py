@@ -68,11 +68,12 @@ def command(
     as_json: bool,
     **watch: Any,
 ) -> None:
-    """Train a run for longer than it was planned, from its newest state.
+    """Train a run for longer than it was planned.
 
-    From the end or from the middle. The lock gets a new chapter. A run whose rates do not depend on its length
-    (constant, or a warm-up in steps) comes out bit for bit as one that was planned so long from the start. For others
-    (cosine, linear, polynomial, a warm-up given as a share) --schedule says how the rates go on; the ledger records it.
+    It goes on from its newest state, at the end or in the middle. The lock gets a new chapter. A run whose rates do not
+    depend on its length (constant, or a warm-up in steps) comes out bit for bit as one that was planned so long from
+    the start. For others (cosine, linear, polynomial, a warm-up given as a share) --schedule says how the rates go on;
+    the ledger records it.
     """
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.supervising.extend import plan_extension
