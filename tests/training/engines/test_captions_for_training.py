@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -161,3 +162,12 @@ def test_sd_scripts_makes_the_same_texts_on_each_supported_commit(commit: Suppor
 def test_a_text_that_is_made_otherwise_is_named() -> None:
     answer = compare(lambda dataset, subset, caption: caption.split("\n")[0].replace("1girl", "1boy"))
     assert "'1boy, solo" in answer["difference"] and "kwrap '1girl, solo" in answer["difference"]
+
+
+def test_another_count_of_random_numbers_is_named() -> None:
+    def process(dataset: Any, subset: Any, caption: str) -> str:
+        text = process_caption(caption, CaptionOptions(), 0, random.Random(0))
+        random.random()
+        return text
+
+    assert "draws another count of random numbers" in compare(process)["difference"]
