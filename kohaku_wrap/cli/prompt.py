@@ -13,6 +13,8 @@ from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+    from kohaku_wrap.metadata.columns import SiteMapping
+    from kohaku_wrap.metadata.source import Source
     from kohaku_wrap.metadata.tags import TagTable
     from kohaku_wrap.sampling.chunks import Chunk, Tokenizer
     from kohaku_wrap.sampling.compose import ComposedPrompt
@@ -92,11 +94,12 @@ def command(
     if style_name == ALL_STYLES:
         raise UsageError("--style names no style", "`kwrap prompt --style` alone lists them.")
     style = find_style(style_name).prompt if style_name else ""
-    recipe = load_dataset(dataset).caption
-    known, database = read_known(db, required=post_id is not None)
+    found = load_dataset(dataset)
+    recipe = found.caption
+    known, database, source_of_posts = read_known(db, found.metadata, required=post_id is not None)
     composed = None
     if post_id is not None or tags is not None:
-        composed = compose(post_id, tags, recipe, known, database, style)
+        composed = compose(post_id, tags, recipe, known, source_of_posts, style)
     source = composed.text if composed else place_style(text or "", style, recipe)
     prompt = parse_prompt(source, lenient)
     tokenizers, chunks = cut(prompt, tokenizer)
@@ -109,28 +112,35 @@ def command(
     show(document, len(findings))
 
 
-def read_known(db: Path | None, required: bool) -> tuple[TagTable | None, Path | None]:
-    """The database's tags, of --db or the site's; without one, None."""
-    from kohaku_wrap.metadata.database import open_database
+def read_known(
+    db: Path | None, mapping: SiteMapping, required: bool
+) -> tuple[TagTable | None, Path | None, Source | None]:
+    """The tags of the metadata set of --db, or the site's, its path and itself; without one, None."""
+    from kohaku_wrap.metadata.opening import open_metadata
     from kohaku_wrap.metadata.tags import read_tags
 
     if db is None and (paths := read_site_paths(Path())) and paths.db.is_file():
         db = paths.db
     if db is None and required:
         raise UsageError("--db DB is missing: --post needs it", "Name the danbooru2023 database.")
-    return (read_tags(open_database(db)), db) if db else (None, None)
+    source = open_metadata(db, mapping) if db else None
+    return (read_tags(source), db, source) if source else (None, None, None)
 
 
 def compose(
-    post_id: int | None, tags: str | None, recipe: CaptionRecipe, known: TagTable | None, db: Path | None, style: str
+    post_id: int | None,
+    tags: str | None,
+    recipe: CaptionRecipe,
+    known: TagTable | None,
+    posts: Source | None,
+    style: str,
 ) -> ComposedPrompt:
     """The prompt of a post or of tags; a style takes the place of a post's artists."""
     from kohaku_wrap.dataset.captions.explanation import explain_post
-    from kohaku_wrap.metadata.database import open_database
     from kohaku_wrap.sampling.compose import compose_post, compose_tags
 
-    if post_id is not None and db is not None:
-        return compose_post(explain_post(open_database(db), recipe, post_id), style, keep_artists=not style)
+    if post_id is not None and posts is not None:
+        return compose_post(explain_post(posts, recipe, post_id), style, keep_artists=not style)
     return compose_tags(tags or "", recipe, known, style)
 
 

@@ -138,13 +138,10 @@ def command(
 
     sheet = choose_sheet(sheet_file, texts, asked)
     listed = list_models(models, networks, run_name, steps, site_file)
-    job = prepare(sheet, listed, asked, tokenizers, site_file, out, jobs, offload, quiet=as_json)
+    job = prepare(sheet, listed, asked, tokenizers, site_file, run_name, out, jobs, offload, quiet=as_json)
     choose_axes(job.cells, sheet.rows, sheet.columns)
-    for known in job.models:
-        if not known.prediction.source:
-            print_note(
-                f"note: {known.model.path.name} does not say what it predicts; epsilon is assumed (--prediction)"
-            )
+    for name in dict.fromkeys(known.model.path.name for known in job.models if not known.prediction.source):
+        print_note(f"note: {name} does not say what it predicts; epsilon is assumed (--prediction)")
     waiting = find_waiting(job)
     if dry_run:
         show(job, waiting, None, as_json, dry_run=True)
@@ -161,6 +158,7 @@ def prepare(
     asked: dict[str, Any],
     tokenizers: Path | None,
     site: Path | None,
+    run: str | None,
     out: Path,
     jobs: int,
     offload: bool,
@@ -178,7 +176,9 @@ def prepare(
     compute = choose_compute(*(asked[name] for name in ("device", "dtype", "vae_dtype", "batch", "threads")))
     with progress_bar("hash", "bytes", quiet=quiet) as report:
         hashes = hash_models(models, report)
-    known = [KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked)) for each in models]
+    known = [
+        KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, run, site)) for each in models
+    ]
     size = usual_size([model.path for model in models])
     defaults = Defaults(compute, digest_tokenizers(folders), sizes=(size,), lenient=asked["lenient"])
     cells = expand_sheet(sheet, known, defaults, load_dataset("epsilon").caption)

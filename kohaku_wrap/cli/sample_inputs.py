@@ -128,11 +128,12 @@ def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model
     )
 
 
-def choose_prediction(model: Model, asked: dict[str, Any]) -> Prediction:
-    """What the model predicts: as asked for, by the template, or by its file."""
+def choose_prediction(model: Model, asked: dict[str, Any], run: str | None, site: Path | None) -> Prediction:
+    """What the model predicts: as asked for, by the template, by the run's lock, or by its file."""
     from kohaku_wrap.config.layers import load_layers
     from kohaku_wrap.formats.safetensors import read_header
     from kohaku_wrap.sampling.checkpoints import Prediction, find_prediction
+    from kohaku_wrap.training.records.folder import find_run
 
     if asked["prediction"]:
         return Prediction(asked["prediction"], bool(asked["zero_terminal_snr"]), "--prediction")
@@ -140,5 +141,10 @@ def choose_prediction(model: Model, asked: dict[str, Any]) -> Prediction:
         effective, _ = load_layers(asked["template"])
         kind = "v" if effective.get("v_parameterization") else "epsilon"
         return Prediction(kind, bool(effective.get("zero_terminal_snr")), f"the template {asked['template']}")
+    if run is not None:
+        values = find_run(run, runs_folders(site)).lock.tables.get("values", {})
+        if "v_parameterization" in values:
+            kind = "v" if values["v_parameterization"] else "epsilon"
+            return Prediction(kind, bool(values.get("zero_terminal_snr")), f"the lock of the run {run}")
     found = find_prediction(read_header(model.path))
     return replace(found, zero_terminal_snr=True) if asked["zero_terminal_snr"] else found

@@ -8,12 +8,15 @@ import queue
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kohaku_wrap.errors import LACKS_MEMORY, KwrapError
-from kohaku_wrap.files import Progress, parse_json, read_regular, write_text
+from kohaku_wrap.files import Progress, parse_json, read_regular, take_lock, write_text
 from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.sampling.checkpoints import Model, files_of
@@ -23,6 +26,9 @@ from kohaku_wrap.sampling.pictures import is_drawn
 WORKER = "kohaku_wrap.sampling.drawing.worker"
 RECORD = "sheet.json"
 """Beside the pictures: where the files lie that they were drawn with, and each picture's place on the sheet."""
+
+LOCKS = ".locks"
+"""Below the pictures: a locked file for each cell that a process draws now."""
 
 STOP_SECONDS = 10
 
@@ -119,13 +125,33 @@ def draw_sheet(job: DrawingJob, waiting: Sequence[PlacedCell], on_progress: Prog
     finally:
         for process in running:
             process.stop()
+    clear_leavings(job.out)
+
+
+def clear_leavings(out: Path) -> None:
+    """Remove what killed processes left: locks that nobody holds, and records that were half written."""
+    for path in (out / LOCKS).glob("*.lock"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if take_lock(descriptor, path):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+    with suppress(OSError):
+        (out / LOCKS).rmdir()
+    for part in (*out.glob(f".{RECORD}.*.part"), *out.glob(".contact-sheet.png.*.part")):
+        number = part.name.split(".")[-2]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            part.unlink(missing_ok=True)
 
 
 class Process:
     """One process that draws."""
 
     def __init__(self, document: dict[str, Any], index: int, answers: queue.Queue[Any]) -> None:
-        settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        # Threads that wait for each other in a loop take the processor from the other processes.
+        settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_WAIT_POLICY": "PASSIVE"}
         self.child = subprocess.Popen(
             python_command("-m", "kohaku_wrap.processes", os.getpid(), WORKER),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

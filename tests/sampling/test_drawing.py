@@ -105,12 +105,13 @@ def test_a_step_takes_the_noise_of_its_own_seed(cell: Cell, name: str) -> None:
     assert torch.equal(first[0], first[1]) == (name == "dpmpp-2m")
 
 
-def test_embeddings_are_those_of_diffusers_own_single_file_loading(world: Path, artist: Artist, tmp_path: Path) -> None:
+def test_embeddings_are_those_of_diffusers_own_single_file_loading(world: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
 
-    source = world / "base" / "model.safetensors"
-    config = write_config(world, tmp_path / "config")
+    source = write_wide_model(world, tmp_path / "wide")
+    config = write_config(source, world, tmp_path / "config")
+    artist = make_artist(world, Model(source))
     pipeline = StableDiffusionXLPipeline.from_single_file(
         str(source), config=str(config), local_files_only=True, torch_dtype=torch.float32
     )
@@ -127,11 +128,34 @@ def test_embeddings_are_those_of_diffusers_own_single_file_loading(world: Path, 
     assert not torch.equal(projection, projection.T)
 
 
-def write_config(world: Path, folder: Path) -> Path:
+def write_wide_model(world: Path, folder: Path) -> Path:
+    """A tiny model whose second encoder is wider than its first one: diffusers tells them apart by that."""
+    tensors = load_file(world / "base" / "model.safetensors")
+    sizes = json.loads((world / "base" / "config.json").read_text())
+    sizes["text_encoder_2"] |= {"hidden_size": 48, "intermediate_size": 96, "projection_dim": 48}
+    sizes["unet"] |= {"cross_attention_dim": 80, "projection_class_embeddings_input_dim": 1584}
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape)
+        if name.startswith("conditioner.embedders.1."):
+            shape = [{32: 48, 64: 96, 96: 144}.get(side, side) for side in shape]
+        elif "attn2.to_k" in name or "attn2.to_v" in name:
+            shape[1] = 80
+        elif name.endswith("label_emb.0.0.weight"):
+            shape[1] = 1584
+        if shape != list(tensor.shape):
+            tensors[name] = torch.randn(shape, generator=generator).mul(0.2).half()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder / "model.safetensors"
+
+
+def write_config(source: Path, world: Path, folder: Path) -> Path:
     """The sizes of the tiny model as the folders of a diffusers pipeline."""
     import shutil
 
-    sizes = read_sizes(world / "base" / "model.safetensors")
+    sizes = read_sizes(source)
     classes = {
         "unet": ("diffusers", "UNet2DConditionModel"),
         "vae": ("diffusers", "AutoencoderKL"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.sampling.chunks import SECOND_PADDING, Tokenizer, cut_chunks, fill_chunk
 from kohaku_wrap.sampling.grammar import parse_prompt
 
@@ -42,6 +43,11 @@ def encode_prompt(
             found = encoder(torch.tensor([tokens], device=device), output_hidden_states=True)
             if number and pooled is None:
                 pooled = found.text_embeds
+            if clip_skip > len(found.hidden_states):
+                raise KwrapError(
+                    f"--clip-skip {clip_skip}: a text encoder of this model has {len(found.hidden_states) - 1} layers",
+                    "Take a smaller one; 2 is usual.",
+                )
             states.append(weigh(found.hidden_states[-clip_skip], torch.tensor(weights, device=device), emphasis))
         columns.append(torch.cat(states, dim=1))
     assert pooled is not None

@@ -30,8 +30,8 @@ from kohaku_wrap.sampling.drawing.drawing import Artist
 from kohaku_wrap.sampling.drawing.models import load_drawer
 from kohaku_wrap.sampling.grammar import parse_prompt
 from kohaku_wrap.sampling.pictures import ModelFile, Record, hash_pixels, is_drawn, write_picture
+from kohaku_wrap.sampling.running import LOCKS
 
-LOCKS = ".locks"
 WAIT_SECONDS = 0.5
 """Between two looks at cells that other processes draw."""
 
@@ -58,8 +58,7 @@ class Claims:
     def take(self, name: str) -> bool:
         """Whether the cell is ours; what a killed process left of its picture is removed."""
         path = self.folder / f"{name}.lock"
-        self.folder.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = self.open(path)
         if not take_lock(descriptor, path):
             os.close(descriptor)
             return False
@@ -67,6 +66,13 @@ class Claims:
         for left in self.out.glob(f".{name}.*.part"):
             left.unlink(missing_ok=True)
         return True
+
+    def open(self, path: Path) -> int:
+        """The lock's file, also where another process removes the empty folder just now."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def release(self) -> None:
         """Let all go."""
