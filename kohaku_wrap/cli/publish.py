@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kohaku_wrap.cli.options import note_compiling, runs_folders, site_option, threads_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.records.folder import Run
 
 
 @click.command(
@@ -51,7 +55,8 @@ def command(
     if not no_bake:
         note_compiling()
     with progress_bar("publish", "bytes", quiet=as_json) as on_progress:
-        report = publish_run(run.folder, run.lock.tables, out, step, rights, not no_bake, threads, on_progress)
+        base = find_base_model(run, site_file)
+        report = publish_run(run.folder, run.lock.tables, out, step, rights, not no_bake, threads, on_progress, base)
     if as_json:
         described = {name: value for name, value in asdict(report).items() if name != "card"}
         print_json("publish", {"run": run.folder, **described})
@@ -59,3 +64,15 @@ def command(
     rows: list[tuple[str, object]] = [(file, sha256) for file, sha256 in report.files.items()]
     rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]
     print_table(f"Published in {report.folder}", rows, f"read {report.card}, then upload the folder")
+
+
+def find_base_model(run: Run, site_file: Path | None) -> Path | None:
+    """Where the run's base model lies now; None where its files cannot be read: the lock's place is tried then."""
+    from kohaku_wrap.training.supervising.places import DifferentRun
+    from kohaku_wrap.training.supervising.site_places import settle_places
+
+    try:
+        found = settle_places(run, site_file).options.get("pretrained_model_name_or_path")
+    except DifferentRun:
+        return None
+    return Path(str(found)) if found else None

@@ -114,6 +114,8 @@ def print_run(status: RunStatus) -> None:
     from kohaku_wrap.planning.sizes import show_bytes
 
     rows: list[tuple[str, Any]] = [("progress", one_line(status))]
+    if parent := status.run.lock.parent_network:
+        rows.append(("trained on from", parent))
     if status.phase:
         silent = "unknown: it was left on another boot or machine"
         if status.silent_seconds is not None:

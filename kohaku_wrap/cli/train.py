@@ -26,6 +26,7 @@ Examples:
   kwrap train demo --site world/site.toml --run first
   kwrap train epsilon --site site.toml --run epsilon --restarts 5
   kwrap train epsilon --site site.toml --try
+  kwrap train epsilon --site site.toml --from first.safetensors --run second
   kwrap train epsilon --site site.toml --set seed=7 --dry-run
   kwrap train --locked runs/epsilon/run.lock.toml --site site.toml --run again"""
 )
@@ -35,6 +36,8 @@ Examples:
 @click.option("--run", "name", metavar="NAME", help="The run's name; the template's where it is not given.")
 @click.option("--engine", metavar="ENGINE", help="sd-scripts or builtin, in place of the site's.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value; again for more.")
+@click.option("--from", "parent", type=click.Path(path_type=Path), metavar="NETWORK",
+              help="Train on from this network; the same as network_weights in a template or a site.")  # fmt: skip
 @trust_option
 @click.option("--locked", type=click.Path(path_type=Path), metavar="LOCK",
               help="Repeat the run of this run.lock.toml: refuse whatever would differ from it.")  # fmt: skip
@@ -51,6 +54,7 @@ def command(
     name: str | None,
     engine: str | None,
     overrides: tuple[str, ...],
+    parent: Path | None,
     trust: tuple[str, ...],
     locked: Path | None,
     dry_run: bool,
@@ -76,6 +80,8 @@ def command(
         raise UsageError("no TEMPLATE given", "See `kwrap template ls`.")
     options = watch_options(**watch)
     refuse_unknown(allow)
+    if parent is not None:
+        overrides += (f"network_weights={parent.absolute()}",)
     if is_trial:
         if locked is not None or dry_run:
             raise UsageError("--try trains two steps of its own", "Leave --locked and --dry-run out.")

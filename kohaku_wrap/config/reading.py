@@ -84,6 +84,10 @@ class Setting:
     """The TOML value."""
 
 
+PARENT_OPTION = "network_weights"
+"""A network to train on from: part of what a training is, so that a template may name it."""
+
+
 class LayerReader:
     """Collects the entries and the faults of the layers, in their order."""
 
@@ -109,7 +113,7 @@ class LayerReader:
         for name in find_misspelled_tables(document, self.table):
             self.problems.append(Problem(f"[{name}]", f"unknown table{suggest(name, TABLES)}", origin))
             del document[name]
-        self.put(list(list_settings(document, self.table)), layer, file)
+        self.put(list(list_settings(document, self.table)), layer, file, networks=path.parent)
 
     def read_dataset(self, name: str) -> None:
         """Put the `[dataset_options]` of a dataset recipe, if it has them, over the template's."""
@@ -141,8 +145,15 @@ class LayerReader:
             if value is not None:
                 self.entries[key] = Entry(value, "site", file)
 
-    def put(self, settings: list[Setting], layer: str, file: str, folder: Path | None = None) -> None:
-        """Check each setting and put those that hold."""
+    def put(
+        self,
+        settings: list[Setting],
+        layer: str,
+        file: str,
+        folder: Path | None = None,
+        networks: Path | None = None,
+    ) -> None:
+        """Check each setting and put those that hold; `networks`: where the path of a network to begin with begins."""
         origin = f"{layer} {file}".rstrip()
         seen: dict[str, str] = {}
         given: dict[str, Entry] = {}
@@ -152,7 +163,8 @@ class LayerReader:
                 continue
             seen[setting.key] = setting.where
             try:
-                value = check_setting(setting, self.table, folder)
+                place = (networks or folder) if setting.key == PARENT_OPTION else folder
+                value = check_setting(setting, self.table, place)
             except UnfitValue as fault:
                 self.problems.append(Problem(setting.where, fault.message, origin))
                 continue

@@ -295,6 +295,8 @@ def hash_inputs(
         inputs["prompt_format"] = captions.get("prompt_format")
         inputs["selection_sha256"] = captions.get("selection_sha256")
     inputs |= hash_named_files(effective.options)
+    if parent := effective.get("network_weights"):
+        inputs |= {"network": parent, "network_name": Path(parent).name, "network_sha256": kept_sha256(Path(parent))}
     inputs["site"], inputs["site_sha256"] = str(site.path), sha256_of_file(site.path)
     for index, path in enumerate(effective.files):
         inputs[f"template_{index}_sha256"] = sha256_of_file(path)

@@ -54,6 +54,8 @@ LOCK_PLACES = frozenset(
         "inputs.vae",
         "inputs.tokenizers",
         "inputs.site",
+        "inputs.network",
+        "inputs.network_name",
         "trainer.path",
         "machine.platform",
         "machine.accelerate.main_process_ip",

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.files import Progress
+from kohaku_wrap.formats.network_names import is_diffusers_name
 from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
 from kohaku_wrap.merging.blocks import is_vae
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
-from kohaku_wrap.merging.names import is_diffusers_name
 from kohaku_wrap.merging.networks import algorithm_of, group_modules, is_network
 from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.formats.network_names import Target, find_targets
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot
-from kohaku_wrap.merging.names import Target, find_targets
 
 ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "LoKr": (

@@ -9,11 +9,11 @@ from fractions import Fraction
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, Problem, UsageError
+from kohaku_wrap.formats.network_names import table_of_targets
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
 from kohaku_wrap.merging.blocks import blocks_of_key, is_vae
 from kohaku_wrap.merging.coefficients import Formula, Reduction
 from kohaku_wrap.merging.formula import Blocks, Only, names_of_models, names_of_networks, walk_formula
-from kohaku_wrap.merging.names import table_of_targets
 from kohaku_wrap.merging.networks import Change, is_network, match_modules, raise_problems
 from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan, WeightedSum

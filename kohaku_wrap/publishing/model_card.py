@@ -123,6 +123,9 @@ def compose_card(facts: CardFacts) -> str:
     base = f"`{facts.base_name}`" if facts.base_name else "a base model"
     if inputs.get("base_model_sha256"):
         base += f" (AutoV2 {inputs['base_model_sha256'][:AUTO_V2_DIGITS]})"
+    if "network_sha256" in inputs:
+        digits = inputs["network_sha256"][:AUTO_V2_DIGITS]
+        base += f", trained on from `{inputs.get('network_name', 'a network')}` (AutoV2 {digits})"
     parts = [
         front_matter(facts),
         f"# {facts.name}\n\nThe network and the model at {at}, trained with kwrap {run.get('kwrap_version', '')} "

@@ -140,19 +140,21 @@ def publish_run(
     bake: bool = True,
     threads: int = 0,
     on_progress: Progress = lambda done, total: None,
+    base_model: Path | None = None,
 ) -> PublishReport:
     """Fill `out` with what a step of a run, or its end, offers.
 
-    `folder`: the run's; `lock`: its run.lock.toml. `rights`: the license; where empty, the base model's. Files are
-    written whole, SHA256SUMS last; calling it again replaces them. Raises CannotPublish or what a merge raises.
+    `folder`: the run's; `lock`: its run.lock.toml. `rights`: the license; where empty, the base model's.
+    `base_model`: where it lies now, if not at the lock's place. Files are written whole, SHA256SUMS last; calling it
+    again replaces them. Raises CannotPublish or what a merge raises.
     """
     name = str(lock.get("run", {}).get("name", folder.name))
     network = find_network(folder / "checkpoints", name, optimizer_step)
-    base = Path(str(lock.get("inputs", {}).get("base_model", "")))
+    base = base_model or Path(str(lock.get("inputs", {}).get("base_model", "")))
     if bake and not base.is_file():
         raise CannotPublish(
             f"the base model {base}: {describe_absence(base)}, so nothing can be baked",
-            "Put it back where run.lock.toml names it, or publish the network alone with --no-bake.",
+            "Name a site file that says where it lies with --site, or publish the network alone with --no-bake.",
         )
     refuse_other_network(folder, network)
     read_header(network)

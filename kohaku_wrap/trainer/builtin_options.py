@@ -105,6 +105,12 @@ class BuiltinOptions:
     network_args: tuple[str, ...] = ()
     """`name=value` for LyCORIS."""
 
+    network_weights: str | None = None
+    """A network to train on from."""
+
+    dim_from_weights: bool = False
+    """Take the modules of that network as they are."""
+
     network_train_unet_only: bool = False
     """Leave the text encoders as they are."""
 

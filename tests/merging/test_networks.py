@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.formats.network_names import checkpoint_name, find_targets, table_of_targets
 from kohaku_wrap.formats.safetensors import read_header
-from kohaku_wrap.merging.names import checkpoint_name, find_targets, table_of_targets
 from kohaku_wrap.merging.networks import NotANetwork, match_modules
 from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge

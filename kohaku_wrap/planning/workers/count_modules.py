@@ -89,6 +89,13 @@ def create_network(request: Mapping[str, Any], unet: nn.Module, text_encoders: l
         )
 
 
+def list_modules(unet: nn.Module, text_encoders: list[nn.Module]) -> list[str]:
+    """The names that a network has for all modules of a model, those that no preset trains too."""
+    roots = {"lora_unet": unet} | {f"lora_te{number}": root for number, root in enumerate(text_encoders, 1)}
+    named = ((prefix, name) for prefix, root in roots.items() for name, _ in root.named_modules() if name)
+    return [f"{prefix}_{name}".replace(".", "_") for prefix, name in named]
+
+
 def find_unmatched(
     preset: Mapping[str, Any], network: Any, unet: nn.Module, text_encoders: list[nn.Module]
 ) -> list[str]:

@@ -287,6 +287,12 @@ class Lock:
         return str(self.table("trainer").get("commit", ""))
 
     @property
+    def parent_network(self) -> str:
+        """The file name and the beginning of the sha256 of the network that it was trained on from; empty for none."""
+        inputs = self.table("inputs")
+        return f"{inputs['network_name']} ({inputs['network_sha256'][:10]})" if "network_sha256" in inputs else ""
+
+    @property
     def joins_by_separator(self) -> bool:
         """Whether shuffled tags are joined by caption_separator, as the run's commit of sd-scripts does."""
         return bool(self.tables.get("trainer", {}).get("joins_by_separator", False))

@@ -16,12 +16,14 @@ from kohaku_wrap.config.base_model import check_base_model, needs_own_vae, requi
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs
+from kohaku_wrap.config.reading import PARENT_OPTION
+from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs, hash_named_files
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import fsync_folder, making_folder, write_text
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, check_columns
+from kohaku_wrap.planning.parent_network import fit_parent
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
@@ -35,6 +37,9 @@ from kohaku_wrap.training.supervising.machines import Machines
 from kohaku_wrap.training.supervising.other_lock import refuse_other_lock
 
 COMMAND_FILE = "command.txt"
+
+PARENT_FILE = "network.safetensors"
+"""A run's own copy of the network that it began from, where that had names of another tool."""
 
 
 class RunExists(UsageError):
@@ -176,21 +181,16 @@ def create_run(
     if new.effective.get("kwrap.data") != "sd-scripts":
         check_columns(new.site.paths.images / CAPTIONS_FILE)
     plan = plan_steps(new.effective, sizes)
-    inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes)
-    rendered = compose_run(
-        new.effective,
-        new.site,
-        new.folder,
-        new.name,
-        plan,
-        inputs,
-        secrets.token_hex(16),
-    )
-    if locked is not None:
-        refuse_other_lock(locked, rendered.lock)
     with making_folder(new.folder.parent, f".{new.name}.partial-") as part:
+        effective, parent = settle_parent(new, part / PARENT_FILE)
+        inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes) | hash_named_files(parent)
+        rendered = compose_run(effective, new.site, new.folder, new.name, plan, inputs, secrets.token_hex(16))
+        if locked is not None:
+            refuse_other_lock(locked, rendered.lock)
         whole = part / new.name
         whole.mkdir()
+        for path in parent.values():
+            path.rename(whole / PARENT_FILE)
         dataclasses.replace(rendered, folder=whole).write()
         write_text(whole / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
         for inner in ("attempts", "states", "checkpoints", "ledger"):
@@ -205,6 +205,18 @@ def create_run(
             raise
     fsync_folder(new.folder.parent)
     return Run(new.folder.resolve())
+
+
+def settle_parent(new: NewRun, out: Path) -> tuple[Effective, dict[str, Path]]:
+    """The template's values with a network to train on from that fits, and where it was written under other names.
+
+    Raises ProblemsFound with the modules that do not fit.
+    """
+    effective = new.effective
+    if not effective.get(PARENT_OPTION) or not fit_parent(effective, out):
+        return effective, {}
+    entry = dataclasses.replace(effective.entries[PARENT_OPTION], value=str(new.folder / PARENT_FILE))
+    return dataclasses.replace(effective, entries={**effective.entries, PARENT_OPTION: entry}), {PARENT_OPTION: out}
 
 
 def take_back_run(run: Run) -> None:

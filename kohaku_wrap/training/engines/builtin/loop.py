@@ -114,6 +114,8 @@ class BuiltinRun(Engine):
             "kwrap_captions_digest": self.dataset.columns.digest,
             "kwrap_effective_batch": self.attempt.lock.effective_batch,
         }
+        if parent := self.attempt.lock.parent_network:
+            facts["kwrap_trained_on_from"] = parent
         return describe_training(self.options, facts)
 
     def train(self) -> Outcome:

@@ -56,16 +56,21 @@ def create_network(model: BaseModel, options: BuiltinOptions) -> Any:
     if preset and preset not in kohya.PRESET and not Path(preset).is_file():
         raise NoNetwork(f"network_args: no preset {preset}", "Give a preset of LyCORIS or the path of a TOML file.")
     arguments.setdefault("dropout", options.network_dropout)
-    network = kohya.create_network(
-        1.0,
-        options.network_dim,
-        options.network_alpha,
-        model.vae,
-        list(model.text_encoders),
-        model.named_unet,
-        neuron_dropout=options.network_dropout,
-        **arguments,
-    )
+    if options.dim_from_weights:
+        network, _ = kohya.create_network_from_weights(
+            1.0, options.network_weights, model.vae, list(model.text_encoders), model.named_unet, **arguments
+        )
+    else:
+        network = kohya.create_network(
+            1.0,
+            options.network_dim,
+            options.network_alpha,
+            model.vae,
+            list(model.text_encoders),
+            model.named_unet,
+            neuron_dropout=options.network_dropout,
+            **arguments,
+        )
     network.apply_to(
         list(model.text_encoders),
         model.named_unet,
@@ -74,6 +79,11 @@ def create_network(model: BaseModel, options: BuiltinOptions) -> Any:
     )
     if not network.loras:
         raise NoNetwork("the network has no modules", "Check the preset's targets in network_args.")
+    if options.network_weights and (left := network.load_weights(options.network_weights)):
+        told = "; ".join(f"{kind}: {', '.join(names[:3])}" for kind, names in left.items())
+        raise NoNetwork(
+            f"{options.network_weights}: does not fit the network ({told})", "Name another one to begin with."
+        )
     return network
 
 

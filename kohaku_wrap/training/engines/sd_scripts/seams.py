@@ -282,6 +282,8 @@ def describe_checkpoint(metadata: dict[str, str] | None, loop: Loop) -> dict[str
     if TAG_TABLE in kept:
         kept[TAG_TABLE] = "{}"
     about = {"kwrap_version": kohaku_wrap.__version__, "kwrap_run": loop.attempt.run.name}
+    if parent := loop.attempt.lock.parent_network:
+        about["kwrap_trained_on_from"] = parent
     return without_paths({**kept, **about, **loop.dataset.about_captions})
 
 

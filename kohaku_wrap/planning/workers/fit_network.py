@@ -1,0 +1,129 @@
+"""Whether a network's file fits the network that a template makes, by names, shapes and alphas, as one JSON document.
+
+Reads a request as JSON from stdin: that of count_modules, and `network` (the file), `checkpoint_keys` (the base model's
+tensors), `unet`, `text_encoders` and `from_weights` (whether each part is trained, and whether the file decides the
+modules), `out` (where to write the file under the template's names, where its own are others).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.planning.workers.count_modules import (
+    build_diffusers_unet,
+    build_text_encoders,
+    create_network,
+    list_modules,
+)
+
+# After count_modules, which settles LyCORIS' variables.
+import torch  # isort: skip
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.formats.network_names import find_targets, table_of_targets
+from kohaku_wrap.formats.sdxl import SDXL_SIZES
+from kohaku_wrap.processes import answer
+
+ALPHA = "alpha"
+
+Tensors = dict[str, torch.Tensor]
+Modules = dict[str, Tensors]
+
+
+def group(tensors: Mapping[str, torch.Tensor]) -> Modules:
+    """The tensors by module."""
+    modules: defaultdict[str, Tensors] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name, _, suffix = key.partition(".")
+        modules[name][suffix] = tensor
+    return modules
+
+
+def pair_names(names: list[str], own: list[str], checkpoint_keys: list[str]) -> dict[str, str]:
+    """For each module of the file the one of the model that changes the same weight, where there is one."""
+    table = table_of_targets(checkpoint_keys)
+    of_target = {}
+    for name in own:
+        if targets := find_targets(name, table):
+            of_target[targets.get("weight") or targets["bias"]] = name
+    pairs = {}
+    for name in names:
+        targets = find_targets(name, table)
+        target = (targets.get("weight") or targets.get("bias")) if targets else None
+        if name in own:
+            pairs[name] = name
+        elif target in of_target:
+            pairs[name] = of_target[target]
+    return pairs
+
+
+def fit_network(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What fits and what does not."""
+    path = Path(request["network"])
+    found = load_file(path)
+    modules = group(found)
+    sizes = read_sizes(Path(request["base_model"])) if request["base_model"] else SDXL_SIZES
+    _, unet = build_diffusers_unet(sizes["unet"])
+    text_encoders = build_text_encoders(sizes)
+    if request["from_weights"]:
+        own = list_modules(unet, text_encoders)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            network = create_network(request, unet, text_encoders, Path(folder))
+        loras = network.unet_loras * request["unet"] + network.text_encoder_loras * request["text_encoders"]
+        wanted = {lora.lora_name: lora for lora in loras}
+        own = list(wanted)
+    pairs = pair_names(list(modules), own, request["checkpoint_keys"])
+    renamed = {name: other for name, other in pairs.items() if name != other}
+    answered: dict[str, Any] = {
+        "modules": len(modules),
+        "extra": sorted(modules.keys() - pairs.keys()),
+        "missing": [],
+        "unlike": [],
+        "renamed": len(renamed),
+    }
+    if not request["from_weights"]:
+        answered["missing"] = sorted(wanted.keys() - set(pairs.values()))
+        answered["unlike"] = [
+            f"{name}: {what}" for name, other in pairs.items() if (what := compare(modules[name], wanted[other]))
+        ]
+    if request.get("out") and renamed:
+        with safe_open(path, "pt") as header:
+            metadata = header.metadata()
+        written = {
+            f"{pairs.get(name, name)}.{suffix}": tensor
+            for name, tensors in modules.items()
+            for suffix, tensor in tensors.items()
+        }
+        save_file(written, request["out"], metadata)
+    return answered
+
+
+def compare(found: Tensors, lora: Any) -> str:
+    """How the file's module differs from the template's; empty where it does not."""
+    wanted = {suffix: list(tensor.shape) for suffix, tensor in lora.state_dict().items()}
+    shapes = {suffix: list(tensor.shape) for suffix, tensor in found.items()}
+    lacking, more = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
+    if lacking or more:
+        return f"has {', '.join(sorted(shapes))}; the template's has {', '.join(sorted(wanted))}"
+    for suffix, shape in wanted.items():
+        if math.prod(shape) != math.prod(shapes[suffix]) or (shape != shapes[suffix] and suffix != ALPHA):
+            return f"{suffix} is {shapes[suffix]}; the template's is {shape}"
+    if ALPHA in found and (scale := getattr(lora, "scale", None)) is not None:
+        trained = float(found[ALPHA]) / lora.lora_dim
+        if not math.isclose(trained, float(scale), rel_tol=1e-3):
+            return f"was trained with alpha / dim = {trained:g}; the template's is {float(scale):g}"
+    return ""
+
+
+if __name__ == "__main__":
+    answer(lambda: fit_network(json.load(sys.stdin)))
