@@ -29,7 +29,7 @@ from kohaku_wrap.cli.supervised import (
     watch_options,
     watch_run,
 )
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
@@ -55,7 +55,10 @@ def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
             "Give the path of a run, kwrap resume runs/NAME, or add --site with its site file.",
         )
     names = "\n".join(f"  {run.folder}" for run in unfinished)
-    raise UsageError(f"{len(unfinished)} unfinished runs; which one?\n{names}", "Name it: kwrap resume RUN")
+    raise UsageError(
+        f"{len(unfinished)} unfinished runs; which one?\n{names}",
+        f"Name it: {command_line('resume', show_path(unfinished[0].folder))}",
+    )
 
 
 @click.command(

@@ -35,6 +35,7 @@ Examples:
   kwrap status
   kwrap status epsilon --watch
   kwrap status epsilon --csv epsilon-metrics.csv
+  kwrap status --compare epsilon epsilon-low-rate
   kwrap status runs/epsilon --json"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
@@ -42,9 +43,17 @@ Examples:
 @click.option(
     "--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write the metrics that count as a table."
 )
+@click.option("--compare", nargs=2, metavar="A B", help="Two runs: options that differ, losses at equal steps.")
 @site_option
 @json_option
-def command(name: str | None, watch: bool, table: Path | None, site_file: Path | None, as_json: bool) -> None:
+def command(
+    name: str | None,
+    watch: bool,
+    table: Path | None,
+    compare: tuple[str, str] | None,
+    site_file: Path | None,
+    as_json: bool,
+) -> None:
     """Show what a run is doing and what happened to it.
 
     Progress, rate, ETA, loss, learning rates, attempts, states, disk and the last error. Without RUN: one line for
@@ -53,6 +62,11 @@ def command(name: str | None, watch: bool, table: Path | None, site_file: Path |
     from kohaku_wrap.training.records.folder import find_run, list_runs
 
     folders = runs_folders(site_file)
+    if compare:
+        if name or watch or table:
+            raise UsageError("--compare names both runs", "Leave RUN, --watch and --csv out.")
+        show_comparison(find_run(compare[0], folders), find_run(compare[1], folders), as_json)
+        return
     runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
     if not runs:
         where = " or ".join(str(folder) for folder in folders)
@@ -62,11 +76,15 @@ def command(name: str | None, watch: bool, table: Path | None, site_file: Path |
         )
     if watch and as_json:
         raise UsageError(
-            "--watch and --json do not go together", "Call `kwrap status RUN --json` as often as you like."
+            "--watch and --json do not go together",
+            f"Call `{command_line('status', show_path(runs[0].folder), '--json')}` as often as you like.",
         )
     if table:
         if len(runs) != 1:
-            raise UsageError("--csv writes the metrics of one run", "Name it: kwrap status RUN --csv FILE")
+            raise UsageError(
+                "--csv writes the metrics of one run",
+                f"Name it: {command_line('status', show_path(runs[0].folder), '--csv', table)}",
+            )
         from kohaku_wrap.training.records.metrics import write_metrics_table
 
         write_metrics_table(runs[0], table)
@@ -92,7 +110,30 @@ def show(runs: list[Run], single: bool, as_json: bool) -> None:
         print_run(statuses[0])
     else:
         rows: list[tuple[str, Any]] = [(status.run.name, one_line(status)) for status in statuses]
-        print_table("Runs", rows, "kwrap status RUN")
+        newest = next((each for each in statuses if each.condition == "running"), statuses[-1])
+        print_table("Runs", rows, command_line("status", show_path(newest.run.folder)))
+
+
+def show_comparison(run: Run, other: Run, as_json: bool) -> None:
+    """What two runs have otherwise, and their losses at equal steps."""
+    from kohaku_wrap.training.supervising.other_lock import compare_options
+    from kohaku_wrap.training.supervising.status import compare_losses
+
+    options = compare_options(run.lock.tables, other.lock.tables)
+    losses = compare_losses(run, other)
+    if as_json:
+        described = [{"option": key, "a": one, "b": two} for key, one, two in options]
+        steps = [{"optimizer_step": step, "a": one, "b": two} for step, one, two in losses]
+        print_json("status", {"a": run.folder, "b": other.folder, "options": described, "losses": steps})
+        return
+    unset = "not set"
+    rows: list[tuple[str, Any]] = [
+        (key, f"{unset if one is None else one}  |  {unset if two is None else two}") for key, one, two in options
+    ]
+    rows += [(f"mean loss by step {step:,}", f"{one:.4f}  |  {two:.4f}") for step, one, two in losses]
+    if not losses:
+        rows.append(("losses", "no optimizer step that both have"))
+    print_table(f"{run.name}  |  {other.name}", rows, command_line("status", show_path(other.folder)))
 
 
 def describe(status: RunStatus) -> dict[str, Any]:
@@ -121,8 +162,13 @@ def print_run(status: RunStatus) -> None:
         if status.silent_seconds is not None:
             silent = f"{status.silent_seconds:,.0f} s ago"
         rows.append(("doing", f"{status.phase}, last sign of life {silent}"))
+    if status.stop_waits_for:
+        rows.append(("stop", f"asked for; waits for {status.stop_waits_for}"))
     if status.seconds_per_step is not None:
         rows.append(("rate", f"{status.seconds_per_step:.2f} s per optimizer step"))
+    if status.apart_seconds:
+        times = (f"{kind} {format_duration(seconds)}" for kind, seconds in status.apart_seconds.items())
+        rows.append(("beside the steps", ", ".join(times)))
     if status.loss is not None:
         mean = "" if status.mean_loss is None else f", mean of the last steps {status.mean_loss:.4f}"
         rows.append(("loss", f"{status.loss:.4f}{mean}"))

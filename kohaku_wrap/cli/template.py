@@ -25,7 +25,7 @@ from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, command_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.config.site import Site
@@ -140,10 +140,24 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool, typed:
         width = widths[table_of(key)]
         origin = f"  {effective.origin(key).translate(ESCAPES)}" if why else ""
         click.echo(f"{paint(key.ljust(width), fg='cyan')}  {text.ljust(origins_at - width if why else 0)}{origin}")
+        if why and key == "network_args.factor":
+            for pattern, factor in list_preset_factors(effective.preset):
+                print_lines(f"  {factor} for {pattern}, by the preset; network_args.factor does not reach these")
     if why:
         print_fates(values)
     else:
         print_lines(f"Next: {command_line('template', 'show', typed, '--why')}")
+
+
+def list_preset_factors(preset: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Names or classes of modules with a factor of their own in a LyCORIS preset, which network_args do not reach."""
+    tables = (preset.get(name, {}) for name in ("name_algo_map", "module_algo_map"))
+    return [
+        (pattern, options["factor"])
+        for table in tables
+        for pattern, options in table.items()
+        if isinstance(options, dict) and "factor" in options
+    ]
 
 
 def print_fates(keys: Iterable[str]) -> None:

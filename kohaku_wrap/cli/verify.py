@@ -126,8 +126,14 @@ def next_step(report: VerifyReport) -> str:
 
     if not report.is_finished:
         return advise(report.run) or command_line("resume", show_path(report.run.folder))
-    network = report.run.checkpoints / f"{report.run.output_name}.safetensors"
-    return command_line("inspect", show_path(network))
+    run = report.run
+    network = next((path for path in run.networks if path.suffix == ".safetensors"), None)
+    base = run.lock.table("inputs").get("base_model")
+    if network is None or not base:
+        return command_line("status", show_path(run.folder))
+    models = ("-m", f"base={show_path(Path(base))}", "-m", f"network={show_path(network)}")
+    baked = run.folder / f"{run.name}-baked.safetensors"
+    return command_line("merge", "base + 1.0 * net(network)", *models, "-o", show_path(baked))
 
 
 def describe_fault(fault: Fault) -> str:

@@ -60,18 +60,14 @@ def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> li
     return problems + effective.blame(find_batch_faults(effective))
 
 
-def check_plan(effective: Effective, plan: StepPlan) -> Faults:
-    """Contradictions that show only once the steps are counted."""
-    whole = f"optimizer steps in all {plan.total_optimizer_steps:,}"
-    yield from find_rare_saves(effective, plan.total_optimizer_steps, whole)
-
-
-def find_rare_saves(effective: Effective, steps: int, whole: str) -> Faults:
-    """What is saved or sampled less often than once in the `steps` of a run; `whole` says how many these are."""
-    for key in ("save_every_n_steps", "samples.every", "sample_every_n_steps"):
-        every = effective.get(key)
-        if every and every > steps:
-            yield key, f"{every:,} is larger than the whole run: {whole}"
+def note_rare_saves(effective: Effective, steps: int) -> list[str]:
+    """What is saved or sampled less often than once in the optimizer steps of a run."""
+    named = ((key, effective.get(key)) for key in ("save_every_n_steps", "samples.every", "sample_every_n_steps"))
+    return [
+        f"{key} = {every:,} is more than the {steps:,} optimizer steps of the whole run: it comes at none of them"
+        for key, every in named
+        if every and every > steps
+    ]
 
 
 def find_bucket_faults(effective: Effective) -> Faults:
@@ -111,6 +107,8 @@ def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[s
         )
     if plan and isinstance(warmup, int) and warmup >= plan.total_optimizer_steps:
         notes.append(f"lr_warmup_steps = {warmup:,} is the whole run: the rates are never reached.")
+    if plan:
+        notes += note_rare_saves(effective, plan.total_optimizer_steps)
     every, saved = effective.get("states.every"), effective.get("save_every_n_steps")
     if every and saved and every % saved:
         notes.append(f"states.every = {every}: only states whose step is a multiple of it and of {saved} are kept.")
@@ -186,12 +184,6 @@ def refuse_two_lengths(effective: Effective) -> Faults:
         value = effective.get(key)
         if effective.is_set(key) and isinstance(value, int) and value < 1:
             yield key, f"{value} trains nothing"
-
-
-def refuse_rare_saves(effective: Effective) -> Faults:
-    steps = effective.get("max_train_steps")
-    if effective.is_set("max_train_steps") and steps and not effective.is_set("max_train_epochs"):
-        yield from find_rare_saves(effective, steps, f"max_train_steps = {steps:,}")
 
 
 def refuse_lost_updates(effective: Effective) -> Faults:
@@ -272,7 +264,6 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_bucket_steps,
     refuse_short_captions,
     refuse_two_lengths,
-    refuse_rare_saves,
     refuse_lost_updates,
     refuse_full_precision,
     refuse_two_attentions,

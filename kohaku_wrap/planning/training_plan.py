@@ -11,7 +11,6 @@ from kohaku_wrap.config.base_model import (
     needs_own_vae,
     require_weight_files,
 )
-from kohaku_wrap.config.checks import check_plan
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.formats.caption_rows import ImageSizes
@@ -81,7 +80,7 @@ def plan_training(
 ) -> TrainingPlan:
     """Count and weigh a training of a template on its site over these images."""
     steps = plan_steps(effective, images)
-    problems = effective.blame(check_plan(effective, steps)) + check_model(effective)
+    problems = check_model(effective)
     counts: tuple[ModuleCounts, ...] = ()
     not_counted = "" if with_modules else "modules, parameters and sizes were not asked for"
     if with_modules and effective.get("network_module") == "lycoris.kohya":

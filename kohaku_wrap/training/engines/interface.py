@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.networks import note_network
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
 from kohaku_wrap.training.records.signs import Phase
+
+LONGEST_WRITE_SECONDS = 1.0
+"""Writing the ledger's records takes far less; more is a pause for want of room."""
 
 
 class WrongProcesses(KwrapError):
@@ -105,6 +109,14 @@ class Engine(ABC):
         if accelerator.num_processes != self.attempt.processes:
             raise WrongProcesses(accelerator.num_processes, self.attempt.processes)
 
+    @contextmanager
+    def apart(self, phase: Phase) -> Iterator[None]:
+        """A time that counts to no optimizer step, with a sign of life before it."""
+        self.beat(phase)
+        begun = time.monotonic()
+        yield
+        self.sums.add_apart(phase, time.monotonic() - begun)
+
     @property
     def is_last_step(self) -> bool:
         """Whether every optimizer step is done."""
@@ -136,6 +148,9 @@ class Engine(ABC):
                 f"rank {self.rank} got position {facts['position']} of epoch {facts['epoch']}, expected {expected}",
                 "This is a fault of kwrap: please report it with the versions that `kwrap doctor` prints.",
             )
+        if not self.micro_batches:
+            # Loading the models is no part of the first step.
+            self.sums.started = time.monotonic() - sum(self.sums.apart.values())
         seed_generators(step_seed(self.seed, facts["epoch"], facts["position"]))
         # None where the optimizer finds its rate by itself.
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -171,7 +186,10 @@ class Engine(ABC):
 
     def write_ledger(self) -> None:
         """Hand the ledger's records to the system; a full disk is waited out."""
+        begun = time.monotonic()
         wait_for_room(self.attempt, self.ledger.write_out, self.optimizer_steps, self.micro_batches, "step", self.rank)
+        if (waited := time.monotonic() - begun) > LONGEST_WRITE_SECONDS:
+            self.sums.add_apart("paused", waited)
 
     def end_step(self) -> None:
         """Count the optimizer step just made, record it, and ask whether to stop.
@@ -219,7 +237,8 @@ class Engine(ABC):
                 "loss": loss,
                 "loss_average": average,
                 **self.name_rates(),
-                "seconds": round(time.monotonic() - sums.started, 4),
+                "seconds": round(sums.seconds, 4),
+                **{f"{kind}_seconds": round(seconds, 4) for kind, seconds in sums.apart.items()},
                 "images": sums.images,
                 "skipped_images_loaded": int(self.dataset.images_loaded_too_early),
                 **{name: count for name, count in wrong.items() if count},
@@ -258,7 +277,11 @@ class Engine(ABC):
         if self.saved_step == self.optimizer_steps:
             return
         self.saved_step = self.optimizer_steps
-        self.beat("saving")
+        with self.apart("saving"):
+            self.write_state(scheduled)
+
+    def write_state(self, scheduled: bool) -> None:
+        """The state itself; every rank calls it."""
         self.ledger.sync()
         self.accelerator.wait_for_everyone()
         if self.rank == 0:
@@ -275,9 +298,9 @@ class Engine(ABC):
 
     def save_checkpoint_file(self, path: Path, write: Callable[[], object]) -> None:
         """Let `write` make the network at `path`, again while the disk is full, and keep its sha256; on rank 0."""
-        self.beat("saving")
-        for act in (write, lambda: note_network(self.attempt, path)):
-            wait_for_room(self.attempt, act, self.optimizer_steps, self.micro_batches)
+        with self.apart("saving"):
+            for act in (write, lambda: note_network(self.attempt, path)):
+                wait_for_room(self.attempt, act, self.optimizer_steps, self.micro_batches)
 
     def close(self) -> None:
         """End the files of the records."""

@@ -33,6 +33,18 @@ class StepSums:
     started: float = field(default_factory=time.monotonic)
     """When the step's first micro-batch was asked for."""
 
+    apart: dict[str, float] = field(default_factory=dict)
+    """Seconds since then that are no part of the step, by what they went into: see APART of the metrics."""
+
+    @property
+    def seconds(self) -> float:
+        """That the step has taken so far, without what stands apart."""
+        return time.monotonic() - self.started - sum(self.apart.values())
+
+    def add_apart(self, kind: str, seconds: float) -> None:
+        """Count a time to no step."""
+        self.apart[kind] = self.apart.get(kind, 0.0) + seconds
+
     def sum_over_ranks(self, attempt: Attempt, rank: int, device: torch.device) -> bool:
         """Add up over all ranks, so that each has the same; whether rank 0 was asked to stop."""
         stop = rank == 0 and attempt.stop_requested()

@@ -22,6 +22,10 @@ STEPS_LOOKED_AT = 500
 """The newest measured steps that the step time is taken from."""
 
 
+APART = ("sampling", "saving", "paused")
+"""What takes time beside the optimizer steps; a line has `KIND_seconds` of it where there was some."""
+
+
 class NoMeasurement(KwrapError):
     """The run has measured no step yet."""
 

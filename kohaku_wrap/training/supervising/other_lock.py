@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.run_files import LOCK_PLACES, flatten
+from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
@@ -15,6 +16,9 @@ from kohaku_wrap.training.records.folder import refuse_later_lock
 OF_ONE_RUN = LOCK_PLACES | {"format", "digest", "run.id", "run.options_digest", "inputs.site_sha256"}
 """Entries that say where things are and which run it is, not what is trained."""
 
+
+NOT_OPTIONS = frozenset({"run.kwrap_version", "run.template", *(f"values.{name}" for name in ARGUMENT_TABLES)})
+"""Entries of the lock's tables that are no options, or stand there a second time."""
 
 LATER = (
     "kernels.",
@@ -68,3 +72,16 @@ def template_of_lock(path: Path) -> str:
         raise KwrapError(f"{path}: [run] template is missing", "Give the run.lock.toml of a run, or name the template.")
     files = run.get("template_files") or []
     return files[-1] if files and Path(files[-1]).is_file() else str(run["template"])
+
+
+def compare_options(lock: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key and both values of every option, seed, batch and length in which two runs differ; None is unset."""
+    sides = []
+    for tables in (lock, other):
+        chosen = {
+            name: tables.get(name, {}) for name in ("run", "values", "dataset", *ARGUMENT_TABLES, "preset", "plan")
+        }
+        sides.append({key: value for key, value in flatten(chosen) if key not in OF_ONE_RUN and key not in NOT_OPTIONS})
+    before, after = sides
+    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [(key.removeprefix("values."), before.get(key), after.get(key)) for key in keys]

@@ -11,17 +11,27 @@ from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, is_lock_fr
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
-from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.records.metrics import APART, read_metrics
 from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
 from kohaku_wrap.training.supervising.resume import is_finished
 from kohaku_wrap.training.supervising.supervise import advice_after
-from kohaku_wrap.training.supervising.watch import number_of
+from kohaku_wrap.training.supervising.watch import RATE_WINDOW_STEPS, number_of
 
 Condition = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
 
-RATE_WINDOW_STEPS = 20
+STEPS_COMPARED = 8
+"""Of two runs that are held beside each other."""
+
+WAITS = {
+    "start-up": "the models to load, the first optimizer step and its state",
+    "paused": "room on the disk, then a state",
+    "sampling": "the samples, then a state",
+    "step": "the optimizer step to end, then a state",
+    "saving": "the state to be saved",
+}
+"""What a stop waits for in each phase, the longest wait first."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,12 @@ class RunStatus:
     phase: str
     """What the ranks do now; empty unless it runs."""
 
+    stop_waits_for: str
+    """What a stop that was asked for waits for; empty without one."""
+
+    apart_seconds: dict[str, float]
+    """Time beside the optimizer steps: sampling, saving, pauses; of the steps on the current line."""
+
     silent_seconds: float | None
     """Since the last sign of life; None unless it runs, and where it was left on another boot or machine."""
 
@@ -147,9 +163,11 @@ def read_status(run: Run) -> RunStatus:
     ends = {attempt.number: read_end(attempt) for attempt in attempts}
     told = tuple(describe_attempt(attempt, ends[attempt.number]) for attempt in attempts)
     lines = read_metrics(run)
-    recent = lines[-RATE_WINDOW_STEPS:]
     bad_steps = BadSteps.of_lines(lines)
     running = bool(told) and told[-1].end == "running"
+    # As `train` counts: the steps of the attempt that runs.
+    own = [line for line in lines if line.get("attempt") == attempts[-1].number] if running else lines
+    recent = own[-RATE_WINDOW_STEPS:]
     done = int(lines[-1]["optimizer_step"]) if lines else 0
     done = max([done, *(attempt.start_optimizer_step for attempt in attempts[-1:])])
     total = run.lock.total_optimizer_steps
@@ -174,6 +192,8 @@ def read_status(run: Run) -> RunStatus:
         seconds_per_step=seconds,
         eta_seconds=(total - done) * seconds if running and seconds is not None else None,
         phase=describe_phase(beats),
+        stop_waits_for=describe_wait(beats) if running and attempts[-1].stop_file.exists() else "",
+        apart_seconds=sum_apart(lines),
         silent_seconds=count_silence(beats),
         attempts=told,
         states=states,
@@ -250,6 +270,34 @@ def describe_phase(beats: list[Heartbeat]) -> str:
     """What the ranks do, once where they agree."""
     phases = list(dict.fromkeys(beat.message or beat.phase for beat in beats))
     return ", ".join(phases)
+
+
+def describe_wait(beats: list[Heartbeat]) -> str:
+    """What a stop waits for, by the phase of the rank that is furthest behind."""
+    phases = [beat.phase for beat in beats] or ["start-up"]
+    return next(words for phase, words in WAITS.items() if phase in phases)
+
+
+def sum_apart(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds beside the optimizer steps by what they went into, where there were any."""
+    sums = {kind: sum(number_or_none(line.get(f"{kind}_seconds")) or 0.0 for line in lines) for kind in APART}
+    return {kind: seconds for kind, seconds in sums.items() if seconds}
+
+
+def compare_losses(run: Run, other: Run) -> list[tuple[int, float, float]]:
+    """Steps that both runs have, STEPS_COMPARED of them spread evenly, with the mean loss of each run up to there."""
+    sides = [{int(line["optimizer_step"]): line for line in read_metrics(each)} for each in (run, other)]
+    common = sorted(sides[0].keys() & sides[1].keys())
+    chosen = sorted(
+        {common[(at + 1) * len(common) // STEPS_COMPARED - 1] for at in range(STEPS_COMPARED)} if common else ()
+    )
+    found = []
+    for step in chosen:
+        within = [at for at in common if step - RATE_WINDOW_STEPS < at <= step]
+        one, two = (mean_of([lines[at] for at in within], "loss") for lines in sides)
+        if one is not None and two is not None:
+            found.append((step, one, two))
+    return found
 
 
 def checkpoint_bytes(run: Run) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, hold_lock
-from kohaku_wrap.training.records.metrics import MetricsTail
+from kohaku_wrap.training.records.metrics import APART, MetricsTail
 from kohaku_wrap.training.records.signs import Phase
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import (
@@ -238,6 +238,8 @@ class AttemptWatch:
         rate = sum(self.seconds) / len(self.seconds)
         eta_seconds = (self.total - self.done) * rate
         text = f"loss {loss:.4f}  lr {number_of(line.get('lr_unet')):.3g}  {rate:.2f} s/step"
+        apart = [f"{kind} {line[f'{kind}_seconds']:.1f} s" for kind in APART if line.get(f"{kind}_seconds")]
+        text += f"  (besides: {', '.join(apart)})" if apart else ""
         if in_a_row := int(line.get("bad_steps_in_a_row", 0)):
             text += f"  (skipped or no number: {in_a_row} in a row)"
         self.tell("progress", text, eta_seconds)

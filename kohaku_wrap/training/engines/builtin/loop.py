@@ -139,7 +139,6 @@ class BuiltinRun(Engine):
         while self.optimizer_steps < self.total_optimizer_steps:
             sampler.set_epoch(epoch)
             self.network.train()
-            self.sums = StepSums()
             for example in iterate_examples(loader):
                 ends_step = (self.micro_batches + 1) % self.attempt.accumulation == 0
                 self.train_micro_batch(example, ends_step)
@@ -183,12 +182,12 @@ class BuiltinRun(Engine):
         """Count the optimizer step and save what is due within an epoch; whether to stop."""
         self.end_step()
         self.write_metrics()
+        self.sums = StepSums()
         options, done = self.options, self.optimizer_steps
         if self.is_checkpoint_due:
             self.save_checkpoint(f"{options.output_name}-step{done:08d}", done)
             self.remove_old_checkpoint("-step{:08d}", done, options.save_every_n_steps, options.save_last_n_steps)
         stops = self.micro_batch_of_epoch > 0 and not self.is_last_step and self.save_if_due()
-        self.sums = StepSums()
         return stops
 
     def average_loss(self, loss: float) -> float:

@@ -226,8 +226,8 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         loop, given = self.loop, named(super().sample_images, arguments, keywords)
         at_first = given["epoch"] == 0
         if given["args"].sample_prompts and not (at_first and loop.optimizer_steps):
-            loop.beat("sampling")
-            super().sample_images(*arguments, **keywords)
+            with loop.apart("sampling"):
+                super().sample_images(*arguments, **keywords)
             loop.beat("step")
         if given["epoch"]:
             loop.end_epoch(given["epoch"])
