@@ -1,0 +1,122 @@
+"""Runs that train on from a network: checked before the launch, and really begun with its weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toml
+from engine_world import CAPTION, write_images
+from safetensors.torch import load_file, save_file
+
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.demo.base_model import write_base_model
+from kohaku_wrap.demo.tokenizers import write_tokenizers
+from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.planning.parent_network import fit_parent
+from kohaku_wrap.training.records.folder import Run
+
+pytestmark = pytest.mark.timeout(1200)
+
+TEMPLATE = """
+extends = "demo"
+[length]
+max_train_steps = 1
+[batch]
+effective_batch = 2
+[saving]
+save_every_n_steps = 1
+save_precision = "float"
+[captions]
+max_token_length = 150
+[rates]
+lr_warmup_steps = 1
+"""
+DIFFUSERS_NAMES = {"lora_unet_out_2": "lora_unet_conv_out", "lora_unet_input_blocks_0_0": "lora_unet_conv_in"}
+
+
+def kwrap(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kohaku_wrap", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with a run that trained two steps."""
+    folder = tmp_path_factory.mktemp("from") / "world"
+    write_images(folder / "images")
+    write_base_model(folder / "base", seed=1)
+    write_tokenizers(folder / "tokenizers", [CAPTION.format("one", "two")])
+    (folder / "mine.toml").write_text(TEMPLATE, encoding="utf-8")
+    paths = {name: name for name in ("images", "tokenizers", "runs")} | {"base_model": "base/model.safetensors"}
+    machine = {"engine": "builtin", "gpus": 0, "batch_per_gpu": 2, "workers": 0}
+    (folder / "site.toml").write_text(toml.dumps({"paths": paths, "machine": machine}), encoding="utf-8")
+    more = ("--set", "max_train_steps=2")
+    done = kwrap("train", folder / "mine.toml", "--site", folder / "site.toml", "--run", "first", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def network_of(world: Path, name: str) -> Path:
+    return world / "runs" / name / "checkpoints" / f"{name}.safetensors"
+
+
+def rename_modules(source: Path, target: Path) -> Path:
+    """The network with some modules named as diffusers names them."""
+    tensors = {}
+    for key, tensor in load_file(source).items():
+        name, _, suffix = key.partition(".")
+        tensors[f"{DIFFUSERS_NAMES.get(name, name)}.{suffix}"] = tensor
+    assert tensors.keys() != load_file(source).keys(), "some of these modules are there"
+    save_file(tensors, target)
+    return target
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_the_weights_of_a_network_of_another_tool(world: Path) -> None:
+    """The first step of a warm-up has the rate 0: what comes out is what went in."""
+    other = rename_modules(network_of(world, "first"), world / "other.safetensors")
+    done = kwrap("train", world / "mine.toml", "--site", world / "site.toml", "--run", "second", "--from", other)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = load_file(network_of(world, "first")), load_file(network_of(world, "second"))
+    assert before.keys() == after.keys() and all((before[key] == after[key]).all() for key in before)
+    run = Run((world / "runs" / "second").resolve())
+    assert run.lock.parent_network.startswith("other.safetensors (")
+    assert run.lock.values["network_weights"] == str(run.folder / "network.safetensors")
+    told = kwrap("inspect", network_of(world, "second"), "--no-hash").stdout
+    assert "kwrap_trained_on_from" in told and "other.safetensors" in told
+    assert "trained on from" in kwrap("status", run.folder).stdout
+
+
+def test_networks_that_do_not_fit_are_named(world: Path) -> None:
+    site, template, network = load_site(world / "site.toml"), world / "mine.toml", network_of(world, "first")
+
+    def fit(path: Path, *settings: str) -> bool:
+        return fit_parent(resolve_template(str(template), site, [f"network_weights={path}", *settings]), world / "out")
+
+    assert fit(network) is False, "its names are the template's"
+    with pytest.raises(ProblemsFound, match=r"modules of another form: lora_.*the template's is"):
+        fit(network, "network_args.factor=2")
+    with pytest.raises(ProblemsFound, match=r"extra.*does not train: lora_te1_"):
+        fit(network, "network_train_unet_only=true")
+    tensors = load_file(network)
+    gone = sorted(tensors)[0].partition(".")[0]
+    fewer = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{gone}.")}
+    save_file(fewer, world / "fewer.safetensors")
+    with pytest.raises(ProblemsFound, match=f"missing.*the file lacks: {gone}"):
+        fit(world / "fewer.safetensors")
+    by_file = ("dim_from_weights=true", "network_alpha=1.0", "network_args.factor=2")
+    assert fit(world / "fewer.safetensors", *by_file) is False
+    save_file(fewer | {"lora_unet_nothing.lokr_w1": tensors[sorted(tensors)[1]]}, world / "more.safetensors")
+    with pytest.raises(ProblemsFound, match="lora_unet_nothing"):
+        fit(world / "more.safetensors", *by_file)
+
+
+def test_a_template_may_name_a_network_beside_it(world: Path) -> None:
+    (world / "on.toml").write_text('extends = "demo"\nnetwork_weights = "runs/first/checkpoints/first.safetensors"\n')
+    effective = resolve_template(str(world / "on.toml"), load_site(world / "site.toml"))
+    assert effective.get("network_weights") == str(network_of(world, "first"))
