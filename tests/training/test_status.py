@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -73,3 +78,51 @@ def test_several_runs_take_a_line_each(new_run: NewRun, monkeypatch: pytest.Monk
     assert "do not go together" in str(call("--watch", "--json").exception)
     monkeypatch.chdir(first.folder)
     assert "no run in" in str(call().exception)
+
+
+def test_a_stop_that_was_asked_for_says_what_it_waits_for(new_run: NewRun) -> None:
+    run = new_run()
+    misbehave(run, every={"seconds_per_step": 4})
+    command = [sys.executable, str(Path(__file__).parent / "plain_kwrap.py"), "resume", str(run.folder)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        await_true(lambda: run.metrics.exists())
+        assert "asked for" not in call(run.folder).stdout
+        process.send_signal(signal.SIGINT)
+        await_true(lambda: (run.attempts / "1" / "stop").exists())
+        told = call(run.folder).stdout
+        assert "asked for; waits for the optimizer step to end, then a state" in " ".join(told.split())
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert "asked for" not in call(run.folder).stdout
+
+
+def await_true(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_time_beside_the_steps_counts_to_no_rate(new_run: NewRun) -> None:
+    run = new_run()
+    train(run)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines[3] |= {"saving_seconds": 90.0, "sampling_seconds": 30.0}
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = " ".join(call(run.folder).stdout.split())
+    assert "rate 0.01 s per optimizer step" in told
+    assert "beside the steps sampling 30 s, saving 1 min 30 s" in told
+
+
+def test_two_runs_are_compared(new_run: NewRun) -> None:
+    run, other = new_run("a"), new_run("b", values={"unet_lr": 0.5})
+    train(run)
+    train(other)
+    told = " ".join(call("--compare", run.folder, other.folder).stdout.split())
+    assert "unet_lr not set | 0.5" in told and "mean loss by step" in told and "seed" not in told
+    document = json.loads(call("--compare", run.folder, other.folder, "--json").stdout)
+    assert document["options"] == [{"option": "unet_lr", "a": None, "b": 0.5}]
+    assert document["losses"][-1]["optimizer_step"] == run.lock.total_optimizer_steps
