@@ -33,7 +33,7 @@ Examples:
     metavar="DIR",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder of the tars, searched through: data-0NNN.tar, data-1NNN.tar and *-D.tar.",
+    help="Folder of the tars, searched through, or of ID.ext files; `kwrap inspect` names its layout.",
 )
 @click.option(
     "--out", "images", metavar="IMAGES", required=True, type=click.Path(path_type=Path), help="Folder of the images."
@@ -61,7 +61,7 @@ def command(
 ) -> None:
     """Extract and verify the selected images.
 
-    Reads both published layouts (original/, recent/, images/, updates/), decodes every image to its last
+    Reads every published layout of tars, and folders of ID.ext files, decodes every image to its last
     pixel and writes it to IMAGES/NNNN/ID.ext: as it came, but upright, on white where it is transparent, and
     with 8 bits where it has 16. IMAGES/extracted.parquet lists what is verified with real
     sizes, IMAGES/extract-report.json what is missing or corrupt and why. Run it again to go on: what is

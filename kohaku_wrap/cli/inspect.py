@@ -106,6 +106,7 @@ Examples:
   kwrap inspect model.safetensors
   kwrap inspect epsilon.safetensors --json
   kwrap inspect danbooru.db
+  kwrap inspect danbooru2024
   kwrap inspect posts-snapshot.parquet
   kwrap inspect e621.csv --dataset e621 --tags tags.csv
   kwrap inspect look/1girl-solo_1_b49353a7ae64.png
@@ -121,15 +122,20 @@ def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bo
 
     FILE is a checkpoint or network in safetensors form: its kind, keys, types, hashes, metadata and merge recipe are
     shown, and of one among a run's checkpoints whether the run wrote it. Or it is a metadata set, a file or a folder:
-    its edition, what that lacks, its counts, ratings and what a selection would drop. Or it is a
-    picture that kwrap drew: how, and the command that draws it again.
+    its edition, what that lacks, its counts, ratings and what a selection would drop. Or it is a folder of tars: how
+    they are named and which posts each holds. Or it is a picture that kwrap drew: how, and the command that draws it
+    again.
     """
+    from kohaku_wrap.dataset.images.tar_layouts import holds_images
     from kohaku_wrap.merging.inspecting import describe_report, inspect_file
     from kohaku_wrap.metadata.opening import is_metadata
     from kohaku_wrap.sampling.pictures import is_png
 
     if is_png(file):
         inspect_picture(file, as_json)
+        return
+    if file.is_dir() and holds_images(file):
+        inspect_tars(file, as_json)
         return
     if dataset or tag_table or is_metadata(file):
         inspect_database(file, dataset, tag_table, as_json)
@@ -171,6 +177,26 @@ def inspect_picture(file: Path, as_json: bool) -> None:
     print_table(str(file), rows)
     # Not broken to the terminal's width: it is to be copied.
     click.echo(f"Drawn again by:\n{described['replay']}".translate(ESCAPES_IN_LINES))
+
+
+def inspect_tars(folder: Path, as_json: bool) -> None:
+    """Show how the tars of a folder are named, and which posts each holds."""
+    from kohaku_wrap.dataset.images.tar_layouts import describe_tars
+    from kohaku_wrap.dataset.images.tars import list_tar
+    from kohaku_wrap.planning.sizes import show_bytes
+
+    described = describe_tars(folder, lambda path: len(list_tar(path).members))
+    if as_json:
+        print_json("inspect", {"folder": str(folder), "kind": "tars of images", **described})
+        return
+    layouts = described.pop("layouts")
+    rows: list[tuple[str, Any]] = [("kind", "tars of images"), *layouts.items()]
+    rows += [
+        (name.replace("_", " "), show_bytes(value) if name == "size_bytes" else value)
+        for name, value in described.items()
+        if value is not None
+    ]
+    print_table(str(folder), rows, command_line("extract", "SELECTION.parquet", "--tars", folder))
 
 
 def inspect_database(file: Path, dataset: str | None, tag_table: Path | None, as_json: bool) -> None:

@@ -25,9 +25,10 @@ from PIL import Image
 from kohaku_wrap.cli.extract import command
 from kohaku_wrap.dataset.images import extract
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
-from kohaku_wrap.dataset.images.extract import BadSelection, NoTars, extract_images, find_tars
+from kohaku_wrap.dataset.images.extract import BadSelection, extract_images
 from kohaku_wrap.dataset.images.extract_report import ImagesMissing
 from kohaku_wrap.dataset.images.extracted import FolderBusy, JournalFolder
+from kohaku_wrap.dataset.images.tar_layouts import NoTars, find_tars
 from kohaku_wrap.training.data.images import UnreadableImage
 
 
@@ -292,7 +293,7 @@ def test_selection_and_tars_must_be_there(place, tmp_path):
     with pytest.raises(NoTars, match="no such folder"):
         place.extract([1001])
     place.tars.mkdir()
-    with pytest.raises(NoTars, match="no data-NNNN"):
+    with pytest.raises(NoTars, match="named as any published set"):
         place.extract([1001])
     assert not place.images.exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +17,6 @@ import pyarrow as pa
 
 from kohaku_wrap.dataset.images.extract_report import ExtractReport, write_report
 from kohaku_wrap.dataset.images.extract_shard import (
-    FOLDERS,
     PART_SUFFIX,
     ShardResult,
     ShardTask,
@@ -37,29 +35,17 @@ from kohaku_wrap.dataset.images.extracted import (
     read_extracted,
     write_extracted,
 )
+from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, TarFolder, find_tars
 from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
-from kohaku_wrap.errors import KwrapError, UsageError, reason_of
+from kohaku_wrap.errors import KwrapError, reason_of
 from kohaku_wrap.files import Progress
 from kohaku_wrap.processes import safe_children
-
-SHARD_NAME = re.compile(r"data-\d(\d{3})\.tar")
-"""`data-0NNN.tar` and `data-1NNN.tar`: ids that end in NNN."""
-
-UPDATE_NAME = re.compile(r".*-(\d)\.tar")
-"""`*-D.tar` below `updates`: ids that end in D."""
-
-LAYOUT_FOLDERS = ("original", "recent", "images")
-"""Tried in this order where several hold the same posts."""
 
 IMAGES_A_PROCESS = 400
 """Below this, another process takes longer to start than it saves."""
 
 POLL_SECONDS = 0.25
 NO_ID = -1
-
-
-class NoTars(UsageError):
-    """The folder holds no tar that could hold images of posts."""
 
 
 class WorkerDied(KwrapError):
@@ -75,40 +61,6 @@ class SelectedImages:
 
     sizes: npt.NDArray[np.int32]
     """(posts, 2): width and height after the database, 0 where unknown."""
-
-
-@dataclass(frozen=True)
-class TarFolder:
-    """The tars below a folder, by the ids that they can hold."""
-
-    of_shard: dict[int, tuple[Path, ...]]
-    """By id modulo 1000."""
-
-    updates: dict[int, tuple[Path, ...]]
-    """By id modulo 10, the newest names first."""
-
-
-def find_tars(folder: Path) -> TarFolder:
-    """Sort all tars below `folder` by their names; other files are left alone. Raises NoTars."""
-    if not folder.is_dir():
-        raise NoTars(f"{folder}: no such folder of tars", "Give the folder that holds original/ or images/.")
-    shards: dict[int, list[Path]] = {}
-    updates: dict[int, list[Path]] = {}
-    for path in sorted(path for path in folder.rglob("*.tar") if path.is_file()):
-        if match := SHARD_NAME.fullmatch(path.name):
-            shards.setdefault(int(match[1]), []).append(path)
-        elif match := UPDATE_NAME.fullmatch(path.name):
-            updates.setdefault(int(match[1]), []).append(path)
-    if not shards and not updates:
-        raise NoTars(f"{folder}: no data-NNNN.tar in it", "Give the folder that holds original/ or images/.")
-
-    def rank(path: Path) -> int:
-        return LAYOUT_FOLDERS.index(path.parent.name) if path.parent.name in LAYOUT_FOLDERS else len(LAYOUT_FOLDERS)
-
-    return TarFolder(
-        of_shard={shard: tuple(sorted(paths, key=rank)) for shard, paths in shards.items()},
-        updates={digit: tuple(reversed(paths)) for digit, paths in updates.items()},
-    )
 
 
 def read_selected_images(path: Path) -> SelectedImages:
@@ -178,7 +130,7 @@ def extract_images(
 
 
 def make_tasks(selected: SelectedImages, folder: TarFolder, known: pa.Table, max_pixels: int) -> Iterator[ShardTask]:
-    """One task for each value of id modulo 1000, its updates included; made as they are asked for."""
+    """One task for all posts of the same tars: of one id modulo 1000, or of one range; made as they are asked for."""
     pixels = known["width"].to_numpy().astype(np.int64) * known["height"].to_numpy()
     limits = known["max_pixels"].to_numpy()
     as_they_came = (limits == 0) & ((max_pixels == 0) | (pixels <= max_pixels))
@@ -186,20 +138,21 @@ def make_tasks(selected: SelectedImages, folder: TarFolder, known: pa.Table, max
     usable_ids = usable["id"].to_numpy()
     padded_ids = np.append(usable_ids, NO_ID)
     files, bytes_of = usable["file"], usable["size_bytes"]
-    shards = selected.ids % FOLDERS
-    order = np.argsort(shards, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+    groups = folder.groups_of(selected.ids)
+    order = np.argsort(groups, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         ids = selected.ids[rows]
-        shard = int(ids[0]) % FOLDERS
+        group, shards = int(groups[rows[0]]), set((ids % FOLDERS).tolist())
         at = np.searchsorted(usable_ids, ids)
         at = at[padded_ids[at] == ids]
         found = zip(usable_ids[at].tolist(), files.take(at).to_pylist(), bytes_of.take(at).to_pylist(), strict=True)
         yield ShardTask(
-            tars=folder.of_shard.get(shard, ()) + folder.updates.get(shard % 10, ()),
+            tars=folder.tars_of(group, shards),
             ids=ids,
             sizes=selected.sizes[rows],
             known={post_id: (file, size_bytes) for post_id, file, size_bytes in found},
-            pattern=f"data-0{shard:03}.tar for ids ending in {shard:03}",
+            pattern=folder.expect(group),
+            files=folder.files_of(shards),
         )
 
 

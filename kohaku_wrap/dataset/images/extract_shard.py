@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,17 +24,13 @@ from kohaku_wrap.dataset.images.checking import (
     ImageRefused,
     check_image,
 )
+from kohaku_wrap.dataset.images.plain_files import PlainFiles
+from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, read_id
 from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
 from kohaku_wrap.files import blamed_on, has_size
 from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
 
 Int64Array = npt.NDArray[np.int64]
-
-FOLDERS = 1000
-"""Images lie in the folder of their id modulo this."""
-
-NAME = re.compile(r"(?:.*/)?0*(\d{1,18})\.([A-Za-z0-9]{1,5})", re.DOTALL)
-"""A member of the published tars: `<id>.<ext>`, perhaps under a folder."""
 
 PART_SUFFIX = ".part"
 
@@ -62,6 +57,9 @@ class ShardTask:
 
     pattern: str
     """What tars of these posts are called, for the reason of what is missing."""
+
+    files: tuple[Path, ...] = ()
+    """Images outside of tars, tried after them."""
 
 
 @dataclass
@@ -142,12 +140,6 @@ def open_journal(stem: Path) -> TextIO:
     return stem.with_name(f"{stem.name}-{os.getpid()}.csv").open("a", encoding="utf-8")
 
 
-def read_id(name: str) -> tuple[int, str] | None:
-    """Post id and extension of a member's name, or None for a member that is no picture of a post."""
-    match = NAME.fullmatch(name)
-    return (int(match[1]), match[2].lower()) if match else None
-
-
 def extract_shard(task: ShardTask, writer: ShardWriter) -> ShardResult:
     """Extract what is not there yet; every post of the task ends in exactly one of the four results.
 
@@ -169,6 +161,8 @@ def extract_shard(task: ShardTask, writer: ShardWriter) -> ShardResult:
         with reader:
             note_refusals(reader, wanted, result, failures)
             extract_members(reader, task, wanted, writer, result, failures)
+    if wanted and task.files:
+        extract_members(PlainFiles(task.files, wanted), task, wanted, writer, result, failures)
     for post_id in sorted(wanted):
         if post_id in failures:
             result.corrupt.append((post_id, "; ".join(failures[post_id])))
@@ -196,7 +190,7 @@ def note_refusals(reader: TarReader, wanted: set[int], result: ShardResult, fail
             failures.setdefault(found[0], []).append(f"{reader.path.name}: {refusal.name} {refusal.reason}")
 
 
-def order_members(reader: TarReader, failures: dict[int, list[str]]) -> Iterator[tuple[int, str, Member]]:
+def order_members(reader: TarReader | PlainFiles, failures: dict[int, list[str]]) -> Iterator[tuple[int, str, Member]]:
     """Id, extension and member of every wanted still image by offset; of members of one id, the last first."""
     of_post: dict[int, list[tuple[str, Member]]] = {}
     for member in reader.members:
@@ -211,7 +205,7 @@ def order_members(reader: TarReader, failures: dict[int, list[str]]) -> Iterator
 
 
 def extract_members(
-    reader: TarReader,
+    reader: TarReader | PlainFiles,
     task: ShardTask,
     wanted: set[int],
     writer: ShardWriter,
@@ -242,7 +236,7 @@ def extract_members(
 
 
 def read_image(
-    reader: TarReader, member: Member, extension: str, max_pixels: int, known_size: tuple[int, int] | None
+    reader: TarReader | PlainFiles, member: Member, extension: str, max_pixels: int, known_size: tuple[int, int] | None
 ) -> CheckedImage:
     """Read and check one member. Raises ImageRefused."""
     if member.size_bytes > LARGEST_FILE_BYTES:
@@ -259,7 +253,7 @@ def read_image(
 def explain_missing(task: ShardTask, result: ShardResult) -> str:
     """Why nothing was found for a post of the task."""
     if not task.tars:
-        return f"there is no {task.pattern}"
+        return "no file is named by this id" if task.files else f"there is no {task.pattern}"
     names = ", ".join(tar.name for tar in task.tars[:3]) + (", …" if len(task.tars) > 3 else "")
     if not result.damaged:
         return f"not in {names}"

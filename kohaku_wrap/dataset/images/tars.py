@@ -159,8 +159,9 @@ def parse_header(block: bytes) -> tarfile.TarInfo:
 def list_tar(path: Path, use_index: bool = True) -> TarListing:
     """The members of the tar at `path`.
 
-    The index `path` with the suffix .json is used when its `filesize` is the tar's and it lists all of the tar; what
-    it leaves out is found by the headers. Raises TarUnreadable when the tar cannot be opened, or is something else.
+    The index `path` with the suffix .json is used when its `filesize`, where it has one, is the tar's and it lists all
+    of the tar; what it leaves out is found by the headers.
+    Raises TarUnreadable when the tar cannot be opened, or is something else.
     """
     with open_tar(path) as stream:
         descriptor = stream.fileno()
@@ -218,10 +219,12 @@ def read_index(path: Path, size_bytes: int) -> TarListing | None:
     try:
         with open_regular(path) as stream:
             index = json.loads(stream.read(INDEX_LIMIT_BYTES))
-        if index["filesize"] != size_bytes:
+        if "files" in index and index["filesize"] != size_bytes:
             return None
         listing = TarListing(from_index=True)
-        for name, place in index["files"].items():
+        # That of 2025 holds nothing but places: {"7501000.jpg": [start, end]}.
+        places = index["files"] if "files" in index else {name: place_of(*ends) for name, ends in index.items()}
+        for name, place in places.items():
             offset, member_bytes = place["offset"], place["size"]
             if type(offset) is not int or type(member_bytes) is not int:
                 return None
@@ -231,6 +234,11 @@ def read_index(path: Path, size_bytes: int) -> TarListing | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return listing
+
+
+def place_of(start: int, end: int) -> dict[str, Any]:
+    """The place of a member from the bytes at which its data begin and end."""
+    return {"offset": start, "size": end - start}
 
 
 class TarReader:

@@ -1,0 +1,130 @@
+"""Every published way to name tars: the same posts come out of each, and `kwrap inspect` names it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.dataset.images.extract import extract_images
+from kohaku_wrap.dataset.images.tar_layouts import NoTars, find_tars
+from kohaku_wrap.dataset.images.tars import list_tar
+
+IDS = (7, 1_007, 2_345, 12_345, 999_999, 7_501_000, 7_501_999, 7_502_001)
+
+
+def draw(post_id: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30), (post_id % 256, post_id // 256 % 256, 9)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, ids: list[int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for post_id in ids:
+            content = draw(post_id)
+            member = tarfile.TarInfo(f"{post_id}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def name_of(layout: str, post_id: int) -> str:
+    names = {
+        "data-0NNN.tar": f"original/data-0{post_id % 1000:03}.tar",
+        "images/0NNN.tar": f"images/0{post_id % 1000:03}.tar",
+        "images/D/0NNN.tar": f"images/{post_id // 1000 % 10}/0{post_id % 1000:03}.tar",
+        "{start_id}.tar": f"shards/{post_id // 1000 * 1000}.tar",
+        "updates/*-D.tar": f"updates/20240101/20240101-{post_id % 10}.tar",
+    }
+    return names[layout]
+
+
+def write_layout(folder: Path, layout: str) -> None:
+    if layout == "ID.ext":
+        for post_id in IDS:
+            path = folder / f"{post_id % 100:02}" / f"{post_id}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(draw(post_id))
+        return
+    tars: dict[str, list[int]] = {}
+    for post_id in IDS:
+        tars.setdefault(name_of(layout, post_id), []).append(post_id)
+    for name, ids in tars.items():
+        write_tar(folder / name, ids)
+
+
+@pytest.fixture
+def selection(tmp_path: Path) -> Path:
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table({"id": pa.array(IDS, pa.int64())}), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["data-0NNN.tar", "images/0NNN.tar", "images/D/0NNN.tar", "{start_id}.tar", "updates/*-D.tar", "ID.ext"],
+)
+def test_every_layout_gives_every_post_and_is_named(layout: str, selection: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "set"
+    write_layout(tars, layout)
+    report = extract_images(selection, tars, tmp_path / "images")
+    assert (report.written, report.missing, report.corrupt) == (len(IDS), [], [])
+    for post_id in IDS:
+        assert (tmp_path / "images" / f"{post_id % 1000:04}" / f"{post_id}.png").read_bytes() == draw(post_id)
+    shown = CliRunner().invoke(program, ["inspect", str(tars), "--json"], standalone_mode=False)
+    document = json.loads(shown.stdout)
+    assert list(document["layouts"]) == [layout]
+    assert document["tars"] + document["files_without_tar"] == sum(1 for path in tars.rglob("*.*") if path.is_file())
+
+
+def test_layouts_beside_each_other_fill_each_others_gaps(selection: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "set"
+    write_tar(tars / "images" / "0345.tar", [2_345])
+    write_tar(tars / "7501000.tar", [7_501_000, 7_501_999])
+    write_tar(tars / "original" / "data-0007.tar", [7])
+    report = extract_images(selection, tars, tmp_path / "images")
+    assert report.written == 4
+    assert dict(report.missing)[12_345] == "not in 0345.tar"
+    assert dict(report.missing)[7_502_001] == "there is no data-0001.tar for ids ending in 001"
+    assert find_tars(tars).counts == {"data-0NNN.tar": 1, "images/0NNN.tar": 1, "{start_id}.tar": 1}
+
+
+def test_an_index_of_places_alone_is_used_where_it_fits(selection: Path, tmp_path: Path) -> None:
+    tar = tmp_path / "set" / "7501000.tar"
+    write_tar(tar, [7_501_000, 7_501_999])
+    walked = {each.name: [each.offset, each.offset + each.size_bytes] for each in list_tar(tar).members}
+    index = tar.with_suffix(".json")
+    index.write_text(json.dumps(walked))
+    listing = list_tar(tar)
+    assert listing.from_index and {each.name: each.offset for each in listing.members} == {
+        name: start for name, (start, _) in walked.items()
+    }
+    for wrong in (
+        {name: [start + 1, end + 1] for name, (start, end) in walked.items()},
+        {name: [start] for name, (start, _) in walked.items()},
+        {name: [end, start] for name, (start, end) in walked.items()},
+        {name: str(start) for name, (start, _) in walked.items()},
+        {},
+    ):
+        index.write_text(json.dumps(wrong))
+        report = extract_images(selection, tar.parent, tmp_path / "images")
+        assert report.written == 2 and not report.corrupt
+        shutil.rmtree(tmp_path / "images")
+
+
+def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "photos.tar").write_bytes(b"")
+    (tmp_path / "set" / "7.txt").write_text("a caption")
+    with pytest.raises(NoTars, match="named as any published set"):
+        find_tars(tmp_path / "set")
