@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
+
+import psutil
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.processes import python_command, safe_environment
@@ -38,6 +44,63 @@ ON_THE_CPU = {
 
 class ProcessFailed(KwrapError):
     """A command of the proof ended otherwise than planned."""
+
+
+class Children:
+    """The commands that run now, so that an interrupt of the proof ends them, be they in groups of their own."""
+
+    def __init__(self) -> None:
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.ended = False
+
+    @contextmanager
+    def start(
+        self, command: Sequence[str], stream: IO[bytes], environment: Mapping[str, str] | None, **how: Any
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A command that prints to `stream`. Raises ProcessFailed where the proof was interrupted before."""
+        environment = safe_environment(environment)
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, **how)
+        self.running.add(process)
+        try:
+            if self.ended:
+                end_tree(process)
+                raise ProcessFailed("the proof was interrupted", "Start it again.")
+            yield process
+        except BaseException:
+            end_tree(process)
+            raise
+        finally:
+            self.running.discard(process)
+
+    def end(self) -> None:
+        self.ended = True
+        for process in list(self.running):
+            end_tree(process)
+
+
+CHILDREN = Children()
+
+
+@contextmanager
+def training_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that start trainings, one a core; what ends the block early ends these trainings too."""
+    CHILDREN.ended = False
+    with ThreadPoolExecutor(max_workers=max(len(os.sched_getaffinity(0)), 1)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            CHILDREN.end()
+            raise
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a process and all that it started."""
+    if process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for each in psutil.Process(process.pid).children(recursive=True):
+                send_signal(each.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
 
 
 @dataclass(frozen=True)
@@ -73,17 +136,8 @@ def run_logged(
 ) -> int:
     """The exit code of a command that runs in `folder`; what it prints goes to the end of `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as stream:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=safe_environment(environment),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_seconds,
-            check=False,
-        )
-    return done.returncode
+    with log.open("ab") as stream, CHILDREN.start(command, stream, environment, cwd=folder) as process:
+        return process.wait(timeout_seconds)
 
 
 def failed(arguments: tuple[str, ...], exit_code: int, log: Path) -> ProcessFailed:
@@ -131,25 +185,19 @@ def kill_midway(
     environment: Mapping[str, str] | None = None,
 ) -> None:
     """Start a command and kill it, with every process below it, at the planned moment."""
-    with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
-            command_of(arguments),
-            env=safe_environment(environment),
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    while process.poll() is None:
-        attempt = find_attempt(run, attempt_number)
-        if attempt is not None and is_moment(attempt, kill):
-            if kill.in_state and not stop_in_state(process, attempt):
-                break
-            kill_all(process, attempt)
-            return
-        time.sleep(POLL_SECONDS)
-    if process.wait() == 0:
-        raise ProcessFailed(f"`kwrap {arguments[0]}` trained to the end before the planned kill", f"See {log}.")
-    raise failed(arguments, process.returncode, log)
+    command = command_of(arguments)
+    with log.open("wb") as stream, CHILDREN.start(command, stream, environment, start_new_session=True) as process:
+        while process.poll() is None:
+            attempt = find_attempt(run, attempt_number)
+            if attempt is not None and is_moment(attempt, kill):
+                if kill.in_state and not stop_in_state(process, attempt):
+                    break
+                kill_all(process, attempt)
+                return
+            time.sleep(POLL_SECONDS)
+        if process.wait() == 0:
+            raise ProcessFailed(f"`kwrap {arguments[0]}` trained to the end before the planned kill", f"See {log}.")
+        raise failed(arguments, process.returncode, log)
 
 
 def find_attempt(run: Run, number: int) -> Attempt | None:

@@ -16,8 +16,14 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_file
 from kohaku_wrap.training.records.metrics import read_metrics
 
-CHECKED_FIELDS = ("flags", "order_digest", "content_digest", "loss", "learning_rate")
-"""What two records of one position must agree in."""
+CHECKED_FIELDS = {
+    "flags": "flags",
+    "order_digest": "order digest (which images)",
+    "content_digest": "content digest (captions, crops, flips, time steps)",
+    "loss": "loss",
+    "learning_rate": "learning rate",
+}
+"""What two records of one position must agree in, and in words."""
 
 METRICS = ("loss", "loss_average", "lr_unet", "lr_text_encoder", "images")
 
@@ -99,9 +105,9 @@ def compare_record(one: Any, other: Any, who: str) -> None:
     where = f"epoch {one['epoch']}, position {one['position']}"
     if (one["epoch"], one["position"]) != (other["epoch"], other["position"]):
         raise Difference(f"{where} is missing or out of order")
-    for name in CHECKED_FIELDS:
+    for name, words in CHECKED_FIELDS.items():
         if one[name].tobytes() != other[name].tobytes():
-            raise Difference(f"{who} differ in the {name.replace('_', ' ')} of {where}: {one[name]}, {other[name]}")
+            raise Difference(f"{who} differ in the {words} of {where}: {one[name]}, {other[name]}")
 
 
 def compare_metrics(whole: Run, interrupted: Run) -> int:

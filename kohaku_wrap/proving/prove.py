@@ -13,7 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.outlets import run_as_work
-from kohaku_wrap.proving.killing import Kill, ProcessFailed, run_kwrap, train_with_kills
+from kohaku_wrap.proving.killing import Kill, ProcessFailed, run_kwrap, train_with_kills, training_threads
 from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.trainer.commits import SUPPORTED, installed_checkouts
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
@@ -182,7 +182,7 @@ def prove(bench: Bench, cases: tuple[Case, ...]) -> int:
         for case in cases
     }
     identical = 0
-    with ThreadPoolExecutor(max_workers=max(len(os.sched_getaffinity(0)), 1)) as pool:
+    with training_threads() as pool:
         # The longest first, so that none is left alone at the end.
         whole = {key: pool.submit(bench.train, reference) for key, reference in references.items()}
         ordered = sorted(cases, key=lambda case: -len(case.kills) * case.configuration.processes)

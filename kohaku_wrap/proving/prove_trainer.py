@@ -16,7 +16,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -29,7 +28,7 @@ from kohaku_wrap.files import home_folder, write_text
 from kohaku_wrap.processes import ask_python
 from kohaku_wrap.proving.census import choose_rows, walk
 from kohaku_wrap.proving.census_bench import CensusBench
-from kohaku_wrap.proving.killing import Kill
+from kohaku_wrap.proving.killing import Kill, training_threads
 from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.proving.prove import Bench, Case, Configuration
 from kohaku_wrap.trainer.checkout import (
@@ -194,7 +193,7 @@ class Trial:
 
         def work() -> str:
             bench.make_world()
-            with ThreadPoolExecutor(max_workers=max(len(os.sched_getaffinity(0)), 1)) as pool:
+            with training_threads() as pool:
                 runs.extend(pool.map(bench.train, cases))
             return f"uninterrupted, with {len(KILLS)} kills, and on {reference.name}"
 
@@ -305,6 +304,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         known = find_commit(chosen.commit)
         checkout = find_checkout(known.commit if known else chosen.commit)
+        if known and checkout.commit != known.commit:
+            raise NotProved(
+                f"{CHECKOUT_VARIABLE} points at {checkout.path}, which is not at {known.name} but at {checkout.name}",
+                f"Unset {CHECKOUT_VARIABLE}, or prove that checkout by: kwrap trainer prove",
+            )
         shutil.rmtree(chosen.folder, ignore_errors=True)
         # That of a supported commit is for the list alone.
         proof = prove_checkout(checkout, chosen.folder, keep=not checkout.is_supported, on_note=print)

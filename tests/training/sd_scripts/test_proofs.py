@@ -10,6 +10,7 @@ import pytest
 
 from kohaku_wrap.config.render import describe_trainer
 from kohaku_wrap.planning.doctor import examine_trainer
+from kohaku_wrap.proving import prove_trainer
 from kohaku_wrap.trainer import checkout as checkout_module
 from kohaku_wrap.trainer.checkout import (
     ImpossiblePair,
@@ -148,3 +149,14 @@ def test_the_matrix_of_commits_and_transformers(use_trainer: object, monkeypatch
                 refused.add(each.name)
                 assert version in pair.message and "make setup" in pair.next_step
         assert refused == expected, version
+
+
+def test_a_commit_is_not_proved_by_another_checkout(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_proof(proved(checkout), {})
+    monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(checkout))
+    listed = tmp_path / "proved.md"
+    assert prove_trainer.main(["--commit", "v0.11.1", "--folder", str(tmp_path / "work"), "--list", str(listed)]) == 1
+    assert f"{checkout}, which is not at v0.11.1 but at new" in capsys.readouterr().err
+    assert not listed.exists()

@@ -1,0 +1,46 @@
+"""An interrupt of a proof ends its trainings, those in groups of their own too."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kohaku_wrap.proving.killing import CHILDREN, ProcessFailed, run_logged, training_threads
+
+LONG = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(900)"], start_new_session=True)
+print("started", flush=True)
+time.sleep(900)
+"""
+
+
+def processes_below() -> set[int]:
+    return {each.pid for each in psutil.Process().children(recursive=True)}
+
+
+def test_an_interrupt_ends_all_trainings_and_what_they_started(tmp_path: Path) -> None:
+    before = processes_below()
+    command = [sys.executable, "-c", LONG]
+    with pytest.raises(KeyboardInterrupt), training_threads() as pool:
+        logs = [tmp_path / f"{number}.log" for number in range(64)]
+        trainings = [pool.submit(run_logged, command, log) for log in logs]
+        while not any(log.exists() and b"started" in log.read_bytes() for log in logs):
+            time.sleep(0.02)
+        assert len(processes_below() - before) >= 2
+        raise KeyboardInterrupt
+    assert not processes_below() - before
+    assert not CHILDREN.running
+    ends = [training.exception() for training in trainings]
+    assert any(isinstance(end, ProcessFailed) for end in ends), "those that wait begin no more"
+    assert {training.result() for training, end in zip(trainings, ends, strict=True) if end is None} == {-9}
+
+
+def test_the_next_proof_trains_again(tmp_path: Path) -> None:
+    CHILDREN.end()
+    with training_threads() as pool:
+        assert pool.submit(run_logged, [sys.executable, "-c", "raise SystemExit(7)"], tmp_path / "log").result() == 7
