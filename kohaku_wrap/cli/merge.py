@@ -18,6 +18,7 @@ from kohaku_wrap.cli.output import (
     print_note,
     print_table,
     progress_bar,
+    show_path,
 )
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence
@@ -223,4 +224,15 @@ def command(
         if result.unverified:
             rows.append(("not verified", f"{result.unverified:,} numbers that DoRA sets in float32"))
     rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
-    print_table("Merged", rows, command_line("inspect", output))
+    print_table("Merged", rows, next_after([header.path for header in plan.networks.values()], output))
+
+
+def next_after(networks: list[Path], output: Path) -> str:
+    """`kwrap publish` where the networks are of one run, else a look at what was made."""
+    from kohaku_wrap.training.records.folder import is_run
+
+    runs = {path.parent.parent for path in networks if is_run(path.parent.parent)}
+    if len(runs) != 1:
+        return command_line("inspect", output)
+    (run,) = runs
+    return command_line("publish", show_path(run), "--out", f"{run.name}-published")

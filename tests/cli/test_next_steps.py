@@ -53,3 +53,17 @@ def test_a_copied_template_is_called_as_it_was_typed(tmp_path: Path, monkeypatch
 
 def test_a_command_line_is_quoted() -> None:
     assert command_line("resume", Path("my runs/a"), "--step", 4) == "kwrap resume 'my runs/a' --step 4"
+
+
+def test_a_merge_with_networks_of_one_run_leads_to_its_publishing(tmp_path: Path) -> None:
+    from kohaku_wrap.cli.merge import next_after
+
+    networks = []
+    for name in ("a", "b"):
+        run = tmp_path / "runs" / name
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "run.lock.toml").write_text("")
+        networks.append(run / "checkpoints" / "n.safetensors")
+    assert next_after(networks[:1], tmp_path / "out") == f"kwrap publish {tmp_path}/runs/a --out a-published"
+    assert next_after(networks, tmp_path / "out") == f"kwrap inspect {tmp_path}/out"
+    assert next_after([tmp_path / "n.safetensors"], tmp_path / "out") == f"kwrap inspect {tmp_path}/out"
