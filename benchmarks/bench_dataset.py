@@ -25,6 +25,9 @@ import pyarrow.parquet as pq
 from dataset_worlds import write_posts_database
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "metadata"))
+from edition_writer import EDITIONS, load_world  # noqa: E402
+
 BENCH = ROOT / ".bench" / "dataset"
 POSTS = 300_000
 LARGE_POSTS = 7_800_000
@@ -249,6 +252,40 @@ def bench_texts(figures: list[Figure], database: Path, selection: Path, images: 
     shutil.rmtree(images)
 
 
+def bench_editions(figures: list[Figure], rounds: int) -> None:
+    """`kwrap select` of all posts and their captions to one file, from every edition of the same 300,000 posts."""
+    database = make_database(POSTS, relations=True, indexed=True)
+    folder = BENCH / f"editions-{POSTS}"
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"making {folder.name} …", file=sys.stderr, flush=True)
+        world = load_world(database)
+        places = {name: str(write(world, folder / name)) for name, write in EDITIONS.items()}
+        (folder / "ready").write_text(json.dumps(places))
+    recipe = BENCH / "all.toml"
+    recipe.write_text("[selection]\n")
+    places = {"sqlite": str(database), **json.loads((folder / "ready").read_text())}
+    bar_seconds = 0.0
+    for name, place in places.items():
+        selection, out = BENCH / f"edition-{name}.parquet", BENCH / f"edition-{name}"
+        seconds, peak_bytes = float("inf"), 0
+        for _ in range(rounds):
+            shutil.rmtree(out, ignore_errors=True)
+            runs = (
+                kwrap("select", recipe, "--db", place, "--out", selection),
+                kwrap("caption", selection, "--db", place, "--out", out, "--format", "jsonl"),
+            )
+            seconds = min(seconds, sum(run.wall_seconds for run in runs))
+            peak_bytes = max(peak_bytes, *(run.peak_bytes for run in runs))
+        shutil.rmtree(out)
+        bar_seconds = bar_seconds or seconds
+        told = f"{seconds:.1f} s = {seconds / bar_seconds:.2f} x sqlite, {peak_bytes / GIB:.2f} GiB"
+        reached = seconds <= bar_seconds and peak_bytes <= 2 * GIB
+        bar = "<= 1 x sqlite, <= 2 GiB" if name != "sqlite-api" else "<= 2 GiB"
+        reached = reached if name != "sqlite-api" else peak_bytes <= 2 * GIB
+        figures.append(Figure(f"select and caption, {name}", told, bar, reached))
+
+
 def bench_large(figures: list[Figure], posts: int) -> None:
     """Selection and captions at full size: time against a scan, and memory."""
     database = make_database(posts, relations=True, indexed=False)
@@ -282,14 +319,17 @@ def main() -> int:
     parser.add_argument("--large-posts", type=int, default=LARGE_POSTS, help="posts of the large database")
     parser.add_argument("--skip-large", action="store_true", help="leave the large database out")
     parser.add_argument("--images", type=Path, default=BENCH / "images", help="for 600,000 small files; must not exist")
+    parser.add_argument("--only-editions", action="store_true", help="the editions of the metadata alone")
     parser.add_argument("--rounds", type=int, default=3, help="repeat short measurements and take the best")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     BENCH.mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []
-    bench_tars(figures)
-    bench_captions(figures, arguments.rounds, arguments.images)
-    if not arguments.skip_large:
+    if not arguments.only_editions:
+        bench_tars(figures)
+        bench_captions(figures, arguments.rounds, arguments.images)
+    bench_editions(figures, arguments.rounds)
+    if not (arguments.skip_large or arguments.only_editions):
         bench_large(figures, arguments.large_posts)
     if arguments.json:
         print(json.dumps([vars(figure) for figure in figures], indent=2))

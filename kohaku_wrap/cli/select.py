@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   kwrap select epsilon --db danbooru2023.db --out epsilon.parquet
-  kwrap select my-dataset.toml --db danbooru2023.db --out mine.parquet --json"""
+  kwrap select my-dataset.toml --db posts-snapshot.parquet --out mine.parquet --json"""
 )
 @click.argument("dataset", metavar="DATASET")
 @click.option(
@@ -38,8 +38,8 @@ Examples:
 def command(dataset: str, db: Path, out: Path, tag_table: Path | None, as_json: bool) -> None:
     """Select posts: a seeded sample, then the recipe's filters.
 
-    DATASET is a shipped name (epsilon, delta, demo) or the path of a dataset file. The same seed and database give
-    the same posts on every machine; every drop is counted by its reason.
+    DATASET is a shipped name (epsilon, delta, demo; gelbooru and e621 are examples) or the path of a dataset file. The
+    same seed and database give the same posts on every machine; every drop is counted by its reason.
     """
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.dataset.selection import GENERATOR, select_posts

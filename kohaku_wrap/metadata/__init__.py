@@ -1,1 +1,1 @@
-"""The danbooru2023 sqlite database as arrays: the only room with SQL."""
+"""Tables of posts of every published edition as arrays: the only room with SQL."""

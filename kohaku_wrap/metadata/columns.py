@@ -164,7 +164,9 @@ def find_columns(available: Collection[str], mapping: SiteMapping, where: str) -
         return next(((known[name],) for name in names if name in known), ())
 
     posts = {key: found[0] for key, names in NAMES.items() if (found := find(key, names))}
-    if "file_ext" not in posts and "file_ext" not in mapping.columns:
+    if "file_ext" in mapping.columns and "file_ext" in posts:
+        posts["file_name"] = posts.pop("file_ext")
+    elif "file_ext" not in posts and "file_ext" not in mapping.columns:
         posts |= dict([("file_name", known[name]) for name in FILE_NAMES if name in known][:1])
     typed = {
         number: found

@@ -130,7 +130,7 @@ class Database(Source):
     def count_posts(self) -> int:
         """The largest rowid, or the number of rows."""
         if self.edition.has_tag_strings:
-            return int(self.value(f"SELECT count(*) FROM ({self.edition.posts})"))
+            return int(self.value(f"SELECT max(place) FROM ({self.edition.posts})") or 0)
         return int(self.value("SELECT max(rowid) FROM post") or 0)
 
     def digest(self) -> str:

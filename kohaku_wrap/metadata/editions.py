@@ -76,7 +76,7 @@ def make_edition(
             lacks["sensitive"] = OLD_RATING
     if not found.whole:
         lacks["order"] = NO_ORDER
-    if not found.all_typed and not mapping.tag_table:
+    if found.whole and not found.all_typed and not mapping.tag_table:
         untyped = [kind for number, kind in enumerate(TAG_TYPES) if number not in found.typed]
         lacks["categories"] = NO_CATEGORIES.format(", ".join(untyped))
     tags = {f"{TAG_TYPES[number]} tags": " + ".join(names) for number, names in found.typed.items()}

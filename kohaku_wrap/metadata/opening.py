@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kohaku_wrap.files import describe_absence
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
 from kohaku_wrap.metadata.database import SQLITE_MAGIC, DatabaseMissing, open_database
 from kohaku_wrap.metadata.source import Source
@@ -20,7 +21,7 @@ def open_metadata(path: Path, mapping: SiteMapping = DANBOORU) -> Source:
     given, path = path, path.resolve()
     if not path.is_file() and not path.is_dir():
         raise DatabaseMissing(
-            f"{given}: {'neither a file nor a folder' if path.exists() else 'no such file'}",
+            f"{given}: {describe_absence(path)}",
             "Give a metadata set with --db, or make a small world with `kwrap demo DIR`.",
         )
     if path.is_dir() or is_table_file(path):
@@ -30,8 +31,8 @@ def open_metadata(path: Path, mapping: SiteMapping = DANBOORU) -> Source:
 
 def is_metadata(path: Path) -> bool:
     """Whether a file or folder could be a metadata set, for what shows files of any kind."""
-    if path.is_dir():
-        return True
+    if not path.is_file():
+        return path.is_dir()
     with path.open("rb") as stream:
         start = stream.read(len(SQLITE_MAGIC))
     return start == SQLITE_MAGIC or (not path.name.endswith(".safetensors") and is_table_file(path))

@@ -82,7 +82,7 @@ def kind_of_file(path: Path) -> str | None:
     name = path.name.lower()
     kind = next((kind for kind, endings in SUFFIXES.items() if name.endswith(endings)), None)
     if kind and kind != "json" and (what := "" if name.endswith(".gz") else name_disguise(start)):
-        raise NoTables(f"{path}: not a {NAMES_OF_KINDS[kind]} file but {what}")
+        raise NoTables(f"{path}: not a {NAMES_OF_KINDS[kind]} file but {what}", "Give the file itself.")
     if kind == "parquet":
         raise DatabaseDamaged(f"{path}: not a Parquet file: it does not begin with PAR1", "Download or copy it again.")
     return kind
@@ -94,7 +94,7 @@ def find_table_files(path: Path) -> TableFiles:
         return _find_in_folder(path)
     kind = kind_of_file(path)
     if kind is None:
-        raise NoTables(f"{path}: no Parquet, DuckDB, CSV or JSON file")
+        raise NoTables(f"{path}: no Parquet, DuckDB, CSV or JSON file", "Give a table with --tags.")
     if kind == "duckdb":
         return TableFiles(path, kind, {})
     if kind == "parquet" and path.stem in DUMP_TABLES:

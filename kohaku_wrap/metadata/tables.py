@@ -182,8 +182,8 @@ def _leaves(fields: Any, prefix: str = "") -> dict[str, pa.DataType]:
 
 def _first(connection: duckdb.DuckDBPyConnection, path: Path, query: str) -> Any:
     with explained(path):
-        row = connection.execute(query).fetchone()
-    return row[0] if row else None
+        rows = connection.cursor().execute(query).fetchall()
+    return rows[0][0] if rows else None
 
 
 @contextlib.contextmanager
@@ -191,6 +191,8 @@ def explained(path: Path) -> Iterator[None]:
     """Turn a failure of DuckDB into the error that a person can act on."""
     try:
         yield
+    except duckdb.InterruptException:
+        raise KeyboardInterrupt from None
     except (duckdb.Error, pa.ArrowException) as error:
         raise explain_failure(path, str(error)) from error
 

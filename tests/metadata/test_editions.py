@@ -1,0 +1,302 @@
+"""Every published edition of the same posts: what is recognised, and the same selection and captions from each."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import duckdb
+import edition_writer as editions
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kohaku_wrap.dataset.captions.writing import write_captions
+from kohaku_wrap.dataset.recipe import DatasetRecipe, load_dataset, read_dataset
+from kohaku_wrap.dataset.selection import SelectionReport, select_posts
+from kohaku_wrap.errors import KwrapError, ProblemsFound
+from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
+from kohaku_wrap.metadata.description import describe_database
+from kohaku_wrap.metadata.opening import is_metadata, open_metadata
+
+POSTS = 240
+RECIPE = {
+    "selection": {
+        "seed": 5,
+        "strata": [{"last_id": 400, "sample": 90}, {"first_id": 401, "sample": "all"}],
+        "drop": {
+            "after_sample": ["deleted", "gold", "banned", "no_still_image"],
+            "unless": {"tags_none": ["c.c."], "score": {"min": -15}, "date": {"first": "2004-06-01"}},
+        },
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, writer: ModuleType) -> duckdb.DuckDBPyConnection:
+    made = writer.make_world(POSTS)
+    for post in made.posts:
+        # Dates with the offset of the site at that time, as it gives them.
+        if post["created_at"].endswith("T19:16:10-04:00"):
+            local = datetime.datetime.fromisoformat(post["created_at"][:19] + ".250")
+            post["created_at"] = local.replace(tzinfo=ZoneInfo("America/New_York")).isoformat(timespec="milliseconds")
+    folder = tmp_path_factory.mktemp("world")
+    path = writer.write_layout(folder / "v3.db", made)
+    connection = editions.load_world(path)
+    connection.execute(f"CREATE TABLE place AS SELECT '{path}' AS path")
+    return connection
+
+
+def sqlite_of(world: duckdb.DuckDBPyConnection) -> Path:
+    return Path(world.execute("SELECT path FROM place").fetchall()[0][0])
+
+
+def make(
+    place: Path, out: Path, recipe: DatasetRecipe | None = None, mapping: SiteMapping | None = None
+) -> tuple[SelectionReport, list[dict[str, Any]], list[str]]:
+    """The report, the rows of the selection, and the captions."""
+    recipe = recipe or read_dataset(RECIPE, "test")
+    source = open_metadata(place, mapping or recipe.metadata)
+    selection = out / "selection.parquet"
+    out.mkdir(parents=True, exist_ok=True)
+    report = select_posts(source, recipe, selection)
+    write_captions(source, selection, out, recipe.caption, ["jsonl"], threads=2)
+    lines = [json.loads(line)["caption"] for line in (out / "captions.jsonl").read_text().splitlines()]
+    return report, pq.read_table(selection).to_pylist(), lines
+
+
+SAME = ("dump", "duckdb", "snapshot-2026", "metadata-2024", "tags-only-2024", "sqlite-api")
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_edition_gives_the_same_selection_and_captions(
+    tmp_path: Path, world: duckdb.DuckDBPyConnection, name: str
+) -> None:
+    plain, rows, captions = make(sqlite_of(world), tmp_path / "plain")
+    place = editions.EDITIONS[name](world, tmp_path / name)
+    report, others, written = make(place, tmp_path / "out")
+    assert len(rows) > 40 and others == rows
+    assert written == captions and len(set(captions)) > 40
+    assert (report.dropped, report.strata, report.posts) == (plain.dropped, plain.strata, plain.posts)
+    known = {"tags-only-2024": {"order"}}
+    assert set(report.lacks) == known.get(name, set())
+    about = json.loads(pq.read_schema(tmp_path / "out/selection.parquet").metadata[b"kwrap"])
+    assert about["edition"]["name"] == report.edition and about["edition"]["lacks"] == report.lacks
+
+
+def test_moments_are_written_in_the_zone_of_the_site(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    _, rows, captions = make(sqlite_of(world), tmp_path / "plain")
+    _, others, written = make(editions.write_shards_2025(world, tmp_path / "shards"), tmp_path / "out")
+    assert written == captions
+    # Expected: what is no date is no moment, and so empty; all else is the same to the letter.
+    for one, other in zip(rows, others, strict=True):
+        assert {**one, "created_at": ""} == {**other, "created_at": ""}
+        assert other["created_at"] in (one["created_at"], "")
+        assert other["created_at"] or not one["created_at"][:4].isdecimal() or len(one["created_at"]) != 29
+
+
+def test_dates_without_offset_are_read_in_the_zone_of_the_site(
+    tmp_path: Path, world: duckdb.DuckDBPyConnection
+) -> None:
+    _, rows, _ = make(sqlite_of(world), tmp_path / "plain")
+    for number, date in enumerate(
+        ("replace(substr(created_at, 1, 23), 'T', ' ')", "TRY_CAST(substr(created_at, 1, 23) AS TIMESTAMP)")
+    ):
+        query = f"SELECT * REPLACE ({date} AS created_at) FROM api WHERE length(created_at) = 29 ORDER BY id"
+        place = editions.save(world, query, tmp_path / f"local-{number}.parquet")
+        report, others, _ = make(place, tmp_path / f"out-{number}")
+        assert "America/New_York" in report.lacks["zone"]
+        by_id = {row["id"]: row for row in rows}
+        assert others and all(row == by_id.get(row["id"], row) for row in others)
+
+
+def test_the_first_of_several_rows_counts(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    recipe = read_dataset({"selection": {}}, "all")
+    _, rows, captions = make(sqlite_of(world), tmp_path / "plain", recipe)
+    place = editions.write_shards_2026(world, tmp_path / "shards")
+    report, others, written = make(place, tmp_path / "out", recipe)
+    assert (others, written) == (rows, captions)
+    again = world.execute("SELECT count(*) FROM api WHERE id % 20 = 1").fetchall()[0]
+    assert (report.duplicate_ids, report.posts) == (again[0], POSTS)
+    assert "is_deleted" in report.lacks
+    described = describe_database(place)
+    assert (described.posts, described.duplicate_ids) == (POSTS, again[0])
+    assert sum(described.ratings.values()) == sum(described.extensions.values()) == POSTS
+
+
+def test_without_deleted_posts_the_population_is_another(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    recipe = read_dataset({"selection": {"drop": {"after_sample": ["deleted"]}}}, "all")
+    plain, rows, _ = make(sqlite_of(world), tmp_path / "plain", recipe)
+    report, others, _ = make(editions.write_sqlite_api(world, tmp_path, "NOT is_deleted"), tmp_path / "out", recipe)
+    assert plain.dropped["deleted"] and report.posts == plain.posts - plain.dropped["deleted"]
+    assert others == rows and "deleted posts" in report.lacks
+
+
+def test_a_table_of_tags_gives_categories(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    _, rows, captions = make(sqlite_of(world), tmp_path / "plain")
+    place = editions.write_whole_tags(world, tmp_path)
+    mapping = replace(DANBOORU, tag_table=tmp_path / "tags" / "tags.parquet")
+    report, others, written = make(place, tmp_path / "out", mapping=mapping)
+    assert (others, written) == (rows, captions) and not report.lacks
+    assert set(describe_database(place).lacks) == {"categories"}
+    for number, table in enumerate((sqlite_of(world), editions.write_dump(world, tmp_path / "dump"))):
+        # danbooru2023 counts its types in another way than the site.
+        mapping = replace(DANBOORU, tag_table=table)
+        assert make(place, tmp_path / f"out-{number}", mapping=mapping)[2] == captions
+
+
+def test_json_beside_images_is_a_table(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    _, rows, captions = make(sqlite_of(world), tmp_path / "plain")
+    report, others, written = make(editions.write_sidecars(world, tmp_path / "images"), tmp_path / "out")
+    assert (others, written) == (rows, captions) and "JSON" in report.edition
+
+
+def test_old_ratings_and_capital_letters(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    old = "CASE rating WHEN 'g' THEN 'S' WHEN 's' THEN 'q' ELSE upper(rating) END AS rating"
+    place = editions.save(world, f"SELECT * REPLACE ({old}) FROM api", tmp_path / "old.parquet")
+    described = describe_database(place)
+    counted = dict(world.execute("SELECT rating, count(*) FROM api GROUP BY rating").fetchall())
+    assert described.ratings["general"] == counted["g"] and described.ratings["sensitive"] == 0
+    assert "sensitive" in described.lacks
+
+
+def write_table(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_other_types_of_columns(tmp_path: Path) -> None:
+    place = write_table(
+        tmp_path / "a.parquet",
+        id=pa.array(["7", "9"]),
+        rating=pa.array(["General", "E"]),
+        score=pa.array([1.0, float("nan")]),
+        fav_count=pa.array(["5", "many"]),
+        created_at=pa.array([1116976570, 1700000000]),
+        tag_string_general=pa.array([["long hair", "1girl"], None]),
+        media_asset=pa.array([{"file_ext": "PNG", "md5": "a", "image_width": 5, "image_height": 6}] * 2),
+    )
+    _, rows, captions = make(place, tmp_path / "out", read_dataset({"selection": {}}, "all"))
+    assert [row["id"] for row in rows] == [7, 9] and [row["rating"] for row in rows] == [0, 3]
+    assert rows[0]["created_at"] == "2005-05-24T19:16:10.000-04:00" and rows[1]["created_at"][:4] == "2023"
+    assert (rows[0]["file_ext"], rows[0]["md5"], rows[0]["image_width"]) == ("png", "a", 5)
+    assert rows[1]["score"] == rows[1]["fav_count"] == -(1 << 31)
+    assert captions[0].startswith("1girl ||| long hair ||| ") and captions[1].startswith(" |||  ||| ")
+
+
+def test_tags_between_commas(tmp_path: Path) -> None:
+    place = write_table(
+        tmp_path / "a.parquet", id=pa.array([1]), general=pa.array(["1girl, long hair, >_<"]), artist=pa.array(["a b"])
+    )
+    assert make(place, tmp_path / "out", read_dataset({"selection": {}}, "all"))[2] == [
+        "1girl, a b ||| long hair, >_< ||| "
+    ]
+
+
+@pytest.mark.parametrize("name", ["gelbooru", "e621"])
+def test_the_shipped_mappings(tmp_path: Path, name: str) -> None:
+    recipe = load_dataset(name)
+    tags = tmp_path / "tags.csv"
+    if name == "gelbooru":
+        place = write_table(
+            tmp_path / "gelbooru.parquet",
+            id=pa.array([5, 4]),
+            created_at=pa.array(["Sat Oct 14 17:46:14 -0500 2023", "Sun Jan 01 00:00:00 -0600 2012"]),
+            score=pa.array([3, 4]),
+            width=pa.array([10, 20]),
+            height=pa.array([30, 40]),
+            md5=pa.array(["a", "b"]),
+            rating=pa.array(["sensitive", "explicit"]),
+            image=pa.array(["a.jpg", "b.PNG"]),
+            status=pa.array(["active", "deleted"]),
+            tags=pa.array([" 1girl smile miku wlop highres ", "x"]),
+        )
+        tags.write_text("id,name,count,type\n1,1girl,5,0\n2,smile,5,0\n3,miku,1,4\n4,wlop,1,1\n5,highres,9,5\n")
+        expected = ["1girl, miku, wlop ||| smile ||| newest, highres, sensitive"]
+        year, ids = "2023-10-14T17:46:14.000-05:00", [5]
+    else:
+        place = tmp_path / "posts.csv"
+        place.write_text(
+            "id,created_at,md5,rating,image_width,image_height,tag_string,fav_count,file_ext,is_deleted,score,description\n"
+            '8,2012-07-01 05:02:57.1,a,s,10,20,solo wolf miku wlop hi_res,3,png,f,1,"two\nlines, a comma"\n'
+            "9,2012-01-01 05:02:57.1,b,e,10,20,solo,3,webm,t,1,\n"
+        )
+        tags.write_text("id,name,category,post_count\n1,solo,0,5\n2,wolf,5,5\n3,miku,4,1\n4,wlop,1,1\n5,hi_res,7,9\n")
+        expected = ["miku, wlop ||| solo, wolf ||| worst quality, early, hi res, safe"]
+        year, ids = "2012-07-01T05:02:57.100+00:00", [8]
+    report, rows, captions = make(place, tmp_path / "out", recipe, replace(recipe.metadata, tag_table=tags))
+    assert captions == expected and report.edition.startswith(f"{name}: ")
+    assert [row["id"] for row in rows] == ids and rows[0]["created_at"] == year
+
+
+def test_a_mapping_names_columns_that_exist(tmp_path: Path) -> None:
+    place = write_table(tmp_path / "a.parquet", number=pa.array([1]), words=pa.array(["1girl"]))
+    with pytest.raises(ProblemsFound, match="number, words"):
+        open_metadata(place)
+    tables = {"selection": {}, "metadata": {"columns": {"id": "number", "general": "words"}}}
+    assert make(place, tmp_path / "out", read_dataset(tables, "own"))[2] == ["1girl |||  ||| "]
+    tables["metadata"] = {"columns": {"id": "nummer", "general": "words"}}
+    with pytest.raises(ProblemsFound, match="nummer"):
+        open_metadata(place, read_dataset(tables, "own").metadata)
+    with pytest.raises(ProblemsFound, match="Mars"):
+        read_dataset(
+            {"metadata": {"zone": "Mars", "columns": {"score": ["a", "b"]}, "ratings": {"general": "g"}}}, "own"
+        )
+
+
+def small(path: Path, **more: Any) -> Path:
+    return write_table(path, id=pa.array([1, 2]), tag_string_general=pa.array(["a", "b"]), **more)
+
+
+def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    shards = editions.write_shards_2025(world, tmp_path / "gap")
+    (shards / "train-00001-of-00003.parquet").unlink()
+    cut = small(tmp_path / "cut.parquet")
+    cut.write_bytes(cut.read_bytes()[:-9])
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    small(mixed / "a-0.parquet")
+    write_table(mixed / "a-1.parquet", id=pa.array([3]), other=pa.array(["c"]))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    os.mkfifo(tmp_path / "pipe.parquet")
+    page = tmp_path / "page.parquet"
+    page.write_text("<!doctype html><html>")
+    several = tmp_path / "several.db"
+    with closing(sqlite3.connect(several)) as database:
+        database.executescript("CREATE TABLE a (id INTEGER, tags TEXT); CREATE TABLE b (id INTEGER, tags TEXT);")
+    no_relation = editions.write_dump(world, tmp_path / "dump")
+    (no_relation / "tag.parquet").unlink()
+    words = write_table(tmp_path / "words.parquet", id=pa.array(["x-1"]), tags=pa.array(["a"]))
+    for place, said in (
+        (shards, "missing 1 of 3 files: 1"),
+        (cut, "cut off or damaged"),
+        (mixed, "which other files have"),
+        (empty, "no Parquet, CSV or JSON file"),
+        (tmp_path / "pipe.parquet", "not a regular file"),
+        (tmp_path / "none.parquet", "no such file"),
+        (page, "a web page"),
+        (several, "has an id and tags"),
+        (no_relation, "no such table"),
+        (words, "no whole number"),
+    ):
+        with pytest.raises(KwrapError) as caught:
+            describe_database(place)
+        assert said in str(caught.value) and caught.value.next_step, place
+    with pytest.raises(KwrapError, match="no such file"):
+        describe_database(small(tmp_path / "b.parquet"), replace(DANBOORU, tag_table=tmp_path / "gone.csv"))
+
+
+def test_inspect_knows_what_is_metadata(tmp_path: Path) -> None:
+    assert is_metadata(small(tmp_path / "a.parquet"))
+    model = tmp_path / "model.safetensors"
+    model.write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert not is_metadata(model)
