@@ -135,7 +135,7 @@ def advise(error: Exception) -> tuple[str, str]:
     if isinstance(error, UnicodeEncodeError):
         before, after = error.object[: error.start], error.object[error.start :]
         shown = ascii(re.split(r'["\n]', before)[-1] + re.split(r'["\n]', after)[0])[1:-1]
-        return f"{shown}: a name that is no UTF-8 cannot be written into a file", "Rename it."
+        return f"{shown}: a name or text that is no UTF-8 cannot be written into a file", "Rename it, or fix the text."
     if isinstance(error, OSError):
         return advice_for_os_error(error)
     if isinstance(error, RuntimeError):

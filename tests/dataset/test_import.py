@@ -388,3 +388,26 @@ def test_a_killed_import_goes_on(tmp_path: Path, out: Path) -> None:
     assert report["kept"] >= 60
     assert report["kept"] + report["written"] == report["total"] == 900
     assert not list(out.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("num_repeats = 9223372036854775807", "is above 1,000,000"),
+        ("num_repeats = 0", "0 is below 1"),
+        ('num_repeats = "3"', "is not a whole number"),
+        ("class_tokens = 3", "3 is not a string"),
+        ("\n[[datasets]]\nsubsets = 3", "is not a list of tables"),
+    ],
+)
+def test_odd_values_of_a_dataset_file_are_named(mine: Path, tmp_path: Path, out: Path, line: str, said: str) -> None:
+    config = tmp_path / "set.toml"
+    config.write_text(f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{mine}"\n{line}\n')
+    told = run(config, "--out", out, code=1)
+    assert said in told and "set.toml: 1 problem" in told and not out.exists()
+
+
+def test_repeats_beyond_counting_are_refused(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "mine" / f"{10**20}_cat" / "a.png")
+    assert "repeats are above 1,000,000" in run(tmp_path / "mine", "--out", out, code=2)
+    run(tmp_path / "mine", "--out", out, "--plain")

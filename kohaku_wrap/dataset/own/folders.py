@@ -24,6 +24,9 @@ TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 CACHE_NAME = "metadata_cache.json"
 
+MOST_REPEATS = 1_000_000
+"""Of an image in an epoch; positions of an epoch are counted in 32 bits."""
+
 REGULARISATION_NAMES = frozenset(
     f"{stem}{ending}"
     for stem in ("reg", "regs", "regularisation", "regularization", "class")
@@ -135,12 +138,20 @@ def make_id(label: str, path: str) -> int:
 
 
 def read_repeats(name: str) -> tuple[int, str] | None:
-    """Repeats and caption of a folder named N_name, as sd-scripts splits it; None for another name."""
+    """Repeats and caption of a folder named N_name, as sd-scripts splits it; None for another name.
+
+    Raises UsageError for more than MOST_REPEATS.
+    """
     first, _, rest = name.partition("_")
     try:
-        return int(first), rest
+        repeats = int(first)
     except ValueError:
         return None
+    if repeats > MOST_REPEATS:
+        raise UsageError(
+            f"{name}: {repeats} repeats are above {MOST_REPEATS:,}", "Rename the folder, or import it with --plain."
+        )
+    return repeats, rest
 
 
 def find_sources(arguments: Sequence[Path], labels: Sequence[str], plain: bool, out: Path) -> list[Source]:
@@ -263,13 +274,14 @@ def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, An
         )
     both = {**inherited, **table}
     options = {key: both[key] for key in sorted(SUBSET_OPTIONS & both.keys())}
-    repeats = TableReader("datasets.subsets", both, tuple(both), problems).integer("num_repeats", 1)
+    reader = TableReader("datasets.subsets", both, tuple(both), problems)
+    repeats = reader.integer("num_repeats", 1) or 1
+    if repeats > MOST_REPEATS:
+        reader.fault("num_repeats", f"{repeats} is above {MOST_REPEATS:,}")
     label = normalise(folder.resolve().name)
     captions = str(both.get("metadata_file") or both.get("caption_extension") or "")
-    class_text = both.get("class_tokens")
-    return Source(
-        label, folder, folder, Subset(label, 1 if repeats is None else repeats, options), class_text, captions
-    )
+    class_text = reader.text("class_tokens") or None
+    return Source(label, folder, folder, Subset(label, repeats, options), class_text, captions)
 
 
 def scan(source: Source) -> Found:
