@@ -169,7 +169,7 @@ def test_an_unreadable_sheet_is_one_message(world: Path, tmp_path: Path, text: s
 def test_a_file_of_prompts_takes_the_options_of_sd_scripts(world: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("# notes\n1girl --n bad --w 72 --h 64 --s 3 --l 7.5 --d 9\n\nhat, smile\n")
     out = run(*words_of(world, tmp_path / "out", "--prompts", tmp_path / "p.txt", "--seed", "4", "--dry-run", "--json"))
-    found = json.loads(out.output)["pictures"]
+    found = json.loads(out.stdout)["pictures"]
     assert len(found) == 4 and not (tmp_path / "out").exists()
     assert (found[0]["prompt"], found[0]["negative"], found[0]["seed"], found[0]["width"]) == ("1girl", "bad", 9, 72)
     assert (found[-1]["prompt"], found[-1]["seed"], found[-1]["guidance"], found[-1]["width"]) == (
