@@ -10,6 +10,9 @@ from kohaku_wrap.files import key_of_file, load_hashes
 from kohaku_wrap.sampling.pictures import Record, compose_parameters
 from kohaku_wrap.sampling.running import read_sheet_record
 
+SAID_BY_FILE = ("its key", "modelspec")
+"""How the source of a prediction begins that the checkpoint itself gives again."""
+
 AGAIN = "again"
 """The folder that the command draws into."""
 
@@ -43,7 +46,9 @@ def compose_command(picture: Path, record: Record) -> tuple[str, list[str]]:
     words += [f"--prompt={cell.prompt}", *([f"--negative={cell.negative}"] if cell.negative else [])]
     words += ["--seed", cell.seed, "--size", f"{cell.width}x{cell.height}", "--guidance", repr(cell.guidance)]
     words += ["--sampler", cell.sampler, "--schedule", cell.schedule, "--sampler-steps", cell.steps]
-    words += ["--clip-skip", cell.clip_skip, "--emphasis", cell.emphasis, "--prediction", cell.prediction]
+    words += ["--clip-skip", cell.clip_skip, "--emphasis", cell.emphasis]
+    if record.prediction_from and not record.prediction_from.startswith(SAID_BY_FILE):
+        words += ["--prediction", cell.prediction]
     words += ["--zero-terminal-snr"] if cell.zero_terminal_snr else []
     words += ["--hires", f"{cell.hires.scale!r}:{cell.hires.strength!r}"] if cell.hires else []
     words += ["--lenient"] if cell.lenient else []
