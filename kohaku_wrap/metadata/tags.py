@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.columns import TAG_TYPES
+from kohaku_wrap.metadata.parallel import map_in_order, usable_threads
 from kohaku_wrap.metadata.places import NOWHERE, place_finder
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.strings import count_tags
@@ -93,9 +94,10 @@ def _count_all(source: Source) -> TagTable:
         columns.append("tags")
         kinds.append(-1)
     uses: dict[str, dict[int, int]] = {}
-    for batch in source.scan(f"SELECT {', '.join(columns)} FROM ({edition.posts}) AS post"):
-        for kind, column in zip(kinds, batch.columns, strict=True):
-            for name, count in zip(*count_tags(column), strict=True):
+    batches = source.scan(f"SELECT {', '.join(columns)} FROM ({edition.posts}) AS post")
+    for counted in map_in_order(lambda batch: list(map(count_tags, batch.columns)), batches, usable_threads()):
+        for kind, (found, counts) in zip(kinds, counted, strict=True):
+            for name, count in zip(found, counts, strict=True):
                 some = uses.setdefault(name, {})
                 some[kind] = some.get(kind, 0) + count
     names = tuple(sorted(uses))
