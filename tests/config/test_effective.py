@@ -84,3 +84,15 @@ def test_no_batch_without_a_site_or_a_number(make_site: MakeSite) -> None:
     assert dataclasses.replace(effective(), site=make_site()).batch is None
     whole, _ = load_layers("demo", make_site("gpus = 1\nbatch_per_gpu = 1"))
     assert whole.engine == "sd-scripts" and whole.batch is not None
+
+
+def test_sizes_that_would_fit_are_named_to_just_below_four_times(make_site: MakeSite) -> None:
+    found = dataclasses.replace(effective(effective_batch=44), site=make_site("gpus = 4\nbatch_per_gpu = 3"))
+    with pytest.raises(BadBatch) as fault:
+        shape_batch(found)
+    assert fault.value.next_step.endswith("batch_per_gpu may be 1, 11.")
+
+
+def test_a_resolved_template_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        effective().name = "other"  # type: ignore[misc]
