@@ -27,6 +27,9 @@ from kohaku_wrap.metadata.table_files import TableFiles
 MEMORY_LIMIT = "768MB"
 """What DuckDB holds before it writes to temporary files."""
 
+PLACE_COLUMNS = ("file_index", "file_row_number")
+"""What DuckDB adds to the rows of Parquet files: where they stand."""
+
 _TEXT_TYPES = re.compile(r"\b(TIMESTAMP( WITH TIME ZONE|_[A-Z]+)?|DATE|TIME|UUID)\b(?!\")")
 
 Columns = Mapping[str, Mapping[str, pa.DataType]]
@@ -166,7 +169,7 @@ def _reader(connection: duckdb.DuckDBPyConnection, files: TableFiles, paths: Seq
 
 def _columns_of(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str, pa.DataType]:
     schema = connection.sql(f"SELECT * FROM {name_sql(table)} LIMIT 0").to_arrow_reader(1).schema
-    return _leaves(schema)
+    return {name: kind for name, kind in _leaves(schema).items() if name not in PLACE_COLUMNS}
 
 
 def _leaves(fields: Any, prefix: str = "") -> dict[str, pa.DataType]:
