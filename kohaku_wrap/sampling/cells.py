@@ -118,6 +118,14 @@ class Cell:
         return {"format": FORMAT, **asdict(self)}
 
     @property
+    def second_size(self) -> tuple[int, int] | None:
+        """Height and width of the second pass, to the nearest 8 pixels."""
+        if self.hires is None:
+            return None
+        height, width = (max(8, round(side * self.hires.scale / 8) * 8) for side in (self.height, self.width))
+        return height, width
+
+    @property
     def digest(self) -> str:
         """A sha256 over all of it."""
         text = json.dumps(self.describe(), sort_keys=True, ensure_ascii=True, separators=(",", ":"))

@@ -121,6 +121,7 @@ def compose_chunk(record: Record) -> str:
         "original_size": size,
         "crop_top_left": [0, 0],
         "target_size": size,
+        "second_pass_size": list(cell.second_size) if cell.second_size else None,
         "device": record.device_name,
         "versions": dict(record.versions),
     }  # fmt: skip

@@ -74,9 +74,8 @@ class Artist:
             self.shape_of(cell)
         with self.placed(self.drawer.unet):
             latents = self.denoise(cells, None, cells[0].height, cells[0].width)
-            if hires := cells[0].hires:
-                height, width = (round_to_latents(side * hires.scale) for side in (cells[0].height, cells[0].width))
-                latents = self.denoise(cells, latents, height, width)
+            if second := cells[0].second_size:
+                latents = self.denoise(cells, latents, *second)
         with self.placed(self.drawer.vae):
             return [self.decode(cell, row[None]) for cell, row in zip(cells, latents, strict=False)]
 
@@ -146,11 +145,6 @@ class Artist:
         )
         pixels = (decoded[0] / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy(), "RGB")
-
-
-def round_to_latents(side: float) -> int:
-    """The nearest multiple of 8 pixels."""
-    return max(LATENT_PIXELS, round(side / LATENT_PIXELS) * LATENT_PIXELS)
 
 
 def check_finite(values: torch.Tensor, cell: Cell, where: str) -> None:
