@@ -306,6 +306,7 @@ def test_doubles_are_listed_by_content_and_by_look(tmp_path: Path, out: Path) ->
     [
         (lambda at: (at / "a.caption").write_text("x"), [".txt and in .caption", "--captions .txt"]),
         (lambda at: paint(at / "reg" / "1_girl" / "a.png"), ["regularisation"]),
+        (lambda at: paint(at / "all" / "girl" / "Reg_Images" / "a.png"), ["girl/Reg_Images: ", "regularisation"]),
         (lambda at: lines(at, {"a.png": "x"}), [".txt and in metadata.jsonl"]),
     ],
 )

@@ -213,13 +213,7 @@ def list_sources(root: Path, label: str, plain: bool) -> list[Source]:
     name = root.resolve().name
     label = normalise(label or name)
     children = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    for suspect in (name, *children):
-        if suspect.casefold() in REGULARISATION_NAMES:
-            folder = root if suspect == name else root / suspect
-            raise NotForTraining(
-                f"{folder}: by its name a folder of regularisation images, which kwrap does not train with",
-                "Import the folders that are to be trained, each by its path; rename this one if it is one of them.",
-            )
+    refuse_regularisation(root)
     repeated = {} if plain else {child: found for child in children if (found := read_repeats(child))}
     own = None if plain else read_repeats(name)
     sources = [
@@ -237,6 +231,18 @@ def list_sources(root: Path, label: str, plain: bool) -> list[Source]:
         for child, (repeats, text) in repeated.items()
     ]
     return sources
+
+
+def refuse_regularisation(root: Path) -> None:
+    """Raise NotForTraining where the folder, or one at any depth that would be read, has such a folder's name."""
+    for parent, folders, _ in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folder = Path(parent)
+        if (folder.resolve() if folder == root else folder).name.casefold() in REGULARISATION_NAMES:
+            raise NotForTraining(
+                f"{folder}: by its name a folder of regularisation images, which kwrap does not train with",
+                "Import the folders that are to be trained, each by its path; rename this one if it is one of them.",
+            )
 
 
 def read_dataset_file(path: Path) -> list[Source]:
