@@ -63,7 +63,7 @@ def finish_trial(run: Run, resume_from: Callable[[int], object]) -> Trial:
 
     `resume_from` trains the run from the state of a step to its end. The run is removed.
     """
-    networks = sorted(run.checkpoints.glob(f"{run.name}.*"))
+    networks = run.networks
     before = run.folder / f"before-{networks[0].name}"
     shutil.copyfile(networks[0], before)
     resume_from(STEPS - 1)
