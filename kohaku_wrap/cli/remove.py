@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note, print_table, show_path
+from kohaku_wrap.cli.output import beyond_output, count_of, json_option, print_json, print_note, print_table, show_path
 from kohaku_wrap.errors import UsageError, command_line
 
 
@@ -23,6 +23,7 @@ Examples:
 @click.option("--checkpoints", "with_checkpoints", is_flag=True, help="Remove its networks, too.")
 @site_option
 @json_option
+@beyond_output()
 def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None, as_json: bool) -> None:
     """Remove a run: states, ledger, logs and what was abandoned.
 

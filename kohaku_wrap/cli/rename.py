@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import json_option, print_json, print_table, show_path
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, show_path
 from kohaku_wrap.errors import command_line
 
 
@@ -21,6 +21,7 @@ Examples:
 @click.argument("new_name", metavar="NEW")
 @site_option
 @json_option
+@beyond_output()
 def command(name: str, new_name: str, site_file: Path | None, as_json: bool) -> None:
     """Give a run another name, beside where it lies.
 
