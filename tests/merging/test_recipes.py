@@ -61,7 +61,7 @@ def test_a_word_is_a_recipe_or_a_formula(tmp_path: Path) -> None:
     with pytest.raises(ProblemsFound, match=r"(?s)2 problems.*model .*unknown.*options\.vea_from .*unknown"):
         find_recipe(str(path))
     path.write_text("formula = ")
-    with pytest.raises(UnreadableToml, match="line"):
+    with pytest.raises(UnreadableToml, match="Invalid value"):
         find_recipe(str(path))
 
 

@@ -174,7 +174,7 @@ def test_an_optimizer_of_ones_own_is_asked_for_its_signature(tmp_path: Path) -> 
 
 def test_a_site_beside_templates_is_checked_as_a_site(tmp_path: Path) -> None:
     site = tmp_path / "site.toml"
-    site.write_text('[paths]\nimages = "images"\n[machine]\ngpus = 2\n[trainer]\nsdpa = false\nxformers = true\n')
+    site.write_text('[paths]\nimages = "images"\n[machine]\ngpus = 2\n[trainer]\nno_half_vae = true\n')
     assert check_files([str(tmp_path)], None, load_recorded_table()) == [(site, [])]
     site.write_text('[paths]\nimage = "images"\n[machine]\ngpus = "2"\n')
     [(_, problems)] = check_files([str(site)], None, load_recorded_table())
