@@ -508,7 +508,14 @@ def test_a_run_of_kwrap_0_1_is_resumed_and_proved(stage: Stage) -> None:
     report = verify_run(stage.run)
     assert report.is_proved and report.is_finished and report.attempts == 2 and report.compared
     looked_at = {check.name: check.is_looked_at for check in report.checks}
-    assert looked_at == {"order": True, "losses": True, "options": False, "skipped steps": False, "rates": False}
+    assert looked_at == {
+        "order": True,
+        "losses": True,
+        "options": False,
+        "skipped steps": False,
+        "rates": False,
+        "networks": True,
+    }
     assert any("made by kwrap 0.1" in note for note in report.notes)
     assert read_networks(stage.run) == networks
 
