@@ -324,7 +324,7 @@ def test_a_disk_that_stays_full_ends_a_run_with_the_way_on(small_run: Run, whole
     with pytest.raises(TrainerFailed, match=r"disk-full: .*the disk is full") as failed:
         train(small_run)
     assert failed.value.next_step.startswith("Free some space, then: kwrap resume ")
-    with pytest.raises(DiskFull, match=r"attempts/2.*the disk is full") as refused:
+    with pytest.raises(DiskFull, match=r"(attempts/2|site\.json).*the disk is full") as refused:
         train(small_run)
     assert refused.value.next_step == f"Free some space, then: kwrap resume {small_run.folder}"
     (small_run.folder / "filler").unlink()
@@ -335,7 +335,7 @@ def test_a_disk_that_stays_full_ends_a_run_with_the_way_on(small_run: Run, whole
 def test_steps_skipped_for_ever_end_the_run_and_are_not_begun_anew(new_run: NewRun) -> None:
     """The count lives in the states: a later attempt goes on with it, a restart does not follow."""
     run = new_run(states={"keep": 9})
-    misbehave(run, every={"skip": list(range(4, 13))})
+    misbehave(run, every={"skip": list(range(4, 9))})
     with pytest.raises(TrainerFailed, match="5 optimizer steps in a row, 4 to 8, were skipped") as failed:
         train(run, restarts=5, bad_steps=5)
     assert failed.value.end.kind == "non-finite-loss" and failed.value.exit_code == 3
