@@ -60,7 +60,7 @@ gpu: $(READY)  ## measure on GPUs, into gpu-report/ and docs/measurements.md
 	$(BIN)/python -P -m kohaku_wrap.proving.gpu --document docs/measurements.md
 
 test: $(READY)  ## run the tests (ROOM=merging: those of one room)
-	$(BIN)/python -m pytest -n auto $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
 
 test-fast: .venv-fast/.ready  ## the quick tests, in .venv-fast without torch
 	.venv-fast/bin/python -m pytest $(FAST_ARGS) $(PYTEST_ARGS)
