@@ -6,11 +6,12 @@ import os
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
 from kohaku_wrap.training.records.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
-from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.folder import Run, is_run
 
 END_SECONDS = 30.0
 STACKS_SECONDS = 1.0
@@ -26,8 +27,7 @@ def list_processes(run: Run, attempt_number: int | None = None, machine_rank: in
     found: list[int] = []
     for process in psutil.process_iter(["environ", "status", "cwd"]):
         settings = process.info["environ"] or {}
-        # They work in the run's folder, and that follows it where it was moved; what they were told does not.
-        if RUN_VARIABLE not in settings or str(run.folder) != (process.info["cwd"] or settings[RUN_VARIABLE]):
+        if RUN_VARIABLE not in settings or str(run.folder) != place_of(process.info["cwd"], settings[RUN_VARIABLE]):
             continue
         # Two machines of a run may be one, as in its tests.
         of_machine = machine_rank is None or settings.get(MACHINE_VARIABLE, str(machine_rank)) == str(machine_rank)
@@ -35,6 +35,11 @@ def list_processes(run: Run, attempt_number: int | None = None, machine_rank: in
         if wanted.items() <= settings.items() and of_machine and is_live:
             found.append(process.pid)
     return found
+
+
+def place_of(working_folder: str | None, told: str) -> str:
+    """The run's folder of a process: where it works follows a run that is moved, what it was told does not."""
+    return working_folder if working_folder and is_run(Path(working_folder)) else told
 
 
 def end_processes(run: Run, attempt_number: int | None = None, machine_rank: int | None = None) -> None:
