@@ -26,7 +26,7 @@ from dataset_worlds import write_posts_database
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "metadata"))
-from edition_writer import EDITIONS, load_world  # noqa: E402
+from edition_writer import EDITIONS, load_world  # noqa: E402  # lies beside the tests that use it too
 
 BENCH = ROOT / ".bench" / "dataset"
 POSTS = 300_000

@@ -28,7 +28,7 @@ HIRES_NOISE = 1_000_000
 """Added to the numbers of a second pass."""
 
 
-class EulerAncestral(EulerAncestralDiscreteScheduler):  # type: ignore[misc]
+class EulerAncestral(EulerAncestralDiscreteScheduler):  # type: ignore[misc]  # diffusers has no type information
     """diffusers' Euler a over a list of sigmas, which it has no option for."""
 
     def use_schedule(self, steps: int, schedule: str) -> None:

@@ -35,6 +35,7 @@ def read_records(folder: Path, pattern: str, kind: type[Record]) -> list[Record]
     records = []
     for document in read_json_files(folder, pattern):
         values = {name: value for name, value in document.items() if name in hints}
+        # A kind is a dataclass, which its type does not say.
         needed = {each.name for each in fields(kind) if each.default is MISSING}  # type: ignore[arg-type]
         if needed <= values.keys() and all(fits(value, hints[name]) for name, value in values.items()):
             records.append(kind(**values))
