@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.caption_shown import print_explanation, print_folder, print_image, print_statistics
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
 from kohaku_wrap.cli.options import open_source, tags_option
 from kohaku_wrap.cli.output import (
     beyond_output,
-    format_share,
     json_option,
     print_json,
-    print_lines,
     print_note,
     print_table,
     progress_bar,
@@ -23,16 +22,13 @@ from kohaku_wrap.cli.output import (
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.dataset.captions.explanation import PostExplanation
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
     from kohaku_wrap.dataset.captions.report import CaptionReport
-    from kohaku_wrap.dataset.captions.statistics import CaptionStatistics
     from kohaku_wrap.dataset.recipe import DatasetRecipe
     from kohaku_wrap.metadata.source import Source
 
 STYLES = ("kohaku", "hakubooru")
 FORMATS = ("txt", "cache", "jsonl")
-RARE_SHOWN = 20
 
 
 @click.command(
@@ -42,6 +38,8 @@ Examples:
   kwrap caption epsilon.parquet --db danbooru2023.db --out images --format txt
   kwrap caption --post 5982731 --db danbooru2023.db
   kwrap caption epsilon.parquet --db danbooru2023.db --stats
+  kwrap caption --image images/mine/a.png
+  kwrap caption --stats --out images
   kwrap caption --relocate --out /new/place/images"""
 )
 @click.argument("selection", metavar="[SEL.parquet]", required=False, type=click.Path(path_type=Path))
@@ -70,7 +68,16 @@ Examples:
     metavar="ID",
     help="Explain the caption of one post; with SEL.parquet, as it is written there.",
 )
-@click.option("--stats", is_flag=True, help="Count tags and tokens, write nothing.")
+@click.option(
+    "--image",
+    "image",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Explain the caption of an image: one in IMAGES, or one that was imported.",
+)
+@click.option(
+    "--stats", is_flag=True, help="Count tags and tokens, write nothing; without SEL.parquet, of what lies in IMAGES."
+)
 @click.option(
     "--rare",
     type=click.IntRange(min=0),
@@ -83,7 +90,7 @@ Examples:
 @click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
 @json_option
-@beyond_output("post_id", "stats")
+@beyond_output("post_id", "image", "stats")
 def command(
     selection: Path | None,
     db: Path | None,
@@ -93,6 +100,7 @@ def command(
     formats: str,
     style: str | None,
     post_id: int | None,
+    image: Path | None,
     stats: bool,
     rare: int,
     tokenizer: Path | None,
@@ -108,6 +116,12 @@ def command(
     """
     if relocate:
         print_relocation(require(out, "--out IMAGES", "--relocate"), as_json)
+        return
+    if image is not None:
+        print_image(image, out, as_json)
+        return
+    if stats and selection is None:
+        print_folder(require(out, "SEL.parquet, or --out IMAGES,", "statistics"), rare, tokenizer, as_json)
         return
     db = require(db, "--db DB", "captions")
     if post_id is None:
@@ -198,103 +212,6 @@ def next_command(report: CaptionReport, selection: Path, out: Path, dataset: str
         return extract_command(selection, out)
     template = dataset if dataset in {each.name for each in list_templates()} else "TEMPLATE"
     return plan_command(template, out.parent)
-
-
-def print_explanation(
-    database: Source, recipe: CaptionRecipe, post_id: int, selection: Path | None, as_json: bool
-) -> None:
-    """Print one post's caption, group by group."""
-    from kohaku_wrap.dataset.captions.explanation import explain_post
-
-    explanation = explain_post(database, recipe, post_id, selection)
-    if as_json:
-        groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
-        print_json("caption", {"style": recipe.style, **asdict(explanation), "groups": groups})
-        return
-    print_table(f"Post {post_id}, {recipe.style} style", rows_of_explanation(explanation))
-    print_lines(explanation.caption)
-
-
-def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:
-    """A group a line, then what was left out, then where the other words come from."""
-    rows: list[tuple[str, Any]] = [
-        (group, "" if group == "|||" else ", ".join(words) or "(none)") for group, words in explanation.groups
-    ]
-    left_out: dict[str, list[str]] = {}
-    for tag in explanation.tags:
-        if tag.fate != "written":
-            left_out.setdefault(tag.fate.replace("_", " "), []).append(tag.name or "(no such tag)")
-    rows += [(f"left out: {fate}", ", ".join(names)) for fate, names in left_out.items()]
-    cutoffs = ", ".join(f"{percentile} %: > {cutoff}" for percentile, cutoff in explanation.cutoffs.items())
-    favourites = "unknown" if explanation.fav_count is None else f"{explanation.fav_count:,}"
-    rows.append(("rating and favourites", f"{explanation.rating}, {favourites}" + (f" ({cutoffs})" if cutoffs else "")))
-    rows.append(("uploaded", f"{explanation.created_at or '(no date)'}: {explanation.year or 'unknown year'}"))
-    return rows
-
-
-def print_statistics(
-    database: Source,
-    selection: Path,
-    recipe: CaptionRecipe,
-    rare: int,
-    tokenizer: Path | None,
-    jobs: int | None,
-    as_json: bool,
-) -> None:
-    """Print what the captions are made of."""
-    from kohaku_wrap.dataset.captions.statistics import measure_captions
-    from kohaku_wrap.metadata.parallel import usable_threads
-
-    with progress_bar("count", "posts", quiet=as_json) as progress:
-        statistics = measure_captions(
-            database,
-            selection,
-            recipe,
-            tokenizer,
-            spill_folder=selection.absolute().parent,
-            rare_below=rare,
-            threads=jobs or usable_threads(),
-            on_progress=progress,
-        )
-    if as_json:
-        print_json("caption", asdict(statistics))
-        return
-    print_table(f"Captions of {selection}, {recipe.style} style", rows_of_statistics(statistics, rare))
-
-
-def rows_of_statistics(statistics: CaptionStatistics, rare: int) -> list[tuple[str, Any]]:
-    """The statistics as lines of a table."""
-    posts = max(statistics.posts, 1)
-    total = max(sum(statistics.groups.values()), 1)
-    rows: list[tuple[str, Any]] = [("captions", statistics.posts), ("distinct words", statistics.distinct_words)]
-    for group, count in statistics.groups.items():
-        words = ", ".join(
-            f"{word} ({format_share(uses / posts)})" for word, uses in statistics.frequent.get(group, ())[:5]
-        )
-        rows.append(
-            (group, f"{count:,} words, {format_share(count / total)} of all, {count / posts:.1f} a caption: {words}")
-        )
-    if statistics.rare:
-        first = ", ".join(f"{word} ({uses:,})" for word, uses in statistics.rare[:RARE_SHOWN])
-        more = ", …; all with --json" if len(statistics.rare) > RARE_SHOWN else ""
-        rows.append((f"in fewer than {rare:,} captions", f"{len(statistics.rare):,} words: {first}{more}"))
-    rows += [(f"tags: {fate.replace('_', ' ')}", count) for fate, count in statistics.tags.items() if count]
-    rows += [(f"posts: {what.replace('_', ' ')}", count) for what, count in statistics.lacking.items() if count]
-    rows += [
-        (
-            f"popularity at least {least}",
-            f"{count:,} tags of the database, {statistics.used_popularity[least]:,} of them here",
-        )
-        for least, count in statistics.popularity.items()
-    ]
-    quantiles = ", ".join(f"{name}: {length}" for name, length in statistics.token_quantiles.items())
-    how = "an estimate, no tokenizer at hand" if statistics.tokens_by == "estimate" else statistics.tokens_by
-    rows.append(("tokens a caption", f"{quantiles} ({how})"))
-    rows += [
-        (f"cut at max_token_length {limit}", f"{count:,} captions ({format_share(count / posts)})")
-        for limit, count in statistics.cut.items()
-    ]
-    return rows
 
 
 def print_relocation(folder: Path, as_json: bool) -> None:

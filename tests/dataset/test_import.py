@@ -412,3 +412,58 @@ def test_repeats_beyond_counting_are_refused(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "mine" / f"{10**20}_cat" / "a.png")
     assert "repeats are above 1,000,000" in run(tmp_path / "mine", "--out", out, code=2)
     run(tmp_path / "mine", "--out", out, "--plain")
+
+
+def caption(*words: object, code: int = 0) -> Any:
+    """The document of `kwrap caption … --json`, or what is said of one that ends otherwise."""
+    result = CliRunner().invoke(program, ["caption", *map(str, words), "--json"])
+    if code:
+        assert getattr(result.exception, "exit_code", None) == code, result.output
+        return str(result.exception)
+    assert result.exception is None, result.exception
+    return json.loads(result.stdout)
+
+
+def test_an_image_is_explained_by_its_own_file_and_by_its_link(tmp_path: Path, out: Path) -> None:
+    root = tmp_path / "set"
+    paint(root / "3_my cat" / "a b.png", text="1girl, ☂\n\nsecond line")
+    paint(root / "3_my cat" / "c.png", seed=1)
+    run(root, "--out", out)
+    by_link = caption("--image", out / "set-3_my cat" / "a b.png")
+    assert by_link == caption("--image", root / "3_my cat" / "a b.png", "--out", out)
+    assert (by_link["repeats"], by_link["subset"]) == (3, "set-3_my cat")
+    assert by_link["raw"] == "1girl, ☂\nsecond line"
+    assert by_link["trained"] == ["1girl, ☂"]
+    assert (by_link["origin"], by_link["source"]) == (".txt files", str(root / "3_my cat" / "a b.png"))
+    without = caption("--image", root / "3_my cat" / "c.png", "--out", out)
+    assert (without["raw"], without["origin"]) == ("my cat", "none of its own")
+    assert "has no row of it" in caption("--image", root / "x.png", "--out", out, code=1)
+    assert "Name the image folder with --out" in caption("--image", root / "3_my cat" / "a b.png", code=1)
+
+
+def test_what_is_trained_has_the_options_of_the_subset(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "a" / "x.png", text="one\ntwo")
+    table = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\nnum_repeats = 4\ncaption_extension = ".txt"\n'
+    table += 'caption_prefix = "pre,"\ncaption_suffix = ", post"\n'
+    for wildcard, trained in (("", ["pre, one"]), ("enable_wildcard = true\n", ["pre, one", "two , post"])):
+        (tmp_path / "set.toml").write_text(table + wildcard)
+        run(tmp_path / "set.toml", "--out", out)
+        found = caption("--image", out / "a" / "x.png")
+        assert (found["trained"], found["repeats"]) == (trained, 4)
+
+
+def test_statistics_of_imported_captions_count_subsets_and_rare_words(tmp_path: Path, out: Path) -> None:
+    root = tmp_path / "set"
+    for number in range(6):
+        paint(root / ("2_x" if number < 2 else "5_y") / f"{number}.png", seed=number, text=f"cat, cat, n{number}\nmore")
+    paint(root / "plain.png", seed=9, text="cat ||| a ||| safe")
+    run(root, "--out", out)
+    found = caption("--stats", "--out", out, "--rare", 2)
+    assert (found["images"], found["epoch_images"], found["style"]) == (7, 1 + 2 * 2 + 4 * 5, "own")
+    assert [(each["name"], each["images"], each["repeats"]) for each in found["subsets"]] == [
+        ("set", 1, 1), ("set-2_x", 2, 2), ("set-5_y", 4, 5)]  # fmt: skip
+    assert found["frequent"]["set-5_y"][0] == ["cat", 4]
+    assert found["rare"] == [[word, 1] for word in sorted(["a", "safe", *(f"n{number}" for number in range(6))])]
+    assert (found["several_lines"], found["without_separator"], found["empty"]) == (6, 6, 0)
+    assert found["distinct_words"] == 9
+    assert "SEL.parquet, or --out IMAGES" in caption("--stats", code=2)
