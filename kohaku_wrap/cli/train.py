@@ -69,7 +69,7 @@ def command(
     finishes the optimizer step, saves a state and ends with exit code 130; a second one ends at once. Exit code 3: the
     trainer failed.
     """
-    from kohaku_wrap.training.supervising.create import plan_new_run
+    from kohaku_wrap.training.supervising.create import list_absent, plan_new_run
     from kohaku_wrap.training.supervising.differences import refuse_unknown
 
     if template is None and locked is not None:
@@ -99,10 +99,13 @@ def command(
                 "engine_origin": new.engine_origin,
                 **describe_launch(new.launch),
                 "trust": describe_trust(new.effective),
+                "absent": list_absent(new),
             }
             print_json("train", payload)
         else:
             click.echo(new.launch.text())
+            for absent in list_absent(new):
+                print_note(f"warning: {absent}")
         return
     run = make_run(new, locked, as_json)
     report = train_run(run, allow, options, as_json)

@@ -99,6 +99,8 @@ def test_a_dry_run_prints_the_command_and_makes_nothing(site: Path) -> None:
     assert words[words.index("-m") + 1] == "kohaku_wrap.training.engines.builtin.worker"
     assert words[-2:] == ["--gradient_accumulation_steps", "2"]
     assert f"engine: builtin ({site})" in done.stderr
+    missed = f"{site.parent / 'model.safetensors'}: no such file; fix paths.base_model in {site} before you train"
+    assert f"warning: {missed}" in done.stderr and "paths.images" not in done.stderr
 
 
 def test_the_engine_is_never_chosen_in_silence(site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs,
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
-from kohaku_wrap.files import fsync_folder, making_folder, write_text
+from kohaku_wrap.files import describe_absence, fsync_folder, making_folder, write_text
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, check_columns
 from kohaku_wrap.planning.parent_network import fit_parent
 from kohaku_wrap.planning.step_plan import plan_steps
@@ -156,6 +156,18 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
         require_supported(find_checkout())
         require_requirements()
     return engine, origin
+
+
+def list_absent(new: NewRun) -> list[str]:
+    """What `create_run` would miss, with where to set it; a dry run made for another machine may lack it."""
+    paths = new.site.paths
+    files = {"base_model": paths.base_model, "vae": paths.vae}
+    absent = [(name, path, "file") for name, path in files.items() if path is not None and not path.is_file()]
+    absent += [("images", paths.images, "folder")] * (not paths.images.is_dir())
+    return [
+        f"{path}: {describe_absence(path, wanted)}; fix paths.{name} in {new.site.path} before you train"
+        for name, path, wanted in absent
+    ]
 
 
 def hashed_bytes(new: NewRun) -> int:
