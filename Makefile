@@ -30,7 +30,7 @@ $(error SET=$(SET): no such set of versions; there is: $(patsubst constraints-%.
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream census gpu test test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
+.PHONY: help setup epsilon prove prove-upstream census gpu test test-slow test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,8 +59,11 @@ census: $(READY)  ## try every option on the real trainer, some minutes
 gpu: $(READY)  ## measure on GPUs, into gpu-report/ and docs/measurements.md
 	$(BIN)/python -P -m kohaku_wrap.proving.gpu --document docs/measurements.md
 
-test: $(READY)  ## run the tests (ROOM=merging: those of one room)
-	$(BIN)/python -m pytest -n auto --dist worksteal $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
+test: $(READY)  ## run the tests, minutes (ROOM=merging: those of one room)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## the rest: whole runs, killed and changed, and all that the docs say
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
 
 test-fast: .venv-fast/.ready  ## the quick tests, in .venv-fast without torch
 	.venv-fast/bin/python -m pytest $(FAST_ARGS) $(PYTEST_ARGS)

@@ -56,6 +56,7 @@ def test_the_traps_work(trapped: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 def test_no_command_and_no_process_of_it_steps_into_a_trap(trapped: tuple[Path, Path]) -> None:
     """From the database to a trained, resumed and verified run, with the traps in the run's own folder, too."""
     folder, marker = trapped

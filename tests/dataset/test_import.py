@@ -370,6 +370,7 @@ def test_the_image_folder_is_not_among_the_images(mine: Path, place: str) -> Non
     assert "beside the images" in run(mine, "--out", mine / place, code=2)
 
 
+@pytest.mark.slow
 def test_a_killed_import_goes_on(tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "mine"
     for seed in range(900):

@@ -47,6 +47,7 @@ def test_a_dry_run_reads_headers_only_and_needs_no_torch(four_models: dict[str, 
     assert document["dry_run"] is True
 
 
+@pytest.mark.slow
 def test_a_merge_ends_with_the_next_command(tmp_path: Path, four_models: dict[str, Path]) -> None:
     output = tmp_path / "gamma.safetensors"
     merged = call("merge", GAMMA, *bind(four_models), "-o", str(output), "--verify", "--threads", "2")

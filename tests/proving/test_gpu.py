@@ -90,6 +90,7 @@ def test_the_shipped_document_has_the_place(tmp_path: Path) -> None:
     assert copy.read_text() != shipped.read_text()
 
 
+@pytest.mark.slow
 def test_a_model_of_random_weights_is_whole(tmp_path: Path) -> None:
     pytest.importorskip("diffusers", reason="the shapes are those of its models")
     sizes = load_description()["config"]

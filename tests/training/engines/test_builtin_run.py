@@ -126,6 +126,7 @@ def test_one_bit_is_a_difference(whole: Run, tmp_path: Path, where: str, place: 
         compare_runs(whole, Run(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_rates_are_held_against_the_schedule_of_the_lock(whole: Run, tmp_path: Path) -> None:
     """By the scheduler that the engine itself uses, in every step and group."""
     shutil.copytree(whole.folder, tmp_path / "whole")
@@ -217,6 +218,7 @@ def await_text(log: Path, words: str, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_join(world: World, tmp_path: Path) -> None:
     document = toml.loads(world.site.read_text(encoding="utf-8"))
     document["machine"]["processes"] = 2
@@ -229,6 +231,7 @@ def test_two_processes_join(world: World, tmp_path: Path) -> None:
     assert all(line["images"] <= 4 for line in read_metrics(run))
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_not_the_one_that_lost_it(world: World, tmp_path: Path) -> None:
     document = toml.loads(world.site.read_text(encoding="utf-8"))
     document["machine"]["processes"] = 2

@@ -36,7 +36,7 @@ from kohaku_wrap.training.supervising.places import read_trainer
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.verify import verify_run
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEP = 3
 TEMPLATE = """
@@ -494,7 +494,6 @@ def test_other_captions_at_another_place_are_not_taken_for_the_run_s(stage: Stag
     assert any(change.startswith("dataset: ") for change in report.changed_after)
 
 
-@pytest.mark.slow
 def test_a_run_of_kwrap_0_1_is_resumed_and_proved(stage: Stage) -> None:
     networks = read_networks(stage.run)
     old = make_older(stage.run)
@@ -550,7 +549,6 @@ def test_no_state_of_kwrap_0_1_is_taken_for_one_of_today(stage: Stage) -> None:
         plan_resume(stage.run, step=STEP)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["the base model", "the VAE", "a tokenizer", "captions", "the pixels of an image"])
 def test_an_accepted_difference_is_seen_in_the_losses(stage: Stage, name: str) -> None:
     key, change = OFFERED[name]
@@ -566,7 +564,6 @@ def test_an_accepted_difference_is_seen_in_the_losses(stage: Stage, name: str) -
     assert key in verified.stdout + verified.stderr
 
 
-@pytest.mark.slow
 def test_a_run_begun_from_the_state_of_another_says_so(stage: Stage) -> None:
     state_of("twin")(stage)
     twin = stage.other("twin").lock.run_id

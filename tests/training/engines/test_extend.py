@@ -38,6 +38,7 @@ def verify(run: Run) -> dict[str, object]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_each_rule_gives_its_rates_and_is_proved(world: World) -> None:
     """A cosine of three steps, stretched to five at its end, then a new cycle of four."""
     assert kwrap(*train_arguments(world.site, "cosine", *COSINE)).returncode == 0
@@ -76,6 +77,7 @@ def test_each_rule_gives_its_rates_and_is_proved(world: World) -> None:
     assert "lies before step 5" in kwrap("resume", str(run.folder), "--step", "0").stderr
 
 
+@pytest.mark.slow
 def test_a_rule_that_would_do_nothing_is_refused(world: World) -> None:
     assert kwrap(*train_arguments(world.site, "short", "max_train_epochs=0", "max_train_steps=1")).returncode == 0
     folder = str(world.folder / "runs" / "short")

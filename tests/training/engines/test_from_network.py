@@ -92,6 +92,7 @@ def test_a_run_begins_with_the_weights_of_a_network_of_another_tool(world: Path)
     assert "trained on from" in kwrap("status", run.folder).stdout
 
 
+@pytest.mark.slow
 def test_networks_that_do_not_fit_are_named(world: Path) -> None:
     site, template, network = load_site(world / "site.toml"), world / "mine.toml", network_of(world, "first")
 

@@ -23,6 +23,7 @@ TRAINER_HOME = os.environ.get("KWRAP_HOME", "")
 
 
 @pytest.mark.parametrize("engine", ["builtin", pytest.param("sd-scripts", marks=pytest.mark.sd_scripts)])
+@pytest.mark.slow
 def test_nothing_tells_who_and_where(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from engine_world import World
 from test_builtin_run import kwrap, train_arguments
 
 
+@pytest.mark.slow
 def test_a_trial_resumes_exactly_and_leaves_nothing(world: World) -> None:
     runs = world.folder / "runs"
     before = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
