@@ -26,7 +26,8 @@ def lock_captions(folder: Path) -> Iterator[None]:
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not take_lock(lock, folder):
-            raise CaptionsBusy(f"another `kwrap caption` or `kwrap import` writes in {folder}", "Wait for it to end, or stop it.")
+            writer = "another `kwrap caption` or `kwrap import`"
+            raise CaptionsBusy(f"{writer} writes in {folder}", "Wait for it to end, or stop it.")
         for name in PART_NAMES:
             for part in folder.glob(name):
                 part.unlink()
