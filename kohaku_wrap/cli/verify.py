@@ -19,7 +19,7 @@ from kohaku_wrap.cli.output import (
     print_table,
     show_path,
 )
-from kohaku_wrap.errors import EXIT_FAILED, command_line
+from kohaku_wrap.errors import EXIT_FAILED, command_line, reason_of
 
 FILLS = "to fill an epoch's last optimizer step with a batch of it"
 
@@ -49,17 +49,23 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     counts skipped steps. What it could not look at is named. Exit code 1 if something differs, with the first place.
 
     Captions, models, files or networks that were changed after the run are shown, and change neither verdict nor exit
-    code.
+    code. The result is kept in the run for `kwrap report`, with the ledger's sha256 and the date.
     """
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.networks import bytes_of_networks
+    from kohaku_wrap.training.records.verification import keep_verification, seal_ledger
     from kohaku_wrap.training.supervising.site_places import bytes_to_hash
     from kohaku_wrap.training.supervising.verify import verify_run
 
     run = find_run(name, runs_folders(site_file))
     total = bytes_to_hash(run, site_file) + bytes_of_networks(run)
+    seal = seal_ledger(run)
     with counting_bytes("comparing models", total, as_json) as count:
         report = verify_run(run, deep_samples, count, site_file)
+    try:
+        keep_verification(run, seal, describe(report))
+    except OSError as error:
+        print_note(f"note: the result is not kept for `kwrap report`: {run.folder}: {reason_of(error)}")
     if as_json:
         print_json("verify", describe(report))
     else:

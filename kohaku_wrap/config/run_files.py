@@ -20,6 +20,9 @@ ACCELERATE_FILE = "accelerate.yaml"
 LOCK_FILE = "run.lock.toml"
 PROMPTS_FILE = "sample_prompts.txt"
 
+LAYERS_FILE = "layers.json"
+"""The layer that set each option of a run, by key; for people, nothing follows from it."""
+
 LOCK_FORMAT = 2
 """Of the lock; without the entry it is 1, that of kwrap 0.1."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from kohaku_wrap.merging.recipes import Recipe, build_metadata
 from kohaku_wrap.publishing.model_card import CardFacts, compose_card
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.ledger import digest_of_ledger
 from kohaku_wrap.training.records.networks import list_written
 
 CARD_NAME = "README.md"
@@ -59,23 +59,6 @@ class PublishReport:
 
     card: Path
     """The model card."""
-
-
-def digest_of_ledger(ledger: Path) -> str:
-    """The sha256 over the names, sizes and bytes of a ledger's files, in the order of their names.
-
-    Empty where there is no ledger.
-    """
-    files = sorted(path for path in ledger.rglob("*") if path.is_file()) if ledger.is_dir() else []
-    if not files:
-        return ""
-    digest = hashlib.sha256()
-    for path in files:
-        name = path.relative_to(ledger).as_posix()
-        digest.update(f"{name}\n{path.stat().st_size}\n".encode())
-        with path.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()
 
 
 def find_network(checkpoints: Path, name: str, optimizer_step: int | None) -> Path:

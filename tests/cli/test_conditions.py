@@ -113,6 +113,7 @@ ROWS = {
     # The plain run is one of kwrap 0.1, whose runs keep their length.
     "extend": Row("extend {out}/r --steps 4", code=2, makes="r/checkpoints/r.safetensors"),
     "verify": Row("verify {plain}/r"),
+    "report": Row("report {plain}/r -o {out}/page.html", makes="page.html"),
     "rename": Row("rename {out}/r other", makes="other/run.lock.toml"),
     "remove": Row("remove {out}/r --yes", changes=True),
     "merge": Row(

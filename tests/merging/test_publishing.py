@@ -20,8 +20,9 @@ from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import inspect_file
-from kohaku_wrap.publishing.publishing import CannotPublish, digest_of_ledger, publish_run
+from kohaku_wrap.publishing.publishing import CannotPublish, publish_run
 from kohaku_wrap.trainer.commits import SupportedCommit, digest_sources, write_proof
+from kohaku_wrap.training.records.ledger import digest_of_ledger
 
 from .conftest import WriteModel
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import struct
@@ -330,3 +331,20 @@ def holds_header(path: Path) -> bool:
     with open_regular(path) as stream:
         data = stream.read(HEADER.size)
     return len(data) >= (HEADER if data.startswith(MAGIC) else HEADER_2).size
+
+
+def digest_of_ledger(ledger: Path) -> str:
+    """The sha256 over the names, sizes and bytes of a ledger's files, in the order of their names.
+
+    Empty where there is no ledger.
+    """
+    files = sorted(path for path in ledger.rglob("*") if path.is_file()) if ledger.is_dir() else []
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(ledger).as_posix()
+        digest.update(f"{name}\n{path.stat().st_size}\n".encode())
+        with path.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest()

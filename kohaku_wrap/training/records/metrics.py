@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,18 @@ def plain_number(value: Any) -> Any:
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
     """The lines that count, by optimizer step: what a later attempt trained again is left out."""
-    kept = last_kept_steps(list_attempts(run))
-    lines: dict[int, dict[str, Any]] = {}
-    for line in iterate_lines(run.metrics):
+    return keep_lines(iterate_lines(run.metrics), list_attempts(run))
+
+
+def keep_lines(lines: Iterable[dict[str, Any]], attempts: list[Attempt]) -> list[dict[str, Any]]:
+    """Of all lines those that count, by optimizer step."""
+    kept = last_kept_steps(attempts)
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in lines:
         step = line["optimizer_step"]
         if step <= kept.get(line.get("attempt", 0), math.inf):
-            lines[step] = line
-    return [lines[step] for step in sorted(lines)]
+            by_step[step] = line
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def read_step_seconds(run: Run) -> float:

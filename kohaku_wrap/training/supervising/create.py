@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 import secrets
 import shlex
@@ -18,6 +19,7 @@ from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.reading import PARENT_OPTION
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs, hash_named_files
+from kohaku_wrap.config.run_files import LAYERS_FILE
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
@@ -204,6 +206,8 @@ def create_run(
         for path in parent.values():
             path.rename(whole / PARENT_FILE)
         dataclasses.replace(rendered, folder=whole).write()
+        layers = {key: entry.origin for key, entry in effective.entries.items()}
+        write_text(whole / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")
         write_text(whole / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
         for inner in ("attempts", "states", "checkpoints", "ledger"):
             (whole / inner).mkdir()

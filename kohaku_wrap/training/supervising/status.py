@@ -157,12 +157,12 @@ class RunStatus:
     """By its states and checkpoints."""
 
 
-def read_status(run: Run) -> RunStatus:
-    """The run as its files show it now."""
+def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatus:
+    """The run as its files show it now; `lines`: what `read_metrics` gives, where that was read already."""
     attempts = list_attempts(run)
     ends = {attempt.number: read_end(attempt) for attempt in attempts}
     told = tuple(describe_attempt(attempt, ends[attempt.number]) for attempt in attempts)
-    lines = read_metrics(run)
+    lines = read_metrics(run) if lines is None else lines
     bad_steps = BadSteps.of_lines(lines)
     running = bool(told) and told[-1].end == "running"
     # As `train` counts: the steps of the attempt that runs.

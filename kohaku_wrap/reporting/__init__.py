@@ -1,0 +1,1 @@
+"""One page about runs, drawn from their own records."""

@@ -1,0 +1,166 @@
+"""The page: facts and charts put into one HTML file that needs nothing else and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+import kohaku_wrap
+from kohaku_wrap.errors import command_line
+from kohaku_wrap.files import write_text
+from kohaku_wrap.reporting.charts import Mark, colour_of, draw_chart
+from kohaku_wrap.reporting.curves import AXES, TITLES, Piece
+from kohaku_wrap.reporting.facts import RunFacts, describe_machine, list_versions, next_command, read_facts
+from kohaku_wrap.reporting.story import show_duration, show_time
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.other_lock import compare_options
+
+HERE = Path(__file__).parent
+SCHEMA_VERSION = 1
+STEERING = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Unicode's kinds of characters that steer a line or its direction, or are none."""
+
+RELOAD_SECONDS = 20
+
+
+def make_visible(value: Any) -> Any:
+    """A value for the page: characters that would steer its text are written as escapes, None as nothing."""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    if value.isascii() and value.isprintable():
+        return value
+    return "".join(
+        repr(sign)[1:-1] if unicodedata.category(sign) in STEERING and sign != "\n" else sign for sign in value
+    )
+
+
+def embed_json(document: Any) -> Markup:
+    """A document as JSON that cannot end the element it stands in."""
+    text = json.dumps(document, separators=(",", ":"), default=str)
+    return Markup(text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}))
+
+
+def hash_source(text: str) -> str:
+    """The source as a content policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def make_policy(style: str, script: str) -> str:
+    """Nothing but this style, this script, and pictures in the page or beside it."""
+    return (
+        f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; "
+        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def render(template: str, title: str, document: Any, reload_seconds: int = 0, **values: Any) -> str:
+    """One page of this folder's template, with its JSON inside."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=make_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"show_time": show_time, "show_duration": show_duration, "command_line": command_line}
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    text = environment.get_template(template).render(
+        title=title,
+        policy=make_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        embedded=embed_json(document),
+        reload_seconds=reload_seconds,
+        made=show_time(time.time()),
+        version=kohaku_wrap.__version__,
+        **values,
+    )
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def compose_page(runs: Sequence[Run], *, is_live: bool = False) -> str:
+    """The page of these runs. Raises what reading them raises."""
+    several = len(runs) > 1
+    facts = [read_facts(run, place, several) for place, run in enumerate(runs)]
+    differing = list_differing(runs)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "kwrap_version": kohaku_wrap.__version__,
+        "made_unix_seconds": time.time(),
+        "runs": [each.document() for each in facts],
+        "options_that_differ": [{"option": key, "values": values} for key, values in differing],
+    }
+    is_running = any(each.status.condition in ("running", "new") for each in facts)
+    return render(
+        "page.html",
+        " | ".join(each.run.name for each in facts),
+        document,
+        RELOAD_SECONDS if is_live and is_running else 0,
+        runs=facts,
+        axes=AXES,
+        charts=list(draw_all(facts)),
+        differing=differing,
+        machine=describe_machine,
+        versions=list_versions,
+        next_command=next_command,
+    )
+
+
+def list_differing(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Every option that is not the same in all runs, with its value in each; None where it is not set."""
+    values: dict[str, list[Any]] = {}
+    for place, other in enumerate(runs[1:], 1):
+        for key, first, here in compare_options(runs[0].lock.tables, other.lock.tables):
+            values.setdefault(key, [first] * len(runs))[place] = here
+    return sorted(values.items())
+
+
+def draw_all(facts: Sequence[RunFacts]) -> Any:
+    """Each chart with its title, legend and one drawing an axis; all runs laid over each other."""
+    for name, (title, note) in TITLES.items():
+        pieces = [piece for each in facts for piece in each.curves.get(name, ())]
+        if not pieces:
+            continue
+        marks = [mark for each in facts for mark in each.marks]
+        yield {
+            "name": name,
+            "title": title,
+            "note": note,
+            "legend": list_legend(pieces, len(facts)),
+            "has_left": any(not piece.kept for piece in pieces),
+            "drawings": {axis: draw_one(name, title, axis, pieces, marks, len(facts)) for axis in AXES},
+        }
+
+
+def draw_one(name: str, title: str, axis: str, pieces: Sequence[Piece], marks: Sequence[Mark], runs: int) -> Markup:
+    """One chart over one axis."""
+    lowest, highest = min(min(each.low) for each in pieces), max(max(each.high) for each in pieces)
+    told = f"{title} over {AXES[axis]}: from {lowest:.4g} to {highest:.4g}"
+    return draw_chart(pieces, marks, axis, make_visible(told), runs, from_zero=name != "loss")
+
+
+def list_legend(pieces: Sequence[Piece], runs: int) -> list[tuple[int, str]]:
+    """Colour and words of what the chart shows: runs, columns or attempts."""
+    several = len({piece.label for piece in pieces}) > 1
+    entries: Mapping[str, int] = {
+        piece.label if runs > 1 or several else f"attempt {piece.attempt}": colour_of(piece, pieces, runs)
+        for piece in pieces
+    }
+    return [(colour, label) for label, colour in entries.items()]
+
+
+def write_page(runs: Sequence[Run], path: Path, *, is_live: bool = False) -> None:
+    """Write the page of these runs, whole or not at all."""
+    write_text(path, compose_page(runs, is_live=is_live))
