@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kohaku_wrap.cli.options import site_option
+from kohaku_wrap.cli.options import runs_folders, site_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     count_of,
@@ -18,15 +18,18 @@ from kohaku_wrap.cli.output import (
     print_note,
     print_table,
     progress_bar,
+    show_path,
 )
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
-from kohaku_wrap.errors import command_line
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.sampling.checkpoints import Model
     from kohaku_wrap.sampling.expanding import PlacedCell
     from kohaku_wrap.sampling.running import DrawingJob
     from kohaku_wrap.sampling.sheets import Sheet
+
+COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -82,6 +85,7 @@ Examples:
   kwrap sample base.safetensors --network epsilon.safetensors:0.8 \\
       --prompts prompts.txt --style kohaku-1 --seed 1 --seed 2 --out look
   kwrap sample --run epsilon --steps all --prompts sheet.toml --out look
+  kwrap sample --run epsilon --queued
   kwrap sample a.safetensors b.safetensors --prompts sheet.toml --out look \\
       --jobs 4 --size 832x1216
 
@@ -101,7 +105,8 @@ A sheet (sheet.toml) is the product of its lists:
 @click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest.")
 @click.option("--prompts", "sheet_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, or a sheet.")
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where pictures go.")
+@click.option("--queued", is_flag=True, help="With --run: what its [samples] asks for and is not drawn yet.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where pictures go.")
 @picture_options
 @compute_options
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU.")
@@ -118,7 +123,8 @@ def command(
     steps: str | None,
     sheet_file: Path | None,
     texts: tuple[str, ...],
-    out: Path,
+    queued: bool,
+    out: Path | None,
     jobs: int,
     offload: bool,
     tokenizers: Path | None,
@@ -136,6 +142,15 @@ def command(
     from kohaku_wrap.sampling.contact_sheet import choose_axes, write_contact_sheet
     from kohaku_wrap.sampling.running import draw_sheet, find_waiting
 
+    if queued:
+        if run_name is None or models or networks or texts or sheet_file or steps or out:
+            raise UsageError(
+                "--queued draws what the [samples] of a run asks for", "Give --run RUN and no model, prompt or --out."
+            )
+        draw_queued(run_name, site_file, asked, dry_run, as_json)
+        return
+    if out is None:
+        raise UsageError("--out is missing", "Name the folder where the pictures go: --out DIR.")
     sheet = choose_sheet(sheet_file, texts, asked)
     listed = list_models(models, networks, run_name, steps, site_file)
     job = prepare(sheet, listed, asked, tokenizers, site_file, run_name, out, jobs, offload, quiet=as_json)
@@ -150,6 +165,30 @@ def command(
         draw_sheet(job, waiting, report)
     contact = write_contact_sheet(out, job.cells, sheet.rows, sheet.columns)
     show(job, waiting, contact, as_json, dry_run=False)
+
+
+def draw_queued(run_name: str, site: Path | None, asked: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+    """Draw what a run still wants, and print where it lies."""
+    from kohaku_wrap.sampling.devices import choose_compute
+    from kohaku_wrap.sampling.of_runs import draw_queue, sheet_of_run
+    from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.records.samples import list_pictures
+
+    run = find_run(run_name, runs_folders(site))
+    compute = choose_compute(*(asked[name] for name in COMPUTE_NAMES))
+    sheet_of_run(run)
+    drawn = [each for each in list_pictures(run) if not each.are_drawn] if dry_run else []
+    if not dry_run:
+        with progress_bar("hash", "bytes", as_json) as hashed, progress_bar("draw", "pictures", as_json) as report:
+            drawn = list(draw_queue(run, compute, hashed, report))
+    if as_json:
+        found = [{"optimizer_step": each.optimizer_step, "network": str(each.network),
+                  "contact_sheet": str(each.sheet)} for each in drawn]  # fmt: skip
+        print_json("sample", {"dry_run": dry_run, "queue": found, "compute": asdict(compute)})
+        return
+    rows = [(f"optimizer step {each.optimizer_step:,}", each.sheet) for each in drawn]
+    print_table(f"Pictures of {run.name}: {'to draw' if dry_run else 'drawn'}", rows or [("none", "all are drawn")],
+                command_line("status", show_path(run.folder)))  # fmt: skip
 
 
 def prepare(
@@ -173,7 +212,7 @@ def prepare(
     from kohaku_wrap.sampling.running import DrawingJob
 
     folders = choose_tokenizers(tokenizers, site, models)
-    compute = choose_compute(*(asked[name] for name in ("device", "dtype", "vae_dtype", "batch", "threads")))
+    compute = choose_compute(*(asked[name] for name in COMPUTE_NAMES))
     with progress_bar("hash", "bytes", quiet=quiet) as report:
         hashes = hash_models(models, report)
     known = [

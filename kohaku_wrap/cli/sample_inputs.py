@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import runs_folders
-from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
     from kohaku_wrap.sampling.checkpoints import Model, Prediction
@@ -60,49 +60,17 @@ def list_models(
     if steps is not None and run is None:
         raise UsageError("--steps is of a run: --run is missing", "The sampler's steps are --sampler-steps.")
     if run is not None:
-        return [replace(model, networks=(*model.networks, *added)) for model in models_of_run(run, steps, site)]
+        from kohaku_wrap.sampling.of_runs import models_of_run
+        from kohaku_wrap.training.records.folder import find_run
+
+        found = models_of_run(find_run(run, runs_folders(site)), steps)
+        return [replace(model, networks=(*model.networks, *added)) for model in found]
     if not models:
         raise NoModel("no model is named", "Give the path of an SDXL checkpoint, or --run RUN.")
     listed = [Model(path, added) for path in dict.fromkeys(models)]
     for model in listed:
         check_model(model)
     return listed
-
-
-def models_of_run(name: str, steps: str | None, site: Path | None) -> list[Model]:
-    """The run's base model with each network that it kept and that is asked for."""
-    from kohaku_wrap.sampling.checkpoints import AddedNetwork, Model, NoModel, check_model
-    from kohaku_wrap.training.records.folder import find_run
-
-    run = find_run(name, runs_folders(site))
-    base = Path(str(run.lock.tables.get("inputs", {}).get("base_model", "")))
-    title = str(run.lock.tables.get("run", {}).get("name", run.folder.name))
-    folder = run.folder / "checkpoints"
-    kept: dict[int, Path] = {}
-    for path in sorted(folder.glob(f"{title}-step*.safetensors")):
-        number = path.stem.removeprefix(f"{title}-step")
-        if number.isdecimal():
-            kept[int(number)] = path
-    end = folder / f"{title}.safetensors"
-    found: list[tuple[int | None, Path]] = [*kept.items(), *([(None, end)] if end.is_file() else [])]
-    if not found:
-        raise NoModel(f"{folder}: the run has kept no network yet", f"See {command_line('status', name)}.")
-    if steps is None:
-        found = found[-1:]
-    elif steps != "all":
-        wanted = [each.strip() for each in steps.split(",")]
-        missing = [each for each in wanted if not each.isdecimal() or int(each) not in kept]
-        if missing:
-            listed = ", ".join(map(str, kept)) or "none"
-            raise UsageError(
-                f"--steps: there is no network of step {', '.join(missing)}", f"There are {listed}, or all."
-            )
-        found = [(int(each), kept[int(each)]) for each in wanted]
-    models = [Model(base, (AddedNetwork(path),), f"{title} step {step}" if step is not None else title, step)
-              for step, path in found]  # fmt: skip
-    for model in models:
-        check_model(model)
-    return models
 
 
 def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model]) -> tuple[Path, Path]:
@@ -133,6 +101,7 @@ def choose_prediction(model: Model, asked: dict[str, Any], run: str | None, site
     from kohaku_wrap.config.layers import load_layers
     from kohaku_wrap.formats.safetensors import read_header
     from kohaku_wrap.sampling.checkpoints import Prediction, find_prediction
+    from kohaku_wrap.sampling.of_runs import prediction_of_run
     from kohaku_wrap.training.records.folder import find_run
 
     if asked["prediction"]:
@@ -141,10 +110,7 @@ def choose_prediction(model: Model, asked: dict[str, Any], run: str | None, site
         effective, _ = load_layers(asked["template"])
         kind = "v" if effective.get("v_parameterization") else "epsilon"
         return Prediction(kind, bool(effective.get("zero_terminal_snr")), f"the template {asked['template']}")
-    if run is not None:
-        values = find_run(run, runs_folders(site)).lock.tables.get("values", {})
-        if "v_parameterization" in values:
-            kind = "v" if values["v_parameterization"] else "epsilon"
-            return Prediction(kind, bool(values.get("zero_terminal_snr")), f"the lock of the run {run}")
+    if run is not None and (said := prediction_of_run(find_run(run, runs_folders(site)))):
+        return said
     found = find_prediction(read_header(model.path))
     return replace(found, zero_terminal_snr=True) if asked["zero_terminal_snr"] else found

@@ -184,6 +184,12 @@ def print_run(status: RunStatus) -> None:
     marks = [f"{state.optimizer_step:,}" + ("" if state.is_sealed else " (damaged)") for state in status.states]
     rows.append(("states", ", ".join(marks) or "none"))
     rows.append(("disk", f"{show_bytes(status.disk_used_bytes)} used, {show_bytes(status.disk_free_bytes)} free"))
+    if status.samples:
+        rows.append(("pictures", status.samples))
+    if status.samples_waiting:
+        steps = ", ".join(f"{step:,}" for step in status.samples_waiting)
+        again = command_line("sample", "--run", show_path(status.run.folder), "--queued")
+        rows.append(("pictures to draw", f"of optimizer step {steps}: `{again}`, if nothing draws them now"))
     if status.last_error:
         rows.append(("last error", status.last_error))
     folder = show_path(status.run.folder)

@@ -8,6 +8,7 @@ from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batc
 from kohaku_wrap.config.needs import describe_idle, find_lacks
 from kohaku_wrap.config.network import LYCORIS, find_network_faults
 from kohaku_wrap.config.optimizers import Signatures, find_optimizer_faults, find_unknown_code
+from kohaku_wrap.config.samples import find_sample_faults
 from kohaku_wrap.config.training_data import note_whole_captions
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
@@ -229,17 +230,6 @@ def refuse_two_network_parts(effective: Effective) -> Faults:
         yield "text_encoder_lr", "LyCORIS uses only the first rate, for both text encoders: write one"
 
 
-def refuse_missing_prompts(effective: Effective) -> Faults:
-    """Prompts that are never drawn, and the reverse."""
-    if effective.get("samples.every") and not effective.get("samples.prompts"):
-        yield "samples.every", "does nothing without samples.prompts"
-    if effective.get("samples.prompts") and not any(
-        effective.get(key)
-        for key in ("samples.every", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
-    ):
-        yield "samples.prompts", "are never drawn: set every = N (optimizer steps) in [samples]"
-
-
 def refuse_out_of_range(effective: Effective) -> Faults:
     for key, (smallest, largest) in LIMITS.items():
         value = effective.get(key)
@@ -268,7 +258,7 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_full_precision,
     refuse_two_attentions,
     refuse_two_network_parts,
-    refuse_missing_prompts,
+    find_sample_faults,
     refuse_missing_seed,
     refuse_out_of_range,
     find_network_faults,

@@ -26,6 +26,7 @@ from kohaku_wrap.config.run_files import (
     digest_lock,
     flatten_dataset,
 )
+from kohaku_wrap.config.samples import KWRAP, TRAINER, settle_samples, who_draws
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.trainer_arguments import (
@@ -134,8 +135,7 @@ def compose_run(
         PRESET_FILE: toml_text(effective.preset),
         ACCELERATE_FILE: render_yaml(accelerate),
     }
-    samples = effective.subtable("samples", with_defaults=True)
-    if samples.get("prompts"):
+    if who_draws(effective) == TRAINER and (samples := settle_samples(effective)):
         texts[PROMPTS_FILE] = render_prompts(samples)
     lock["run"] |= {"id": run_id, "options_digest": digest_options(lock)}
     lock["versions"] = list_versions(find_engine(machine.engine).package_folders())
@@ -161,7 +161,7 @@ def compose_trainer(effective: Effective, folder: Path, run_name: str) -> dict[s
     for name in ("optimizer_args", "lr_scheduler_args"):
         if table := effective.subtable(name):
             options[name] = render_literals(table)
-    if effective.get("samples.prompts"):
+    if who_draws(effective) == TRAINER:
         options["sample_prompts"] = str(folder / PROMPTS_FILE)
         if every := effective.get("samples.every"):
             options["sample_every_n_steps"] = every
@@ -227,7 +227,9 @@ def compose_lock(
         "values": drop_unset(dict(sorted(values.items()))),
         "dataset": drop_unset(effective.subtable("dataset_options", with_defaults=True))
         | {"batch_size": shape.batch_per_gpu, "image_dir": str(site.paths.images)},
-        "samples": drop_unset(effective.subtable("samples")),
+        "samples": settle_samples(effective)
+        if who_draws(effective) == KWRAP
+        else drop_unset(effective.subtable("samples")),
     }
     for name in ARGUMENT_TABLES:
         lock[name] = effective.subtable(name)

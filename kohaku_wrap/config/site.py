@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,13 @@ PATH_NAMES = (*PATH_DEFAULTS, "vae", "tokenizers")
 
 SMALLEST = {"gpus": 0, "processes": 1, "batch_per_gpu": 1, "workers": 0}
 """Whole numbers of `[machine]`, each with the smallest that there can be."""
+
+
+AFTER = "after"
+"""As `sample_device`: pictures are drawn when an attempt has ended."""
+
+SAMPLE_DEVICE = re.compile(r"cpu|after|cuda:[0-9]{1,3}")
+MACHINE_KEYS = (*SMALLEST, "engine", "sample_device", "accelerate")
 
 
 class MissingSite(UsageError):
@@ -80,6 +88,10 @@ class Machine:
     workers: int | None = None
     """Loader workers per process; None: as the template says."""
 
+    sample_device: str = ""
+    """Where kwrap draws pictures while it trains: cuda:N, cpu, or `after` for when the attempt ends; empty: cpu where
+    the training has no GPU, else `after`."""
+
     accelerate: Mapping[str, Any] = field(default_factory=dict)
     """Options of `accelerate launch` that say how several machines find each other."""
 
@@ -128,7 +140,7 @@ def load_site(path: Path | str) -> Site:
     problems: list[Problem] = []
     top = TableReader("", document, (*TABLES, "trust"), problems)
     paths = resolve_paths(TableReader("paths", top.table("paths"), PATH_NAMES, problems), file.parent)
-    machine = read_machine(TableReader("machine", top.table("machine"), (*SMALLEST, "engine", "accelerate"), problems))
+    machine = read_machine(TableReader("machine", top.table("machine"), MACHINE_KEYS, problems))
     trust = read_trust(document.get("trust", []), problems)
     secrets = top.table("secrets")
     check_secrets(TableReader("secrets", secrets, tuple(SECRET_OPTIONS), problems))
@@ -197,4 +209,7 @@ def read_machine(reader: TableReader) -> Machine:
         accelerate = {}
     processes = numbers.pop("processes", max(numbers.get("gpus", 1), 1)) * int(accelerate.get("num_machines", 1))
     engine = reader.choice("engine", tuple(ENGINES))
-    return Machine(engine=engine, processes=processes, accelerate=accelerate, **numbers)
+    device = reader.text("sample_device")
+    if device and not SAMPLE_DEVICE.fullmatch(device):
+        reader.fault("sample_device", f'{device!r} is none of "cpu", "after" and a GPU such as "cuda:1"')
+    return Machine(engine=engine, processes=processes, sample_device=device, accelerate=accelerate, **numbers)

@@ -11,8 +11,9 @@ from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import atomic_write
 from kohaku_wrap.sampling.expanding import PlacedCell
 from kohaku_wrap.sampling.sheets import AXES
+from kohaku_wrap.training.records.samples import CONTACT_SHEET
 
-NAME = "contact-sheet.png"
+NAME = CONTACT_SHEET
 THUMB_PIXELS = 256
 """The longer side of a picture on the sheet, unless it is smaller itself or the sheet would be too large."""
 

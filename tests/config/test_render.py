@@ -47,7 +47,6 @@ def test_files_of_a_run(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) 
         "preset.toml",
         "accelerate.yaml",
         "run.lock.toml",
-        "sample_prompts.txt",
     }
     sections = tomllib.loads((run.folder / "trainer.toml").read_text())
     flat = {key: value for table in sections.values() for key, value in table.items()}
@@ -68,7 +67,11 @@ def test_files_of_a_run(demo: tuple[Effective, Site, StepPlan], tmp_path: Path) 
     assert subset["image_dir"] == str(site.paths.images)
     assert (subset["shuffle_caption"], subset["keep_tokens_separator"]) == (True, "|||")
     assert tomllib.loads((run.folder / "preset.toml").read_text()) == effective.preset
-    assert (run.folder / "sample_prompts.txt").read_text().startswith("1girl, saber \\(fate\\) --w 1024")
+    # kwrap draws the builtin engine's pictures from its checkpoints.
+    assert not any("sample" in name for name in run.trainer)
+    asked = run.lock["samples"]
+    assert (asked["by"], asked["prompts"]) == ("kwrap", ["1girl, saber (fate)"])
+    assert (asked["width"], asked["height"], asked["steps"], asked["every"]) == (128, 128, 7, 4)
 
 
 def test_accelerate_takes_the_gpus_that_the_caller_leaves() -> None:

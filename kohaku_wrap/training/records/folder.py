@@ -90,6 +90,7 @@ class Run:
     attempts = Place("attempts")
     states = Place("states")
     checkpoints = Place("checkpoints")
+    samples = Place("samples")
     ledger = Place("ledger")
     abandoned = Place("abandoned")
     metrics = Place("metrics.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from kohaku_wrap.training.records.folder import Run
 
 NETWORKS_FILE = "networks.json"
 """Of an attempt: the sha256 of each network that it wrote, by name."""
+
+NETWORK_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
+NETWORK_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
 
 SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
 """Of networks, as `save_model_as` has them."""
@@ -68,6 +72,25 @@ def list_written(run: Run) -> dict[str, str]:
     for number in attempt_numbers(run):
         written |= read_written(run.attempts / str(number))
     return written
+
+
+def shorter_end(run: Run) -> int:
+    """The optimizer step at which the newest attempt finished a shorter chapter of the run; 0 where it did not."""
+    attempts = list_attempts(run)
+    result = attempts[-1].result() if attempts else None
+    if result is None or result["outcome"] != "finished":
+        return 0
+    step = int(result["optimizer_step"])
+    return step if step < run.lock.total_optimizer_steps else 0
+
+
+def step_of_network(run: Run, path: Path, end: int) -> int | None:
+    """The optimizer step that a network is named after; `end` for the run's last one, None for a stranger."""
+    if match := NETWORK_OF_STEP.search(path.name):
+        return int(match.group(1))
+    if match := NETWORK_OF_EPOCH.search(path.name):
+        return int(match.group(1)) * run.lock.count.optimizer_steps_per_epoch
+    return end if path.stem == run.output_name else None
 
 
 def list_network_files(run: Run) -> list[Path]:

@@ -20,6 +20,7 @@ from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.reading import PARENT_OPTION
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs, hash_named_files
 from kohaku_wrap.config.run_files import LAYERS_FILE
+from kohaku_wrap.config.samples import with_own_prompts
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
@@ -197,6 +198,7 @@ def create_run(
     plan = plan_steps(new.effective, sizes)
     with making_folder(new.folder.parent, f".{new.name}.partial-") as part:
         effective, parent = settle_parent(new, part / PARENT_FILE)
+        effective = with_own_prompts(effective, new.site.paths.images)
         inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes) | hash_named_files(parent)
         rendered = compose_run(effective, new.site, new.folder, new.name, plan, inputs, secrets.token_hex(16))
         if locked is not None:

@@ -11,7 +11,7 @@ from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.networks import note_new_name
+from kohaku_wrap.training.records.networks import note_new_name, shorter_end
 
 
 def settle_length(run: Run, abandons: Collection[Path]) -> None:
@@ -31,16 +31,6 @@ def settle_length(run: Run, abandons: Collection[Path]) -> None:
                 name = f"{path.stem}-step{step:08d}{path.suffix}"
                 note_new_name(list_attempts(run)[-1], path.name, name)
                 path.replace(path.with_name(name))
-
-
-def shorter_end(run: Run) -> int:
-    """The optimizer step at which the newest attempt finished a shorter chapter of the run; 0 where it did not."""
-    attempts = list_attempts(run)
-    result = attempts[-1].result() if attempts else None
-    if result is None or result["outcome"] != "finished":
-        return 0
-    step = int(result["optimizer_step"])
-    return step if step < run.lock.total_optimizer_steps else 0
 
 
 def with_length(text: str, length: Mapping[str, int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import recorded_attempts
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.networks import shorter_end, step_of_network
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.choose_state import find_foreign_state, find_state
 from kohaku_wrap.training.supervising.differences import (
@@ -31,15 +31,12 @@ from kohaku_wrap.training.supervising.launch import (
     plan_attempt_launch,
     write_accelerate_config,
 )
-from kohaku_wrap.training.supervising.length import settle_length, shorter_end
+from kohaku_wrap.training.supervising.length import settle_length
 from kohaku_wrap.training.supervising.machines import refuse_machines
 from kohaku_wrap.training.supervising.moved_images import compare_moved_images
 from kohaku_wrap.training.supervising.places import Places, read_places
 from kohaku_wrap.training.supervising.site_places import settle_places
 from kohaku_wrap.training.supervising.trainer_data import write_trainer_data
-
-CHECKPOINT_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
-CHECKPOINT_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
 
 
 class RunFinished(KwrapError):
@@ -217,24 +214,14 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
 
 
 def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
-    """Checkpoints of steps and epochs that are to be trained again, and the final one."""
-    found = []
-    per_epoch = run.lock.count.optimizer_steps_per_epoch
-    for path in sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []:
-        if path.is_dir():
-            continue
-        if match := CHECKPOINT_OF_STEP.search(path.name):
-            at = int(match.group(1))
-        elif match := CHECKPOINT_OF_EPOCH.search(path.name):
-            at = int(match.group(1)) * per_epoch
-        elif path.stem == run.output_name:
-            # The network of a shorter run stays: it gets the name of its step.
-            at = shorter_end(run) or run.lock.total_optimizer_steps + 1
-        else:
-            continue
-        if at > optimizer_step:
-            found.append(path)
-    return found
+    """Checkpoints of steps and epochs that are to be trained again, the final one, and the pictures of all these."""
+    # The network of a shorter run stays: it gets the name of its step.
+    end = shorter_end(run) or run.lock.total_optimizer_steps + 1
+    files = sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []
+    found = [
+        path for path in files if not path.is_dir() and (step_of_network(run, path, end) or 0) > optimizer_step
+    ]  # fmt: skip
+    return found + [path for step, path in list_states(run.samples) if step > optimizer_step]
 
 
 def is_finished(run: Run) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, is_lock_free, list_attempts
@@ -12,6 +13,7 @@ from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import APART, read_metrics
+from kohaku_wrap.training.records.samples import list_pictures
 from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
@@ -144,6 +146,12 @@ class RunStatus:
     states: tuple[StateStatus, ...]
     """Ascending."""
 
+    samples: Path | None
+    """Where its pictures lie; None where none are asked for."""
+
+    samples_waiting: tuple[int, ...]
+    """Optimizer steps of the networks whose pictures kwrap has not drawn yet."""
+
     last_error: str
     """Of the newest attempt that failed; empty without one."""
 
@@ -197,6 +205,8 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
         silent_seconds=count_silence(beats),
         attempts=told,
         states=states,
+        samples=run.samples if run.lock.table("samples") else None,
+        samples_waiting=tuple(each.optimizer_step for each in list_pictures(run) if not each.are_drawn),
         last_error=f"attempt {failures[-1].number}: {failures[-1].end}: {failures[-1].message}" if failures else "",
         advice=advise(run),
         disk_free_bytes=shutil.disk_usage(run.folder).free,

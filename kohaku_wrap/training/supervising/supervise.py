@@ -19,6 +19,7 @@ from kohaku_wrap.training.records.states import DiskFull, is_disk_full, list_sta
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
 from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
 from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.supervising.pictures import PictureMaker
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 from kohaku_wrap.training.supervising.watch import AttemptWatch, Event, OnEvent, StopSignals, WatchOptions
 
@@ -92,6 +93,7 @@ def supervise_run(
     on_event = log_events(log, on_event)
     hook = Hook(options.hook, run, lambda trouble: on_event(Event("note", trouble)))
     failures_at: Counter[int] = Counter()
+    pictures = PictureMaker(run, lambda text: on_event(Event("note", text)))
     stop = StopSignals()
     go_on = f"Go on with: {command_line('resume', run.folder)}"
     try:
@@ -102,21 +104,26 @@ def supervise_run(
                 number += 1
                 attempt, launch = begin(run, first if number == 1 else following)
                 hook.call("start", f"attempt {attempt.number}", attempt.start_optimizer_step)
-                end = AttemptWatch(attempt, launch, options, stop, on_event).run()
+                watch = AttemptWatch(attempt, launch, options, stop, on_event)
+                watch.on_look = pictures.look
+                end = watch.run()
                 tell_end(attempt, end, hook, on_event)
                 if end.kind == FINISHED:
+                    pictures.finish(lambda: stop.count > 0)
                     return RunReport(run, number, end.optimizer_step)
                 if end.kind in (STOPPED, KILLED) or stop.count:
                     raise RunStopped(f"run {run.name}: {end.message}", go_on)
                 failures_at[end.optimizer_step] += 1
                 why_last = why_give_up(end, failures_at, number, options)
                 if why_last:
+                    pictures.finish(lambda: stop.count > 0)
                     raise give_up(attempt, end, why_last if options.restarts else "")
                 pause_seconds = min(options.first_pause_seconds * 2 ** (number - 1), options.longest_pause_seconds)
                 on_event(Event("restart", f"restart {number} of {options.restarts} in {pause_seconds:,.0f} s"))
                 if stop.wait(pause_seconds):
                     raise RunStopped(f"run {run.name}: stopped while waiting for a restart", go_on)
     finally:
+        pictures.stop()
         os.close(lock)
 
 

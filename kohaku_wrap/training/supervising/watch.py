@@ -146,6 +146,7 @@ class AttemptWatch:
         self.options = options
         self.stop = stop
         self.on_event = on_event
+        self.on_look: Callable[[], None] = lambda: None
         self.hook = Hook(options.hook, attempt.run, lambda trouble: self.tell("note", trouble))
         self.total = attempt.lock.total_optimizer_steps
         self.done = attempt.start_optimizer_step
@@ -182,8 +183,7 @@ class AttemptWatch:
     def follow(self, process: subprocess.Popen[bytes], metrics: MetricsTail) -> AttemptEnd:
         """Look at the attempt until it ends or has to be ended."""
         stop_told = False
-        looks = 0
-        left_at = math.inf
+        looks, left_at = 0, math.inf
         while True:
             looks += 1
             if self.attempt.machines > 1 and looks % LOOKS_PER_BEAT == 0:
@@ -195,6 +195,7 @@ class AttemptWatch:
                     return fault
             self.look_for_states()
             self.look_for_pause()
+            self.on_look()
             if exit_code is not None:
                 return judge_end(self.attempt, exit_code)
             if self.stop.count >= 2:

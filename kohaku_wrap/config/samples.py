@@ -1,0 +1,94 @@
+"""What `[samples]` of a template asks for, with what follows from the training where it leaves something open."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kohaku_wrap.config.effective import Effective, Faults
+from kohaku_wrap.config.reading import Entry
+from kohaku_wrap.dataset.buckets import parse_resolution
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Columns, NoImages
+from kohaku_wrap.streams import draws, stream_key
+
+KWRAP, TRAINER = "kwrap", "trainer"
+"""Who draws: kwrap from each checkpoint in a process of its own, or sd-scripts between two of its steps."""
+
+OWN_PROMPTS = 4
+"""How many captions of the dataset are drawn where no prompts are written."""
+
+WHOLE_RESOLUTION = 512
+"""From here on a picture takes all FULL_STEPS; smaller ones are of models for trials, and take fewer."""
+
+FULL_STEPS = 28
+TRAINERS_OWN = ("sample_at_first", "sample_every_n_epochs", "sample_every_n_steps", "sample_sampler")
+
+
+def who_draws(effective: Effective) -> str:
+    """KWRAP or TRAINER; empty where no pictures are asked for."""
+    if not any(effective.is_set(f"samples.{key}") for key in ("prompts", "every", "by")):
+        return ""
+    return str(effective.get("samples.by") or (KWRAP if effective.engine == "builtin" else TRAINER))
+
+
+def settle_samples(effective: Effective) -> dict[str, Any]:
+    """`[samples]` with every value that is known; empty where no pictures are asked for."""
+    by = who_draws(effective)
+    if not by:
+        return {}
+    width, height = parse_resolution(effective.get("dataset_options.resolution", 1024))
+    steps = FULL_STEPS if min(width, height) >= WHOLE_RESOLUTION else max(
+        2, FULL_STEPS * min(width, height) // WHOLE_RESOLUTION
+    )  # fmt: skip
+    follows = {"by": by, "width": width // 8 * 8, "height": height // 8 * 8, "steps": steps}
+    written = {
+        key: value for key, value in effective.subtable("samples", with_defaults=True).items() if value is not None
+    }
+    return {**follows, **written}
+
+
+def with_own_prompts(effective: Effective, images: Path) -> Effective:
+    """The same with captions of the dataset as prompts, where pictures are asked for and no prompts are written.
+
+    Which captions follows from the seed alone. Raises UsageError where the dataset has none that kwrap wrote.
+    """
+    if not who_draws(effective) or effective.get("samples.prompts"):
+        return effective
+    try:
+        columns = Columns.open(images)
+    except NoImages:
+        raise UsageError(
+            f"[samples] has no prompts, and {images / CAPTIONS_FILE} is not there to take some from",
+            'Write prompts = ["1girl, solo"] into [samples] of the template.',
+        ) from None
+    chosen = np.argsort(draws(stream_key("sample prompts", int(effective.get("seed") or 0)), columns.ids))
+    separator = effective.get("dataset_options.keep_tokens_separator") or ","
+    captions = [columns.caption_of(int(row)).replace(separator, ",") for row in sorted(chosen[:OWN_PROMPTS])]
+    prompts = [", ".join(tag.strip() for tag in caption.split(",") if tag.strip()) for caption in captions]
+    entry = Entry(prompts, "dataset", str(images / CAPTIONS_FILE))
+    return dataclasses.replace(effective, entries={**effective.entries, "samples.prompts": entry})
+
+
+def find_sample_faults(effective: Effective) -> Faults:
+    """Pictures that are never drawn, and options that do nothing for them."""
+    by, every, saves = who_draws(effective), effective.get("samples.every"), effective.get("save_every_n_steps")
+    if by == TRAINER and effective.engine == "builtin":
+        yield "samples.by", f'"{TRAINER}" is sd-scripts\' own sampling; the builtin engine has only "{KWRAP}"'
+    elif by == TRAINER and not (every or any(effective.get(key) for key in TRAINERS_OWN[:3])):
+        key = "samples.prompts" if effective.get("samples.prompts") else "samples.by"
+        yield key, "are never drawn: set every = N (optimizer steps) in [samples]"
+    elif by == KWRAP:
+        sides = {key: effective.get(key) for key in ("samples.width", "samples.height")}
+        yield from ((key, f"{side} is not a multiple of 8") for key, side in sides.items() if side and side % 8)
+        idle = (
+            [key for key in TRAINERS_OWN if effective.is_set(key) and effective.get(key)]
+            if effective.engine != "builtin"
+            else []
+        )
+        yield from ((key, f'does nothing with samples.by = "{KWRAP}", which draws from checkpoints') for key in idle)
+        if every and saves and every % saves:
+            yield "samples.every", f"{every} is not a multiple of save_every_n_steps = {saves}: kwrap draws checkpoints"

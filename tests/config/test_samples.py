@@ -1,0 +1,71 @@
+"""`[samples]`: who draws, what follows from the training, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kohaku_wrap.config.checks import check_effective
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.samples import settle_samples, who_draws, with_own_prompts
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.errors import ProblemsFound, UsageError
+
+SITE = '[machine]\nengine = "{engine}"\ngpus = 0\nbatch_per_gpu = 2\n'
+
+
+def resolve(folder: Path, engine: str, *overrides: str, template: str = "demo") -> object:
+    (folder / "site.toml").write_text(SITE.format(engine=engine))
+    return resolve_template(template, load_site(folder / "site.toml"), list(overrides))
+
+
+@pytest.mark.parametrize(
+    "engine,settings,who",
+    [
+        ("builtin", (), ""),
+        ("builtin", ("samples.every=4",), "kwrap"),
+        ("sd-scripts", ("samples.every=4",), "trainer"),
+        ("sd-scripts", ("samples.by=kwrap",), "kwrap"),
+        ("sd-scripts", ("samples.prompts=1girl", "samples.every=3"), "trainer"),
+    ],
+)
+def test_who_draws(tmp_path: Path, engine: str, settings: tuple[str, ...], who: str) -> None:
+    effective = resolve(tmp_path, engine, *settings)
+    assert who_draws(effective) == who
+    assert bool(settle_samples(effective)) == bool(who)
+
+
+@pytest.mark.parametrize(
+    "engine,settings,said",
+    [
+        ("builtin", ("samples.every=5",), "samples.every"),
+        ("builtin", ("samples.by=trainer",), "samples.by"),
+        ("builtin", ("samples.every=4", "samples.width=65"), "samples.width"),
+        ("sd-scripts", ("samples.prompts=1girl",), "samples.prompts"),
+        ("sd-scripts", ("samples.by=kwrap", "samples.prompts=1girl", "sample_at_first=true"), "sample_at_first"),
+    ],
+)
+def test_what_does_nothing_is_refused(tmp_path: Path, engine: str, settings: tuple[str, ...], said: str) -> None:
+    try:
+        found = [problem.where for problem in check_effective(resolve(tmp_path, engine, *settings))]
+    except ProblemsFound as problems:
+        found = [problem.where for problem in problems.problems]
+    assert said in found
+
+
+def test_size_and_steps_follow_the_resolution(tmp_path: Path) -> None:
+    small = settle_samples(resolve(tmp_path, "builtin", "samples.every=4"))
+    assert (small["width"], small["height"], small["steps"]) == (128, 128, 7)
+    whole = settle_samples(resolve(tmp_path, "sd-scripts", "samples.every=4", template="epsilon"))
+    assert (whole["width"], whole["height"], whole["steps"]) == (1024, 1024, 28)
+    said = settle_samples(resolve(tmp_path, "builtin", "samples.every=4", "samples.width=64", "samples.seed=0"))
+    assert (said["width"], said["height"], said["seed"]) == (64, 128, 0)
+
+
+def test_without_captions_prompts_must_be_written(tmp_path: Path) -> None:
+    effective = resolve(tmp_path, "builtin", "samples.every=4")
+    with pytest.raises(UsageError, match="has no prompts"):
+        with_own_prompts(effective, tmp_path / "images")
+    written = resolve(tmp_path, "builtin", "samples.every=4", "samples.prompts=1girl")
+    assert with_own_prompts(written, tmp_path / "images") is written
