@@ -140,7 +140,8 @@ def describe(status: RunStatus) -> dict[str, Any]:
     """The status as JSON has it."""
     from dataclasses import asdict
 
-    return {**asdict(status), "run": status.run.name, "folder": status.run.folder}
+    chapters = [chapter.document() for chapter in status.run.lock.chapters]
+    return {**asdict(status), "run": status.run.name, "folder": status.run.folder, "chapters": chapters}
 
 
 def one_line(status: RunStatus) -> str:
@@ -157,6 +158,7 @@ def print_run(status: RunStatus) -> None:
     rows: list[tuple[str, Any]] = [("progress", one_line(status))]
     if parent := status.run.lock.parent_network:
         rows.append(("trained on from", parent))
+    rows += list_chapters(status.run)
     if status.phase:
         silent = "unknown: it was left on another boot or machine"
         if status.silent_seconds is not None:
@@ -196,3 +198,17 @@ def print_run(status: RunStatus) -> None:
     following = {"finished": ("verify", folder), "running": ("status", folder, "--watch")}
     words = following.get(status.condition, ("resume", folder))
     print_table(f"Run {status.run.name}", rows, status.advice or command_line(*words))
+
+
+def list_chapters(run: Run) -> list[tuple[str, Any]]:
+    """A row for each length of a run that was made longer."""
+    chapters = run.lock.chapters
+    if len(chapters) == 1:
+        return []
+    rows: list[tuple[str, Any]] = [("chapter 1", f"{chapters[0].total_optimizer_steps:,} optimizer steps")]
+    for number, chapter in enumerate(chapters[1:], 2):
+        rule = f", --schedule {chapter.schedule}" if chapter.schedule else ""
+        rule += " with its warm-up" if chapter.repeats_warmup else ""
+        made = f"{chapter.total_optimizer_steps:,} optimizer steps, decided at step {chapter.from_optimizer_step:,}"
+        rows.append((f"chapter {number}", made + rule))
+    return rows

@@ -48,6 +48,8 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     of every optimizer step with the schedule of the run's lock, and each attempt's options with the lock's digest;
     counts skipped steps. What it could not look at is named. Exit code 1 if something differs, with the first place.
 
+    Of a branch its own steps are proved, and those of its parent where that is at hand.
+
     Captions, models, files or networks that were changed after the run are shown, and change neither verdict nor exit
     code. The result is kept in the run for `kwrap report`, with the ledger's sha256 and the date.
     """
@@ -82,8 +84,10 @@ def describe(report: VerifyReport) -> dict[str, Any]:
 
 def print_report(report: VerifyReport) -> None:
     """The report for people."""
+    first = report.run.first_optimizer_step
+    own = f", the first {first:,} of them by its parent" if first else ""
     rows: list[tuple[str, Any]] = [
-        ("optimizer steps", f"{report.optimizer_steps:,} of {report.total_optimizer_steps:,}"),
+        ("optimizer steps", f"{report.optimizer_steps:,} of {report.total_optimizer_steps:,}{own}"),
         (
             "positions trained once",
             f"{report.positions:,}" + (f", {report.fills:,} of them {FILLS}" if report.fills else ""),

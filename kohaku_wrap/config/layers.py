@@ -37,20 +37,7 @@ def load_layers(
     reader = LayerReader(table)
     for file in files:
         reader.read_file(file, "template" if file == path else "base")
-    override_problems: list[Problem] = []
-    given: dict[str, Entry] = {}
-    for text in overrides:
-        layer, problems = read_override(text, table)
-        given |= layer
-        override_problems += problems
-    if dataset := given.get("kwrap.dataset", reader.entries.get("kwrap.dataset")):
-        reader.read_dataset(str(dataset.value))
-    if site:
-        reader.read_site(site)
-    reader.lay_over(given)
-    if "preset" in given:
-        reader.preset_source = (given["preset"].value, "--set", None)
-    settle_length(reader.entries)
+    override_problems = lay_rest(reader, site, overrides)
     header = load_toml(path)
     notes = header.get("notes", [])
     effective = Effective(
@@ -67,6 +54,25 @@ def load_layers(
         defaults=list_defaults(table),
     )
     return effective, reader.problems + override_problems
+
+
+def lay_rest(reader: LayerReader, site: Site | None, overrides: Sequence[str]) -> list[Problem]:
+    """Lay dataset recipe, site and `--set` over what the reader has; the faults of `--set`."""
+    found: list[Problem] = []
+    given: dict[str, Entry] = {}
+    for text in overrides:
+        layer, problems = read_override(text, reader.table)
+        given |= layer
+        found += problems
+    if dataset := given.get("kwrap.dataset", reader.entries.get("kwrap.dataset")):
+        reader.read_dataset(str(dataset.value))
+    if site:
+        reader.read_site(site)
+    reader.lay_over(given)
+    if "preset" in given:
+        reader.preset_source = (given["preset"].value, "--set", None)
+    settle_length(reader.entries)
+    return found
 
 
 def resolve_template(

@@ -21,7 +21,7 @@ INPUTS = ("base_weights", "network_weights")
 TRACKERS = ("tensorboard", "wandb")
 """What `log_with` names; `all` means both."""
 
-LAYERS = ("base", "template", "dataset", "site", "--set")
+LAYERS = ("run", "base", "template", "dataset", "site", "--set")
 
 DISTRIBUTIONS = {"lion_pytorch": "lion-pytorch"}
 """What to install for a package whose name differs."""

@@ -59,7 +59,7 @@ class Entry:
     """As the trainer needs it."""
 
     layer: str
-    """`base`, `template`, `dataset`, `site` or `--set`."""
+    """`run`, `base`, `template`, `dataset`, `site` or `--set`."""
 
     file: str
     """The layer's file; empty for `--set`."""

@@ -113,10 +113,12 @@ def compose_run(
     plan: StepPlan,
     inputs: Mapping[str, Any] | None = None,
     run_id: str = "",
+    beginning: Mapping[str, Any] | None = None,
 ) -> RenderedRun:
     """Compose the run's files without touching the disk or hashing anything.
 
     `inputs`: what `hash_inputs` gave; without it only paths are locked. `run_id`: made at random for a run to train.
+    `beginning`: tables of the lock that say what a branch begins from.
     """
     folder = Path(run_folder).absolute()
     trainer = compose_trainer(effective, folder, run_name)
@@ -137,6 +139,7 @@ def compose_run(
     }
     if who_draws(effective) == TRAINER and (samples := settle_samples(effective)):
         texts[PROMPTS_FILE] = render_prompts(samples)
+    lock |= beginning or {}
     lock["run"] |= {"id": run_id, "options_digest": digest_options(lock)}
     lock["versions"] = list_versions(find_engine(machine.engine).package_folders())
     lock["files"] = dict(texts)

@@ -112,6 +112,7 @@ ROWS = {
     "resume": Row("resume {out}/r", makes="r/checkpoints/r.safetensors", sign="out/r/attempts/1/[!.]*", trains="r"),
     # The plain run is one of kwrap 0.1, whose runs keep their length.
     "extend": Row("extend {out}/r --steps 4", code=2, makes="r/checkpoints/r.safetensors"),
+    "branch": Row("branch {out}/r --run b", code=2, makes="b/checkpoints/b.safetensors"),
     "verify": Row("verify {plain}/r"),
     "report": Row("report {plain}/r -o {out}/page.html", makes="page.html"),
     "rename": Row("rename {out}/r other", makes="other/run.lock.toml"),
@@ -178,7 +179,7 @@ class Place:
         row, folder = ROWS[name], self.folder_of(name, condition)
         out = folder / "out"
         out.mkdir(parents=True)
-        if name in ("resume", "extend", "rename", "remove"):
+        if name in ("resume", "extend", "branch", "rename", "remove"):
             shutil.copytree(self.folder / "fresh" / "runs" / "r", out / "r")
         hidden = self.folder / "locked" if condition == "no permission" else self.folder
         names = {"world": hidden / "world", "plain": hidden / "plain" / "runs", "out": out, "try": folder.name}

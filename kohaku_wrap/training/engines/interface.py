@@ -76,6 +76,7 @@ class Engine(ABC):
         self.optimizer_steps = attempt.start_optimizer_step
         self.micro_batches = 0
         self.rates: list[float] = []
+        self.decays: list[float | None] = []
         self.sums = StepSums()
         self.step_skipped = False
         self.stopping = False
@@ -155,10 +156,16 @@ class Engine(ABC):
         # None where the optimizer finds its rate by itself.
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.rates = [math.nan if rate is None else float(rate) for rate in rates]
+        self.decays = [group.get("weight_decay") for group in self.optimizer.param_groups]
 
     def name_rates(self) -> dict[str, float]:
         """The rates of the step by their names in the metrics."""
         return {name: self.rates[group] for name, group in self.rate_groups.items()}
+
+    def name_decays(self) -> dict[str, float]:
+        """The weight decay of the step by the names of the rates; none where the optimizer has none."""
+        named = ((name.replace("lr_", "weight_decay_", 1), self.decays[at]) for name, at in self.rate_groups.items())
+        return {name: float(decay) for name, decay in named if decay is not None}
 
     def record_micro_batch(
         self, facts: Mapping[str, Any], loss: float, timesteps: Sequence[int], nan_latents: int
@@ -237,6 +244,7 @@ class Engine(ABC):
                 "loss": loss,
                 "loss_average": average,
                 **self.name_rates(),
+                **self.name_decays(),
                 "seconds": round(sums.seconds, 4),
                 **{f"{kind}_seconds": round(seconds, 4) for kind, seconds in sums.apart.items()},
                 "images": sums.images,

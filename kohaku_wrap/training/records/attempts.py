@@ -178,6 +178,11 @@ class Attempt:
         return self.position
 
     @property
+    def begins_branch(self) -> bool:
+        """Whether it starts from the state of another run that its run is a branch of."""
+        return self.state is not None and self.state == self.run.origin_state
+
+    @property
     def group(self) -> int:
         return self.processes * self.accumulation
 

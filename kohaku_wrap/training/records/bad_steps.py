@@ -61,7 +61,8 @@ class BadSteps:
     @classmethod
     def at_start(cls, attempt: Attempt) -> BadSteps:
         """The counts of the state that the attempt starts from; those of the metrics where kwrap 0.1 wrote it."""
-        if attempt.state is None or attempt.foreign:
+        is_anew = attempt.begins_branch and not attempt.start_optimizer_step
+        if attempt.state is None or attempt.foreign or is_anew:
             return cls()
         kept = read_manifest(attempt.state).extra.get(KEY_IN_STATE)
         if isinstance(kept, Mapping):

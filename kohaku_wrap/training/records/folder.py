@@ -26,6 +26,7 @@ from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import StepCount
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.chapters import EPOCHS, STEPS, Chapter, Cycle, find_cycle, read_chapters
+from kohaku_wrap.training.records.origin import ORIGIN_FOLDER, Origin, read_origin
 
 LARGEST_NUMBER = 1 << 48
 STATE_NAME = re.compile(r"optimizer-step-([0-9]{8,})")
@@ -99,6 +100,19 @@ class Run:
     trainer_config = Place(TRAINER_FILE)
     dataset_config = Place(DATASET_FILE)
     accelerate_config = Place(ACCELERATE_FILE)
+    origin_folder = Place(ORIGIN_FOLDER)
+
+    @property
+    def origin_state(self) -> Path | None:
+        """The state of another run that this one began from, in its own folder; None where it is no branch."""
+        origin = self.lock.origin
+        return self.origin_folder / origin.state if origin else None
+
+    @property
+    def first_optimizer_step(self) -> int:
+        """Optimizer steps done before its first one: those of the run that it goes on from as a branch."""
+        origin = self.lock.origin
+        return origin.start_optimizer_step if origin else 0
 
     @cached_property
     def lock(self) -> Lock:
@@ -253,6 +267,17 @@ class Lock:
         return (Chapter(0, 0, self.total_optimizer_steps, {option: int(self.values.get(option, 0))}),)
 
     @property
+    def origin(self) -> Origin | None:
+        """What the run began from as a branch of another one; None where it is none."""
+        try:
+            return read_origin(self.tables["parent"]) if "parent" in self.tables else None
+        except (TypeError, ValueError) as error:
+            raise BadRunFolder(
+                f"{self.path}: [parent] cannot be read ({error})",
+                "The lock was edited or cut; restore it or start a new run.",
+            ) from None
+
+    @property
     def cycle(self) -> Cycle:
         """What the schedule goes through now."""
         return find_cycle(self.chapters)
@@ -289,9 +314,13 @@ class Lock:
 
     @property
     def parent_network(self) -> str:
-        """The file name and the beginning of the sha256 of the network that it was trained on from; empty for none."""
-        inputs = self.table("inputs")
-        return f"{inputs['network_name']} ({inputs['network_sha256'][:10]})" if "network_sha256" in inputs else ""
+        """What it was trained on from: a run and its step, a network's file name and sha256; empty for none."""
+        inputs, origin = self.table("inputs"), self.origin
+        network = f"{inputs['network_name']} ({inputs['network_sha256'][:10]})" if "network_sha256" in inputs else ""
+        if origin is None:
+            return network
+        run = f"run {origin.run} at optimizer step {origin.optimizer_step:,} ({origin.state_digest[:10]})"
+        return f"{run}, which began from {network}" if network else run
 
     @property
     def joins_by_separator(self) -> bool:

@@ -141,6 +141,12 @@ def document_digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def digest_of_state(state: Path) -> str:
+    """The digest that the manifest has of itself, and so of all files of the state; raises DamagedState."""
+    read_manifest(state)
+    return str(json.loads(read_regular(state / MANIFEST))["digest"])
+
+
 def read_manifest(state: Path) -> Manifest:
     """The manifest alone, proved by its own digest; raises DamagedState."""
     path = state / MANIFEST

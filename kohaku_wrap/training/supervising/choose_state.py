@@ -11,7 +11,7 @@ from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
+from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state, read_manifest
 from kohaku_wrap.training.records.states import list_states, verify_state
 
 FOREIGN_STATE_OF_STEP = re.compile(r"-step(\d{8,})-state$")
@@ -29,7 +29,7 @@ class NoWholeState(KwrapError):
         lines += [f"  {each.state.name}: {each.what}" for each in damaged]
         if not damaged and last is not None:
             lines.append(f"  the state of optimizer step {last.start_optimizer_step:,}, from which it went on, is gone")
-        beginning = command_line("resume", run.folder, "--step", 0)
+        beginning = command_line("resume", run.folder, "--step", run.first_optimizer_step)
         advice = f"Restore one into {run.states}, or train from the beginning: {beginning}"
         if last is not None and last.foreign:
             again = command_line("resume", run.folder, "--foreign", "--state", last.state)
@@ -44,7 +44,10 @@ def find_state(
     damaged: list[DamagedState],
     on_bytes: Callable[[int], None] | None,
 ) -> tuple[Path | None, int]:
-    """The state to load and its step; (None, 0) when none was ever saved, or step 0 was asked for."""
+    """The state to load and its step; (None, 0) when none was ever saved, or step 0 was asked for.
+
+    A branch begins with the state that it came from, in the place of nothing.
+    """
     kept = last_kept_steps(list(attempts))
     for at, path in reversed(list_states(run.states)):
         if step is not None and at != step:
@@ -66,13 +69,27 @@ def find_state(
                 f"Move it out of {run.states}; states of the run's line: {list_own(run, kept) or 'none'}.",
             )
         return path, at
-    if step:
-        there = ", ".join(f"{at:,}" for at, _ in list_states(run.states)) or "none"
-        raise NoSuchState(f"run {run.name}: no state at optimizer step {step:,}", f"States there are: {there}.")
+    beginning, first = run.origin_state, run.first_optimizer_step
     last = attempts[-1] if attempts else None
+    is_at_start = step is None and not damaged and (last is None or last.start_optimizer_step == first)
+    if beginning is not None and (step == first or is_at_start):
+        return check_beginning(run, beginning, on_bytes), first
+    if step or (step is not None and beginning is not None):
+        steps = [at for at, _ in list_states(run.states)] + ([first] if beginning is not None else [])
+        there = ", ".join(f"{at:,}" for at in sorted(steps)) or "none"
+        raise NoSuchState(f"run {run.name}: no state at optimizer step {step:,}", f"States there are: {there}.")
     if step is None and (damaged or (last is not None and last.start_optimizer_step)):
         raise NoWholeState(run, damaged, last)
     return None, 0
+
+
+def check_beginning(run: Run, state: Path, on_bytes: Callable[[int], None] | None = None) -> Path:
+    """The state that a branch came from, verified against its lock. Raises DamagedState."""
+    verify_state(state, on_bytes)
+    origin = run.lock.origin
+    if origin is not None and digest_of_state(state) != origin.state_digest:
+        raise DamagedState(state, f"is not the state of run {origin.run} that this run began from")
+    return state
 
 
 def list_own(run: Run, kept: Mapping[int, float]) -> str:

@@ -9,9 +9,10 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kohaku_wrap.config.base_model import check_base_model, needs_own_vae, require_weight_files
 from kohaku_wrap.config.effective import Effective, shape_batch
@@ -82,6 +83,15 @@ class NewRun:
     launch: Launch
     """The first attempt's command."""
 
+    beginning: Mapping[str, Any] = field(default_factory=dict)
+    """Tables of the lock of a branch: `parent`, and `chapters` where it goes on in those of its parent."""
+
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Of the lock of a branch: the network that its parent was trained on from."""
+
+    fill: Callable[[Path], None] | None = None
+    """Puts what a branch brings along into its folder, before that has its name."""
+
 
 def plan_new_run(
     template: str,
@@ -100,8 +110,12 @@ def plan_new_run(
     engine, engine_origin = settle_engine(site, engine)
     site = dataclasses.replace(site, machine=dataclasses.replace(site.machine, engine=engine))
     effective = resolve_template(template, site, overrides, trust=trust)
+    return settle_new_run(effective, site, name or Path(template).stem, engine, engine_origin)
+
+
+def settle_new_run(effective: Effective, site: Site, name: str, engine: str, engine_origin: str) -> NewRun:
+    """A run of these options, checked as far as neither images nor whole models are read; raises what is wrong."""
     shape = shape_batch(effective)
-    name = name or Path(template).stem
     check_name(name)
     folder = site.paths.runs / name
     refuse_taken(folder)
@@ -199,8 +213,9 @@ def create_run(
     with making_folder(new.folder.parent, f".{new.name}.partial-") as part:
         effective, parent = settle_parent(new, part / PARENT_FILE)
         effective = with_own_prompts(effective, new.site.paths.images)
-        inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes) | hash_named_files(parent)
-        rendered = compose_run(effective, new.site, new.folder, new.name, plan, inputs, secrets.token_hex(16))
+        inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes) | hash_named_files(parent) | dict(new.inputs)
+        run_id = secrets.token_hex(16)
+        rendered = compose_run(effective, new.site, new.folder, new.name, plan, inputs, run_id, new.beginning)
         if locked is not None:
             refuse_other_lock(locked, rendered.lock)
         whole = part / new.name
@@ -213,6 +228,8 @@ def create_run(
         write_text(whole / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
         for inner in ("attempts", "states", "checkpoints", "ledger"):
             (whole / inner).mkdir()
+        if new.fill:
+            new.fill(whole)
         fsync_folder(whole)
         try:
             whole.rename(new.folder)

@@ -33,7 +33,7 @@ class Fault:
 
     kind: str
     """`damaged`, `missing`, `duplicate`, `out-of-order`, `misplaced`, `order`, `content`, `loss`, `rate`, `mark`,
-    `step`, `skip`, `skipped`, `options` or `deep`."""
+    `step`, `skip`, `skipped`, `options`, `parent` or `deep`."""
 
     count: int
     """Records or positions that have it."""

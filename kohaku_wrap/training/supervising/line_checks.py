@@ -157,7 +157,8 @@ def count_bad_steps(
         zeros = np.zeros(len(numbers), dtype=np.int64)
         what = "the optimizer step was skipped, which is more than half of all steps"
         checker.report("skipped", line.attempt[line.is_skipped], zeros, numbers, what)
-    counts = f"{told.skipped:,} of {steps:,} optimizer steps skipped, {told.non_finite:,} with a loss that is no number"
+    own = steps - run.first_optimizer_step
+    counts = f"{told.skipped:,} of {own:,} optimizer steps skipped, {told.non_finite:,} with a loss that is no number"
     left = steps - foreign - sum(step > foreign for step in recorded)
     if left:
         return told, Check(
@@ -170,7 +171,7 @@ def check_rates(run: Run, checker: StepChecker, line: LineOfSteps, steps: int, f
     """The rates of all groups against the lock's schedule."""
     if not len(line):
         return Check("rates", False, f"{OLD} the rates of all groups")
-    if foreign:
+    if foreign > run.first_optimizer_step:
         return Check("rates", False, "the updates before the state of plain sd-scripts are not known")
     names = [name for name in (read_metrics(run) or [{}])[-1] if name.startswith("lr_")]
     try:
@@ -179,8 +180,8 @@ def check_rates(run: Run, checker: StepChecker, line: LineOfSteps, steps: int, f
         return Check("rates", False, error.message)
     right = checker.check_rates(line, expected)
     detail = f"{right:,} optimizer steps of {line.rates.shape[1]} groups as the lock's schedule has them"
-    if len(line) < steps:
-        return Check("rates", False, f"{detail}; {OLD} those of {steps - len(line):,} steps")
+    if left := steps - foreign - len(line):
+        return Check("rates", False, f"{detail}; {OLD} those of {left:,} steps")
     return Check("rates", True, detail)
 
 

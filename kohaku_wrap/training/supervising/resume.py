@@ -111,7 +111,8 @@ def plan_resume(
     else:
         state, optimizer_step = find_state(run, attempts, step, damaged, on_bytes)
     refuse_earlier_chapter(run, optimizer_step)
-    changes = list_changes(run, None if foreign else state, on_bytes, places)
+    is_other = foreign or state == run.origin_state
+    changes = list_changes(run, None if is_other else state, on_bytes, places)
     image_notes: list[str] = []
     if not any(problem.where in ("images", "dataset", "image_files") for problem in changes):
         faults, image_notes = compare_moved_images(places, deep)

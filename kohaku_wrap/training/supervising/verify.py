@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.networks import Network, compare_networks
 from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
 from kohaku_wrap.training.supervising.deep_checks import check_deep
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
 from kohaku_wrap.training.supervising.ledger_checks import (
@@ -142,8 +144,11 @@ def verify_run(
     deep_samples: int = 0,
     on_bytes: Callable[[int], None] | None = None,
     site_file: Path | None = None,
+    until: Until | None = None,
 ) -> VerifyReport:
     """Check the ledger of all attempts against seed, dataset, lock and each other.
+
+    `until`: only the part that a branch began from. Of a branch its parents are looked at too, where they are at hand.
 
     `on_bytes` gets the bytes that were read of models whose hash is not kept. `site_file`: where images and models lie
     now. Raises NoLedger, BadLedger for a file that is not one, and what `load_site` raises.
@@ -155,22 +160,23 @@ def verify_run(
         places = settle_places(run, site_file, on_bytes)
         run = replace(run, images_now=places.images)
     count = run.lock.count
-    files = read_files(run)
+    last_attempt, last_step = (until.attempt, until.optimizer_step) if until else (math.inf, math.inf)
+    files = [file for file in read_files(run) if file.header.attempt <= last_attempt]
     records = Records.of_files(files, count)
-    attempts = list_attempts(run)
-    kept_until = last_kept_steps(attempts)
+    attempts = [attempt for attempt in list_attempts(run) if attempt.number <= last_attempt]
+    kept_until = {number: min(step, last_step) for number, step in last_kept_steps(attempts).items()}
     kept = records.optimizer_step <= limits_of(kept_until, records.attempt)
     checker = Checker(count, records)
     checker.check_bits()
     checker.check_places()
     checker.check_file_order()
-    total = run.lock.total_optimizer_steps
-    steps_due = total if is_finished(run) else max([0, *list_saved_steps(run, attempts)])
+    total = until.optimizer_step if until else run.lock.total_optimizer_steps
+    steps_due = total if until or is_finished(run) else max([0, *list_saved_steps(run, attempts)])
     begun = list_foreign(attempts, kept_until)
-    foreign = max((each.start_optimizer_step for each in begun), default=0)
+    foreign = max([run.first_optimizer_step, *(each.start_optimizer_step for each in begun)])
     steps, in_progress = checker.check_coverage(kept, total, steps_due, foreign)
     notes = [NOT_KEPT_BY_0_1] if run.lock.format == 1 else []
-    if foreign:
+    if begun:
         by, word = ("another run", "--allow other-run") if begun[-1].lineage else ("plain sd-scripts", "--foreign")
         notes.append(f"trained by {by} up to optimizer step {foreign:,} ({word}): proved from there on")
     notes += [
@@ -178,13 +184,14 @@ def verify_run(
         for each in attempts
         for where, what in each.differences.items()
     ]
-    changed = list_changed(run, places, on_bytes)
-    networks = list(compare_networks(run, on_bytes))
+    changed = [] if until else list_changed(run, places, on_bytes)
+    networks = [] if until else list(compare_networks(run, on_bytes))
     captions_changed = has_other_captions(run)
     order = check_order(run, checker, captions_changed)
     overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
     line = check_steps(run, files, kept_until, steps, steps_due, foreign)
     on_line = kept & (records.optimizer_step <= steps)
+    ancestry, ancestry_faults = check_ancestry(run, on_bytes)
     deep, deep_samples = check_deep(run, checker, np.flatnonzero(on_line), deep_samples, captions_changed)
     if not order.is_looked_at:
         notes.append(f"order: {order.detail}")
@@ -203,15 +210,37 @@ def verify_run(
         compared=overlaps.positions,
         skipped_images_loaded=max((int(each.get("skipped_images_loaded", 0)) for each in read_metrics(run)), default=0),
         repeats=tuple(list_repeats(records, kept)),
-        faults=tuple(checker.faults + line.faults),
+        faults=tuple(checker.faults + line.faults + ancestry_faults),
         notes=tuple(notes),
         deep_samples=deep_samples,
         skipped_steps=line.bad_steps.skipped,
         non_finite_steps=line.bad_steps.non_finite,
-        checks=(order, describe_losses(overlaps), *line.checks, describe_networks(networks), *deep),
+        checks=(order, describe_losses(overlaps), *line.checks, *ancestry, describe_networks(networks), *deep),
         unverified=list_unverified(run.lock.files),
         changed_after=(*changed, *(network.change for network in networks if network.is_changed)),
     )
+
+
+def check_ancestry(run: Run, on_bytes: Callable[[int], None] | None) -> tuple[list[Check], list[Fault]]:
+    """What a branch began from, and the part of its parent up to there; nothing for a run that is none."""
+    checks, faults = check_origin(run, on_bytes)
+    origin = run.lock.origin
+    if origin is None:
+        return checks, faults
+    found = find_origin(run)
+    if found is None:
+        why = f"run {origin.run} is not at hand: proved from the state on that this run holds"
+        return [*checks, Check("line", False, why)], faults
+    parent, until = found
+    try:
+        report = verify_run(parent, on_bytes=on_bytes, until=until)
+    except KwrapError as error:
+        return [*checks, Check("line", False, f"run {parent.name}: {error.message}")], faults
+    faults += [replace(fault, what=f"in run {parent.name}: {fault.what}") for fault in report.faults]
+    own = f"run {parent.name}, optimizer steps {parent.first_optimizer_step + 1:,} to {report.optimizer_steps:,}"
+    above = [check for check in report.checks if check.name == "line"]
+    detail = "; ".join([f"{own}: {'proved' if report.is_proved else 'not proved'}", *(each.detail for each in above)])
+    return [*checks, Check("line", all(each.is_looked_at for each in above), detail)], faults
 
 
 def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Array:

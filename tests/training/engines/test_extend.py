@@ -72,6 +72,8 @@ def test_each_rule_gives_its_rates_and_is_proved(world: World) -> None:
     assert shown["rates_of_updates"]["4"][1] == pytest.approx(wanted[3])
     report = verify(run)
     assert report["proved"], report
+    told = kwrap("status", str(run.folder)).stdout
+    assert "5 optimizer steps, decided at step 3, --schedule stretch" in told, told
     networks = sorted(path.name for path in run.checkpoints.glob("*.safetensors"))
     assert networks[-1] == "cosine.safetensors" and {"cosine-step00000008.safetensors"} <= set(networks)
     assert "lies before step 5" in kwrap("resume", str(run.folder), "--step", "0").stderr

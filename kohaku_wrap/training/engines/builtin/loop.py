@@ -8,6 +8,7 @@ import time
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,7 @@ from kohaku_wrap.training.data.run_dataset import open_run_dataset
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.tokens import CaptionTokenizer
 from kohaku_wrap.training.data.torch_streams import seed_generators
+from kohaku_wrap.training.engines.branching import take_up_branch
 from kohaku_wrap.training.engines.builtin.loss import LossOfBatch
 from kohaku_wrap.training.engines.builtin.models import load_base_model
 from kohaku_wrap.training.engines.builtin.network import (
@@ -31,7 +33,7 @@ from kohaku_wrap.training.engines.builtin.network import (
     describe_training,
     save_network,
 )
-from kohaku_wrap.training.engines.builtin.state import Trained
+from kohaku_wrap.training.engines.builtin.state import Trained, read_optimizer
 from kohaku_wrap.training.engines.interface import Engine
 from kohaku_wrap.training.engines.schedule import take_up_schedule
 from kohaku_wrap.training.engines.step_sums import StepSums
@@ -94,10 +96,21 @@ class BuiltinRun(Engine):
             return
         check_state_sizes(state)
         schedule = self.trained.schedule.scheduler
-        fresh = copy.deepcopy(schedule.state_dict())
-        self.trained.read(state)
-        take_up_schedule(schedule, fresh, self.attempt)
+        if self.attempt.begins_branch:
+            self.take_up_parent(state, schedule)
+        else:
+            fresh = copy.deepcopy(schedule.state_dict())
+            self.trained.read(state)
+            take_up_schedule(schedule, fresh, self.attempt)
         print(f"resumed from {state.name}", flush=True)
+
+    def take_up_parent(self, state: Path, schedule: Any) -> None:
+        """Begin a branch from its parent's state."""
+        self.trained.read_network(state)
+        take_up_branch(self.optimizer, schedule, read_optimizer(state), self.attempt, self.rank, self.rate_groups)
+        self.trained.read_scaler(state)
+        if self.optimizer_steps:
+            self.trained.read_losses(state)
 
     def describe_run(self) -> dict[str, str]:
         """The metadata of every checkpoint of this run."""

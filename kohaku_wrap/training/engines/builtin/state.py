@@ -51,6 +51,15 @@ class Trained:
 
     def read(self, folder: Path) -> None:
         """Take everything from a state that was verified. Raises UnfitState where the network is another one."""
+        self.read_network(folder)
+        # The optimizer moves its own state to the device of the parameters.
+        self.optimizer.load_state_dict(read_optimizer(folder))
+        self.schedule.load_state_dict(json.loads((folder / SCHEDULE_FILE).read_text(encoding="utf-8")))
+        self.read_scaler(folder)
+        self.read_losses(folder)
+
+    def read_network(self, folder: Path) -> None:
+        """Take the weights. Raises UnfitState."""
         tensors = load_file(folder / NETWORK_FILE)
         own = self.network.state_dict()
         unlike = [name for name in own.keys() | tensors.keys() if shape(own, name) != shape(tensors, name)]
@@ -60,13 +69,22 @@ class Trained:
                 "Resume the run with its own network_args and preset.",
             )
         self.network.load_state_dict(tensors)
-        # The optimizer moves its own state to the device of the parameters.
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
-        self.schedule.load_state_dict(json.loads((folder / SCHEDULE_FILE).read_text(encoding="utf-8")))
-        if self.scaler is not None:
+
+    def read_scaler(self, folder: Path) -> None:
+        """Take the scale of gradients; the state of a branch's parent may have none."""
+        if self.scaler is not None and (folder / SCALER_FILE).is_file():
             self.scaler.load_state_dict(json.loads((folder / SCALER_FILE).read_text(encoding="utf-8")))
+
+    def read_losses(self, folder: Path) -> None:
+        """Take the loss average."""
         restored = LossAverage.from_document(json.loads((folder / LOSSES_FILE).read_text(encoding="utf-8")))
         self.losses.losses, self.losses.total = restored.losses, restored.total
+
+
+def read_optimizer(folder: Path) -> dict[str, Any]:
+    """The optimizer's state of a state, on the CPU."""
+    found: dict[str, Any] = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    return found
 
 
 def shape(tensors: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:

@@ -7,7 +7,8 @@ import copy
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import correct_loop
 from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
+from kohaku_wrap.training.engines.branching import take_up_branch
 from kohaku_wrap.training.engines.schedule import options_of_cycle, take_up_schedule
 from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_modules
 from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
@@ -33,6 +35,9 @@ from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop
 from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
 from kohaku_wrap.training.records.states import check_state_sizes
+
+OPTIMIZER_FILE, SCALER_FILE = "optimizer.bin", "scaler.pt"
+"""accelerate's names within a state."""
 
 TAG_TABLE = "ss_tag_frequency"
 
@@ -119,17 +124,41 @@ def make_accelerator_class(base: Any, loop: Loop) -> Any:
             if not loop.attempt.foreign:
                 check_state_sizes(state)
             fresh = [copy.deepcopy(each.scheduler.state_dict()) for each in self._schedulers]
-            super().load_state(input_dir, *arguments, **keywords)
+            if loop.attempt.begins_branch:
+                with self.lent(_optimizers=[], _schedulers=[], scaler=self.scaler_of(state)):
+                    super().load_state(input_dir, *arguments, **keywords)
+            else:
+                super().load_state(input_dir, *arguments, **keywords)
             # Restored on rank 0 alone: the ranks would disagree about where an accumulation ends.
             self.step = 0
-            loop.read_losses(state)
+            if loop.optimizer_steps or not loop.attempt.begins_branch:
+                loop.read_losses(state)
             loop.state_bytes = sum(path.stat().st_size for path in state.iterdir() if path.is_file())
             if loop.attempt.foreign:
                 for schedule in self._schedulers:
                     convert_schedule(schedule.scheduler, loop.attempt.start_optimizer_step)
-            for schedule, before in zip(self._schedulers, fresh, strict=True):
-                take_up_schedule(schedule.scheduler, before, loop.attempt)
+            if loop.attempt.begins_branch:
+                saved = torch.load(state / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+                schedule = self._schedulers[0].scheduler if self._schedulers else None
+                take_up_branch(self._optimizers[0], schedule, saved, loop.attempt, loop.rank, loop.rate_groups)
+            else:
+                for schedule, before in zip(self._schedulers, fresh, strict=True):
+                    take_up_schedule(schedule.scheduler, before, loop.attempt)
             print(f"resumed from {state.name}", flush=True)
+
+        @contextmanager
+        def lent(self, **others: Any) -> Iterator[None]:
+            """Let accelerate load a state as if it had these in place of its own."""
+            own = {name: getattr(self, name) for name in others}
+            self.__dict__.update(others)
+            try:
+                yield
+            finally:
+                self.__dict__.update(own)
+
+        def scaler_of(self, state: Path) -> Any:
+            """Its scaler of gradients where the state has one to load."""
+            return self.scaler if (state / SCALER_FILE).is_file() else None
 
     return KwrapAccelerator
 

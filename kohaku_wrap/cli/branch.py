@@ -1,0 +1,151 @@
+"""`kwrap branch`: a new run from another one's state, with other options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.options import runs_folders
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    counting_bytes,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+    show_path,
+)
+from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch_options
+from kohaku_wrap.cli.train import make_run, train_run
+from kohaku_wrap.cli.trust import print_trust, trust_option
+from kohaku_wrap.errors import command_line
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.records.folder import Run
+    from kohaku_wrap.training.supervising.branch import Branch
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  kwrap branch epsilon --step 13600 --run slower --set unet_lr=5e-5
+  kwrap branch epsilon --run longer --set max_train_epochs=12 --dry-run
+  kwrap branch epsilon --step 13600 --run other --site other-images.toml"""
+)
+@click.argument("name", metavar="RUN")
+@click.option("--step", type=click.IntRange(0), metavar="N",
+              help="From the state of this optimizer step; the newest whole one where it is not given.")  # fmt: skip
+@click.option("--run", "new_name", required=True, metavar="NEW", help="The new run's name.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
+              help="Another value than RUN has; again for more.")  # fmt: skip
+@click.option("--template", metavar="TEMPLATE", help="Take the options of this template, not those of RUN.")
+@click.option("--site", "site_file", type=click.Path(path_type=Path),
+              help="Take paths, images and machine of this site, not those of RUN.")  # fmt: skip
+@trust_option
+@click.option("--dry-run", is_flag=True, help="Print what would be another, and where it would begin; make nothing.")
+@supervisor_options
+@json_option
+@beyond_output("dry_run")
+def command(
+    name: str,
+    step: int | None,
+    new_name: str,
+    overrides: tuple[str, ...],
+    template: str | None,
+    site_file: Path | None,
+    trust: tuple[str, ...],
+    dry_run: bool,
+    allow: tuple[str, ...],
+    as_json: bool,
+    **watch: Any,
+) -> None:
+    """Begin a new run from the state of another one, with other options.
+
+    NEW takes all weights, and the moments and counters of the optimizer as far as they fit; every rate, weight decay,
+    betas, eps and the schedule come from its own options. Where seed, dataset, effective batch, repeats and buckets are
+    those of RUN, it goes on at the same epoch and position, and its length counts from RUN's beginning; otherwise it
+    begins at epoch 0, step 0, and says why. NEW holds the state itself and is whole without RUN.
+    """
+    from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.branch import plan_branch
+    from kohaku_wrap.training.supervising.differences import refuse_unknown
+
+    options = watch_options(**watch)
+    refuse_unknown(allow)
+    parent = find_run(name, runs_folders(site_file))
+    with counting_bytes("verifying state and models", 0, as_json) as count:
+        branch = plan_branch(parent, new_name, step, overrides, template, site_file, trust, count)
+    if dry_run:
+        again = ["--template", template] if template else []
+        again += [word for text in overrides for word in ("--set", text)]
+        show(branch, [*again, *(["--site", site_file] if site_file else [])], as_json)
+        return
+    if not as_json:
+        print_trust(branch.new.effective)
+        for damaged in branch.damaged:
+            print_note(f"damaged, passed over: {damaged.message}")
+        for note in branch.notes:
+            print_note(note)
+        print_note(f"from run {parent.name}, optimizer step {branch.origin.optimizer_step:,}: {describe_place(branch)}")
+        for key, before, now in branch.changes:
+            print_note(f"{key}: {show_value(before)} in {parent.name}, {show_value(now)} here")
+    run = make_run(branch.new, None, as_json)
+    report = train_run(run, allow, options, as_json)
+    if not as_json:
+        print_taken(run)
+    print_finished("branch", report, as_json)
+
+
+def describe_place(branch: Branch) -> str:
+    """Where the new run begins, and why not at its parent's place."""
+    origin = branch.origin
+    if origin.continues:
+        return "goes on at its epoch and position"
+    return f"begins at epoch 0, optimizer step 0, as {'; '.join(origin.begins_anew)}"
+
+
+def show_value(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def print_taken(run: Run) -> None:
+    """What the first attempt found of the parent's state."""
+    from kohaku_wrap.training.records.attempts import list_attempts
+    from kohaku_wrap.training.records.origin import read_taken
+
+    found = next((each for attempt in list_attempts(run) if (each := read_taken(attempt.folder))), None)
+    for words in found.taken if found else ():
+        print_note(f"taken: {words}")
+    for words in found.left if found else ():
+        print_note(f"not taken: {words}")
+
+
+def show(branch: Branch, words: list[object], as_json: bool) -> None:
+    """What the new run would be."""
+    new, origin, plan = branch.new, branch.origin, branch.plan
+    if as_json:
+        payload = {
+            "run": str(new.folder),
+            "parent": str(branch.parent.folder),
+            "state": str(branch.state),
+            "optimizer_step": origin.optimizer_step,
+            "start_optimizer_step": origin.start_optimizer_step,
+            "begins_anew": list(origin.begins_anew),
+            "total_optimizer_steps": plan.total_optimizer_steps,
+            "options": [{"option": key, "parent": one, "new": other} for key, one, other in branch.changes],
+            "notes": list(branch.notes),
+        }
+        print_json("branch", payload)
+        return
+    rows: list[tuple[str, Any]] = [
+        ("from", f"run {branch.parent.name}, optimizer step {origin.optimizer_step:,}"),
+        ("place", describe_place(branch)),
+        ("optimizer steps", f"{plan.total_optimizer_steps:,}, from {origin.start_optimizer_step:,} on"),
+        *((key, f"{show_value(one)}  →  {show_value(other)}") for key, one, other in branch.changes),
+        *(("note", note) for note in branch.notes),
+    ]
+    folder = show_path(branch.parent.folder)
+    following = command_line("branch", folder, "--step", origin.optimizer_step, "--run", new.name, *words)
+    print_table(f"Branch {new.name}", rows, following)
