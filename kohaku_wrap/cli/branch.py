@@ -61,9 +61,9 @@ def command(
     as_json: bool,
     **watch: Any,
 ) -> None:
-    """Begin a new run from the state of another one, with other options.
+    """Begin a new run from a state of another one.
 
-    NEW takes all weights, and the moments and counters of the optimizer as far as they fit; every rate, weight decay,
+    NEW has RUN's options but for --set. It takes all weights, and the moments and counters of the optimizer as far as they fit; every rate, weight decay,
     betas, eps and the schedule come from its own options. Where seed, dataset, effective batch, repeats and buckets are
     those of RUN, it goes on at the same epoch and position, and its length counts from RUN's beginning; otherwise it
     begins at epoch 0, step 0, and says why. NEW holds the state itself and is whole without RUN.
