@@ -63,10 +63,11 @@ def command(
 ) -> None:
     """Begin a new run from a state of another one.
 
-    NEW has RUN's options but for --set. It takes all weights, and the moments and counters of the optimizer as far as they fit; every rate, weight decay,
-    betas, eps and the schedule come from its own options. Where seed, dataset, effective batch, repeats and buckets are
-    those of RUN, it goes on at the same epoch and position, and its length counts from RUN's beginning; otherwise it
-    begins at epoch 0, step 0, and says why. NEW holds the state itself and is whole without RUN.
+    NEW has RUN's options but for --set. It takes all weights, and the moments and counters of the optimizer as far as
+    they fit; every rate, weight decay, betas, eps and the schedule come from its own options. Where seed, dataset,
+    effective batch, repeats and buckets are those of RUN, it goes on at the same epoch and position, and its length
+    counts from RUN's beginning; otherwise it begins at epoch 0, step 0, and says why. NEW holds the state itself and is
+    whole without RUN.
     """
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.supervising.branch import plan_branch

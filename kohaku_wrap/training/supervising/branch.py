@@ -31,7 +31,7 @@ from kohaku_wrap.training.records.folder import Lock, Run
 from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state, read_manifest
 from kohaku_wrap.training.records.origin import Origin, name_optimizer, write_origin
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, find_state
-from kohaku_wrap.training.supervising.create import NewRun, settle_new_run
+from kohaku_wrap.training.supervising.create import NewRun, settle_engine, settle_new_run
 from kohaku_wrap.training.supervising.extend import refuse_old
 from kohaku_wrap.training.supervising.other_lock import compare_options
 from kohaku_wrap.training.supervising.site_places import OPTIONS, find_site, settle_places
@@ -112,7 +112,8 @@ def plan_branch(
         effective = resolve_template(template, site, overrides, trust=trust)
     effective = without_network(effective)
     refuse_other_network(parent, state, effective)
-    new = settle_new_run(effective, site, name, lock.engine, f"as run {parent.name}")
+    engine, _ = settle_engine(site, lock.engine)
+    new = settle_new_run(effective, site, name, engine, f"as run {parent.name}")
     plan = plan_steps(effective, read_training_sizes(effective, site.paths.images))
     anew = tuple(list_order_changes(lock, effective, site, plan))
     origin = Origin(
