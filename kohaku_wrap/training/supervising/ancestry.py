@@ -60,7 +60,7 @@ def find_origin(run: Run) -> tuple[Run, Until] | None:
     with suppress(KwrapError):
         if site := read_remembered(run).site:
             folders.append(load_site(site).paths.runs)
-    runs = {}
+    runs: dict[str, Run] = {}
     for folder in folders:
         for each in list_runs(Path(folder)):
             with suppress(KwrapError):
