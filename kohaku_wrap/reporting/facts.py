@@ -10,10 +10,12 @@ from typing import Any
 
 from kohaku_wrap.config.run_files import LAYERS_FILE, flatten
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
+from kohaku_wrap.dataset.captions.summary import read_summary
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.reporting.charts import Mark
 from kohaku_wrap.reporting.curves import Piece, Table, draw_curves, tabulate
+from kohaku_wrap.reporting.pictures import Gallery, make_gallery
 from kohaku_wrap.reporting.story import (
     Chapter,
     describe_kind,
@@ -23,6 +25,7 @@ from kohaku_wrap.reporting.story import (
     list_marks,
     tell_attempts,
 )
+from kohaku_wrap.reporting.way import Step, follow_way
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
@@ -98,6 +101,15 @@ class RunFacts:
     evaluations: tuple[tuple[str, Mapping[str, Any]], ...]
     """File and document of each result in `evaluation/`."""
 
+    data: Mapping[str, Any]
+    """What was kept of its data at a glance; empty where nothing was."""
+
+    gallery: Gallery
+    """What was drawn of it."""
+
+    way: tuple[Step, ...]
+    """From the database to merges."""
+
     @property
     def sentence(self) -> str:
         return f"{self.run.name}: {self.kind}; {self.standing}; {self.proof}."
@@ -119,11 +131,17 @@ class RunFacts:
             "marks": [asdict(mark) for mark in self.marks],
             "charts": {name: [asdict(piece) for piece in pieces] for name, pieces in self.curves.items()},
             "evaluation": dict(self.evaluations),
+            "data": {name: value for name, value in self.data.items() if name != "examples"},
+            "pictures": self.gallery.document(),
+            "way": [asdict(step) for step in self.way],
         }
 
 
-def read_facts(run: Run, place: int = 0, several: bool = False) -> RunFacts:
-    """Read one run; `place`: among the runs of the page. Raises what reading its lock and attempts raises."""
+def read_facts(run: Run, place: int = 0, several: bool = False, page_folder: Path | None = None) -> RunFacts:
+    """Read one run; `place`: among the runs of the page, which will lie in `page_folder`.
+
+    Raises what reading its lock and attempts raises.
+    """
     attempts = list_attempts(run)
     lines = list(iterate_lines(run.metrics))
     kept = keep_lines(lines, attempts)
@@ -132,6 +150,7 @@ def read_facts(run: Run, place: int = 0, several: bool = False) -> RunFacts:
     table = tabulate(lines, attempts, run.lock.effective_batch)
     chapters = tell_attempts(run, attempts, status)
     typed = show_folder(run.folder)
+    data = read_data(run)
     return RunFacts(
         run=run,
         place=place,
@@ -147,6 +166,9 @@ def read_facts(run: Run, place: int = 0, several: bool = False) -> RunFacts:
         curves=name_curves(run, place, table, several),
         options=tuple(list_options(run)),
         evaluations=tuple(read_evaluations(run)),
+        data=data,
+        gallery=make_gallery(run, page_folder),
+        way=tuple(follow_way(run, data)),
     )
 
 
@@ -186,6 +208,13 @@ def read_evaluations(run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
     folder = run.folder / EVALUATION_FOLDER
     for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
         yield from ((path.name, document) for document in read_json_files(folder, path.name))
+
+
+def read_data(run: Run) -> dict[str, Any]:
+    """The summary that the run kept of its data, else the one beside the same captions."""
+    digest = run.lock.dataset_digest
+    places = (run.folder, Path(str(run.lock.table("inputs").get("images", ""))))
+    return next((found for place in places if (found := read_summary(place, digest))), {})
 
 
 def list_versions(run: Run) -> dict[str, str]:

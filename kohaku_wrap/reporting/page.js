@@ -61,6 +61,44 @@
     });
   });
 
+  // Pictures: a slider over the steps, and a large view that the arrow keys go through.
+  const dialog = document.querySelector("dialog");
+  all(".gallery").forEach((gallery) => {
+    const place = gallery.dataset.run;
+    const { steps, rows } = data.runs[place].pictures;
+    const slider = gallery.querySelector("input");
+    const figures = all("figure", gallery);
+    const put = (image, row, at) => {
+      const address = rows[row].cells[steps[at]];
+      image.alt = `${rows[row].label}, optimizer step ${steps[at]}${address ? "" : ": not drawn"}`;
+      if (address) image.src = address; else image.removeAttribute("src");
+    };
+    const slide = () => {
+      gallery.querySelector("output").textContent = steps[slider.value].toLocaleString("en");
+      figures.forEach((figure) => put(figure.querySelector("img"), figure.dataset.row, slider.value));
+      kept["slider" + place] = steps[slider.value];
+      keep();
+    };
+    slider.addEventListener("input", slide);
+    const before = steps.indexOf(kept["slider" + place]);
+    if (before >= 0) { slider.value = before; slide(); }
+    figures.forEach((figure) => figure.querySelector("button").addEventListener("click", () => {
+      const row = figure.dataset.row;
+      let at = +slider.value;
+      const large = () => { put(dialog.querySelector("img"), row, at); dialog.querySelector("p").textContent = `${rows[row].label}, optimizer step ${steps[at]}`; };
+      dialog.onkeydown = (event) => {
+        const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+        if (by) { at = Math.min(steps.length - 1, Math.max(0, at + by)); large(); event.preventDefault(); }
+      };
+      large();
+      dialog.showModal();
+    }));
+  });
+  if (dialog) {
+    dialog.querySelector("button").addEventListener("click", () => dialog.close());
+    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
+  }
+
   // A page of a run that goes on reloads itself, and stays where it was scrolled to.
   const reload = +document.body.dataset.reload;
   if (reload) {

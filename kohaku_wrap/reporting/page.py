@@ -69,7 +69,7 @@ def render(template: str, title: str, document: Any, reload_seconds: int = 0, **
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.ChainableUndefined,
         finalize=make_visible,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -90,10 +90,13 @@ def render(template: str, title: str, document: Any, reload_seconds: int = 0, **
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def compose_page(runs: Sequence[Run], *, is_live: bool = False) -> str:
-    """The page of these runs. Raises what reading them raises."""
+def compose_page(runs: Sequence[Run], folder: Path | None, *, is_live: bool = False) -> str:
+    """The page of these runs, to lie in `folder`; None for one that has nothing beside it.
+
+    Raises what reading them raises.
+    """
     several = len(runs) > 1
-    facts = [read_facts(run, place, several) for place, run in enumerate(runs)]
+    facts = [read_facts(run, place, several, folder) for place, run in enumerate(runs)]
     differing = list_differing(runs)
     document = {
         "schema_version": SCHEMA_VERSION,
@@ -115,7 +118,15 @@ def compose_page(runs: Sequence[Run], *, is_live: bool = False) -> str:
         machine=describe_machine,
         versions=list_versions,
         next_command=next_command,
+        draw_bars=draw_bars,
     )
+
+
+def draw_bars(counts: Mapping[str, int] | Sequence[tuple[str, int]]) -> list[tuple[str, int, float]]:
+    """Name, number and the width of a bar in percent of the largest."""
+    pairs = list(counts.items() if isinstance(counts, Mapping) else counts)
+    largest = max((number for _, number in pairs), default=1) or 1
+    return [(name, number, 100 * number / largest) for name, number in pairs]
 
 
 def list_differing(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
@@ -163,4 +174,4 @@ def list_legend(pieces: Sequence[Piece], runs: int) -> list[tuple[int, str]]:
 
 def write_page(runs: Sequence[Run], path: Path, *, is_live: bool = False) -> None:
     """Write the page of these runs, whole or not at all."""
-    write_text(path, compose_page(runs, is_live=is_live))
+    write_text(path, compose_page(runs, path.absolute().parent, is_live=is_live))

@@ -10,7 +10,7 @@ import pytest
 
 from kohaku_wrap.training.records.folder import Run
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
 
 
 @pytest.fixture

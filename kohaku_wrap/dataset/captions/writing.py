@@ -20,9 +20,11 @@ from kohaku_wrap.dataset.captions.folder import lock_captions
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, make_captions
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
 from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
+from kohaku_wrap.dataset.captions.posts_summary import summarise_posts
 from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
+from kohaku_wrap.dataset.captions.summary import write_summary
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
@@ -151,6 +153,9 @@ def write_captions(
         except RowsOutOfOrder:
             counts, changes, digest = read_and_write(folder)
             sorted_rows = True
+    if images and digest:
+        with contextlib.suppress(OSError):  # what is only shown fails no captions
+            write_summary(folder, digest, summarise_posts(database, plan, posts, images, selection, folder))
     return CaptionReport(
         style=recipe.style,
         dataset=dataset,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.dataset.captions.folder import lock_captions
+from kohaku_wrap.dataset.captions.summary import summarise_captions, write_summary
 from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE
 from kohaku_wrap.dataset.own.folders import Found, NamesCollide, NothingToImport, find_sources, make_id, normalise, scan
 from kohaku_wrap.dataset.own.images import (
@@ -21,8 +23,9 @@ from kohaku_wrap.dataset.own.images import (
 from kohaku_wrap.dataset.own.report import ImportReport, describe_images, describe_sources, write_report
 from kohaku_wrap.dataset.own.texts import Texts, read_texts
 from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import Progress
+from kohaku_wrap.formats.caption_rows import NoImages
 
 
 class NotAnImport(UsageError):
@@ -87,7 +90,11 @@ def import_folders(
     if options.dry_run:
         return run_import(founds, texts, images, options, on_progress)
     with lock_captions(images):
-        return run_import(founds, texts, images, options, on_progress)
+        report = run_import(founds, texts, images, options, on_progress)
+        with suppress(OSError, NoImages):  # what is only shown fails no import
+            typed = command_line("import", *(path.absolute() for path in arguments), "--out", images.absolute())
+            write_summary(images, report.digest, {**summarise_captions(images, {}), "made_by": {"import": typed}})
+    return report
 
 
 def run_import(

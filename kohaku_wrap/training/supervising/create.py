@@ -39,6 +39,7 @@ from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.supervising.launch import Launch, plan_launch
 from kohaku_wrap.training.supervising.machines import Machines
 from kohaku_wrap.training.supervising.other_lock import refuse_other_lock
+from kohaku_wrap.training.supervising.run_data import keep_run_data
 
 COMMAND_FILE = "command.txt"
 
@@ -225,6 +226,7 @@ def create_run(
         dataclasses.replace(rendered, folder=whole).write()
         layers = {key: entry.origin for key, entry in effective.entries.items()}
         write_text(whole / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")
+        keep_run_data(whole, effective, new.site.paths.images, plan)
         write_text(whole / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
         for inner in ("attempts", "states", "checkpoints", "ledger"):
             (whole / inner).mkdir()

@@ -1,0 +1,63 @@
+"""What `kwrap report` shows of the posts that are trained, and the commands that made them ready."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kohaku_wrap.dataset.captions.on_disk import CaptionImages
+from kohaku_wrap.dataset.captions.plan import CaptionPlan
+from kohaku_wrap.dataset.captions.summary import count_values, describe_scores, summarise_captions
+from kohaku_wrap.dataset.images.extract_report import REPORT_FILE
+from kohaku_wrap.dataset.selection_file import SelectedPosts, open_selection
+from kohaku_wrap.dataset.years import UNKNOWN_YEAR
+from kohaku_wrap.errors import command_line
+from kohaku_wrap.files import parse_json, read_regular
+from kohaku_wrap.metadata.filters import RATINGS
+from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER
+from kohaku_wrap.metadata.source import Source
+
+GROUPS = ("quality", "year", "rating")
+"""Groups of few words, which are counted one by one."""
+
+
+def summarise_posts(
+    database: Source, plan: CaptionPlan, posts: SelectedPosts, images: CaptionImages, selection: Path, folder: Path
+) -> dict[str, Any]:
+    """Counts over the posts whose images are there, of captions that were written just now."""
+    here = images.places
+    texts = plan.texts.slice(0, len(plan.slot_of))
+    groups = {
+        slot: texts.filter(pa.array(plan.slot_of == number)).to_pylist()
+        for number, slot in enumerate(plan.slots)
+        if slot in GROUPS
+    }
+    with open_selection(selection) as file:
+        scores = file.read(columns=["score"])["score"].to_numpy()[here]
+    return {
+        **summarise_captions(folder, groups),
+        "db_digest": posts.about.get("db_digest", ""),
+        "edition": posts.about.get("edition", {}).get("name", ""),
+        "seed": posts.about.get("seed"),
+        "made_by": list_commands(database, posts, selection, folder),
+        "selected": len(posts),
+        "missing_images": len(posts) - len(images),
+        "dropped": posts.about.get("counts", {}).get("dropped", {}),
+        "ratings": count_values(posts.ratings[here], {-1: "unknown", **dict(enumerate(RATINGS))}),
+        "years": count_values(posts.years[here], {UNKNOWN_YEAR: "unknown"}),
+        "scores": describe_scores(scores[scores != UNKNOWN_NUMBER]),
+    }
+
+
+def list_commands(database: Source, posts: SelectedPosts, selection: Path, folder: Path) -> dict[str, str]:
+    """The commands of the way here, with the places of now; that of `extract` only where its report is there."""
+    dataset, db = posts.about.get("dataset", ""), database.path.absolute()
+    chosen, out = selection.absolute(), folder.absolute()
+    commands = {"select": command_line("select", dataset, "--db", db, "--out", chosen)}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        tars = Path(parse_json(read_regular(out / REPORT_FILE))["tars"]).absolute()
+        commands["extract"] = command_line("extract", chosen, "--tars", tars, "--out", out)
+    return commands | {"caption": command_line("caption", chosen, "--db", db, "--out", out, "--dataset", dataset)}

@@ -1,0 +1,148 @@
+"""The pictures that were drawn of a run: which prompt at which step, inside the page where they are small enough."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from kohaku_wrap.sampling.contact_sheet import NAME as CONTACT_SHEET
+from kohaku_wrap.sampling.running import RECORD, read_sheet_record
+from kohaku_wrap.training.records.folder import STATE_NAME, Run
+
+INLINE_BYTES = 6_000_000
+"""Pictures of more bytes than this in all stay beside the page."""
+
+ROW_AXES = ("prompt", "style", "seed", "size", "guidance")
+"""What tells pictures of one step apart, as `kwrap sample` labels them."""
+
+TRAINER_PICTURE = re.compile(r".*?(?P<epoch>e)?(?P<number>[0-9]{6})_(?P<prompt>[0-9]{2})_[0-9]{14}(?:_[0-9]+)?")
+"""How sd-scripts names what it draws: step, or `e` and epoch, then the prompt's place and the time."""
+
+ENDINGS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture."""
+
+    row: str
+    """What was asked for: the prompt, and what else tells it apart from others of its step."""
+
+    step: int
+    """Optimizer steps done of the network that drew it."""
+
+    path: Path
+    """The file."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """All pictures of a run."""
+
+    steps: tuple[int, ...]
+    """Optimizer steps of which there are pictures, ascending."""
+
+    rows: tuple[tuple[str, dict[int, str]], ...]
+    """What was asked for, and the picture's address by step."""
+
+    sheets: tuple[tuple[int, str], ...]
+    """Contact sheets: step and address."""
+
+    inside: bool
+    """Whether the pictures are inside the page."""
+
+    def document(self) -> dict[str, Any]:
+        """For the page's script."""
+        return {"steps": self.steps, "rows": [{"label": label, "cells": cells} for label, cells in self.rows]}
+
+
+def list_pictures(run: Run) -> Iterator[Picture]:
+    """What `kwrap sample` drew into `samples/`, and what sd-scripts drew into `checkpoints/sample/`."""
+    for folder in sorted((run.folder / "samples").glob("optimizer-step-*")):
+        if not (found := STATE_NAME.fullmatch(folder.name)):
+            continue
+        labels = read_sheet_record(folder).get("pictures", {}) if (folder / RECORD).is_file() else {}
+        for path in list_files(folder):
+            if path.name != CONTACT_SHEET:
+                yield Picture(name_row(path, labels.get(path.name)), int(found[1]), path)
+    per_epoch = run.lock.count.optimizer_steps_per_epoch
+    prompts = read_prompts(run)
+    for path in list_files(run.checkpoints / "sample"):
+        if found := TRAINER_PICTURE.fullmatch(path.stem):
+            number, place = int(found["number"]), int(found["prompt"])
+            row = f"{place + 1}: {prompts[place]}" if place < len(prompts) else f"prompt {place + 1}"
+            yield Picture(row, number * per_epoch if found["epoch"] else number, path)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The whole pictures of a folder by name; hidden ones are being written."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = sorted(each.name for each in entries if not each.name.startswith("."))
+    return [folder / name for name in names if Path(name).suffix.lower() in ENDINGS]
+
+
+def name_row(path: Path, labels: Any) -> str:
+    """The labels of a picture as its row; its own name where the sheet says none."""
+    if not isinstance(labels, dict):
+        return path.stem
+    parts = [str(labels[axis]) for axis in ROW_AXES if labels.get(axis) not in (None, "", "none")]
+    return ", ".join(parts) or path.stem
+
+
+def read_prompts(run: Run) -> list[str]:
+    """The prompts that the run gave to sd-scripts, without their options."""
+    lines = run.lock.files.get("sample_prompts.txt", "").splitlines()
+    return [re.split(r"\s--\w", line)[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
+    """The pictures as the page has them; `page_folder`: where it will lie, None for a page without others beside it."""
+    pictures = [(each, size) for each in list_pictures(run) if (size := size_of(each.path))]
+    inside = sum(size for _, size in pictures) <= INLINE_BYTES
+    rows: dict[str, dict[int, str]] = {}
+    if inside or page_folder is not None:
+        for each, _ in pictures:
+            address = embed(each.path) if inside else refer(each.path, page_folder or run.folder)
+            rows.setdefault(each.row, {})[each.step] = address
+    sheets = sorted((run.folder / "samples").glob(f"optimizer-step-*/{CONTACT_SHEET}")) if page_folder else []
+    return Gallery(
+        steps=tuple(sorted({step for cells in rows.values() for step in cells})),
+        rows=tuple(rows.items()),
+        sheets=tuple(
+            (int(found[1]), refer(path, page_folder or run.folder))
+            for path in sheets
+            if (found := STATE_NAME.fullmatch(path.parent.name))
+        ),
+        inside=inside,
+    )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where it is gone or none."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
+
+
+def embed(path: Path) -> str:
+    """The picture as an address that holds it; empty where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return ""
+    return f"data:{ENDINGS[path.suffix.lower()]};base64,{base64.b64encode(data).decode()}"
+
+
+def refer(path: Path, page_folder: Path) -> str:
+    """The picture's address from the page's folder; a page and its pictures can be moved together."""
+    relative = os.path.relpath(path, page_folder)
+    return quote(os.fsencode(relative if relative.startswith("..") else f"./{relative}"))

@@ -1,0 +1,179 @@
+"""Pictures, data and the way on the page, from what the commands themselves leave behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from plain_runs import train
+from reading_pages import HOSTILE, make_page
+
+from kohaku_wrap.cli import program
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.training_data import read_training_sizes
+from kohaku_wrap.dataset.captions.summary import SUMMARY_FILE, read_summary, summarise_captions
+from kohaku_wrap.formats.caption_rows import Columns, read_captions_metadata
+from kohaku_wrap.planning.step_plan import plan_steps
+from kohaku_wrap.reporting import pictures
+from kohaku_wrap.reporting.pictures import list_pictures
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.run_data import keep_run_data
+
+NewRun = Callable[..., Run]
+
+
+def kwrap(*words: object) -> str:
+    result = CliRunner().invoke(program, list(map(str, words)))
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("way") / "world"
+    kwrap("demo", folder, "--posts", 40)
+    kwrap("select", "demo", "--db", folder / "danbooru.db", "--out", folder / "demo.parquet")
+    kwrap("extract", folder / "demo.parquet", "--tars", folder / "tars", "--out", folder / "images", "--jobs", 1)
+    (next((folder / "images").glob("0*/*.jpg"), None) or next((folder / "images").glob("0*/*.png"))).unlink()
+    kwrap("caption", folder / "demo.parquet", "--db", folder / "danbooru.db", "--out", folder / "images")
+    return folder
+
+
+def split_caption(text: str) -> list[str]:
+    return [each.strip() for part in text.split("|||") for each in part.split(",")]
+
+
+def test_captions_leave_a_summary_that_counts_what_is_there(world: Path) -> None:
+    images = world / "images"
+    columns = Columns.open(images)
+    found = read_summary(images, columns.digest)
+    assert found["images"] == len(columns) == sum(found["ratings"].values()) == sum(found["years"].values())
+    assert found["selected"] == len(columns) + 1 and found["missing_images"] == 1
+    captions = [columns.caption_of(row) for row in range(len(columns))]
+    for word, count in [*found["frequent_tags"], *found["rare_tags"], *found["words"]["quality"]]:
+        assert count == sum(
+            word in [each.strip() for part in text.split("|||") for each in part.split(",")] for text in captions
+        )
+    assert found["frequent_tags"] == sorted(found["frequent_tags"], key=lambda each: (-each[1], each[0]))
+    selected = json.loads(
+        kwrap("select", "demo", "--db", world / "danbooru.db", "--out", world / "again.parquet", "--json")
+    )
+    assert found["dropped"] == selected["dropped"] and found["seed"] == selected["seed"]
+    for name in ("select", "extract", "caption"):
+        kwrap(
+            *__import__("shlex").split(found["made_by"][name])[1:], *(("--max-missing", 1) if name == "extract" else ())
+        )
+    assert read_summary(images, "another digest") == {}
+
+
+def test_imported_captions_have_a_summary_too(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name, text in (("one", "1girl, smile"), ("two", "1girl, hat")):
+        Image.effect_noise((160, 96), 60).convert("RGB").save(tmp_path / "own" / f"{name}.png")
+        (tmp_path / "own" / f"{name}.txt").write_text(text)
+    kwrap("import", tmp_path / "own", "--out", tmp_path / "images")
+    digest = read_captions_metadata(tmp_path / "images")["digest"]
+    found = read_summary(tmp_path / "images", digest)
+    assert found["frequent_tags"] == [["1girl", 2], ["hat", 1], ["smile", 1]] and found["images"] == 2
+
+
+def test_of_many_captions_an_even_part_is_looked_at(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = len(Columns.open(world / "images"))
+    monkeypatch.setattr("kohaku_wrap.dataset.captions.summary.CAPTIONS_LOOKED_AT", rows // 3)
+    found = summarise_captions(world / "images", {})
+    assert found["captions_looked_at"] == -(-rows // 3) and found["images"] == rows
+
+
+def test_a_new_run_keeps_buckets_and_examples_as_they_are_trained(world: Path, tmp_path: Path) -> None:
+    site = load_site(world / "site.toml")
+    effective = resolve_template("demo", site, ())
+    plan = plan_steps(effective, read_training_sizes(effective, world / "images"))
+    keep_run_data(tmp_path, effective, world / "images", plan)
+    columns = Columns.open(world / "images")
+    found = read_summary(tmp_path, columns.digest)
+    assert sum(images for _, _, images, _ in found["buckets"]) == len(columns) == found["images"]
+    assert len(found["examples"]) == 20
+    for each in found["examples"]:
+        row = columns.ids.tolist().index(each["id"])
+        assert each["caption"] == columns.caption_of(row)
+        assert [each["width"], each["height"]] in [bucket[:2] for bucket in found["buckets"]]
+        size = Image.open(io.BytesIO(base64.b64decode(each["picture"]))).size
+        assert size[0] / size[1] == pytest.approx(each["width"] / each["height"], rel=0.02)
+    keep_run_data(tmp_path / "nowhere", effective, tmp_path / "no-images", plan)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def draw(folder: Path, name: str, colour: str = "red") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), colour).save(folder / name)
+    return folder / name
+
+
+def add_pictures(run: Run) -> None:
+    """What `kwrap sample` and sd-scripts leave in a run, with names of their own and hostile labels."""
+    for step in (2, 4):
+        folder = run.folder / "samples" / f"optimizer-step-{step:08d}"
+        draw(folder, f"a_1_{step:012x}.png")
+        draw(folder, f"b {HOSTILE.replace('/', '')} #?%.png", "blue")
+        draw(folder, "contact-sheet.png")
+        draw(folder, ".half.png")
+        labels = {f"a_1_{step:012x}.png": {"prompt": f"1: {HOSTILE}", "style": "none", "seed": "seed 1"}}
+        document = {"format": 1, "files": {}, "tokenizers": {}, "pictures": labels}
+        (folder / "sheet.json").write_text(json.dumps(document))
+    draw(run.checkpoints / "sample", "r_000002_00_20261126050000_7.png")
+    draw(run.checkpoints / "sample", "r_e000001_00_20261126050100.png")
+    draw(run.checkpoints / "sample", "of-another-tool.png")
+
+
+def test_pictures_are_found_by_prompt_and_step(new_run: NewRun) -> None:
+    run = new_run("drawn")
+    add_pictures(run)
+    found = sorted((each.step, each.row) for each in list_pictures(run))
+    per_epoch = run.lock.count.optimizer_steps_per_epoch
+    other = f"b {HOSTILE} #?%"
+    assert found == sorted(
+        [(step, row) for step in (2, 4) for row in (f"1: {HOSTILE}, seed 1", other)]
+        + [(2, "prompt 1"), (per_epoch, "prompt 1")]
+    )
+    page = make_page(run)
+    shown = page.data["runs"][0]["pictures"]
+    assert shown["steps"] == sorted({2, 4, per_epoch})
+    assert all(
+        address.startswith("data:image/png;base64,") for row in shown["rows"] for address in row["cells"].values()
+    )
+
+
+def test_large_pictures_stay_beside_the_page(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    from urllib.parse import unquote_to_bytes
+
+    monkeypatch.setattr(pictures, "INLINE_BYTES", 100)
+    run = new_run("beside")
+    add_pictures(run)
+    page = make_page(run, out=run.folder.parent / "pages" / "p.html")
+    for row in page.data["runs"][0]["pictures"]["rows"]:
+        for address in row["cells"].values():
+            target = (run.folder.parent / "pages" / unquote_to_bytes(address).decode()).resolve()
+            assert target.is_file() and target.is_relative_to(run.folder)
+    assert "The pictures lie beside this page" in page.text
+
+
+def test_the_way_has_each_digest_and_a_command(new_run: NewRun) -> None:
+    run = new_run("way")
+    train(run)
+    (run.folder / "command.txt").write_text("/somewhere/bin/kwrap train test --run 'way out'\nrest\n")
+    page = make_page(run)
+    steps = {step["title"]: step for step in page.data["runs"][0]["way"]}
+    assert steps["Images and captions"]["things"][0]["sha256"] == run.lock.dataset_digest
+    written = json.loads((run.attempts / "1" / "networks.json").read_text())
+    assert {each["name"]: each["sha256"] for each in steps["Checkpoints"]["things"]} == written
+    assert all(sha256 in page.text for sha256 in written.values())
+    assert len(steps["States"]["things"]) == len(list(run.states.iterdir()))
+    assert SUMMARY_FILE not in [path.name for path in run.folder.iterdir()]
+    assert "No summary of the data is kept. kwrap caption" in page.text
