@@ -24,6 +24,7 @@ from kohaku_wrap.errors import UsageError
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
     from kohaku_wrap.dataset.captions.report import CaptionReport
+    from kohaku_wrap.dataset.captions.text_table import TextTable
     from kohaku_wrap.dataset.recipe import DatasetRecipe
     from kohaku_wrap.metadata.source import Source
 
@@ -36,6 +37,7 @@ FORMATS = ("txt", "cache", "jsonl")
 Examples:
   kwrap caption epsilon.parquet --db danbooru2023.db --out images
   kwrap caption epsilon.parquet --db danbooru2023.db --out images --format txt
+  kwrap caption epsilon.parquet --db danbooru2023.db --text captions.parquet --out images
   kwrap caption --post 5982731 --db danbooru2023.db
   kwrap caption epsilon.parquet --db danbooru2023.db --stats
   kwrap caption --image images/mine/a.png
@@ -60,6 +62,14 @@ Examples:
     metavar="txt,cache,jsonl",
     help="What to write, beside captions.arrow.",
 )
+@click.option(
+    "--text",
+    "text",
+    type=click.Path(path_type=Path),
+    metavar="FILE.parquet",
+    help="Natural-language captions by id, one more group; placed and mixed by the dataset's [caption].",
+)
+@click.option("--text-column", default="", metavar="NAME", help="The column of captions in that file.")
 @click.option("--style", type=click.Choice(STYLES), help="Overrides the dataset's.")
 @click.option(
     "--post",
@@ -86,7 +96,9 @@ Examples:
     metavar="N",
     help="With --stats: list words in fewer captions.",
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats and --text."
+)
 @click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
 @json_option
@@ -98,6 +110,8 @@ def command(
     out: Path | None,
     dataset: str | None,
     formats: str,
+    text: Path | None,
+    text_column: str,
     style: str | None,
     post_id: int | None,
     image: Path | None,
@@ -129,14 +143,24 @@ def command(
     found = choose_dataset(selection, dataset)
     recipe = replace(found.caption, style=style) if style else found.caption
     database = open_source(db, found.metadata, tag_table)
+    place = out or (selection or Path()).absolute().parent
+    texts = open_texts(text, text_column, place) if text else None
     if post_id is not None:
-        print_explanation(database, recipe, post_id, selection, as_json)
+        print_explanation(database, recipe, post_id, selection, texts, as_json)
         return
     assert selection
     if stats:
-        print_statistics(database, selection, recipe, rare, tokenizer, jobs, as_json)
+        print_statistics(database, selection, recipe, rare, tokenizer, texts, jobs, as_json)
         return
-    write(database, selection, require(out, "--out IMAGES", "captions"), found.name, recipe, formats, jobs, as_json)
+    out = require(out, "--out IMAGES", "captions")
+    write(database, selection, out, found.name, recipe, formats, texts, tokenizer, jobs, as_json)
+
+
+def open_texts(path: Path, column: str, place: Path) -> TextTable:
+    """The texts of --text, kept meanwhile in a file without a name in `place`."""
+    from kohaku_wrap.dataset.captions.text_table import read_text_table
+
+    return read_text_table(path, column, place)
 
 
 def require(value: Path | None, what: str, purpose: str) -> Path:
@@ -165,10 +189,14 @@ def write(
     name: str,
     recipe: CaptionRecipe,
     formats: str,
+    texts: TextTable | None,
+    tokenizer: Path | None,
     jobs: int | None,
     as_json: bool,
 ) -> None:
     """Write captions and print the report."""
+    from kohaku_wrap.dataset.captions.statistics import choose_counter
+    from kohaku_wrap.dataset.captions.tokens import estimate_tokens
     from kohaku_wrap.dataset.captions.writing import write_captions
     from kohaku_wrap.metadata.parallel import usable_threads
 
@@ -176,13 +204,15 @@ def write(
     unknown = [one for one in wanted if one not in FORMATS]
     if unknown or not wanted:
         raise UsageError(f"--format: {', '.join(unknown) or 'nothing'} is not among {', '.join(FORMATS)}")
+    by, count = choose_counter(tokenizer) if tokenizer else ("estimate", estimate_tokens)
     with progress_bar("caption", "posts", quiet=as_json) as progress:
         report = write_captions(
-            database, selection, out, recipe, wanted, name, jobs or usable_threads(), on_progress=progress
+            database, selection, out, recipe, wanted, name, jobs or usable_threads(), progress, texts, count
         )
     changes = report.changes
     if as_json:
-        print_json("caption", {"out": str(out), **asdict(changes), **asdict(report)})
+        tokens = {"tokens_by": by} if texts else {}
+        print_json("caption", {"out": str(out), **asdict(changes), **asdict(report), **tokens})
         return
     for note in report.notes:
         print_note(f"note: {note}")
@@ -197,6 +227,7 @@ def rows_of_report(report: CaptionReport) -> list[tuple[str, Any]]:
     for name, change in report.formats.items():
         done = f"{change.written:,} written, {change.unchanged:,} unchanged, {change.removed:,} removed"
         rows.append((name, done))
+    rows += [(f"texts: {what.replace('_', ' ')}", count) for what, count in report.texts.items() if count]
     rows += [(f"tags: {fate.replace('_', ' ')}", count) for fate, count in report.tags.items() if count]
     if report.duplicates:
         rows.append(("tags: repeated", report.duplicates))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.explanation import PostExplanation
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
     from kohaku_wrap.dataset.captions.statistics import CaptionStatistics
+    from kohaku_wrap.dataset.captions.text_table import TextTable
     from kohaku_wrap.dataset.own.folder_captions import FolderStatistics
     from kohaku_wrap.metadata.source import Source
 
@@ -19,12 +20,17 @@ RARE_SHOWN = 20
 
 
 def print_explanation(
-    database: Source, recipe: CaptionRecipe, post_id: int, selection: Path | None, as_json: bool
+    database: Source,
+    recipe: CaptionRecipe,
+    post_id: int,
+    selection: Path | None,
+    texts: TextTable | None,
+    as_json: bool,
 ) -> None:
     """Print one post's caption, group by group."""
     from kohaku_wrap.dataset.captions.explanation import explain_post
 
-    explanation = explain_post(database, recipe, post_id, selection)
+    explanation = explain_post(database, recipe, post_id, selection, texts)
     if as_json:
         groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
         print_json("caption", {"style": recipe.style, **asdict(explanation), "groups": groups})
@@ -64,7 +70,8 @@ def print_image(image: Path, folder: Path | None, as_json: bool) -> None:
     rows.append(("an epoch trains it", f"{found.repeats:,} × the template's num_repeats"))
     rows += [(f"option {name}", str(value)) for name, value in found.options.items()]
     rows += [("caption from", found.origin)] if found.origin else []
-    rows += [("text", line) for line in found.raw.split("\n")]
+    rows += [("caption", line) for line in found.raw.split("\n")]
+    rows += [("text", found.text)] if found.text else []
     rows += [
         ("trained" if len(found.trained) == 1 else "one is trained", line or "(nothing)") for line in found.trained
     ]
@@ -119,6 +126,7 @@ def print_statistics(
     recipe: CaptionRecipe,
     rare: int,
     tokenizer: Path | None,
+    texts: TextTable | None,
     jobs: int | None,
     as_json: bool,
 ) -> None:
@@ -136,6 +144,7 @@ def print_statistics(
             rare_below=rare,
             threads=jobs or usable_threads(),
             on_progress=progress,
+            texts=texts,
         )
     if as_json:
         print_json("caption", asdict(statistics))

@@ -28,8 +28,10 @@ OWN_STYLE = "own"
 DIGITS_OF_KEPT = 16
 """Of the digest, in the name of a captions file that an import replaced and runs may still need."""
 
-FORMAT = 2
-"""Of files with subsets. Without the entry it is 1: one subset, each image once an epoch."""
+FORMAT = 3
+"""Of files with texts; 2 of those with subsets. Without the entry it is 1: one subset, each image once an epoch."""
+
+SUBSETS_FORMAT = 2
 
 METADATA_KEY = b"kwrap"
 NO_DIGEST = "0" * 64
@@ -47,6 +49,12 @@ GROUP_FIELDS = (
     pa.field("subset", pa.int32(), nullable=False),
 )
 """From format 2 on: how often an epoch trains the image, and the place of its subset in the schema's list."""
+
+TEXT_FIELDS = (
+    pa.field("text", pa.large_string(), nullable=False),
+    pa.field("text_at", pa.int32(), nullable=False),
+)
+"""From format 3 on: a natural-language caption, empty for none, and the bytes of `caption` before its place."""
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -118,17 +126,17 @@ def digest_rows(
     widths: Int32Array,
     heights: Int32Array,
     captions: pa.Array,
-    *groups: Int32Array,
+    *others: Int32Array | pa.Array,
 ) -> pa.Buffer:
     """A line a row with tabs between its values: what the digest of `captions.arrow` is the sha256 of.
 
-    `groups`: the columns of GROUP_FIELDS, for a file that has them.
+    `others`: the columns of GROUP_FIELDS or TEXT_FIELDS, for a file that has them.
     """
     numbers = [pa.array(column).cast(pa.string()) for column in (ids, widths, heights)]
     return bytes_of(
         pc.binary_join_element_wise(
             pc.binary_join_element_wise(
-                numbers[0], files, *numbers[1:], captions, *(pa.array(each).cast(pa.string()) for each in groups), "\t"
+                numbers[0], files, *numbers[1:], captions, *(pa.array(each).cast(pa.string()) for each in others), "\t"
             ),
             "\n",
             "",
@@ -203,12 +211,12 @@ def read_folder_sizes(images: Path) -> ImageSizes:
     table = open_captions(images).read_all()
     if not len(table):
         raise NoImages(f"{images / CAPTIONS_FILE}: lists no image", "Run `kwrap extract` and `kwrap caption` again.")
-    captions = table["caption"]
+    captions = [table[name] for name in ("caption", "text") if name in table.column_names]
     return ImageSizes(
         widths=table["width"].to_numpy().astype(np.int64),
         heights=table["height"].to_numpy().astype(np.int64),
         source=f"the images in {images}",
-        caption_bytes=sum(chunk.nbytes for chunk in captions.chunks),
+        caption_bytes=sum(chunk.nbytes for column in captions for chunk in column.chunks),
         repeats=table["repeats"].to_numpy().astype(np.int64) if "repeats" in table.column_names else 1,
     )
 
@@ -279,6 +287,15 @@ class Columns:
     subsets: npt.NDArray[np.int32]
     """(images,) the place of each image's subset."""
 
+    texts: TextColumn | None
+    """Natural-language captions; None in a file without them."""
+
+    text_places: npt.NDArray[np.int32]
+    """(images,) the bytes of each caption before the place of its text; empty in a file without texts."""
+
+    text_shares: Mapping[str, float]
+    """How many images are trained with tags, text or both; empty in a file without texts."""
+
     @classmethod
     def open(cls, folder: Path, digest: str = "") -> Columns:
         """Read the captions of an image folder, see `find_captions`; nothing that is kept points into a mapping.
@@ -291,6 +308,7 @@ class Columns:
             table = pa.ipc.open_file(pa.BufferReader(mapped)).read_all()
             refuse_newer(path, read_about(table.schema))
             stream = path.open("rb")
+            has_texts = "text" in table.column_names
             return cls(
                 folder=folder,
                 ids=np.array(table["id"]),
@@ -300,6 +318,9 @@ class Columns:
                 captions=TextColumn.locate(table["caption"], stream, mapped.address),
                 digest=str(read_about(table.schema).get("digest", "")),
                 subsets=subset_column(table),
+                texts=TextColumn.locate(table["text"], stream, mapped.address) if has_texts else None,
+                text_places=np.array(table["text_at"] if has_texts else (), dtype=np.int32),
+                text_shares=read_about(table.schema).get("text", {}),
             )
         except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             raise not_captions(path, error) from error
@@ -324,25 +345,33 @@ def subset_column(table: Any) -> Int32Array:
 
 
 def begin_digest(about: Mapping[str, Any]) -> Any:
-    """The sha256 of no rows; what the subsets are belongs to the rows that name them."""
-    subsets = about.get("subsets")
-    return hashlib.sha256(json.dumps(subsets, sort_keys=True, ensure_ascii=False).encode() if subsets else b"")
+    """The sha256 of no rows; what the subsets are, or the shares of texts, belongs to the rows."""
+    before = about.get("subsets") or about.get("text")
+    return hashlib.sha256(json.dumps(before, sort_keys=True, ensure_ascii=False).encode() if before else b"")
 
 
 class ColumnsWriter:
     """Writes `captions.arrow` into an open binary file; the schema's metadata gets the digest of all rows.
 
     The digest is the sha256 of `digest_rows`, the same for the same rows however they came in pieces.
-    With `subsets` the file is of format 2, otherwise of format 1.
+    With `subsets` the file is of format 2, with `text_shares` of format 3, otherwise of format 1.
     """
 
-    def __init__(self, stream: IO[bytes], about: Mapping[str, Any], subsets: Sequence[Subset] = ()) -> None:
+    def __init__(
+        self,
+        stream: IO[bytes],
+        about: Mapping[str, Any],
+        subsets: Sequence[Subset] = (),
+        text_shares: Mapping[str, float] | None = None,
+    ) -> None:
         self._stream = stream
         self._finished = False
         if subsets:
-            about = {**about, "format": FORMAT, "subsets": [asdict(each) for each in subsets]}
+            about = {**about, "format": SUBSETS_FORMAT, "subsets": [asdict(each) for each in subsets]}
+        if text_shares:
+            about = {**about, "format": FORMAT, "text": dict(text_shares)}
         self._digest = begin_digest(about)
-        self._schema = pa.schema((*FIELDS, *GROUP_FIELDS) if subsets else FIELDS)
+        self._schema = pa.schema((*FIELDS, *(GROUP_FIELDS if subsets else TEXT_FIELDS if text_shares else ())))
         metadata = {METADATA_KEY: json.dumps({"digest": NO_DIGEST, **about}).encode()}
         self._writer = pa.ipc.new_file(stream, self._schema.with_metadata(metadata))
 
@@ -367,14 +396,17 @@ class ColumnsWriter:
         widths: Int32Array,
         heights: Int32Array,
         captions: pa.Array,
-        *groups: Int32Array,
+        *others: Int32Array | pa.Array,
     ) -> None:
-        """Append rows, by ascending id; `groups`: the columns of GROUP_FIELDS, for a file with subsets."""
+        """Append rows, by ascending id; `others`: the columns of GROUP_FIELDS or TEXT_FIELDS, for a file with them."""
         if not len(ids):
             return
-        self._digest.update(digest_rows(ids, files, widths, heights, captions, *groups))
+        self._digest.update(digest_rows(ids, files, widths, heights, captions, *others))
         columns = [pa.array(ids), files, pa.array(widths), pa.array(heights), captions.cast(pa.large_string())]
-        columns += map(pa.array, groups)
+        columns += (
+            pa.array(each).cast(field.type)
+            for each, field in zip(others, list(self._schema)[len(FIELDS) :], strict=True)
+        )
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
 
     @property
@@ -401,10 +433,12 @@ def read_batches(path: Path, *names: str) -> Iterator[Any]:
 
     Read and not mapped: mapped, the whole file would count as memory of this process.
     """
-    places = [number for number, each in enumerate(FIELDS) if each.name in names]
     open_regular(path).close()
     with pa.OSFile(str(path)) as source:
-        reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=places))
+        reader = pa.ipc.open_file(source)
+        if names:
+            places = [number for number, name in enumerate(reader.schema.names) if name in names]
+            reader = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=places))
         for number in range(reader.num_record_batches):
             yield reader.get_batch(number)
 
@@ -423,8 +457,8 @@ def check_columns(path: Path) -> None:
                 recorded, digest = str(about.get("digest", "")), begin_digest(about)
             batch.validate(full=True)
             ids, files, widths, heights, captions = (batch.column(each.name) for each in FIELDS)
-            groups = [batch.column(each.name) for each in GROUP_FIELDS if each.name in batch.schema.names]
-            digest.update(digest_rows(ids, files, widths, heights, captions.cast(pa.string()), *groups))
+            others = [batch.column(name) for name in batch.schema.names[len(FIELDS) :]]
+            digest.update(digest_rows(ids, files, widths, heights, captions.cast(pa.string()), *others))
     except FileNotFoundError:
         raise
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kohaku_wrap.dataset.captions.tokens import ESTIMATED_WORDS, LETTERS_A_TOKEN, find_tokenizer, load_tokenizer
+from kohaku_wrap.dataset.captions.tokens import ESTIMATED_TOKENS, find_tokenizer, load_tokenizer
 from kohaku_wrap.sampling.grammar import Piece, Prompt
 
 CHUNK_TOKENS = 75
@@ -130,12 +130,7 @@ def load_tokenizers(folder: Path | None) -> tuple[Tokenizer, Tokenizer] | None:
 
 def estimate(text: str) -> list[Token]:
     """Tokens without a tokenizer: one for each digit and run of signs, one for every five letters begun."""
-    tokens = []
-    for word in ESTIMATED_WORDS.finditer(text):
-        step = LETTERS_A_TOKEN if word[0][0].isalpha() else len(word[0])
-        starts = range(word.start(), word.end(), step)
-        tokens += [Token(0 if word[0] == "," else 1, start, min(start + step, word.end())) for start in starts]
-    return tokens
+    return [Token(0 if one[0] == "," else 1, one.start(), one.end()) for one in ESTIMATED_TOKENS.finditer(text)]
 
 
 ESTIMATE = Tokenizer("estimate", estimate, 0)

@@ -31,8 +31,11 @@ class EarlierCaptions:
         self.ids = np.concatenate([np.empty(0, dtype=np.int64), *ids])
         self._starts = np.cumsum([0, *map(len, ids)])
 
-    def count_same(self, ids: npt.NDArray[np.int64], captions: pa.Array) -> int:
-        """How many of these captions are there already, word for word; `ids` is ascending, as from call to call."""
+    def count_same(self, ids: npt.NDArray[np.int64], captions: pa.Array, texts: pa.Array | None = None) -> int:
+        """How many of these captions are there already, word for word, with their texts.
+
+        `ids` is ascending, as from call to call.
+        """
         if not len(ids) or not len(self.ids):
             return 0
         first = int(np.searchsorted(self.ids, ids[0]))
@@ -44,15 +47,20 @@ class EarlierCaptions:
                 continue
             _, old, new = np.intersect1d(self.ids[begin:end], ids, assume_unique=True, return_indices=True)
             if len(old):
-                before = self._captions(number).take(pa.array(old + begin - int(self._starts[number])))
-                after = captions.cast(pa.large_string()).take(pa.array(new))
-                same += int(pc.sum(pc.equal(before, after)).as_py() or 0)
+                rows = pa.array(old + begin - int(self._starts[number]))
+                batch = self._batch_of(number)
+                equal = pc.equal(batch["caption"].take(rows), captions.cast(pa.large_string()).take(pa.array(new)))
+                if texts is not None or "text" in batch.schema.names:
+                    after = pa.array([""] * len(new)) if texts is None else texts.take(pa.array(new))
+                    before = batch["text"].take(rows) if "text" in batch.schema.names else pa.array([""] * len(new))
+                    equal = pc.and_(equal, pc.equal(before, after.cast(before.type)))
+                same += int(pc.sum(equal).as_py() or 0)
         return same
 
-    def _captions(self, number: int) -> pa.Array:
-        """The captions of a batch; the last one read is kept."""
+    def _batch_of(self, number: int) -> pa.RecordBatch:
+        """A batch of the file; the last one read is kept."""
         if self._batch[0] != number:
-            self._batch = (number, self._reader.get_batch(number).column("caption"))
+            self._batch = (number, self._reader.get_batch(number))
         return self._batch[1]
 
     def files_gone(self, ids: npt.NDArray[np.int64]) -> list[str]:

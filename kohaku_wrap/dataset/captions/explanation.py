@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from kohaku_wrap.dataset.captions.making import arrange_elements, join_elements
+from kohaku_wrap.dataset.captions.mixing import BOTH, put_text
 from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, WRITTEN, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.text_table import TextTable
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError
@@ -78,9 +80,17 @@ class PostExplanation:
 
 
 def explain_post(
-    database: Source, recipe: CaptionRecipe, post_id: int, selection: Path | None = None
+    database: Source,
+    recipe: CaptionRecipe,
+    post_id: int,
+    selection: Path | None = None,
+    texts: TextTable | None = None,
 ) -> PostExplanation:
-    """Make and explain the caption of one post, as it is in the captions of `selection`. Raises NoSuchPost."""
+    """Make and explain the caption of one post, as it is in the captions of `selection`, with its text.
+
+    Raises NoSuchPost.
+    """
+    recipe = recipe.with_text(texts is not None)
     fits = -(1 << 63) <= post_id < 1 << 63
     ids = np.array([post_id] if fits else [], dtype=np.int64)
     batches = list(read_posts(database, ids))
@@ -102,12 +112,16 @@ def explain_post(
     cutoffs = find_cutoffs(plan.recipe.quality, database, selected)
     chunks: list[TagChunk] = list(map_tag_chunks(database, tags, ids, lambda chunk: chunk, 1, None))
     elements, _ = arrange_elements(plan, chunks[0], posts, cutoffs)
-    texts = [plan.texts[int(element)].as_py() for element in elements.of]
+    words = [plan.texts[int(element)].as_py() for element in elements.of]
     slots = plan.slot_of[elements.of].tolist()
     groups = tuple(
-        (slot, tuple(text for text, place in zip(texts, slots, strict=True) if place == number))
+        (slot, tuple(text for text, place in zip(words, slots, strict=True) if place == number))
         for number, slot in enumerate(plan.slots)
     )
+    caption, text_at = join_elements(plan, elements)
+    text = texts.texts_of(ids)[0][0].as_py() if texts else ""
+    whole = caption[0].as_py() if text_at is None else put_text(caption[0].as_py(), text, int(text_at[0]), BOTH)
+    groups = tuple((slot, (text,) if slot == "text" and text else words) for slot, words in groups)
     explained = []
     for tag in chunks[0].tags.tolist():
         fate = int(plan.fate_of_tag[tag])
@@ -122,7 +136,7 @@ def explain_post(
     rating = row["rating"]
     return PostExplanation(
         id=post_id,
-        caption=join_elements(plan, elements)[0].as_py(),
+        caption=whole,
         groups=tuple((slot, ()) if slot == SEPARATOR_SLOT else (slot, words) for slot, words in groups),
         tags=tuple(explained),
         rating="unknown" if rating < 0 else RATINGS[rating],

@@ -65,6 +65,9 @@ class Elements:
     ends: Int64Array
     """(posts,) the index after each caption's last element."""
 
+    text_at: Int64Array | None
+    """(posts,) the index of the first element after the place of the text; None in a recipe without one."""
+
 
 def arrange_elements(
     plan: CaptionPlan, chunk: TagChunk, posts: SelectedPosts, cutoffs: npt.NDArray[np.int64]
@@ -102,7 +105,11 @@ def arrange_elements(
     begins_part = np.ones(len(parts), dtype=bool)
     np.not_equal(parts[1:], parts[:-1], out=begins_part[1:])
     ends = np.searchsorted(keys, np.arange(1, size + 1, dtype=np.int64) << 4)
-    return Elements(elements[order], begins_part, ends), counts
+    text_at = None
+    if "text" in plan.slots:
+        posts_at = np.arange(size, dtype=np.int64) << 4
+        text_at = np.searchsorted(keys, posts_at | plan.slots.index("text"))
+    return Elements(elements[order], begins_part, ends, text_at), counts
 
 
 def make_captions(
@@ -110,17 +117,18 @@ def make_captions(
 ) -> tuple[pa.Array, CaptionCounts]:
     """(posts,) the captions of a chunk's posts as Arrow strings, and what was counted."""
     elements, counts = arrange_elements(plan, chunk, posts, cutoffs)
-    return join_elements(plan, elements), counts
+    return join_elements(plan, elements)[0], counts
 
 
-def join_elements(plan: CaptionPlan, elements: Elements) -> pa.Array:
-    """(posts,) the captions as Arrow strings."""
+def join_elements(plan: CaptionPlan, elements: Elements) -> tuple[pa.Array, npt.NDArray[np.int32] | None]:
+    """(posts,) the captions as Arrow strings, and the bytes of each before the place of its text."""
     places = elements.of + np.where(elements.begins_part, np.int32(0), np.int32(len(plan.slot_of)))
     texts = plan.texts.take(pa.array(places))
     offsets = np.frombuffer(texts.buffers()[1], dtype=np.int32)
     # Elements of one caption lie side by side in the buffer, so a caption is a slice of it: nothing is joined.
     bounds = np.concatenate([offsets[:1], offsets[elements.ends]])
-    return pa.StringArray.from_buffers(len(elements.ends), pa.py_buffer(bounds), texts.buffers()[2])
+    captions = pa.StringArray.from_buffers(len(elements.ends), pa.py_buffer(bounds), texts.buffers()[2])
+    return captions, None if elements.text_at is None else offsets[elements.text_at] - bounds[:-1]
 
 
 def find_repeats(owners: npt.NDArray[np.int32], elements: npt.NDArray[np.int32], posts: int) -> Int64Array:

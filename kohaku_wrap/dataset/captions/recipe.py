@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from kohaku_wrap.dataset.captions.mixing import TextMix, read_text_mix
 from kohaku_wrap.dataset.captions.words import (
     ARTIST_BLACK_LIST,
     KAOMOJI,
@@ -23,7 +24,7 @@ from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.toml_files import TableReader
 
 STYLES = ("kohaku", "hakubooru")
-GROUPS = ("people", "character", "series", "artist", "general", "quality", "year", "meta", "rating")
+GROUPS = ("people", "character", "series", "artist", "general", "quality", "year", "meta", "rating", "text")
 PROMPT_WORDS = {
     "people": "1girl/1boy/1other/...",
     "artist": "artists",
@@ -117,12 +118,23 @@ class CaptionRecipe:
     ratings: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(RATING_WORDS))
     """The group `rating`: the words of each rating."""
 
+    text: TextMix = field(default_factory=TextMix)
+    """How often the group `text`, a natural-language caption, stands alone, among the tags, or not at all."""
+
     @property
     def prompt_format(self) -> str:
         """What a prompt of a network that learned these captions looks like: its groups in order."""
         return ", ".join(
             f"<{PROMPT_WORDS.get(group, group)}>" for group in (*self.prefix, *self.shuffled, *self.suffix)
         )
+
+    def with_text(self, there: bool) -> CaptionRecipe:
+        """With the group `text` where there are texts, at the end of the prefix unless it has a place; else without."""
+        placed = "text" in (*self.prefix, *self.suffix)
+        if there:
+            return self if placed else replace(self, prefix=(*self.prefix, "text"))
+        prefix, suffix = (tuple(one for one in part if one != "text") for part in (self.prefix, self.suffix))
+        return replace(self, prefix=prefix, suffix=suffix) if placed else self
 
 
 def read_caption_recipe(table: Mapping[str, Any], problems: list[Problem]) -> CaptionRecipe:
@@ -136,6 +148,8 @@ def read_caption_recipe(table: Mapping[str, Any], problems: list[Problem]) -> Ca
                 reader.fault(part, f"{group!r} is not one of {', '.join(GROUPS)}")
             if group in seen:
                 reader.fault(part, f"the group {group!r} stands twice")
+            if group == "text" and part == "shuffled":
+                reader.fault(part, "a text is one piece: place it in prefix or suffix, which are not shuffled")
             seen.add(group)
     return CaptionRecipe(
         **words,
@@ -146,6 +160,7 @@ def read_caption_recipe(table: Mapping[str, Any], problems: list[Problem]) -> Ca
         quality=_read_quality(reader.table("quality"), problems),
         years=_read_years(reader, problems),
         ratings=_read_ratings(reader, problems),
+        text=read_text_mix(reader.table("text"), problems),
     )
 
 

@@ -57,6 +57,9 @@ class CaptionReport:
     cutoffs: Mapping[str, Mapping[str, int | None]]
     """By rating and percentile the `fav_count` to exceed; None where no post has the rating."""
 
+    texts: Mapping[str, int]
+    """Posts with a natural-language caption and what was changed in them; empty where none were asked for."""
+
     sorted_rows: bool
     """True when the relation's rows had to be sorted first."""
 

@@ -9,21 +9,27 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, Elements, arrange_elements
 from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
-from kohaku_wrap.dataset.captions.tokens import CountTokens, estimate_tokens, find_tokenizer, load_counter
+from kohaku_wrap.dataset.captions.text_table import TextTable
+from kohaku_wrap.dataset.captions.tokens import (
+    TOKEN_LIMITS,
+    CountTokens,
+    estimate_tokens,
+    find_tokenizer,
+    load_counter,
+)
 from kohaku_wrap.dataset.selection_file import read_selected_posts
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
 from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import read_tags
-
-TOKEN_LIMITS = (75, 150, 225)
-"""The values of `max_token_length` that trainers have, without the start and end tokens."""
 
 LONGEST = 2000
 POPULARITIES = (100, 1000)
@@ -81,7 +87,9 @@ class Tally:
         self.plan = plan
         size = len(plan.slot_of)
         texts = plan.texts.slice(0, size).to_pylist()
+        self.count = count
         self.counts = CaptionCounts()
+        self.texts = 0
         self.uses = np.zeros(size, dtype=np.int64)
         self.lengths = np.zeros(LONGEST + 1, dtype=np.int64)
         separators = list(plan.separators)
@@ -90,8 +98,8 @@ class Tally:
         self.last_tokens = count(texts)
         self.tokens[separators] = self.last_tokens[separators] = 0
 
-    def add(self, arranged: Elements, counts: CaptionCounts) -> None:
-        """Count one chunk."""
+    def add(self, arranged: Elements, counts: CaptionCounts, texts: pa.Array | None) -> None:
+        """Count one chunk, each text with the tags of its post."""
         elements, ends = arranged.of, arranged.ends
         self.counts.add(counts)
         self.uses += np.bincount(elements, minlength=len(self.uses))
@@ -103,6 +111,9 @@ class Tally:
         has_word = places >= starts
         last = elements[np.maximum(places, 0)]
         totals -= np.where(has_word, self.tokens[last] - self.last_tokens[last], 0)
+        if texts is not None:
+            totals += self.count(pc.if_else(pc.equal(texts, ""), "", pc.binary_join_element_wise(texts, ",", "")))
+            self.texts += pc.sum(pc.not_equal(texts, "")).as_py() or 0
         self.lengths += np.bincount(np.minimum(totals, LONGEST), minlength=LONGEST + 1)
 
 
@@ -116,16 +127,19 @@ def measure_captions(
     rare_below: int = 0,
     threads: int = 1,
     on_progress: Progress | None = None,
+    texts: TextTable | None = None,
 ) -> CaptionStatistics:
-    """Make all captions of the selection without writing them, and count."""
+    """Make all captions of the selection without writing them, and count; `texts` go in with tags and text."""
+    recipe = recipe.with_text(texts is not None)
     posts = read_selected_posts(selection, "dateutil" if recipe.style == "hakubooru" else "iso")
     tags = read_tags(database)
     plan = plan_captions(recipe, tags)
     cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
     tokens_by, count = choose_counter(tokenizer)
 
-    def arrange(chunk: TagChunk) -> tuple[Elements, CaptionCounts]:
-        return arrange_elements(plan, chunk, posts, cutoffs)
+    def arrange(chunk: TagChunk) -> tuple[Elements, CaptionCounts, pa.Array | None]:
+        own = texts.texts_of(posts.ids[chunk.first : chunk.stop])[0] if texts else None
+        return (*arrange_elements(plan, chunk, posts, cutoffs), own)
 
     def tally_all(folder: Path | None) -> Tally:
         tally = Tally(plan, count)
@@ -144,7 +158,7 @@ def measure_captions(
         style=recipe.style,
         posts=tally.counts.posts,
         groups={
-            slot: int(tally.uses[plan.slot_of == number].sum())
+            slot: tally.texts if slot == "text" else int(tally.uses[plan.slot_of == number].sum())
             for number, slot in enumerate(plan.slots)
             if slot != SEPARATOR_SLOT
         },

@@ -12,16 +12,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.errors import UsageError
 
-CountTokens = Callable[[Sequence[str]], npt.NDArray[np.int64]]
+CountTokens = Callable[[Sequence[str] | pa.Array], npt.NDArray[np.int64]]
 
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """How CLIP cuts a text before its byte pairs are merged."""
 
-ESTIMATED_WORDS = re.compile(r"[^\W\d_]+|\d|[^\w\s]+|_")
-LETTERS_A_TOKEN = 5
+TOKEN_LIMITS = (75, 150, 225)
+"""The values of `max_token_length` that trainers have, without the start and end tokens."""
+
+ESTIMATED_TOKENS = re.compile(r"[^\W\d_]{1,5}|\d|_|[^\w\s]+")
+ESTIMATED_BY_ARROW = r"\p{L}{1,5}|\p{N}|_|[^\s\p{L}\p{N}_]+"
+"""One for each digit and each run of signs, one for every five letters begun; the same as Arrow writes it."""
 
 
 class NoTokenizer(UsageError):
@@ -93,14 +100,29 @@ def load_counter(folder: Path) -> CountTokens:
     """
     tokenizer = load_tokenizer(folder)
 
-    def count(texts: Sequence[str]) -> npt.NDArray[np.int64]:
-        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    def count(texts: Sequence[str] | pa.Array) -> npt.NDArray[np.int64]:
+        listed = texts.to_pylist() if isinstance(texts, pa.Array) else list(texts)
+        encoded = tokenizer.encode_batch(listed, add_special_tokens=False)
         return np.array([len(one.ids) for one in encoded], dtype=np.int64)
 
     return count
 
 
-def estimate_tokens(texts: Sequence[str]) -> npt.NDArray[np.int64]:
-    """A guess: one token for each digit and each run of signs, one for every five letters begun."""
-    return np.array([sum(-(-len(word) // LETTERS_A_TOKEN) if word[0].isalpha() else 1
-                         for word in ESTIMATED_WORDS.findall(text)) for text in texts], dtype=np.int64)  # fmt: skip
+def estimate_tokens(texts: Sequence[str] | pa.Array) -> npt.NDArray[np.int64]:
+    """A guess: one for each digit and each run of signs, one for every five letters begun."""
+    counts = pc.count_substring_regex(
+        texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string()), ESTIMATED_BY_ARROW
+    )
+    return np.asarray(counts.to_numpy(), dtype=np.int64)
+
+
+def count_over(count: CountTokens, captions: pa.StringArray) -> npt.NDArray[np.int64]:
+    """How many captions are longer than each of TOKEN_LIMITS once they are trained, with a comma between the parts."""
+    lengths = count(join_parts(captions))
+    return np.array([(lengths > limit).sum() for limit in TOKEN_LIMITS], dtype=np.int64)
+
+
+def join_parts(captions: pa.StringArray) -> pa.StringArray:
+    """Captions without their separators, as the trainer joins the parts."""
+    joined = pc.replace_substring_regex(captions, rf"\s*\|{{{len(SEPARATOR)}}}\s*", ", ")
+    return pc.utf8_trim(pc.replace_substring_regex(joined, "(, )+", ", "), ", ")

@@ -6,7 +6,7 @@ import contextlib
 import filecmp
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +17,8 @@ import pyarrow as pa
 from kohaku_wrap.dataset.captions import formats as formats_of
 from kohaku_wrap.dataset.captions.earlier import EarlierCaptions
 from kohaku_wrap.dataset.captions.folder import lock_captions
-from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, make_captions
+from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, arrange_elements, join_elements
+from kohaku_wrap.dataset.captions.mixing import BOTH, TextMix, put_texts
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
 from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.posts_summary import summarise_posts
@@ -25,6 +26,8 @@ from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
 from kohaku_wrap.dataset.captions.summary import write_summary
+from kohaku_wrap.dataset.captions.text_table import NoTexts, TextCounts, TextTable
+from kohaku_wrap.dataset.captions.tokens import CountTokens, count_over, estimate_tokens
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
@@ -50,6 +53,9 @@ class Piece:
     captions: pa.Array
     lines: pa.Buffer | None
     entries: pa.Buffer | None
+    text_counts: TextCounts
+    texts: tuple[pa.Array, npt.NDArray[np.int32]] | None
+    """Of the images: their texts, and the bytes of each caption before the place of its text."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,22 @@ class Work:
     images: CaptionImages | None
     folder: Path
     formats: tuple[str, ...]
+    texts: TextTable | None
+    count_tokens: CountTokens
 
     def make_piece(self, chunk: TagChunk) -> Piece:
         """Make the captions of a chunk and put them into buffers of the forms that are one file."""
-        captions, counts = make_captions(self.plan, chunk, self.posts, self.cutoffs)
+        elements, counts = arrange_elements(self.plan, chunk, self.posts, self.cutoffs)
+        tagged, text_at = join_elements(self.plan, elements)
+        captions, own, texts, text_counts = tagged, tagged, None, TextCounts()
+        if self.texts and text_at is not None:
+            ids = self.posts.ids[chunk.first : chunk.stop]
+            texts, text_counts = self.texts.texts_of(ids)
+            both = put_texts(tagged, texts, text_at, np.full(len(ids), BOTH, dtype=np.int8))
+            text_counts.over = count_over(self.count_tokens, both)
+            captions = mix_once(self.plan.recipe.text, ids, tagged, texts, text_at)
         here = self.images.slice_of(chunk.first, chunk.stop) if self.images else slice(0, 0)
-        own = captions
+        with_texts = None
         lines = entries = None
         escaped = formats_of.escape_json(captions) if {"jsonl", "cache"} & set(self.formats) else captions
         prefix = formats_of.path_prefix(self.folder)
@@ -76,12 +92,14 @@ class Work:
             lines = self._lines(chunk, here, escaped, prefix)
         if self.images:
             rows = pa.array(self.images.places[here] - chunk.first)
-            own = captions.take(rows)
+            own = tagged.take(rows)
+            if texts is not None and text_at is not None:
+                with_texts = texts.take(rows), text_at[self.images.places[here] - chunk.first]
             if "cache" in self.formats:
                 files = self.images.files.slice(here.start, here.stop - here.start)
                 sizes = self.images.widths[here], self.images.heights[here]
                 entries = formats_of.cache_entries(prefix, files, escaped.take(rows), *sizes)
-        return Piece(chunk.stop - chunk.first, counts, here, own, lines, entries)
+        return Piece(chunk.stop - chunk.first, counts, here, own, lines, entries, text_counts, with_texts)
 
     def _lines(self, chunk: TagChunk, here: slice, escaped: pa.Array, prefix: str) -> pa.Buffer:
         """Every post's line: with its image's own name and size, or with the name that it would have."""
@@ -98,6 +116,13 @@ class Work:
         return formats_of.json_lines(prefix, files, escaped, widths, heights)
 
 
+def mix_once(
+    mix: TextMix, ids: npt.NDArray[np.int64], captions: pa.Array, texts: pa.Array, places: npt.NDArray[np.int32]
+) -> pa.Array:
+    """The captions of files, for which tags, text or both are drawn once, by the id alone."""
+    return put_texts(captions, texts, places, mix.choose(0, 0, ids))
+
+
 def write_captions(
     database: Source,
     selection: Path,
@@ -107,13 +132,19 @@ def write_captions(
     dataset: str = "",
     threads: int = 1,
     on_progress: Progress | None = None,
+    texts: TextTable | None = None,
+    count_tokens: CountTokens = estimate_tokens,
 ) -> CaptionReport:
     """Write the captions of a selection into the image folder in `formats`, and captions.arrow with them.
 
     Files that are right already are left alone; the others appear whole or not at all. Text files are finished one
     by one, so an interrupted call can simply be repeated. Raises NoImages when only formats that list images are
-    asked for and there are none, CaptionsBusy while another call writes in the folder.
+    asked for and there are none, CaptionsBusy while another call writes in the folder. `texts`: natural-language
+    captions as one more group, whose tokens are counted by `count_tokens`; raises NoTexts where the style has no place.
     """
+    recipe = recipe.with_text(texts is not None)
+    if texts and recipe.style == "hakubooru":
+        raise NoTexts("the style hakubooru has no place for texts", "Leave --text out, or use --style kohaku.")
     posts = read_selected_posts(selection, "dateutil" if recipe.style == "hakubooru" else "iso")
     images = find_images(folder, posts.ids)
     notes = []
@@ -134,7 +165,7 @@ def write_captions(
     plan = plan_captions(recipe, tags)
     notes += [f"the recipe names {name!r}, which fits no tag of the database" for name in plan.unused]
     cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
-    work = Work(database, plan, posts, cutoffs, images, folder, tuple(formats))
+    work = Work(database, plan, posts, cutoffs, images, folder, tuple(formats), texts, count_tokens)
     about = {
         "dataset": dataset,
         "style": plan.recipe.style,
@@ -142,28 +173,32 @@ def write_captions(
         "selection_sha256": sha256_of_file(selection),
     }
 
-    def read_and_write(spill_folder: Path | None) -> tuple[CaptionCounts, dict[str, Changes], str]:
+    def read_and_write(spill_folder: Path | None) -> Written:
         pieces = map_tag_chunks(database, tags, posts.ids, work.make_piece, threads, spill_folder)
         return write_pieces(work, pieces, about, on_progress)
 
     with lock_captions(folder):
         try:
-            counts, changes, digest = read_and_write(None)
+            written = read_and_write(None)
             sorted_rows = False
         except RowsOutOfOrder:
-            counts, changes, digest = read_and_write(folder)
+            written = read_and_write(folder)
             sorted_rows = True
-    if images and digest:
+    if images and written.digest:
         with contextlib.suppress(OSError):  # what is only shown fails no captions
-            write_summary(folder, digest, summarise_posts(database, plan, posts, images, selection, folder))
+            write_summary(folder, written.digest, summarise_posts(database, plan, posts, images, selection, folder))
+    counts = written.counts
+    if texts:
+        notes += describe_texts(texts, written.text_counts, posts=counts.posts)
     return CaptionReport(
         style=recipe.style,
         dataset=dataset,
         posts=counts.posts,
         images=len(images) if images else 0,
         vanished=images.vanished if images else 0,
-        formats=changes,
-        digest=digest,
+        formats=written.changes,
+        digest=written.digest,
+        texts=written.text_counts.as_document(texts is not None),
         tags=dict(zip(FATES, counts.tags.tolist(), strict=True)),
         duplicates=counts.duplicates,
         lacking=dict(zip(POST_COUNTS, counts.lacking.tolist(), strict=True)),
@@ -173,11 +208,21 @@ def write_captions(
     )
 
 
+@dataclass
+class Written:
+    """What was counted while all pieces were written, what changed in each format, and the digest of captions.arrow."""
+
+    counts: CaptionCounts
+    text_counts: TextCounts
+    changes: dict[str, Changes]
+    digest: str = ""
+
+
 def write_pieces(
     work: Work, pieces: Iterator[Piece], about: Mapping[str, str], on_progress: Progress | None
-) -> tuple[CaptionCounts, dict[str, Changes], str]:
-    """Write all pieces in order; the counts, what changed in each format, and the digest."""
-    counts = CaptionCounts()
+) -> Written:
+    """Write all pieces in order."""
+    counts, text_counts = CaptionCounts(), TextCounts()
     images = work.images
     changes: dict[str, Changes] = {}
     same = 0
@@ -196,10 +241,12 @@ def write_pieces(
         columns = None
         if images:
             stream = replace("arrow", CAPTIONS_FILE, len(images))
-            columns = stack.enter_context(ColumnsWriter(stream, {"count": len(images), **about}))
+            shares = asdict(work.plan.recipe.text) if work.texts else None
+            columns = stack.enter_context(ColumnsWriter(stream, {"count": len(images), **about}, text_shares=shares))
         first_entry = True
         for piece in pieces:
             counts.add(piece.counts)
+            text_counts.add(piece.text_counts)
             if lines and piece.lines is not None:
                 lines.write(piece.lines)
             if cache and piece.entries is not None and piece.entries.size:
@@ -210,8 +257,9 @@ def write_pieces(
             if columns and images:
                 here = piece.images
                 files = images.files.slice(here.start, here.stop - here.start)
-                columns.write(images.ids[here], files, images.widths[here], images.heights[here], piece.captions)
-                same += earlier.count_same(images.ids[here], piece.captions)
+                sizes = images.widths[here], images.heights[here]
+                columns.write(images.ids[here], files, *sizes, piece.captions, *(piece.texts or ()))
+                same += earlier.count_same(images.ids[here], piece.captions, piece.texts and piece.texts[0])
             if on_progress:
                 on_progress(counts.posts, len(work.posts))
         if cache:
@@ -222,29 +270,35 @@ def write_pieces(
             gone = earlier.files_gone(images.ids)
             if "txt" in work.formats:
                 # Before captions.arrow is replaced, which knows the texts that an earlier call wrote.
-                written, kept = write_texts(work.folder, images, Path(stream.name), on_progress)
+                written, kept = write_texts(work, images, Path(stream.name), on_progress)
                 changes["txt"] = Changes(written, kept, remove_text_files(work.folder, gone))
     if images:
         changes["arrow"] = Changes(len(images) - same, same, len(gone))
-    return counts, changes, digest
+    return Written(counts, text_counts, changes, digest)
 
 
-def write_texts(folder: Path, images: CaptionImages, columns: Path, on_progress: Progress | None) -> tuple[int, int]:
+def write_texts(work: Work, images: CaptionImages, columns: Path, on_progress: Progress | None) -> tuple[int, int]:
     """Write the .txt files of the captions in a finished `captions.arrow`; how many were written and how many kept.
 
     One thread does it after all captions are made: beside other threads it would wait for the interpreter's lock
     after each of its many short system calls. The file is read in pieces and not mapped, so memory stays small.
     """
     starts = [0]
+    names = ("file", "caption", *(("id", "text", "text_at") if work.texts else ()))
 
     def write_batch(batch: pa.RecordBatch) -> tuple[int, int]:
         start = starts[-1]
         starts.append(start + batch.num_rows)
         has_text = images.has_text[start : starts[-1]]
-        return formats_of.write_text_files(folder, batch.column("file"), batch.column("caption"), has_text)
+        captions = batch["caption"]
+        if work.texts:
+            ids, places = batch["id"].to_numpy(), batch["text_at"].to_numpy()
+            own = captions.cast(pa.string()), batch["text"].cast(pa.string())
+            captions = mix_once(work.plan.recipe.text, ids, *own, places)
+        return formats_of.write_text_files(work.folder, batch["file"], captions, has_text)
 
     written = kept = 0
-    for wrote, left in map_in_order(write_batch, read_batches(columns, "file", "caption"), 1):
+    for wrote, left in map_in_order(write_batch, read_batches(columns, *names), 1):
         written, kept = written + wrote, kept + left
         if on_progress:
             on_progress(written + kept, len(images))
@@ -283,6 +337,24 @@ def remove_text_files(folder: Path, files: Sequence[str]) -> int:
             path.unlink()
             removed += 1
     return removed
+
+
+def describe_texts(texts: TextTable, counts: TextCounts, posts: int) -> Iterator[str]:
+    """What is worth knowing of natural-language captions."""
+    if not counts.with_text:
+        yield f"{texts.path}: no text of any of the {posts:,} selected posts; are its ids those of posts?"
+        return
+    yield (
+        "tags, text or both: drawn once for each image in .txt, metadata_cache.json and captions.jsonl; anew for each "
+        'epoch and image where kwrap.data = "kwrap"'
+    )
+    if counts.tight_commas:
+        yield (
+            f"{counts.tight_commas:,} texts have a comma without one space after it, where plain sd-scripts writes one "
+            'when it shuffles; kwrap.data = "kwrap" changes no text'
+        )
+    if texts.repeated:
+        yield f"{texts.path}: {texts.repeated:,} rows repeat an id; the first of each counts"
 
 
 def find_stale_files(folder: Path, formats: Sequence[str], images: CaptionImages | None) -> Iterator[str]:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from kohaku_wrap.dataset.captions.statistics import LONGEST, TOKEN_LIMITS, choose_counter, quantiles_of
+from kohaku_wrap.dataset.captions.mixing import BOTH, put_text, put_texts
+from kohaku_wrap.dataset.captions.statistics import LONGEST, choose_counter, quantiles_of
+from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS, join_parts
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.dataset.own.report import REPORT_FILE
@@ -56,10 +59,13 @@ class ImageExplanation:
     """Where the caption comes from; empty where that is not recorded."""
 
     raw: str
-    """The whole text that is stored, all its lines."""
+    """The whole caption that is stored, all its lines."""
+
+    text: str
+    """Its natural-language caption; empty for none."""
 
     trained: tuple[str, ...]
-    """The line that is trained, with prefix and suffix of the subset; several where one of them is drawn each time."""
+    """What is trained, with prefix and suffix of the subset; several where one of them is drawn each time."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,10 @@ def explain_image(image: Path, folder: Path | None) -> ImageExplanation:
     row = rows[0]
     subset = (read_subsets(folder) or ONE_SUBSET)[int(columns.subsets[row])]
     raw, source = columns.caption_of(row), imported.get(int(columns.ids[row]))
+    text = columns.texts[row] if columns.texts else ""
+    shares = [columns.text_shares.get(name, 0) for name in ("tags", "text", "both")] if text else [1.0]
+    place = int(columns.text_places[row]) if text else 0
+    captions = [put_text(raw, text, place, form) for form, share in enumerate(shares) if share]
     return ImageExplanation(
         id=int(columns.ids[row]),
         file=columns.files[row],
@@ -144,7 +154,8 @@ def explain_image(image: Path, folder: Path | None) -> ImageExplanation:
         options=subset.options,
         origin=find_origin(folder, subset.name, source.source if source else ""),
         raw=raw,
-        trained=trained_lines(raw, subset.options),
+        text=text,
+        trained=tuple(line for each in captions for line in trained_lines(each, subset.options)),
     )
 
 
@@ -185,19 +196,23 @@ def measure_folder(
     lengths = np.zeros(LONGEST + 1, dtype=np.int64)
     empty = several = whole = done = 0
     style = ""
-    for batch in read_batches(find_captions(folder), "caption"):
+    for batch in read_batches(find_captions(folder), "caption", "text", "text_at"):
         style = style or str(json.loads(batch.schema.metadata[b"kwrap"]).get("style", ""))
-        texts = []
-        for raw, place in zip(batch.column(0).to_pylist(), columns.subsets[done:].tolist(), strict=False):
+        longest = []
+        for raw, place in zip(batch["caption"].to_pylist(), columns.subsets[done:].tolist(), strict=False):
             lines = trained_lines(raw, subsets[place].options)
             uses[place].update({word.strip() for line in lines for part in line.split(SEPARATOR)
                                 for word in part.split(",")} - {""})  # fmt: skip
             empty += not any(map(str.strip, lines))
             several += "\n" in raw
             whole += SEPARATOR not in raw
-            texts.append(", ".join(part for each in lines[0].split(SEPARATOR) if (part := each.strip())))
-        lengths += np.bincount(np.minimum(count(texts), LONGEST), minlength=LONGEST + 1)
-        done += len(texts)
+            longest.append(lines[0])
+        captions = pa.array(longest, pa.string())
+        if columns.texts:
+            own, forms = batch["text"].cast(pa.string()), np.full(len(captions), BOTH, dtype=np.int8)
+            captions = put_texts(captions, own, batch["text_at"].to_numpy(), forms)
+        lengths += np.bincount(np.minimum(count(join_parts(captions)), LONGEST), minlength=LONGEST + 1)
+        done += len(captions)
         if on_progress:
             on_progress(done, len(columns))
     images = np.bincount(columns.subsets, minlength=len(subsets)).tolist()

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kohaku_wrap.dataset.captions.text_table import TEXT_COLUMNS
 from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
 from kohaku_wrap.errors import UsageError, reason_of
 from kohaku_wrap.files import parse_json, read_regular
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
-TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description")
 TAGS_COLUMN = "tags"
 
 

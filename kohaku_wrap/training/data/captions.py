@@ -103,6 +103,14 @@ def split_tags(text: str, options: CaptionOptions) -> list[str]:
     return [tag.strip() for tag in text.split(options.caption_separator) if tag.strip()]
 
 
+def choose_sign(caption: str) -> str:
+    """A sign that the caption does not have, to stand for a text that must stay whole."""
+    sign = "\ufffc"
+    while sign in caption:
+        sign += "\ufffc"
+    return sign
+
+
 def choose_wildcards(caption: str, draw: random.Random) -> str:
     """One line of the caption with each `{a|b}` replaced by one of its words; `{{` and `}}` are braces."""
     if "\n" in caption:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -19,10 +20,11 @@ from torch.utils.data import Dataset
 
 from kohaku_wrap.config.run_files import find_image_folder, flatten_dataset, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketAssignment, BucketOptions, assign_buckets, find_crop_corners
+from kohaku_wrap.dataset.captions.mixing import TAGS, TextMix, put_text
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.streams import draws, stream_key
-from kohaku_wrap.training.data.captions import CaptionOptions, process_caption
+from kohaku_wrap.training.data.captions import CaptionOptions, choose_sign, process_caption
 from kohaku_wrap.training.data.images import (
     INTERPOLATIONS,
     UnreadableImage,
@@ -184,6 +186,7 @@ class ColumnsDataset(Dataset[dict[str, Any]]):
         self.buckets: BucketAssignment = assign_buckets(columns.widths, columns.heights, options.buckets)
         self.entries = Entries(columns.subsets, [each.num_repeats for each in (options, *options.later_subsets)])
         self.order = BatchOrder(self.entries.of_rows(self.buckets.bucket_of_image), batch_size, seed, group)
+        self.text_mix = TextMix(**columns.text_shares)
         # Shared with the loader workers, which only add to it.
         self._images_loaded_too_early = multiprocessing.Value("q", 0)
 
@@ -212,8 +215,19 @@ class ColumnsDataset(Dataset[dict[str, Any]]):
             crop = tuple(draw.randint(0, side) if side else 0 for side in spare)
         else:
             crop = tuple(side // 2 for side in spare)
-        caption = process_caption(self.columns.caption_of(row), options.captions, epoch, draw)
+        caption = self.draw_caption(row, options.captions, epoch, repeat, draw)
         return Item(row, image_id, flipped, (crop[0], crop[1]), caption)
+
+    def draw_caption(self, row: int, options: CaptionOptions, epoch: int, repeat: int, draw: random.Random) -> str:
+        """What is trained of the tags, of the image's text, or of both; a text is one piece that nothing changes."""
+        tags, text = self.columns.caption_of(row), self.columns.texts[row] if self.columns.texts else ""
+        if not text:
+            return process_caption(tags, options, epoch, draw)
+        form = int(self.text_mix.choose(self.seed, epoch, self.columns.ids[row : row + 1], repeat)[0])
+        sign = choose_sign(tags)
+        whole = put_text(tags, sign, int(self.columns.text_places[row]), form)
+        caption = process_caption(whole, options, epoch, draw)
+        return caption if form == TAGS else caption.replace(sign, text)
 
     def draw_batch(self, key: BatchKey) -> list[Item]:
         """The items of a batch as far as they are known without opening an image."""
