@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.dataset.captions.statistics import LONGEST, TOKEN_LIMITS, choose_counter, quantiles_of
+from kohaku_wrap.dataset.captions.statistics import LONGEST, choose_counter, quantiles_of
+from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
 from kohaku_wrap.files import parse_json, read_regular, write_text
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches
 
