@@ -2,40 +2,67 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, show_path
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, show_path
+from kohaku_wrap.errors import UsageError
 
 
 @click.command(
     epilog="""\b
 Examples:
   kwrap report epsilon
-  kwrap report epsilon epsilon-low-rate -o both.html"""
+  kwrap report epsilon epsilon-low-rate -o both.html
+  kwrap report epsilon --watch
+  kwrap report --index runs"""
 )
-@click.argument("names", metavar="RUN...", nargs=-1, required=True)
+@click.argument("names", metavar="[RUN]...", nargs=-1)
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="The page; else report.html in the first run's folder.")  # fmt: skip
+@click.option("--watch", is_flag=True, help="Write it anew as the run goes, until it has ended or Ctrl-C.")
+@click.option("--index", "index", type=click.Path(path_type=Path), metavar="RUNS",
+              help="One page over all runs of this folder, in place of RUN.")  # fmt: skip
 @site_option
 @json_option
 @beyond_output()
-def command(names: tuple[str, ...], out: Path | None, site_file: Path | None, as_json: bool) -> None:
+def command(
+    names: tuple[str, ...], out: Path | None, watch: bool, index: Path | None, site_file: Path | None, as_json: bool
+) -> None:
     """Show runs on one page, and where they came from.
 
     One HTML file that works offline, by mail and from a USB stick: where the run stands, whether `kwrap verify` proved
     it, curves of loss, rates and speed over all attempts, and every option with the layer that set it. Several runs
     are laid over each other. Nothing of the run is changed, and no model is read.
     """
-    from kohaku_wrap.reporting.page import write_page
-    from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.reporting.page import PAGE_FILE, RELOAD_SECONDS, write_index, write_page
+    from kohaku_wrap.training.records.folder import find_run, list_runs
+    from kohaku_wrap.training.supervising.status import read_status
 
-    folders = runs_folders(site_file)
-    runs = [find_run(name, folders) for name in names]
-    page = out or runs[0].folder / "report.html"
-    write_page(runs, page)
+    if index is not None:
+        if names or watch:
+            raise UsageError("--index is a page over all runs of a folder", "Leave RUN and --watch out.")
+        runs = list(list_runs(index))
+        if not runs:
+            raise UsageError(f"{index}: no run in it", "Give the folder that the runs lie in, such as runs.")
+        page = out or index / "index.html"
+        for unreadable in write_index(runs, page):
+            print_note(f"note: left out: {unreadable}")
+    elif not names:
+        raise UsageError("no RUN given", "Name a run or its folder, or give --index RUNS for a page over all.")
+    else:
+        folders = runs_folders(site_file)
+        runs = [find_run(name, folders) for name in names]
+        page = out or runs[0].folder / PAGE_FILE
+        write_page(runs, page, is_live=watch)
+        while watch and any(read_status(run).condition in ("new", "running") for run in runs):
+            time.sleep(RELOAD_SECONDS / 2)
+            for run in runs:
+                run.forget_lock()
+            write_page(runs, page, is_live=True)
     if as_json:
         print_json("report", {"page": page, "runs": [run.folder for run in runs], "size_bytes": page.stat().st_size})
         return

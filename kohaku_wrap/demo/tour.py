@@ -93,6 +93,7 @@ def result_stages(site: Site) -> list[Stage]:
         Stage("network", ("inspect", str(network)), network),
         Stage("baked model", ("merge", "base + 1.0 * net(epsilon)", *models, "-o", str(baked)), baked),
         Stage("inspection", ("inspect", str(baked))),
+        Stage("page of the run", ("report", str(run)), run / "report.html"),
     ]
 
 
@@ -166,6 +167,7 @@ def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) ->
 def print_next(run: Path, demo: bool) -> None:
     """Print the command to try, and what it takes to try it."""
     print(f"Next: {command_line('status', run)}")
+    print(f"Open in a browser: {run / 'report.html'}")
     if shutil.which("kwrap") is None:
         print("(`. .venv/bin/activate` puts kwrap on the path)")
     if demo:

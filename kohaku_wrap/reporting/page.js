@@ -34,9 +34,9 @@
     const axis = plot.dataset.axis, low = +plot.dataset.xLow, high = +plot.dataset.xHigh;
     const at = ((x - low) / (high - low)) * 1000;
     plot.querySelector(".cursor").setAttribute("d", `M${at},0 ${at},200`);
-    const near = (high - low) / 60;
     const words = pieces(chart.dataset.chart).flatMap((piece) => {
-      const spot = nearest(piece.x[axis], x);
+      const places = piece.x[axis], spot = nearest(places, x);
+      const near = Math.max((high - low) / 60, (places[places.length - 1] - places[0]) / Math.max(1, places.length - 1) * 0.6);
       if (Math.abs(piece.x[axis][spot] - x) > near) return [];
       const span = piece.low[spot] === piece.high[spot] ? "" : ` (${number(piece.low[spot])} to ${number(piece.high[spot])})`;
       return [`${piece.label}, attempt ${piece.attempt}${piece.kept ? "" : ", trained again later"}, step ${number(piece.x.steps[spot])}: ${number(piece.value[spot])}${span}`];
@@ -98,6 +98,17 @@
     dialog.querySelector("button").addEventListener("click", () => dialog.close());
     dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
   }
+
+  // A table of runs is sorted by the column whose head is pressed, and the other way when it is pressed again.
+  all("table.sortable thead button").forEach((button, column) => button.addEventListener("click", () => {
+    const head = button.parentElement, body = head.closest("table").tBodies[0];
+    const falls = head.getAttribute("aria-sort") === "ascending";
+    all("th", head.parentElement).forEach((each) => each.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", falls ? "descending" : "ascending");
+    const value = (row) => { const cell = row.cells[column]; return "sort" in cell.dataset ? parseFloat(cell.dataset.sort) : cell.textContent.trim(); };
+    const compare = (one, two) => (typeof one === "string" ? one.localeCompare(two) : (isNaN(one) ? -Infinity : one) - (isNaN(two) ? -Infinity : two) || 0);
+    body.append(...[...body.rows].sort((one, two) => compare(value(one), value(two)) * (falls ? -1 : 1)));
+  }));
 
   // A page of a run that goes on reloads itself, and stays where it was scrolled to.
   const reload = +document.body.dataset.reload;

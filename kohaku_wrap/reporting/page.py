@@ -15,16 +15,23 @@ import jinja2
 from markupsafe import Markup
 
 import kohaku_wrap
-from kohaku_wrap.errors import command_line
+from kohaku_wrap.errors import KwrapError, command_line, reason_of
 from kohaku_wrap.files import write_text
 from kohaku_wrap.reporting.charts import Mark, colour_of, draw_chart
 from kohaku_wrap.reporting.curves import AXES, TITLES, Piece
 from kohaku_wrap.reporting.facts import RunFacts, describe_machine, list_versions, next_command, read_facts
+from kohaku_wrap.reporting.pictures import refer
 from kohaku_wrap.reporting.story import show_duration, show_time
+from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.verification import judge_verification
 from kohaku_wrap.training.supervising.other_lock import compare_options
+from kohaku_wrap.training.supervising.status import read_status
 
 HERE = Path(__file__).parent
+PAGE_FILE = "report.html"
+"""Of a run, in its folder."""
+
 SCHEMA_VERSION = 1
 STEERING = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Unicode's kinds of characters that steer a line or its direction, or are none."""
@@ -170,6 +177,28 @@ def list_legend(pieces: Sequence[Piece], runs: int) -> list[tuple[int, str]]:
         for piece in pieces
     }
     return [(colour, label) for label, colour in entries.items()]
+
+
+def write_index(runs: Sequence[Run], path: Path) -> list[str]:
+    """Write one page over all these runs; what is wrong with those that cannot be read."""
+    folder = path.absolute().parent
+    rows, unreadable = [], []
+    for run in runs:
+        try:
+            status = read_status(run)
+            verdict = judge_verification(run, list_attempts(run))
+            rows.append((run, status, verdict, refer(run.folder / PAGE_FILE, folder)))
+        except (KwrapError, OSError) as error:
+            unreadable.append(f"{run.name}: {error.message if isinstance(error, KwrapError) else reason_of(error)}")
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "runs": [],
+        "index": [{"name": run.name, "condition": status.condition, "optimizer_step": status.optimizer_step,
+                   "standing": verdict.standing} for run, status, verdict, _ in rows],
+    }  # fmt: skip
+    text = render("index.html", f"{len(rows)} runs", document, rows=rows, unreadable=unreadable)
+    write_text(path, text)
+    return unreadable
 
 
 def write_page(runs: Sequence[Run], path: Path, *, is_live: bool = False) -> None:

@@ -174,3 +174,18 @@ def test_two_runs_lie_over_each_other_with_the_options_that_differ(new_run: NewR
 def test_a_run_that_has_not_begun_has_a_page(new_run: NewRun) -> None:
     page = make_page(new_run("new"))
     assert "not begun at optimizer step 0 of" in page.text and "No optimizer step is recorded yet." in page.text
+
+
+def test_one_page_over_all_runs_names_those_that_cannot_be_read(new_run: NewRun, tmp_path: Path) -> None:
+    train(new_run("done"))
+    new_run(HOSTILE)
+    (new_run("broken").folder / "run.lock.toml").write_text("= not TOML")
+    page = Page(Path(run_json("report", "--index", tmp_path / "runs")["page"]))
+    told = {each["name"]: each["condition"] for each in page.data["index"]}
+    assert told == {"done": "finished", HOSTILE: "new"}
+    assert "broken: " in page.text and "img" not in [tag for tag, _ in page.elements]
+
+
+def test_watching_ends_with_the_run(crashed_and_resumed: Run) -> None:
+    page = Path(run_json("report", crashed_and_resumed.folder, "--watch")["page"])
+    assert 'data-reload="0"' in page.read_text(encoding="utf-8")

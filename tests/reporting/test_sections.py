@@ -120,7 +120,7 @@ def add_pictures(run: Run) -> None:
     """What `kwrap sample` and sd-scripts leave in a run, with names of their own and hostile labels."""
     for step in (2, 4):
         folder = run.folder / "samples" / f"optimizer-step-{step:08d}"
-        draw(folder, f"a_1_{step:012x}.png")
+        draw(folder, f"a_1_{step:012x}.png", ("red", "green")[step // 4])
         draw(folder, f"b {HOSTILE.replace('/', '')} #?%.png", "blue")
         draw(folder, "contact-sheet.png")
         draw(folder, ".half.png")

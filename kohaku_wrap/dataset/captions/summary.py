@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,13 @@ def describe_scores(scores: npt.NDArray[np.integer[Any]]) -> dict[str, int]:
 
 
 def write_summary(images: Path, digest: str, summary: Mapping[str, Any]) -> None:
-    """Keep the summary beside the columns whose digest it is bound to. Raises OSError."""
-    text = json.dumps({"format": FORMAT, "captions_digest": digest, **summary}, indent=1, ensure_ascii=False)
-    write_text(images / SUMMARY_FILE, text + "\n")
+    """Keep the summary beside the columns whose digest it is bound to; the same one is left alone. Raises OSError."""
+    text = json.dumps({"format": FORMAT, "captions_digest": digest, **summary}, indent=1, ensure_ascii=False) + "\n"
+    path = images / SUMMARY_FILE
+    with suppress(OSError, ValueError):
+        if read_regular(path) == text:
+            return
+    write_text(path, text)
 
 
 def read_summary(folder: Path, digest: str) -> dict[str, Any]:
