@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -155,16 +156,26 @@ def train_with_kills(
     logs: Path,
     environment: Mapping[str, str] | None = None,
     longer: Mapping[int, Sequence[str]] | None = None,
-) -> None:
+    branched: int = 0,
+    moved: int = 0,
+) -> Run:
     """Train to the end: `arguments` starts the run, each kill ends an attempt, `kwrap resume` starts the next one.
 
     `workers`: loader workers of each attempt. `longer`: attempts that `kwrap extend` starts instead, with its options.
-    Raises ProcessFailed when a process ends by itself before its kill, or
-    the last one does not finish.
+    `branched`: the attempt that `kwrap branch` starts instead, as the first one of a new run; `moved`: the attempt
+    before which the run's folder is moved and renamed. Returns the run as it is then. Raises ProcessFailed when a
+    process ends by itself before its kill, or the last one does not finish.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    before = 0
     for number in range(len(kills) + 1):
-        if number:
+        if number and number + 1 == moved:
+            run = move_run(run)
+        if number and number + 1 == branched:
+            new = Run(run.folder.with_name(f"{run.name}-branch"))
+            arguments = ("branch", str(run.folder), "--run", new.name)
+            run, before = new, number
+        elif number:
             loaders = workers[min(number, len(workers) - 1)]
             options = (longer or {}).get(number + 1)
             verb = ("resume",) if options is None else ("extend", *options)
@@ -173,7 +184,16 @@ def train_with_kills(
         if number == len(kills) or kills[number].to_end:
             run_kwrap(arguments, log, environment)
             continue
-        kill_midway(run, arguments, kills[number], number + 1, log, environment)
+        kill_midway(run, arguments, kills[number], number + 1 - before, log, environment)
+    return run
+
+
+def move_run(run: Run) -> Run:
+    """The run in another folder, under another name, as a person moves it."""
+    target = run.folder.parent / "elsewhere" / f"{run.name}-renamed"
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(run.folder, target)
+    return Run(target)
 
 
 def kill_midway(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ CHECKED_FIELDS = {
     "learning_rate": "learning rate",
 }
 """What two records of one position must agree in, and in words."""
+
+STEP_IN_NAME = re.compile(r"step-?(\d{8,})")
 
 METRICS = ("loss", "loss_average", "lr_unet", "lr_text_encoder", "images")
 
@@ -64,7 +68,10 @@ class Likeness:
 
 
 def compare_runs(whole: Run, interrupted: Run) -> Likeness:
-    """What is the same in both. Raises Difference with the first thing that is not."""
+    """What is the same in both. Raises Difference with the first thing that is not.
+
+    A branch is compared together with the part of its parent that it began from.
+    """
     records, repeated = read_positions(whole)[0], read_positions(interrupted)
     compare_records(records, repeated[0])
     steps = compare_metrics(whole, interrupted)
@@ -85,6 +92,9 @@ def read_positions(run: Run) -> tuple[Records, int]:
     Raises Difference where two attempts trained one position differently.
     """
     files = [read_ledger_file(path)[1] for _, _, path in list_ledger_files(run.ledger)]
+    if parent := find_parent(run):
+        earlier = read_positions(parent)[0]
+        files.append(earlier[earlier["optimizer_step"] <= run.first_optimizer_step])
     records = np.concatenate(files)
     records = records[np.lexsort((records["attempt"], records["position"], records["epoch"]))]
     again = (records["epoch"][1:] == records["epoch"][:-1]) & (records["position"][1:] == records["position"][:-1])
@@ -111,7 +121,7 @@ def compare_record(one: Any, other: Any, who: str) -> None:
 
 
 def compare_metrics(whole: Run, interrupted: Run) -> int:
-    lines, others = read_metrics(whole), read_metrics(interrupted)
+    lines, others = read_lines(whole), read_lines(interrupted)
     if len(lines) != len(others):
         raise Difference(f"{len(lines)} optimizer steps uninterrupted, {len(others)} with kills")
     for line, other in zip(lines, others, strict=True):
@@ -124,10 +134,23 @@ def compare_metrics(whole: Run, interrupted: Run) -> int:
     return len(lines)
 
 
+def find_parent(run: Run) -> Run | None:
+    """The run beside it that a branch began from; None for a run that is none."""
+    origin = run.lock.origin
+    return Run(run.folder.with_name(origin.run)) if origin else None
+
+
+def read_lines(run: Run) -> list[dict[str, Any]]:
+    """The metrics that count, of a branch with those of its parent up to its beginning."""
+    parent = find_parent(run)
+    earlier = read_lines(parent) if parent else []
+    return [line for line in earlier if line["optimizer_step"] <= run.first_optimizer_step] + read_metrics(run)
+
+
 def compare_names(whole: Run, interrupted: Run) -> list[str]:
     """What checkpoints are called after the run's name; the names of states must agree too.
 
-    A run that was made longer keeps the network that it ended with before.
+    A run that was made longer keeps the network that it ended with before; a branch has none of before its beginning.
     """
     ends = {f"-step{chapter.total_optimizer_steps:08d}.safetensors" for chapter in interrupted.lock.chapters[:-1]}
     for what, folder, pattern in (("states left", "states", "[!.]*"), ("checkpoints", "checkpoints", "*.safetensors")):
@@ -135,10 +158,17 @@ def compare_names(whole: Run, interrupted: Run) -> list[str]:
             sorted(path.name.removeprefix(run.output_name) for path in (run.folder / folder).glob(pattern))
             for run in (whole, interrupted)
         )
+        names = [name for name in names if step_of(name) > interrupted.first_optimizer_step]
         others = [name for name in others if name in names or name not in ends]
         if names != others:
             raise Difference(f"{what}: {', '.join(names)}; {', '.join(others)}")
     return names
+
+
+def step_of(name: str) -> float:
+    """The optimizer step in the name of a state or a checkpoint; beyond all for the last one."""
+    found = STEP_IN_NAME.search(name)
+    return int(found[1]) if found else math.inf
 
 
 def compare_networks(one: Path, other: Path) -> int:

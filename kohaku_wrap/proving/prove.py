@@ -91,6 +91,12 @@ class Case:
     longer: Mapping[int, tuple[str, ...]] = field(default_factory=dict, compare=False)
     """Attempts that `kwrap extend` begins, and how much longer each makes the run."""
 
+    branched: int = 0
+    """The attempt that `kwrap branch` begins, in a new run with nothing changed; 0 for none."""
+
+    moved: int = 0
+    """The attempt before which the run is moved and renamed; 0 for none."""
+
 
 def read_cases() -> tuple[Case, ...]:
     """The cases of proofs/resume.toml, which says what each key means."""
@@ -106,6 +112,8 @@ def read_cases() -> tuple[Case, ...]:
             ),
             settings=tuple(case.get("settings", [])),
             longer={int(attempt): tuple(options) for attempt, options in case.get("longer", {}).items()},
+            branched=case.get("branched", 0),
+            moved=case.get("moved", 0),
         )
         for case in document["case"]
     )
@@ -161,8 +169,17 @@ class Bench:
         arguments += [part for setting in settings for part in ("--set", setting)]
         run = Run(self.runs / case.name)
         logs = self.folder / "logs" / self.engine
-        train_with_kills(run, tuple(arguments), case.kills, case.workers, logs, configuration.environment, case.longer)
-        return run
+        return train_with_kills(
+            run,
+            tuple(arguments),
+            case.kills,
+            case.workers,
+            logs,
+            configuration.environment,
+            case.longer,
+            case.branched,
+            case.moved,
+        )
 
 
 def write_site_of(world: Path, path: Path, paths: Mapping[str, Path], machine: Mapping[str, Any]) -> Path:

@@ -93,10 +93,14 @@ def test_a_branch_trains_at_its_own_rates_and_is_whole_without_its_parent(parent
     refused = kwrap("remove", str(parent.folder), "--yes")
     assert refused.returncode == 1 and "half" in refused.stderr
     away = tmp_path / "half"
+    (tmp_path / "hidden").mkdir()
     shutil.move(run.folder, away)
     again = kwrap("resume", str(away), "--step", "1")
     assert again.returncode == 0, again.stdout + again.stderr
+    assert check_of(verify(Run(away)), "line")["is_looked_at"], "the parent lies in the runs folder of its site"
+    hidden = Path(shutil.move(parent.folder, tmp_path / "hidden" / "stem"))
     report = verify(Run(away))
+    shutil.move(hidden, parent.folder)
     assert report["proved"], report
     assert check_of(report, "parent")["is_looked_at"] and not check_of(report, "line")["is_looked_at"]
     assert "states there are: 1, 2" in kwrap("resume", str(away), "--step", "0").stderr.lower()
