@@ -151,6 +151,7 @@ def take_tour(site_file: Path | None, max_missing: int) -> None:
     stages += rest
     print_results(stages, seconds, demo)
     print_next(site.paths.runs / RUN_NAME, demo)
+    print(f"Open in a browser: {site.paths.runs / RUN_NAME / 'report.html'}")
 
 
 def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) -> None:
@@ -167,7 +168,6 @@ def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) ->
 def print_next(run: Path, demo: bool) -> None:
     """Print the command to try, and what it takes to try it."""
     print(f"Next: {command_line('status', run)}")
-    print(f"Open in a browser: {run / 'report.html'}")
     if shutil.which("kwrap") is None:
         print("(`. .venv/bin/activate` puts kwrap on the path)")
     if demo:

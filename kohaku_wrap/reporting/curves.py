@@ -95,11 +95,12 @@ def tabulate(lines: Sequence[Mapping[str, Any]], attempts: Sequence[Attempt], ef
     names = {name for line in (ordered[:1] + ordered[-1:]) for name in line} | {"loss", "seconds", "images"}
     step = np.array([line["optimizer_step"] for line in ordered], dtype=np.float64)
     attempt = np.array([line.get("attempt", 0) for line in ordered], dtype=np.int64)
-    columns = {name: np.array([read_number(line.get(name)) for line in ordered]) for name in sorted(names)}
+    drawn = sorted(name for name in names if name in (*TITLES, "images") or name.startswith("lr_"))
+    columns = {name: np.array([read_number(line.get(name)) for line in ordered]) for name in drawn}
     limits = last_kept_steps(list(attempts))
     kept = step <= np.array([limits.get(number, math.inf) for number in attempt.tolist()])
-    apart = sum((np.array([read_number(line.get(f"{kind}_seconds", 0.0)) for line in ordered]) for kind in APART),
-                start=np.zeros(len(ordered)))  # fmt: skip
+    kinds = [f"{kind}_seconds" for kind in APART]
+    apart = np.array([sum(read_number(line[kind]) for kind in kinds if kind in line) for line in ordered], np.float64)
     x = {
         "steps": step,
         "images": count_images(step, attempt, columns["images"], attempts, effective_batch),
