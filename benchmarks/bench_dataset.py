@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import venv
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from dataset_worlds import write_posts_database
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "metadata"))
@@ -91,6 +93,19 @@ for path, size in names:
     with open(path, "wb") as stream:
         stream.write(bytes(size))
 """
+
+
+CHECK_IMAGES = """
+import sys
+from pathlib import Path
+from PIL import Image
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    with Image.open(path) as image:
+        image.load()
+"""
+
+IMAGES = 900
+IMAGE_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -252,6 +267,42 @@ def bench_texts(figures: list[Figure], database: Path, selection: Path, images: 
     shutil.rmtree(images)
 
 
+def bench_images(figures: list[Figure], rounds: int) -> None:
+    """`kwrap import` and `kwrap extract` of JPEGs in one process against a loop that opens and decodes each of them."""
+    folder = BENCH / "pictures"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(1, IMAGES + 1):
+        coarse = Image.fromarray(random.integers(0, 256, (48, 48, 3), dtype=np.uint8))
+        coarse.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=92)
+    tars, recipe = BENCH / "picture-tars", BENCH / "pictures.toml"
+    shutil.rmtree(tars, ignore_errors=True)
+    (tars / "images").mkdir(parents=True)
+    for number in range(1, IMAGES + 1):
+        with tarfile.open(tars / "images" / f"{number % 1000:04d}.tar", "a") as tar:
+            tar.add(folder / f"{number}.jpg", f"{number}.jpg")
+    recipe.write_text(f"[selection]\n[[selection.strata]]\nlast_id = {IMAGES}\n")
+    database, selection, out = make_database(POSTS, True, True), BENCH / "pictures.parquet", BENCH / "picture-images"
+    kwrap("select", recipe, "--db", database, "--out", selection)
+    ways = {
+        "extract": ("extract", selection, "--tars", tars, "--out", out, "--jobs", "1", "--max-missing", str(IMAGES)),
+        "import": ("import", folder, "--out", out, "--jobs", "1"),
+    }
+    bare = measure([sys.executable, "-c", CHECK_IMAGES, folder], rounds)
+    for name, words in ways.items():
+        seconds, done = float("inf"), 0
+        for _ in range(rounds):
+            shutil.rmtree(out, ignore_errors=True)
+            run = kwrap(*words)
+            seconds, done = min(seconds, run.wall_seconds), json.loads(run.output)["written"]
+        ratio = seconds / done / (bare.wall_seconds / IMAGES)
+        told = f"{done} images in {seconds:.1f} s, bare loop {IMAGES} in {bare.wall_seconds:.1f} s: {ratio:.2f} x"
+        figures.append(Figure(f"kwrap {name}, one process", told, "<= 1.3 x the bare loop", ratio <= 1.3))
+    for left in (folder, tars, out):
+        shutil.rmtree(left)
+
+
 def bench_editions(figures: list[Figure], rounds: int) -> None:
     """`kwrap select` of all posts and their captions to one file, from every edition of the same 300,000 posts."""
     database = make_database(POSTS, relations=True, indexed=True)
@@ -320,16 +371,20 @@ def main() -> int:
     parser.add_argument("--skip-large", action="store_true", help="leave the large database out")
     parser.add_argument("--images", type=Path, default=BENCH / "images", help="for 600,000 small files; must not exist")
     parser.add_argument("--only-editions", action="store_true", help="the editions of the metadata alone")
+    parser.add_argument("--only-images", action="store_true", help="extract and import alone")
     parser.add_argument("--rounds", type=int, default=3, help="repeat short measurements and take the best")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     BENCH.mkdir(parents=True, exist_ok=True)
     figures: list[Figure] = []
-    if not arguments.only_editions:
+    if not (arguments.only_editions or arguments.only_images):
         bench_tars(figures)
         bench_captions(figures, arguments.rounds, arguments.images)
-    bench_editions(figures, arguments.rounds)
-    if not (arguments.skip_large or arguments.only_editions):
+    if not arguments.only_editions:
+        bench_images(figures, arguments.rounds)
+    if not arguments.only_images:
+        bench_editions(figures, arguments.rounds)
+    if not (arguments.skip_large or arguments.only_editions or arguments.only_images):
         bench_large(figures, arguments.large_posts)
     if arguments.json:
         print(json.dumps([vars(figure) for figure in figures], indent=2))

@@ -139,7 +139,9 @@ def check_opened(
 
 def measure_likeness(image: Image.Image) -> int:
     """The 64 bits of the difference hash: is each of 8 x 8 cells darker than its right neighbour."""
-    small = image.convert("RGB").resize((9, 8), Image.Resampling.BOX).convert("L")
+    # Converted to its own mode, an image is copied, which takes longer than decoding it.
+    colour = image if image.mode == "RGB" else image.convert("RGB")
+    small = colour.resize((9, 8), Image.Resampling.BOX).convert("L")
     cells = np.asarray(small, dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
 

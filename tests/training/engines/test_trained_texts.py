@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import toml
 from engine_world import DATASET_OPTIONS, SIZES, World
 from test_builtin_run import kwrap, train_arguments
 
@@ -105,8 +106,14 @@ def test_dropout_of_whole_captions_takes_the_text_too(images: Path) -> None:
 def test_a_killed_run_with_texts_goes_on_and_is_proved(world: World, images: Path, tmp_path: Path) -> None:
     add_texts(images, MIX)
     site = tmp_path / "site.toml"
-    text = world.site.read_text().replace(str(world.images), str(images))
-    site.write_text(text.replace(str(world.folder / "runs"), str(tmp_path / "runs")))
+    paths = {
+        "images": images,
+        "runs": tmp_path / "runs",
+        "base_model": world.base_model,
+        "tokenizers": world.tokenizers,
+    }
+    machine = {"engine": "builtin", "gpus": 0, "batch_per_gpu": 2, "workers": 0}
+    site.write_text(toml.dumps({"paths": {key: str(path) for key, path in paths.items()}, "machine": machine}))
     run = Run(tmp_path / "runs" / "r")
     train_with_kills(run, train_arguments(site, "r"), (Kill(0.5),), (0, 1), tmp_path)
     whole = kwrap(*train_arguments(site, "whole"))
