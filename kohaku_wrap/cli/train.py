@@ -69,7 +69,7 @@ def command(
     finishes the optimizer step, saves a state and ends with exit code 130; a second one ends at once. Exit code 3: the
     trainer failed.
     """
-    from kohaku_wrap.training.supervising.create import list_absent, plan_new_run
+    from kohaku_wrap.training.supervising.create import check_parent, list_absent, plan_new_run
     from kohaku_wrap.training.supervising.differences import refuse_unknown
 
     if template is None and locked is not None:
@@ -92,6 +92,7 @@ def command(
         print_trust(new.effective)
         print_note(f"engine: {new.engine} ({new.engine_origin})")
     if dry_run:
+        check_parent(new)
         if as_json:
             payload = {
                 "run": str(new.folder),

@@ -9,6 +9,7 @@ import os
 import secrets
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -254,6 +255,17 @@ def settle_parent(new: NewRun, out: Path) -> tuple[Effective, dict[str, Path]]:
         return effective, {}
     entry = dataclasses.replace(effective.entries[PARENT_OPTION], value=str(new.folder / PARENT_FILE))
     return dataclasses.replace(effective, entries={**effective.entries, PARENT_OPTION: entry}), {PARENT_OPTION: out}
+
+
+def check_parent(new: NewRun) -> None:
+    """Whether a network to train on from fits, without making the run; raises what `settle_parent` does.
+
+    Nothing is looked at where the base model is not there, which says what the modules are.
+    """
+    if not new.site.paths.base_model.is_file():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        settle_parent(new, Path(folder) / PARENT_FILE)
 
 
 def take_back_run(run: Run) -> None:

@@ -117,6 +117,15 @@ def test_networks_that_do_not_fit_are_named(world: Path) -> None:
         fit(world / "more.safetensors", *by_file)
 
 
+def test_a_dry_run_checks_the_network(world: Path) -> None:
+    words = ("train", world / "mine.toml", "--site", world / "site.toml", "--run", "dry", "--dry-run")
+    network = ("--from", network_of(world, "first"))
+    assert kwrap(*words, *network).returncode == 0
+    refused = kwrap(*words, *network, "--set", "network_args.factor=2")
+    assert refused.returncode == 1 and "modules of another form" in refused.stderr, refused.stderr
+    assert not (world / "runs" / "dry").exists()
+
+
 def test_a_template_may_name_a_network_beside_it(world: Path) -> None:
     (world / "on.toml").write_text('extends = "demo"\nnetwork_weights = "runs/first/checkpoints/first.safetensors"\n')
     effective = resolve_template(str(world / "on.toml"), load_site(world / "site.toml"))
