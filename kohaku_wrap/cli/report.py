@@ -24,13 +24,20 @@ Examples:
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="The page; else report.html in the first run's folder.")  # fmt: skip
 @click.option("--watch", is_flag=True, help="Write it anew as the run goes, until it has ended or Ctrl-C.")
+@click.option("--live", is_flag=True, hidden=True, help="Once, as a page that reloads itself while the run goes.")
 @click.option("--index", "index", type=click.Path(path_type=Path), metavar="RUNS",
               help="One page over all runs of this folder, in place of RUN.")  # fmt: skip
 @site_option
 @json_option
 @beyond_output()
 def command(
-    names: tuple[str, ...], out: Path | None, watch: bool, index: Path | None, site_file: Path | None, as_json: bool
+    names: tuple[str, ...],
+    out: Path | None,
+    watch: bool,
+    live: bool,
+    index: Path | None,
+    site_file: Path | None,
+    as_json: bool,
 ) -> None:
     """Show runs on one page, and where they came from.
 
@@ -57,7 +64,7 @@ def command(
         folders = runs_folders(site_file)
         runs = [find_run(name, folders) for name in names]
         page = out or runs[0].folder / PAGE_FILE
-        write_page(runs, page, is_live=watch)
+        write_page(runs, page, is_live=watch or live)
         while watch and any(read_status(run).condition in ("new", "running") for run in runs):
             time.sleep(RELOAD_SECONDS / 2)
             for run in runs:

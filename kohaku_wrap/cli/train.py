@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.live_page import keeping_page
 from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, show_path
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
@@ -45,6 +46,7 @@ Examples:
 @click.option(
     "--try", "is_trial", is_flag=True, help="Train two steps, resume one, remove them; say what the whole run needs."
 )
+@click.option("--report", "has_page", is_flag=True, help="Keep the run's report.html up to date while it trains.")
 @supervisor_options
 @json_option
 @beyond_output("dry_run")
@@ -59,6 +61,7 @@ def command(
     locked: Path | None,
     dry_run: bool,
     is_trial: bool,
+    has_page: bool,
     allow: tuple[str, ...],
     as_json: bool,
     **watch: Any,
@@ -109,7 +112,8 @@ def command(
                 print_note(f"warning: {absent}")
         return
     run = make_run(new, locked, as_json)
-    report = train_run(run, allow, options, as_json)
+    with keeping_page(run, has_page):
+        report = train_run(run, allow, options, as_json)
     print_finished("train", report, as_json)
 
 
