@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, show_path
 from kohaku_wrap.errors import UsageError
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.records.folder import Run
 
 
 @click.command(
@@ -18,7 +22,8 @@ Examples:
   kwrap report epsilon
   kwrap report epsilon epsilon-low-rate -o both.html
   kwrap report epsilon --watch
-  kwrap report --index runs"""
+  kwrap report --index runs
+  kwrap report baked.safetensors"""
 )
 @click.argument("names", metavar="[RUN]...", nargs=-1)
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
@@ -43,13 +48,20 @@ def command(
 
     One HTML file that works offline, by mail and from a USB stick: where the run stands, whether `kwrap verify` proved
     it, curves of loss, rates and speed over all attempts, and every option with the layer that set it. Several runs
-    are laid over each other. Nothing of the run is changed, and no model is read.
+    are laid over each other; a .safetensors file shows its recipe and parents. Nothing else of
+    the run is changed, and no model is read.
     """
-    from kohaku_wrap.reporting.page import PAGE_FILE, RELOAD_SECONDS, write_index, write_page
+    from kohaku_wrap.reporting.page import PAGE_FILE, RELOAD_SECONDS, write_file_page, write_index, write_page
     from kohaku_wrap.training.records.folder import find_run, list_runs
     from kohaku_wrap.training.supervising.status import read_status
 
-    if index is not None:
+    runs: list[Run] = []
+    if len(names) == 1 and names[0].endswith(".safetensors") and index is None:
+        if watch:
+            raise UsageError("--watch: a file does not change", "Leave --watch out.")
+        page = out or Path(names[0]).with_suffix(".html")
+        write_file_page(Path(names[0]), page)
+    elif index is not None:
         if names or watch:
             raise UsageError("--index is a page over all runs of a folder", "Leave RUN and --watch out.")
         runs = list(list_runs(index))
@@ -73,5 +85,5 @@ def command(
     if as_json:
         print_json("report", {"page": page, "runs": [run.folder for run in runs], "size_bytes": page.stat().st_size})
         return
-    print_table("Report", [("runs", ", ".join(run.name for run in runs)), ("page", page)],
+    print_table("Report", [("of", ", ".join(run.name for run in runs) or names[0]), ("page", page)],
                 f"open {show_path(page)} in a browser")  # fmt: skip

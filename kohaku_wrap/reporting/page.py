@@ -8,6 +8,7 @@ import json
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from markupsafe import Markup
 import kohaku_wrap
 from kohaku_wrap.errors import KwrapError, command_line, reason_of
 from kohaku_wrap.files import write_text
+from kohaku_wrap.merging.inspecting import inspect_file, short_metadata
 from kohaku_wrap.reporting.charts import Mark, colour_of, draw_chart
 from kohaku_wrap.reporting.curves import AXES, TITLES, Piece
 from kohaku_wrap.reporting.facts import RunFacts, describe_machine, list_versions, next_command, read_facts
 from kohaku_wrap.reporting.pictures import refer
 from kohaku_wrap.reporting.story import show_duration, show_time
+from kohaku_wrap.reporting.way import follow_file
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.verification import judge_verification
@@ -199,6 +202,20 @@ def write_index(runs: Sequence[Run], path: Path) -> list[str]:
     text = render("index.html", f"{len(rows)} runs", document, rows=rows, unreadable=unreadable)
     write_text(path, text)
     return unreadable
+
+
+def write_file_page(file: Path, path: Path) -> None:
+    """Write the page of a checkpoint or network: its recipe, parents and lineage; the header alone is read."""
+    report = inspect_file(file, hashed=False)
+    steps = list(follow_file(report))
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "runs": [],
+        "file": file.name,
+        "way": [asdict(each) for each in steps],
+    }
+    metadata = sorted(short_metadata(report.header.metadata).items())
+    write_text(path, render("file.html", file.name, document, report=report, steps=steps, metadata=metadata))
 
 
 def write_page(runs: Sequence[Run], path: Path, *, is_live: bool = False) -> None:

@@ -140,3 +140,16 @@ def describe_merge(report: FileReport) -> Step:
     formula = str(recipe.get("formula", "not kwrap's recipe"))
     commands = (report.replay,) if report.replay else ()
     return Step("Merge", (Thing(path.name, known, formula), *parents), commands)
+
+
+def follow_file(report: FileReport) -> Iterator[Step]:
+    """A file's own merge, and those of the parents that it remembers, the nearest first."""
+    if report.recipe is not None:
+        yield describe_merge(report)
+    for sha256, entry in report.parents.items():
+        recipe = as_table(as_table(entry).get("sd_merge_recipe"))
+        if recipe:
+            own = Thing(str(as_table(entry).get("name", "")), str(sha256), str(recipe.get("formula", "")))
+            bound = {**as_table(recipe.get("models")), **as_table(recipe.get("networks"))}
+            parents = [Thing(f"parent {name}", str(each)) for name, each in bound.items()]
+            yield Step("Merge of a parent", (own, *parents))

@@ -189,3 +189,16 @@ def test_one_page_over_all_runs_names_those_that_cannot_be_read(new_run: NewRun,
 def test_watching_ends_with_the_run(crashed_and_resumed: Run) -> None:
     page = Path(run_json("report", crashed_and_resumed.folder, "--watch")["page"])
     assert 'data-reload="0"' in page.read_text(encoding="utf-8")
+
+
+def test_a_merged_file_shows_its_recipe_and_parents(tmp_path: Path) -> None:
+    nested = {"sd_merge_recipe": {"formula": "x - y", "models": {"x": "1" * 64}}, "name": "p.safetensors"}
+    recipe = {"type": "kwrap", "formula": HOSTILE, "models": {"a": "0" * 64}}
+    metadata = {"sd_merge_recipe": json.dumps(recipe), "sd_merge_models": json.dumps({"0" * 64: nested})}
+    header = json.dumps({"__metadata__": metadata}).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    page = Page(Path(run_json("report", path)["page"]))
+    assert [step["title"] for step in page.data["way"]] == ["Merge", "Merge of a parent"]
+    assert "0" * 64 in page.text and "1" * 64 in page.text and "x - y" in page.text
+    assert "img" not in [tag for tag, _ in page.elements]
