@@ -131,7 +131,7 @@ def dry_run(parent: Run, *arguments: str) -> dict[str, Any]:
         ("seed=5", "the seed was 42, is 5"),
         ("effective_batch=2", "effective_batch was 4, is 2"),
         ("dataset_options.num_repeats=2", "repeats was 1, is 2"),
-        ("dataset_options.bucket_reso_steps=64", "the bucket options changed"),
+        ("dataset_options.max_bucket_reso=96", "the bucket options changed"),
     ],
 )
 def test_what_changes_the_order_begins_its_own_epoch(parent: Run, setting: str, words: str) -> None:
@@ -140,10 +140,10 @@ def test_what_changes_the_order_begins_its_own_epoch(parent: Run, setting: str, 
 
 
 def test_what_leaves_the_order_goes_on(parent: Run) -> None:
-    shown = dry_run(parent, "--step", "3", "--set", "network_dropout=0.1", "--set", "lr_scheduler=constant")
+    shown = dry_run(parent, "--step", "3", "--set", "max_grad_norm=0.5", "--set", "lr_scheduler=constant")
     assert shown["start_optimizer_step"] == 3 and shown["total_optimizer_steps"] == 4
     changed = {each["option"]: each["new"] for each in shown["options"]}
-    assert changed == {"network_dropout": 0.1, "lr_scheduler": "constant"}
+    assert changed == {"max_grad_norm": 0.5, "lr_scheduler": "constant"}
 
 
 @pytest.mark.parametrize(
