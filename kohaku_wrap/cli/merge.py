@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-DTYPES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+DTYPES = ("fp16", "bf16", "fp32", "fp64", "fp8_e4m3fn", "fp8_e5m2")
 VERIFY_ELEMENTS = 10_000
 
 
@@ -56,10 +56,11 @@ def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
 def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeOptions:
     """The options of the command line over those of the recipe."""
     from kohaku_wrap.merging.plan import MergeOptions
+    from kohaku_wrap.merging.recipes import DTYPES as CODES
 
     given = {name: value for name, value in asked.items() if value}
     options = replace(MergeOptions(), **{**from_recipe, **given})
-    return replace(options, dtype=DTYPES.get(options.dtype, options.dtype))
+    return replace(options, dtype=CODES.get(options.dtype, options.dtype))
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
@@ -127,6 +128,9 @@ Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
   blocks(IN04=0.5, …, else=1) a number for each block: IN00-IN11, MID,
                               OUT00-OUT11, BASE (all others), TE, TE1, TE2,
                               VAE; 1 where not named
+  unet(x), te(x), te1(x), te2(x), vae(x)
+                              x for the keys of that part; elsewhere a
+                              difference with it counts as 0
   only("pattern", x, else=y)  x for the keys that match, y (or nothing) for
                               the others
 A formula that begins with - goes last, after --.
@@ -141,7 +145,8 @@ A formula that begins with - goes last, after --.
 @click.option("--like", default="", metavar="NAME|PATH", help="The anchor: keys, types and VAE; else the first model.")
 @click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken; else the anchor.")
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
-@choice("--dtype", tuple(DTYPES), "One type for all floating tensors; else the anchor's types.")
+@click.option("--parts", default="", metavar="PART,…", help="Merge these parts alone: unet, te, te1, te2, vae.")
+@choice("--dtype", DTYPES, "One type for all floating tensors; else the anchor's types.")
 @choice("--missing", ("fail", "anchor", "zero"), "A model with weight lacks a key: the anchor's tensor, or count as 0.")
 @choice("--shapes", ("fail", "anchor"), "Shapes differ: copy the anchor's tensor.")
 @choice("--sums", ("warn", "fail"), "The coefficients of a tensor do not sum to 1.")

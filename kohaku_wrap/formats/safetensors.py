@@ -35,7 +35,7 @@ BITS_OF_DTYPE = {
 }  # fmt: skip
 """Source: the `Dtype` of the safetensors crate, version 0.8."""
 
-FLOAT_DTYPES = ("F16", "BF16", "F32")
+FLOAT_DTYPES = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """The types that a formula can compute with."""
 
 
@@ -91,6 +91,12 @@ class TensorSpot:
 
     end: int
     """The byte after the last."""
+
+    shares: tuple[TensorSpot, ...] = ()
+    """Where equal shares of its rows lie, if it is read from several tensors of a file."""
+
+    is_transposed: bool = False
+    """Whether the file holds the matrix with rows and columns exchanged; `shape` is that of use."""
 
     @property
     def size_bytes(self) -> int:
@@ -164,7 +170,8 @@ def parse_header(path: Path, text: bytes, data_bytes: int) -> tuple[dict[str, Te
     """
     document = load_json(path, text)
     faults: list[str] = []
-    metadata = document.pop("__metadata__", {})
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # as the safetensors crate reads null
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         faults.append("__metadata__ must map strings to strings")
         metadata = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from kohaku_wrap.formats.layouts import part_of_key
 from kohaku_wrap.formats.sdxl import UNET_PREFIX, VAE_PREFIX
 
 UNET_BLOCK = re.compile(r"model\.diffusion_model\.(input_blocks|middle_block|output_blocks)\.(?:([0-9]+)\.)?")
@@ -15,6 +16,15 @@ OUTPUT_BLOCK_BEFORE_OUT = 8
 
 NAMED_BLOCKS = ("MID", "BASE", "TE", "TE1", "TE2", "VAE")
 BLOCK_NAME = re.compile(r"(?:IN|OUT)(?:0[0-9]|1[01])")
+
+
+PARTS = {"unet": ("unet",), "te": ("te1", "te2"), "te1": ("te1",), "te2": ("te2",), "vae": ("vae",)}
+"""What unet(…), te(…) and the like, and --parts, take, by the names of formats."""
+
+
+def is_in_part(key: str, part: str) -> bool:
+    """Whether a checkpoint's key belongs to a part of PARTS."""
+    return part_of_key(key) in PARTS[part]
 
 
 def is_block(name: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 
-from kohaku_wrap.merging.blocks import blocks_of_key
+from kohaku_wrap.merging.blocks import blocks_of_key, is_in_part
 from kohaku_wrap.merging.formula import (
     Blocks,
     Brackets,
@@ -18,6 +18,7 @@ from kohaku_wrap.merging.formula import (
     Node,
     Number,
     Only,
+    Part,
     Product,
     Span,
     Sum,
@@ -41,6 +42,9 @@ class Reduction:
 
     networks: Mapping[str, Fraction] = field(default_factory=dict)
     """The coefficient of each network; none is 0."""
+
+    outside: Mapping[str, Fraction] = field(default_factory=dict)
+    """The coefficients that models would have, did the key belong to the part that unet(…) or the like names."""
 
     dropped: tuple[str, ...] = ()
     """The difference groups, as text, that count as 0 because a member lacks the key."""
@@ -69,6 +73,9 @@ class Case:
     lacking: frozenset[str]
     """The checkpoints that do not have the key."""
 
+    parts: frozenset[str] = frozenset()
+    """What unet(…) and the like name that the key belongs to."""
+
 
 ANY_CASE = Case(("BASE",), frozenset(), NONE_LACKING)
 
@@ -87,6 +94,7 @@ class Formula:
         if self.kind_of(tree) == "number":
             raise self.error("the formula is a number; it names no model", tree.span)
         self.patterns = tuple(dict.fromkeys(part.pattern for part in walk_formula(tree) if isinstance(part, Only)))
+        self.parts = {part.part for part in walk_formula(tree) if isinstance(part, Part)}
         self.reduce_case: Callable[[Case], Reduction] = cache(lambda case: self.value_of(tree, case))
 
     def error(self, message: str, span: Span) -> FormulaError:
@@ -103,14 +111,15 @@ class Formula:
         counts as 0; other members of `lacking` keep their coefficient, and the caller decides.
         """
         matching = frozenset(pattern for pattern in self.patterns if self.matches(key, pattern))
-        return self.reduce_case(Case(blocks_of_key(key), matching, lacking))
+        parts = frozenset(part for part in self.parts if is_in_part(key, part))
+        return self.reduce_case(Case(blocks_of_key(key), matching, lacking, parts))
 
     def kind_of(self, node: Node) -> str:
         """`number` or `tensor`."""
         match node:
             case Number() | Blocks():
                 return "number"
-            case Model() | Network():
+            case Model() | Network() | Part():
                 return "tensor"
             case Negation(inner) | Brackets(inner) | Only(_, inner, _):
                 return self.kind_of(inner)
@@ -125,6 +134,10 @@ class Formula:
         match node:
             case Negation(inner) | Brackets(inner):
                 self.check_kinds(inner)
+            case Part(part, inside):
+                self.check_kinds(inside)
+                if self.kind_of(inside) == "number":
+                    raise self.error(f"{part}(…) takes a model, as in {part}(x)", node.span)
             case Only(_, inside, outside):
                 self.check_kinds(inside)
                 if outside is not None:
@@ -186,6 +199,11 @@ class Formula:
                 if chosen is not None:
                     return drop_if_lacking(chosen, self.value_of(chosen, case), case)
                 return Reduction(Fraction(0) if self.kind_of(inside) == "number" else None)
+            case Part(part, inside):
+                value = self.value_of(inside, case)
+                if part in case.parts:
+                    return drop_if_lacking(inside, value, case)
+                return Reduction(None, outside=add_scaled(value.models, value.outside, Fraction(1)))
             case Product():
                 return self.multiply(node, case)
             case Sum():
@@ -203,6 +221,7 @@ class Formula:
                 number,
                 add_scaled(total.models, value.models, factor),
                 add_scaled(total.networks, value.networks, factor),
+                add_scaled(total.outside, value.outside, factor),
                 (*total.dropped, *value.dropped),
             )
         return total
@@ -228,15 +247,17 @@ class Formula:
 def drop_if_lacking(node: Node, value: Reduction, case: Case) -> Reduction:
     """A difference counts as 0 when one of its members lacks the key."""
     missing = [name for name in value.models if name in case.lacking]
-    if not missing or value.number is not None or sum(value.models.values(), Fraction(0)) != 0:
+    weights = [*value.models.values(), *value.outside.values()]
+    if not (missing or value.outside) or value.number is not None or sum(weights, Fraction(0)) != 0:
         return value
-    return Reduction(None, {}, value.networks, (*value.dropped, format_formula(node)))
+    return Reduction(None, {}, value.networks, {}, (*value.dropped, format_formula(node)))
 
 
 def scale_value(value: Reduction, factor: Fraction) -> Reduction:
     if value.number is not None:
         return Reduction(value.number * factor)
-    return Reduction(None, add_scaled({}, value.models, factor), add_scaled({}, value.networks, factor), value.dropped)
+    models, networks, outside = (add_scaled({}, each, factor) for each in (value.models, value.networks, value.outside))
+    return Reduction(None, models, networks, outside, value.dropped)
 
 
 def weight_of_blocks(node: Blocks, blocks: tuple[str, ...]) -> Fraction:

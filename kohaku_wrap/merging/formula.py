@@ -90,6 +90,17 @@ class Only(Placed):
 
 
 @dataclass(frozen=True)
+class Part(Placed):
+    """`unet(x)`: x for the keys of one part of a model; elsewhere as if its models lacked the key."""
+
+    part: str
+    """A name of PARTS in blocks."""
+
+    inside: Node
+    """A sum of models and networks."""
+
+
+@dataclass(frozen=True)
 class Negation(Placed):
     """`-x`."""
 
@@ -127,7 +138,7 @@ class Sum(Placed):
     """`+` or `-`, and the operand; at least one."""
 
 
-Node = Number | Model | Network | Blocks | Only | Negation | Brackets | Product | Sum
+Node = Number | Model | Network | Blocks | Only | Part | Negation | Brackets | Product | Sum
 
 
 def format_number(value: Fraction) -> str:
@@ -170,6 +181,8 @@ def format_formula(node: Node) -> str:
         case Only(pattern, inside, outside):
             tail = "" if outside is None else f", else={format_formula(outside)}"
             return f'only("{pattern}", {format_formula(inside)}{tail})'
+        case Part(part, inside):
+            return f"{part}({format_formula(inside)})"
         case Negation(operand):
             return f"-{format_formula(operand)}"
         case Brackets(inside):
@@ -185,7 +198,7 @@ def walk_formula(node: Node) -> Iterator[Node]:
     match node:
         case Negation(operand):
             yield from walk_formula(operand)
-        case Brackets(inside):
+        case Brackets(inside) | Part(_, inside):
             yield from walk_formula(inside)
         case Only(_, inside, outside):
             yield from walk_formula(inside)

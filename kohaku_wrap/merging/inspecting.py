@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.files import Progress
-from kohaku_wrap.formats.network_names import is_diffusers_name
+from kohaku_wrap.formats.layouts import WORDS_OF_PART, part_of_key, read_layout
 from kohaku_wrap.formats.safetensors import Header, read_header
-from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
-from kohaku_wrap.merging.blocks import is_vae
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
-from kohaku_wrap.merging.networks import algorithm_of, group_modules, is_network
+from kohaku_wrap.merging.networks import algorithm_of, describe_network, group_modules, is_network
 from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
@@ -84,26 +82,7 @@ def inspect_file(path: Path, hashed: bool = True, on_progress: Progress = lambda
 
 def kind_of_file(header: Header) -> str:
     """The kind of model or network in words."""
-    keys = header.tensors
-    if is_network(header):
-        found = Counter(algorithm_of(tensors) or "unknown" for tensors in group_modules(header).values())
-        main = [name for name, _ in found.most_common() if name != "norm"] or ["norm"]
-        dora = any(key.endswith(".dora_scale") for key in keys)
-        naming = "diffusers" if any(is_diffusers_name(key.partition(".")[0]) for key in keys) else "sgm"
-        return f"{' + '.join(main)} network{' with DoRA' if dora else ''} ({naming} names)"
-    if any(key.startswith(TEXT_ENCODER_2_PREFIX) for key in keys) and any(key.startswith(UNET_PREFIX) for key in keys):
-        return "SDXL checkpoint"
-    if any(key.startswith("cond_stage_model.") for key in keys):
-        return "SD 1 or 2 checkpoint"
-    if any(key.startswith(UNET_PREFIX) for key in keys):
-        return "UNet of a checkpoint"
-    if any(key.startswith(("down_blocks.", "up_blocks.")) for key in keys):
-        return "UNet in diffusers' form"
-    if keys and all(
-        is_vae(key) or key.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant")) for key in keys
-    ):
-        return "VAE"
-    return "tensors of no known model" if keys else "no tensors"
+    return describe_network(header) if is_network(header) else read_layout(header).kind
 
 
 def parts_of_file(header: Header) -> dict[str, int]:
@@ -115,14 +94,7 @@ def parts_of_file(header: Header) -> dict[str, int]:
             place = "UNet" if name.startswith("lora_unet_") else "text encoder"
             parts[f"{place} modules, {algorithm_of(tensors) or 'unknown'}"] += 1
         return dict(parts)
-    names = {UNET_PREFIX: "UNet", TEXT_ENCODER_PREFIX: "text encoder 1", TEXT_ENCODER_2_PREFIX: "text encoder 2"}
-    counts: Counter[str] = Counter()
-    for key in header.tensors:
-        part = next(
-            (name for prefix, name in names.items() if key.startswith(prefix)), "VAE" if is_vae(key) else "other"
-        )
-        counts[part] += 1
-    return dict(counts)
+    return dict(Counter(WORDS_OF_PART.get(part_of_key(key), "other") for key in read_layout(header).header.tensors))
 
 
 def describe_report(report: FileReport) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and differences of two; the loops name the elements that could have come out wro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from kohaku_wrap.merging.loops import BFLOAT, HALF, SINGLE, combine
 from kohaku_wrap.merging.rounding import FORMATS, Combination, FloatFormat, sum_exactly
 
 CODES = {"F16": HALF, "BF16": BFLOAT, "F32": SINGLE}
-BITS_DTYPES = {2: np.uint16, 4: np.uint32}
+BITS_DTYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 DOUBLE_PRECISION = 53
 ALWAYS_EXACT_WEIGHT = 1 << 12
 
@@ -49,8 +50,31 @@ def loops_are_compiled() -> bool:
     return any(folder.glob(f"*.combine-{loop.py_func.__code__.co_firstlineno}.*.nbi"))
 
 
-def as_numbers(bits: Bits, kind: FloatFormat) -> NDArray[np.float32]:
-    """The numbers that raw bits stand for; float32 holds every one."""
+def list_floats8() -> NDArray[np.float32]:
+    """What the 256 patterns of float8 E4M3 (without infinities) stand for."""
+    codes = np.arange(128)
+    exponent, fraction = codes >> 3, codes & 7
+    numbers = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10))
+    numbers[127] = np.nan
+    return np.concatenate([numbers, -numbers]).astype(np.float32)
+
+
+FLOATS8 = list_floats8()
+
+
+def widen_bytes(bits: NDArray[np.uint8], kind: FloatFormat) -> NDArray[np.uint16]:
+    """Patterns of float8 as those of float16, which holds every one of them."""
+    if kind.name == "F8_E5M2":
+        return bits.astype(np.uint16) << np.uint16(8)
+    return FLOATS8.astype(np.float16).view(np.uint16)[bits]
+
+
+def as_numbers(bits: Bits, kind: FloatFormat) -> NDArray[Any]:
+    """The numbers that raw bits stand for: float64 for F64; float32 holds all others."""
+    if kind.name == "F64":
+        return bits.view(np.float64)
+    if kind.size_bytes == 1:
+        return widen_bytes(bits, kind).view(np.float16).astype(np.float32)
     if kind.name == "F16":
         return bits.view(np.float16).astype(np.float32)
     if kind.name == "BF16":
@@ -58,8 +82,16 @@ def as_numbers(bits: Bits, kind: FloatFormat) -> NDArray[np.float32]:
     return bits.view(np.float32)
 
 
-def as_bits(numbers: NDArray[np.float32], kind: FloatFormat) -> Bits:
-    """The bits of numbers that the format holds exactly."""
+def as_bits(numbers: NDArray[Any], kind: FloatFormat) -> Bits:
+    """The bits of numbers that the format holds exactly; an infinity that it lacks becomes NaN."""
+    if kind.name == "F64":
+        return numbers.view(np.uint64)
+    if kind.name == "F8_E5M2":
+        return (numbers.astype(np.float16).view(np.uint16) >> 8).astype(np.uint8)
+    if kind.name == "F8_E4M3":
+        sizes: Bits = np.searchsorted(FLOATS8[:127], np.abs(numbers)).astype(np.uint8)
+        signs: Bits = np.signbit(numbers).astype(np.uint8) << np.uint8(7)
+        return np.bitwise_or(sizes, signs)
     if kind.name == "F16":
         return numbers.astype(np.float16).view(np.uint16)
     if kind.name == "BF16":
@@ -68,12 +100,14 @@ def as_bits(numbers: NDArray[np.float32], kind: FloatFormat) -> Bits:
 
 
 def magnitude_mask(kind: FloatFormat) -> int:
-    return 0x7FFF if kind.size_bytes == 2 else 0x7FFFFFFF
+    return (1 << (8 * kind.size_bytes - 1)) - 1
 
 
 def infinity_bits(kind: FloatFormat) -> int:
     """The bits of +infinity; magnitudes from here on are not finite."""
-    return {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}[kind.name]
+    return {
+        "F8_E4M3": 0x7F, "F8_E5M2": 0x7C, "F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0 << 48,
+    }[kind.name]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,14 +156,13 @@ class Kernel:
     """Computes one combination for inputs and an output of given types."""
 
     def __init__(self, kinds: Sequence[str], sum_of: Combination, to: str, has_product: bool = False) -> None:
-        """`kinds` and `to` are dtypes as headers spell them: F16, BF16 or F32; that of a product comes last."""
+        """`kinds` and `to` are dtypes as headers spell them, `kinds` without float8; that of a product comes last."""
         self.kinds = [FORMATS[kind] for kind in kinds]
         self.sum_of = sum_of
         self.to = FORMATS[to]
-        self.is_half = [kind.size_bytes == 2 for kind in self.kinds[: len(kinds) - has_product]]
-        halves = [place for place, is_half in enumerate(self.is_half) if is_half]
-        singles = [place for place, is_half in enumerate(self.is_half) if not is_half]
-        order = [*halves, *singles, *range(len(self.is_half), len(kinds))]
+        self.widths = [kind.size_bytes for kind in self.kinds[: len(kinds) - has_product]]
+        order = sorted(range(len(kinds)), key=lambda place: [*self.widths, math.inf][place])
+        halves = [place for place in order if place < len(self.widths) and self.widths[place] == 2]
         self.half_kinds = np.array([CODES[self.kinds[place].name] for place in halves], dtype=np.int64)
         self.numerators = np.array([float(sum_of.numerators[place]) for place in order])
         self.is_copy = (
@@ -138,7 +171,12 @@ class Kernel:
 
     @property
     def is_usable(self) -> bool:
-        """Whether products are exact in float64, and no quotient can fall on a tie of the output that it is not."""
+        """Whether products are exact in float64, and no quotient can fall on a tie of the output that it is not.
+
+        The compiled loops know 16 and 32 bits.
+        """
+        if self.to.name not in CODES or 8 in self.widths:
+            return False
         precision = max(kind.precision for kind in self.kinds)
         largest = max(abs(numerator) for numerator in self.sum_of.numerators)
         products = largest.bit_length() + precision <= DOUBLE_PRECISION
@@ -158,13 +196,13 @@ class Kernel:
 
     def take_inputs(self, elements: int, scratch: Scratch, product: Product | None = None) -> Inputs:
         """Buffers for the inputs of a chunk."""
-        shape = (self.is_half.count(True), elements)
-        halves = scratch.take("halves", np.uint16, shape[0] * elements).reshape(shape)
-        shape = (self.is_half.count(False), elements)
-        singles = scratch.take("singles", np.uint32, shape[0] * elements).reshape(shape)
-        of_halves, of_singles = iter(halves), iter(singles)
-        rows = [next(of_halves if is_half else of_singles) for is_half in self.is_half]
-        return Inputs(halves, singles, rows, product)
+        arrays = {}
+        for width in (2, 4, 8):
+            shape = (self.widths.count(width), elements)
+            arrays[width] = scratch.take(f"inputs of {width}", BITS_DTYPES[width], shape[0] * elements).reshape(shape)
+        rows_left = {width: iter(array) for width, array in arrays.items()}
+        rows = [next(rows_left[width]) for width in self.widths]
+        return Inputs(arrays[2], arrays[4], rows, product)
 
     def run(self, inputs: Inputs, output: Bits, scratch: Scratch) -> tuple[NDArray[Any], NDArray[Any]]:
         """Fill `output` and return the places where an input is not finite, and where a finite sum overflows.

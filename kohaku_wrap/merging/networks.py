@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
-from kohaku_wrap.formats.network_names import Target, find_targets
+from kohaku_wrap.formats.network_names import Target, find_targets, is_diffusers_name
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot
 
 ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -34,7 +35,7 @@ ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 MARK_OF_ALGORITHM = {"lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm"}
 PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
 PROBLEMS_SHOWN = 12
-ALPHA_DTYPES = (*FLOAT_DTYPES, "F64", "I64", "I32")
+ALPHA_DTYPES = (*FLOAT_DTYPES, "I64", "I32")
 """An alpha that was never converted is what Python made of a number: sd-scripts saves a whole one as I64."""
 
 Shape = tuple[int, ...]
@@ -164,6 +165,16 @@ def algorithm_of(suffixes: Iterable[str]) -> str | None:
     return None
 
 
+def describe_network(header: Header) -> str:
+    """The kind of a network file, in words."""
+    modules = group_modules(header)
+    found = Counter(algorithm_of(tensors) or "unknown" for tensors in modules.values())
+    main = [name for name, _ in found.most_common() if name != "norm"] or ["norm"]
+    dora = any("dora_scale" in tensors for tensors in modules.values())
+    naming = "diffusers" if any(map(is_diffusers_name, modules)) else "sgm"
+    return f"{' + '.join(main)} network{' with DoRA' if dora else ''} ({naming} names)"
+
+
 def is_network(header: Header) -> bool:
     """Whether a file's keys are a kohya network's."""
     return any(key.startswith(PREFIXES) and "." in key for key in header.tensors)
@@ -197,7 +208,7 @@ def read_modules(header: Header) -> list[Module]:
             known = ", ".join(ALGORITHMS)
             problems.append(Problem(name, f"its tensors ({', '.join(sorted(tensors))}) are none of {known}"))
         elif odd:
-            problems.append(Problem(name, f"{odd[0]} is {tensors[odd[0]].dtype}; only F16, BF16 and F32 can be baked"))
+            problems.append(Problem(name, f"{odd[0]} is {tensors[odd[0]].dtype}; only {", ".join(FLOAT_DTYPES)} can be baked"))
         else:
             modules.append(Module(name, algorithm, tensors))
     raise_problems(f"{header.path}", problems, "Other kinds of network cannot be baked by kwrap.")
@@ -250,7 +261,7 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
     rows = (spot.shape[0] if spot.shape else 1) // target.parts
     elements = spot.elements // target.parts
     if spot.dtype not in FLOAT_DTYPES:
-        return f"{target.key} is {spot.dtype}; only F16, BF16 and F32 can be changed"
+        return f"{target.key} is {spot.dtype}; only {", ".join(FLOAT_DTYPES)} can be changed"
     if kind == "bias":
         delta = module.tensors["diff_b" if module.algorithm == "full" else "b_norm"].elements
         return "" if delta == elements else f"its bias has {delta} numbers, {target.key} has {elements}"

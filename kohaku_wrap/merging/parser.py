@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.merging.blocks import is_block
+from kohaku_wrap.merging.blocks import PARTS, is_block
 from kohaku_wrap.merging.formula import (
     Blocks,
     BlockWeight,
@@ -22,6 +22,7 @@ from kohaku_wrap.merging.formula import (
     Node,
     Number,
     Only,
+    Part,
     Product,
     Span,
     Sum,
@@ -192,7 +193,7 @@ def read_factor(reader: Reader) -> Node:
 
 
 def read_atom(reader: Reader) -> Node:
-    """atom := NUMBER | NAME | "(" sum ")" | "net" "(" NAME ")" | blocks | only"""
+    """atom := NUMBER | NAME | "(" sum ")" | "net" "(" NAME ")" | blocks | only | part"""
     token = reader.token
     if token.kind == "number":
         return Number(read_number(reader), span=token.span)
@@ -218,8 +219,11 @@ def read_atom(reader: Reader) -> Node:
         return Network(name.text, span=reader.span_from(token.span))
     if token.text in RESERVED:
         raise reader.error(f"'{token.text}' cannot stand here; it belongs inside only(…) or blocks(…)", token.span)
+    if reader.at("(") and token.text in PARTS:
+        return read_part(reader, token)
     if reader.at("("):
-        raise reader.error(f"there is no function '{token.text}'; there are net, blocks and only", token.span)
+        functions = ", ".join(["net", "blocks", "only", *PARTS])
+        raise reader.error(f"there is no function '{token.text}'; there are {functions}", token.span)
     return Model(token.text, span=token.span)
 
 
@@ -294,6 +298,14 @@ def read_block(reader: Reader) -> str:
     if token.kind != "name" or not is_block(token.text):
         raise reader.error("expected a block: IN00 to IN11, MID, OUT00 to OUT11, BASE, TE, TE1, TE2 or VAE")
     return reader.take().text
+
+
+def read_part(reader: Reader, name: Token) -> Node:
+    """part := ("unet" | "te" | "te1" | "te2" | "vae") "(" sum ")" """
+    opened = reader.take()
+    inside = reader.nested(read_sum)
+    reader.expect(")", f"to close the bracket at character {opened.span.start + 1}")
+    return Part(name.text, inside, span=reader.span_from(name.span))
 
 
 def read_only(reader: Reader, start: Span) -> Node:

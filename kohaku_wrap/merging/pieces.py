@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
+from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE, TensorSpot
 from kohaku_wrap.merging.networks import Change
 from kohaku_wrap.merging.plan import MergePlan, TensorPlan
 
@@ -27,6 +27,9 @@ class Source:
 
     kind: str
     """The type of its elements; U8 for bytes that are copied as they are."""
+
+    columns: int = 0
+    """Of the matrix as it lies in the file, where that is read transposed; else 0."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,27 @@ def cut_tensor(plan: MergePlan, tensor: TensorPlan) -> Iterator[Piece]:
         source = Source(tensor.sources[0], spots[0].begin, RAW)
         yield Piece(tensor.spot.begin, tensor.spot.size_bytes, RAW, (source,), (Fraction(1),))
         return
-    parts = max((change.target.parts for _, _, change in tensor.changes), default=1)
+    parts = max([1, *(change.target.parts for _, _, change in tensor.changes), *(len(spot.shares) for spot in spots)])
     elements = tensor.spot.elements // parts
     shape = tensor.spot.shape
     for part in range(parts):
         deltas = tuple(item for item in tensor.changes if item[2].target.part == part)
         sources = tuple(
-            Source(name, spot.begin + part * elements * BITS_OF_DTYPE[spot.dtype] // 8, spot.dtype)
-            for name, spot in zip(tensor.sources, spots, strict=True)
+            source_of_share(name, spot, part, elements) for name, spot in zip(tensor.sources, spots, strict=True)
         )
         begin = tensor.spot.begin + part * elements * BITS_OF_DTYPE[tensor.spot.dtype] // 8
         part_shape = (shape[0] // parts, *shape[1:]) if shape else ()
         yield Piece(
             begin, elements, tensor.spot.dtype, sources, tensor.coefficients, deltas, part_shape if deltas else ()
         )
+
+
+def source_of_share(name: str, spot: TensorSpot, part: int, elements: int) -> Source:
+    """Where one of equal shares of a tensor's rows is read, each of so many elements."""
+    if spot.shares:
+        return Source(name, spot.shares[part].begin, spot.dtype)
+    begin = spot.begin + part * elements * BITS_OF_DTYPE[spot.dtype] // 8
+    return Source(name, begin, spot.dtype, spot.shape[0] if spot.is_transposed else 0)
 
 
 def follows(before: Piece, after: Piece) -> bool:
@@ -104,6 +114,8 @@ def follows(before: Piece, after: Piece) -> bool:
         return False
     return all(
         left.name == right.name
+        and not left.columns
+        and not right.columns
         and left.kind == right.kind
         and left.begin + before.elements * BITS_OF_DTYPE[left.kind] // 8 == right.begin
         for left, right in zip(before.sources, after.sources, strict=True)

@@ -20,11 +20,14 @@ class MergeOptions:
     vae_from: str = ""
     """The name or path of the model whose VAE is taken; empty for the anchor's."""
 
+    parts: str = ""
+    """The parts that the formula is for, such as `unet` or `unet,te2`; the others are the anchor's. Empty for all."""
+
     merge_vae: bool = False
     """Whether the formula also applies to the VAE."""
 
     dtype: str = ""
-    """F16, BF16 or F32 for all floating tensors; empty for the anchor's types."""
+    """One of FLOAT_DTYPES for all floating tensors; empty for the anchor's types."""
 
     missing: str = "fail"
     """A model with weight lacks a key: fail, anchor (copy the anchor's tensor) or zero (count it as 0)."""

@@ -8,27 +8,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from kohaku_wrap.errors import KwrapError, Problem, UsageError
+from kohaku_wrap.errors import Problem, UsageError
+from kohaku_wrap.formats.layouts import Layout, read_layout
 from kohaku_wrap.formats.network_names import table_of_targets
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
-from kohaku_wrap.merging.blocks import blocks_of_key, is_vae
+from kohaku_wrap.merging.blocks import PARTS, is_in_part, is_vae
 from kohaku_wrap.merging.coefficients import Formula, Reduction
-from kohaku_wrap.merging.formula import Blocks, Only, names_of_models, names_of_networks, walk_formula
+from kohaku_wrap.merging.coverage import UnfitInputs, check_contribution, check_coverage, refuse_unusable
+from kohaku_wrap.merging.formula import Blocks, Part, names_of_models, names_of_networks, walk_formula
 from kohaku_wrap.merging.networks import Change, is_network, match_modules, raise_problems
+from kohaku_wrap.merging.notes import LIKE, VAE, Notes
 from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan, WeightedSum
-
-LIKE = "(like)"
-VAE = "(vae)"
-KEYS_SHOWN = 3
 
 
 class UnboundName(UsageError):
     """Names of the formula and of the paths that do not fit together."""
-
-
-class UnfitInputs(KwrapError):
-    """Files that the formula cannot be computed on."""
 
 
 def bind_names(formula: Formula, paths: Mapping[str, Path]) -> None:
@@ -60,11 +55,17 @@ def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | N
         raise UnfitInputs(
             "the formula names networks but no checkpoint", "Write, for example, `base + 1.0 * net(epsilon)`."
         )
-    files = {name: read_header(paths[name]) for name in models}
+    headers = {name: read_header(paths[name]) for name in models}
     networks = {name: read_header(paths[name]) for name in names_of_networks(formula.tree)}
-    anchor = choose_file(options.like, LIKE, files) if options.like else models[0]
-    vae = choose_file(options.vae_from, VAE, files) if options.vae_from else anchor
-    return Planner(formula, files, networks, anchor, vae, options).plan()
+    anchor = choose_file(options.like, LIKE, headers) if options.like else models[0]
+    vae = choose_file(options.vae_from, VAE, headers) if options.vae_from else anchor
+    sd1 = any(key.startswith("cond_stage_model.") for header in headers.values() for key in header.tensors)
+    layouts = {
+        name: Layout(header, "", ()) if is_network(header) else read_layout(header, sd1)
+        for name, header in headers.items()
+    }
+    refuse_unusable(layouts, anchor)
+    return Planner(formula, layouts, networks, anchor, vae, options).plan()
 
 
 def choose_file(asked: str, stand_in: str, files: dict[str, Header]) -> str:
@@ -77,6 +78,14 @@ def choose_file(asked: str, stand_in: str, files: dict[str, Header]) -> str:
     return stand_in
 
 
+def split_parts(text: str) -> list[str]:
+    """The parts that --parts names. Raises UnboundName for one that is none."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UnboundName(f"--parts {text}: {unknown[0]!r} is no part of a model", f"Parts: {', '.join(PARTS)}.")
+    return parts
+
+
 @dataclass
 class Planner:
     """Collects plans, decisions and problems over the keys of the anchor."""
@@ -84,7 +93,7 @@ class Planner:
     formula: Formula
     """What to compute."""
 
-    files: dict[str, Header]
+    layouts: dict[str, Layout]
     """The checkpoints by name."""
 
     networks: dict[str, Header]
@@ -100,13 +109,17 @@ class Planner:
     """What to do where the files leave a choice."""
 
     def __post_init__(self) -> None:
+        self.files = {name: layout.header for name, layout in self.layouts.items()}
         self.models = names_of_models(self.formula.tree)
+        self.parts = split_parts(self.options.parts)
         self.problems: list[Problem] = []
-        self.noted: dict[str, list[str]] = {}
+        self.notes = Notes(self.formula, self.layouts, self.anchor)
         self.combinations: Counter[WeightedSum] = Counter()
         self.changes: dict[str, list[tuple[str, Change]]] = {}
         blocks = [part for part in walk_formula(self.formula.tree) if isinstance(part, Blocks)]
+        named = {part.part for part in walk_formula(self.formula.tree) if isinstance(part, Part)}
         self.vae_named = any(weight.first == "VAE" for part in blocks for weight in part.weights)
+        self.vae_named |= "vae" in named or "vae" in self.parts
 
     def plan(self) -> MergePlan:
         tensors = self.files[self.anchor].tensors
@@ -114,11 +127,15 @@ class Planner:
         for name, header in self.networks.items():
             for change in match_modules(header, table, tensors):
                 self.changes.setdefault(change.target.key, []).append((name, change))
+        self.notes.tell_layouts()
+        computed = [key for key, spot in tensors.items() if self.is_computed(key, spot)]
+        check_coverage(self.formula, self.layouts, self.anchor, computed, self.options.missing != "fail")
         drafts = [self.plan_tensor(key, spot) for key, spot in tensors.items()]
-        self.note_lost_changes(drafts)
-        self.note_names_without_keys()
-        self.note_extra_keys()
+        self.notes.tell_lost_changes(drafts, self.changes)
+        self.notes.tell_names_without_keys()
+        self.notes.tell_extra_keys(self.models)
         raise_problems("the files do not fit the formula", self.problems, self.advice())
+        check_contribution(self.formula, drafts, {name: self.layouts[name] for name in self.models}, self.networks)
         spots = lay_out_tensors((draft.key, draft.spot.dtype, draft.spot.shape) for draft in drafts)
         placed = {draft.key: draft for draft in drafts}
         return MergePlan(
@@ -131,7 +148,7 @@ class Planner:
                 for key, spot in spots.items()
             ),
             self.options,
-            tuple(self.lines_of_notes()),
+            tuple(self.notes.lines()),
             dict(self.combinations.most_common()),
         )
 
@@ -149,43 +166,60 @@ class Planner:
             return "`--shapes anchor` copies such tensors from the anchor."
         return "Correct the formula, or choose other files."
 
-    def note(self, line: str, key: str) -> None:
-        self.noted.setdefault(line, []).append(key)
+    def takes_vae_whole(self, key: str) -> bool:
+        """Whether a key is of the VAE, and that is copied as one."""
+        return is_vae(key) and bool(self.options.vae_from or not (self.options.merge_vae or self.vae_named))
 
-    def lines_of_notes(self) -> list[str]:
-        lines = []
-        for line, keys in self.noted.items():
-            shown = ", ".join(keys[:KEYS_SHOWN]) + (", …" if len(keys) > KEYS_SHOWN else "")
-            tensors = f"{len(keys)} tensor" + ("" if len(keys) == 1 else "s")
-            lines.append(f"{line}: {tensors} ({shown})" if any(keys) else line)
-        return lines
+    def is_asked_for(self, key: str) -> bool:
+        """Whether --parts leaves a key to the formula."""
+        return not self.parts or any(is_in_part(key, part) for part in self.parts)
+
+    def is_computed(self, key: str, spot: TensorSpot) -> bool:
+        """Whether the formula decides a tensor."""
+        is_weight = spot.dtype in FLOAT_DTYPES and spot.elements and not key.endswith("position_ids")
+        return bool(is_weight) and self.is_asked_for(key) and not self.takes_vae_whole(key)
 
     def plan_tensor(self, key: str, spot: TensorSpot) -> TensorPlan:
         """The plan of one key, at its place in the anchor for now."""
-        keep_vae = is_vae(key) and not self.options.merge_vae and not self.vae_named
-        if keep_vae or (self.options.vae_from and is_vae(key)):
+        if self.takes_vae_whole(key):
             return self.plan_vae(key, spot)
-        if spot.dtype not in FLOAT_DTYPES or not spot.elements:
+        if not self.is_asked_for(key):
+            self.notes.add(f"copied from {self.anchor}: not of --parts {self.options.parts}", key)
+            return self.copy_float(key, self.anchor, spot)
+        if not self.is_computed(key, spot):
             what = "empty marker" if not spot.elements else f"{spot.dtype}, which is not averaged"
-            self.note(f"copied from {self.anchor}: {what}", key)
+            what = "positions, which are not averaged" if key.endswith("position_ids") else what
+            self.notes.add(f"copied from {self.anchor}: {what}", key)
+            if what.startswith(spot.dtype):
+                self.check_integers(key, spot)
             return self.copy(key, self.anchor, spot)
         lacking = frozenset(name for name in self.models if key not in self.files[name].tensors)
         reduction = self.formula.reduce_for_key(key, lacking)
         for group in reduction.dropped:
-            self.note(f"{group} counts as 0 where a member lacks the key", key)
+            self.notes.add(f"{group} counts as 0 where a member lacks the key", key)
         weighted = {name: value for name, value in reduction.models.items() if name not in lacking}
         absent = [name for name in reduction.models if name in lacking]
         if absent and self.options.missing == "fail":
             self.problems.append(Problem(key, f"{', '.join(absent)} lacks it and has weight in the formula"))
             return self.copy(key, self.anchor, spot)
         if absent and self.options.missing == "anchor":
-            self.note(f"copied from {self.anchor}: {', '.join(absent)} lacks the key", key)
+            self.notes.add(f"copied from {self.anchor}: {', '.join(absent)} lacks the key", key)
             return self.copy_float(key, self.anchor, spot)
         if absent:
-            self.note(f"{', '.join(absent)} lacks the key and counts as 0", key)
+            self.notes.add(f"{', '.join(absent)} lacks the key and counts as 0", key)
         if not self.fits(key, spot, list(weighted)):
             return self.copy_float(key, self.anchor, spot)
         return self.combine(key, spot, weighted, reduction)
+
+    def check_integers(self, key: str, spot: TensorSpot) -> None:
+        """A weight in whole numbers, or in floats that cannot be computed with, would be left out of the merge."""
+        if self.formula.reduce_for_key(key).models == {self.anchor: Fraction(1)}:
+            return
+        others = [name for name in self.models if key in self.files[name].tensors]
+        floats = [name for name in others if self.files[name].tensors[key].dtype in FLOAT_DTYPES]
+        is_weight = key.endswith(".weight") and len(spot.shape) > 1
+        if floats or is_weight or spot.dtype.startswith(("F", "C")):
+            self.problems.append(Problem(key, f"{self.anchor} has {spot.dtype}, which kwrap cannot compute with"))
 
     def fits(self, key: str, spot: TensorSpot, names: list[str]) -> bool:
         """Whether all members have the anchor's shape and a type that can be computed with."""
@@ -196,14 +230,14 @@ class Planner:
                 return False
             if other.shape != spot.shape:
                 if self.options.shapes == "anchor":
-                    self.note(f"copied from {self.anchor}: {name} has another shape", key)
+                    self.notes.add(f"copied from {self.anchor}: {name} has another shape", key)
                 else:
                     self.problems.append(
                         Problem(key, f"shape {list(other.shape)} in {name}, {list(spot.shape)} in {self.anchor}")
                     )
                 return False
             if other.dtype != spot.dtype:
-                self.note(f"{name} has {other.dtype} where {self.anchor} has {spot.dtype}; computed exactly", key)
+                self.notes.add(f"{name} has {other.dtype} where {self.anchor} has {spot.dtype}; computed exactly", key)
         return True
 
     def combine(self, key: str, spot: TensorSpot, weighted: dict[str, Fraction], reduction: Reduction) -> TensorPlan:
@@ -220,11 +254,17 @@ class Planner:
             self.problems.append(Problem(key, "the formula gives it no checkpoint; add `else=…` to only(…)"))
             return self.copy(key, self.anchor, spot)
         total = sum(weighted.values(), Fraction(0))
-        if total != 1:
+        if reduction.outside and total != 1:
+            names = ", ".join(reduction.outside)
+            what = (
+                f"{names} is left out here, and the rest of the formula sums to {total}; write a difference in brackets"
+            )
+            self.problems.append(Problem(key, what))
+        elif total != 1:
             line = f"the coefficients sum to {total}, not 1: the weights are scaled"
             if self.options.sums == "fail":
                 self.problems.append(Problem(key, line))
-            self.note(line, key)
+            self.notes.add(line, key)
         added = {name: value for name, value, _ in changes}
         self.combinations[WeightedSum(tuple(weighted.items()), tuple(added.items()))] += 1
         plan = TensorPlan(key, self.retyped(spot), tuple(weighted), tuple(weighted.values()), tuple(changes))
@@ -237,13 +277,10 @@ class Planner:
         other = self.files[source].tensors.get(key)
         if other is None or other.shape != spot.shape:
             what = "lacks it" if other is None else "has another shape"
-            self.problems.append(Problem(key, f"{self.shown(source)}, whose VAE was asked for, {what}"))
+            self.problems.append(Problem(key, f"{self.notes.shown(source)}, whose VAE was asked for, {what}"))
             return self.copy(key, self.anchor, spot)
-        self.note(f"VAE copied from {self.shown(source)}", key)
+        self.notes.add(f"VAE copied from {self.notes.shown(source)}", key)
         return self.copy_float(key, source, other)
-
-    def shown(self, name: str) -> str:
-        return str(self.files[name].path) if name in (LIKE, VAE) else name
 
     def copy(self, key: str, source: str, spot: TensorSpot) -> TensorPlan:
         """The bytes as they are."""
@@ -259,35 +296,3 @@ class Planner:
 
     def retyped(self, spot: TensorSpot) -> TensorSpot:
         return TensorSpot(self.options.dtype or spot.dtype, spot.shape, spot.begin, spot.end)
-
-    def note_names_without_keys(self) -> None:
-        """Say which patterns and blocks of the formula no key of the anchor matches; a pattern must match one."""
-        keys = self.files[self.anchor].tensors
-        present = {block for key in keys for block in blocks_of_key(key)}
-        for part in walk_formula(self.formula.tree):
-            if isinstance(part, Only) and not any(self.formula.matches(key, part.pattern) for key in keys):
-                raise self.formula.error(f"no key of {self.shown(self.anchor)} matches the pattern", part.span)
-            if isinstance(part, Blocks):
-                for weight in part.weights:
-                    if not any(weight.first <= block <= weight.last for block in present):
-                        self.note(f"blocks: {weight.first} has no tensor in {self.shown(self.anchor)}", "")
-
-    def note_lost_changes(self, drafts: list[TensorPlan]) -> None:
-        """Say which changes of networks are left out because their tensor is copied."""
-        for draft in drafts:
-            kept = {name for name, _, _ in draft.changes}
-            asked = self.formula.reduce_for_key(draft.key, frozenset()).networks if draft.key in self.changes else {}
-            for name in sorted({name for name, _ in self.changes.get(draft.key, [])} & set(asked) - kept):
-                self.note(f"net({name}) is left out where the tensor is copied", draft.key)
-
-    def note_extra_keys(self) -> None:
-        keys = self.files[self.anchor].tensors
-        for name, header in self.files.items():
-            if name in (self.anchor, VAE):
-                continue
-            for key in header.tensors:
-                if key not in keys:
-                    self.note(f"left out: only in {self.shown(name)}, not in {self.shown(self.anchor)}", key)
-        for name in self.models:
-            if is_network(self.files[name]):
-                self.note(f"{name} is a network: mixing its factors is not mixing what they do; use net({name})", "")

@@ -14,12 +14,13 @@ from typing import Any
 import kohaku_wrap
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import describe_absence, shipped_folder
+from kohaku_wrap.formats.layouts import read_layout
 from kohaku_wrap.formats.machine_paths import clean_value, without_paths
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
+from kohaku_wrap.merging.notes import LIKE, VAE
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
-from kohaku_wrap.merging.planning import LIKE, VAE
 from kohaku_wrap.toml_files import load_toml
 
 RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
@@ -29,8 +30,13 @@ NESTED_PREFIXES = ("ss_", "sshs_", "modelspec.")
 MODELSPEC_VERSION = "1.0.1"
 RECIPE_TYPE = "kwrap"
 
+DTYPES = {
+    "fp16": "F16", "bf16": "BF16", "fp32": "F32", "fp64": "F64", "fp8_e4m3fn": "F8_E4M3", "fp8_e5m2": "F8_E5M2",
+}  # fmt: skip
+"""What --dtype takes, and how headers spell it."""
+
 WORDS_OF_OPTION = {
-    "dtype": ("fp16", "bf16", "fp32"),
+    "dtype": tuple(DTYPES),
     "missing": ("fail", "anchor", "zero"),
     "shapes": ("fail", "anchor"),
     "sums": ("warn", "fail"),
@@ -255,7 +261,8 @@ def build_metadata(
         parents[hashes[name].sha256] = parent_entry(header)
     metadata = {
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
-        "modelspec.architecture": anchor.get("modelspec.architecture") or "stable-diffusion-xl-v1-base",
+        "modelspec.architecture": anchor.get("modelspec.architecture")
+        or read_layout(plan.files[plan.anchor]).architecture,
         "modelspec.implementation": anchor.get("modelspec.implementation")
         or "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title or (recipe.title if recipe else "") or plan.formula.source,
@@ -270,7 +277,7 @@ def build_metadata(
         metadata["modelspec.date"] = date
     metadata["sd_merge_recipe"] = dump_json(clean_value(merge_recipe))
     metadata["sd_merge_models"] = dump_json(clean_value(parents))
-    return without_paths(metadata)
+    return without_paths({key: text for key, text in metadata.items() if text})
 
 
 def changed_options(options: MergeOptions) -> dict[str, Any]:
@@ -283,7 +290,7 @@ def changed_options(options: MergeOptions) -> dict[str, Any]:
     return changed
 
 
-WORD_OF_DTYPE = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+WORD_OF_DTYPE = {spelt: word for word, spelt in DTYPES.items()}
 
 
 def command_of_recipe(

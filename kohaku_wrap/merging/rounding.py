@@ -39,7 +39,9 @@ class FloatFormat:
 
     @property
     def largest(self) -> Fraction:
-        """The largest finite number."""
+        """The largest finite number; the float8 that has no infinity ends one number earlier, with NaN after it."""
+        if self.name == "F8_E4M3":
+            return Fraction(448)
         return Fraction(2**self.precision - 1) * Fraction(2) ** (self.largest_exponent - self.precision)
 
 
@@ -47,6 +49,9 @@ FORMATS = {
     "F16": FloatFormat("F16", 2, 11, -24, 16),
     "BF16": FloatFormat("BF16", 2, 8, -133, 128),
     "F32": FloatFormat("F32", 4, 24, -149, 128),
+    "F64": FloatFormat("F64", 8, 53, -1074, 1024),
+    "F8_E4M3": FloatFormat("F8_E4M3", 1, 4, -9, 9),
+    "F8_E5M2": FloatFormat("F8_E5M2", 1, 3, -16, 16),
 }
 
 
@@ -115,7 +120,7 @@ def narrow_to_odd(values: Array) -> Array:
 
 
 def round_array(values: Array, to: FloatFormat) -> Array:
-    """float64 values rounded once to the format, given as float32 (which holds every result).
+    """float64 values rounded once to the format (not F64), given as float32 (which holds every result).
 
     Source for the halves of bfloat16: round to nearest even on the upper 16 bits of a float32.
     """
@@ -124,6 +129,12 @@ def round_array(values: Array, to: FloatFormat) -> Array:
             return values.astype(np.float32)
         if to.name == "F16":
             return values.astype(np.float16).astype(np.float32)
+        if to.size_bytes == 1:
+            _, exponent = np.frexp(values)
+            unit = np.maximum(exponent - to.precision, to.unit_exponent)
+            short: Array = np.ldexp(np.rint(np.ldexp(values, -unit)), unit)
+            short[np.abs(short) > float(to.largest)] *= np.inf
+            return short.astype(np.float32)
         odd = narrow_to_odd(values)
         bits = odd.view(np.uint32).astype(np.uint64)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
@@ -135,9 +146,9 @@ TINY_OF_FLOAT32 = 2.0**-125
 
 
 def sum_exactly(inputs: Sequence[Array], units: Sequence[FloatFormat], sum_of: Combination, to: FloatFormat) -> Array:
-    """Each element of the combination, as exact rational arithmetic rounded once gives it; float32.
+    """Each element of the combination, as exact rational arithmetic rounded once gives it; float32, for F64 float64.
 
-    `inputs`: float32 arrays of one length, each holding numbers of the format at the same place in `units`.
+    `inputs`: float32 or float64 arrays of one length, each holding numbers of the format at the same place in `units`.
     Non-finite inputs give what float64 arithmetic gives.
 
     Three ways, each for the elements that the one before cannot vouch for: float64 where every product, sum
@@ -146,6 +157,8 @@ def sum_exactly(inputs: Sequence[Array], units: Sequence[FloatFormat], sum_of: C
     """
     with np.errstate(all="ignore"):
         values = [array.astype(np.float64) for array in inputs]
+        if to.name == "F64":
+            return sum_in_doubles(values, sum_of)
         approximate, error, certain = sum_with_bound(values, units, sum_of, to)
         rounded = round_array(approximate, to)
         tiny = np.zeros(certain.shape, dtype=bool)
@@ -158,12 +171,35 @@ def sum_exactly(inputs: Sequence[Array], units: Sequence[FloatFormat], sum_of: C
         lower, upper = round_array(approximate - error, to), round_array(approximate + error, to)
         lower[tiny] = np.nan
         doubtful = np.flatnonzero(finite & ~certain & ~(lower == upper))
+    settle_in_rationals(rounded, doubtful, values, sum_of, to)
+    return rounded
+
+
+def settle_in_rationals(
+    rounded: Array, doubtful: Array, values: Sequence[Array], sum_of: Combination, to: FloatFormat
+) -> None:
+    """Write what rational arithmetic gives at the places that are in doubt."""
     for place in doubtful:
-        exact = round_fraction(sum_of.exact([float(array[place]) for array in values]), to)
-        if exact is None:
-            rounded[place] = np.copysign(np.inf, approximate[place])
-        else:
-            rounded[place] = float(exact)
+        total = sum_of.exact([float(array[place]) for array in values])
+        exact = round_fraction(total, to)
+        rounded[place] = (np.inf if total > 0 else -np.inf) if exact is None else float(exact)
+
+
+def sum_in_doubles(values: Sequence[Array], sum_of: Combination) -> Array:
+    """As sum_exactly, for float64 results: in the processor's longer numbers where both ends of the error round alike.
+
+    Where those are no longer than float64, all is done in rationals.
+    """
+    total, size = np.zeros(values[0].shape, np.longdouble), np.zeros(values[0].shape, np.longdouble)
+    for numerator, array in zip(sum_of.numerators, values, strict=True):
+        term = np.longdouble(numerator) * array.astype(np.longdouble)
+        total, size = total + term, size + np.abs(term)
+    known = max(sum_of.weight, sum_of.denominator) < 1 << 53
+    total, size = total / np.longdouble(sum_of.denominator), size / np.longdouble(sum_of.denominator)
+    error = size * ((len(values) + SAFETY) * np.finfo(np.longdouble).eps)
+    rounded, below, above = (each.astype(np.float64) for each in (total, total - error, total + error))
+    doubtful = np.isfinite(total) & ~((below == above) & known)
+    settle_in_rationals(rounded, np.flatnonzero(doubtful), values, sum_of, FORMATS["F64"])
     return rounded
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
 from kohaku_wrap.merging.kernels import BITS_DTYPES, as_numbers
-from kohaku_wrap.merging.pieces import RAW, Piece
+from kohaku_wrap.merging.pieces import RAW, Piece, Source
 from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
 from kohaku_wrap.merging.worker import Worker
 from kohaku_wrap.streams import draws, stream_key
@@ -66,7 +66,7 @@ def verify_elements_of(
         deltas = deltas_at(worker, piece, elements)
         sum_of = Combination.of(piece.coefficients + tuple(weight for _, weight, _ in piece.deltas))
         for element, added in zip(elements, deltas, strict=True):
-            values = [read_number(worker, source.name, source.begin, source.kind, element) for source in piece.sources]
+            values = [read_number(worker, piece, source, element) for source in piece.sources]
             values += added
             at = data_start + piece.begin + element * piece.width
             found = number_of_bits(os.pread(descriptor, piece.width, at), piece.to)
@@ -84,11 +84,14 @@ def verify_elements_of(
     return checked, skipped
 
 
-def read_number(worker: Worker, name: str, begin: int, kind: str, element: int) -> float:
-    width = BITS_OF_DTYPE[kind] // 8
+def read_number(worker: Worker, piece: Piece, source: Source, element: int) -> float:
+    width = BITS_OF_DTYPE[source.kind] // 8
+    if source.columns:
+        row, column = divmod(element, piece.elements // source.columns)
+        element = column * source.columns + row
     buffer = np.empty(width, dtype=np.uint8)
-    worker.files.read(name, begin + element * width, buffer)
-    return number_of_bits(buffer.tobytes(), kind)
+    worker.files.read(source.name, source.begin + element * width, buffer)
+    return number_of_bits(buffer.tobytes(), source.kind)
 
 
 def deltas_at(worker: Worker, piece: Piece, elements: Sequence[int]) -> list[list[float]]:

@@ -14,15 +14,20 @@ from numpy.typing import NDArray
 
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
 from kohaku_wrap.merging.deltas import Delta
-from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers
+from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers, widen_bytes
 from kohaku_wrap.merging.networks import Change
 from kohaku_wrap.merging.open_files import Files, write_at
-from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Task
+from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Source, Task
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.rounding import FORMATS, Combination
 
-NUMPY_DTYPES = {"F64": np.float64, "I64": np.int64, "I32": np.int32}
+NUMPY_DTYPES = {"I64": np.int64, "I32": np.int32}
 BYTES_OF_KIND = {name: BITS_OF_DTYPE[name] // 8 for name in (*FORMATS, RAW)}
+
+
+def computed_kind(kind: str) -> str:
+    """The type that a source's numbers have in memory: float8 is read as float16."""
+    return "F16" if BYTES_OF_KIND[kind] == 1 else kind
 
 
 @dataclass
@@ -73,12 +78,12 @@ class Worker:
             product = deltas[lazy].factor_rows(first_row, last_row)
             deltas = deltas[:lazy] + deltas[lazy + 1 :]
             weights = (*weights[:lazy], *weights[lazy + 1 :], weights[lazy])
-        kinds = tuple(source.kind for source in piece.sources) + ("F32",) * len(weights)
+        kinds = tuple(computed_kind(source.kind) for source in piece.sources) + ("F32",) * len(weights)
         to = to or piece.to
         kernel = self.kernel(kinds, piece.coefficients + weights, to, product is not None)
         inputs = kernel.take_inputs(size, self.scratch, product)
         for source, row in zip(piece.sources, inputs.rows, strict=False):
-            self.files.read(source.name, source.begin + first * BYTES_OF_KIND[source.kind], row)
+            self.read_source(piece, source, first, row)
         for delta, row in zip(deltas, inputs.rows[len(piece.sources) :], strict=True):
             delta.fill_rows(first_row, last_row, row.view(np.float32))
         output = self.scratch.take("output", BITS_DTYPES[BYTES_OF_KIND[to]], size)
@@ -86,6 +91,20 @@ class Worker:
         self.count(self.faults.inputs, piece, first, not_finite)
         self.count(self.faults.overflows, piece, first, overflow)
         return output
+
+    def read_source(self, piece: Piece, source: Source, first: int, row: NDArray[Any]) -> None:
+        """Fill `row`, bits of its type or of float16 for float8, from element `first` of a piece on."""
+        width = BYTES_OF_KIND[source.kind]
+        if width > 1 and not source.columns:
+            self.files.read(source.name, source.begin + first * width, row)
+            return
+        # A transposed matrix is read whole.
+        begin, count = (0, piece.elements) if source.columns else (first, row.size)
+        bits = self.scratch.take("source", BITS_DTYPES[width], count)
+        self.files.read(source.name, source.begin + begin * width, bits)
+        if source.columns:
+            bits = bits.reshape(-1, source.columns).T.reshape(-1)[first : first + row.size]
+        np.copyto(row, widen_bytes(bits, FORMATS[source.kind]) if width == 1 else bits)
 
     def kernel(self, kinds: tuple[str, ...], weights: tuple[Any, ...], to: str, has_product: bool = False) -> Kernel:
         settings = kinds, weights, to, has_product
@@ -112,7 +131,7 @@ class Worker:
                 continue
             bits = np.empty(spot.elements, dtype=BITS_DTYPES[kind.size_bytes])
             self.files.read(network, spot.begin, bits)
-            tensors[suffix] = as_numbers(bits, kind).reshape(spot.shape)
+            tensors[suffix] = as_numbers(bits, kind).astype(np.float32).reshape(spot.shape)
         return tensors
 
     def open_delta(self, network: str, change: Change) -> Delta:

@@ -1,0 +1,85 @@
+"""What a merge decides where the files leave a choice, one line each, with the keys that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout
+from kohaku_wrap.merging.blocks import blocks_of_key
+from kohaku_wrap.merging.coefficients import Formula
+from kohaku_wrap.merging.formula import Blocks, Only, walk_formula
+from kohaku_wrap.merging.networks import Change, is_network
+from kohaku_wrap.merging.plan import TensorPlan
+
+LIKE = "(like)"
+VAE = "(vae)"
+KEYS_SHOWN = 3
+
+
+class Notes:
+    """Lines and their keys, in the order in which they were first added."""
+
+    def __init__(self, formula: Formula, layouts: Mapping[str, Layout], anchor: str) -> None:
+        self.formula, self.layouts, self.anchor = formula, layouts, anchor
+        self.files = {name: layout.header for name, layout in layouts.items()}
+        self.noted: dict[str, list[str]] = {}
+
+    def add(self, line: str, key: str) -> None:
+        self.noted.setdefault(line, []).append(key)
+
+    def lines(self) -> list[str]:
+        lines = []
+        for line, keys in self.noted.items():
+            shown = ", ".join(keys[:KEYS_SHOWN]) + (", …" if len(keys) > KEYS_SHOWN else "")
+            tensors = f"{len(keys)} tensor" + ("" if len(keys) == 1 else "s")
+            lines.append(f"{line}: {tensors} ({shown})" if any(keys) else line)
+        return lines
+
+    def shown(self, name: str) -> str:
+        return str(self.files[name].path) if name in (LIKE, VAE) else name
+
+    def tell_names_without_keys(self) -> None:
+        """Say which patterns and blocks of the formula no key of the anchor matches; a pattern must match one."""
+        keys = self.files[self.anchor].tensors
+        present = {block for key in keys for block in blocks_of_key(key)}
+        for part in walk_formula(self.formula.tree):
+            if isinstance(part, Only) and not any(self.formula.matches(key, part.pattern) for key in keys):
+                raise self.formula.error(f"no key of {self.shown(self.anchor)} matches the pattern", part.span)
+            if isinstance(part, Blocks):
+                for weight in part.weights:
+                    if not any(weight.first <= block <= weight.last for block in present):
+                        self.add(f"blocks: {weight.first} has no tensor in {self.shown(self.anchor)}", "")
+
+    def tell_lost_changes(self, drafts: list[TensorPlan], changes: Mapping[str, list[tuple[str, Change]]]) -> None:
+        """Say which changes of networks are left out because their tensor is copied."""
+        for draft in drafts:
+            kept = {name for name, _, _ in draft.changes}
+            asked = self.formula.reduce_for_key(draft.key, frozenset()).networks if draft.key in changes else {}
+            for name in sorted({name for name, _ in changes.get(draft.key, [])} & set(asked) - kept):
+                self.add(f"net({name}) is left out where the tensor is copied", draft.key)
+
+    def tell_layouts(self) -> None:
+        """Say which files are read under other names than they have, and what the output lacks of a whole model."""
+        for name, layout in self.layouts.items():
+            if layout.form:
+                self.add(f"{self.shown(name)} is read as what it seems to be: {layout.kind}", "")
+        anchor = self.layouts[self.anchor]
+        lost = [
+            WORDS_OF_PART[part]
+            for part in WORDS_OF_PART
+            if part not in anchor.parts and any(part in layout.parts for layout in self.layouts.values())
+        ]
+        if lost:
+            self.add(f"the output has the parts of {self.shown(self.anchor)} alone: no {', no '.join(lost)}", "")
+
+    def tell_extra_keys(self, models: list[str]) -> None:
+        keys = self.files[self.anchor].tensors
+        for name, header in self.files.items():
+            if name in (self.anchor, VAE):
+                continue
+            for key in header.tensors:
+                if key not in keys:
+                    self.add(f"left out: only in {self.shown(name)}, not in {self.shown(self.anchor)}", key)
+        for name in models:
+            if is_network(self.files[name]):
+                self.add(f"{name} is a network: mixing its factors is not mixing what they do; use net({name})", "")
