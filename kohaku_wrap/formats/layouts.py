@@ -90,14 +90,13 @@ class Layout:
 
     def whole_model(self) -> str:
         """The name of a model with its UNet and text encoders; empty for parts."""
+        if any(key.startswith("cond_stage_model.") for key in self.header.tensors):
+            return "SD 1 or 2 checkpoint"
         if "unet" not in self.parts:
             return ""
         if any(key.startswith("conditioner.embedders.0.model.transformer.") for key in self.header.tensors):
             return "SDXL refiner checkpoint"
-        if "te2" in self.parts:
-            return "SDXL checkpoint"
-        is_old = any(key.startswith("cond_stage_model.") for key in self.header.tensors)
-        return "SD 1 or 2 checkpoint" if is_old else ""
+        return "SDXL checkpoint" if "te2" in self.parts else ""
 
     @property
     def architecture(self) -> str:

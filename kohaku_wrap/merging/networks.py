@@ -35,6 +35,7 @@ ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
 MARK_OF_ALGORITHM = {"lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm"}
 PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
 PROBLEMS_SHOWN = 12
+FLOATS_SHOWN = ", ".join(FLOAT_DTYPES)
 ALPHA_DTYPES = (*FLOAT_DTYPES, "I64", "I32")
 """An alpha that was never converted is what Python made of a number: sd-scripts saves a whole one as I64."""
 
@@ -208,7 +209,7 @@ def read_modules(header: Header) -> list[Module]:
             known = ", ".join(ALGORITHMS)
             problems.append(Problem(name, f"its tensors ({', '.join(sorted(tensors))}) are none of {known}"))
         elif odd:
-            problems.append(Problem(name, f"{odd[0]} is {tensors[odd[0]].dtype}; only {", ".join(FLOAT_DTYPES)} can be baked"))
+            problems.append(Problem(name, f"{odd[0]} is {tensors[odd[0]].dtype}; only {FLOATS_SHOWN} can be baked"))
         else:
             modules.append(Module(name, algorithm, tensors))
     raise_problems(f"{header.path}", problems, "Other kinds of network cannot be baked by kwrap.")
@@ -261,7 +262,7 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
     rows = (spot.shape[0] if spot.shape else 1) // target.parts
     elements = spot.elements // target.parts
     if spot.dtype not in FLOAT_DTYPES:
-        return f"{target.key} is {spot.dtype}; only {", ".join(FLOAT_DTYPES)} can be changed"
+        return f"{target.key} is {spot.dtype}; only {FLOATS_SHOWN} can be changed"
     if kind == "bias":
         delta = module.tensors["diff_b" if module.algorithm == "full" else "b_norm"].elements
         return "" if delta == elements else f"its bias has {delta} numbers, {target.key} has {elements}"

@@ -180,7 +180,9 @@ def test_a_change_that_a_copied_tensor_loses_is_told(
     odd = load_file(b)
     odd[LINEAR] = torch.zeros(32, 32)
     save_file(odd, b)
-    network = write_network("n", {f"{NAME_OF_LINEAR}.diff": torch.ones(64, 32)})
+    network = write_network(
+        "n", {f"{NAME_OF_LINEAR}.diff": torch.ones(64, 32), f"{NAME_OF_CONV}.diff": torch.ones(64, 32, 3, 3)}
+    )
     formula = "a + 0.5 * (b - a) + net(n)"
     plan = plan_merge(formula, {"a": a, "b": b, "n": network}, MergeOptions(shapes="anchor"))
     assert f"net(n) is left out where the tensor is copied: 1 tensor ({LINEAR})" in plan.decisions

@@ -68,7 +68,7 @@ def test_a_word_is_a_recipe_or_a_formula(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "fault"),
     [
-        ('dtype = "fp64"', r'dtype +"fp64" is not one of fp16, bf16, fp32'),
+        ('dtype = "fp12"', r'dtype +"fp12" is not one of fp16, bf16, fp32'),
         ('missing = "maybe"', 'missing +"maybe" is not one of fail, anchor, zero'),
         ('dtype = ["fp16"]', r'dtype +\["fp16"\] is not one of'),
         ("sums = true", "sums +true is not one of"),
