@@ -104,6 +104,9 @@ LARGEST_FP16 = 65504
 KIND_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
 
 
+DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+
+
 def find_network_faults(effective: Effective) -> Faults:
     """Faults of `[network_args]`, of the network's sizes and of the preset."""
     if effective.get("network_module") == KOHYA_LORA:
@@ -112,6 +115,16 @@ def find_network_faults(effective: Effective) -> Faults:
         yield from find_argument_faults(effective)
         yield from find_large_alphas(effective)
         yield from find_preset_faults(effective)
+    if effective.get("dim_from_weights"):
+        yield from find_lost_dropouts(effective)
+
+
+def find_lost_dropouts(effective: Effective) -> Faults:
+    """Dropouts beside a network that is made from its file: sizes are in the file, dropouts are not."""
+    for key in ("network_dropout", *(f"network_args.{name}" for name in DROPOUTS)):
+        if effective.get(key):
+            origin = effective.origin("dim_from_weights")
+            yield key, f"does nothing beside dim_from_weights ({origin}), which makes the network from its file alone"
 
 
 def find_kohya_faults(effective: Effective) -> Faults:
