@@ -71,7 +71,7 @@ class Branch:
     """Its steps."""
 
     changes: tuple[tuple[str, Any, Any], ...]
-    """Key, the parent's value and its own, of every option that differs; None is unset."""
+    """Key, the parent's value and its own, of the trainer's commit and every option that differs; None is unset."""
 
     damaged: tuple[DamagedState, ...]
     """States of the parent that were passed over."""
@@ -140,7 +140,11 @@ def plan_branch(
         fill=lambda folder: bring_along(folder, state, origin),
     )
     rendered = compose_run(effective, site, new.folder, name, plan)
-    changes = tuple(compare_options(lock.tables, rendered.lock))
+    commits = [str(tables.get("trainer", {}).get("commit", "")) for tables in (lock.tables, rendered.lock)]
+    changes = (
+        *([("commit of sd-scripts", *(commit[:7] for commit in commits))] if commits[0] != commits[1] else []),
+        *compare_options(lock.tables, rendered.lock),
+    )
     return Branch(parent, state, new, origin, plan, changes, tuple(damaged), tuple(notes))
 
 
