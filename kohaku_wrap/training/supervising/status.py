@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kohaku_wrap.config.samples import KWRAP
 from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, is_lock_free, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.folder import Run
@@ -205,7 +206,7 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
         silent_seconds=count_silence(beats),
         attempts=told,
         states=states,
-        samples=run.samples if run.lock.table("samples") else None,
+        samples=find_samples(run),
         samples_waiting=tuple(each.optimizer_step for each in list_pictures(run) if not each.are_drawn),
         last_error=f"attempt {failures[-1].number}: {failures[-1].end}: {failures[-1].message}" if failures else "",
         advice=advise(run),
@@ -219,6 +220,13 @@ def advise(run: Run) -> str:
     attempt = next(reversed(list_attempts(run)), None)
     end = read_end(attempt) if attempt else None
     return advice_after(attempt, end) if attempt and end and end.is_failure and not end.may_restart else ""
+
+
+def find_samples(run: Run) -> Path | None:
+    """Where the run's pictures lie: kwrap's in `samples/`, sd-scripts' own beside the networks; None for none."""
+    asked = run.lock.table("samples")
+    by_trainer = run.checkpoints / "sample" if asked or run.lock.values.get("sample_prompts") else None
+    return run.samples if asked.get("by") == KWRAP else by_trainer
 
 
 def describe_attempt(attempt: Attempt, end: AttemptEnd | None) -> AttemptStatus:
