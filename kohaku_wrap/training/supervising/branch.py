@@ -140,11 +140,10 @@ def plan_branch(
         fill=lambda folder: bring_along(folder, state, origin),
     )
     rendered = compose_run(effective, site, new.folder, name, plan)
-    commits = [str(tables.get("trainer", {}).get("commit", "")) for tables in (lock.tables, rendered.lock)]
-    changes = (
-        *([("commit of sd-scripts", *(commit[:7] for commit in commits))] if commits[0] != commits[1] else []),
-        *compare_options(lock.tables, rendered.lock),
-    )
+    before, now = (tables.get("trainer", {}).get("commit", "")[:7] for tables in (lock.tables, rendered.lock))
+    changes = tuple(compare_options(lock.tables, rendered.lock))
+    if before != now:
+        changes = (("commit of sd-scripts", before, now), *changes)
     return Branch(parent, state, new, origin, plan, changes, tuple(damaged), tuple(notes))
 
 
