@@ -11,8 +11,10 @@ import numpy as np
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.reading import Entry
 from kohaku_wrap.dataset.buckets import parse_resolution
-from kohaku_wrap.errors import UsageError
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Columns, NoImages
+from kohaku_wrap.dataset.captions.words import RATING_WORDS
+from kohaku_wrap.dataset.recipe import load_dataset
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Columns, NoImages, read_captions_metadata
 from kohaku_wrap.streams import draws, stream_key
 
 KWRAP, TRAINER = "kwrap", "trainer"
@@ -20,6 +22,12 @@ KWRAP, TRAINER = "kwrap", "trainer"
 
 OWN_PROMPTS = 4
 """How many captions of the dataset are drawn where no prompts are written."""
+
+CAPTIONS_READ = 1_000
+"""Among how many captions those of the mildest rating are looked for."""
+
+UNKNOWN_RATING = 1.5
+"""Behind general (0) and sensitive (1), before questionable (2) and explicit (3)."""
 
 WHOLE_RESOLUTION = 512
 """From here on a picture takes all FULL_STEPS; smaller ones are of models for trials, and take fewer."""
@@ -54,7 +62,8 @@ def settle_samples(effective: Effective) -> dict[str, Any]:
 def with_own_prompts(effective: Effective, images: Path) -> Effective:
     """The same with captions of the dataset as prompts, where pictures are asked for and no prompts are written.
 
-    Which captions follows from the seed alone. Raises UsageError where the dataset has none that kwrap wrote.
+    Which captions follows from the seed alone; those rated safe come first where they tell their rating. Raises
+    UsageError where the dataset has none that kwrap wrote.
     """
     if not who_draws(effective) or effective.get("samples.prompts"):
         return effective
@@ -65,12 +74,33 @@ def with_own_prompts(effective: Effective, images: Path) -> Effective:
             f"[samples] has no prompts, and {images / CAPTIONS_FILE} is not there to take some from",
             'Write prompts = ["1girl, solo"] into [samples] of the template.',
         ) from None
-    chosen = np.argsort(draws(stream_key("sample prompts", int(effective.get("seed") or 0)), columns.ids))
+    drawn = np.argsort(draws(stream_key("sample prompts", int(effective.get("seed") or 0)), columns.ids))[
+        :CAPTIONS_READ
+    ]
     separator = effective.get("dataset_options.keep_tokens_separator") or ","
-    captions = [columns.caption_of(int(row)).replace(separator, ",") for row in sorted(chosen[:OWN_PROMPTS])]
-    prompts = [", ".join(tag.strip() for tag in caption.split(",") if tag.strip()) for caption in captions]
+    tags_of = {
+        int(row): [tag.strip() for tag in columns.caption_of(int(row)).replace(separator, ",").split(",")]
+        for row in drawn
+    }
+    words = rating_words(images)
+    mildest = sorted(tags_of, key=lambda row: max((words[tag] for tag in tags_of[row] if tag in words),
+                                                  default=UNKNOWN_RATING))[:OWN_PROMPTS]  # fmt: skip
+    prompts = [", ".join(filter(None, tags_of[row])) for row in sorted(mildest)]
     entry = Entry(prompts, "dataset", str(images / CAPTIONS_FILE))
     return dataclasses.replace(effective, entries={**effective.entries, "samples.prompts": entry})
+
+
+def rating_words(images: Path) -> dict[str, int]:
+    """The words that tell a rating in a folder's captions, with its place from general (0) to explicit (3)."""
+    try:
+        ratings = load_dataset(str(read_captions_metadata(images).get("dataset", ""))).caption.ratings
+    except KwrapError:
+        ratings = RATING_WORDS
+    places: dict[str, int] = {"rating:safe": 0}
+    for place, (rating, words) in enumerate(ratings.items()):
+        for word in (*words, f"rating:{rating}"):
+            places.setdefault(word, place)
+    return places
 
 
 def find_sample_faults(effective: Effective) -> Faults:

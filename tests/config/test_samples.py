@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from kohaku_wrap.config.checks import check_effective
@@ -11,6 +13,7 @@ from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.samples import settle_samples, who_draws, with_own_prompts
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import ProblemsFound, UsageError
+from kohaku_wrap.formats.caption_rows import ColumnsWriter
 
 SITE = '[machine]\nengine = "{engine}"\ngpus = 0\nbatch_per_gpu = 2\n'
 
@@ -69,3 +72,29 @@ def test_without_captions_prompts_must_be_written(tmp_path: Path) -> None:
         with_own_prompts(effective, tmp_path / "images")
     written = resolve(tmp_path, "builtin", "samples.every=4", "samples.prompts=1girl")
     assert with_own_prompts(written, tmp_path / "images") is written
+
+
+def write_captions(images: Path, captions: list[str]) -> None:
+    count = len(captions)
+    images.mkdir()
+    sides = np.full(count, 64, np.int32)
+    with (images / "captions.arrow").open("w+b") as stream, ColumnsWriter(stream, {"dataset": "not here"}) as writer:
+        files = pa.array([f"{index}.png" for index in range(count)])
+        writer.write(np.arange(count, dtype=np.int64), files, sides, sides, pa.array(captions))
+
+
+@pytest.mark.parametrize(
+    "safe,other",
+    [("1girl ||| hat ||| safe", "1girl ||| hat ||| nsfw, explicit"), ("hat, rating:general", "hat, rating:explicit"),
+     ("a ||| b ||| sensitive", "a ||| b"), ("a ||| b", "a ||| b ||| nsfw")],
+)  # fmt: skip
+def test_own_prompts_are_of_the_mildest_posts(tmp_path: Path, safe: str, other: str) -> None:
+    """Five of forty, wherever they stand."""
+    captions = [f"{safe if index % 8 == 3 else other}, n{index}" for index in range(40)]
+    write_captions(tmp_path / "images", captions)
+    chosen = with_own_prompts(resolve(tmp_path, "builtin", "samples.every=4"), tmp_path / "images")
+    milder = [", ".join(part.strip() for part in text.replace("|||", ",").split(",")) for text in captions[3::8]]
+    prompts = chosen.get("samples.prompts")
+    assert len(prompts) == 4 and set(prompts) < set(milder)
+    again = with_own_prompts(resolve(tmp_path, "builtin", "samples.every=4", "seed=7"), tmp_path / "images")
+    assert set(again.get("samples.prompts")) < set(milder)
