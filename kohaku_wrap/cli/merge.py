@@ -149,6 +149,9 @@ A formula that begins with - goes last, after --.
 @choice("--dtype", DTYPES, "One type for all floating tensors; else the anchor's types.")
 @choice("--missing", ("fail", "anchor", "zero"), "A model with weight lacks a key: the anchor's tensor, or count as 0.")
 @choice("--shapes", ("fail", "anchor"), "Shapes differ: copy the anchor's tensor.")
+@choice(
+    "--unmatched", ("fail", "skip"), "A network has keys that the checkpoint or kwrap does not know: leave them out."
+)
 @choice("--sums", ("warn", "fail"), "The coefficients of a tensor do not sum to 1.")
 @choice("--non-finite", ("fail", "keep"), "An input is infinite or NaN.")
 @choice("--overflow", ("fail", "keep"), "A result is too large for its type: keep the infinity.")

@@ -51,6 +51,9 @@ class Target:
     parts: int = 1
     """3 for a query, key or value inside a fused tensor, else 1."""
 
+    is_transposed: bool = False
+    """Whether the module's weight has rows and columns exchanged."""
+
 
 def split_kind(path: str) -> tuple[str, str]:
     """`a.b.weight` as `a.b` and `weight`; a path without either ending is a weight itself."""
@@ -81,6 +84,8 @@ def add_text_encoder_2(table: defaultdict[str, dict[str, Target]], key: str) -> 
     path = key.removeprefix(TEXT_ENCODER_2_PREFIX)
     found = RESBLOCK.fullmatch(path)
     if not found:
+        if path == "text_projection":  # OpenCLIP multiplies from the right; transformers has a linear layer
+            table["lora_te2_text_projection"]["weight"] = Target(key, is_transposed=True)
         module, kind = split_kind(path)
         if module in MODULES_OF_TEXT_ENCODER_2:
             table[f"lora_te2_{MODULES_OF_TEXT_ENCODER_2[module]}"][kind] = Target(key)

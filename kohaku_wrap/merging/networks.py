@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,8 @@ ALPHA_DTYPES = (*FLOAT_DTYPES, "I64", "I32")
 """An alpha that was never converted is what Python made of a number: sd-scripts saves a whole one as I64."""
 
 Shape = tuple[int, ...]
+LeaveOut = Callable[[str, str], None]
+"""Is given the reason and a tensor of the network's file."""
 
 
 class NotANetwork(KwrapError):
@@ -190,8 +192,8 @@ def group_modules(header: Header) -> dict[str, dict[str, TensorSpot]]:
     return modules
 
 
-def read_modules(header: Header) -> list[Module]:
-    """The modules of a network file.
+def read_modules(header: Header, leave_out: LeaveOut | None = None) -> list[Module]:
+    """The modules of a network file; `leave_out` is given the tensors of others, by the start of their names.
 
     Raises NotANetwork, or ProblemsFound for modules of an algorithm that kwrap does not bake.
     """
@@ -205,14 +207,19 @@ def read_modules(header: Header) -> list[Module]:
             for suffix, spot in tensors.items()
             if spot.dtype not in (ALPHA_DTYPES if suffix == "alpha" else FLOAT_DTYPES)
         ]
-        if algorithm is None:
+        if algorithm is None and leave_out:
+            for suffix in tensors:
+                what = "of an unknown kind" if name.startswith(PREFIXES) else f"named {name}.*, no known network"
+                leave_out(what, f"{name}.{suffix}")
+        elif algorithm is None:
             known = ", ".join(ALGORITHMS)
             problems.append(Problem(name, f"its tensors ({', '.join(sorted(tensors))}) are none of {known}"))
         elif odd:
             problems.append(Problem(name, f"{odd[0]} is {tensors[odd[0]].dtype}; only {FLOATS_SHOWN} can be baked"))
         else:
             modules.append(Module(name, algorithm, tensors))
-    raise_problems(f"{header.path}", problems, "Other kinds of network cannot be baked by kwrap.")
+    advice = "Other kinds of network cannot be baked by kwrap. `--unmatched skip` leaves such keys out and counts them."
+    raise_problems(f"{header.path}", problems, advice)
     return modules
 
 
@@ -227,20 +234,29 @@ def raise_problems(subject: str, problems: list[Problem], next_step: str) -> Non
 
 
 def match_modules(
-    header: Header, table: Mapping[str, dict[str, Target]], tensors: Mapping[str, TensorSpot]
+    header: Header,
+    table: Mapping[str, dict[str, Target]],
+    tensors: Mapping[str, TensorSpot],
+    leave_out: LeaveOut | None = None,
 ) -> list[Change]:
     """What every module of a network changes in a checkpoint.
 
-    `table`: from table_of_targets; `tensors`: the checkpoint's own. Raises ProblemsFound where a module finds no
+    `table`: from table_of_targets; `tensors`: the checkpoint's own. `leave_out` is given what finds no key, which is
+    an error without it. Raises ProblemsFound where a module finds no
     key, has another shape, or where only some of the parts of a fused tensor are covered that others have.
     """
     changes: list[Change] = []
     problems: list[Problem] = []
-    for module in read_modules(header):
+    for module in read_modules(header, leave_out):
         targets = find_targets(module.name, table)
         wanted = ["weight"] + ["bias"] * ("diff_b" in module.tensors or "b_norm" in module.tensors)
         for kind in wanted:
             target = (targets or {}).get(kind)
+            if target is None and leave_out:
+                for suffix in module.tensors:
+                    if kind == "weight" or suffix in ("diff_b", "b_norm"):
+                        leave_out(f"the checkpoint has no {kind} of that name", f"{module.name}.{suffix}")
+                continue
             if target is None:
                 problems.append(Problem(module.name, f"the checkpoint has no {kind} of that name"))
                 continue
@@ -252,14 +268,16 @@ def match_modules(
     raise_problems(
         f"{header.path}: does not fit the checkpoint",
         problems,
-        "Is the network for another base (SD 1.5, another architecture)? Nothing is passed over in silence.",
+        "Is the network for another base (SD 1.5, another architecture)? Nothing is passed over in silence; "
+        "`--unmatched skip` leaves modules out that the checkpoint has no key for, and counts them.",
     )
     return changes
 
 
 def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot) -> str:
     """Why a module cannot change a tensor of this shape, or an empty string."""
-    rows = (spot.shape[0] if spot.shape else 1) // target.parts
+    shape = spot.shape[::-1] if target.is_transposed else spot.shape
+    rows = (shape[0] if shape else 1) // target.parts
     elements = spot.elements // target.parts
     if spot.dtype not in FLOAT_DTYPES:
         return f"{target.key} is {spot.dtype}; only {FLOATS_SHOWN} can be changed"
@@ -278,7 +296,7 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
     alpha, dora = module.tensors.get("alpha"), module.tensors.get("dora_scale")
     if alpha and alpha.elements != 1:
         return f"its alpha has {alpha.elements} numbers, not one"
-    if dora and not is_norm_of(dora.shape, rows, spot.shape):
+    if dora and not is_norm_of(dora.shape, rows, shape):
         return f"its dora_scale {list(dora.shape)} is neither one number for each output nor one for each input"
     return ""
 

@@ -35,6 +35,9 @@ class MergeOptions:
     shapes: str = "fail"
     """Shapes differ: fail, or anchor (copy the anchor's tensor)."""
 
+    unmatched: str = "fail"
+    """A network has a module that no key takes, or of an unknown kind: fail, or skip (leave it out and count it)."""
+
     sums: str = "warn"
     """The coefficients of a tensor do not sum to 1: warn or fail."""
 

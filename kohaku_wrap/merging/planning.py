@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from kohaku_wrap.errors import Problem, UsageError
@@ -125,7 +126,8 @@ class Planner:
         tensors = self.files[self.anchor].tensors
         table = table_of_targets(tensors) if self.networks else {}
         for name, header in self.networks.items():
-            for change in match_modules(header, table, tensors):
+            leave_out = partial(self.leave_out, name) if self.options.unmatched == "skip" else None
+            for change in match_modules(header, table, tensors, leave_out):
                 self.changes.setdefault(change.target.key, []).append((name, change))
         self.notes.tell_layouts()
         computed = [key for key, spot in tensors.items() if self.is_computed(key, spot)]
@@ -151,6 +153,10 @@ class Planner:
             tuple(self.notes.lines()),
             dict(self.combinations.most_common()),
         )
+
+    def leave_out(self, network: str, reason: str, key: str) -> None:
+        """Note a tensor of a network that is not used."""
+        self.notes.add(f"net({network}): left out, {reason}", key)
 
     def advice(self) -> str:
         kinds = {problem.what.split(":")[0] for problem in self.problems}

@@ -39,6 +39,7 @@ WORDS_OF_OPTION = {
     "dtype": tuple(DTYPES),
     "missing": ("fail", "anchor", "zero"),
     "shapes": ("fail", "anchor"),
+    "unmatched": ("fail", "skip"),
     "sums": ("warn", "fail"),
     "non_finite": ("fail", "keep"),
     "overflow": ("fail", "keep"),

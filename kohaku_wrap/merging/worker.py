@@ -136,7 +136,12 @@ class Worker:
 
     def open_delta(self, network: str, change: Change) -> Delta:
         """What a module adds, from its tensors in the network's file."""
-        return Delta(change.module.algorithm, change.kind, self.read_module(network, change))
+        arrays = self.read_module(network, change)
+        delta = Delta(change.module.algorithm, change.kind, arrays)
+        if not change.target.is_transposed:
+            return delta
+        norms = {name: arrays[name].T for name in ("dora_scale",) if name in arrays}
+        return Delta("full", "weight", {"diff": delta.compute_rows(0, delta.shape[0]).T, **norms})
 
     def compute_with_deltas(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
         """A piece that networks change, by blocks of rows: the first element and the bits of each."""
