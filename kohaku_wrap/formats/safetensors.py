@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.disguises import START_BYTES, name_disguise
 
 LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 100_000_000
@@ -50,13 +51,13 @@ class MalformedFile(KwrapError):
 
     advice = "The file is damaged or was cut short: fetch it again, or save it anew with safetensors."
 
-    def __init__(self, path: Path, faults: Iterable[str]) -> None:
+    def __init__(self, path: Path, faults: Iterable[str], advice: str = "") -> None:
         listed = list(faults)
         shown = [shorten(fault) for fault in listed[:FAULTS_SHOWN]]
         if len(listed) > len(shown):
             shown.append(f"and {len(listed) - len(shown):,} faults more")
         text = f"{path}: {shown[0]}" if len(listed) == 1 else "\n  ".join([f"{path}: {len(listed):,} faults", *shown])
-        super().__init__(text, self.advice)
+        super().__init__(text, advice or self.advice)
 
 
 class OtherKindOfFile(MalformedFile):
@@ -143,20 +144,22 @@ def read_header(path: Path) -> Header:
         pickled = start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and first != b"{"
         if start[:4] == b"PK\x03\x04" or pickled:
             raise PickledFile(path)
+        if start and (first != b"{" or int.from_bytes(start, "little") > HEADER_LIMIT_BYTES):
+            what, _, advice = name_disguise(start + first + stream.read(START_BYTES)).partition("; ")
+            if what:
+                advice = f"{advice.capitalize()}." if advice else ""
+                raise OtherKindOfFile(path, [f"not a safetensors file but {what}"], advice)
         if len(start) < LENGTH_BYTES:
             raise MalformedFile(path, [f"{len(start)} bytes are too few for a safetensors file"])
         (header_bytes,) = struct.unpack("<Q", start)
+        claim = f"the header claims {header_bytes:,} bytes"
         if header_bytes > size_bytes - LENGTH_BYTES and first != b"{":
             raise OtherKindOfFile(path, ["not a safetensors file"])
         if header_bytes > HEADER_LIMIT_BYTES:
-            raise MalformedFile(
-                path, [f"the header claims {header_bytes:,} bytes; more than {HEADER_LIMIT_BYTES:,} are not allowed"]
-            )
+            raise MalformedFile(path, [f"{claim}; more than {HEADER_LIMIT_BYTES:,} are not allowed"])
         if header_bytes > size_bytes - LENGTH_BYTES:
             left = size_bytes - LENGTH_BYTES
-            raise MalformedFile(
-                path, [f"the header claims {header_bytes:,} bytes, but only {left:,} follow its length"]
-            )
+            raise MalformedFile(path, [f"{claim}, but only {left:,} follow its length"])
         text = (first + stream.read(header_bytes - 1)) if header_bytes else b""
     data_start = LENGTH_BYTES + header_bytes
     tensors, metadata = parse_header(path, text, size_bytes - data_start)

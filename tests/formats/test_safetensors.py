@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import struct
@@ -112,6 +113,33 @@ def test_header_lengths_that_lie(tmp_path: Path) -> None:
     path.write_bytes(b"abc")
     with pytest.raises(MalformedFile, match="3 bytes are too few"):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "what", "advice"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 6938040682\n", "a Git LFS", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<html><title>404</title>", "a web page", "Fetch the file again"),
+        (b"\xef\xbb\xbf\n <html {lang=en}>", "a web page", "Fetch the file again"),
+        (b"<head>", "a web page", "Fetch the file again"),
+        (b'{"data":{"code":401}}', "a JSON text", "Fetch the file again"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML text", "Fetch the file again"),
+        (gzip.compress(b"a checkpoint"), "compressed with gzip", "Decompress it first"),
+    ],
+)
+def test_leftovers_of_a_download_are_named(tmp_path: Path, start: bytes, what: str, advice: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(start)
+    with pytest.raises(OtherKindOfFile, match=f"model.safetensors: not a safetensors file but {what}") as refused:
+        read_header(path)
+    assert advice in refused.value.next_step
+
+
+def test_a_header_as_long_as_the_mark_of_gzip_is_read(tmp_path: Path) -> None:
+    text = b'{"__metadata__": {}}'.ljust(int.from_bytes(b"\x1f\x8b", "little"))
+    assert read_header(write_raw(tmp_path / "long.safetensors", text)).tensors == {}
+    with pytest.raises(MalformedFile, match="claims 35,615 bytes"):
+        read_header(write_raw(tmp_path / "cut.safetensors", text[:99], length=len(text)))
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
