@@ -129,7 +129,7 @@ def command(
         print_table("Images of your own", rows_of_report(report, where))
     report.check(max_missing)
     if not as_json:
-        again = "run it again without --dry-run" if dry_run else plan_command("TEMPLATE", images.parent)
+        again = "run it again without --dry-run" if dry_run else plan_command("own-images", images.parent)
         click.echo(f"Next: {again}")
 
 

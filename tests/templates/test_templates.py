@@ -31,7 +31,7 @@ def planted_faults(path: Path) -> list[str]:
 
 
 def test_there_are_templates_to_check() -> None:
-    assert {"sdxl-lokr", "epsilon", "delta", "gamma-base7", "demo"} <= {path.stem for path in SHIPPED}
+    assert {"sdxl-lokr", "epsilon", "delta", "gamma-base7", "own-images", "demo"} <= {path.stem for path in SHIPPED}
     assert len(broken_files()) > 30
 
 
