@@ -166,7 +166,12 @@ def inspect_picture(file: Path, as_json: bool) -> None:
     rows += [("seed", str(cell.seed)), ("computed", ", ".join(f"{k} {v}" for k, v in asdict(cell.compute).items()))]
     for number, each in enumerate(record.files):
         weight = f" at {each.weight}" if each.weight else ""
-        rows.append(("network" if number else "checkpoint", f"{each.name}{weight}, sha256 {each.sha256}"))
+        rows.append(
+            (
+                "VAE" if each.part else "network" if number else "checkpoint",
+                f"{each.name}{weight}, sha256 {each.sha256}",
+            )
+        )
     if record.optimizer_step is not None:
         rows.append(("optimizer step", record.optimizer_step))
     rows.append(("prediction by", record.prediction_from or "nothing says it; epsilon was assumed"))

@@ -101,6 +101,7 @@ A sheet (sheet.toml) is the product of its lists:
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
 @click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
+@click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="Usually the run's, or the MODEL's own.")
 @click.option("--run", "run_name", metavar="RUN", help="Draw with the networks that a run kept.")
 @click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest.")
 @click.option("--prompts", "sheet_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, or a sheet.")
@@ -119,6 +120,7 @@ A sheet (sheet.toml) is the product of its lists:
 def command(
     models: tuple[Path, ...],
     networks: tuple[str, ...],
+    vae: Path | None,
     run_name: str | None,
     steps: str | None,
     sheet_file: Path | None,
@@ -143,16 +145,17 @@ def command(
     from kohaku_wrap.sampling.running import draw_sheet, find_waiting
 
     if queued:
-        if run_name is None or models or networks or texts or sheet_file or steps or out:
+        if run_name is None or models or networks or texts or sheet_file or steps or out or vae:
             raise UsageError(
-                "--queued draws what the [samples] of a run asks for", "Give --run RUN and no model, prompt or --out."
+                "--queued draws what the [samples] of a run asks for",
+                "Give --run RUN and no model, prompt, --vae or --out.",
             )
         draw_queued(run_name, site_file, asked, dry_run, as_json)
         return
     if out is None:
         raise UsageError("--out is missing", "Name the folder where the pictures go: --out DIR.")
     sheet = choose_sheet(sheet_file, texts, asked)
-    listed = list_models(models, networks, run_name, steps, site_file)
+    listed = list_models(models, networks, vae, run_name, steps, site_file)
     job = prepare(sheet, listed, asked, tokenizers, site_file, run_name, out, jobs, offload, quiet=as_json)
     choose_axes(job.cells, sheet.rows, sheet.columns)
     for name in dict.fromkeys(known.model.path.name for known in job.models if not known.prediction.source):

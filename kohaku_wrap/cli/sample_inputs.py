@@ -49,7 +49,12 @@ def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any
 
 
 def list_models(
-    models: tuple[Path, ...], networks: tuple[str, ...], run: str | None, steps: str | None, site: Path | None
+    models: tuple[Path, ...],
+    networks: tuple[str, ...],
+    vae: Path | None,
+    run: str | None,
+    steps: str | None,
+    site: Path | None,
 ) -> list[Model]:
     """The models that are named, or those of a run. Raises NoModel, and what checking their headers raises."""
     from kohaku_wrap.sampling.checkpoints import Model, NoModel, check_model, read_network
@@ -63,11 +68,11 @@ def list_models(
         from kohaku_wrap.sampling.of_runs import models_of_run
         from kohaku_wrap.training.records.folder import find_run
 
-        found = models_of_run(find_run(run, runs_folders(site)), steps)
+        found = models_of_run(find_run(run, runs_folders(site)), steps, vae)
         return [replace(model, networks=(*model.networks, *added)) for model in found]
     if not models:
         raise NoModel("no model is named", "Give the path of an SDXL checkpoint, or --run RUN.")
-    listed = [Model(path, added) for path in dict.fromkeys(models)]
+    listed = [Model(path, added, vae=vae) for path in dict.fromkeys(models)]
     for model in listed:
         check_model(model)
     return listed

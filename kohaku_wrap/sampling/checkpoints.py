@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kohaku_wrap.config.base_model import BadBaseModel, check_base_model
+from kohaku_wrap.config.base_model import BadBaseModel, check_base_model, read_sizes
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.safetensors import Header, read_header
+from kohaku_wrap.formats.sdxl import VAE_PREFIX, list_tensor_names
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
 from kohaku_wrap.merging.networks import is_network
 from kohaku_wrap.merging.plan import MergePlan
@@ -18,6 +19,7 @@ from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.sampling.sizes import find_sizes
 
 WEIGHTED = re.compile(r"(?P<file>.+):(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))")
+DIFFUSERS_VAE = "decoder.up_blocks.0.resnets.0.conv1.weight"
 MARKS = ("v_pred", "ztsnr")
 """Empty tensors that v-prediction checkpoints carry."""
 
@@ -52,6 +54,9 @@ class Model:
 
     optimizer_step: int | None = None
     """The step of the run that the network was saved at, where it is a run's."""
+
+    vae: Path | None = None
+    """A file whose VAE takes the place of the checkpoint's own."""
 
     @property
     def title(self) -> str:
@@ -103,12 +108,28 @@ def check_model(model: Model) -> Header:
             f"Give the checkpoint that it was trained on, and --network {model.path}.",
         )
     try:
-        check_base_model(model.path, sizes_of=find_sizes(header))
+        sizes_of = find_sizes(header)
+        check_base_model(model.path, with_vae=model.vae is None, sizes_of=sizes_of)
     except BadBaseModel as error:
-        raise KwrapError(error.message, "Give a whole SDXL checkpoint, its VAE included.") from None
+        raise KwrapError(error.message, "Give a whole SDXL checkpoint; its VAE may be another file: --vae.") from None
+    if model.vae:
+        check_vae(
+            model.vae, [name.removeprefix(VAE_PREFIX) for name in list_tensor_names(read_sizes(sizes_of))["the VAE"]]
+        )
     if model.networks:
         model.plan()
     return header
+
+
+def check_vae(path: Path, wanted: Sequence[str]) -> None:
+    """Raise NoModel, or what reading a header raises, unless the file holds these tensors or diffusers' ones."""
+    if not path.is_file():
+        raise NoModel(f"{path}: there is no such file", "Give the path of a VAE (.safetensors).")
+    held = {name.removeprefix(VAE_PREFIX) for name in read_header(path).tensors}
+    missing = [] if DIFFUSERS_VAE in held else [name for name in wanted if name not in held]
+    if missing:
+        raise NoModel(f"{path}: no VAE of SDXL: it lacks {len(missing):,} of {len(wanted):,} tensors ({missing[0]}, …)",
+                      "Give a VAE, or an SDXL checkpoint whose VAE is wanted.")  # fmt: skip
 
 
 def hash_models(models: Sequence[Model], on_progress: Progress) -> dict[Path, FileHashes]:
@@ -118,14 +139,14 @@ def hash_models(models: Sequence[Model], on_progress: Progress) -> dict[Path, Fi
 
 
 def files_of(model: Model) -> list[Path]:
-    """The checkpoint, then its networks."""
-    return [model.path, *(each.path for each in model.networks)]
+    """The checkpoint, its networks, and a VAE of its own file."""
+    return [model.path, *(each.path for each in model.networks), *([model.vae] if model.vae else [])]
 
 
 def identify_model(model: Model, hashes: Mapping[Path, FileHashes]) -> str:
     """What a cell knows of the model: hashes and weights."""
     added = "".join(f"+{each.weight}*{hashes[each.path].sha256}" for each in model.networks)
-    return hashes[model.path].sha256 + added
+    return hashes[model.path].sha256 + added + (f"+vae*{hashes[model.vae].sha256}" if model.vae else "")
 
 
 def find_prediction(header: Header) -> Prediction:

@@ -31,7 +31,7 @@ from kohaku_wrap.training.records.samples import Pictures, list_pictures
 from kohaku_wrap.training.supervising.places import read_places
 
 
-def models_of_run(run: Run, steps: str | None) -> list[Model]:
+def models_of_run(run: Run, steps: str | None, vae: Path | None = None) -> list[Model]:
     """The run's base model with each network that it kept and that is asked for: the newest, `all`, or `N,M`.
 
     Raises NoModel, UsageError, and what checking the files' headers raises.
@@ -59,17 +59,18 @@ def models_of_run(run: Run, steps: str | None) -> list[Model]:
                 f"--steps: there is no network of step {', '.join(missing)}", f"There are {there}, or all."
             )
         wanted = [int(each) for each in named]
-    models = [model_of_run(run, step, kept[step]) for step in wanted]
+    models = [model_of_run(run, step, kept[step], vae) for step in wanted]
     for model in models:
         check_model(model)
     return models
 
 
-def model_of_run(run: Run, step: int, network: Path) -> Model:
-    """The run's base model with one of its networks."""
-    base = read_places(run).options.get("pretrained_model_name_or_path", "")
-    name = run.output_name
-    return Model(Path(base), (AddedNetwork(network),), name if network.stem == name else f"{name} step {step}", step)
+def model_of_run(run: Run, step: int, network: Path, vae: Path | None = None) -> Model:
+    """The run's base model with one of its networks, and with `vae` or the VAE that it trains with."""
+    options, name = read_places(run).options, run.output_name
+    vae = vae or (Path(options["vae"]) if options.get("vae") else None)
+    label = name if network.stem == name else f"{name} step {step}"
+    return Model(Path(options.get("pretrained_model_name_or_path", "")), (AddedNetwork(network),), label, step, vae)
 
 
 def prediction_of_run(run: Run) -> Prediction | None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -19,6 +19,9 @@ from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS
 from kohaku_wrap.sampling.cells import SAMPLERS, SCHEDULES, Cell, read_cell
 
 CHUNK = "kwrap"
+VAE = "vae"
+"""The part of a file that is neither checkpoint nor network."""
+
 PARAMETERS = "parameters"
 LORA_HASH_DIGITS = 12
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -45,6 +48,9 @@ class ModelFile:
     weight: str = ""
     """Of a network."""
 
+    part: str = ""
+    """VAE, where it is only that."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -54,7 +60,7 @@ class Record:
     """All that decides its pixels."""
 
     files: tuple[ModelFile, ...]
-    """The checkpoint, then its networks."""
+    """The checkpoint, its networks, and a VAE where it was another file's."""
 
     versions: Mapping[str, str]
     """Of the packages that drew it."""
@@ -71,6 +77,16 @@ class Record:
     device_name: str = ""
     """The processor."""
 
+    @property
+    def networks(self) -> list[ModelFile]:
+        """Those that were added."""
+        return [each for each in self.files[1:] if each.part != VAE]
+
+    @property
+    def vae(self) -> ModelFile | None:
+        """The file of the VAE, where it was not the checkpoint's."""
+        return next((each for each in self.files if each.part == VAE), None)
+
 
 def quote(value: object) -> str:
     """A value of `parameters`: a JSON string where it holds what would part it from the next."""
@@ -80,7 +96,7 @@ def quote(value: object) -> str:
 
 def compose_parameters(record: Record) -> str:
     """The text that the webui writes, and all galleries read."""
-    cell, (checkpoint, *networks) = record.cell, record.files
+    cell, checkpoint = record.cell, record.files[0]
     fields: dict[str, object] = {
         "Steps": cell.steps,
         "Sampler": SAMPLERS[cell.sampler],
@@ -97,8 +113,11 @@ def compose_parameters(record: Record) -> str:
         fields["Denoising strength"] = f"{cell.hires.strength:g}"
         fields["Hires upscale"] = f"{cell.hires.scale:g}"
         fields["Hires upscaler"] = "Latent"
-    if networks:
-        hashes = [f"{Path(each.name).stem}: {each.data_sha256[:LORA_HASH_DIGITS]}" for each in networks]
+    if vae := record.vae:
+        fields["VAE hash"] = vae.sha256[:AUTO_V2_DIGITS]
+        fields["VAE"] = vae.name
+    if record.networks:
+        hashes = [f"{Path(each.name).stem}: {each.data_sha256[:LORA_HASH_DIGITS]}" for each in record.networks]
         fields["Lora hashes"] = ", ".join(hashes)
     fields["Version"] = f"kwrap {kohaku_wrap.__version__}"
     line = ", ".join(f"{name}: {quote(value)}" for name, value in fields.items())
@@ -114,8 +133,7 @@ def compose_chunk(record: Record) -> str:
         "cell": cell.describe(),
         "cell_sha256": cell.digest,
         "pixels_sha256": record.pixels_sha256,
-        "files": [{"name": each.name, "sha256": each.sha256, "data_sha256": each.data_sha256, "weight": each.weight}
-                  for each in record.files],
+        "files": [asdict(each) for each in record.files],
         "optimizer_step": record.optimizer_step,
         "prediction_from": record.prediction_from,
         "original_size": size,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import key_of_file, load_hashes
-from kohaku_wrap.sampling.pictures import Record, compose_parameters
+from kohaku_wrap.sampling.pictures import VAE, Record, compose_parameters
 from kohaku_wrap.sampling.running import read_sheet_record
 
 SAID_BY_FILE = ("its key", "modelspec")
@@ -42,7 +43,7 @@ def compose_command(picture: Path, record: Record) -> tuple[str, list[str]]:
         lost += [] if is_found else [f"{each.name} (sha256 {each.sha256[:10]}…)"]
     words: list[object] = ["sample", paths[0]]
     for path, each in zip(paths[1:], record.files[1:], strict=True):
-        words += ["--network", f"{path}:{each.weight}"]
+        words += ["--vae", path] if each.part == VAE else ["--network", f"{path}:{each.weight}"]
     words += [f"--prompt={cell.prompt}", *([f"--negative={cell.negative}"] if cell.negative else [])]
     words += ["--seed", cell.seed, "--size", f"{cell.width}x{cell.height}", "--guidance", repr(cell.guidance)]
     words += ["--sampler", cell.sampler, "--schedule", cell.schedule, "--sampler-steps", cell.steps]
@@ -76,8 +77,7 @@ def describe_picture(picture: Path, record: Record, pixels: str) -> dict[str, An
         "cell_sha256": record.cell.digest,
         "pixels_sha256": pixels,
         "pixels_as_drawn": pixels == record.pixels_sha256,
-        "files": [{"name": each.name, "sha256": each.sha256, "data_sha256": each.data_sha256, "weight": each.weight}
-                  for each in record.files],
+        "files": [asdict(each) for each in record.files],
         "optimizer_step": record.optimizer_step,
         "prediction_from": record.prediction_from,
         "device": record.device_name,

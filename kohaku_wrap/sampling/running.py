@@ -21,7 +21,7 @@ from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.sampling.checkpoints import Model, files_of
 from kohaku_wrap.sampling.expanding import KnownModel, PlacedCell
-from kohaku_wrap.sampling.pictures import is_drawn
+from kohaku_wrap.sampling.pictures import VAE, is_drawn
 
 WORKER = "kohaku_wrap.sampling.drawing.worker"
 RECORD = "sheet.json"
@@ -77,14 +77,15 @@ class DrawingJob:
     def describe(self, known: KnownModel) -> dict[str, Any]:
         """One model as JSON."""
         model = known.model
-        weights = ["", *(each.weight for each in model.networks)]
+        weights = [("", ""), *(("", each.weight) for each in model.networks), (VAE, "")]
         return {
             "path": str(model.path),
             "networks": [[str(each.path), each.weight] for each in model.networks],
+            "vae": str(model.vae) if model.vae else None,
             "files": [
                 {"name": path.name, "sha256": self.hashes[path].sha256, "data_sha256": self.hashes[path].data_sha256,
-                 "weight": weight}
-                for path, weight in zip(files_of(model), weights, strict=True)
+                 "weight": weight, "part": part}
+                for path, (part, weight) in zip(files_of(model), weights, strict=False)
             ],
             "optimizer_step": model.optimizer_step,
             "prediction_from": known.prediction.source,

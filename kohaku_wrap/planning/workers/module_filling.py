@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders import single_file_utils
 from torch import nn
 
 from kohaku_wrap.config.base_model import BadBaseModel
+from kohaku_wrap.formats.sdxl import VAE_PREFIX
 
 Tensors = dict[str, torch.Tensor]
 
@@ -24,6 +26,14 @@ def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: An
             f"{path}: {part} is not there or incomplete (at {error})", "Set `base_model` in site.toml to a whole SDXL."
         ) from error
     return converted
+
+
+def fill_vae(vae: nn.Module, tensors: Tensors, path: Path) -> None:
+    """Give a VAE its tensors from a checkpoint, or a file of its own with sgm's or diffusers' names."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(VAE_PREFIX)} or tensors
+    if not any(name.startswith("encoder.down_blocks.") for name in tensors):
+        tensors = convert(path, "the VAE", single_file_utils.convert_ldm_vae_checkpoint, tensors, vae.config)
+    fill_module(vae, tensors, path, "the VAE")
 
 
 def fill_module(module: nn.Module, tensors: Tensors, path: Path, part: str) -> None:

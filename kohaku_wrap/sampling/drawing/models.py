@@ -21,10 +21,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.safetensors import read_header
-from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.running import merge_in_memory
-from kohaku_wrap.planning.workers.module_filling import Tensors, convert, fill_module
+from kohaku_wrap.planning.workers.module_filling import Tensors, convert, fill_module, fill_vae
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.sizes import find_sizes
@@ -83,6 +83,7 @@ def load_drawer(model: Model, compute: Compute) -> Drawer:
     sizes = read_sizes(find_sizes(read_header(model.path)))
     parts = make_parts(sizes)
     fill_parts(parts, tensors, model.path)
+    fill_vae(parts["vae"], dict(load_file(model.vae)) if model.vae else tensors, model.vae or model.path)
     wanted = TORCH_DTYPES[compute.dtype]
     for name, module in parts.items():
         module.requires_grad_(False)
@@ -106,12 +107,12 @@ def make_parts(sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def fill_parts(parts: Mapping[str, Any], tensors: Tensors, path: Path) -> None:
-    """Give the modules the tensors under diffusers' names."""
+    """Give the UNet and the encoders the tensors under diffusers' names."""
 
     def own(prefix: str) -> Tensors:
         return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    unet, vae, second = parts["unet"], parts["vae"], parts["text_encoder_2"]
+    unet, second = parts["unet"], parts["text_encoder_2"]
     converted = convert(path, "the UNet", single_file_utils.convert_ldm_unet_checkpoint, own(UNET_PREFIX), unet.config)
     fill_module(unet, converted, path, "the UNet")
     first = single_file_utils.convert_ldm_clip_checkpoint(own(TEXT_ENCODER_PREFIX))
@@ -123,5 +124,3 @@ def fill_parts(parts: Mapping[str, Any], tensors: Tensors, path: Path) -> None:
 
     encoder = convert(path, "text encoder 2", convert_second, own(TEXT_ENCODER_2_PREFIX), {})
     fill_module(second, encoder, path, "text encoder 2")
-    decoder = convert(path, "the VAE", single_file_utils.convert_ldm_vae_checkpoint, own(VAE_PREFIX), vae.config)
-    fill_module(vae, decoder, path, "the VAE")

@@ -197,7 +197,7 @@ class SheetWorker:
 def read_job_model(document: dict[str, Any]) -> Model:
     """The model of a job."""
     networks = tuple(AddedNetwork(Path(path), weight) for path, weight in document["networks"])
-    return Model(Path(document["path"]), networks)
+    return Model(Path(document["path"]), networks, vae=Path(document["vae"]) if document["vae"] else None)
 
 
 def choose_device(compute: Compute, index: int) -> torch.device:

@@ -24,6 +24,7 @@ from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.formats.toml_text import toml_text
+from kohaku_wrap.sampling.of_runs import models_of_run
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST, read_manifest
@@ -609,3 +610,8 @@ def test_an_exchanged_network_is_told_by_inspect_and_not_published(stage: Stage)
     assert json.loads(kwrap("inspect", elsewhere, "--json").stdout)["of_run"] is None
     (list_attempts(stage.run)[0].folder / "networks.json").unlink()
     assert "unknown: run first has no sha256" in kwrap("inspect", network).stdout
+
+
+def test_pictures_are_drawn_with_the_vae_that_it_trains_with(stage: Stage) -> None:
+    (model,) = models_of_run(stage.run, None)
+    assert model.vae is not None and model.vae.samefile(stage.folder / "vae.safetensors")

@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
 from kohaku_wrap.errors import reason_of
-from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_PREFIX
-from kohaku_wrap.planning.workers.module_filling import Tensors, convert, fill_module
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
+from kohaku_wrap.planning.workers.module_filling import Tensors, convert, fill_module, fill_vae
 from kohaku_wrap.planning.workers.module_names import build_named_view, pair_names
 
 
@@ -58,13 +58,7 @@ def load_base_model(path: Path, vae_path: Path | None) -> BaseModel:
     fill_module(first, single_file_utils.convert_ldm_clip_checkpoint(first_tensors), path, "text encoder 1")
     fill_module(second, convert_second_encoder(second, tensors, path), path, "text encoder 2")
 
-    vae_file = vae_path or path
-    vae_tensors = read_tensors(vae_path) if vae_path else {n: t for n, t in tensors.items() if n.startswith(VAE_PREFIX)}
-    if not any(name.startswith("encoder.down_blocks.") for name in vae_tensors):
-        vae_tensors = convert(
-            vae_file, "the VAE", single_file_utils.convert_ldm_vae_checkpoint, vae_tensors, vae.config
-        )
-    fill_module(vae, vae_tensors, vae_file, "the VAE")
+    fill_vae(vae, read_tensors(vae_path) if vae_path else tensors, vae_path or path)
 
     for module in (unet, first, second, vae):
         module.requires_grad_(False)
