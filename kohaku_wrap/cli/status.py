@@ -105,7 +105,8 @@ def show(runs: list[Run], single: bool, as_json: bool) -> None:
 
     statuses = [read_status(run) for run in runs]
     if as_json:
-        print_json("status", describe(statuses[0]) if single else {"runs": [describe(each) for each in statuses]})
+        documents = [each.document() for each in statuses]
+        print_json("status", documents[0] if single else {"runs": documents})
     elif len(statuses) == 1:
         print_run(statuses[0])
     else:
@@ -134,14 +135,6 @@ def show_comparison(run: Run, other: Run, as_json: bool) -> None:
     if not losses:
         rows.append(("losses", "no optimizer step that both have"))
     print_table(f"{run.name}  |  {other.name}", rows, command_line("status", show_path(other.folder)))
-
-
-def describe(status: RunStatus) -> dict[str, Any]:
-    """The status as JSON has it."""
-    from dataclasses import asdict
-
-    chapters = [chapter.document() for chapter in status.run.lock.chapters]
-    return {**asdict(status), "run": status.run.name, "folder": status.run.folder, "chapters": chapters}
 
 
 def one_line(status: RunStatus) -> str:

@@ -119,7 +119,7 @@ class RunFacts:
         return {
             "name": self.run.name,
             "sentence": self.sentence,
-            "status": {**asdict(self.status), "run": self.run.name, "folder": str(self.run.folder)},
+            "status": self.status.document(),
             "verify": self.verdict.report,
             "verification": {
                 "standing": self.verdict.standing,

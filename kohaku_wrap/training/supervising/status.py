@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,6 +164,11 @@ class RunStatus:
 
     disk_used_bytes: int
     """By its states and checkpoints."""
+
+    def document(self) -> dict[str, Any]:
+        """As `status --json` and the data of a run's page have it; paths are Path."""
+        chapters = [chapter.document() for chapter in self.run.lock.chapters]
+        return {**asdict(self), "run": self.run.name, "folder": self.run.folder, "chapters": chapters}
 
 
 def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatus:
