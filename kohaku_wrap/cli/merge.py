@@ -34,7 +34,7 @@ VERIFY_ELEMENTS = 10_000
 
 def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
     """An option with a few words to choose from; without a default, so that a recipe may say it."""
-    usual = "" if flag == "--dtype" else f" Usually {words[0]}."
+    usual = "" if flag in ("--dtype", "--prediction") else f" Usually {words[0]}."
     return click.option(flag, type=click.Choice(words), help=text + usual)
 
 
@@ -147,6 +147,7 @@ A formula that begins with - goes last, after --.
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
 @click.option("--parts", default="", metavar="PART,…", help="Merge these parts alone: unet, te, te1, te2, vae.")
 @choice("--dtype", DTYPES, "One type for all floating tensors; else the anchor's types.")
+@choice("--prediction", ("eps", "v"), "What the file is marked to predict; else what its models do.")
 @choice("--missing", ("fail", "anchor", "zero"), "A model with weight lacks a key: the anchor's tensor, or count as 0.")
 @choice("--shapes", ("fail", "anchor"), "Shapes differ: copy the anchor's tensor.")
 @choice(
@@ -202,7 +203,7 @@ def command(
     headers = {**plan.files, **plan.networks}
     check_output(output, {name: header.path for name, header in headers.items()})
     for line in described["decisions"]:
-        print_note(f"note: {line}")
+        print_note(line if line.startswith("warning: ") else f"note: {line}")
     with progress_bar("hash the inputs", "bytes", quiet=as_json) as report:
         hashes = hash_files([header.path for header in headers.values()], threads, report)
     metadata = build_metadata(plan, dict(zip(headers, hashes, strict=True)), title, date, recipe)

@@ -11,7 +11,8 @@ from kohaku_wrap.cli.options import runs_folders
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
-    from kohaku_wrap.sampling.checkpoints import Model, Prediction
+    from kohaku_wrap.formats.predictions import Prediction
+    from kohaku_wrap.sampling.checkpoints import Model
     from kohaku_wrap.sampling.sheets import Sheet
 
 
@@ -104,8 +105,8 @@ def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model
 def choose_prediction(model: Model, asked: dict[str, Any], run: str | None, site: Path | None) -> Prediction:
     """What the model predicts: as asked for, by the template, by the run's lock, or by its file."""
     from kohaku_wrap.config.layers import load_layers
+    from kohaku_wrap.formats.predictions import Prediction, find_prediction
     from kohaku_wrap.formats.safetensors import read_header
-    from kohaku_wrap.sampling.checkpoints import Prediction, find_prediction
     from kohaku_wrap.sampling.of_runs import prediction_of_run
     from kohaku_wrap.training.records.folder import find_run
 

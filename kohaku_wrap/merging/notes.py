@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout
+from kohaku_wrap.formats.predictions import MARKS
 from kohaku_wrap.merging.blocks import blocks_of_key
 from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.formula import Blocks, Only, walk_formula
@@ -78,7 +79,7 @@ class Notes:
             if name in (self.anchor, VAE):
                 continue
             for key in header.tensors:
-                if key not in keys:
+                if key not in keys and key not in MARKS:
                     self.add(f"left out: only in {self.shown(name)}, not in {self.shown(self.anchor)}", key)
         for name in models:
             if is_network(self.files[name]):

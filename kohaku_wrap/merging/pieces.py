@@ -78,6 +78,8 @@ class Piece:
 
 def cut_tensor(plan: MergePlan, tensor: TensorPlan) -> Iterator[Piece]:
     """The pieces of one tensor: one, or one for each part of a fused tensor that networks change."""
+    if not tensor.sources:
+        return
     spots = [plan.files[name].tensors[tensor.key] for name in tensor.sources]
     if not tensor.coefficients:
         source = Source(tensor.sources[0], spots[0].begin, RAW)

@@ -26,6 +26,9 @@ class MergeOptions:
     merge_vae: bool = False
     """Whether the formula also applies to the VAE."""
 
+    prediction: str = ""
+    """What the output is marked to predict: eps or v; empty for what its models do."""
+
     dtype: str = ""
     """One of FLOAT_DTYPES for all floating tensors; empty for the anchor's types."""
 
@@ -59,7 +62,7 @@ class TensorPlan:
     """Its place in the output."""
 
     sources: tuple[str, ...]
-    """The names of the checkpoints that are read; one for a copy."""
+    """The names of the checkpoints that are read; one for a copy, none for an empty marker that is added."""
 
     coefficients: tuple[Fraction, ...]
     """One for each source; empty for a copy of the bytes."""
@@ -108,6 +111,9 @@ class MergePlan:
 
     decisions: tuple[str, ...] = ()
     """What was decided where the files left a choice, one line each."""
+
+    prediction: str = ""
+    """What the output predicts, epsilon or v; empty where no file says it."""
 
     combinations: dict[WeightedSum, int] = field(default_factory=dict)
     """How many tensors each sum of coefficients is used for."""

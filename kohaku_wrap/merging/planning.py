@@ -12,6 +12,7 @@ from pathlib import Path
 from kohaku_wrap.errors import Problem, UsageError
 from kohaku_wrap.formats.layouts import Layout, read_layout
 from kohaku_wrap.formats.network_names import table_of_targets
+from kohaku_wrap.formats.predictions import MARKS
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
 from kohaku_wrap.merging.blocks import PARTS, is_in_part, is_vae
 from kohaku_wrap.merging.coefficients import Formula, Reduction
@@ -21,6 +22,7 @@ from kohaku_wrap.merging.networks import Change, is_network, match_modules, rais
 from kohaku_wrap.merging.notes import LIKE, VAE, Notes
 from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan, WeightedSum
+from kohaku_wrap.merging.predictions import mark_prediction
 
 
 class UnboundName(UsageError):
@@ -138,6 +140,10 @@ class Planner:
         self.notes.tell_extra_keys(self.models)
         raise_problems("the files do not fit the formula", self.problems, self.advice())
         check_contribution(self.formula, drafts, {name: self.layouts[name] for name in self.models}, self.networks)
+        marked = mark_prediction(drafts, self.files, self.networks, self.anchor, self.options.prediction)
+        drafts = marked.drafts
+        for line, key in marked.notes:
+            self.notes.add(line, key)
         spots = lay_out_tensors((draft.key, draft.spot.dtype, draft.spot.shape) for draft in drafts)
         placed = {draft.key: draft for draft in drafts}
         return MergePlan(
@@ -151,6 +157,7 @@ class Planner:
             ),
             self.options,
             tuple(self.notes.lines()),
+            marked.kind,
             dict(self.combinations.most_common()),
         )
 
@@ -195,7 +202,8 @@ class Planner:
         if not self.is_computed(key, spot):
             what = "empty marker" if not spot.elements else f"{spot.dtype}, which is not averaged"
             what = "positions, which are not averaged" if key.endswith("position_ids") else what
-            self.notes.add(f"copied from {self.anchor}: {what}", key)
+            if key not in MARKS:  # they follow what the output predicts
+                self.notes.add(f"copied from {self.anchor}: {what}", key)
             if what.startswith(spot.dtype):
                 self.check_integers(key, spot)
             return self.copy(key, self.anchor, spot)

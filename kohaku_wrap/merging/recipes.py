@@ -21,6 +21,7 @@ from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
 from kohaku_wrap.merging.notes import LIKE, VAE
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
+from kohaku_wrap.merging.predictions import WORDS
 from kohaku_wrap.toml_files import load_toml
 
 RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
@@ -37,6 +38,7 @@ DTYPES = {
 
 WORDS_OF_OPTION = {
     "dtype": tuple(DTYPES),
+    "prediction": tuple(WORDS),
     "missing": ("fail", "anchor", "zero"),
     "shapes": ("fail", "anchor"),
     "unmatched": ("fail", "skip"),
@@ -269,9 +271,8 @@ def build_metadata(
         "modelspec.title": title or (recipe.title if recipe else "") or plan.formula.source,
         "modelspec.merged_from": ", ".join(name_of_file(header.path) for header in headers.values()),
     }
-    for key in ("modelspec.resolution", "modelspec.prediction_type"):
-        if key in anchor:
-            metadata[key] = anchor[key]
+    metadata["modelspec.resolution"] = anchor.get("modelspec.resolution", "")
+    metadata["modelspec.prediction_type"] = plan.prediction
     if rights.text:
         metadata["modelspec.license"] = rights.text
     if date:

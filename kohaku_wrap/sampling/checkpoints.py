@@ -20,8 +20,6 @@ from kohaku_wrap.sampling.sizes import find_sizes
 
 WEIGHTED = re.compile(r"(?P<file>.+):(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))")
 DIFFUSERS_VAE = "decoder.up_blocks.0.resnets.0.conv1.weight"
-MARKS = ("v_pred", "ztsnr")
-"""Empty tensors that v-prediction checkpoints carry."""
 
 
 class NoModel(UsageError):
@@ -71,20 +69,6 @@ class Model:
                  for name, each in names.items()]  # fmt: skip
         paths = {"base": self.path, **{name: each.path for name, each in names.items()}}
         return plan_merge(" ".join(["base", *terms]), paths)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model predicts, and who says so."""
-
-    kind: str
-    """epsilon or v."""
-
-    zero_terminal_snr: bool
-    """Whether its noise schedule ends in pure noise."""
-
-    source: str
-    """Where that stands; empty where nothing says it and epsilon is assumed."""
 
 
 def read_network(text: str) -> AddedNetwork:
@@ -147,14 +131,3 @@ def identify_model(model: Model, hashes: Mapping[Path, FileHashes]) -> str:
     """What a cell knows of the model: hashes and weights."""
     added = "".join(f"+{each.weight}*{hashes[each.path].sha256}" for each in model.networks)
     return hashes[model.path].sha256 + added + (f"+vae*{hashes[model.vae].sha256}" if model.vae else "")
-
-
-def find_prediction(header: Header) -> Prediction:
-    """What the checkpoint says of its prediction: by modelspec, or by the keys that mark v-prediction."""
-    stated = header.metadata.get("modelspec.prediction_type", "").lower()
-    marked = [mark for mark in MARKS if mark in header.tensors]
-    if marked:
-        return Prediction("v", "ztsnr" in marked, f"its key {' and '.join(marked)}")
-    if stated in ("v", "v_prediction", "epsilon"):
-        return Prediction("epsilon" if stated == "epsilon" else "v", False, "modelspec.prediction_type")
-    return Prediction("epsilon", False, "")

@@ -9,8 +9,9 @@ from typing import Any
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.formats.predictions import Prediction
 from kohaku_wrap.sampling.cells import Cell, Compute, Hires
-from kohaku_wrap.sampling.checkpoints import Model, Prediction
+from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.compose import place_style
 from kohaku_wrap.sampling.sheets import MOST_CELLS, NO_STYLE, Sheet
 

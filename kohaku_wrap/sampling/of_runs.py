@@ -9,14 +9,13 @@ from kohaku_wrap.config.trainer_arguments import escape_tags
 from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import Progress
+from kohaku_wrap.formats.predictions import Prediction, find_prediction
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.checkpoints import (
     AddedNetwork,
     Model,
     NoModel,
-    Prediction,
     check_model,
-    find_prediction,
     hash_models,
     identify_model,
 )
