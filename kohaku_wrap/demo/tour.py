@@ -20,9 +20,13 @@ from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.outlets import EXIT_UNREAD, OUTLETS, run_as_work
 from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.samples import CONTACT_SHEET, folder_of_pictures
 
 DEMO_FOLDER = Path("epsilon-demo")
 RUN_NAME = "epsilon"
+PROMPTS = ("1girl, solo, smile, masterpiece, newest, safe", "no humans, scenery, sky, best quality, newest, safe")
+PICTURES = "pictures"
 
 
 @dataclass(frozen=True)
@@ -83,16 +87,22 @@ def training_stages(site: Site, site_file: Path, template: str) -> list[Stage]:
     ]
 
 
-def result_stages(site: Site) -> list[Stage]:
-    """Bake the network into its base and look at what came out."""
+def result_stages(site: Site, site_file: Path, demo: bool) -> list[Stage]:
+    """Bake the trained network into its base and look at what came out."""
     run = site.paths.runs / RUN_NAME
     network = run / "checkpoints" / f"{RUN_NAME}.safetensors"
     baked = run / f"{RUN_NAME}-baked.safetensors"
     models = ("-m", f"base={site.paths.base_model}", "-m", f"epsilon={network}")
+    trained = Run(run)
+    drawn = folder_of_pictures(trained, trained.lock.total_optimizer_steps)
+    scale = ("--sampler-steps", "2", "--size", "64x64") if demo else ("--seed", "1", "--seed", "2")
+    prompts = tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
+    sheet = ("--run", str(run), *prompts, *scale)
     return [
         Stage("network", ("inspect", str(network)), network),
         Stage("baked model", ("merge", "base + 1.0 * net(epsilon)", *models, "-o", str(baked)), baked),
         Stage("inspection", ("inspect", str(baked))),
+        Stage(PICTURES, ("sample", *sheet, "--site", str(site_file), "--out", str(drawn)), drawn / CONTACT_SHEET),
         Stage("page of the run", ("report", str(run)), run / "report.html"),
     ]
 
@@ -145,11 +155,16 @@ def take_tour(site_file: Path | None, max_missing: int) -> None:
     rest = dataset_stages(site, recipe, selection, max_missing)
     if not demo:
         rest.append(Stage("machine", ("doctor", recipe, "--site", str(site_file))))
-    rest += training_stages(site, site_file, recipe) + result_stages(site)
+    rest += training_stages(site, site_file, recipe)
     for stage in rest:
         seconds[stage.title] = run_stage(stage)
-    stages += rest
+    results = result_stages(site, site_file, demo)
+    for stage in results:
+        seconds[stage.title] = run_stage(stage)
+    stages += [*rest, *results]
     print_results(stages, seconds, demo)
+    sheet = next(stage.result for stage in stages if stage.title == PICTURES)
+    print(f"Pictures: {sheet}{' (the tiny model is untrained: they mean nothing)' if demo else ''}")
     print_next(site.paths.runs / RUN_NAME, demo)
     print(f"Open in a browser: {site.paths.runs / RUN_NAME / 'report.html'}")
 

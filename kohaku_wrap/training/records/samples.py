@@ -37,6 +37,11 @@ class Pictures:
         return self.sheet.is_file()
 
 
+def folder_of_pictures(run: Run, optimizer_step: int) -> Path:
+    """Where the pictures of a step lie, for `kwrap report` too."""
+    return run.samples / f"optimizer-step-{optimizer_step:08d}"
+
+
 def list_pictures(run: Run) -> list[Pictures]:
     """The pictures of each network on the disk that `[samples]` asks kwrap to draw, by optimizer step."""
     asked = run.lock.table("samples")
@@ -48,4 +53,4 @@ def list_pictures(run: Run) -> list[Pictures]:
         step = step_of_network(run, path, end)
         if step is not None and path.suffix == ".safetensors" and (step % every == 0 or step == end):
             found[step] = path
-    return [Pictures(step, path, run.samples / f"optimizer-step-{step:08d}") for step, path in sorted(found.items())]
+    return [Pictures(step, path, folder_of_pictures(run, step)) for step, path in sorted(found.items())]
