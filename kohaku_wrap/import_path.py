@@ -4,7 +4,7 @@ Imports nothing but what every Python has loaded at its start, not even `__futur
 its own.
 """
 
-# ruff: noqa: PTH100, PTH109, PTH117
+# ruff: noqa: PTH100, PTH109, PTH117 (pathlib is not loaded yet)
 
 import os
 import sys

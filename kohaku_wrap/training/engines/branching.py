@@ -119,7 +119,7 @@ def try_step(inner: torch.optim.Optimizer, group: Mapping[str, Any], parameter: 
             # Optimizers without a schedule refuse to step otherwise.
             probe.train()
         type(inner).step(probe)
-    except Exception:
+    except Exception:  # whatever an optimizer raises on one parameter alone: then it cannot be tried
         return None
     return dict(list_shapes(probe.state[copy]))
 
