@@ -250,7 +250,7 @@ def test_rename_keeps_checkpoints_and_refuses_names_that_are_taken(new_run: NewR
     train(run)
     with pytest.raises(RunExists):
         rename_run(run, "taken")
-    for name in ("", "a/b", "..", ".hidden"):
+    for name in ("", "a/b", "..", ".hidden", " ", "end ", "two\nlines", "\x1b[2J", "n" * 300, "é" * 100):
         with pytest.raises(UsageError, match="is not a run's name"):
             rename_run(run, name)
     moved = rename_run(run, "new")

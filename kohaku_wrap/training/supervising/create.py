@@ -112,7 +112,7 @@ def plan_new_run(
     engine, engine_origin = settle_engine(site, engine)
     site = dataclasses.replace(site, machine=dataclasses.replace(site.machine, engine=engine))
     effective = resolve_template(template, site, overrides, trust=trust)
-    return settle_new_run(effective, site, name or Path(template).stem, engine, engine_origin)
+    return settle_new_run(effective, site, Path(template).stem if name is None else name, engine, engine_origin)
 
 
 def settle_new_run(effective: Effective, site: Site, name: str, engine: str, engine_origin: str) -> NewRun:
@@ -136,9 +136,14 @@ def settle_new_run(effective: Effective, site: Site, name: str, engine: str, eng
     return NewRun(name, folder, engine, engine_origin, effective, site, launch)
 
 
+LONGEST_NAME_BYTES = 150
+"""A file's name has at most 255 on all common file systems; a checkpoint adds its step and ending to the run's."""
+
+
 def check_name(name: str) -> None:
     """Raise UsageError for what cannot be the name of a run's folder."""
-    if not name or Path(name).name != name or name.startswith("."):
+    plain = name == name.strip() and name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME_BYTES
+    if not name or not plain or Path(name).name != name or name.startswith("."):
         raise UsageError(f"{name!r} is not a run's name", "Give a plain name; runs lie in the site's paths.runs.")
 
 
