@@ -78,7 +78,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     if len(data) > SIZE_LIMIT_BYTES:
         raise UnreadableToml(f"{path}: more than {SIZE_LIMIT_BYTES >> 20} MiB", "Give the path of a .toml file.")
     try:
-        return parse_toml(data.decode("utf-8").replace("\r\n", "\n"))
+        return parse_toml(data.decode("utf-8-sig").replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise UnreadableToml(f"{path}: not UTF-8 text at byte {error.start}", "Save the file as UTF-8.") from None
     except TooMuch as error:

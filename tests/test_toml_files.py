@@ -34,6 +34,12 @@ def test_odd_files_end_in_one_message(text: str, message: str, tmp_path: Path) -
         load_toml(path)
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_no_statement(tmp_path: Path) -> None:
+    path = tmp_path / "marked.toml"
+    path.write_bytes("title = \"é\"\r\n".encode("utf-8-sig"))
+    assert load_toml(path) == {"title": "é"}
+
+
 def test_rows_of_dots_in_a_text_are_no_key() -> None:
     assert parse_toml('a = """\n' + "x." * 100 + 'x\n"""\nb.c.d = 1\n')["b"] == {"c": {"d": 1}}
 
