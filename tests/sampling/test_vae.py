@@ -42,6 +42,7 @@ def vae(world: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_picture_is_that_of_a_checkpoint_with_this_vae_inside(world: Path, vae: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

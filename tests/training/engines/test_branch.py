@@ -54,6 +54,7 @@ def parent(world: World) -> Run:
     return Run(world.folder / "runs" / "stem")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_branch_with_nothing_changed_is_the_resume(parent: Run) -> None:
     made = kwrap("branch", str(parent.folder), "--step", "2", "--run", "same")
@@ -68,6 +69,7 @@ def test_a_branch_with_nothing_changed_is_the_resume(parent: Run) -> None:
     assert check_of(report, "line")["detail"] == "run stem, optimizer steps 1 to 2: proved"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_branch_trains_at_its_own_rates_and_is_whole_without_its_parent(parent: Run, tmp_path: Path) -> None:
     settings = (f"unet_lr={UNET / 2}", f"text_encoder_lr=[{TEXT / 2}]", "optimizer_args.weight_decay=0.3")

@@ -117,6 +117,7 @@ def test_networks_that_do_not_fit_are_named(world: Path) -> None:
         fit(world / "more.safetensors", *by_file)
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_the_network(world: Path) -> None:
     words = ("train", world / "mine.toml", "--site", world / "site.toml", "--run", "dry", "--dry-run")
     network = ("--from", network_of(world, "first"))
