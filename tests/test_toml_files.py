@@ -36,7 +36,7 @@ def test_odd_files_end_in_one_message(text: str, message: str, tmp_path: Path) -
 
 def test_the_mark_that_windows_puts_before_a_text_is_no_statement(tmp_path: Path) -> None:
     path = tmp_path / "marked.toml"
-    path.write_bytes("title = \"é\"\r\n".encode("utf-8-sig"))
+    path.write_bytes('title = "é"\r\n'.encode("utf-8-sig"))
     assert load_toml(path) == {"title": "é"}
 
 
