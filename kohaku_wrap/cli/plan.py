@@ -22,6 +22,7 @@ from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 
 if TYPE_CHECKING:
+    from kohaku_wrap.planning.pictures import PicturesPlan
     from kohaku_wrap.planning.training_plan import TrainingPlan
     from kohaku_wrap.steps import StepPlan
 
@@ -81,6 +82,7 @@ def command(
     from kohaku_wrap.trainer.installed import find_option_table
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.metrics import read_step_seconds
+    from kohaku_wrap.training.records.samples import read_drawing_seconds
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
@@ -90,9 +92,11 @@ def command(
         sizes = suppose_sizes(images, effective)
     else:
         sizes = read_selection_sizes(selection) if selection else read_training_sizes(effective, site.paths.images)
+    drawing_seconds = None
     if measured:
-        seconds_per_step = read_step_seconds(find_run(measured, (site.paths.runs,)))
-    plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules)
+        run = find_run(measured, (site.paths.runs,))
+        seconds_per_step, drawing_seconds = read_step_seconds(run), read_drawing_seconds(run)
+    plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules, drawing_seconds=drawing_seconds)
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:
         notes.append(f"Counted from {sizes.source}.")
@@ -150,6 +154,10 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
             "parameters": counts[0].parameters,
             "module_counts": [{**asdict(each), "parameters": each.parameters} for each in counts],
         }
+    if plan.pictures:
+        memory = total_of(plan.pictures.memory) or None
+        own = {"pictures": plan.pictures.pictures, "memory_bytes": memory, "is_beside": plan.pictures.is_beside}
+        document["pictures"] = {**asdict(plan.pictures), **own}
     if sizes:
         document |= {
             **asdict(sizes),
@@ -208,11 +216,39 @@ def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
         rows.append(("time", f"{format_duration(plan.eta_seconds)} at {plan.seconds_per_step:.3g} s a step"))
     else:
         rows.append(("time", "unknown; add --seconds-per-step S, or --measured RUN"))
+    if plan.pictures:
+        rows += list_picture_rows(plan.pictures)
     for note in notes:
         print_note(f"note: {note}")
     if plan.not_counted:
         print_note(f"note: {plan.not_counted}")
     print_table(f"Plan of {plan.template}", rows, "" if plan.problems else next_step)
+
+
+def list_picture_rows(pictures: PicturesPlan) -> list[tuple[str, Any]]:
+    """What the pictures take, on a row each."""
+    from kohaku_wrap.planning.pictures import BETWEEN_STEPS
+    from kohaku_wrap.planning.sizes import show_bytes, total_of
+
+    prompts, at = count_of(pictures.prompts, "prompt"), count_of(pictures.networks, "optimizer step")
+    steps, disk = pictures.pictures * pictures.steps, show_bytes(pictures.disk_bytes)
+    after = "the device that trained, when the attempt has ended"
+    rows: list[tuple[str, Any]] = [
+        ("pictures", f"{pictures.pictures:,} by {pictures.by}: {prompts} at {at}"),
+        ("", f"{steps:,} steps of the sampler, at most {disk} of disk"),
+        ("drawn on", after if pictures.device == "after" else pictures.device),
+    ]
+    if pictures.memory:
+        when = "beside the training" if pictures.is_beside else "when the training has given its own back"
+        rows.append(("memory to draw", f"{show_bytes(total_of(pictures.memory))} and what a picture takes, {when}"))
+        rows += [("", f"{show_bytes(part.size_bytes):>8}  {part.name}") for part in pictures.memory]
+    elif pictures.device == BETWEEN_STEPS:
+        rows.append(("memory to draw", "unknown: sd-scripts decodes pictures beside the training, one after another"))
+    if pictures.seconds is not None:
+        rows.append(("time to draw", f"{format_duration(pictures.seconds)} at the speed of that run"))
+    else:
+        rows.append(("time to draw", "unknown until a run has drawn some; then --measured RUN"))
+    return rows
 
 
 def show_steps(steps: StepPlan) -> str:

@@ -162,13 +162,14 @@ def try_run(
 def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
     from kohaku_wrap.config.checks import note_rare_saves
+    from kohaku_wrap.config.samples import note_shared_gpu
     from kohaku_wrap.training.supervising.create import create_run, hashed_bytes
 
     with counting_bytes("hashing the base model", hashed_bytes(new), as_json) as count:
         run = create_run(new, sys.argv, locked, count)
     if not as_json:
         print_note(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
-        for note in note_rare_saves(new.effective, run.lock.total_optimizer_steps):
+        for note in note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective):
             print_note(f"note: {note}")
     return run
 

@@ -8,7 +8,7 @@ from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batc
 from kohaku_wrap.config.needs import describe_idle, find_lacks
 from kohaku_wrap.config.network import LYCORIS, find_network_faults
 from kohaku_wrap.config.optimizers import Signatures, find_optimizer_faults, find_unknown_code
-from kohaku_wrap.config.samples import find_sample_faults
+from kohaku_wrap.config.samples import find_sample_faults, note_shared_gpu
 from kohaku_wrap.config.training_data import note_whole_captions
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
@@ -97,7 +97,7 @@ def is_complete(effective: Effective) -> bool:
 
 def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[str]:
     """What is worth knowing and no fault."""
-    notes = [*effective.notes, *describe_idle(effective), *note_whole_captions(effective)]
+    notes = [*effective.notes, *describe_idle(effective), *note_whole_captions(effective), *note_shared_gpu(effective)]
     warmup = effective.get("lr_warmup_steps", 0)
     processes = effective.site.machine.processes if effective.site else 1
     said = any("lr_warmup_steps" in note for note in notes)

@@ -10,6 +10,7 @@ import numpy as np
 
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.reading import Entry
+from kohaku_wrap.config.site import AFTER
 from kohaku_wrap.dataset.buckets import parse_resolution
 from kohaku_wrap.dataset.captions.words import RATING_WORDS
 from kohaku_wrap.dataset.recipe import load_dataset
@@ -101,6 +102,17 @@ def rating_words(images: Path) -> dict[str, int]:
         for word in (*words, f"rating:{rating}"):
             places.setdefault(word, place)
     return places
+
+
+def note_shared_gpu(effective: Effective) -> list[str]:
+    """That pictures are drawn on a GPU that trains at the same time; nothing where they are not."""
+    site = effective.site
+    if site is None or who_draws(effective) != KWRAP or not site.machine.draws_where_it_trains:
+        return []
+    return [
+        f'sample_device = "{site.machine.sample_device}" ({site.path}) is a GPU that trains: the pictures need memory '
+        f'there at the same time. With "{AFTER}" they wait until the attempt ends.'
+    ]
 
 
 def find_sample_faults(effective: Effective) -> Faults:

@@ -96,6 +96,17 @@ class Machine:
     """Options of `accelerate launch` that say how several machines find each other."""
 
     @property
+    def draws_on(self) -> str:
+        """Where kwrap draws pictures while it trains, as `sample_device` has it."""
+        return self.sample_device or (AFTER if self.gpus else "cpu")
+
+    @property
+    def draws_where_it_trains(self) -> bool:
+        """Whether pictures take memory on a GPU while that one trains."""
+        kind, _, index = self.sample_device.partition(":")
+        return kind == "cuda" and int(index) < self.gpus
+
+    @property
     def machines(self) -> int:
         """Machines that train together."""
         return int(self.accelerate.get("num_machines", 1))

@@ -21,6 +21,7 @@ from kohaku_wrap.planning.module_counts import (
     count_network_everywhere,
     find_unmatched,
 )
+from kohaku_wrap.planning.pictures import PicturesPlan, plan_pictures
 from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, show_bytes, total_of, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.steps import StepPlan
@@ -69,6 +70,9 @@ class TrainingPlan:
     not_counted: str = ""
     """Why the network was not counted."""
 
+    pictures: PicturesPlan | None = None
+    """Those of `[samples]`."""
+
     @property
     def eta_seconds(self) -> float | None:
         """How long all optimizer steps take; None where no step time is known."""
@@ -76,9 +80,17 @@ class TrainingPlan:
 
 
 def plan_training(
-    effective: Effective, images: ImageSizes, seconds_per_step: float | None = None, *, with_modules: bool = True
+    effective: Effective,
+    images: ImageSizes,
+    seconds_per_step: float | None = None,
+    *,
+    with_modules: bool = True,
+    drawing_seconds: float | None = None,
 ) -> TrainingPlan:
-    """Count and weigh a training of a template on its site over these images."""
+    """Count and weigh a training of a template on its site over these images.
+
+    `drawing_seconds`: what a run measured, as `plan_pictures` takes it.
+    """
     steps = plan_steps(effective, images)
     problems = check_model(effective)
     counts: tuple[ModuleCounts, ...] = ()
@@ -88,7 +100,7 @@ def plan_training(
             counts = tuple(count_network_everywhere(effective))
         except NotCounted as fault:
             not_counted = f"{fault.message}. {fault.next_step}"
-    sizes = None
+    sizes, base = None, (0, 0, 0)
     if counts:
         first = counts[0]
         problems += effective.blame(find_unmatched(first))
@@ -110,6 +122,7 @@ def plan_training(
         seconds_per_step=seconds_per_step,
         problems=tuple(problems),
         not_counted=not_counted,
+        pictures=plan_pictures(effective, steps, sum(base), drawing_seconds),
     )
 
 

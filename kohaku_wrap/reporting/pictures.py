@@ -14,15 +14,13 @@ from urllib.parse import quote
 from kohaku_wrap.sampling.contact_sheet import NAME as CONTACT_SHEET
 from kohaku_wrap.sampling.running import RECORD, read_sheet_record
 from kohaku_wrap.training.records.folder import STATE_NAME, Run
+from kohaku_wrap.training.records.samples import TRAINER_FOLDER, TRAINER_PICTURE, step_of_trainer_picture
 
 INLINE_BYTES = 6_000_000
 """Pictures of more bytes than this in all stay beside the page."""
 
 ROW_AXES = ("prompt", "style", "seed", "size", "guidance")
 """What tells pictures of one step apart, as `kwrap sample` labels them."""
-
-TRAINER_PICTURE = re.compile(r".*?(?P<epoch>e)?(?P<number>[0-9]{6})_(?P<prompt>[0-9]{2})_[0-9]{14}(?:_[0-9]+)?")
-"""How sd-scripts names what it draws: step, or `e` and epoch, then the prompt's place and the time."""
 
 ENDINGS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
@@ -63,21 +61,18 @@ class Gallery:
 
 
 def list_pictures(run: Run) -> Iterator[Picture]:
-    """What `kwrap sample` drew into `samples/`, and what sd-scripts drew into `checkpoints/sample/`."""
+    """What `kwrap sample` and sd-scripts drew, in `samples/`; of kwrap 0.1 also in `checkpoints/sample/`."""
+    prompts = read_prompts(run)
     for folder in sorted((run.folder / "samples").glob("optimizer-step-*")):
         if not (found := STATE_NAME.fullmatch(folder.name)):
             continue
         labels = read_sheet_record(folder).get("pictures", {}) if (folder / RECORD).is_file() else {}
         for path in list_files(folder):
             if path.name != CONTACT_SHEET:
-                yield Picture(name_row(path, labels.get(path.name)), int(found[1]), path)
-    per_epoch = run.lock.count.optimizer_steps_per_epoch
-    prompts = read_prompts(run)
-    for path in list_files(run.checkpoints / "sample"):
-        if found := TRAINER_PICTURE.fullmatch(path.stem):
-            number, place = int(found["number"]), int(found["prompt"])
-            row = f"{place + 1}: {prompts[place]}" if place < len(prompts) else f"prompt {place + 1}"
-            yield Picture(row, number * per_epoch if found["epoch"] else number, path)
+                yield Picture(name_row(path, labels.get(path.name), prompts), int(found[1]), path)
+    for path in list_files(run.checkpoints / TRAINER_FOLDER):
+        if (step := step_of_trainer_picture(run, path)) is not None:
+            yield Picture(name_row(path, None, prompts), step, path)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -89,10 +84,13 @@ def list_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if Path(name).suffix.lower() in ENDINGS]
 
 
-def name_row(path: Path, labels: Any) -> str:
-    """The labels of a picture as its row; its own name where the sheet says none."""
+def name_row(path: Path, labels: Any, prompts: list[str]) -> str:
+    """The labels of a picture as its row; the prompt of one that sd-scripts drew; its own name where none is known."""
     if not isinstance(labels, dict):
-        return path.stem
+        found = TRAINER_PICTURE.fullmatch(path.stem)
+        place = int(found["prompt"]) if found else 0
+        row = f"{place + 1}: {prompts[place]}" if place < len(prompts) else f"prompt {place + 1}"
+        return row if found else path.stem
     parts = [str(labels[axis]) for axis in ROW_AXES if labels.get(axis) not in (None, "", "none")]
     return ", ".join(parts) or path.stem
 

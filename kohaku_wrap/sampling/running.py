@@ -22,9 +22,10 @@ from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.sampling.checkpoints import Model, files_of
 from kohaku_wrap.sampling.expanding import KnownModel, PlacedCell
 from kohaku_wrap.sampling.pictures import VAE, is_drawn
+from kohaku_wrap.training.records.samples import SHEET_RECORD
 
 WORKER = "kohaku_wrap.sampling.drawing.worker"
-RECORD = "sheet.json"
+RECORD = SHEET_RECORD
 """Beside the pictures: where the files lie that they were drawn with, and each picture's place on the sheet."""
 
 LOCKS = ".locks"

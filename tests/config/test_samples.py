@@ -57,6 +57,14 @@ def test_what_does_nothing_is_refused(tmp_path: Path, engine: str, settings: tup
     assert said in found
 
 
+@pytest.mark.parametrize("asked", ['samples.prompts=["hat, solo", "smile"]', "samples.every=4", "samples.by=trainer"])
+def test_options_of_the_trainers_sampling_go_with_any_prompts(tmp_path: Path, asked: str) -> None:
+    own = ("sample_sampler=euler_a", "sample_every_n_epochs=1", "sample_at_first=true")
+    with pytest.raises(ProblemsFound, match=r"does nothing without samples\.by or samples\.every or samples\.prompts"):
+        resolve(tmp_path, "sd-scripts", *own)
+    assert not check_effective(resolve(tmp_path, "sd-scripts", *own, asked))
+
+
 def test_size_and_steps_follow_the_resolution(tmp_path: Path) -> None:
     small = settle_samples(resolve(tmp_path, "builtin", "samples.every=4"))
     assert (small["width"], small["height"], small["steps"]) == (128, 128, 7)

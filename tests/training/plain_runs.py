@@ -89,7 +89,7 @@ def make_run(
         "machine": {"gpus": 0, "processes": processes, "workers": 0},
     }
     for name, table in tables.items():
-        lock[name] = lock[name] | table if isinstance(table, dict) else table
+        lock[name] = lock.get(name, {}) | table if isinstance(table, dict) else table
     for inner in ("attempts", "states", "checkpoints", "ledger"):
         (folder / inner).mkdir(parents=True)
     trainer = {"training": {"seed": 31337, "save_every_n_steps": 2, "train_batch_size": 2}}

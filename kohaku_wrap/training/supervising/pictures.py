@@ -35,7 +35,7 @@ class PictureMaker:
     def __init__(self, run: Run, tell: Callable[[str], None]) -> None:
         """`tell` gets a line for people."""
         self.run, self.tell = run, tell
-        self.device = sample_device(run)
+        self.device, self.is_shared = find_device(run)
         self.child: subprocess.Popen[bytes] | None = None
         self.tried: set[Pictures] = set()
         self.looked_at = 0.0
@@ -90,7 +90,8 @@ class PictureMaker:
         with suppress(psutil.Error):
             psutil.Process(self.child.pid).nice(NICENESS)
         steps = ", ".join(f"{each.optimizer_step:,}" for each in waiting)
-        self.tell(f"drawing pictures of optimizer step {steps} on {device}")
+        shared = ", a GPU that trains too: both need its memory" if self.is_shared and device == self.device else ""
+        self.tell(f"drawing pictures of optimizer step {steps} on {device}{shared}")
 
     def take_end(self) -> None:
         """Tell of a process that has ended."""
@@ -125,12 +126,16 @@ class PictureMaker:
         self.child = None
 
 
-def sample_device(run: Run) -> str:
-    """Where pictures are drawn: by the site that the run goes by; else on the CPU, or after a training on GPUs."""
-    said = ""
+def find_device(run: Run) -> tuple[str, bool]:
+    """Where pictures are drawn, and whether that GPU trains too: by the site that the run goes by now.
+
+    Without one on the CPU, or after a training on GPUs.
+    """
     with suppress(KwrapError):
-        said = load_site(read_remembered(run).site).machine.sample_device
-    return said or ("cpu" if run.lock.is_on_cpu else AFTER)
+        machine = load_site(read_remembered(run).site).machine
+        if machine.sample_device:
+            return machine.sample_device, machine.draws_where_it_trains
+    return "cpu" if run.lock.is_on_cpu else AFTER, False
 
 
 def choose_gpu(index: str) -> Mapping[str, str]:

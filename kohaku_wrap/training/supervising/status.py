@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.config.samples import KWRAP
 from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, is_lock_free, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import APART, read_metrics
-from kohaku_wrap.training.records.samples import list_pictures
+from kohaku_wrap.training.records.samples import TRAINER_FOLDER, list_pictures
 from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
@@ -228,10 +227,14 @@ def advise(run: Run) -> str:
 
 
 def find_samples(run: Run) -> Path | None:
-    """Where the run's pictures lie: kwrap's in `samples/`, sd-scripts' own beside the networks; None for none."""
-    asked = run.lock.table("samples")
-    by_trainer = run.checkpoints / "sample" if asked or run.lock.values.get("sample_prompts") else None
-    return run.samples if asked.get("by") == KWRAP else by_trainer
+    """Where the run's pictures lie, or will; None where none are asked for.
+
+    What sd-scripts drew under kwrap 0.1 lies beside the networks until the run is resumed.
+    """
+    if not run.lock.table("samples") and not run.lock.values.get("sample_prompts"):
+        return None
+    earlier = run.checkpoints / TRAINER_FOLDER
+    return earlier if earlier.is_dir() and not run.samples.is_dir() else run.samples
 
 
 def describe_attempt(attempt: Attempt, end: AttemptEnd | None) -> AttemptStatus:

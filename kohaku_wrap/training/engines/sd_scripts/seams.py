@@ -34,6 +34,7 @@ from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapD
 from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop
 from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
+from kohaku_wrap.training.records.samples import collect_trainer_pictures
 from kohaku_wrap.training.records.states import check_state_sizes
 
 OPTIMIZER_FILE, SCALER_FILE = "optimizer.bin", "scaler.pt"
@@ -257,6 +258,10 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         if given["args"].sample_prompts and not (at_first and loop.optimizer_steps):
             with loop.apart("sampling"):
                 super().sample_images(*arguments, **keywords)
+                try:
+                    collect_trainer_pictures(loop.attempt.run)
+                except OSError as error:
+                    print(f"pictures stay in {loop.attempt.run.checkpoints}: {error.strerror}", flush=True)
             loop.beat("step")
         if given["epoch"]:
             loop.end_epoch(given["epoch"])
