@@ -212,6 +212,7 @@ def check_command(
     """
     from importlib.util import find_spec
 
+    from kohaku_wrap.config.base_model import note_other_prediction
     from kohaku_wrap.config.check_files import check_file, list_files
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import note_whole_captions
@@ -224,7 +225,12 @@ def check_command(
         for _, problems, effective in reports:
             problems += check_modules(effective, on_site)
     faulty = [(path, problems) for path, problems, _ in reports if problems]
-    notes = {note for _, _, effective in reports if effective for note in note_whole_captions(effective)}
+    notes = {
+        note
+        for _, _, effective in reports
+        if effective
+        for note in (*note_whole_captions(effective), *note_other_prediction(effective))
+    }
     if as_json:
         print_json(
             "template check",

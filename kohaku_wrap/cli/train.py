@@ -72,6 +72,7 @@ def command(
     finishes the optimizer step, saves a state and ends with exit code 130; a second one ends at once. Exit code 3: the
     trainer failed.
     """
+    from kohaku_wrap.config.base_model import note_other_prediction
     from kohaku_wrap.training.supervising.create import check_parent, list_absent, plan_new_run
     from kohaku_wrap.training.supervising.differences import refuse_unknown
 
@@ -94,6 +95,8 @@ def command(
     if not as_json:
         print_trust(new.effective)
         print_note(f"engine: {new.engine} ({new.engine_origin})")
+        for note in note_other_prediction(new.effective):
+            print_note(f"warning: {note}")
     if dry_run:
         check_parent(new)
         if as_json:

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import parse_json, read_regular
+from kohaku_wrap.formats.predictions import find_prediction
 from kohaku_wrap.formats.safetensors import Header, MalformedFile, read_header
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 
@@ -110,3 +112,32 @@ def require_weight_files(options: Mapping[str, Any], folder: Path) -> None:
 def needs_own_vae(site: Site) -> bool:
     """Whether the base model's VAE is read: sd-scripts reads it even where another one takes its place."""
     return site.paths.vae is None or site.machine.engine != "builtin"
+
+
+def note_other_prediction(effective: Effective) -> list[str]:
+    """A sentence where the site's base model predicts something else than what the template trains."""
+    base = effective.site.paths.base_model if effective.site else None
+    if base is None or not base.is_file():
+        return []
+    try:
+        prediction = find_prediction(read_header(base))
+    except (MalformedFile, OSError):
+        return []
+    trains_velocity = bool(effective.get("v_parameterization"))
+    if prediction.kind == "v" and not trains_velocity:
+        return [
+            f"{base.name} predicts velocity ({prediction.source}) and this template trains it to predict noise: "
+            "v_parameterization = true goes on with velocity, as in the template sdxl-vpred"
+        ]
+    if trains_velocity and prediction.kind != "v":
+        source = prediction.source or "nothing in it says another"
+        return [
+            f"{base.name} predicts noise ({source}) and this template trains it to predict velocity: the model has to "
+            "learn that first; v_parameterization = false goes on with noise"
+        ]
+    if prediction.zero_terminal_snr and not effective.get("zero_terminal_snr"):
+        return [
+            f"{base.name} has a noise schedule that ends in pure noise (its key ztsnr) and this template trains "
+            "without: zero_terminal_snr = true goes on with it"
+        ]
+    return []

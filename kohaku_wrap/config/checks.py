@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from kohaku_wrap.config.base_model import note_other_prediction
 from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batch
 from kohaku_wrap.config.needs import describe_idle, find_lacks
 from kohaku_wrap.config.network import LYCORIS, find_network_faults
@@ -98,6 +99,7 @@ def is_complete(effective: Effective) -> bool:
 def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[str]:
     """What is worth knowing and no fault."""
     notes = [*effective.notes, *describe_idle(effective), *note_whole_captions(effective), *note_shared_gpu(effective)]
+    notes += note_other_prediction(effective)
     warmup = effective.get("lr_warmup_steps", 0)
     processes = effective.site.machine.processes if effective.site else 1
     said = any("lr_warmup_steps" in note for note in notes)

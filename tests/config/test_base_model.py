@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.config.base_model import BadBaseModel, UnpickledByName, check_base_model
+from kohaku_wrap.config.base_model import BadBaseModel, UnpickledByName, check_base_model, note_other_prediction
+from kohaku_wrap.config.checks import describe_notes
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.site import load_site
 from kohaku_wrap.demo.base_model import load_description
 from kohaku_wrap.formats.safetensors import PickledFile
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, VAE_PREFIX, list_tensor_names
@@ -82,3 +85,25 @@ def test_a_network_is_told_from_a_model(tmp_path: Path) -> None:
     path = write_header(tmp_path / "m.safetensors", ["lora_unet_conv_in.lokr_w1"])
     with pytest.raises(BadBaseModel, match="a network, not a base model"):
         check_base_model(path)
+
+
+@pytest.mark.parametrize(
+    ("marks", "options", "words"),
+    [
+        ([], ["v_parameterization=false"], ""),
+        ([], ["v_parameterization=true"], "predicts noise (nothing in it says another)"),
+        (["v_pred"], ["v_parameterization=true"], ""),
+        (["v_pred"], ["v_parameterization=false"], "m.safetensors predicts velocity (its key v_pred)"),
+        (["v_pred", "ztsnr"], ["v_parameterization=true"], "zero_terminal_snr = true goes on"),
+        (["v_pred", "ztsnr"], ["v_parameterization=true", "zero_terminal_snr=true"], ""),
+    ],
+)
+def test_a_base_that_predicts_something_else_is_noted(
+    tmp_path: Path, marks: list[str], options: list[str], words: str
+) -> None:
+    base = write_header(tmp_path / "m.safetensors", [*NAMES, *marks])
+    (tmp_path / "site.toml").write_text(f'[paths]\nbase_model = "{base}"\n', encoding="utf-8")
+    effective = resolve_template("epsilon", load_site(tmp_path / "site.toml"), options)
+    notes = note_other_prediction(effective)
+    assert len(notes) == bool(words) and all(words in note for note in notes)
+    assert set(notes) <= set(describe_notes(effective))
