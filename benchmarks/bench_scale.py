@@ -61,7 +61,8 @@ def measure_rank(run_folder: Path, workers: int) -> dict[str, float]:
     import tomllib
 
     from kohaku_wrap.formats.caption_rows import Columns
-    from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions, read_dataset_options
+    from kohaku_wrap.training.data.columns import ColumnsDataset
+    from kohaku_wrap.training.data.items import ItemOptions, read_dataset_options
     from kohaku_wrap.training.data.sampler import PositionSampler
     from kohaku_wrap.training.records.folder import Run
 
@@ -97,7 +98,7 @@ def measure_upstream(run_folder: Path, entries: int) -> dict[str, float]:
     import tomllib
 
     from kohaku_wrap.formats.caption_rows import Columns
-    from kohaku_wrap.training.data.columns import read_dataset_options
+    from kohaku_wrap.training.data.items import read_dataset_options
 
     options = read_dataset_options(tomllib.loads((run_folder / "dataset.toml").read_text()))
     columns = Columns.open(Path(options["image_dir"]))

@@ -36,6 +36,7 @@ Examples:
   kwrap status epsilon --watch
   kwrap status epsilon --csv epsilon-metrics.csv
   kwrap status --compare epsilon epsilon-low-rate
+  kwrap status epsilon --tag "hatsune miku"
   kwrap status runs/epsilon --json"""
 )
 @click.argument("name", metavar="[RUN]", required=False)
@@ -44,6 +45,7 @@ Examples:
     "--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write the metrics that count as a table."
 )
 @click.option("--compare", nargs=2, metavar="A B", help="Two runs: options that differ, losses at equal steps.")
+@click.option("--tag", "tags", multiple=True, metavar="NAME", help="How often this tag was trained; repeatable.")
 @site_option
 @json_option
 def command(
@@ -51,6 +53,7 @@ def command(
     watch: bool,
     table: Path | None,
     compare: tuple[str, str] | None,
+    tags: tuple[str, ...],
     site_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -63,8 +66,8 @@ def command(
 
     folders = runs_folders(site_file)
     if compare:
-        if name or watch or table:
-            raise UsageError("--compare names both runs", "Leave RUN, --watch and --csv out.")
+        if name or watch or table or tags:
+            raise UsageError("--compare names both runs", "Leave RUN, --watch, --csv and --tag out.")
         show_comparison(find_run(compare[0], folders), find_run(compare[1], folders), as_json)
         return
     runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
@@ -74,6 +77,14 @@ def command(
             f"no run in {where}",
             "Start one with `kwrap train`, or say where it is: --site site.toml, or the path of the run.",
         )
+    if tags:
+        if len(runs) != 1 or watch:
+            raise UsageError(
+                "--tag asks about one run, once",
+                f"Name it: {command_line('status', show_path(runs[0].folder), '--tag', tags[0])}",
+            )
+        show_tags(runs[0], tags, as_json)
+        return
     if watch and as_json:
         raise UsageError(
             "--watch and --json do not go together",
@@ -97,6 +108,18 @@ def command(
         if not watch:
             return
         time.sleep(WATCH_SECONDS)
+
+
+def show_tags(run: Run, tags: tuple[str, ...], as_json: bool) -> None:
+    """Print how often tags were trained."""
+    from kohaku_wrap.cli.evaluate_exposure import describe, describe_row, find_exposure, list_facts
+
+    found = find_exposure(str(run.folder), None, None, 0, as_json)
+    rows = [found.find(tag) for tag in tags]
+    if as_json:
+        print_json("status", {**describe(found), "tags": rows})
+    else:
+        print_table(f"Run {run.name}", [*list_facts(found), *((row["tag"], describe_row(row)) for row in rows)])
 
 
 def show(runs: list[Run], single: bool, as_json: bool) -> None:

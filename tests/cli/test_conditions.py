@@ -126,6 +126,7 @@ ROWS = {
         "--sampler-steps 1 --out {out}/look",
         makes="look/sheet.json",
     ),
+    "evaluate exposure": Row("evaluate exposure {plain}/r", shows=True),
     # A run without a network.
     "publish": Row("publish {plain}/r --out {out}/published", code=1),
 }

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.data.columns import BatchKey
+from kohaku_wrap.training.data.items import BatchKey
 
 Example = dict[str, Any]
 

@@ -53,6 +53,16 @@ class Entries:
         """(entries,) the values of a column of (images,)."""
         return np.tile(column, len(self._counts)) if self._rows is None else column[self._rows]
 
+    def by_repeat(self, column: npt.NDArray[T]) -> list[npt.NDArray[T]]:
+        """(images,) for each repeat the values of a column of (entries,); 0 for images that it leaves out."""
+        parts = [column[start : start + size] for start, size in zip(self._starts, self._counts, strict=True)]
+        if self._rows is None:
+            return parts
+        whole = [np.zeros(self.images, dtype=column.dtype) for _ in parts]
+        for values, part, start in zip(whole, parts, self._starts, strict=True):
+            values[self._rows[start : start + len(part)]] = part
+        return whole
+
     def place_of(self, entry: int) -> tuple[int, int]:
         """Which repeat an entry is, from 0, and its image."""
         repeat = int(np.searchsorted(self._starts, entry, side="right")) - 1

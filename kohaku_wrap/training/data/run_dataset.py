@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import Columns
-from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions, Tokenize, read_dataset_options
+from kohaku_wrap.training.data.columns import ColumnsDataset, Tokenize
+from kohaku_wrap.training.data.items import ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.run_items import check_batches
 from kohaku_wrap.training.records.attempts import Attempt
-
-
-class DatasetChanged(KwrapError):
-    """The dataset on disk is not the one that the run was planned for."""
 
 
 def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[ColumnsDataset, Mapping[str, Any]]:
@@ -34,9 +31,5 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
         substitute_bad_images="bad-images" in attempt.allow,
         start=(attempt.start.epoch, attempt.start.global_position),
     )
-    if dataset.order.batches != lock.batches:
-        raise DatasetChanged(
-            f"{options['image_dir']}: {dataset.order.batches:,} batches, the run was planned for {lock.batches:,}",
-            "Restore the images and captions of the plan, or start a new run.",
-        )
+    check_batches(dataset, lock)
     return dataset, options

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import Sampler
 
-from kohaku_wrap.training.data.columns import BatchKey
+from kohaku_wrap.training.data.items import BatchKey
 from kohaku_wrap.training.data.order import BatchOrder
 
 

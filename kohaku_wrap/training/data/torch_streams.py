@@ -16,12 +16,6 @@ import torch
 from kohaku_wrap.streams import seed_of
 
 
-def item_generator(seed: int, epoch: int, image_id: int, repeat: int = 0) -> random.Random:
-    """The generator behind one image's flip, crop and caption in one epoch, and in each repeat of it there."""
-    again = (repeat,) if repeat else ()
-    return random.Random(seed_of("item", seed, epoch, image_id, *again))
-
-
 def step_seed(seed: int, epoch: int, position: int) -> int:
     """The seed behind the latents' sample, noise and time steps of one batch."""
     return seed_of("noise", seed, epoch, position)

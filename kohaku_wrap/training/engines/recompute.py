@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,9 @@ import torch
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import answer
-from kohaku_wrap.training.data.columns import (
-    BatchKey,
-    ColumnsDataset,
-    ItemOptions,
-    content_digest,
-    read_dataset_options,
-)
+from kohaku_wrap.training.data.columns import ColumnsDataset, content_digest
+from kohaku_wrap.training.data.items import BatchKey, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.run_items import read_locked_dataset
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
 from kohaku_wrap.training.records.folder import Run
 
@@ -100,12 +95,6 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
         shape = (images, LATENT_CHANNELS, height // LATENT_STEP, width // LATENT_STEP)
         found.append(content_digest(example["kwrap"]["content"], replay_timesteps(shape, values, lock.is_on_cpu)))
     return found
-
-
-def read_locked_dataset(run: Run) -> dict[str, Any]:
-    """dataset.toml as the lock keeps it; the file itself for a run of kwrap 0.1, which kept none."""
-    text = run.lock.files.get(run.dataset_config.name)
-    return tomllib.loads(run.dataset_config.read_text(encoding="utf-8") if text is None else text)
 
 
 if __name__ == "__main__":

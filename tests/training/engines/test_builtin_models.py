@@ -20,7 +20,8 @@ from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.formats.sdxl import SDXL_SIZES
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
-from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions
+from kohaku_wrap.training.data.columns import ColumnsDataset
+from kohaku_wrap.training.data.items import ItemOptions
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.tokens import CaptionTokenizer
 from kohaku_wrap.training.data.torch_streams import seed_generators

@@ -19,7 +19,8 @@ from safetensors import safe_open
 
 from kohaku_wrap.proving.killing import Kill, train_with_kills
 from kohaku_wrap.proving.likeness import Difference, compare_runs
-from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
+from kohaku_wrap.training.data.run_dataset import open_run_dataset
+from kohaku_wrap.training.data.run_items import DatasetChanged
 from kohaku_wrap.training.records.attempts import list_attempts, read_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import RECORD

@@ -19,14 +19,9 @@ from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.formats.caption_rows import Columns, NoImages, read_folder_sizes
 from kohaku_wrap.planning.step_plan import count_steps
 from kohaku_wrap.steps import StepPlan
-from kohaku_wrap.training.data.columns import (
-    BatchKey,
-    ColumnsDataset,
-    ItemOptions,
-    content_digest,
-    read_dataset_options,
-)
+from kohaku_wrap.training.data.columns import ColumnsDataset, content_digest
 from kohaku_wrap.training.data.images import UnreadableImage
+from kohaku_wrap.training.data.items import BatchKey, ItemOptions, read_dataset_options
 from kohaku_wrap.training.data.loader import iterate_examples, make_loader
 from kohaku_wrap.training.data.sampler import PositionSampler
 
@@ -227,7 +222,7 @@ def test_what_is_not_a_captions_file_is_named(tmp_path: Path) -> None:
 )
 def test_sd_scripts_makes_the_same_items(world: World, sd_scripts: Any, options: dict[str, Any]) -> None:
     """Its own dataset, one image a batch, seeded as kwrap seeds an item: pixels, crops, sizes and captions."""
-    from kohaku_wrap.training.data.torch_streams import item_generator
+    from kohaku_wrap.training.data.items import item_generator
 
     dataset = open_dataset(world.images, options)
     chosen = {**DATASET_OPTIONS, **options}

@@ -23,9 +23,9 @@ from kohaku_wrap.config.training_data import compose_dataset, read_training_size
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.planning.step_plan import plan_steps
-from kohaku_wrap.training.data.columns import BatchKey, ColumnsDataset, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.columns import ColumnsDataset
+from kohaku_wrap.training.data.items import BatchKey, ItemOptions, item_generator, read_dataset_options
 from kohaku_wrap.training.data.order import Entries
-from kohaku_wrap.training.data.torch_streams import item_generator
 
 FOLDERS = {"3_alice": 3, "1_bob": 2, "12_carol and dave": 1}
 """N_name folders and how many images each holds."""

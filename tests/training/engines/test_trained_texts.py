@@ -18,7 +18,8 @@ from test_builtin_run import kwrap, train_arguments
 
 from kohaku_wrap.formats.caption_rows import Columns, ColumnsWriter, open_captions, read_captions_metadata
 from kohaku_wrap.proving.killing import Kill, train_with_kills
-from kohaku_wrap.training.data.columns import ColumnsDataset, ItemOptions
+from kohaku_wrap.training.data.columns import ColumnsDataset
+from kohaku_wrap.training.data.items import ItemOptions
 from kohaku_wrap.training.records.folder import Run
 
 TEXT = "She wears a hat,red; it says {a|b}, 1,000 times ; end.,"

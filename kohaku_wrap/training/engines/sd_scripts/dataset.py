@@ -14,10 +14,12 @@ from torch.utils.data import Dataset, Sampler
 
 from kohaku_wrap.steps import StepCount
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.data.columns import BatchKey, ColumnsDataset
+from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.images import UNREADABLE, UnreadableImage
+from kohaku_wrap.training.data.items import BatchKey
 from kohaku_wrap.training.data.order import BatchOrder
-from kohaku_wrap.training.data.run_dataset import DatasetChanged, open_run_dataset
+from kohaku_wrap.training.data.run_dataset import open_run_dataset
+from kohaku_wrap.training.data.run_items import DatasetChanged
 from kohaku_wrap.training.data.sampler import PositionSampler
 from kohaku_wrap.training.data.torch_streams import isolated_generators
 from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object

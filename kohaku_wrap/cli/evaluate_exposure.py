@@ -1,0 +1,125 @@
+"""`kwrap evaluate exposure`: how often each tag was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.options import runs_folders, site_option, threads_option
+from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note, print_table, progress_bar, show_path
+from kohaku_wrap.errors import command_line
+
+if TYPE_CHECKING:
+    from kohaku_wrap.evaluation.exposure import Exposure
+
+LEAST = 20
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  kwrap evaluate exposure epsilon
+  kwrap evaluate exposure epsilon --tag "hatsune miku" --tag "ask (askzy)"
+  kwrap evaluate exposure runs/epsilon --step 4000 --all --json
+"""
+)
+@click.argument("name", metavar="RUN")
+@click.option("--step", type=click.IntRange(min=1), metavar="N", help="Up to this optimizer step (default: the last).")
+@click.option("--tag", "tags", multiple=True, metavar="NAME", help="Only this tag, artist or character; repeatable.")
+@click.option(
+    "--least",
+    type=click.IntRange(min=1),
+    default=LEAST,
+    show_default=True,
+    metavar="K",
+    help="Show the K least trained.",
+)
+@click.option("--all", "everything", is_flag=True, help="Show every tag.")
+@site_option
+@threads_option
+@json_option
+def exposure(
+    name: str,
+    step: int | None,
+    tags: tuple[str, ...],
+    least: int,
+    everything: bool,
+    site_file: Path | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Count how often each tag was trained.
+
+    Exactly, after shuffle and dropout, from the run's seed, captions and ledger: in how many trained captions each tag,
+    artist or character stood up to step N, how many the next epoch would add, and how many more with one repeat more.
+    What is counted is kept in RUN/exposure/, so that the next question is answered at once.
+    """
+    found = find_exposure(name, step, site_file, threads, as_json)
+    wanted = found.tags.num_rows if everything else least
+    rows = [found.find(tag) for tag in tags] if tags else found.least(wanted)
+    if as_json:
+        print_json("evaluate exposure", {**describe(found), "rows": rows})
+        return
+    table = list_facts(found)
+    table += [(row["tag"], describe_row(row)) for row in rows]
+    print_table(f"Exposure of run {found.run.name}", table, "" if tags else next_question(found, rows))
+
+
+def find_exposure(name: str, step: int | None, site_file: Path | None, threads: int, quiet: bool) -> Exposure:
+    """The counts of a run, made now or before."""
+    from kohaku_wrap.evaluation.exposure import measure_exposure
+    from kohaku_wrap.metadata.parallel import usable_threads
+    from kohaku_wrap.training.records.folder import find_run
+
+    run = find_run(name, runs_folders(site_file))
+    with progress_bar("captions", "captions", quiet) as report:
+        found = measure_exposure(run, step, threads or usable_threads(), report)
+    if found.not_kept:
+        print_note(f"note: not kept for the next time ({found.not_kept})")
+    return found
+
+
+def describe(found: Exposure) -> dict[str, Any]:
+    """What is true of all tags."""
+    file = None if found.not_kept else found.file
+    return {"run": found.run.folder, "optimizer_step": found.optimizer_step, **found.facts, "file": file}
+
+
+def list_facts(found: Exposure) -> list[tuple[str, Any]]:
+    """The same as rows; what is not known is among them."""
+    facts, unknown = found.facts, found.facts["unknown"]
+    rows: list[tuple[str, Any]] = [
+        ("up to step", found.optimizer_step),
+        ("captions trained", facts["images_trained"]),
+        ("without tags", facts["captions_without_tags"]),
+        ("different tags", facts["different_tags"]),
+    ]
+    if facts["captions_with_text"]:
+        rows.append(("with a text", facts["captions_with_text"]))
+    for before in facts["before"]:
+        what = f"run {before['run']} up to step {before['optimizer_step']:,}"
+        rows.append(("before it", f"{what}, {'counted' if before['counted'] else 'NOT counted: it is not at hand'}"))
+    for name, count in unknown.items():
+        if count:
+            rows.append(("NOT counted", f"{count:,} {name.replace('_', ' ')}"))
+    if not found.not_kept:
+        rows.append(("kept in", found.file))
+    return rows
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """One tag in words."""
+    return (
+        f"trained {row['trained']:,} times, in {count_of(row['images'], 'image')}; "
+        f"next epoch +{row['next_epoch']:,}, with one repeat more another +{row['one_more_repeat']:,}"
+    )
+
+
+def next_question(found: Exposure, rows: list[dict[str, Any]]) -> str:
+    """A command to go on with."""
+    if not rows:
+        return ""
+    return command_line("status", show_path(found.run.folder), "--tag", rows[0]["tag"])
