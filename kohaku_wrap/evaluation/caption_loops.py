@@ -45,7 +45,7 @@ def seed_words(words: NDArray[Any], first_words: NDArray[Any], seed: Any) -> Non
     for _ in range(WORDS):
         key = np.uint32(high + np.uint32(1)) if is_second else low
         words[place] = np.uint32(mix(words[place], words[place - 1], 1664525) + key)
-        is_second = high > 0 and not is_second
+        is_second = bool(high > 0) and not is_second
         place += 1
         if place == WORDS:
             words[0] = words[WORDS - 1]
