@@ -26,7 +26,7 @@ Made from the commands themselves by `make docs`; a test holds this page to them
 |---|---|
 | 0 | done |
 | 1 | an expected failure; the message ends in what to do next |
-| 2 | the command line cannot be meant |
+| 2 | wrong arguments |
 | 3 | the trainer failed; its last lines are shown |
 | 130 | interrupted; what was finished is kept |
 | 141 | nobody reads the output any more, as with `head` after a pipe, and the output was all there was to do |

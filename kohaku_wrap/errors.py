@@ -56,7 +56,7 @@ class KwrapError(Exception):
 
 
 class UsageError(KwrapError):
-    """What was asked for cannot be meant: a wrong name, option or file."""
+    """What was asked for is wrong: a name, option or file."""
 
     exit_code = EXIT_USAGE
 

@@ -97,7 +97,7 @@ def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
     rows += rows_of_recipe(report)
     print_table(str(header.path), rows, "" if report.replay else command_line("inspect", header.path, "--json"))
     if report.replay:
-        print_lines(f"Made by, with the files' names of then: {report.replay}")
+        print_lines(f"Made by (the file names may have changed since): {report.replay}")
 
 
 @click.command(

@@ -1,4 +1,4 @@
-"""A command line that cannot be meant: click's usage errors as one message and the next command to try."""
+"""Wrong arguments: click's usage errors as one message and the next command to try."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ RESERVED = ("net", "blocks", "only", "else")
 
 
 class FormulaError(UsageError):
-    """A formula that cannot be meant, shown with a mark under the place."""
+    """A wrong formula, shown with a mark under the place."""
 
     def __init__(self, message: str, source: str, span: Span) -> None:
         start = max(0, span.start - TEXT_BEFORE_SPAN)

@@ -30,7 +30,7 @@ TEXT_AFTER = 50
 
 
 class PromptError(UsageError):
-    """A prompt that cannot be meant, shown with a mark under the place."""
+    """A wrong prompt, shown with a mark under the place."""
 
     def __init__(self, message: str, source: str, place: int, length: int = 1, advice: str = "") -> None:
         start, stop = max(0, place - TEXT_BEFORE), min(len(source), place + length + TEXT_AFTER)
