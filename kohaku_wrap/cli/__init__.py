@@ -90,7 +90,7 @@ class Verbs(click.Group):
 @click.group(
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Start with `kwrap demo DIR`, or with `make epsilon` in a checkout; docs/words.md explains state, bucket and the like.",
+    epilog="Start with `kwrap demo DIR`, or with `make epsilon` in a checkout; docs/words.md explains the words.",
 )
 @click.version_option(kohaku_wrap.__version__, prog_name="kwrap")
 def program() -> None:

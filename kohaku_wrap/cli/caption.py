@@ -99,7 +99,7 @@ Examples:
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats and --text."
 )
-@click.option("--relocate", is_flag=True, help="Lead the caption files in IMAGES to where the folder lies now.")
+@click.option("--relocate", is_flag=True, help="Write the new place of a moved IMAGES into its caption files.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
 @json_option
 @beyond_output("post_id", "image", "stats")
@@ -255,4 +255,4 @@ def print_relocation(folder: Path, as_json: bool) -> None:
         return
     rows: list[tuple[str, Any]] = list(report.files.items())
     rows.append(("images that are not there", report.missing))
-    print_table(f"Caption files led to {report.folder}", rows)
+    print_table(f"Caption files now point to {report.folder}", rows)

@@ -34,7 +34,7 @@ MODULES = sorted((ROOT / "kohaku_wrap").rglob("*.py"))
 
 
 def texts_of(module: Path) -> Iterator[tuple[int, str]]:
-    """Every text that a module may print, with its line: all but docstrings, of which commands' stand in the reference."""
+    """Every text that a module may print, with its line; the docstrings of commands stand in the reference."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
