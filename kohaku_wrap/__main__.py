@@ -17,6 +17,11 @@ LARGE = ("numba", "numpy", "pyarrow", "torch")
 """Packages that many commands load; `--version` and whatever else needs none of them runs in 100 MiB."""
 
 
+NOT_ON_WINDOWS = """error: kwrap does not run on Windows itself
+Run it on Linux, or on Windows inside WSL2: https://learn.microsoft.com/windows/wsl/install
+"""
+
+
 def leave(_number: int, _frame: object) -> None:
     """End at once; nothing has begun."""
     try:
@@ -53,6 +58,8 @@ class AskForRoom:
 
 def main() -> None:
     """The console script."""
+    if sys.platform == "win32":
+        sys.exit(NOT_ON_WINDOWS.rstrip())
     signal.signal(signal.SIGTERM, leave)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)

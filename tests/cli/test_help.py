@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -53,3 +55,12 @@ def test_the_list_of_commands_fits_a_narrow_terminal() -> None:
     for verbs in SECTIONS.values():
         for verb in verbs:
             assert re.search(rf"^  {verb}\b", shown.output, re.MULTILINE)
+
+
+def test_windows_itself_is_refused_in_one_message() -> None:
+    planted = "import sys, kohaku_wrap.__main__ as program; sys.platform = 'win32'; program.main()"
+    answer = subprocess.run([sys.executable, "-c", planted], capture_output=True, text=True)
+    assert answer.returncode == 1 and answer.stdout == ""
+    assert answer.stderr.startswith(
+        "error: kwrap does not run on Windows itself\nRun it on Linux, or on Windows inside WSL2"
+    )
