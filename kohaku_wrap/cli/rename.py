@@ -29,8 +29,8 @@ def command(name: str, new_name: str, site_file: Path | None, as_json: bool) -> 
     run. A folder that was moved or renamed by hand is the same run, too.
     """
     from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.records.networks import is_finished
     from kohaku_wrap.training.supervising.housekeeping import rename_run
-    from kohaku_wrap.training.supervising.resume import is_finished
 
     run = find_run(name, runs_folders(site_file))
     moved = rename_run(run, new_name)

@@ -43,7 +43,7 @@ JOINING = frozenset({"name", "site_file", "machine_rank", "dry_run", "as_json"})
 def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
     """The only unfinished run there is; raises UsageError with the list when there are more, or none."""
     from kohaku_wrap.training.records.folder import list_runs
-    from kohaku_wrap.training.supervising.resume import is_finished
+    from kohaku_wrap.training.records.networks import is_finished
 
     unfinished = [run for folder in folders for run in list_runs(folder) if not is_finished(run)]
     if len(unfinished) == 1:

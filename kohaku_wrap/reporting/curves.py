@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,24 +88,36 @@ def read_number(value: Any) -> float:
     return float(value) if is_number and math.isfinite(value) else math.nan
 
 
+def read_column(lines: Sequence[Mapping[str, Any]], name: str) -> Numbers:
+    """(lines,) a key of the metrics; NaN where a line has no finite number."""
+    values = [line.get(name) for line in lines]
+    if {*map(type, values)} <= {int, float, type(None)}:
+        with suppress(OverflowError):
+            column = np.array(values, dtype=np.float64)
+            column[~np.isfinite(column)] = np.nan
+            return column
+    return np.array([read_number(value) for value in values])
+
+
 def tabulate(lines: Sequence[Mapping[str, Any]], attempts: Sequence[Attempt], effective_batch: int) -> Table:
     """The lines as columns, with where each stands on each axis."""
+    step = np.array([line["optimizer_step"] for line in lines], dtype=np.float64)
+    attempt = np.array([line.get("attempt", 0) for line in lines], dtype=np.int64)
     # A run of several attempts writes one after another, each in ascending order; anything else is sorted so.
-    order = sorted(range(len(lines)), key=lambda at: (lines[at].get("attempt", 0), lines[at]["optimizer_step"]))
-    ordered = [lines[at] for at in order]
-    names = {name for line in (ordered[:1] + ordered[-1:]) for name in line} | {"loss", "seconds", "images"}
-    step = np.array([line["optimizer_step"] for line in ordered], dtype=np.float64)
-    attempt = np.array([line.get("attempt", 0) for line in ordered], dtype=np.int64)
+    order = np.lexsort((step, attempt))
+    step, attempt = step[order], attempt[order]
+    ends = [lines[at] for at in (order[:1].tolist() + order[-1:].tolist())]
+    names = {name for line in ends for name in line} | {"loss", "seconds", "images"}
     drawn = sorted(name for name in names if name in (*TITLES, "images") or name.startswith("lr_"))
-    columns = {name: np.array([read_number(line.get(name)) for line in ordered]) for name in drawn}
+    columns = {name: read_column(lines, name)[order] for name in drawn}
     limits = last_kept_steps(list(attempts))
-    kept = step <= np.array([limits.get(number, math.inf) for number in attempt.tolist()])
-    kinds = [f"{kind}_seconds" for kind in APART]
-    apart = np.array([sum(read_number(line[kind]) for kind in kinds if kind in line) for line in ordered], np.float64)
+    numbers, places = np.unique(attempt, return_inverse=True)
+    kept = step <= np.array([limits.get(number, math.inf) for number in numbers.tolist()])[places]
+    apart = sum((np.nan_to_num(read_column(lines, f"{kind}_seconds")) for kind in APART), np.zeros(len(lines)))[order]
     x = {
         "steps": step,
         "images": count_images(step, attempt, columns["images"], attempts, effective_batch),
-        "hours": np.cumsum(np.nan_to_num(columns["seconds"]) + np.nan_to_num(apart)) / 3600,
+        "hours": np.cumsum(np.nan_to_num(columns["seconds"]) + apart) / 3600,
     }
     return Table(step, attempt, kept, x, columns)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from kohaku_wrap.config.run_files import LAYERS_FILE, flatten
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
-from kohaku_wrap.dataset.captions.summary import read_summary
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import parse_json, read_regular
+from kohaku_wrap.formats.data_summary import read_summary
 from kohaku_wrap.reporting.charts import Mark
 from kohaku_wrap.reporting.curves import Piece, Table, draw_curves, tabulate
 from kohaku_wrap.reporting.pictures import Gallery, make_gallery
@@ -129,7 +129,7 @@ class RunFacts:
             },
             "attention": self.attention,
             "marks": [asdict(mark) for mark in self.marks],
-            "charts": {name: [asdict(piece) for piece in pieces] for name, pieces in self.curves.items()},
+            "charts": {name: [vars(piece) for piece in pieces] for name, pieces in self.curves.items()},
             "evaluation": dict(self.evaluations),
             "data": {name: value for name, value in self.data.items() if name != "examples"},
             "pictures": self.gallery.document(),

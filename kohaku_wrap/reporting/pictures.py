@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from kohaku_wrap.sampling.contact_sheet import NAME as CONTACT_SHEET
-from kohaku_wrap.sampling.running import RECORD, read_sheet_record
 from kohaku_wrap.training.records.folder import STATE_NAME, Run
-from kohaku_wrap.training.records.samples import TRAINER_FOLDER, TRAINER_PICTURE, step_of_trainer_picture
+from kohaku_wrap.training.records.samples import (
+    CONTACT_SHEET,
+    TRAINER_FOLDER,
+    TRAINER_PICTURE,
+    read_sheet_record,
+    step_of_trainer_picture,
+)
 
 INLINE_BYTES = 6_000_000
 """Pictures of more bytes than this in all stay beside the page."""
@@ -66,7 +70,7 @@ def list_pictures(run: Run) -> Iterator[Picture]:
     for folder in sorted((run.folder / "samples").glob("optimizer-step-*")):
         if not (found := STATE_NAME.fullmatch(folder.name)):
             continue
-        labels = read_sheet_record(folder).get("pictures", {}) if (folder / RECORD).is_file() else {}
+        labels = read_sheet_record(folder).get("pictures", {})
         for path in list_files(folder):
             if path.name != CONTACT_SHEET:
                 yield Picture(name_row(path, labels.get(path.name), prompts), int(found[1]), path)

@@ -14,7 +14,7 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.reporting.charts import Mark
 from kohaku_wrap.reporting.curves import AXES, Table
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
-from kohaku_wrap.training.records.documents import read_json_files
+from kohaku_wrap.training.records.documents import is_whole, read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.verification import Verdict
 from kohaku_wrap.training.supervising.status import AttemptStatus, RunStatus
@@ -215,7 +215,7 @@ def list_attention(
     if damaged:
         yield f"damaged states: optimizer step {', '.join(damaged)}"
     for name, words in (("substitutes", "image"), ("nan_latents", "image")):
-        found = sum(value for line in lines if isinstance(value := line.get(name), int) and not isinstance(value, bool))
+        found = sum(line[name] for line in lines if name in line and is_whole(line[name]))
         if found:
             what = (
                 "missing or unreadable, another one was trained in its place"

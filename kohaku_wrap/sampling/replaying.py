@@ -9,7 +9,7 @@ from typing import Any
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import key_of_file, load_hashes
 from kohaku_wrap.sampling.pictures import VAE, Record, compose_parameters
-from kohaku_wrap.sampling.running import read_sheet_record
+from kohaku_wrap.training.records.samples import read_sheet_record
 
 SAID_BY_FILE = ("its key", "modelspec")
 """How the source of a prediction begins that the checkpoint itself gives again."""

@@ -16,18 +16,15 @@ from typing import Any
 import psutil
 
 from kohaku_wrap.errors import LACKS_MEMORY, KwrapError
-from kohaku_wrap.files import Progress, parse_json, read_regular, take_lock, write_text
+from kohaku_wrap.files import Progress, take_lock, write_text
 from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.sampling.checkpoints import Model, files_of
 from kohaku_wrap.sampling.expanding import KnownModel, PlacedCell
 from kohaku_wrap.sampling.pictures import VAE, is_drawn
-from kohaku_wrap.training.records.samples import SHEET_RECORD
+from kohaku_wrap.training.records.samples import SHEET_RECORD, read_sheet_record
 
 WORKER = "kohaku_wrap.sampling.drawing.worker"
-RECORD = SHEET_RECORD
-"""Beside the pictures: where the files lie that they were drawn with, and each picture's place on the sheet."""
-
 LOCKS = ".locks"
 """Below the pictures: a locked file for each cell that a process draws now."""
 
@@ -142,7 +139,7 @@ def clear_leavings(out: Path) -> None:
                 os.close(descriptor)
     with suppress(OSError):
         (out / LOCKS).rmdir()
-    for part in (*out.glob(f".{RECORD}.*.part"), *out.glob(".contact-sheet.png.*.part")):
+    for part in (*out.glob(f".{SHEET_RECORD}.*.part"), *out.glob(".contact-sheet.png.*.part")):
         number = part.name.split(".")[-2]
         if number.isdecimal() and not psutil.pid_exists(int(number)):
             part.unlink(missing_ok=True)
@@ -220,7 +217,7 @@ def raise_answer(answer: Mapping[str, Any]) -> None:
 
 def record_sheet(job: DrawingJob) -> None:
     """Write where the files lie, and each picture's place; what an earlier sheet of the folder wrote is kept."""
-    path = job.out / RECORD
+    path = job.out / SHEET_RECORD
     held = read_sheet_record(job.out)
     files = {**held.get("files", {}), **{hashes.sha256: str(file.absolute()) for file, hashes in job.hashes.items()}}
     digest = job.cells[0].cell.tokenizers
@@ -230,17 +227,6 @@ def record_sheet(job: DrawingJob) -> None:
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     job.out.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-
-
-def read_sheet_record(folder: Path) -> dict[str, Any]:
-    """What `record_sheet` wrote into a folder; empty where nothing did."""
-    try:
-        document = parse_json(read_regular(folder / RECORD))
-    except (OSError, ValueError):
-        return {}
-    tables = ("files", "tokenizers", "pictures")
-    is_ours = isinstance(document, dict) and all(isinstance(document.get(name), dict) for name in tables)
-    return document if is_ours else {}
 
 
 def list_models(cells: Sequence[PlacedCell], models: Sequence[KnownModel]) -> list[Model]:

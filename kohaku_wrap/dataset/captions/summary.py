@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,8 @@ import numpy.typing as npt
 
 from kohaku_wrap.dataset.captions.statistics import LONGEST, choose_counter, quantiles_of
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
-from kohaku_wrap.files import parse_json, read_regular, write_text
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches
 
-SUMMARY_FILE = "data-summary.json"
-FORMAT = 1
 CAPTIONS_LOOKED_AT = 100_000
 """Captions whose words are counted, spread evenly over the file; of a smaller one all are."""
 
@@ -80,23 +75,3 @@ def describe_scores(scores: npt.NDArray[np.integer[Any]]) -> dict[str, int]:
     if not len(scores):
         return {}
     return {f"{each:.0%}": int(np.quantile(scores, each, method="nearest")) for each in SCORE_QUANTILES}
-
-
-def write_summary(images: Path, digest: str, summary: Mapping[str, Any]) -> None:
-    """Keep the summary beside the columns whose digest it is bound to; the same one is left alone. Raises OSError."""
-    text = json.dumps({"format": FORMAT, "captions_digest": digest, **summary}, indent=1, ensure_ascii=False) + "\n"
-    path = images / SUMMARY_FILE
-    with suppress(OSError, ValueError):
-        if read_regular(path) == text:
-            return
-    write_text(path, text)
-
-
-def read_summary(folder: Path, digest: str) -> dict[str, Any]:
-    """The summary in a folder of images or of a run; empty where there is none, or it is of other captions."""
-    try:
-        document = parse_json(read_regular(folder / SUMMARY_FILE))
-    except (OSError, ValueError):
-        return {}
-    is_it = isinstance(document, dict) and document.get("format") == FORMAT
-    return document if is_it and document.get("captions_digest") == digest else {}

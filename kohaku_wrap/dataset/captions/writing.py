@@ -25,13 +25,13 @@ from kohaku_wrap.dataset.captions.posts_summary import summarise_posts
 from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
-from kohaku_wrap.dataset.captions.summary import write_summary
 from kohaku_wrap.dataset.captions.text_table import NoTexts, TextCounts, TextTable
 from kohaku_wrap.dataset.captions.tokens import CountTokens, count_over, estimate_tokens
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoImages, read_batches
+from kohaku_wrap.formats.data_summary import write_summary
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.parallel import map_in_order

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.dataset.captions.folder import lock_captions
-from kohaku_wrap.dataset.captions.summary import summarise_captions, write_summary
+from kohaku_wrap.dataset.captions.summary import summarise_captions
 from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE
 from kohaku_wrap.dataset.own.folders import Found, NamesCollide, NothingToImport, find_sources, make_id, normalise, scan
 from kohaku_wrap.dataset.own.images import (
@@ -26,6 +26,7 @@ from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import NoImages
+from kohaku_wrap.formats.data_summary import write_summary
 
 
 class NotAnImport(UsageError):

@@ -57,4 +57,4 @@ def fits(value: Any, hint: Any) -> bool:
 
 def is_whole(value: Any) -> bool:
     """Whether it is an integer of 64 bits, which numbers of steps and processes are."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST
+    return type(value) is int and abs(value) < LARGEST

@@ -22,8 +22,15 @@ STEPS_LOOKED_AT = 500
 """The newest measured steps that the step time is taken from."""
 
 
+BLOCK_BYTES = 1 << 20
+"""Of lines that are parsed in one go."""
+
 APART = ("sampling", "saving", "paused")
 """What takes time beside the optimizer steps; a line has `KIND_seconds` of it where there was some."""
+
+
+RATE_WINDOW_STEPS = 20
+"""The newest optimizer steps that a rate and a mean loss are of."""
 
 
 class NoMeasurement(KwrapError):
@@ -69,6 +76,14 @@ def plain_number(value: Any) -> Any:
     return value
 
 
+def number_of(value: Any) -> float:
+    """A number of a metrics line, where non-finite ones are words; NaN for what is not there."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def read_metrics(run: Run) -> list[dict[str, Any]]:
     """The lines that count, by optimizer step: what a later attempt trained again is left out."""
     return keep_lines(iterate_lines(run.metrics), list_attempts(run))
@@ -112,10 +127,28 @@ def iterate_lines(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
         return
     with stream:
         stream.seek(start)
-        for data in stream:
-            line = parse_line(data.decode("utf-8", "replace"))
-            if line is not None:
-                yield line
+        while data := stream.readlines(BLOCK_BYTES):
+            yield from parse_lines(data)
+
+
+def parse_lines(data: list[bytes]) -> Iterator[dict[str, Any]]:
+    """Those of the lines that are whole: all in one go, and each by itself where one is not."""
+    found: list[Any]
+    try:
+        # A line break within a list of JSON is nothing; a line of two values would be one too many.
+        found = json.loads(b"[" + b",".join(data) + b"]")
+    except (ValueError, RecursionError):
+        found = []
+    if len(found) != len(data):
+        found = [parse_line(each.decode("utf-8", "replace")) for each in data]
+    for line in found:
+        if is_line(line):
+            yield line
+
+
+def is_line(line: Any) -> bool:
+    """Whether it is one of the metrics."""
+    return isinstance(line, dict) and is_whole(line.get("optimizer_step")) and is_whole(line.get("attempt", 0))
 
 
 def parse_line(text: str) -> dict[str, Any] | None:
@@ -123,8 +156,7 @@ def parse_line(text: str) -> dict[str, Any] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_line = isinstance(line, dict) and is_whole(line.get("optimizer_step")) and is_whole(line.get("attempt", 0))
-    return line if is_line else None
+    return line if is_line(line) else None
 
 
 class MetricsTail:

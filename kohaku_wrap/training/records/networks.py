@@ -84,6 +84,16 @@ def shorter_end(run: Run) -> int:
     return step if step < run.lock.total_optimizer_steps else 0
 
 
+def is_finished(run: Run) -> bool:
+    """Whether the newest attempt reached the last step and the final network is there.
+
+    The network alone proves nothing: a crash may have cut it while it was written.
+    """
+    attempts = list_attempts(run)
+    result = attempts[-1].result() if attempts else None
+    return bool(run.networks) and result is not None and result["outcome"] == "finished" and not shorter_end(run)
+
+
 def step_of_network(run: Run, path: Path, end: int) -> int | None:
     """The optimizer step that a network is named after; `end` for the run's last one, None for a stranger."""
     if match := NETWORK_OF_STEP.search(path.name):

@@ -8,9 +8,11 @@ import statistics
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kohaku_wrap.config.run_files import PROMPTS_FILE
 from kohaku_wrap.config.samples import KWRAP
+from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.training.records.folder import STATE_NAME, Run
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.networks import list_network_files, shorter_end, step_of_network
@@ -19,7 +21,7 @@ CONTACT_SHEET = "contact-sheet.png"
 """Written last: where it is, all pictures are."""
 
 SHEET_RECORD = "sheet.json"
-"""Beside the pictures, written before the first one."""
+"""Beside the pictures, before the first: where the files lie that draw them, and each picture's place on the sheet."""
 
 TRAINER_FOLDER = "sample"
 """Of a run's checkpoints, where sd-scripts puts what it draws."""
@@ -72,6 +74,17 @@ def list_pictures(run: Run) -> list[Pictures]:
         if step is not None and path.suffix == ".safetensors" and (step % every == 0 or step == end):
             found[step] = path
     return [Pictures(step, path, folder_of_pictures(run, step)) for step, path in sorted(found.items())]
+
+
+def read_sheet_record(folder: Path) -> dict[str, Any]:
+    """What `record_sheet` wrote into a folder; empty where nothing did."""
+    try:
+        document = parse_json(read_regular(folder / SHEET_RECORD))
+    except (OSError, ValueError):
+        return {}
+    tables = ("files", "tokenizers", "pictures")
+    is_ours = isinstance(document, dict) and all(isinstance(document.get(name), dict) for name in tables)
+    return document if is_ours else {}
 
 
 def step_of_trainer_picture(run: Run, path: Path) -> int | None:

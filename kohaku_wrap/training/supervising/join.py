@@ -11,13 +11,14 @@ from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import Attempt, hold_lock, list_attempts
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.signs import RunLog
 from kohaku_wrap.training.supervising.differences import list_changes, refuse_changes
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, read_end, tail_of
 from kohaku_wrap.training.supervising.launch import Launch, plan_attempt_launch
 from kohaku_wrap.training.supervising.machines import refuse_rank
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
-from kohaku_wrap.training.supervising.resume import RunFinished, is_finished, plan_resume
+from kohaku_wrap.training.supervising.resume import RunFinished, plan_resume
 from kohaku_wrap.training.supervising.supervise import RunIsBusy, RunReport, RunStopped, log_events
 from kohaku_wrap.training.supervising.watch import Event, EventKind, OnEvent, StopSignals, start_launcher
 

@@ -13,7 +13,7 @@ from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import recorded_attempts
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
-from kohaku_wrap.training.records.networks import shorter_end, step_of_network
+from kohaku_wrap.training.records.networks import is_finished, shorter_end, step_of_network
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.choose_state import find_foreign_state, find_state
 from kohaku_wrap.training.supervising.differences import (
@@ -223,13 +223,3 @@ def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
         path for path in files if not path.is_dir() and (step_of_network(run, path, end) or 0) > optimizer_step
     ]  # fmt: skip
     return found + [path for step, path in list_states(run.samples) if step > optimizer_step]
-
-
-def is_finished(run: Run) -> bool:
-    """Whether the newest attempt reached the last step and the final network is there.
-
-    The network alone proves nothing: a crash may have cut it while it was written.
-    """
-    attempts = list_attempts(run)
-    result = attempts[-1].result() if attempts else None
-    return bool(run.networks) and result is not None and result["outcome"] == "finished" and not shorter_end(run)

@@ -12,14 +12,13 @@ from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, is_lock_fr
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
-from kohaku_wrap.training.records.metrics import APART, read_metrics
+from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, number_of, read_metrics
+from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.samples import TRAINER_FOLDER, list_pictures
 from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.supervising.advice import advice_after
 from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
-from kohaku_wrap.training.supervising.resume import is_finished
-from kohaku_wrap.training.supervising.supervise import advice_after
-from kohaku_wrap.training.supervising.watch import RATE_WINDOW_STEPS, number_of
 
 Condition = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
 
@@ -306,7 +305,8 @@ def describe_wait(beats: list[Heartbeat]) -> str:
 
 def sum_apart(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds beside the optimizer steps by what they went into, where there were any."""
-    sums = {kind: sum(number_or_none(line.get(f"{kind}_seconds")) or 0.0 for line in lines) for kind in APART}
+    keys = {kind: f"{kind}_seconds" for kind in APART}
+    sums = {kind: sum(number_or_none(line[key]) or 0.0 for line in lines if key in line) for kind, key in keys.items()}
     return {kind: seconds for kind, seconds in sums.items() if seconds}
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError, command_line
 from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.training.records.attempts import Attempt, hold_lock
-from kohaku_wrap.training.records.bad_steps import KEY_IN_STATE
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.signs import RunLog
-from kohaku_wrap.training.records.states import DiskFull, is_disk_full, list_states
+from kohaku_wrap.training.records.states import DiskFull, is_disk_full
+from kohaku_wrap.training.supervising.advice import advice_after
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
 from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
 from kohaku_wrap.training.supervising.launch import Launch
@@ -197,35 +195,3 @@ def tell_end(attempt: Attempt, end: AttemptEnd, hook: Hook, on_event: OnEvent) -
         kind: HookEvent = "finish" if end.kind == FINISHED else "stop"
         on_event(Event(kind, end.message, step, total))
         hook.call(kind, end.message, step)
-
-
-def go_back(attempt: Attempt) -> str:
-    """How to go on from before the steps that were skipped or had no number as loss."""
-    for step, state in reversed(list_states(attempt.run.states)):
-        with suppress(DamagedState):
-            counts = read_manifest(state).extra.get(KEY_IN_STATE, {})
-            if not counts.get("in_a_row"):
-                resume = command_line("resume", attempt.run.folder, "--step", step)
-                return f"the newest state from before they went wrong: {resume}"
-    return "no state is from before they went wrong: start a new run, with lower rates or bf16"
-
-
-def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
-    """What to do after a failure of this kind."""
-    resume = command_line("resume", attempt.run.folder)
-    advice = {
-        "bad-image": f"Remove the image and run `kwrap extract` again, which makes it anew, then: {resume}. "
-        f"Or train a substitute in its place: {resume} --allow bad-images",
-        "out-of-memory": f"Lower [machine] batch_per_gpu for a new run, or free memory; then: {resume}",
-        "disk-full": f"Free some space, then: {resume}",
-        "mostly-skipped": "Start a new run with lower rates, or with bf16 in place of fp16. The last network is there.",
-        "non-finite-loss": f"Look at the last losses with `{command_line('status', attempt.run.folder)}`; "
-        + go_back(attempt),
-        "nan-latents": f"Fix the VAE's precision for a new run, or accept it: {resume} --allow nan-latents",
-        "bad-state": f"Choose another state: {resume} --step N",
-        "hang": f"The stacks of the hang are in the logs under {attempt.folder}. Go on with: {resume}",
-        "exited-early": f"The logs under {attempt.folder} may tell why. Go on with: {resume}",
-    }
-    if end.kind == "bad-image" and attempt.lock.data != "kwrap":
-        return f'Fix the image, then: {resume}. Only kwrap\'s dataset (data = "kwrap") can train a substitute.'
-    return advice.get(end.kind, f"The whole logs are in {attempt.folder}. Go on with: {resume}")

@@ -26,7 +26,7 @@ from kohaku_wrap.training.records.ledger import (
 )
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.networks import Network, compare_networks
+from kohaku_wrap.training.records.networks import Network, compare_networks, is_finished
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
 from kohaku_wrap.training.supervising.deep_checks import check_deep
@@ -43,7 +43,6 @@ from kohaku_wrap.training.supervising.ledger_checks import (
 from kohaku_wrap.training.supervising.ledger_files import list_conditions, read_files
 from kohaku_wrap.training.supervising.line_checks import Check, check_steps
 from kohaku_wrap.training.supervising.places import Places
-from kohaku_wrap.training.supervising.resume import is_finished
 from kohaku_wrap.training.supervising.site_places import settle_places
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, hold_lock
-from kohaku_wrap.training.records.metrics import APART, MetricsTail
+from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, MetricsTail, number_of
 from kohaku_wrap.training.records.signs import Phase
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import (
@@ -39,8 +39,6 @@ STEP_TIMEOUT_SECONDS = 1800.0
 
 NAN_WINDOW_STEPS = 50
 NAN_LATENTS_AT_LEAST = 4
-RATE_WINDOW_STEPS = 20
-
 LOOKS_PER_BEAT = 5
 GONE_SECONDS = 60.0
 """How long the other ranks may be silent after one has ended."""
@@ -340,11 +338,3 @@ def find_slowest(beats: list[Heartbeat], processes: int) -> Heartbeat | None:
     if len(beats) < processes:
         return None
     return min(beats, key=lambda beat: (beat.optimizer_step, beat.micro_batch, beat.phase == "step", beat.unix_seconds))
-
-
-def number_of(value: Any) -> float:
-    """A number of a metrics line, where non-finite ones are words; NaN for what is not there."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
