@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +31,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = ("fp16", "bf16", "fp32", "fp64", "fp8_e4m3fn", "fp8_e5m2")
 VERIFY_ELEMENTS = 10_000
+WORST_SHOWN = 5
 
 
 def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
     """An option with a few words to choose from; without a default, so that a recipe may say it."""
-    usual = "" if flag in ("--dtype", "--prediction") else f" Usually {words[0]}."
-    return click.option(flag, type=click.Choice(words), help=text + usual)
+    usual = "" if flag in ("--dtype", "--prediction", "--as") else f" Usually {words[0]}."
+    names = (flag, "network") if flag == "--as" else (flag,)
+    return click.option(*names, type=click.Choice(words), help=text + usual)
 
 
 def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
@@ -60,6 +63,11 @@ def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeO
 
     given = {name: value for name, value in asked.items() if value}
     options = replace(MergeOptions(), **{**from_recipe, **given})
+    for name, kinds in {"rank": ("lora",), "energy": ("lora",), "factor": ("lokr",), "rest": ("lora", "lokr")}.items():
+        if getattr(options, name) not in (0, "keep") and options.network not in kinds:
+            raise UsageError(f"--{name} means nothing without --as {' or '.join(kinds)}", "Leave it out, or add that.")
+    if options.network and options.dtype in ("fp64", "fp8_e4m3fn", "fp8_e5m2"):
+        raise UsageError(f"--dtype {options.dtype} is no type for networks", "Types: fp16, bf16, fp32.")
     return replace(options, dtype=CODES.get(options.dtype, options.dtype))
 
 
@@ -73,6 +81,7 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
     return {
         "formula": format_formula(plan.formula.tree),
         "anchor": plan.anchor,
+        "network": plan.options.network,
         "coefficients": describe_sums(plan),
         "models": {name: str(header.path) for name, header in plan.files.items()},
         "networks": {name: str(header.path) for name, header in plan.networks.items()},
@@ -92,7 +101,10 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
 def print_plan(described: dict[str, Any], next_step: str) -> None:
     from kohaku_wrap.planning.sizes import show_bytes
 
-    rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("anchor", described["anchor"])]
+    kind = described["network"]
+    rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("anchor", described["anchor"])][
+        : 1 if kind else 2
+    ]
     rows += [(name, path) for name, path in {**described["models"], **described["networks"]}.items()]
     rows += [("computes" if place == 0 else "", f"{item['sum']}  ({count_of(item['tensors'], 'tensor')})")
              for place, item in enumerate(described["coefficients"])]  # fmt: skip
@@ -102,7 +114,7 @@ def print_plan(described: dict[str, Any], next_step: str) -> None:
     ]
     rows += [
         ("reads", show_bytes(described["read_bytes"])),
-        ("writes", f"{show_bytes(described['data_bytes'])} and a header"),
+        ("writes", f"a network: {kind}" if kind else f"{show_bytes(described['data_bytes'])} and a header"),
     ]
     rows += [("license", described["license"] or "none")]
     rows += [("note", line) for line in described["decisions"]]
@@ -120,6 +132,10 @@ Examples:
       -m a=a.safetensors -m b=b.safetensors -o c.safetensors
   kwrap merge 'a + only("*attn2*", 0.3 * (b - a))' \\
       -m a=a.safetensors -m b=b.safetensors -o c.safetensors
+  kwrap merge "tuned - base" --as lora --rank 32 \\
+      -m tuned=a.safetensors -m base=b.safetensors -o lora.safetensors
+  kwrap merge "net(a) + 0.5 * net(b)" --as lora \\
+      -m a=a.safetensors -m b=b.safetensors -o lora.safetensors
 
 \b
 Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
@@ -146,6 +162,15 @@ A formula that begins with - goes last, after --.
 @click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken; else the anchor.")
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
 @click.option("--parts", default="", metavar="PART,…", help="Merge these parts alone: unet, te, te1, te2, vae.")
+@choice("--as", ("lora", "lokr", "full"), "Write a change (`tuned - base`, `net(x)`) as a network of this kind.")
+@click.option("--rank", type=click.IntRange(min=1), help="Of LoRA, at most; else 32, or as joined.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of LoRA: the least rank that holds this share of squares.",
+)
+@click.option("--factor", type=click.IntRange(min=-1), help="Of LoKr, as LyCORIS counts; else the networks' own, or 8.")
+@choice("--rest", ("keep", "skip"), "Norms and biases, which LoRA and LoKr cannot hold: keep them whole.")
 @choice("--dtype", DTYPES, "One type for all floating tensors; else the anchor's types.")
 @choice("--prediction", ("eps", "v"), "What the file is marked to predict; else what its models do.")
 @choice("--missing", ("fail", "anchor", "zero"), "A model with weight lacks a key: the anchor's tensor, or count as 0.")
@@ -177,6 +202,7 @@ def command(
     FORMULA_OR_RECIPE is a formula, the name of a shipped recipe (gamma-rev1, bake-network) or a TOML file. Every
     number of the result is what exact arithmetic gives, rounded once. The file carries its recipe.
     """
+    from kohaku_wrap.merging.network_metadata import build_network_metadata
     from kohaku_wrap.merging.planning import plan_merge
     from kohaku_wrap.merging.recipes import build_metadata, find_recipe
 
@@ -197,8 +223,6 @@ def command(
 
     from kohaku_wrap.merging.hashes import hash_files
     from kohaku_wrap.merging.open_files import check_output
-    from kohaku_wrap.merging.running import run_merge
-    from kohaku_wrap.planning.sizes import show_bytes
 
     headers = {**plan.files, **plan.networks}
     check_output(output, {name: header.path for name, header in headers.items()})
@@ -206,7 +230,14 @@ def command(
         print_note(line if line.startswith("warning: ") else f"note: {line}")
     with progress_bar("hash the inputs", "bytes", quiet=as_json) as report:
         hashes = hash_files([header.path for header in headers.values()], threads, report)
-    metadata = build_metadata(plan, dict(zip(headers, hashes, strict=True)), title, date, recipe)
+    named = dict(zip(headers, hashes, strict=True))
+    if plan.options.network:
+        print_network(plan, output, build_network_metadata(plan, named, title, date, recipe), threads, as_json)
+        return
+    from kohaku_wrap.merging.running import run_merge
+    from kohaku_wrap.planning.sizes import show_bytes
+
+    metadata = build_metadata(plan, named, title, date, recipe)
     note_compiling()
     with progress_bar("merge and verify" if verify else "merge", "bytes", quiet=as_json) as report:
         result = run_merge(plan, output, metadata, threads, VERIFY_ELEMENTS if verify else 0, report)
@@ -234,6 +265,35 @@ def command(
             rows.append(("not verified", f"{result.unverified:,} numbers that DoRA sets in float32"))
     rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
     print_table("Merged", rows, next_after([header.path for header in plan.networks.values()], output))
+
+
+def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threads: int, as_json: bool) -> None:
+    """Write a change as a network, and print how exact it is."""
+    from kohaku_wrap.merging.changes import write_network
+    from kohaku_wrap.merging.layers import describe_fits
+    from kohaku_wrap.planning.sizes import show_bytes
+
+    note_compiling()
+    with progress_bar("fit", "numbers", quiet=as_json) as report:
+        result = write_network(plan, output, metadata, threads, report)
+    described = describe_plan(plan)
+    described.pop("layout")
+    fits = describe_fits(result.fits)
+    if as_json:
+        document = {**described, "output": str(output), "size_bytes": result.size_bytes, "error": result.error}
+        print_json("merge", {"dry_run": False, **document, "unchanged": result.unchanged, "modules": fits})
+        return
+    forms = Counter(fit["form"] for fit in fits)
+    rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("file", output)]
+    rows += [("size", show_bytes(result.size_bytes)), ("unchanged", count_of(result.unchanged, "layer"))]
+    rows += [(form, count_of(count, "layer")) for form, count in forms.items()]
+    ranks = [fit["rank"] for fit in fits if fit["rank"]]
+    rows += [("ranks", f"{min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average")] if ranks else []
+    rows += [("relative error", f"{result.error:.2e} of the whole change: what the file lacks, rounding included")]
+    worst = sorted(fits, key=lambda fit: -fit["error"])[:WORST_SHOWN]
+    rows += [("worst" if not place else "", f"{fit['error']:.2e}  {fit['module']} ({fit['kind']})")
+             for place, fit in enumerate(worst)]  # fmt: skip
+    print_table("Network", rows, command_line("inspect", output))
 
 
 def next_after(networks: list[Path], output: Path) -> str:

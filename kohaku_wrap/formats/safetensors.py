@@ -331,8 +331,8 @@ def lay_out_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict
     return spots
 
 
-def encode_header(tensors: Mapping[str, TensorSpot], metadata: Mapping[str, str]) -> bytes:
-    """The length and the JSON of a header, padded with spaces to whole words.
+def encode_header(tensors: Mapping[str, TensorSpot], metadata: Mapping[str, str], least_bytes: int = 0) -> bytes:
+    """The length and the JSON of a header, padded with spaces to whole words, and to `least_bytes` in all.
 
     Raises KwrapError if it would be longer than readers accept.
     """
@@ -340,6 +340,7 @@ def encode_header(tensors: Mapping[str, TensorSpot], metadata: Mapping[str, str]
     for name, spot in tensors.items():
         document[name] = {"dtype": spot.dtype, "shape": list(spot.shape), "data_offsets": [spot.begin, spot.end]}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = text.ljust(least_bytes - LENGTH_BYTES)
     text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
     if len(text) > HEADER_LIMIT_BYTES:
         raise KwrapError(

@@ -13,13 +13,8 @@ from kohaku_wrap.merging.loops import fill_kronecker
 
 Array = NDArray[np.float32]
 
-STORED = {
-    ("full", "weight"): "diff",
-    ("full", "bias"): "diff_b",
-    ("norm", "weight"): "w_norm",
-    ("norm", "bias"): "b_norm",
-}
-"""The tensor that is the delta itself, by algorithm and by what it changes."""
+STORED = {("full", "weight"): "diff", ("norm", "weight"): "w_norm", ("norm", "bias"): "b_norm"}
+"""The tensor that is the delta itself, by algorithm and by what it changes; other biases have diff_b."""
 
 
 class Delta:
@@ -37,8 +32,8 @@ class Delta:
         self.scale = np.float32(1)
         """What the numbers of a Kronecker product are multiplied by, rounded once more."""
         self.whole: Array | None = None
-        if (algorithm, kind) in STORED:
-            whole = arrays[STORED[algorithm, kind]]
+        if kind == "bias" or (algorithm, kind) in STORED:
+            whole = arrays[STORED.get((algorithm, kind), "diff_b")]
             self.whole = whole.reshape(whole.shape[0] if whole.ndim else 1, -1)
         elif algorithm == "LoKr":
             if "lokr_w1" in arrays and "lokr_w2" in arrays:

@@ -35,6 +35,7 @@ def without_imports(names: tuple[str, ...]) -> Iterator[None]:
 
 with without_imports(SLOW_IMPORTS):  # only training needs them, and they take seconds
     from lycoris.functional import locon, loha, lokr
+    from lycoris.functional.general import factorization as factorization
     from lycoris.functional.general import weight_decompose
 
 Array = NDArray[np.float32]

@@ -12,27 +12,29 @@ from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.formats.network_names import Target, find_targets, is_diffusers_name
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot
 
+ANY_MODULE = ("alpha", "dora_scale", "diff_b")
 ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "LoKr": (
         frozenset(),
-        frozenset(
-            ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha", "dora_scale")
-        ),
+        frozenset(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", *ANY_MODULE)),
     ),
     "LoHa": (
         frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "alpha", "dora_scale")),
+        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", *ANY_MODULE)),
     ),
     "LoRA": (
         frozenset(("lora_up.weight", "lora_down.weight")),
-        frozenset(("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha", "dora_scale")),
+        frozenset(("lora_up.weight", "lora_down.weight", "lora_mid.weight", *ANY_MODULE)),
     ),
     "full": (frozenset(("diff",)), frozenset(("diff", "diff_b", "alpha"))),
     "norm": (frozenset(("w_norm",)), frozenset(("w_norm", "b_norm", "alpha"))),
+    "bias": (frozenset(("diff_b",)), frozenset(("diff_b", "alpha"))),
 }
 """For each algorithm the tensors that a module must have, and all that it may have."""
 
-MARK_OF_ALGORITHM = {"lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm"}
+MARK_OF_ALGORITHM = {
+    "lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm", "diff_b": "bias",
+}  # fmt: skip
 PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
 PROBLEMS_SHOWN = 12
 FLOATS_SHOWN = ", ".join(FLOAT_DTYPES)
@@ -164,7 +166,8 @@ def algorithm_of(suffixes: Iterable[str]) -> str | None:
     for mark, algorithm in MARK_OF_ALGORITHM.items():
         if any(suffix.startswith(mark) for suffix in listed):
             required, allowed = ALGORITHMS[algorithm]
-            return algorithm if required <= listed <= allowed else None
+            if required <= listed <= allowed:
+                return algorithm
     return None
 
 
@@ -249,7 +252,8 @@ def match_modules(
     problems: list[Problem] = []
     for module in read_modules(header, leave_out):
         targets = find_targets(module.name, table)
-        wanted = ["weight"] + ["bias"] * ("diff_b" in module.tensors or "b_norm" in module.tensors)
+        wanted = ["weight"] * (module.algorithm != "bias")
+        wanted += ["bias"] * ("diff_b" in module.tensors or "b_norm" in module.tensors)
         for kind in wanted:
             target = (targets or {}).get(kind)
             if target is None and leave_out:
@@ -282,7 +286,7 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
     if spot.dtype not in FLOAT_DTYPES:
         return f"{target.key} is {spot.dtype}; only {FLOATS_SHOWN} can be changed"
     if kind == "bias":
-        delta = module.tensors["diff_b" if module.algorithm == "full" else "b_norm"].elements
+        delta = module.tensors["b_norm" if module.algorithm == "norm" else "diff_b"].elements
         return "" if delta == elements else f"its bias has {delta} numbers, {target.key} has {elements}"
     try:
         delta_rows, delta_elements = module.delta_size()

@@ -76,16 +76,18 @@ class Piece:
         return sum(self.elements * BITS_OF_DTYPE[source.kind] // 8 for source in self.sources)
 
 
-def cut_tensor(plan: MergePlan, tensor: TensorPlan) -> Iterator[Piece]:
-    """The pieces of one tensor: one, or one for each part of a fused tensor that networks change."""
-    if not tensor.sources:
+def cut_tensor(plan: MergePlan, tensor: TensorPlan, least_parts: int = 1) -> Iterator[Piece]:
+    """The pieces of one tensor: one, or one for each part of a fused tensor that networks change or become."""
+    if not (tensor.sources or tensor.changes):
         return
     spots = [plan.files[name].tensors[tensor.key] for name in tensor.sources]
-    if not tensor.coefficients:
+    if not (tensor.coefficients or tensor.changes):
         source = Source(tensor.sources[0], spots[0].begin, RAW)
         yield Piece(tensor.spot.begin, tensor.spot.size_bytes, RAW, (source,), (Fraction(1),))
         return
-    parts = max([1, *(change.target.parts for _, _, change in tensor.changes), *(len(spot.shares) for spot in spots)])
+    parts = max(
+        [least_parts, *(change.target.parts for _, _, change in tensor.changes), *(len(spot.shares) for spot in spots)]
+    )
     elements = tensor.spot.elements // parts
     shape = tensor.spot.shape
     for part in range(parts):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from kohaku_wrap.formats.network_names import Target
 from kohaku_wrap.formats.safetensors import Header, TensorSpot
 from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.networks import Change
+
+DEFAULT_RANK = 32
+DEFAULT_FACTOR = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,21 @@ class MergeOptions:
     overflow: str = "fail"
     """A result is too large for the output's type: fail, or keep the infinity."""
 
+    network: str = ""
+    """The formula is a change, and is written as a network of this kind: lora, lokr or full; empty for a checkpoint."""
+
+    rank: int = 0
+    """Of a LoRA module at most; 0 for that of the networks where they can be joined, else DEFAULT_RANK."""
+
+    energy: float = 0.0
+    """The share of a change's squared numbers that a LoRA module must hold; its rank is the least that does."""
+
+    factor: int = 0
+    """Of a LoKr module: rows and columns of its first matrix, as LyCORIS counts; 0 for DEFAULT_FACTOR."""
+
+    rest: str = "keep"
+    """What the kind of network cannot hold (norms, biases): keep whole in the network, or skip."""
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -69,6 +89,9 @@ class TensorPlan:
 
     changes: tuple[tuple[str, Fraction, Change], ...] = ()
     """Networks that change it: name, coefficient and module."""
+
+    stored: str = ""
+    """For a change that becomes a network: the type of its tensors there; else empty."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +140,9 @@ class MergePlan:
 
     combinations: dict[WeightedSum, int] = field(default_factory=dict)
     """How many tensors each sum of coefficients is used for."""
+
+    targets: Mapping[str, Mapping[str, Target]] = field(default_factory=dict)
+    """By the name that a network gives a layer, what its weight and bias are; only where the plan has networks."""
 
     @property
     def data_bytes(self) -> int:

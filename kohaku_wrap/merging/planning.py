@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from kohaku_wrap.errors import Problem, UsageError
 from kohaku_wrap.formats.layouts import Layout, read_layout
-from kohaku_wrap.formats.network_names import table_of_targets
-from kohaku_wrap.formats.predictions import MARKS
+from kohaku_wrap.formats.network_names import Target, table_of_targets
+from kohaku_wrap.formats.predictions import MARKS, find_prediction
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
 from kohaku_wrap.merging.blocks import PARTS, is_in_part, is_vae
 from kohaku_wrap.merging.coefficients import Formula, Reduction
@@ -23,6 +23,7 @@ from kohaku_wrap.merging.notes import LIKE, VAE, Notes
 from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan, WeightedSum
 from kohaku_wrap.merging.predictions import mark_prediction
+from kohaku_wrap.merging.shapes import shapes_of_networks
 
 
 class UnboundName(UsageError):
@@ -54,12 +55,17 @@ def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | N
     formula = Formula(source, parse_formula(source))
     bind_names(formula, paths)
     models = names_of_models(formula.tree)
-    if not models:
+    if not (models or options.network):
         raise UnfitInputs(
-            "the formula names networks but no checkpoint", "Write, for example, `base + 1.0 * net(epsilon)`."
+            "the formula names networks but no checkpoint",
+            "Write, for example, `base + 1.0 * net(epsilon)`; or add --as lora for a network of these networks.",
         )
     headers = {name: read_header(paths[name]) for name in models}
     networks = {name: read_header(paths[name]) for name in names_of_networks(formula.tree)}
+    if not (models or options.like):
+        own = shapes_of_networks(networks, lenient=options.unmatched == "skip")
+        layouts = {LIKE: Layout(own.header, "", ())}
+        return Planner(formula, layouts, networks, LIKE, LIKE, options, own.targets).plan()
     anchor = choose_file(options.like, LIKE, headers) if options.like else models[0]
     vae = choose_file(options.vae_from, VAE, headers) if options.vae_from else anchor
     sd1 = any(key.startswith("cond_stage_model.") for header in headers.values() for key in header.tensors)
@@ -68,7 +74,8 @@ def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | N
         for name, header in headers.items()
     }
     refuse_unusable(layouts, anchor)
-    return Planner(formula, layouts, networks, anchor, vae, options).plan()
+    targets = table_of_targets(layouts[anchor].header.tensors) if networks or options.network else {}
+    return Planner(formula, layouts, networks, anchor, vae, options, targets).plan()
 
 
 def choose_file(asked: str, stand_in: str, files: dict[str, Header]) -> str:
@@ -111,6 +118,9 @@ class Planner:
     options: MergeOptions
     """What to do where the files leave a choice."""
 
+    targets: Mapping[str, dict[str, Target]]
+    """What the names of a network's modules mean on the anchor."""
+
     def __post_init__(self) -> None:
         self.files = {name: layout.header for name, layout in self.layouts.items()}
         self.models = names_of_models(self.formula.tree)
@@ -126,10 +136,9 @@ class Planner:
 
     def plan(self) -> MergePlan:
         tensors = self.files[self.anchor].tensors
-        table = table_of_targets(tensors) if self.networks else {}
         for name, header in self.networks.items():
             leave_out = partial(self.leave_out, name) if self.options.unmatched == "skip" else None
-            for change in match_modules(header, table, tensors, leave_out):
+            for change in match_modules(header, self.targets, tensors, leave_out):
                 self.changes.setdefault(change.target.key, []).append((name, change))
         self.notes.tell_layouts()
         computed = [key for key, spot in tensors.items() if self.is_computed(key, spot)]
@@ -140,25 +149,30 @@ class Planner:
         self.notes.tell_extra_keys(self.models)
         raise_problems("the files do not fit the formula", self.problems, self.advice())
         check_contribution(self.formula, drafts, {name: self.layouts[name] for name in self.models}, self.networks)
+        if self.options.network:
+            return self.finish(
+                [draft for draft in drafts if draft.stored], find_prediction(self.files[self.anchor]).kind
+            )
         marked = mark_prediction(drafts, self.files, self.networks, self.anchor, self.options.prediction)
-        drafts = marked.drafts
-        for line, key in marked.notes:
-            self.notes.add(line, key)
+        for note in marked.notes:
+            self.notes.add(*note)
+        return self.finish(marked.drafts, marked.kind)
+
+    def finish(self, drafts: list[TensorPlan], prediction: str) -> MergePlan:
+        """The plan, its tensors placed one after another."""
         spots = lay_out_tensors((draft.key, draft.spot.dtype, draft.spot.shape) for draft in drafts)
         placed = {draft.key: draft for draft in drafts}
         return MergePlan(
             self.formula,
-            self.files,
+            {name: header for name, header in self.files.items() if header.size_bytes},
             self.networks,
             self.anchor,
-            tuple(
-                TensorPlan(key, spot, placed[key].sources, placed[key].coefficients, placed[key].changes)
-                for key, spot in spots.items()
-            ),
+            tuple(replace(placed[key], spot=spot) for key, spot in spots.items()),
             self.options,
             tuple(self.notes.lines()),
-            marked.kind,
+            prediction,
             dict(self.combinations.most_common()),
+            self.targets,
         )
 
     def leave_out(self, network: str, reason: str, key: str) -> None:
@@ -167,14 +181,16 @@ class Planner:
 
     def advice(self) -> str:
         kinds = {problem.what.split(":")[0] for problem in self.problems}
+        if any("DoRA's change" in kind for kind in kinds):
+            return "Bake it first: `base + net(x)`; then write the difference of both files as a network."
+        if any("not 0" in kind for kind in kinds):
+            return "With --as, write a change, such as `tuned - base` or `net(x)`; without it a checkpoint is written."
         if any("whose VAE" in kind for kind in kinds):
             return (
                 "Give --vae-from a checkpoint of the same kind: its VAE under `first_stage_model.`, in the same shapes."
             )
         if any("lacks" in kind for kind in kinds):
-            return (
-                "`--missing anchor` copies such tensors from the anchor, `--missing zero` counts the model as 0 there."
-            )
+            return "`--missing anchor` copies such tensors from the anchor, `--missing zero` counts the model as 0."
         if any("shape" in kind for kind in kinds):
             return "`--shapes anchor` copies such tensors from the anchor."
         return "Correct the formula, or choose other files."
@@ -194,6 +210,10 @@ class Planner:
 
     def plan_tensor(self, key: str, spot: TensorSpot) -> TensorPlan:
         """The plan of one key, at its place in the anchor for now."""
+        if self.options.network and not self.is_computed(key, spot):
+            if spot.dtype not in FLOAT_DTYPES and not key.endswith("position_ids"):
+                self.check_integers(key, spot)
+            return self.copy(key, self.anchor, spot)
         if self.takes_vae_whole(key):
             return self.plan_vae(key, spot)
         if not self.is_asked_for(key):
@@ -264,6 +284,8 @@ class Planner:
         dora = [name for name, _, change in changes if change.module.has_dora and change.kind == "weight"]
         if dora and len({name for name, _, _ in changes}) > 1:
             self.problems.append(Problem(key, f"{dora[0]} sets its norms (DoRA); no other network can be added to it"))
+        if self.options.network:
+            return self.plan_change(key, spot, weighted, changes)
         if not weighted:
             self.problems.append(Problem(key, "the formula gives it no checkpoint; add `else=…` to only(…)"))
             return self.copy(key, self.anchor, spot)
@@ -285,6 +307,21 @@ class Planner:
         if not changes and list(weighted.values()) == [Fraction(1)]:
             return self.copy_float(key, plan.sources[0], self.files[plan.sources[0]].tensors[key])
         return plan
+
+    def plan_change(
+        self, key: str, spot: TensorSpot, weighted: dict[str, Fraction], changes: list[tuple[str, Fraction, Change]]
+    ) -> TensorPlan:
+        """A tensor of a change, whose numbers are computed in float32 and become a module of a network."""
+        total = sum(weighted.values(), Fraction(0))
+        if total:
+            self.problems.append(Problem(key, f"the coefficients sum to {total}, not 0: no change but a checkpoint"))
+        if any(change.module.has_dora for _, _, change in changes):
+            self.problems.append(Problem(key, "DoRA's change depends on the checkpoint's norms, so it is no sum"))
+        added = {name: value for name, value, _ in changes}
+        self.combinations[WeightedSum(tuple(weighted.items()), tuple(added.items()))] += 1
+        stored = self.options.dtype or {"F64": "F32", "F8_E4M3": "F16", "F8_E5M2": "F16"}.get(spot.dtype, spot.dtype)
+        typed = TensorSpot("F32", spot.shape, spot.begin, spot.end)
+        return TensorPlan(key, typed, tuple(weighted), tuple(weighted.values()), tuple(changes), stored)
 
     def plan_vae(self, key: str, spot: TensorSpot) -> TensorPlan:
         source = self.vae

@@ -45,6 +45,8 @@ WORDS_OF_OPTION = {
     "sums": ("warn", "fail"),
     "non_finite": ("fail", "keep"),
     "overflow": ("fail", "keep"),
+    "network": ("lora", "lokr", "full"),
+    "rest": ("keep", "skip"),
 }
 """What an option of a recipe may say, where there is a choice; the same words as on the command line."""
 
@@ -113,7 +115,7 @@ def problems_of_options(options: Mapping[str, Any]) -> list[Problem]:
         elif words and value not in words:
             what = f"{json.dumps(value, default=str)} is not one of {', '.join(words)}"
         elif type(value) is not types[name]:
-            what = "is not true or false" if types[name] is bool else "is not text"
+            what = {bool: "is not true or false", str: "is not text"}.get(types[name], "is not a number")
         else:
             continue
         problems.append(Problem(f"options.{name}", what))
@@ -241,27 +243,6 @@ def build_metadata(
     headers = {**plan.files, **plan.networks}
     rights = join_licenses(headers)
     anchor = plan.files[plan.anchor].metadata
-    notes = recipe.models if recipe else {}
-    merge_recipe = {
-        "type": RECIPE_TYPE,
-        "formula": plan.formula.source,
-        "canonical_formula": format_formula(plan.formula.tree),
-        "coefficients": describe_sums(plan),
-        "models": {name: hashes[name].sha256 for name in plan.files},
-        "networks": {name: hashes[name].sha256 for name in plan.networks},
-        "descriptions": {name: text for name, text in notes.items() if text},
-        "anchor": plan.anchor,
-        "options": changed_options(plan.options),
-        "decisions": [*plan.decisions, *([rights.conflict] if rights.conflict else [])],
-        "versions": versions_used(plan),
-        "primary_model_hash": hashes[plan.anchor].sha256,
-    }
-    parents: dict[str, Any] = {}
-    for name, header in headers.items():
-        inherited = parse_json(header.metadata.get("sd_merge_models"))
-        if isinstance(inherited, dict):
-            parents.update(inherited)
-        parents[hashes[name].sha256] = parent_entry(header)
     metadata = {
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
         "modelspec.architecture": anchor.get("modelspec.architecture")
@@ -277,9 +258,36 @@ def build_metadata(
         metadata["modelspec.license"] = rights.text
     if date:
         metadata["modelspec.date"] = date
-    metadata["sd_merge_recipe"] = dump_json(clean_value(merge_recipe))
-    metadata["sd_merge_models"] = dump_json(clean_value(parents))
+    metadata |= describe_making(plan, hashes, recipe)
     return without_paths({key: text for key, text in metadata.items() if text})
+
+
+def describe_making(plan: MergePlan, hashes: Mapping[str, FileHashes], recipe: Recipe | None) -> dict[str, str]:
+    """`sd_merge_recipe` and `sd_merge_models`: how the file was made, and what is known of its parents."""
+    headers = {**plan.files, **plan.networks}
+    rights = join_licenses(headers)
+    notes = recipe.models if recipe else {}
+    merge_recipe = {
+        "type": RECIPE_TYPE,
+        "formula": plan.formula.source,
+        "canonical_formula": format_formula(plan.formula.tree),
+        "coefficients": describe_sums(plan),
+        "models": {name: hashes[name].sha256 for name in plan.files},
+        "networks": {name: hashes[name].sha256 for name in plan.networks},
+        "descriptions": {name: text for name, text in notes.items() if text},
+        "anchor": plan.anchor,
+        "options": changed_options(plan.options),
+        "decisions": [*plan.decisions, *([rights.conflict] if rights.conflict else [])],
+        "versions": versions_used(plan),
+        "primary_model_hash": hashes[plan.anchor].sha256 if plan.anchor in hashes else "",
+    }
+    parents: dict[str, Any] = {}
+    for name, header in headers.items():
+        inherited = parse_json(header.metadata.get("sd_merge_models"))
+        if isinstance(inherited, dict):
+            parents.update(inherited)
+        parents[hashes[name].sha256] = parent_entry(header)
+    return {"sd_merge_recipe": dump_json(clean_value(merge_recipe)), "sd_merge_models": dump_json(clean_value(parents))}
 
 
 def changed_options(options: MergeOptions) -> dict[str, Any]:
@@ -320,7 +328,8 @@ def command_of_recipe(
         words.append("--merge-vae")
     for name in (option.name for option in fields(MergeOptions) if option.name != "merge_vae"):
         if name in options:
-            words += [f"--{name.replace('_', '-')}", WORD_OF_DTYPE.get(str(options[name]), str(options[name]))]
+            flag = "as" if name == "network" else name.replace("_", "-")
+            words += [f"--{flag}", WORD_OF_DTYPE.get(str(options[name]), str(options[name]))]
     for key, flag in {"modelspec.title": "--title", "modelspec.date": "--date"}.items():
         if metadata.get(key, formula) != formula:
             words += [flag, metadata[key]]
