@@ -41,7 +41,7 @@ class Fit:
 
 def sum_squares(numbers: torch.Tensor) -> float:
     """Of all numbers, in float64, without a copy of them all."""
-    parts = torch.split(numbers.reshape(-1), BLOCK_ELEMENTS)  # type: ignore[no-untyped-call]
+    parts = torch.split(numbers.reshape(-1), BLOCK_ELEMENTS)
     return math.fsum(float(part.double().square().sum()) for part in parts)
 
 
