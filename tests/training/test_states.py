@@ -13,7 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from kohaku_wrap.training.records.manifest import FORMAT, DamagedState, Fingerprint, document_digest, read_manifest
+from kohaku_wrap.training.records.manifest import (
+    FORMAT,
+    DamagedState,
+    Fingerprint,
+    digest_of_state,
+    document_digest,
+    read_manifest,
+)
 from kohaku_wrap.training.records.retention import is_state_there, remove_old_states
 from kohaku_wrap.training.records.states import (
     DiskFull,
@@ -375,6 +382,15 @@ def test_the_digest_of_a_manifest_is_pinned() -> None:
     """Of the sorted names without a space, so that states of other versions stay readable."""
     known = hashlib.sha256(b'{"a":1,"b":"\\u00e9"}').hexdigest()
     assert document_digest({"a": 1, "b": "é"}) == document_digest({"b": "é", "a": 1}) == known
+
+
+def test_the_digest_of_a_state_is_that_of_its_manifest(tmp_path: Path) -> None:
+    state = write(tmp_path, 1)
+    document = json.loads((state / "manifest.json").read_text())
+    assert digest_of_state(state) == document["digest"]
+    (state / "manifest.json").write_text(json.dumps({**document, "optimizer_step": 2}))
+    with pytest.raises(DamagedState):
+        digest_of_state(state)
 
 
 def test_the_manifest_can_be_read_by_people(tmp_path: Path) -> None:
