@@ -47,6 +47,8 @@ EXTRA_OF_PACKAGE = {
     "lycoris": "merge",
     "numba": "merge",
     "safetensors": "merge",
+    "onnx": "demo",
+    "onnxruntime": "evaluate",
 }
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import click
 
+from kohaku_wrap.cli.evaluate_ccip import ccip
 from kohaku_wrap.cli.evaluate_exposure import exposure
+from kohaku_wrap.cli.evaluate_judges import judges
 
 
 @click.group(epilog="Start with `kwrap evaluate exposure RUN`.")
 def command() -> None:
     """Measure what a training came to.
 
-    How often each tag was trained, exactly, from the run's own records.
+    How often each tag was trained, exactly, from the run's own records; and what judges, folders of ONNX files, say of
+    the pictures that its networks draw.
     """
 
 
-command.add_command(exposure)
+for each in (exposure, judges, ccip):
+    command.add_command(each)

@@ -128,6 +128,13 @@ ROWS = {
         makes="look/sheet.json",
     ),
     "evaluate exposure": Row("evaluate exposure {plain}/r", shows=True),
+    "evaluate judges": Row("evaluate judges", shows=True),
+    "evaluate ccip": Row(
+        "evaluate ccip {world}/base/model.safetensors --characters db --db {world}/danbooru.db --images {world}/images "
+        "--judge {world}/judges/ccip --tokenizers {world}/base/tokenizers --min-posts 1 --images-per-character 1 "
+        "--size 64x64 --sampler-steps 1 --out {out}/scores",
+        makes="scores/ccip.json",
+    ),
     # A run without a network.
     "publish": Row("publish {plain}/r --out {out}/published", code=1),
 }
@@ -136,6 +143,7 @@ PREPARATIONS = (
     "select demo --db {world}/danbooru.db --out {world}/demo.parquet",
     "extract {world}/demo.parquet --tars {world}/tars --out {world}/images --jobs 1 --max-missing 9",
     "caption {world}/demo.parquet --db {world}/danbooru.db --out {world}/images",
+    "evaluate judges --small {world}/judges",
     "resume {plain}/r",
 )
 

@@ -1,0 +1,306 @@
+"""`kwrap evaluate ccip`: how well models draw characters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kohaku_wrap.cli.next_steps import read_site_paths
+from kohaku_wrap.cli.options import open_source, site_option, tags_option
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    format_duration,
+    json_option,
+    print_json,
+    print_note,
+    print_table,
+    progress_bar,
+    show_path,
+)
+from kohaku_wrap.cli.sample import compute_options, prepare
+from kohaku_wrap.cli.sample_inputs import list_models
+from kohaku_wrap.errors import UsageError, command_line
+
+if TYPE_CHECKING:
+    from kohaku_wrap.evaluation.characters import Character
+    from kohaku_wrap.evaluation.exposure import Exposure
+    from kohaku_wrap.sampling.running import DrawingJob
+
+FROM_DATABASE = "db"
+RESULT, CURVE, JUDGED = "ccip.json", "ccip.svg", ".judged"
+ASSUMED_SECONDS = 6.0
+"""A picture, where none is drawn yet: a guess for 24 steps at 1024² on one GPU of 2020."""
+
+BYTES_A_PIXEL = 1.6
+"""Of a PNG, about."""
+
+UNASKED = ("styles", "sampler", "schedule", "clip_skip", "emphasis", "zero_terminal_snr", "template", "hires")
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  kwrap evaluate ccip model.safetensors --characters db --db danbooru.db \\
+      --images images --judge ccip-caformer-24-randaug-pruned --out scores --dry-run
+  kwrap evaluate ccip --run epsilon --steps all --characters character_index \\
+      --judge ccip-caformer-24-randaug-pruned --out scores
+  kwrap evaluate ccip other.safetensors --characters list.txt --judge JUDGE \\
+      --out other --against scores/ccip.json
+"""
+)
+@click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
+@click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
+@click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="Usually the run's, or the MODEL's own.")
+@click.option("--run", "run_name", metavar="RUN", help="The networks that a run kept.")
+@click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest.")
+@click.option("--characters", required=True, metavar="db|FILE|INDEX", help="Of the database, a list, or an index.")
+@click.option("--judge", "judge_folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="CCIP's.")
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Pictures and result.")
+@click.option("--db", type=click.Path(path_type=Path), metavar="DB", help="Usually the site's.")
+@tags_option
+@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Extracted posts; usually the site's.")
+@click.option("--min-posts", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Solo posts.")
+@click.option(
+    "--images-per-character",
+    type=click.IntRange(1, 1000),
+    default=4,
+    show_default=True,
+    metavar="N",
+    help="Pictures of each, with seeds from 0 on.",
+)
+@click.option("--preset", default="safe", show_default=True, metavar="NAME", help="Prompts: safe, core or published.")
+@click.option("--negative", default="", metavar="TEXT", help="The negative prompt.")
+@click.option("--size", "sizes", metavar="WxH", help="Usually what the model is for.")
+@click.option("--guidance", type=float, metavar="CFG", help="Usually 5.")
+@click.option("--sampler-steps", type=click.IntRange(1), metavar="N", help="Usually 24.")
+@click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says.")
+@click.option("--against", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Another ccip.json.")
+@compute_options
+@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU.")
+@click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used.")
+@click.option("--tokenizers", type=click.Path(path_type=Path), metavar="DIR", help="Both CLIP tokenizers.")
+@click.option("--dry-run", is_flag=True, help="Print pictures, hours and disk, draw none.")
+@site_option
+@json_option
+@beyond_output("dry_run")
+def ccip(
+    models: tuple[Path, ...],
+    networks: tuple[str, ...],
+    vae: Path | None,
+    run_name: str | None,
+    steps: str | None,
+    characters: str,
+    judge_folder: Path,
+    out: Path,
+    db: Path | None,
+    tag_table: Path | None,
+    images: Path | None,
+    min_posts: int,
+    images_per_character: int,
+    preset: str,
+    against: tuple[Path, ...],
+    jobs: int,
+    offload: bool,
+    tokenizers: Path | None,
+    dry_run: bool,
+    site_file: Path | None,
+    as_json: bool,
+    **asked: Any,
+) -> None:
+    """Score how well models draw characters, by CCIP.
+
+    For each character, pictures are drawn with fixed prompts and seeds, and compared by the judge with references:
+    extracted posts of that character alone, or the features of an index. The score is the share of references that
+    the judge takes for the same character. A character without references enough is listed as not scored. A call that
+    was killed is run again and goes on.
+    """
+    from kohaku_wrap.dataset.recipe import load_dataset
+    from kohaku_wrap.evaluation import ccip_run
+    from kohaku_wrap.evaluation.characters import PRESETS, write_prompt
+    from kohaku_wrap.evaluation.judges import open_judge
+    from kohaku_wrap.evaluation.looking import Looker
+    from kohaku_wrap.sampling.running import draw_sheet, find_waiting
+    from kohaku_wrap.sampling.sheets import Sheet, SheetPrompt, check_guidance, read_size
+
+    if preset not in PRESETS:
+        raise UsageError(f"--preset: there is no {preset}", f"There are {', '.join(PRESETS)}.")
+    for path in against:
+        ccip_run.read_result(path)
+    judge = open_judge(judge_folder, ("ccip",), asked["threads"] or 1)
+    listed = list_models(models, networks, vae, run_name, steps, site_file)
+    found = list_characters(characters, db, tag_table, images, site_file, out)
+    choice = ccip_run.choose_characters(found, min_posts)
+    recipe = load_dataset("epsilon").caption
+    prompts = {each.tag: write_prompt(each, preset, recipe) for each in choice.scored}
+    try:
+        sizes = (read_size(asked["sizes"]),) if asked["sizes"] else ()
+        guidances = (check_guidance(asked["guidance"]),) if asked["guidance"] is not None else ()
+    except ValueError as error:
+        raise UsageError(str(error), "See `kwrap evaluate ccip --help`.") from None
+    sheet = Sheet(
+        tuple(SheetPrompt(prompts[each.tag], each.tag) for each in choice.scored),
+        seeds=tuple(range(images_per_character)),
+        sizes=sizes,
+        guidances=guidances,
+        negative=asked["negative"],
+        steps=asked["sampler_steps"],
+    )
+    asked |= dict.fromkeys(UNASKED) | {"lenient": False}
+    job = prepare(sheet, listed, asked, tokenizers, site_file, run_name, out, jobs, offload, quiet=as_json)
+    waiting = find_waiting(job)
+    if dry_run:
+        show_plan(job, len(waiting), choice, as_json)
+        return
+    with progress_bar("draw", "pictures", quiet=as_json) as report:
+        draw_sheet(job, waiting, report)
+    looker = Looker(judge, out / JUDGED)
+    with progress_bar("references", "pictures", quiet=as_json) as report:
+        references, left, unreadable = ccip_run.look_at_references(looker, choice.scored, min_posts, report)
+    pictures = ccip_run.group_cells(job.cells, out)
+    with progress_bar("judge", "pictures", quiet=as_json) as report:
+        scores, broken = ccip_run.score_models(looker, pictures, references, report)
+    by_title = {each.labels["model"]: each for each in job.cells}
+    named = [(title, by_title[title].cell.model, by_title[title].model.optimizer_step) for title in pictures]
+    exposures = find_exposures(run_name, [step for _, _, step in named], site_file, as_json)
+    seen = ccip_run.look_up_exposures(exposures, sorted(references))
+    first = job.cells[0].cell
+    settings = {
+        "images_per_character": images_per_character, "min_posts": min_posts, "characters": characters_name(characters),
+        "size": [first.width, first.height], "sampler_steps": first.steps, "guidance": first.guidance,
+        "sampler": first.sampler, "schedule": first.schedule, "negative": first.negative,
+        "device": first.compute.device, "dtype": first.compute.dtype,
+    }  # fmt: skip
+    result = ccip_run.compose_result(
+        looker, choice, references, prompts, preset, named, scores, seen, settings, left, [*unreadable, *broken]
+    )
+    for path in against:
+        ccip_run.lay_over(result, path)
+    write_result(out, result)
+    show_result(result, out, as_json)
+
+
+def characters_name(characters: str) -> str:
+    """Where the characters come from, without the folder."""
+    return characters if characters == FROM_DATABASE else Path(characters).name
+
+
+def list_characters(
+    characters: str, db: Path | None, tag_table: Path | None, images: Path | None, site: Path | None, out: Path
+) -> list[Character]:
+    """The characters of an index, of a list, or all of the database."""
+    from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.evaluation.characters import BadCharacters, find_characters, read_index, read_names
+    from kohaku_wrap.metadata.columns import DANBOORU
+    from kohaku_wrap.metadata.parallel import usable_threads
+
+    path = Path(characters)
+    if characters != FROM_DATABASE and path.is_dir():
+        return read_index(path)
+    if characters != FROM_DATABASE and not path.is_file():
+        raise BadCharacters(f"{path}: no such file or folder", "Give a list of tags, an index's folder, or `db`.")
+    names = None if characters == FROM_DATABASE else read_names(path)
+    paths = load_site(site).paths if site else read_site_paths(Path())
+    db = db or (paths.db if paths else None)
+    images = images or (paths.images if paths else None)
+    if db is None or images is None:
+        raise UsageError(
+            "references come from the database and the extracted posts",
+            "Give --db DB and --images DIR, or --site site.toml; or an index: --characters FOLDER.",
+        )
+    return find_characters(open_source(db, DANBOORU, tag_table), images, names, out / ".spill", usable_threads())
+
+
+def find_exposures(
+    run: str | None, steps: Sequence[int | None], site: Path | None, quiet: bool
+) -> list[Exposure | None]:
+    """What each network of a run was trained on; None where it is of no run, or where that is not known."""
+    from kohaku_wrap.cli.evaluate_exposure import find_exposure
+    from kohaku_wrap.errors import KwrapError
+
+    found: list[Exposure | None] = []
+    for step in steps:
+        exposure = None
+        if run is not None and step is not None:
+            try:
+                exposure = find_exposure(run, step, site, 0, quiet)
+            except KwrapError as error:
+                print_note(f"note: how often characters were trained is not known: {error.message}")
+        found.append(exposure)
+    return found
+
+
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    """The document and its curve, beside the pictures."""
+    from kohaku_wrap.evaluation.curve import draw_curves
+    from kohaku_wrap.files import write_text
+
+    write_text(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    curves = [(each["title"], each["curve"]) for each in result["models"]]
+    note = result["judge"]["title"]
+    write_text(out / CURVE, draw_curves(curves, "CCIP score of each character, sorted", note))
+
+
+def show_plan(job: DrawingJob, waiting: int, choice: Any, as_json: bool) -> None:
+    """What would be drawn: pictures, hours and disk."""
+    from kohaku_wrap.planning.sizes import show_bytes
+
+    cell = job.cells[0].cell
+    size_bytes = int(waiting * cell.width * cell.height * BYTES_A_PIXEL)
+    seconds = waiting * ASSUMED_SECONDS * cell.steps / 24 * cell.width * cell.height / 1024**2 / job.processes
+    references = sum(len(each.references) for each in choice.scored)
+    plan = {
+        "characters": len(choice.scored), "not_scored": list(choice.not_scored), "pictures": len(job.cells),
+        "to_draw": waiting, "references": references, "seconds_assumed": seconds, "bytes": size_bytes,
+    }  # fmt: skip
+    if as_json:
+        print_json("evaluate ccip", {"dry_run": True, **plan})
+        return
+    rows: list[tuple[str, Any]] = [
+        ("characters", f"{len(choice.scored):,}, and {len(choice.not_scored):,} not scored"),
+        ("pictures", f"{len(job.cells):,}, of which {waiting:,} are to be drawn"),
+        ("references", f"{references:,} to look at"),
+        ("time", f"{format_duration(seconds)}, if 24 steps at 1024² take {ASSUMED_SECONDS:g} s (a guess for a GPU)"),
+        ("disk", f"about {show_bytes(size_bytes)}"),
+        ("first prompt", cell.prompt),
+    ]
+    rows += [("not scored", f"{each['tag']}: {each['why']}") for each in choice.not_scored[:5]]
+    print_table("CCIP", rows, "the same command without --dry-run")
+
+
+def show_result(result: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Print what came out."""
+    if as_json:
+        print_json("evaluate ccip", {"dry_run": False, "file": out / RESULT, "svg": out / CURVE, "result": result})
+        return
+    rows: list[tuple[str, Any]] = [("judge", result["judge"]["title"])]
+    rows += [(model["title"], describe_model(model)) for model in result["models"]]
+    for pair in result["pairs"]:
+        apart = pair["difference"]
+        if apart:
+            shown = f"{apart['mean']:+.3f} ({apart['low']:+.3f} to {apart['high']:+.3f})"
+            rows.append(
+                (f"{pair['from']} → {pair['to']}", f"{shown}, {pair['wins']:,} wins, {pair['losses']:,} losses")
+            )
+    rows += [("not scored", f"{each['tag']}: {each['why']}") for each in result["not_scored"][:5]]
+    if len(result["not_scored"]) > 5:
+        rows.append(("not scored", f"{len(result['not_scored']) - 5:,} more, in the file"))
+    rows += [("unreadable", each) for each in result["unreadable"][:5]]
+    rows += [("prompts", note)] if (note := result["prompts"]["note"]) else []
+    rows += [("limits", result["limits"]), ("curve", out / CURVE), ("result", out / RESULT)]
+    following = command_line("evaluate", "ccip", "MODEL", "--against", show_path(out / RESULT))
+    print_table("CCIP", rows, f"{following} … lays another model over it")
+
+
+def describe_model(model: dict[str, Any]) -> str:
+    """One model in words."""
+    score, bound = model["score"], model["score_of_bound"]
+    if score is None:
+        return "no character scored"
+    text = f"{score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f}) over {model['characters']:,} characters"
+    text += f", {bound['mean']:.3f} of the upper bound" if bound else ""
+    return f"{text}, {model['above_0.9']:,} above 0.9"

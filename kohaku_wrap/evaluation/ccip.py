@@ -1,0 +1,141 @@
+"""CCIP scores of characters: how often pictures are taken for the character of the references.
+
+Source: sdeval 0.0.4 (a difference strictly below the threshold) and dghs-imgutils (below or equal); both are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.evaluation.intervals import bootstrap_mean
+from kohaku_wrap.evaluation.judges import Features, Judge
+
+HIGH = 0.9
+"""Zeta's card counts characters above it."""
+
+EXPOSURES = (0, 1, 10, 100, 1_000, 10_000)
+"""Where the groups of the table of scores against exposure begin."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model draws one character."""
+
+    below: float
+    """The share of references whose difference from a picture is below the threshold, mean over the pictures."""
+
+    below_or_equal: float
+    """The same with differences of exactly the threshold."""
+
+    upper_bound: float | None
+    """The same share among the references themselves, each against the others; None for a single one."""
+
+    upper_bound_or_equal: float | None
+    """The same with differences of exactly the threshold."""
+
+    @property
+    def of_bound(self) -> float | None:
+        """The score divided by the upper bound; None where that is unknown or 0."""
+        return self.below / self.upper_bound if self.upper_bound else None
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "score": self.below,
+            "score_or_equal": self.below_or_equal,
+            "upper_bound": self.upper_bound,
+            "upper_bound_or_equal": self.upper_bound_or_equal,
+            "score_of_bound": self.of_bound,
+        }
+
+
+def score_differences(differences: Features, references: int, threshold: float) -> Score:
+    """The score from a matrix of differences whose first rows and columns are the references, then the pictures.
+
+    Compared in float32, as the tools of the source do it.
+    """
+    limit = np.float32(threshold)
+    bounds: list[float | None] = []
+    shares = []
+    for near in (differences < limit, differences <= limit):
+        shares.append(float(near[references:, :references].mean(axis=1, dtype=np.float64).mean()))
+        among = near[:references, :references]
+        pairs = references * (references - 1)
+        bounds.append(float(among.sum(dtype=np.int64) - np.trace(among.astype(np.int64))) / pairs if pairs else None)
+    return Score(shares[0], shares[1], bounds[0], bounds[1])
+
+
+def score_pictures(judge: Judge, references: Features, pictures: Features) -> Score:
+    """The score of some pictures' features, (pictures, 768), against a character's, (references, 768)."""
+    differences = judge.compare(np.concatenate([references, pictures]))
+    assert judge.kind.threshold is not None
+    return score_differences(differences, len(references), judge.kind.threshold)
+
+
+def summarise(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """What one model's scores come to, over its characters."""
+    raw = [score.below for score in scores.values()]
+    of_bound = [score.of_bound for score in scores.values() if score.of_bound is not None]
+    interval, bounded = bootstrap_mean(raw), bootstrap_mean(of_bound)
+    return {
+        "characters": len(raw),
+        "score": interval.document() if interval else None,
+        "score_of_bound": bounded.document() if bounded else None,
+        f"above_{HIGH}": sum(score > HIGH for score in raw),
+        "curve": sorted(raw, reverse=True),
+    }
+
+
+def compare_models(titles: Sequence[str], scores: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Each two models over the characters that both have: wins, losses, and the paired difference with an interval."""
+    found = []
+    for first in range(len(titles)):
+        for second in range(first + 1, len(titles)):
+            tags = sorted(set(scores[first]) & set(scores[second]))
+            apart = np.array([scores[second][tag]["score"] - scores[first][tag]["score"] for tag in tags])
+            interval = bootstrap_mean(apart)
+            found.append(
+                {
+                    "from": titles[first],
+                    "to": titles[second],
+                    "characters": len(tags),
+                    "wins": int((apart > 0).sum()),
+                    "losses": int((apart < 0).sum()),
+                    "ties": int((apart == 0).sum()),
+                    "difference": interval.document() if interval else None,
+                }
+            )
+    return found
+
+
+def group_by_exposure(seen: npt.NDArray[np.int64], scores: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Scores against how often the character was trained: the mean by group, and the correlation of their ranks."""
+    groups = []
+    for begin, end in zip(EXPOSURES, (*EXPOSURES[1:], None), strict=True):
+        inside = (seen >= begin) & (seen < end) if end is not None else seen >= begin
+        interval = bootstrap_mean(scores[inside])
+        groups.append({"from": begin, "below": end, "characters": int(inside.sum()),
+                       "score": interval.document() if interval else None})  # fmt: skip
+    return {"groups": groups, "rank_correlation": correlate_ranks(seen, scores)}
+
+
+def correlate_ranks(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float | None:
+    """Spearman's correlation; None where one of them never changes."""
+    ranks = [rank(np.asarray(each, dtype=np.float64)) for each in (one, other)]
+    spreads = [float(each.std()) if len(each) else 0.0 for each in ranks]
+    if not all(spreads):
+        return None
+    apart = (ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())
+    return float(apart.mean() / (spreads[0] * spreads[1]))
+
+
+def rank(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Places from 1, equal values at the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    middle: npt.NDArray[np.float64] = ends - (counts - 1) / 2
+    return middle[inverse]

@@ -1,0 +1,257 @@
+"""A CCIP evaluation from end to end: characters, prompts, pictures that are drawn, scores, one document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+
+import kohaku_wrap
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.evaluation.ccip import (
+    Score,
+    compare_models,
+    group_by_exposure,
+    score_pictures,
+    summarise,
+)
+from kohaku_wrap.evaluation.characters import INFERRED, PRESETS, Character
+from kohaku_wrap.evaluation.exposure import Exposure, NoSuchTag
+from kohaku_wrap.evaluation.judges import Features, UnreadablePicture
+from kohaku_wrap.evaluation.looking import Looker
+from kohaku_wrap.files import Progress, parse_json, read_regular
+from kohaku_wrap.sampling.expanding import PlacedCell
+
+FORMAT = 1
+LEAST_POSTS = 20
+PICTURES_A_CHARACTER = 4
+
+
+class NoCharacters(KwrapError):
+    """No character has references enough."""
+
+
+class OtherResult(UsageError):
+    """A result that cannot be laid over this one."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Characters to score, and those that are not."""
+
+    scored: tuple[Character, ...]
+    """With references enough."""
+
+    not_scored: tuple[Mapping[str, str], ...]
+    """`tag` and `why` of each other one."""
+
+
+def choose_characters(characters: Sequence[Character], least_posts: int) -> Choice:
+    """Those with references enough, by tag. Raises NoCharacters where there is none."""
+    scored, left = [], []
+    for each in sorted(characters, key=lambda one: one.tag):
+        if each.fault or each.reference_count == 0:
+            left.append({"tag": each.tag, "why": each.fault or "no reference: no extracted post of it alone"})
+        elif each.features is None and each.posts < least_posts:
+            left.append({"tag": each.tag, "why": f"{each.posts} solo posts, {least_posts} are needed"})
+        else:
+            scored.append(each)
+    if not scored:
+        first = f": {left[0]['tag']}: {left[0]['why']}" if left else ""
+        raise NoCharacters(
+            f"none of {len(left):,} characters can be scored{first}",
+            "Ask for fewer solo posts with --min-posts N, or give an index: --characters FOLDER.",
+        )
+    return Choice(tuple(scored), tuple(left))
+
+
+def look_at_references(
+    looker: Looker, characters: Sequence[Character], least: int, on_progress: Progress
+) -> tuple[dict[str, Features], list[dict[str, str]], list[str]]:
+    """The features of each character's references, the characters that are left out, and what cannot be read."""
+    features: dict[str, Features] = {}
+    left: list[dict[str, str]] = []
+    unreadable: list[str] = []
+    total = sum(len(each.references) for each in characters)
+    done = 0
+    for character in characters:
+        if character.features is not None:
+            features[character.tag] = character.features
+            continue
+        rows = []
+        for path in character.references:
+            try:
+                rows.append(looker.look_at(path))
+            except UnreadablePicture as error:
+                unreadable.append(error.message)
+            done += 1
+            on_progress(done, total)
+        if rows and character.posts - (len(character.references) - len(rows)) >= least:
+            features[character.tag] = np.stack(rows)
+        else:
+            left.append({"tag": character.tag, "why": f"{len(rows)} references can be read, {least} are needed"})
+    return features, left, unreadable
+
+
+def score_models(
+    looker: Looker,
+    pictures: Mapping[str, Mapping[str, Sequence[Path]]],
+    references: Mapping[str, Features],
+    on_progress: Progress,
+) -> tuple[list[dict[str, Score]], list[str]]:
+    """The scores of each model's pictures, by character, and pictures that cannot be read.
+
+    `pictures`: by model, then by character.
+    """
+    total = sum(len(paths) for of_model in pictures.values() for paths in of_model.values())
+    scores, unreadable, done = [], [], 0
+    for of_model in pictures.values():
+        found: dict[str, Score] = {}
+        for tag in sorted(set(of_model) & set(references)):
+            rows = []
+            for path in of_model[tag]:
+                try:
+                    rows.append(looker.look_at(path))
+                except UnreadablePicture as error:
+                    unreadable.append(error.message)
+                done += 1
+                on_progress(done, total)
+            if rows:
+                found[tag] = score_pictures(looker.judge, references[tag], np.stack(rows))
+        scores.append(found)
+    return scores, unreadable
+
+
+def group_cells(cells: Sequence[PlacedCell], out: Path) -> dict[str, dict[str, list[Path]]]:
+    """The files of the pictures, by model and character: the labels of the sheet."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    for each in cells:
+        of_model = found.setdefault(each.labels["model"], {})
+        of_model.setdefault(each.labels["prompt"], []).append(out / each.cell.name)
+    return found
+
+
+def look_up_exposures(exposures: Sequence[Exposure | None], tags: Sequence[str]) -> list[dict[str, int | None]]:
+    """How often each character was trained, by model; None where that is not known."""
+    found: list[dict[str, int | None]] = []
+    for exposure in exposures:
+        seen: dict[str, int | None] = {}
+        for tag in tags:
+            try:
+                seen[tag] = None if exposure is None else int(exposure.find(tag)["trained"])
+            except NoSuchTag:
+                seen[tag] = 0
+        found.append(seen)
+    return found
+
+
+def compose_result(
+    looker: Looker,
+    choice: Choice,
+    references: Mapping[str, Features],
+    prompts: Mapping[str, str],
+    preset: str,
+    models: Sequence[tuple[str, str, int | None]],
+    scores: Sequence[Mapping[str, Score]],
+    seen: Sequence[Mapping[str, int | None]],
+    settings: Mapping[str, Any],
+    left: Sequence[Mapping[str, str]],
+    unreadable: Sequence[str],
+) -> dict[str, Any]:
+    """The one document of an evaluation; `models`: title, identity and optimizer step of each."""
+    text = json.dumps(dict(sorted(prompts.items())), ensure_ascii=True, separators=(",", ":"))
+    documents = []
+    for (title, identity, step), of_model, exposure in zip(models, scores, seen, strict=True):
+        known = {tag: count for tag, count in exposure.items() if count is not None and tag in of_model}
+        tags = sorted(known)
+        against = None
+        if tags:
+            counts = np.array([known[tag] for tag in tags], dtype=np.int64)
+            against = group_by_exposure(counts, np.array([of_model[tag].below for tag in tags]))
+        documents.append(
+            {
+                "title": title,
+                "identity": identity,
+                "optimizer_step": step,
+                **summarise(of_model),
+                "against_exposure": against,
+                "scores": {
+                    tag: {**score.document(), "seen": exposure.get(tag)} for tag, score in sorted(of_model.items())
+                },
+            }
+        )
+    return {
+        "format": FORMAT,
+        "measure": "ccip",
+        "versions": {
+            "kwrap": kohaku_wrap.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+        "judge": looker.judge.describe(),
+        "rule": "score: share of references whose difference is below the threshold (sdeval); "
+        "score_or_equal: below or equal (imgutils)",
+        "prompts": {
+            "preset": preset,
+            "template": PRESETS[preset],
+            "note": INFERRED.get(preset, ""),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        },
+        "settings": dict(settings),
+        "models": documents,
+        "pairs": compare_models([title for title, _, _ in models], [each["scores"] for each in documents]),
+        "characters": [
+            {
+                "tag": each.tag,
+                "series": each.series,
+                "posts": each.posts,
+                "references": len(references[each.tag]),
+                "references_sha256": hashlib.sha256(references[each.tag].tobytes()).hexdigest(),
+                "prompt": prompts[each.tag],
+            }
+            for each in choice.scored
+            if each.tag in references
+        ],
+        "not_scored": [*choice.not_scored, *left],
+        "unreadable": sorted(unreadable),
+        "limits": "one character in each picture; CCIP was trained on 3,982 characters, which overlap the usual lists",
+    }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A document that an evaluation wrote. Raises OtherResult."""
+    try:
+        document = parse_json(read_regular(path))
+        if document["format"] != FORMAT or document["measure"] != "ccip" or not document["models"]:
+            raise ValueError("another form")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OtherResult(f"{path}: no result of `kwrap evaluate ccip` ({error})", "Give its ccip.json.") from None
+    return dict(document)
+
+
+def lay_over(result: dict[str, Any], path: Path) -> None:
+    """Add the models of another result, with the pairs that they make. Raises OtherResult where they differ."""
+    other = read_result(path)
+    for what, one, two in (
+        ("another judge", result["judge"]["sha256"], other["judge"]["sha256"]),
+        ("other prompts", result["prompts"]["template"], other["prompts"]["template"]),
+    ):
+        if one != two:
+            raise OtherResult(f"{path}: made with {what}", "Only results of the same judge and prompts compare.")
+    own = {each["tag"]: each["references_sha256"] for each in result["characters"]}
+    same = {each["tag"] for each in other["characters"] if own.get(each["tag"]) == each["references_sha256"]}
+    titles = {each["title"] for each in result["models"]}
+    for model in other["models"]:
+        title = model["title"] if model["title"] not in titles else f"{path.parent.name}/{model['title']}"
+        scores = {tag: score for tag, score in model["scores"].items() if tag in same}
+        result["models"].append({**model, "title": title, "from_other_result": True, "scores": scores})
+    listed = result["models"]
+    result["pairs"] = compare_models([each["title"] for each in listed], [each["scores"] for each in listed])

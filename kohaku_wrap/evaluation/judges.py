@@ -1,0 +1,396 @@
+"""Judges: folders of ONNX files in their published layouts, or described by a `judge.toml` of one's own.
+
+Nothing is fetched. Source of the layouts and of what happens to a picture: deepghs/ccip_onnx and deepghs' classifiers
+as dghs-imgutils 0.19 reads them, SmilingWolf/wd-swinv2-tagger-v3 by its own example.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.files import describe_absence, parse_json, read_regular, sha256_of_file
+from kohaku_wrap.toml_files import TableReader, load_toml
+
+OWN_FILE = "judge.toml"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+HALVES = (0.5, 0.5, 0.5)
+CATEGORIES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 9: "rating"}
+"""Of `selected_tags.csv`."""
+
+Features = npt.NDArray[np.float32]
+
+
+class BadJudge(KwrapError):
+    """A folder that is no judge, or not of the kind that is needed."""
+
+
+class UnreadablePicture(KwrapError):
+    """A picture that no judge can look at."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of judge, and how its published files take a picture."""
+
+    name: str
+    """As `judge.toml` calls it."""
+
+    measures: str
+    """What for, in a few words."""
+
+    files: tuple[str, ...]
+    """All that the folder must hold; the first one is the model that looks at pictures."""
+
+    published: str
+    """Where such files are."""
+
+    size: int
+    """Pixels of both sides that the model looks at."""
+
+    resize: str = "stretch"
+    """`stretch` both sides, or `pad` to a white square first."""
+
+    interpolation: str = "bilinear"
+    """`bilinear` or `bicubic`."""
+
+    layout: str = "nchw"
+    """Of the input: `nchw`, or `nhwc`."""
+
+    channels: str = "rgb"
+    """`rgb`, or `bgr`."""
+
+    scale: float = 255.0
+    """What pixels are divided by."""
+
+    mean: tuple[float, ...] = HALVES
+    """Taken away after that, a channel."""
+
+    deviation: tuple[float, ...] = HALVES
+    """Divided by after that, a channel."""
+
+    output: str = ""
+    """The output that is read; empty for the first."""
+
+    labels: tuple[str, ...] = ()
+    """Of the output, where the folder's files do not say them."""
+
+    threshold: float | None = None
+    """From which on a tag counts; of ccip the largest difference of one character, where no file says it."""
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "ccip", "whether two pictures show one character",
+            ("model_feat.onnx", "model_metrics.onnx", "metrics.json"),
+            "deepghs/ccip_onnx, each folder of it; ccip-caformer-24-randaug-pruned is usual", 384,
+            mean=CLIP_MEAN, deviation=CLIP_DEVIATION,
+        ),
+        Kind(
+            "tagger", "which tags a picture shows", ("model.onnx", "selected_tags.csv"),
+            "SmilingWolf/wd-swinv2-tagger-v3", 448, "pad", "bicubic", "nhwc", "bgr", 1.0, (0.0,) * 3, (1.0,) * 3,
+            threshold=0.35,
+        ),
+        Kind(
+            "aesthetic", "how good it looks, from worst to masterpiece", ("model.onnx", "meta.json"),
+            "deepghs/anime_aesthetic, each folder of it", 448,
+        ),
+        Kind(
+            "corruption", "whether it is broken", ("model.onnx", "meta.json"),
+            "deepghs/ai_image_corrupted, each folder of it", 384,
+        ),
+    )
+}  # fmt: skip
+
+OWN_KEYS = (
+    *("kind", "title", "model", "size", "resize", "interpolation", "layout", "channels", "scale", "mean", "deviation"),
+    *("output", "labels", "threshold"),
+)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A folder of ONNX files that can look at pictures."""
+
+    folder: Path
+    """Where its files lie."""
+
+    kind: Kind
+    """What it measures, and how it takes a picture."""
+
+    title: str
+    """What it is called in every output."""
+
+    model: str
+    """The file that looks at pictures."""
+
+    labels: tuple[str, ...]
+    """Of its output; empty for features."""
+
+    categories: tuple[str, ...] = ()
+    """Of the labels, where they have one."""
+
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Of each of its files."""
+
+    threads: int = 1
+    """Of the processor; another number may change last bits."""
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides what it says of a picture."""
+        spec = {**asdict(self.kind), "threshold": None, "sha256": self.sha256[self.model]}
+        return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """For results."""
+        import onnxruntime
+
+        return {
+            "kind": self.kind.name,
+            "title": self.title,
+            "sha256": dict(self.sha256),
+            "threshold": self.kind.threshold,
+            "size": self.kind.size,
+            "onnxruntime": onnxruntime.__version__,
+            "providers": self.session.get_providers(),
+            "threads": self.threads,
+        }
+
+    def open_session(self, file: str) -> Any:
+        """onnxruntime's session of one file. Raises BadJudge."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        providers = [each for each in wanted if each in onnxruntime.get_available_providers()]
+        try:
+            return onnxruntime.InferenceSession(str(self.folder / file), options, providers=providers)
+        except Exception as error:  # onnxruntime's own classes have no common one
+            why = " ".join(str(error).split())[:200]
+            raise BadJudge(f"{self.folder / file}: not an ONNX model ({why})", "Get the file again.") from None
+
+    @cached_property
+    def session(self) -> Any:
+        """That of the model that looks at pictures. Raises BadJudge where it takes another input."""
+        session = self.open_session(self.model)
+        inputs, side, kind = session.get_inputs(), self.kind.size, self.kind
+        shape = [None, 3, side, side] if kind.layout == "nchw" else [None, side, side, 3]
+        has = list(inputs[0].shape)
+        fits = len(inputs) == 1 and len(has) == 4 and all(
+            not isinstance(one, int) or other is None or one == other for one, other in zip(has, shape, strict=True)
+        )  # fmt: skip
+        if not fits:
+            needs = f"[N, {', '.join(map(str, shape[1:]))}]"
+            raise BadJudge(
+                f"{self.folder / self.model}: {len(inputs)} inputs, the first of shape {has}; "
+                f"a judge of kind {kind.name} takes one of {needs}",
+                f'Say what it takes in {self.folder / OWN_FILE}: size = N, layout = "nchw" or "nhwc".',
+            )
+        names = [output.name for output in session.get_outputs()]
+        if kind.output and kind.output not in names:
+            raise BadJudge(
+                f"{self.folder / self.model}: no output {kind.output!r}; it has {', '.join(names)}",
+                f'Name one of them in {self.folder / OWN_FILE}: output = "{names[0]}".',
+            )
+        return session
+
+    def look_at(self, path: Path) -> Features:
+        """(outputs,) what the model says of one picture, looked at alone. Raises UnreadablePicture, BadJudge."""
+        pixels = prepare_picture(path, self.kind)[None]
+        name = self.kind.output or self.session.get_outputs()[0].name
+        (found,) = self.session.run([name], {self.session.get_inputs()[0].name: pixels})
+        row = np.asarray(found, dtype=np.float32).reshape(-1)
+        if self.labels and len(row) != len(self.labels):
+            raise BadJudge(
+                f"{self.folder / self.model}: {len(row):,} outputs for {len(self.labels):,} labels",
+                "The files of the folder are not of one model: get them again.",
+            )
+        return row
+
+    @cached_property
+    def metric(self) -> Any:
+        """Of kind ccip: the session of the metric."""
+        return self.open_session("model_metrics.onnx")
+
+    def compare(self, features: Features) -> Features:
+        """(pictures, pictures) differences of their features, from 0 on; of kind ccip."""
+        (found,) = self.metric.run(None, {self.metric.get_inputs()[0].name: features})[:1]
+        differences = np.asarray(found, dtype=np.float32)
+        if differences.shape != (len(features), len(features)):
+            raise BadJudge(
+                f"{self.folder / 'model_metrics.onnx'}: {differences.shape} differences of {len(features)} pictures",
+                "Get the file again.",
+            )
+        return differences
+
+
+def prepare_picture(path: Path, kind: Kind) -> Features:
+    """The picture as a judge of this kind takes it: on white, resized, scaled. Raises UnreadablePicture."""
+    try:
+        with Image.open(path) as opened:
+            image = flatten_on_white(opened)
+            if kind.resize == "pad":
+                side = max(image.size)
+                square = Image.new("RGB", (side, side), (255, 255, 255))
+                square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+                image = square
+            method = Image.Resampling.BICUBIC if kind.interpolation == "bicubic" else Image.Resampling.BILINEAR
+            pixels = np.asarray(image.resize((kind.size, kind.size), method), dtype=np.float32)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadablePicture(f"{path}: cannot be read ({error})", "Remove it, or draw it again.") from None
+    if kind.channels == "bgr":
+        pixels = pixels[:, :, ::-1]
+    mean, deviation = (np.array(each, dtype=np.float32) for each in (kind.mean, kind.deviation))
+    scaled = (pixels / np.float32(kind.scale) - mean) / deviation
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1) if kind.layout == "nchw" else scaled, dtype=np.float32)
+
+
+def flatten_on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, transparent parts white."""
+    if "A" in image.getbands() or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        white = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, with_alpha).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_judge(folder: Path, wanted: Sequence[str] = tuple(KINDS), threads: int = 1) -> Judge:
+    """The judge in a folder, of one of these kinds. Raises BadJudge, ProblemsFound for its `judge.toml`."""
+    if not folder.is_dir():
+        raise BadJudge(f"{folder}: {describe_absence(folder, 'folder')}", list_kinds(wanted))
+    own = read_own(folder) if (folder / OWN_FILE).is_file() else {}
+    kind = own["kind"] if own else guess_kind(folder, wanted)
+    model = str(own.get("model") or kind.files[0])
+    files = [model, *kind.files[1:]]
+    needed = [name for name in files if name != "meta.json" or not kind.labels]
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise BadJudge(
+            f"{folder}: a judge of kind {kind.name} without {', '.join(missing)}",
+            f"It needs {', '.join(files)}. They are published at {kind.published}.",
+        )
+    if kind.name not in wanted:
+        raise BadJudge(f"{folder}: a judge of kind {kind.name}; {' or '.join(wanted)} is needed", list_kinds(wanted))
+    labels, categories = read_labels(folder, kind)
+    if kind.name == "ccip" and kind.threshold is None:
+        kind = replace(kind, threshold=read_threshold(folder))
+    hashes = {name: sha256_of_file(folder / name) for name in needed}
+    title = str(own.get("title") or folder.resolve().name)
+    return Judge(folder, kind, title, model, labels, categories, hashes, threads)
+
+
+def list_kinds(wanted: Sequence[str]) -> str:
+    """What to do where a folder is none of these kinds."""
+    return f"See `kwrap evaluate judges` for {' and '.join(wanted)}: which files, and where they are published."
+
+
+def guess_kind(folder: Path, wanted: Sequence[str]) -> Kind:
+    """The kind of a published layout, by its files. Raises BadJudge."""
+    if (folder / "selected_tags.csv").is_file():
+        return KINDS["tagger"]
+    if any((folder / name).is_file() for name in KINDS["ccip"].files):
+        return KINDS["ccip"]
+    if (folder / "meta.json").is_file():
+        labels = read_meta(folder)
+        return KINDS["corruption" if "corrupted" in labels else "aesthetic"]
+    if len(wanted) == 1:
+        return KINDS[wanted[0]]
+    raise BadJudge(f"{folder}: no judge of a known layout, and no {OWN_FILE}", list_kinds(wanted))
+
+
+def read_meta(folder: Path) -> tuple[str, ...]:
+    """The labels of `meta.json`. Raises BadJudge."""
+    path = folder / "meta.json"
+    try:
+        labels = parse_json(read_regular(path))["labels"]
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or not labels:
+            raise ValueError("labels is no list of words")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadJudge(f"{path}: its labels cannot be read ({error})", "Get the file again.") from None
+    return tuple(labels)
+
+
+def read_labels(folder: Path, kind: Kind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Labels and their categories. Raises BadJudge."""
+    if kind.name == "ccip":
+        return (), ()
+    if kind.name != "tagger":
+        return kind.labels or read_meta(folder), ()
+    path = folder / "selected_tags.csv"
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_regular(path))))
+        names = tuple(row["name"] for row in rows)
+        found = tuple(CATEGORIES.get(int(row["category"]), row["category"]) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadJudge(f"{path}: its tags cannot be read ({error!r})", "Get the file again.") from None
+    return names, found
+
+
+def read_threshold(folder: Path) -> float:
+    """The largest difference of one character, of `metrics.json`. Raises BadJudge."""
+    path = folder / "metrics.json"
+    try:
+        return float(parse_json(read_regular(path))["threshold"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadJudge(f"{path}: no threshold in it ({error!r})", "Get the file again.") from None
+
+
+def read_own(folder: Path) -> dict[str, Any]:
+    """What `judge.toml` says: the kind with its changes, title and model. Raises ProblemsFound."""
+    path = folder / OWN_FILE
+    problems: list[Problem] = []
+    table = load_toml(path)
+    reader = TableReader("", table, OWN_KEYS, problems)
+    if "kind" not in table:
+        reader.fault("kind", f"missing; one of {', '.join(KINDS)}")
+    kind = KINDS[reader.choice("kind", tuple(KINDS))]
+    changes: dict[str, Any] = {"output": reader.text("output"), "labels": reader.words("labels", ())}
+    for key, count in (("mean", 3), ("deviation", 3), ("scale", 1), ("threshold", 1)):
+        if key not in table:
+            continue
+        numbers = table[key] if count > 1 else [table[key]]
+        divides = key in ("deviation", "scale")
+        if not is_numbers(numbers, count) or (divides and min(numbers) <= 0):
+            wanted = "three numbers" if count > 1 else "a number"
+            reader.fault(key, f"{table[key]!r} is not {wanted}{' above 0' if divides else ''}")
+        else:
+            changes[key] = tuple(map(float, numbers)) if count > 1 else float(numbers[0])
+    choices = {
+        "resize": ("stretch", "pad"), "interpolation": ("bilinear", "bicubic"),
+        "layout": ("nchw", "nhwc"), "channels": ("rgb", "bgr"),
+    }  # fmt: skip
+    changes |= {key: reader.choice(key, known) for key, known in choices.items() if key in table}
+    if size := reader.integer("size", 1):
+        changes["size"] = size
+    kind = replace(kind, **changes)
+    model, title = reader.text("model"), reader.text("title")
+    if problems:
+        raise ProblemsFound(str(path), problems, "Fix these places; see `kwrap evaluate judges`.")
+    return {"kind": kind, "model": model, "title": title}
+
+
+def is_numbers(value: Any, count: int) -> bool:
+    """Whether it is a list of so many numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+    )
