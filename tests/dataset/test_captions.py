@@ -231,6 +231,12 @@ def test_repeats_are_found_however_many_posts_there_are(posts: int) -> None:
     assert find_repeats(owners[:0], elements[:0], posts).tolist() == []
 
 
+def test_posts_that_differ_in_their_highest_bits_alone_are_no_repeats() -> None:
+    owners = np.array([0, 1 << 30, 0, 1 << 30], dtype=np.int32)
+    elements = np.array([(1 << 31) - 1, (1 << 31) - 1, 5, (1 << 31) - 1], dtype=np.int32)
+    assert find_repeats(owners, elements, 1 << 31).tolist() == [3]
+
+
 def test_drops_aliases_and_what_fits_nothing(maker: Maker) -> None:
     recipe = recipe_of(
         suffix=[], drop=["*_hair", "cat_?", "nothing_*"],

@@ -75,6 +75,12 @@ def test_a_stretch_of_a_kronecker_product(loops: ModuleType, first: int, size: i
     assert output[1:-1].tolist() == whole[first : first + size].tolist() and output[[0, -1]].tolist() == [9, 9]
 
 
+def test_a_kronecker_product_ends_where_its_place_ends(loops: ModuleType) -> None:
+    outer, inner, output = np.ones((2, 20), np.float32)[0], np.ones((2, 30), np.float32), np.zeros(1000, np.float32)
+    loops.fill_kronecker(outer, inner, 0, output)
+    assert output.tolist() == [1.0] * 1000
+
+
 def test_rows_come_from_halves_singles_and_the_product(loops: ModuleType) -> None:
     half = np.stack([halves(1, 2, 3, 4), bfloats(5, 6, 7, 8)])
     kinds = np.array([loops.HALF, loops.BFLOAT])

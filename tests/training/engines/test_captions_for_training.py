@@ -47,6 +47,8 @@ def test_the_generator_passed_in_is_the_only_source() -> None:
 def test_every_nth_epoch_is_empty() -> None:
     options = CaptionOptions(caption_dropout_every_n_epochs=2)
     assert [process_caption("a", options, epoch, random.Random(0)) for epoch in range(4)] == ["a", "", "a", ""]
+    every = CaptionOptions(caption_dropout_every_n_epochs=1)
+    assert [process_caption("a", every, epoch, random.Random(0)) for epoch in range(2)] == ["", ""]
 
 
 class Drawing(random.Random):
