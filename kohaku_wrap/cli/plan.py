@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ from kohaku_wrap.cli.output import (
     print_json,
     print_note,
     print_table,
+    progress_bar,
 )
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 
 if TYPE_CHECKING:
     from kohaku_wrap.planning.pictures import PicturesPlan
@@ -97,6 +99,8 @@ def command(
         run = find_run(measured, (site.paths.runs,))
         seconds_per_step, drawing_seconds = read_step_seconds(run), read_drawing_seconds(run)
     plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules, drawing_seconds=drawing_seconds)
+    if sizes.exact:
+        keep_summary(site.paths.images, as_json)
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:
         notes.append(f"Counted from {sizes.source}.")
@@ -166,6 +170,29 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
             "gpu_memory_bytes": total_of(sizes.gpu_memory) or None,
         }
     return document
+
+
+def keep_summary(images: Path, as_json: bool) -> None:
+    """Write the captions' summary for `kwrap report` where there is none of them; without it nothing else is less."""
+    from kohaku_wrap.dataset.captions.summary import summarise_captions
+    from kohaku_wrap.dataset.recipe import load_dataset
+    from kohaku_wrap.formats.caption_rows import read_captions_metadata
+    from kohaku_wrap.formats.data_summary import read_summary, write_summary
+    from kohaku_wrap.sampling.compose import words_of_recipe
+
+    try:
+        about = read_captions_metadata(images)
+        digest = str(about.get("digest", ""))
+        if not digest or read_summary(images, digest):
+            return
+        groups: dict[str, list[str]] = {}
+        with suppress(KwrapError):
+            for word, group in words_of_recipe(load_dataset(str(about.get("dataset", ""))).caption).items():
+                groups.setdefault(group, []).append(word)
+        with progress_bar("summary of the captions", "captions", quiet=as_json) as report:
+            write_summary(images, digest, summarise_captions(images, groups, report))
+    except (KwrapError, OSError) as error:
+        print_note(f"note: no summary of the captions for the page of a run: {reason_of(error)}")
 
 
 def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:

@@ -43,10 +43,11 @@ def command(
     site_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Fill a folder with network, baked model, card and hashes.
+    """Fill a folder with network, baked model, card, page and hashes.
 
     The card tells recipe, hyperparameters, dataset counts, attempts and prompt format from the run's lock, and the
-    digest of its ledger. SHA256SUMS is written last: a folder that has it is whole.
+    digest of its ledger. report.html is the page of `kwrap report`, without paths of your machine and without pictures
+    of the dataset. SHA256SUMS is written last: a folder that has it is whole.
     """
     from kohaku_wrap.publishing.publishing import publish_run
     from kohaku_wrap.training.records.folder import find_run
@@ -62,6 +63,7 @@ def command(
         print_json("publish", {"run": run.folder, **described})
         return
     rows: list[tuple[str, object]] = [(file, sha256) for file, sha256 in report.files.items()]
+    rows += [("page", f"not made: {report.no_page}")] if report.no_page else []
     rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]
     print_table(f"Published in {report.folder}", rows, f"read {report.card}, then upload the folder")
 

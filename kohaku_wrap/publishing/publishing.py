@@ -24,6 +24,7 @@ from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes, hash_files
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe, build_metadata
 from kohaku_wrap.publishing.model_card import CardFacts, compose_card
+from kohaku_wrap.reporting.page import PAGE_FILE, compose_page
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import digest_of_ledger
@@ -59,6 +60,9 @@ class PublishReport:
 
     card: Path
     """The model card."""
+
+    no_page: str = ""
+    """Why the page of the run is not there; empty where it is."""
 
 
 def find_network(checkpoints: Path, name: str, optimizer_step: int | None) -> Path:
@@ -144,7 +148,7 @@ def publish_run(
     rights = rights or (read_header(base).metadata.get("modelspec.license", "") if base.is_file() else "")
     out.mkdir(parents=True, exist_ok=True)
     baked = f"{network.stem}-baked.safetensors"
-    ours = {network.name, baked, f"{baked}.part", CARD_NAME, SUMS_NAME}
+    ours = {network.name, baked, f"{baked}.part", CARD_NAME, SUMS_NAME, PAGE_FILE}
     foreign = [path.name for path in out.iterdir() if path.name not in ours]
     others = [name for name in foreign if name.endswith(".safetensors")]
     if foreign and not (out / SUMS_NAME).is_file():
@@ -171,9 +175,21 @@ def publish_run(
     facts = CardFacts(name, optimizer_step, lock, read_lineage(folder / "attempts"), hashes, ledger, rights, base.name)
     write_text(out / CARD_NAME, compose_card(facts))
     sums = {file: entry.sha256 for file, entry in hashes.items()}
-    sums[CARD_NAME] = sha256_of_file(out / CARD_NAME)
+    no_page = write_public_page(Run(folder).suppose(lock), out / PAGE_FILE)
+    for file in (CARD_NAME, *(() if no_page else (PAGE_FILE,))):
+        sums[file] = sha256_of_file(out / file)
     write_text(out / SUMS_NAME, "".join(f"{sha256}  {file}\n" for file, sha256 in sorted(sums.items())))
-    return PublishReport(out, optimizer_step, sums, ledger, rights, out / CARD_NAME)
+    return PublishReport(out, optimizer_step, sums, ledger, rights, out / CARD_NAME, no_page)
+
+
+def write_public_page(run: Run, path: Path) -> str:
+    """Write the page of the run, without paths of the machine; why it could not be made, and then none is there."""
+    try:
+        write_text(path, compose_page([run], None))
+    except KwrapError as error:
+        path.unlink(missing_ok=True)
+        return error.message
+    return ""
 
 
 def bake_network(

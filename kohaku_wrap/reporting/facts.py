@@ -37,6 +37,9 @@ OPTION_TABLES = {"values": "", "dataset": "dataset_options.", **{name: f"{name}.
                  "samples": "samples.", "states": "states.", "preset": "preset."}  # fmt: skip
 """The lock's tables of options, and how their keys begin in a template's layers."""
 
+OF_THE_MOMENT = frozenset(("disk_free_bytes", "disk_used_bytes", "silent_seconds", "folder", "samples"))
+"""Of a status: what nobody elsewhere can look at."""
+
 EVALUATION_FOLDER = "evaluation"
 NOT_RECORDED = "not recorded"
 
@@ -114,12 +117,16 @@ class RunFacts:
     def sentence(self) -> str:
         return f"{self.run.name}: {self.kind}; {self.standing}; {self.proof}."
 
-    def document(self) -> dict[str, Any]:
-        """The run as the page's JSON has it; `status` and `verify` equal what these commands print."""
+    def document(self, *, is_public: bool = False) -> dict[str, Any]:
+        """The run as the page's JSON has it; `status` and `verify` equal what these commands print.
+
+        `is_public`: without what is true of the machine at this moment.
+        """
+        status = self.status.document()
         return {
             "name": self.run.name,
             "sentence": self.sentence,
-            "status": self.status.document(),
+            "status": {name: value for name, value in status.items() if not is_public or name not in OF_THE_MOMENT},
             "verify": self.verdict.report,
             "verification": {
                 "standing": self.verdict.standing,

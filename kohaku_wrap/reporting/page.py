@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import platform
+import re
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,7 @@ from markupsafe import Markup
 import kohaku_wrap
 from kohaku_wrap.errors import KwrapError, command_line, reason_of
 from kohaku_wrap.files import write_text
+from kohaku_wrap.formats.machine_paths import clean_value
 from kohaku_wrap.merging.inspecting import inspect_file, short_metadata
 from kohaku_wrap.reporting.charts import Mark, colour_of, draw_chart
 from kohaku_wrap.reporting.curves import AXES, TITLES, Piece
@@ -41,6 +44,9 @@ STEERING = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 RELOAD_SECONDS = 20
 
+OWN_NAME = re.compile(rf"\b{re.escape(platform.node())}\b" if len(platform.node()) > 1 else r"(?!)")
+"""The machine's name on a network, as a word; a letter alone is none."""
+
 
 def make_visible(value: Any) -> Any:
     """A value for the page: characters that would steer its text are written as escapes, None as nothing."""
@@ -55,9 +61,19 @@ def make_visible(value: Any) -> Any:
     )
 
 
-def embed_json(document: Any) -> Markup:
-    """A document as JSON that cannot end the element it stands in."""
+def make_public(value: Any) -> Any:
+    """A value for the page without the machine's paths and name, and visible as `make_visible` has it."""
+    if isinstance(value, Markup):
+        return value
+    value = clean_value(value)
+    return make_visible(OWN_NAME.sub("…", value) if isinstance(value, str) else value)
+
+
+def embed_json(document: Any, *, is_public: bool = False) -> Markup:
+    """A document as JSON that cannot end the element it stands in; `is_public`: without paths of the machine."""
     text = json.dumps(document, separators=(",", ":"), default=str)
+    if is_public:
+        text = OWN_NAME.sub("…", json.dumps(clean_value(json.loads(text)), separators=(",", ":")))
     return Markup(text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}))
 
 
@@ -74,13 +90,15 @@ def make_policy(style: str, script: str) -> str:
     )
 
 
-def render(template: str, title: str, document: Any, reload_seconds: int = 0, **values: Any) -> str:
-    """One page of this folder's template, with its JSON inside."""
+def render(
+    template: str, title: str, document: Any, reload_seconds: int = 0, *, is_public: bool = False, **values: Any
+) -> str:
+    """One page of this folder's template, with its JSON inside; `is_public`: without paths of the machine."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
-        finalize=make_visible,
+        finalize=make_public if is_public else make_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -91,9 +109,10 @@ def render(template: str, title: str, document: Any, reload_seconds: int = 0, **
         policy=make_policy(style, script),
         style=Markup(style),
         script=Markup(script),
-        embedded=embed_json(document),
+        embedded=embed_json(document, is_public=is_public),
         reload_seconds=reload_seconds,
-        made=show_time(time.time()),
+        is_public=is_public,
+        made="" if is_public else show_time(time.time()),
         version=kohaku_wrap.__version__,
         **values,
     )
@@ -101,9 +120,10 @@ def render(template: str, title: str, document: Any, reload_seconds: int = 0, **
 
 
 def compose_page(runs: Sequence[Run], folder: Path | None, *, is_live: bool = False) -> str:
-    """The page of these runs, to lie in `folder`; None for one that has nothing beside it.
+    """The page of these runs, to lie in `folder`.
 
-    Raises what reading them raises.
+    None for one to publish: alone, without the machine's paths, and the same for the same records. Raises what reading
+    them raises.
     """
     several = len(runs) > 1
     facts = [read_facts(run, place, several, folder) for place, run in enumerate(runs)]
@@ -111,8 +131,8 @@ def compose_page(runs: Sequence[Run], folder: Path | None, *, is_live: bool = Fa
     document = {
         "schema_version": SCHEMA_VERSION,
         "kwrap_version": kohaku_wrap.__version__,
-        "made_unix_seconds": time.time(),
-        "runs": [each.document() for each in facts],
+        "made_unix_seconds": None if folder is None else time.time(),
+        "runs": [each.document(is_public=folder is None) for each in facts],
         "options_that_differ": [{"option": key, "values": values} for key, values in differing],
     }
     is_running = any(each.status.condition in ("running", "new") for each in facts)
@@ -121,6 +141,7 @@ def compose_page(runs: Sequence[Run], folder: Path | None, *, is_live: bool = Fa
         " | ".join(each.run.name for each in facts),
         document,
         RELOAD_SECONDS if is_live and is_running else 0,
+        is_public=folder is None,
         runs=facts,
         axes=AXES,
         charts=list(draw_all(facts)),

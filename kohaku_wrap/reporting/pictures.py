@@ -59,6 +59,9 @@ class Gallery:
     inside: bool
     """Whether the pictures are inside the page."""
 
+    left_out: int = 0
+    """Pictures that are neither inside nor beside it."""
+
     def document(self) -> dict[str, Any]:
         """For the page's script."""
         return {"steps": self.steps, "rows": [{"label": label, "cells": cells} for label, cells in self.rows]}
@@ -124,6 +127,7 @@ def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
             if (found := STATE_NAME.fullmatch(path.parent.name))
         ),
         inside=inside,
+        left_out=0 if rows else len(pictures),
     )
 
 

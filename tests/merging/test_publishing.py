@@ -44,7 +44,8 @@ def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
     for number, (start, end) in enumerate(((0, 15300), (13600, 20354)), 1):
         attempt = folder / "attempts" / str(number)
         attempt.mkdir(parents=True)
-        facts = {"number": number, "processes": 4, "accumulation": 16, "start_optimizer_step": start}
+        facts = {"number": number, "processes": 4, "accumulation": 16, "start_optimizer_step": start,
+                 "workers": 8, "state": None, "allow": []}  # fmt: skip
         (attempt / "attempt.json").write_text(json.dumps(facts))
         (attempt / "end.json").write_text(
             json.dumps({"kind": "crash" if number == 1 else "finished", "optimizer_step": end})
@@ -56,8 +57,16 @@ def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
             "dataset": "epsilon",
             "engine": "sd-scripts",
             "effective_batch": 256,
+            "batch_per_gpu": 4,
         },
-        "plan": {"images": 5210319, "total_optimizer_steps": 20354, "epochs": 1},
+        "plan": {
+            "images": 5210319,
+            "batches": 1302656,
+            "optimizer_steps_per_epoch": 20354,
+            "total_optimizer_steps": 20354,
+            "micro_batches_per_epoch": 325664,
+            "epochs": 1,
+        },
         "values": {"unet_lr": 2e-5, "optimizer_type": "Lion8bit"},
         "dataset": {"keep_tokens_separator": "|||"},
         "network_args": {"algo": "lokr", "factor": 8},
@@ -79,7 +88,9 @@ def test_a_step_is_published_whole(tmp_path: Path, run: tuple[Path, dict[str, An
     report = publish_run(folder, lock, out, 13600)
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "SHA256SUMS", "epsilon-step00013600-baked.safetensors", "epsilon-step00013600.safetensors",
+        "report.html",
     ]  # fmt: skip
+    assert not report.no_page and "epsilon" in (out / "report.html").read_text()
     assert "from the template `epsilon`, dataset `mine`, on " in (out / "README.md").read_text()
     for line in (out / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
@@ -126,7 +137,7 @@ def test_the_end_without_baking_and_again(tmp_path: Path, run: tuple[Path, dict[
     folder, lock = run
     first = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
     again = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
-    assert first.files == again.files and set(first.files) == {"epsilon.safetensors", "README.md"}
+    assert first.files == again.files and set(first.files) == {"epsilon.safetensors", "README.md", "report.html"}
     assert "license: mit\n" in first.card.read_text()
     with pytest.raises(CannotPublish, match=r"another step offers \(epsilon\.safetensors\)"):
         publish_run(folder, lock, tmp_path / "out", 13600, bake=False)
@@ -172,7 +183,10 @@ def test_nothing_published_holds_a_path(tmp_path: Path, run: tuple[Path, dict[st
     }
     save_file(load_file(network), network, metadata=told)
     before = read_header(network)
+    end = {"kind": "crash", "message": f"no room in {folder} of {platform.node()}", "optimizer_step": 15300}
+    (folder / "attempts" / "1" / "end.json").write_text(json.dumps({**end, "exit_code": 1, "unix_seconds": 1.7e9}))
     publish_run(folder, lock, tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
     for path in (tmp_path / "out").iterdir():
         content = path.read_bytes()
         for word in (str(tmp_path), tmp_path.name, str(Path.home()) + "/", "ann", "some one", platform.node()):
@@ -186,6 +200,17 @@ def test_nothing_published_holds_a_path(tmp_path: Path, run: tuple[Path, dict[st
         assert after.metadata[name] == told[name]
     assert after.tensors == before.tensors
     assert hash_files([network])[0].data_sha256 == hash_files([after.path])[0].data_sha256
+
+
+def test_a_run_without_a_whole_record_is_published_without_its_page(
+    tmp_path: Path, run: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, lock = run
+    publish_run(folder, lock, tmp_path / "out")
+    (folder / "attempts" / "2" / "attempt.json").write_text("torn {")
+    report = publish_run(folder, lock, tmp_path / "out")
+    assert "attempt.json" in report.no_page and not (tmp_path / "out" / "report.html").exists()
+    assert "report.html" not in (tmp_path / "out" / "SHA256SUMS").read_text()
 
 
 def test_another_base_model_is_not_baked(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:

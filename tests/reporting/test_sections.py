@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from plain_runs import train
-from reading_pages import HOSTILE, make_page
+from reading_pages import HOSTILE, Page, make_page
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.config.layers import resolve_template
@@ -23,6 +23,7 @@ from kohaku_wrap.formats.caption_rows import Columns, read_captions_metadata
 from kohaku_wrap.formats.data_summary import SUMMARY_FILE, read_summary
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.reporting import pictures
+from kohaku_wrap.reporting.page import compose_page, write_page
 from kohaku_wrap.reporting.pictures import list_pictures
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.run_data import keep_run_data
@@ -163,6 +164,54 @@ def test_large_pictures_stay_beside_the_page(new_run: NewRun, monkeypatch: pytes
             target = (run.folder.parent / "pages" / unquote_to_bytes(address).decode()).resolve()
             assert target.is_file() and target.is_relative_to(run.folder)
     assert "The pictures lie beside this page" in page.text
+
+
+@pytest.mark.parametrize("inline_bytes", [6_000_000, 100], ids=["pictures inside", "none"])
+def test_a_page_to_publish_names_no_place_of_the_machine(
+    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline_bytes: int
+) -> None:
+    monkeypatch.setattr(pictures, "INLINE_BYTES", inline_bytes)
+    home = tmp_path / "home" / "annabel"
+    run = new_run(str(home / "runs" / "shown"), values={"vae": str(home / "vae.pt"), "logging_dir": "/data/annabel/l"})
+    train(run)
+    add_pictures(run)
+    (run.folder / "command.txt").write_text(f"{home}/bin/kwrap train test --site {home}/site.toml --run shown\n")
+    layers = {"vae": f"site {home}/site.toml"}
+    (run.folder / "layers.json").write_text(json.dumps(layers))
+    (run.folder / "evaluation").mkdir()
+    told = {"command": f"evaluate {home}/x", "judge": str(home / "judges" / "ccip"), "scores": {str(home / "a"): 1}}
+    (run.folder / "evaluation" / "ccip.json").write_text(json.dumps(told))
+    made_by = {"caption": f"kwrap caption {home}/a.parquet --out {home}/images"}
+    summary = {"format": 1, "captions_digest": run.lock.dataset_digest, "made_by": made_by, "images": 3,
+               "examples": [{"id": 1, "caption": "1girl", "width": 8, "height": 8, "picture": "AAAA"}]}  # fmt: skip
+    (run.folder / SUMMARY_FILE).write_text(json.dumps(summary))
+    own = run.folder / "report.html"
+    write_page([run], own)
+    assert "annabel" in own.read_text(encoding="utf-8")
+    path = tmp_path / "public.html"
+    path.write_text(compose_page([run], None), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert "annabel" not in text and str(tmp_path) not in text and str(Path.home()) not in text
+    page = Page(path)
+    assert "kwrap caption a.parquet --out images" in page.text and "vae.pt" in page.text and "1girl" in page.text
+    assert "data:image/jpeg" not in text and "Next:" not in page.text
+    assert ("data:image/png" in text) == (inline_bytes > 100) and 'href=".' not in text
+    assert ("too large for this page" in page.text) == (inline_bytes == 100)
+
+
+def test_plan_keeps_a_summary_where_there_is_none(world: Path) -> None:
+    path = world / "images" / SUMMARY_FILE
+    before = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    words = ("plan", "demo", "--site", world / "site.toml", "--no-modules")
+    kwrap(*words)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("images", "frequent_tags", "rare_tags", "tokens", "captions_digest"):
+        assert found[name] == before[name], name
+    assert found["words"]["quality"] == before["words"]["quality"]
+    kept = path.stat()
+    kwrap(*words)
+    assert path.stat().st_mtime_ns == kept.st_mtime_ns and path.stat().st_ino == kept.st_ino
 
 
 def test_the_way_has_each_digest_and_a_command(new_run: NewRun) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.dataset.captions.statistics import LONGEST, choose_counter, quantiles_of
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
+from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches
 
 CAPTIONS_LOOKED_AT = 100_000
@@ -22,10 +23,12 @@ TAGS_SHOWN = 30
 SCORE_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
-def summarise_captions(images: Path, groups: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+def summarise_captions(
+    images: Path, groups: Mapping[str, Iterable[str]], on_progress: Progress = lambda done, total: None
+) -> dict[str, Any]:
     """Counts of words and lengths over the folder's captions; `groups`: the words of quality and the like by name.
 
-    Raises what opening the captions raises.
+    `on_progress` is told captions. Raises what opening the captions raises.
     """
     path = find_captions(images)
     rows = sum(batch.num_rows for batch in read_batches(path, "id"))
@@ -38,6 +41,7 @@ def summarise_captions(images: Path, groups: Mapping[str, Iterable[str]]) -> dic
         first += batch.num_rows
         captions = batch.column("caption").take(places).to_pylist()
         looked_at += len(captions)
+        on_progress(first, rows)
         texts += captions[: max(0, LENGTHS_LOOKED_AT - len(texts))]
         for caption in captions:
             words = (word.strip() for part in caption.split("|||") for word in part.split(","))

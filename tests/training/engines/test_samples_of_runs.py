@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -50,9 +51,10 @@ def train(site: Path, runs: Path, name: str, settings: Sequence[str], kill_drawi
                                stderr=subprocess.STDOUT)  # fmt: skip
         while process.poll() is None:
             for child in process.children() if kill_drawing else ():
-                if child.is_running() and "--queued" in child.cmdline():
-                    child.kill()
-                    killed.add(child.pid)
+                with suppress(psutil.Error):  # it ends by itself meanwhile
+                    if "--queued" in child.cmdline():
+                        child.kill()
+                        killed.add(child.pid)
             time.sleep(0.05)
         log.seek(0)
         assert process.returncode == 0, log.read()
