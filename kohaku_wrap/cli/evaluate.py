@@ -6,6 +6,7 @@ import click
 
 from kohaku_wrap.cli.evaluate_ccip import ccip
 from kohaku_wrap.cli.evaluate_exposure import exposure
+from kohaku_wrap.cli.evaluate_judge import judge
 from kohaku_wrap.cli.evaluate_judges import judges
 
 
@@ -18,5 +19,5 @@ def command() -> None:
     """
 
 
-for each in (exposure, judges, ccip):
+for each in (exposure, judges, judge, ccip):
     command.add_command(each)

@@ -129,6 +129,9 @@ ROWS = {
     ),
     "evaluate exposure": Row("evaluate exposure {plain}/r", shows=True),
     "evaluate judges": Row("evaluate judges", shows=True),
+    "evaluate judge": Row(
+        "evaluate judge {world}/judged --judge {world}/judges/aesthetic --result {out}/j.json", makes="j.json"
+    ),
     "evaluate ccip": Row(
         "evaluate ccip {world}/base/model.safetensors --characters db --db {world}/danbooru.db --images {world}/images "
         "--judge {world}/judges/ccip --tokenizers {world}/base/tokenizers --min-posts 1 --images-per-character 1 "
@@ -144,6 +147,8 @@ PREPARATIONS = (
     "extract {world}/demo.parquet --tars {world}/tars --out {world}/images --jobs 1 --max-missing 9",
     "caption {world}/demo.parquet --db {world}/danbooru.db --out {world}/images",
     "evaluate judges --small {world}/judges",
+    "sample {world}/base/model.safetensors --prompt smile --tokenizers {world}/base/tokenizers --size 64x64 "
+    "--sampler-steps 1 --out {world}/judged",
     "resume {plain}/r",
 )
 

@@ -1,0 +1,112 @@
+"""`kwrap evaluate judge`: what a judge says of a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.errors import UsageError
+
+JUDGED = ".judged"
+
+
+@click.command(
+    epilog="""
+\b
+Examples:
+  kwrap evaluate judge look --judge wd-swinv2-tagger-v3
+  kwrap evaluate judge look --judge anime_aesthetic/swinv2pv3 --result looks.json
+  kwrap evaluate judge look --judge ccip-caformer-24-randaug-pruned \\
+      --reference images
+"""
+)
+@click.argument("sheet", metavar="SHEET_DIR", type=click.Path(path_type=Path))
+@click.option("--judge", "judge_folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A judge.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Pictures to find the Fréchet distance to, such as posts that were not trained.",
+)
+@click.option("--result", type=click.Path(path_type=Path), metavar="FILE", help="Usually SHEET_DIR/judged-KIND.json.")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="N", help="Of the judge."
+)
+@json_option
+@beyond_output()
+def judge(
+    sheet: Path, judge_folder: Path, reference: Path | None, result: Path | None, threads: int, as_json: bool
+) -> None:
+    """Judge a folder of pictures.
+
+    A tagger tells how many of the prompted tags it sees, by tag and model; an aesthetic judge how good the pictures
+    look; a corruption judge which are broken; and any of them how far the pictures are from --reference. Each picture
+    is looked at once: what a judge says of it is kept beside the sheet.
+    """
+    from kohaku_wrap.evaluation.judges import open_judge
+    from kohaku_wrap.evaluation.looking import Looker
+    from kohaku_wrap.evaluation.sheet_judging import (
+        MEASURES,
+        choose_references,
+        compose_result,
+        list_pictures,
+        look_at_all,
+    )
+    from kohaku_wrap.files import write_text
+
+    opened = open_judge(judge_folder, threads=threads)
+    if opened.kind.name not in MEASURES and reference is None:
+        raise UsageError(
+            f"a judge of kind {opened.kind.name} says nothing of a picture alone",
+            "Give --reference DIR for a distance, or score characters with `kwrap evaluate ccip`.",
+        )
+    pictures = list_pictures(sheet)
+    others = choose_references(reference) if reference else []
+    looker = Looker(opened, sheet / JUDGED)
+    with progress_bar("judge", "pictures", quiet=as_json) as report:
+        looked, unreadable = look_at_all(looker, pictures, report, sheet)
+    with progress_bar("reference", "pictures", quiet=as_json) as report:
+        compared, odd = look_at_all(looker, others, report)
+    document = compose_result(opened, looked, [*unreadable, *odd], compared)
+    file = result or sheet / f"judged-{opened.kind.name}.json"
+    write_text(file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    if as_json:
+        print_json("evaluate judge", {"file": file, "result": document})
+        return
+    rows: list[tuple[str, Any]] = [("judge", document["judge"]["title"])]
+    rows += [(each["title"], describe(each)) for each in document["models"]]
+    if document["all"].get("frechet"):
+        rows.append(("weakness", document["all"]["frechet"]["weakness"]))
+    rows += [("unreadable", each) for each in document["unreadable"][:5]]
+    if len(document["unreadable"]) > 5:
+        rows.append(("unreadable", f"{len(document['unreadable']) - 5:,} more, in the file"))
+    print_table(f"Pictures in {sheet}", [*rows, ("result", file)])
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What came out for one model, in words."""
+    parts = [f"{found['pictures']:,} pictures"]
+    if recall := found.get("recall"):
+        parts.append(f"{100 * recall['mean']:.1f} % of the prompted tags are seen ({spread(recall, 100)} %)")
+    if found.get("pictures_without_known_tag"):
+        parts.append(f"{found['pictures_without_known_tag']:,} without a prompted tag that the judge knows")
+    if score := found.get("score"):
+        parts.append(f"{score['mean']:.2f} of 6 ({spread(score)})")
+    if "corrupted" in found:
+        parts.append(f"{found['corrupted']:,} broken")
+    if distance := found.get("frechet"):
+        value = distance["distance"]
+        shown = "none: one picture alone" if value is None else f"{value:.4g}"
+        few = ", from few pictures" if distance["is_few"] else ""
+        parts.append(f"Fréchet distance {shown} to {distance['reference_pictures']:,} pictures{few}")
+    return "; ".join(parts)
+
+
+def spread(interval: dict[str, float], factor: float = 1) -> str:
+    """From where to where."""
+    digits = 1 if factor > 1 else 2
+    return f"{factor * interval['low']:.{digits}f} to {factor * interval['high']:.{digits}f}"

@@ -1,0 +1,244 @@
+"""What a judge says of a folder of pictures: recall of tags, looks, broken ones, distance to other pictures."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL
+
+import kohaku_wrap
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.evaluation.intervals import bootstrap_mean
+from kohaku_wrap.evaluation.judges import Features, Judge, UnreadablePicture
+from kohaku_wrap.evaluation.looking import Looker
+from kohaku_wrap.files import Progress
+from kohaku_wrap.sampling.compose import words_of_prompt
+from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
+from kohaku_wrap.sampling.pictures import PARAMETERS, NotOurs, read_record, read_texts
+from kohaku_wrap.streams import draws, stream_key
+from kohaku_wrap.training.records.samples import CONTACT_SHEET, read_sheet_record
+
+FORMAT = 1
+ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+WORST_TO_BEST = ("worst", "low", "normal", "good", "great", "best", "masterpiece")
+CORRUPTED = "corrupted"
+MOST_REFERENCES = 2000
+FEW_PICTURES = 2048
+"""Below it the Fréchet distance is too large by much."""
+
+WEAKNESS = (
+    "a Fréchet distance disagrees with people on anime pictures, and is too large for few pictures: compare it only "
+    "between results of the same judge, the same reference and the same number of pictures"
+)
+
+
+class NoPictures(KwrapError):
+    """A folder without any picture."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """One picture that a judge has looked at."""
+
+    path: Path
+    """The file."""
+
+    row: Features
+    """(outputs,) what the judge says."""
+
+    prompt: str | None
+    """What it was drawn with; None where the file does not say."""
+
+    model: str
+    """Its title on the sheet, or its hash; empty where the file does not say."""
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder by name, contact sheets left out. Raises NoPictures."""
+    if not folder.is_dir():
+        raise NoPictures(f"{folder}: no such folder", "Give the folder that `kwrap sample --out` wrote.")
+    found = [
+        path for path in sorted(folder.iterdir())
+        if path.suffix.lower() in ENDINGS and path.is_file() and path.name != CONTACT_SHEET
+        and not path.name.startswith(".")
+    ]  # fmt: skip
+    if not found:
+        raise NoPictures(f"{folder}: no picture in it", "Draw some: `kwrap sample MODEL --prompt TEXT --out DIR`.")
+    return found
+
+
+def choose_references(folder: Path) -> list[Path]:
+    """Pictures of a folder and of those below it, at most MOST_REFERENCES, drawn by their names. Raises NoPictures."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    if not found:
+        raise NoPictures(f"{folder}: no picture in it or below it", "Give a folder such as the extracted images.")
+    keys = np.array([stream_key(path.relative_to(folder).as_posix()) for path in found], dtype=np.uint64)
+    chosen = np.argsort(draws(stream_key("frechet"), keys), kind="stable")[:MOST_REFERENCES]
+    return [found[place] for place in sorted(chosen.tolist())]
+
+
+def look_at_all(
+    looker: Looker, paths: Sequence[Path], on_progress: Progress, sheet: Path | None = None
+) -> tuple[list[Looked], list[str]]:
+    """What the judge says of each picture, and messages on those that cannot be read; `sheet`: where prompts matter."""
+    labels = read_sheet_record(sheet).get("pictures", {}) if sheet else {}
+    found, unreadable = [], []
+    for done, path in enumerate(paths, start=1):
+        try:
+            row = looker.look_at(path)
+        except UnreadablePicture as error:
+            unreadable.append(error.message)
+        else:
+            prompt, model = read_origin(path) if sheet else (None, "")
+            named = labels.get(path.name, {})
+            title = named.get("model", "") if isinstance(named, dict) else ""
+            found.append(Looked(path, row, prompt, str(title or model[:10])))
+        on_progress(done, len(paths))
+    return found, unreadable
+
+
+def read_origin(path: Path) -> tuple[str | None, str]:
+    """The prompt and the model's hash of a picture: of kwrap, or in the webui's text."""
+    try:
+        cell = read_record(path)[0].cell
+        return cell.prompt, cell.model
+    except NotOurs:
+        pass
+    try:
+        text = read_texts(path)[0][PARAMETERS]
+    except (OSError, ValueError, KeyError, SyntaxError):
+        return None, ""
+    model = re.search(r"\bModel hash: ([0-9a-f]+)", text)
+    return re.split(r"\nNegative prompt: |\nSteps: ", text)[0], model[1] if model else ""
+
+
+def measure_tags(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
+    """The recall of prompted tags: of those that the tagger knows, how many it sees, by picture and by tag."""
+    limit = judge.kind.threshold or 0.0
+    place = {label.replace(" ", "_"): number for number, label in enumerate(judge.labels)}
+    recalls: list[float] = []
+    asked: dict[str, list[float]] = {}
+    unknown: dict[str, int] = {}
+    without = 0
+    for each in looked:
+        try:
+            words = words_of_prompt(parse_prompt(each.prompt or "", lenient=True))
+        except PromptError:
+            words = []
+        tags = list(dict.fromkeys(word.replace(" ", "_") for word in words))
+        known = [tag for tag in tags if tag in place]
+        for tag in tags:
+            if tag not in place:
+                unknown[tag] = unknown.get(tag, 0) + 1
+        if not known:
+            without += 1
+            continue
+        shares = [float(each.row[place[tag]]) for tag in known]
+        for tag, share in zip(known, shares, strict=True):
+            asked.setdefault(tag, []).append(share)
+        recalls.append(sum(share >= limit for share in shares) / len(shares))
+    interval = bootstrap_mean(recalls)
+    return {
+        "recall": interval.document() if interval else None,
+        "threshold": limit,
+        "pictures_without_known_tag": without,
+        "tags": [
+            {"tag": tag, "pictures": len(shares), "recall": sum(share >= limit for share in shares) / len(shares),
+             "mean_share": float(np.mean(shares))}
+            for tag, shares in sorted(asked.items())
+        ],
+        "unknown_tags": dict(sorted(unknown.items())),
+    }  # fmt: skip
+
+
+def measure_looks(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
+    """The mean share of each label, and from 0 (worst) to 6 (masterpiece) the mean where the labels are these."""
+    rows = np.stack([each.row for each in looked]).astype(np.float64)
+    shares = dict(zip(judge.labels, rows.mean(axis=0).tolist(), strict=True))
+    if set(judge.labels) != set(WORST_TO_BEST):
+        return {"shares": shares, "score": None}
+    interval = bootstrap_mean(rows @ [float(WORST_TO_BEST.index(label)) for label in judge.labels])
+    return {"shares": shares, "score": interval.document() if interval else None}
+
+
+def measure_corruption(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
+    """Which pictures are more likely broken than not. Raises KwrapError where no label says so."""
+    if CORRUPTED not in judge.labels:
+        raise KwrapError(f"{judge.folder}: no label {CORRUPTED!r} among its labels", "Name them in judge.toml: labels.")
+    shares = np.array([each.row[judge.labels.index(CORRUPTED)] for each in looked], dtype=np.float64)
+    interval = bootstrap_mean(shares)
+    broken = [each.path.name for each, share in zip(looked, shares.tolist(), strict=True) if share >= 0.5]
+    return {
+        "corrupted": len(broken),
+        "mean_share": interval.document() if interval else None,
+        "pictures_corrupted": sorted(broken),
+    }
+
+
+def measure_distance(looked: Sequence[Looked], reference: Sequence[Looked]) -> dict[str, Any]:
+    """The Fréchet distance of the judge's outputs to those of other pictures, with its known weakness."""
+    one, other = (np.stack([each.row for each in rows]).astype(np.float64) for rows in (looked, reference))
+    few = min(len(one), len(other))
+    return {
+        "distance": find_frechet_distance(one, other) if few > 1 else None,
+        "pictures": len(one),
+        "reference_pictures": len(other),
+        "weakness": WEAKNESS,
+        "is_few": few < FEW_PICTURES,
+    }
+
+
+def find_frechet_distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Of the normal distributions with the means and covariances of two sets of rows, at least two each.
+
+    Source: Dowson and Landau, "The Fréchet distance between multivariate normal distributions", 1982.
+    """
+    apart = one.mean(axis=0) - other.mean(axis=0)
+    first, second = np.atleast_2d(np.cov(one, rowvar=False)), np.atleast_2d(np.cov(other, rowvar=False))
+    values, vectors = np.linalg.eigh(first)
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    middle = np.linalg.eigvalsh(root @ second @ root)
+    distance = apart @ apart + np.trace(first) + np.trace(second) - 2 * np.sqrt(np.maximum(middle, 0)).sum()
+    return float(max(distance, 0.0))
+
+
+MEASURES = {"tagger": measure_tags, "aesthetic": measure_looks, "corruption": measure_corruption}
+
+
+def compose_result(
+    judge: Judge, looked: Sequence[Looked], unreadable: Sequence[str], reference: Sequence[Looked]
+) -> dict[str, Any]:
+    """The one document of a judged folder: over all pictures, and by model."""
+    measure = MEASURES.get(judge.kind.name)
+
+    def describe(chosen: Sequence[Looked]) -> dict[str, Any]:
+        found: dict[str, Any] = {"pictures": len(chosen)}
+        if measure and chosen:
+            found |= measure(judge, chosen)
+        if reference and chosen:
+            found["frechet"] = measure_distance(chosen, reference)
+        return found
+
+    titles = sorted({each.model for each in looked})
+    by_model: Mapping[str, list[Looked]] = {title: [each for each in looked if each.model == title] for title in titles}
+    return {
+        "format": FORMAT,
+        "measure": judge.kind.name,
+        "versions": {
+            "kwrap": kohaku_wrap.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+        "judge": judge.describe(),
+        "all": describe(looked),
+        "models": [{"title": title or "unknown", **describe(rows)} for title, rows in by_model.items()],
+        "unreadable": sorted(unreadable),
+    }
