@@ -131,17 +131,26 @@ def test_samples_are_the_smallest_draws(posts: int, sample: int) -> None:
     assert sample_stratum(ids, np.arange(posts), sample, 11, 2).tolist() == wanted.tolist()
 
 
+def test_samples_of_any_size_are_the_smallest_draws() -> None:
+    ids = np.arange(2000)
+    by_draw = np.argsort(draws(stream_key("select", 1, 0), ids), kind="stable")
+    for sample in range(1, 2000, 3):
+        assert np.array_equal(sample_stratum(ids, ids, sample, 1, 0), np.sort(by_draw[:sample])), sample
+
+
 def test_filters_take_in_turn_and_count_what_they_cannot_know() -> None:
     """Three filters of the scan, bit by bit, their unknown posts in the bits above, and one by tags."""
     drop = {"a": [1, 0, 0, 1, 0, 0], "b": [1, 1, 0, 0, 0, 0], "c": [0, 0, 0, 0, 0, 1]}
     unknown = {"a": [0, 1, 1, 0, 0, 0], "b": [1, 0, 0, 1, 1, 0], "c": [0, 0, 0, 0, 0, 0]}
-    columns = [*drop.values(), *unknown.values()]
+    deleted, no_offset = [1, 0, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]
+    columns = [*drop.values(), *unknown.values(), deleted, no_offset]
     bits = sum(np.array(column, dtype=np.int64) << place for place, column in enumerate(columns))
     tags = np.array([0, 0, 1, 1, 0, 0], dtype=bool)
     drops = selection.Drops(bits, list(drop), {"tags": tags})
     for name in drop:
         assert drops.of(name).tolist() == [bool(one) for one in drop[name]]
         assert drops.unknown_to(name).tolist() == [bool(one) for one in unknown[name]]
+    assert (drops.deleted(), drops.no_offset()) == (2, 3)
     assert drops.of("tags").tolist() == tags.tolist() and not drops.unknown_to("tags").any()
     kept = np.array([1, 1, 1, 1, 1, 0], dtype=bool)
     asked = {"before": 7}

@@ -15,7 +15,7 @@ PHRASES = re.compile(
     r"""\b(
         mend(s|ed|ing)? | (is|are|was|were|be|been|being)\ told | leads?\ to | knowingly | names\ of\ then |
         cannot\ be\ meant | albeit | forthwith | hitherto | whence | thereof | therein | hereby | notwithstanding |
-        in\ lieu | amiss | awry | perforce | lest | nigh | forgo | bygone | heed
+        in\ lieu | for\ want\ of | amiss | awry | perforce | lest | nigh | forgo | bygone | heed
     )\b""",
     re.IGNORECASE | re.VERBOSE,
 )

@@ -44,7 +44,7 @@ def train_two(run: Run) -> AttemptEnd:
     ("first", "second", "rank", "kind", "words"),
     [
         ("raise later", "raise", 1, "crash", "rank 1: ValueError: this rank fails, as if"),
-        ("wait", "SIGKILL", 1, "crash", "rank 1: killed by SIGKILL, perhaps for want of memory"),
+        ("wait", "SIGKILL", 1, "crash", "rank 1: killed by SIGKILL, perhaps because memory ran out"),
         ("wait", "allocate", 1, "out-of-memory", "rank 1: RuntimeError: "),
         ("wait", "exit 0", 1, "exited-early", "rank 1: ended with exit code 0 after optimizer step 3"),
         ("sleep", "exit 0", 1, "exited-early", "rank 1: ended with exit code 0 after optimizer step 3, rank 0 waits"),
@@ -119,7 +119,7 @@ def test_a_rank_that_torchrun_killed_is_no_cause(attempt: Attempt) -> None:
     (attempt.folder / "failure-rank-001.json").unlink()
     assert judge_end(attempt, 1).message == "rank 1: ended with exit code 1 after optimizer step 0"
     write_launcher_log(attempt, code=-9, name="(SIGKILL)")
-    assert judge_end(attempt, 1).message.startswith("rank 1: killed by SIGKILL, perhaps for want of memory")
+    assert judge_end(attempt, 1).message.startswith("rank 1: killed by SIGKILL, perhaps because memory ran out")
     write_launcher_log(attempt, killed="", code=-6, name="(SIGABRT)")
     assert judge_end(attempt, 1).rank == 0, "a process aborts where it lost another one"
 

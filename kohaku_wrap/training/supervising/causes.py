@@ -126,7 +126,7 @@ def death_causes(attempt: Attempt, reported: list[ReportedProcess], optimizer_st
             causes.append(replace(cause, is_explained=False))
         elif -process.exit_code in DEADLY:
             name = signal.Signals(-process.exit_code).name
-            why = ", perhaps for want of memory (see dmesg)," if -process.exit_code == signal.SIGKILL else ""
+            why = ", perhaps because memory ran out (see dmesg)," if -process.exit_code == signal.SIGKILL else ""
             message = f"rank {process.rank}: killed by {name}{why} after optimizer step {optimizer_step:,}"
             # A process aborts by itself where a collective cannot go on, too.
             depth = 2 if -process.exit_code == signal.SIGABRT else 0

@@ -115,7 +115,7 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
         return end("out-of-memory", f"{who}out of memory after optimizer step {done:,}", rank)
     if exit_code == -signal.SIGKILL or KILLED_BY_SYSTEM.search(text):
         why = "killed by SIGKILL after optimizer step"
-        return end("crash", f"{who}{why} {done:,}, perhaps for want of memory (see dmesg)", rank)
+        return end("crash", f"{who}{why} {done:,}, perhaps because memory ran out (see dmesg)", rank)
     if cause is not None:
         return end(cause.kind, cause.message, rank)
     return end("crash", f"the trainer ended with exit code {exit_code} after optimizer step {done:,}")
