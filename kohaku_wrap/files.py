@@ -140,6 +140,66 @@ def has_size(path: Path, size_bytes: int) -> bool:
         return False
 
 
+LOCKS = ".locks"
+"""Below a folder of work that several processes share: a locked file for each part that one of them does now."""
+
+
+class Claims:
+    """The parts of a folder's work that this process does now: a locked file each, free again when the process ends."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder, self.out = out / LOCKS, out
+        self.held: dict[str, int] = {}
+
+    def take(self, name: str) -> bool:
+        """Whether the part is ours; what a killed process left of its file is removed."""
+        path = self.folder / f"{name}.lock"
+        descriptor = self._open(path)
+        if not take_lock(descriptor, path):
+            os.close(descriptor)
+            return False
+        self.held[name] = descriptor
+        for left in self.out.glob(f".{name}.*.part"):
+            left.unlink(missing_ok=True)
+        return True
+
+    def _open(self, path: Path) -> int:
+        """The lock's file, also where another process removes the empty folder just now."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def release(self) -> None:
+        """Let all go."""
+        for name, descriptor in self.held.items():
+            (self.folder / f"{name}.lock").unlink(missing_ok=True)
+            os.close(descriptor)
+        self.held.clear()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def clear_leavings(out: Path, *patterns: str) -> None:
+    """Remove what killed processes left: locks that nobody holds, and half-written files of these patterns."""
+    from psutil import pid_exists
+
+    for path in (out / LOCKS).glob("*.lock"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if take_lock(descriptor, path):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+    with suppress(OSError):
+        (out / LOCKS).rmdir()
+    for part in (part for pattern in patterns for part in out.glob(pattern)):
+        number = part.name.split(".")[-2]
+        if number.isdecimal() and not pid_exists(int(number)):
+            part.unlink(missing_ok=True)
+
+
 @contextmanager
 def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new hidden folder to fill and to rename; it is gone after the block, and so are those of killed processes.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import runpy
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import EXIT_FAILED, LACKS_MEMORY, KwrapError, lacks_memory
+
+STOP_SECONDS = 10.0
+"""How long a helper may take to end when it is asked to."""
 
 ORPHAN_SECONDS = 0.5
 """How often a helper looks whether the process that asked is still there."""
@@ -100,6 +104,101 @@ def ask_python(
         return json.loads(done.stdout)
     except ValueError:
         raise NoAnswer("the process gave an answer that is no JSON") from None
+
+
+class LineHelper:
+    """A helper module that runs beside this process, gets a request as JSON on stdin and answers in lines of JSON.
+
+    Each answer is put into a queue with the helper's index, and None at its end.
+    """
+
+    def __init__(
+        self, module: str, request: Any, added: Mapping[str, str], index: int, answers: queue.Queue[tuple[int, Any]]
+    ) -> None:
+        """`added`: variables over the caller's."""
+        self.child = subprocess.Popen(
+            python_command("-m", "kohaku_wrap.processes", os.getpid(), module),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=safe_environment(added), start_new_session=True,
+        )  # fmt: skip
+        self.errors: list[str] = []
+        self.threads = [
+            threading.Thread(target=self._send, args=(json.dumps(request),), daemon=True),
+            threading.Thread(target=self._read, args=(index, answers), daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def _send(self, text: str) -> None:
+        assert self.child.stdin
+        try:
+            with self.child.stdin as stream:
+                stream.write(text)
+        except OSError:
+            return  # it has ended, and its end says why
+
+    def _read(self, index: int, answers: queue.Queue[tuple[int, Any]]) -> None:
+        assert self.child.stdout
+        for line in self.child.stdout:
+            answers.put((index, json.loads(line)))
+        answers.put((index, None))
+
+    def _read_errors(self) -> None:
+        assert self.child.stderr
+        for line in self.child.stderr:
+            self.errors = [*self.errors[-40:], line]
+
+    def describe_failure(self) -> str:
+        """Why it ended without its work, by its last line on stderr; empty where it did not. Raises MemoryError."""
+        code = self.child.wait()
+        self.threads[-1].join(STOP_SECONDS)
+        if code == 0:
+            return ""
+        said = "".join(self.errors)
+        if LACKS_MEMORY.search(said) or code == -9:
+            raise MemoryError
+        return (said.strip().splitlines()[-1:] or [f"it ended with code {code}"])[0]
+
+    def stop(self) -> None:
+        """End the process where it still runs."""
+        if self.child.poll() is None:
+            self.child.terminate()
+            try:
+                self.child.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+
+
+def answer_in_lines(work: Callable[[Any, Callable[..., None]], None]) -> int:
+    """Let `work` do the request on stdin; it is given that and what writes one line of the answer, by keywords.
+
+    What packages print meanwhile goes to stderr. Returns the helper's exit code; the last line says why it failed.
+    """
+    answers = sys.stdout
+
+    def tell(**words: Any) -> None:
+        print(json.dumps(words), file=answers, flush=True)
+
+    with redirect_stdout(sys.stderr):
+        try:
+            work(json.load(sys.stdin), tell)
+        except OSError as error:
+            tell(os_error=[error.errno, error.strerror, os.fsdecode(error.filename or "")])
+        except KwrapError as error:
+            tell(error=[error.message, error.next_step])
+        else:
+            return 0
+    return EXIT_FAILED
+
+
+def raise_answer(line: Mapping[str, Any]) -> None:
+    """Raise what a helper said of its end by `answer_in_lines`; nothing for another line."""
+    if told := line.get("os_error"):
+        raise OSError(*told[:2], told[2] or None)
+    if told := line.get("error"):
+        raise KwrapError(*told)
 
 
 def answer(make: Callable[[], Any]) -> None:

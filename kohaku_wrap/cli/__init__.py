@@ -26,7 +26,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Look around": ("demo", "template", "inspect"),
     "Set up": ("trainer", "doctor"),
     "Make a dataset": ("select", "extract", "caption", "import"),
-    "Train": ("plan", "train", "status", "report", "resume", "extend", "branch", "verify", "rename", "remove"),
+    "Train": ("plan", "cache", "train", "status", "report", "resume", "extend", "branch", "verify", "rename", "remove"),
     "Use the result": ("prompt", "sample", "evaluate", "merge", "publish"),
 }
 """One module of this folder a verb, in the order in which a person meets them."""

@@ -98,7 +98,13 @@ def is_complete(effective: Effective) -> bool:
 
 def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[str]:
     """What is worth knowing and no fault."""
-    notes = [*effective.notes, *describe_idle(effective), *note_whole_captions(effective), *note_shared_gpu(effective)]
+    notes = [
+        *effective.notes,
+        *describe_idle(effective),
+        *note_variants(effective),
+        *note_whole_captions(effective),
+        *note_shared_gpu(effective),
+    ]
     notes += note_other_prediction(effective)
     warmup = effective.get("lr_warmup_steps", 0)
     processes = effective.site.machine.processes if effective.site else 1
@@ -133,13 +139,49 @@ def refuse_cached_latents(effective: Effective) -> Faults:
             yield key, f"cannot go with {name} ({origin}): cached latents never change"
 
 
+def refuse_cached_items(effective: Effective) -> Faults:
+    """What `[cache]` cannot keep, and what it says for nothing."""
+    key = "cache.latents"
+    if effective.get("cache.text_encoders"):
+        yield "cache.text_encoders", say_why_not_text_encoders(effective)
+    if not effective.get(key):
+        for name in ("cache.keep", "cache.precision"):
+            if effective.is_set(name):
+                yield name, "does nothing without latents = true in [cache]"
+        return
+    if effective.get("kwrap.data") == "sd-scripts":
+        origin = effective.origin("kwrap.data")
+        yield key, f'works only with data = "kwrap" in [kwrap] ({origin}); sd-scripts has cache_latents of its own'
+    for name in ("random_crop", "color_aug"):
+        if dataset(effective, name):
+            origin = effective.origin(f"dataset_options.{name}")
+            yield key, f"cannot go with {name} ({origin}): each time the image is another one"
+
+
+def say_why_not_text_encoders(effective: Effective) -> str:
+    """Why the outputs of text encoders are not cached for a template."""
+    for name in CHANGING_CAPTIONS:
+        if dataset(effective, name):
+            origin = effective.origin(f"dataset_options.{name}")
+            return f"cannot go with {name} ({origin}): the text of an image is another one each time"
+    if not effective.get("network_train_unet_only"):
+        return "cannot go with text encoder training (network_train_unet_only is not set): their outputs change"
+    return "is not there yet: kwrap caches latents alone"
+
+
+def note_variants(effective: Effective) -> list[str]:
+    """What the cache holds twice."""
+    if effective.get("cache.latents") and dataset(effective, "flip_aug"):
+        return ["flip_aug: each image is cached as it is and mirrored, which takes twice the disk and time."]
+    return []
+
+
 def refuse_cached_captions(effective: Effective) -> Faults:
     """Cached outputs of the text encoders are those of one caption and of weights that stay."""
     key = "cache_text_encoder_outputs"
     if not effective.get(key):
         return
-    changing = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate")
-    for name in changing:
+    for name in CHANGING_CAPTIONS:
         if dataset(effective, name):
             origin = effective.origin(f"dataset_options.{name}")
             yield key, f"cannot go with {name} ({origin}): cached captions never change"
@@ -248,8 +290,12 @@ def refuse_missing_seed(effective: Effective) -> Faults:
         yield "seed", "is not set: order, captions and noise follow from it, and a resume needs it"
 
 
+CHANGING_CAPTIONS = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate")
+"""Dataset options that make another text of a caption each time."""
+
 RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_cached_latents,
+    refuse_cached_items,
     refuse_cached_captions,
     refuse_idle_separator,
     refuse_half_vae,

@@ -31,6 +31,7 @@ OWN_KEYS: Mapping[str, FateKind] = {
     "effective_batch": "weights",
     "preset": "weights",
     "kwrap": "weights",
+    "cache": "weights",
     "states": "files",
     "samples": "files",
 }

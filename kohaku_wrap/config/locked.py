@@ -73,7 +73,7 @@ def list_options(lock: Mapping[str, Any], length: Mapping[str, int], table: Opti
     for name, value in lock.get("dataset", {}).items():
         if name in table.dataset_options and value != table.dataset_options[name].default:
             yield f"dataset_options.{name}", value
-    for each in ("states", "samples"):
+    for each in ("states", "cache", "samples"):
         yield from ((f"{each}.{name}", value) for name, value in lock.get(each, {}).items())
     yield "kwrap.data", lock["run"]["data"]
     yield "effective_batch", lock["run"]["effective_batch"]

@@ -37,6 +37,8 @@ def list_decisive(lock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """`table.name` and value of every option of the digest."""
     for name in OF_THE_RUN:
         yield f"run.{name}", lock["run"].get(name)
+    for name, value in lock.get("cache", {}).items():
+        yield f"cache.{name}", value
     known = load_recorded_table()
     options = {"values": known.options, "dataset": known.dataset_options}
     for table, place in PLACES.items():

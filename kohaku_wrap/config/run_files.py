@@ -56,6 +56,7 @@ LOCK_PLACES = frozenset(
         "inputs.images",
         "inputs.vae",
         "inputs.tokenizers",
+        "inputs.latents",
         "inputs.site",
         "inputs.network",
         "inputs.network_name",

@@ -21,6 +21,12 @@ OWN_TABLES: Mapping[str, Mapping[str, Option]] = {
         "keep": Option("keep", ("int",), default=3),
         "every": Option("every", ("int",)),
     },
+    "cache": {
+        "latents": Option("latents", ("bool",), default=False),
+        "keep": Option("keep", ("str",), choices=("moments", "sample"), default="moments"),
+        "precision": Option("precision", ("str",), choices=("fp16", "fp32"), default="fp16"),
+        "text_encoders": Option("text_encoders", ("bool",), default=False),
+    },
     "samples": {
         "by": Option("by", ("str",), choices=("trainer", "kwrap")),
         "prompts": Option("prompts", ("str",), many=True, split_by_commas=False),
@@ -33,7 +39,7 @@ OWN_TABLES: Mapping[str, Mapping[str, Option]] = {
         "seed": Option("seed", ("int",), default=1),
     },
 }
-"""kwrap's own tables: `[kwrap]`, `[states]`, `[samples]`."""
+"""kwrap's own tables: `[kwrap]`, `[states]`, `[cache]`, `[samples]`."""
 
 EFFECTIVE_BATCH = Option("effective_batch", ("int",))
 """Images per optimizer step over all processes, in any section."""

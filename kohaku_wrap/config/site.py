@@ -26,7 +26,7 @@ PATH_DEFAULTS = {
 }
 """Where each thing lies, relative to the site file, when the file does not say."""
 
-PATH_NAMES = (*PATH_DEFAULTS, "vae", "tokenizers")
+PATH_NAMES = (*PATH_DEFAULTS, "vae", "tokenizers", "latents")
 
 SMALLEST = {"gpus": 0, "processes": 1, "batch_per_gpu": 1, "workers": 0}
 """Whole numbers of `[machine]`, each with the smallest that there can be."""
@@ -67,6 +67,9 @@ class SitePaths:
 
     runs: Path
     """Where runs are kept."""
+
+    latents: Path
+    """Where latents are cached; beside the images where the file does not say."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def resolve_paths(reader: TableReader, folder: Path) -> SitePaths:
     """`[paths]` as absolute paths."""
     values: dict[str, Any] = {"vae": None, "tokenizers": None}
     values |= {name: folder / default for name, default in PATH_DEFAULTS.items()}
-    for name in [name for name in values if name in reader.table_values]:
+    for name in [name for name in PATH_NAMES if name in reader.table_values]:
         value = reader.table_values[name]
         if not isinstance(value, str) or not value:
             reader.fault(name, "must be a path in quotes")
@@ -197,6 +200,7 @@ def resolve_paths(reader: TableReader, folder: Path) -> SitePaths:
             values[name] = folder / expand_user(value)
         except UsageError as fault:
             reader.fault(name, fault.message)
+    values.setdefault("latents", values["images"].with_name(f"{values['images'].name}-latents"))
     return SitePaths(**values)
 
 

@@ -34,7 +34,7 @@ from kohaku_wrap.training.records.verification import Verdict, judge_verificatio
 from kohaku_wrap.training.supervising.status import RunStatus, read_status
 
 OPTION_TABLES = {"values": "", "dataset": "dataset_options.", **{name: f"{name}." for name in ARGUMENT_TABLES},
-                 "samples": "samples.", "states": "states.", "preset": "preset."}  # fmt: skip
+                 "samples": "samples.", "cache": "cache.", "states": "states.", "preset": "preset."}  # fmt: skip
 """The lock's tables of options, and how their keys begin in a template's layers."""
 
 OF_THE_MOMENT = frozenset(("disk_free_bytes", "disk_used_bytes", "silent_seconds", "folder", "samples"))

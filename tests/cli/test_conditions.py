@@ -103,6 +103,9 @@ ROWS = {
     ),
     "import": Row("import {world}/own --out {out}/images", makes="images/captions.arrow", sign="out/images"),
     "plan": Row("plan demo --site {world}/site.toml", shows=True, without_torch=True),
+    "cache": Row(
+        "cache demo --site {world}/site-of-{try}.toml --set cache.latents=true", makes="latents", sign="out/latents"
+    ),
     "train": Row(
         "train demo --site {world}/site-of-{try}.toml --run r --set max_train_steps=400 --set states.every=100",
         makes="runs/r/checkpoints/r.safetensors",
@@ -234,7 +237,8 @@ def place() -> Iterator[Place]:
         Image.effect_noise((160, 96), 60).convert("RGB").save(place.world / "own" / f"{name}.png")
         (place.world / "own" / f"{name}.txt").write_text("1girl, smile")
     for condition in CONDITIONS:
-        write_site(place, condition)
+        write_site(place, place.folder_of("cache", condition))
+        write_site(place, place.folder_of("train", condition))
     (place.folder / "without-torch").mkdir()
     (place.folder / "without-torch" / "torch.py").write_text('raise ImportError("there is no torch")\n')
     (place.folder / "locked").mkdir(mode=0o000)
@@ -245,12 +249,12 @@ def place() -> Iterator[Place]:
     shutil.rmtree(place.folder)
 
 
-def write_site(place: Place, condition: str) -> None:
-    """A site that trains the world into the folder of the try."""
-    folder = place.folder_of("train", condition)
+def write_site(place: Place, folder: Path) -> None:
+    """A site that caches and trains the world into the folder of the try."""
     (place.world / f"site-of-{folder.name}.toml").write_text(
         '[paths]\ndb = "danbooru.db"\ntars = "tars"\nimages = "images"\nbase_model = "base/model.safetensors"\n'
         f'tokenizers = "base/tokenizers"\nruns = "{folder / "out" / "runs"}"\n'
+        f'latents = "{folder / "out" / "latents"}"\n'
         '[machine]\nengine = "builtin"\ngpus = 0\nbatch_per_gpu = 1\nworkers = 0\n'
     )
 

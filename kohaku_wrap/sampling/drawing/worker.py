@@ -6,15 +6,13 @@ answers in lines of JSON: `drawn` with a file's name, or what failed. The job's 
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -22,7 +20,8 @@ import transformers
 
 import kohaku_wrap
 from kohaku_wrap.errors import KwrapError, lacks_memory
-from kohaku_wrap.files import take_lock
+from kohaku_wrap.files import Claims
+from kohaku_wrap.processes import answer_in_lines
 from kohaku_wrap.sampling.cells import Cell, Compute, read_cell
 from kohaku_wrap.sampling.checkpoints import AddedNetwork, Model
 from kohaku_wrap.sampling.chunks import cut_chunks, read_tokenizer
@@ -30,7 +29,6 @@ from kohaku_wrap.sampling.drawing.drawing import Artist
 from kohaku_wrap.sampling.drawing.models import load_drawer
 from kohaku_wrap.sampling.grammar import parse_prompt
 from kohaku_wrap.sampling.pictures import ModelFile, Record, hash_pixels, is_drawn, write_picture
-from kohaku_wrap.sampling.running import LOCKS
 
 WAIT_SECONDS = 0.5
 """Between two looks at cells that other processes draw."""
@@ -48,47 +46,12 @@ class TooLittleMemory(KwrapError):
     """A batch does not fit the device."""
 
 
-class Claims:
-    """The cells that this process draws now: a locked file each, free again when the process ends."""
-
-    def __init__(self, out: Path) -> None:
-        self.folder, self.out = out / LOCKS, out
-        self.held: dict[str, int] = {}
-
-    def take(self, name: str) -> bool:
-        """Whether the cell is ours; what a killed process left of its picture is removed."""
-        path = self.folder / f"{name}.lock"
-        descriptor = self.open(path)
-        if not take_lock(descriptor, path):
-            os.close(descriptor)
-            return False
-        self.held[name] = descriptor
-        for left in self.out.glob(f".{name}.*.part"):
-            left.unlink(missing_ok=True)
-        return True
-
-    def open(self, path: Path) -> int:
-        """The lock's file, also where another process removes the empty folder just now."""
-        while True:
-            self.folder.mkdir(exist_ok=True)
-            with suppress(FileNotFoundError):
-                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-    def release(self) -> None:
-        """Let all go."""
-        for name, descriptor in self.held.items():
-            (self.folder / f"{name}.lock").unlink(missing_ok=True)
-            os.close(descriptor)
-        self.held.clear()
-        with suppress(OSError):
-            self.folder.rmdir()
-
-
 class SheetWorker:
     """One process's share of a sheet."""
 
-    def __init__(self, job: dict[str, Any], answers: IO[str]) -> None:
-        self.answers = answers
+    def __init__(self, job: dict[str, Any], tell: Callable[..., None]) -> None:
+        """`tell` writes one line of the answer."""
+        self.tell = tell
         self.out = Path(job["out"])
         self.index, self.offload = int(job["index"]), bool(job["offload"])
         self.tokenizers = (read_tokenizer(Path(job["tokenizers"][0])), read_tokenizer(Path(job["tokenizers"][1])))
@@ -102,10 +65,6 @@ class SheetWorker:
         self.artist: tuple[int, Artist] | None = None
         self.compute = next(cell.compute for cells in self.cells for cell in cells)
         self.device = choose_device(self.compute, self.index)
-
-    def tell(self, **answer: Any) -> None:
-        """Write one line of the answer."""
-        print(json.dumps(answer), file=self.answers, flush=True)
 
     def run(self) -> None:
         """Draw until every cell is drawn, by this process or by another; each begins with another model."""
@@ -223,25 +182,12 @@ def pin(compute: Compute) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def main() -> int:
-    """Do the job on stdin."""
-    answers = sys.stdout
-    with redirect_stdout(sys.stderr):
-        try:
-            job = json.load(sys.stdin)
-            worker = SheetWorker(job, answers)
-            pin(worker.compute)
-            worker.run()
-        except OSError as error:
-            told = {"errno": error.errno, "strerror": error.strerror, "filename": os.fsdecode(error.filename or "")}
-            print(json.dumps({"os_error": told}), file=answers, flush=True)
-            return 1
-        except KwrapError as error:
-            told = {"message": error.message, "next_step": error.next_step}
-            print(json.dumps({"error": told}), file=answers, flush=True)
-            return 1
-    return 0
+def draw(job: dict[str, Any], tell: Callable[..., None]) -> None:
+    """Do a job."""
+    worker = SheetWorker(job, tell)
+    pin(worker.compute)
+    worker.run()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_in_lines(draw))

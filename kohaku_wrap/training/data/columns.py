@@ -20,6 +20,7 @@ from kohaku_wrap.dataset.buckets import find_crop_corners
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.training.data.images import UnreadableImage
 from kohaku_wrap.training.data.items import BatchKey, Item, ItemOptions, Items
+from kohaku_wrap.training.data.latent_store import MOMENTS, LatentStore
 
 Tokenize = Callable[[str], Sequence[torch.Tensor]]
 """A caption's token ids, one tensor a text encoder."""
@@ -38,13 +39,16 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
         tokenize: Tokenize | None,
         substitute_bad_images: bool = False,
         start: tuple[int, int] = (0, 0),
+        latents: LatentStore | None = None,
     ) -> None:
         """`group`: batches in one optimizer step. `start`: epoch and global position of this attempt's first batch,
-        before which no image should be loaded. Without `tokenize` the examples carry no token ids."""
+        before which no image should be loaded. Without `tokenize` the examples carry no token ids. With `latents` no
+        image is opened."""
         super().__init__(columns, options, batch_size, seed, group)
         self.tokenize = tokenize
         self.substitute_bad_images = substitute_bad_images
         self.start = start
+        self.latents = latents
         # Shared with the loader workers, which only add to it.
         self._images_loaded_too_early = multiprocessing.Value("q", 0)
 
@@ -70,19 +74,30 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
                 raise
         return self.find_substitute(item, key, slot, self.load_image)
 
+    def load_batch(
+        self, drawn: Sequence[Item], key: BatchKey
+    ) -> tuple[list[Item], torch.Tensor | None, torch.Tensor | None]:
+        """The items that are trained, their pixels or cached moments, and their cached samples."""
+        if self.latents is None:
+            loaded = [self.load_item(item, key, slot) for slot, item in enumerate(drawn)]
+            return [item for item, _ in loaded], torch.stack([image for _, image in loaded]), None
+        cached = torch.from_numpy(self.latents.read_batch([(item.image_id, item.flipped) for item in drawn]))
+        return (list(drawn), cached, None) if self.latents.rule.keep == MOMENTS else (list(drawn), None, cached)
+
     def __getitem__(self, key: BatchKey) -> dict[str, Any]:
         """The batch of `key`, as sd-scripts' datasets give it.
 
-        `images` (n, 3, height, width) float32; `input_ids_list` one (n, chunks, 77) int64 a text encoder;
+        `images` (n, 3, height, width) float32, or cached mean and deviation of latents, (n, 8, height / 8, width / 8);
+        `latents` (n, 4, height / 8, width / 8) where samples are cached, without images; `input_ids_list` one
+        (n, chunks, 77) int64 a text encoder;
         `original_sizes_hw`, `crop_top_lefts`, `target_sizes_hw` (n, 2) int64; `kwrap` the ledger's facts.
         """
         key = BatchKey(*key)
         drawn = self.draw_batch(key)
-        loaded = [self.load_item(item, key, slot) for slot, item in enumerate(drawn)]
+        items, images, latents = self.load_batch(drawn, key)
         if (key.epoch, key.position) < self.start:
             with self._images_loaded_too_early.get_lock():
-                self._images_loaded_too_early.value += len(loaded)
-        items = [item for item, _ in loaded]
+                self._images_loaded_too_early.value += len(items)
         ids = [self.tokenize(item.caption) for item in items] if self.tokenize else []
         return {
             "custom_attributes": [{} for _ in items],
@@ -90,8 +105,8 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
             "text_encoder_outputs_list": None,
             "input_ids_list": [torch.stack(list(each)) for each in zip(*ids, strict=True)] or None,
             "alpha_masks": None,
-            "images": torch.stack([image for _, image in loaded]),
-            "latents": None,
+            "images": images,
+            "latents": latents,
             "captions": [item.caption for item in items],
             **self.size_conditions(items),
             "flippeds": [item.flipped for item in items],

@@ -10,6 +10,7 @@ from typing import Any
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, Tokenize
 from kohaku_wrap.training.data.items import ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.latent_rules import open_latents, require_same
 from kohaku_wrap.training.data.run_items import check_batches
 from kohaku_wrap.training.records.attempts import Attempt
 
@@ -17,7 +18,7 @@ from kohaku_wrap.training.records.attempts import Attempt
 def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[ColumnsDataset, Mapping[str, Any]]:
     """The images and captions set to start where the attempt does, and the options of its dataset.toml.
 
-    Raises NoImages, ProblemsFound for options that this dataset lacks, and DatasetChanged.
+    Raises NoImages, ProblemsFound for options that this dataset lacks, DatasetChanged, NoLatents and OtherLatents.
     """
     lock = attempt.lock
     options = read_dataset_options(tomllib.loads(attempt.run.dataset_config.read_text(encoding="utf-8")))
@@ -30,6 +31,9 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
         tokenize,
         substitute_bad_images="bad-images" in attempt.allow,
         start=(attempt.start.epoch, attempt.start.global_position),
+        latents=open_latents(attempt.run),
     )
     check_batches(dataset, lock)
+    if dataset.latents is not None:
+        require_same(dataset.latents, dataset.columns.ids, lock)
     return dataset, options

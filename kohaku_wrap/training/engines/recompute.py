@@ -20,6 +20,7 @@ from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import answer
 from kohaku_wrap.training.data.columns import ColumnsDataset, content_digest
 from kohaku_wrap.training.data.items import BatchKey, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.latent_store import SAMPLE
 from kohaku_wrap.training.data.run_items import read_locked_dataset
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
 from kohaku_wrap.training.records.folder import Run
@@ -35,15 +36,18 @@ class CannotReplay(KwrapError):
     """The run draws its noise in a way that is not followed here."""
 
 
-def replay_timesteps(latent_shape: tuple[int, ...], values: Mapping[str, Any], on_cpu: bool) -> list[int]:
+def replay_timesteps(
+    latent_shape: tuple[int, ...], values: Mapping[str, Any], on_cpu: bool, draws_sample: bool = True
+) -> list[int]:
     """The time steps of a batch after the draws that come before them, under the generators as they stand.
 
-    On a GPU the latents' sample and the noise come from the device's own generator, so only the time steps are drawn.
+    `draws_sample`: whether the latents' sample is one of them. On a GPU that and the noise come from the device's own
+    generator, so only the time steps are drawn.
     """
     if on_cpu:
         images = latent_shape[0]
         size = int(values.get("vae_batch_size") or images)
-        for start in range(0, images, size):
+        for start in range(0, images if draws_sample else 0, size):
             torch.randn((min(size, images - start), *latent_shape[1:]))
         torch.randn(latent_shape)
         if values.get("noise_offset"):
@@ -93,7 +97,9 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
         images, _, height, width = example["images"].shape
         seed_generators(step_seed(lock.seed, epoch, position))
         shape = (images, LATENT_CHANNELS, height // LATENT_STEP, width // LATENT_STEP)
-        found.append(content_digest(example["kwrap"]["content"], replay_timesteps(shape, values, lock.is_on_cpu)))
+        draws_sample = lock.table("cache").get("keep") != SAMPLE
+        steps = replay_timesteps(shape, values, lock.is_on_cpu, draws_sample)
+        found.append(content_digest(example["kwrap"]["content"], steps))
     return found
 
 

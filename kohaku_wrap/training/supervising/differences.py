@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock
 from kohaku_wrap.config.training_data import describe_data
-from kohaku_wrap.errors import Problem, UsageError, command_line
+from kohaku_wrap.errors import KwrapError, Problem, UsageError, command_line
 from kohaku_wrap.files import describe_absence, kept_sha256, sha256_of_file
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     NoImages,
     check_columns,
     find_captions,
+    open_captions,
     read_captions_metadata,
 )
 from kohaku_wrap.trainer.commits import find_known
@@ -33,6 +35,7 @@ from kohaku_wrap.trainer.installed import (
     read_trainer_commit,
 )
 from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.training.data.latent_rules import open_latents, require_same
 from kohaku_wrap.training.records.attempts import attempt_numbers
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import recorded_attempts
@@ -111,6 +114,7 @@ def list_changes(
         *compare_files(run, places.options, places.dataset_options),
         *compare_models(run, places.options, on_bytes),
         *compare_dataset(run, places),
+        *compare_latents(run, places),
         *compare_trainer(run),
         *compare_versions(run),
     ]
@@ -211,6 +215,21 @@ def compare_dataset(run: Run, places: Places) -> Iterator[Problem]:
         yield Problem("dataset", f"the captions had the digest {run.lock.dataset_digest[:12]}…, now {digest[:12]}…")
     elif now.get("image_files_digest") != inputs.get("image_files_digest"):
         yield Problem("image_files", "image files were replaced or removed: their lengths in bytes are others")
+
+
+def compare_latents(run: Run, places: Places) -> Iterator[Problem]:
+    """The cached latents that would be trained, against the lock's digest; a shard that changed is read in full."""
+    if not run.lock.table("cache").get("latents"):
+        return
+    try:
+        ids = open_captions(places.images, run.lock.dataset_digest).read_all()["id"].to_numpy()
+        store = open_latents(replace(run, images_now=places.images))
+        if store is not None:
+            require_same(store, ids, run.lock, check=True)
+    except NoImages:
+        return  # told by compare_dataset
+    except KwrapError as error:
+        yield Problem("latents", f"{error.message}. {error.next_step}")
 
 
 def check_captions(run: Run, images: Path) -> None:

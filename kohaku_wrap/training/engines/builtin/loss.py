@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 from torch.nn import functional
 
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
+from kohaku_wrap.training.data.moments import holds_moments, sample_moments
 from kohaku_wrap.training.engines.builtin.models import BaseModel
 
 VAE_SCALE = 0.13025
@@ -79,7 +80,7 @@ class LossOfBatch:
 
     def __call__(self, batch: Batch) -> BatchLoss:
         """The loss of one batch under the generators as they stand."""
-        latents, nan_latents = self.encode_images(batch["images"])
+        latents, nan_latents = self.encode_images(batch)
         with torch.set_grad_enabled(self.trains_text), self.accelerator.autocast():
             text, pooled = self.encode_captions(batch["input_ids_list"])
         noise = self.draw_noise(latents)
@@ -96,16 +97,22 @@ class LossOfBatch:
         return BatchLoss(loss.mean(), tuple(timesteps.tolist()), nan_latents)
 
     @torch.no_grad()
-    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def encode_images(self, batch: Batch) -> tuple[torch.Tensor, int]:
         """(n, 4, height / 8, width / 8) latents, sampled and scaled, and how many images gave none."""
-        images = images.to(self.accelerator.device, self.vae_dtype)
-        size = self.options.vae_batch_size or len(images)
-        parts = [self.model.vae.encode(part).latent_dist.sample() for part in torch.split(images, size)]
-        latents = torch.cat(parts)
+        if batch.get("latents") is not None:
+            latents = batch["latents"].to(self.accelerator.device, self.vae_dtype)
+        else:
+            images = batch["images"].to(self.accelerator.device, self.vae_dtype)
+            size = self.options.vae_batch_size or len(images)
+            latents = torch.cat([self.sample_latents(part) for part in torch.split(images, size)])
         nan_latents = int(latents.isnan().flatten(1).any(dim=1).sum())
         if nan_latents:
             latents = torch.nan_to_num(latents, nan=0.0)
         return latents * VAE_SCALE, nan_latents
+
+    def sample_latents(self, part: torch.Tensor) -> torch.Tensor:
+        """A sample for each image; `part` holds pixels, or mean and deviation."""
+        return sample_moments(part) if holds_moments(part) else self.model.vae.encode(part).latent_dist.sample()
 
     def encode_captions(self, input_ids_list: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, tokens, both widths) hidden states and (n, width) pooled state.

@@ -27,6 +27,7 @@ from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import correct_loop
 from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
+from kohaku_wrap.training.data.moments import holds_moments, sample_moments
 from kohaku_wrap.training.engines.branching import take_up_branch
 from kohaku_wrap.training.engines.schedule import options_of_cycle, take_up_schedule
 from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_modules
@@ -230,7 +231,12 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         super().on_step_start(*arguments, **keywords)
 
     def encode_images_to_latents(self, *arguments: Any, **keywords: Any) -> Any:
-        latents = super().encode_images_to_latents(*arguments, **keywords)
+        """Encode a part of a batch, or draw from mean and deviation where these are cached."""
+        images = named(super().encode_images_to_latents, arguments, keywords)["images"]
+        if holds_moments(images):
+            latents = sample_moments(images)
+        else:
+            latents = super().encode_images_to_latents(*arguments, **keywords)
         self.loop.note_latents(latents)
         return latents
 
@@ -246,6 +252,8 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         if cached is not None:
             # They were encoded before the loop, or lie on the disk.
             self.loop.note_latents(cached)
+            if isinstance(self.loop.dataset, KwrapDataset):
+                given["batch"]["latents"] = torch.nan_to_num(cached.float(), nan=0.0)
         loss = super().process_batch(*arguments, **keywords)
         if given["is_train"]:
             self.loop.note_loss(loss)

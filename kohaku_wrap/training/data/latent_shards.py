@@ -1,0 +1,217 @@
+"""A shard of cached latents: up to 1,000 images of one size in one safetensors file, with a CRC-32 a record.
+
+The file is written whole or not at all; beside it lies a record of its sha256 and of how it was made. A shard without
+that record is not made yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import atomic_write, parse_json, read_regular, sha256_of_file, write_text
+from kohaku_wrap.formats.safetensors import (
+    MalformedFile,
+    PickledFile,
+    TensorSpot,
+    encode_header,
+    lay_out_tensors,
+    read_header,
+)
+
+CHANNELS = 4
+PIXELS_A_CELL = 8
+"""Of SDXL's latents: channels, and pixels of a side behind one number of them."""
+
+DTYPES: Mapping[str, tuple[str, np.dtype[Any]]] = {"fp16": ("F16", np.dtype("<f2")), "fp32": ("F32", np.dtype("<f4"))}
+"""safetensors' and numpy's names of what may be stored."""
+
+Latents = npt.NDArray[Any]
+
+
+class DamagedLatents(KwrapError):
+    """A shard is not what was written."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(
+            f"{path}: damaged: {what}",
+            "`kwrap cache TEMPLATE --site SITE --check` makes such a shard again.",
+        )
+        self.path = path
+        self.what = what
+
+    def __reduce__(self) -> tuple[type[DamagedLatents], tuple[Path, str]]:
+        # Loader workers send it to the trainer's process.
+        return type(self), (self.path, self.what)
+
+
+@dataclass(frozen=True)
+class ShardShape:
+    """What follows from a shard's place in the index, so that its layout is known before it is opened."""
+
+    number: int
+    """Within its folder, from 0."""
+
+    width: int
+    """Of the images, in pixels."""
+
+    height: int
+    """Of the images, in pixels."""
+
+    count: int
+    """Images."""
+
+    variants: int
+    """Records an image: 2 where each is stored mirrored too."""
+
+    channels: int
+    """8 for mean and deviation, 4 for a sample."""
+
+    precision: str
+    """fp16 or fp32."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:06d}-{self.width}x{self.height}"
+
+    @property
+    def record_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of one variant of an image."""
+        return self.channels, self.height // PIXELS_A_CELL, self.width // PIXELS_A_CELL
+
+    @property
+    def record_bytes(self) -> int:
+        return math.prod(self.record_shape) * DTYPES[self.precision][1].itemsize
+
+    @property
+    def size_bytes(self) -> int:
+        """The whole file, nearly: without its header."""
+        return self.count * (self.variants * (self.record_bytes + 4) + 8)
+
+    def lay_out(self) -> dict[str, TensorSpot]:
+        """Where each tensor lies in the data."""
+        dtype = DTYPES[self.precision][0]
+        return lay_out_tensors(
+            [
+                ("ids", "I64", (self.count,)),
+                ("latents", dtype, (self.count, self.variants, *self.record_shape)),
+                ("crc32", "U32", (self.count, self.variants)),
+            ]
+        )
+
+    def file_in(self, folder: Path) -> Path:
+        return folder / f"{self.name}.safetensors"
+
+    def record_in(self, folder: Path) -> Path:
+        return folder / f"{self.name}.json"
+
+
+def write_shard(
+    folder: Path,
+    shape: ShardShape,
+    ids: npt.NDArray[np.int64],
+    records: Iterable[Latents],
+    fingerprint: str,
+    about: dict[str, Any],
+) -> None:
+    """Write a shard, whole or not at all, then its record.
+
+    `records`: (variants, channels, height / 8, width / 8) of each image, in the order of `ids`. `about`: how they
+    were made.
+    """
+    dtype = DTYPES[shape.precision][1]
+    checksums = np.zeros((shape.count, shape.variants), dtype="<u4")
+    digest = hashlib.sha256()
+    path = shape.file_in(folder)
+    with atomic_write(path, "wb") as stream:
+
+        def put(data: Any) -> None:
+            digest.update(data)
+            stream.write(data)
+
+        put(encode_header(shape.lay_out(), {"format": "1", "fingerprint": fingerprint}))
+        put(np.ascontiguousarray(ids, dtype="<i8").data)
+        for slot, record in enumerate(records):
+            stored = np.ascontiguousarray(record, dtype=dtype)
+            for variant in range(shape.variants):
+                checksums[slot, variant] = zlib.crc32(stored[variant].data)
+            put(stored.data)
+        put(checksums.data)
+    document = {"sha256": digest.hexdigest(), "checked": stamp_of(path), **about}
+    write_text(shape.record_in(folder), json.dumps(document, indent=1) + "\n")
+
+
+def stamp_of(path: Path) -> str:
+    """What stays the same as long as nobody writes into a file or puts another one in its place."""
+    status = path.stat()
+    return f"{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
+
+
+def read_record(folder: Path, shape: ShardShape) -> dict[str, Any] | None:
+    """How a shard was made, with its sha256; None where it is not made yet."""
+    try:
+        document = parse_json(read_regular(shape.record_in(folder)))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(document, dict) and isinstance(document.get("sha256"), str)
+    return document if is_whole and shape.file_in(folder).is_file() else None
+
+
+def check_shard(folder: Path, shape: ShardShape, thorough: bool = False) -> str:
+    """Why a shard that is made must be made again; empty where it is whole.
+
+    By its sha256 where the file changed since it was last read in full, or where it is to be `thorough`.
+    """
+    record, path = read_record(folder, shape), shape.file_in(folder)
+    if record is None:
+        return "it is not there"
+    key = stamp_of(path)
+    if record.get("checked") == key and not thorough:
+        return ""
+    if (found := sha256_of_file(path)) != record["sha256"]:
+        return f"its sha256 was {record['sha256'][:12]}…, is now {found[:12]}…"
+    if record.get("checked") != key:
+        write_text(shape.record_in(folder), json.dumps({**record, "checked": key}, indent=1) + "\n")
+    return ""
+
+
+class Shard:
+    """A shard, memory-mapped."""
+
+    def __init__(self, folder: Path, shape: ShardShape) -> None:
+        """Raises DamagedLatents for a file of another layout, and for one that is not there."""
+        self.path, self.shape = shape.file_in(folder), shape
+        try:
+            header = read_header(self.path)
+            with self.path.open("rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError, MalformedFile, PickledFile) as error:
+            raise DamagedLatents(self.path, getattr(error, "message", str(error))) from None
+        spots = shape.lay_out()
+        if header.tensors != spots:
+            raise DamagedLatents(self.path, "its header says another shape")
+        place = {name: header.data_start + spot.begin for name, spot in spots.items()}
+        self._latents = place["latents"]
+        self._ids = np.frombuffer(self._map, "<i8", shape.count, place["ids"])
+        self._checksums = np.frombuffer(self._map, "<u4", shape.count * shape.variants, place["crc32"])
+
+    def read_into(self, out: Latents, slot: int, image_id: int, variant: int = 0) -> None:
+        """Copy one record, verified by its checksum. Raises DamagedLatents."""
+        at = slot * self.shape.variants + variant
+        size = self.shape.record_bytes
+        begin = self._latents + at * size
+        view = out.data.cast("B")
+        view[:] = memoryview(self._map)[begin : begin + size]
+        if zlib.crc32(view) != int(self._checksums[at]) or int(self._ids[slot]) != image_id:
+            raise DamagedLatents(self.path, f"the checksum of image {image_id} does not fit its latents")

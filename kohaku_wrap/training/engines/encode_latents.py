@@ -1,0 +1,208 @@
+"""A process that encodes images into shards of cached latents until all are there: it takes one that no other has.
+
+Started as `python -m kohaku_wrap.processes PID kohaku_wrap.training.engines.encode_latents`, with a request as JSON on
+stdin, whose form is that of `caching.compose_job`. It answers in lines of JSON: how many `images` more are encoded.
+Each image is encoded by itself, with the threads, device and type that a training on this site has.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+
+from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
+from kohaku_wrap.files import Claims
+from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.sdxl import VAE_PREFIX
+from kohaku_wrap.planning.workers.module_filling import fill_vae
+from kohaku_wrap.processes import answer_in_lines
+from kohaku_wrap.streams import seed_of
+from kohaku_wrap.training.data.columns import ColumnsDataset
+from kohaku_wrap.training.data.items import Item, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.latent_shards import Latents, ShardShape, read_record, write_shard
+from kohaku_wrap.training.data.latent_store import MOMENTS, Index, Rule
+from kohaku_wrap.training.data.moments import moments_of, sample_moments
+
+WAIT_SECONDS = 0.5
+"""Between two looks at shards that other processes make."""
+
+TELL_SECONDS = 0.5
+READING_THREADS = 4
+READ_AHEAD = 8
+"""Images that are decoded before they are encoded."""
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NOBODY = -1
+"""The id of a place in a shard whose image is in another one by now, or in no dataset."""
+
+
+def load_vae(base_model: Path, path: Path | None) -> AutoencoderKL:
+    """The VAE alone, frozen, on the CPU, in the file's precision. Raises BadBaseModel."""
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderKL(**read_sizes(base_model)["vae"])
+    file = path or base_model
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+        own = [name for name in names if name.startswith(VAE_PREFIX)] or names
+        fill_vae(vae, {name: opened.get_tensor(name) for name in own}, file)
+    vae.requires_grad_(False)
+    vae.eval()
+    return vae
+
+
+def settle(engine: str, index: int) -> torch.device:
+    """The device of the process with this index, and kernels as the engine's training has them."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu or engine == "builtin" or os.environ.get(DETERMINISTIC_VARIABLE) == "1":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    return torch.device("cpu") if on_cpu else torch.device("cuda", index % torch.cuda.device_count())
+
+
+class Encoder:
+    """Makes shards of one rule."""
+
+    def __init__(self, request: dict[str, Any], tell: Callable[..., None]) -> None:
+        self.tell = tell
+        self.folder = Path(request["folder"])
+        self.rule = Rule(**request["rule"])
+        self.device = settle(request["engine"], request["index"])
+        options = read_dataset_options(request["dataset"])
+        columns = Columns.open(Path(request["images"]), request["captions_digest"])
+        self.dataset = ColumnsDataset(columns, ItemOptions.from_dataset_options(options), 1, 0, 1, tokenize=None)
+        self.index = Index.open(self.folder, self.rule)
+        self.wanted: list[int] = request["shards"]
+        self.claims = Claims(self.folder)
+        vae = load_vae(Path(request["base_model"]), Path(request["vae"]) if request["vae"] else None)
+        self.vae = vae.to(self.device, TYPES[self.rule.vae_precision])
+        self.untold, self.told_at = 0, time.monotonic()
+
+    def run(self) -> None:
+        """Make every shard that is wanted, or wait until another process has made it."""
+        left = [self.index.shapes[number] for number in self.wanted]
+        while left := [shape for shape in left if read_record(self.folder, shape) is None]:
+            done = [self.make_if_free(shape) for shape in left]
+            if not any(done):
+                time.sleep(WAIT_SECONDS)
+
+    def make_if_free(self, shape: ShardShape) -> bool:
+        """Make a shard, unless it is there by now or another process makes it; whether it is there."""
+        if read_record(self.folder, shape) is not None:
+            return True
+        if not self.claims.take(shape.name):
+            return False
+        try:
+            if read_record(self.folder, shape) is None:
+                self.make(shape)
+        finally:
+            self.claims.release()
+        return True
+
+    def make(self, shape: ShardShape) -> None:
+        """Encode the images of a shard and write it."""
+        begun, rows = time.monotonic(), self.find_rows(shape)
+        ids = np.where(rows >= 0, self.dataset.columns.ids[rows], NOBODY)
+        about = {
+            "images": int((rows >= 0).sum()),
+            "device": str(self.device.type),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        nan_images: list[int] = []
+
+        def records() -> Iterator[Latents]:
+            empty = np.full((shape.variants, *shape.record_shape), np.nan, np.float32)
+            encoded = self.encode([int(row) for row in rows if row >= 0])
+            for row, image_id in zip(rows, ids.tolist(), strict=True):
+                record = empty if row < 0 else next(encoded)
+                if row >= 0 and np.isnan(record).any():
+                    nan_images.append(image_id)
+                yield record
+            about.update(seconds=round(time.monotonic() - begun, 3), nan_images=nan_images)
+
+        write_shard(self.folder, shape, ids, records(), self.rule.fingerprint, about)
+        self.tell_images(0, at_once=True)
+
+    def find_rows(self, shape: ShardShape) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """(count,) the row of the image at each place of a shard; -1 where it is no longer there."""
+        inside = np.flatnonzero(self.index.shards == shape.number)
+        ids = self.dataset.columns.ids
+        at = np.minimum(np.searchsorted(ids, self.index.ids[inside]), len(ids) - 1)
+        rows = np.full(shape.count, -1, dtype=np.int64)
+        rows[self.index.slots[inside]] = np.where(ids[at] == self.index.ids[inside], at, -1)
+        return rows
+
+    def encode(self, rows: list[int]) -> Iterator[Latents]:
+        """(variants, channels, height / 8, width / 8) float32 of each row."""
+        items = [self.dataset.draw_item(row, 0) for row in rows]
+        each = [replace(item, flipped=flipped) for item in items for flipped in (False, True)[: self.rule.variants]]
+        found: list[Latents] = []
+        for item, pixels in zip(each, read_ahead(self.dataset.load_image, each), strict=True):
+            found.append(self.encode_image(item, pixels))
+            if len(found) == self.rule.variants:
+                yield np.stack(found)
+                found.clear()
+                self.tell_images(1)
+
+    @torch.no_grad()
+    def encode_image(self, item: Item, pixels: torch.Tensor) -> Latents:
+        """(channels, height / 8, width / 8) float32; `pixels`: (3, height, width)."""
+        part = pixels.unsqueeze(0).to(self.device, TYPES[self.rule.vae_precision])
+        latents = moments_of(self.vae.encode(part).latent_dist).float().cpu()
+        if self.rule.keep != MOMENTS:
+            # On the CPU, so that every device draws the same.
+            seed = seed_of("latents", self.rule.seed, item.image_id, int(item.flipped))
+            latents = sample_moments(latents, torch.Generator().manual_seed(seed))
+        found: Latents = latents[0].numpy()
+        return found
+
+    def tell_images(self, count: int, at_once: bool = False) -> None:
+        """Say now and then how many images more are encoded."""
+        self.untold += count
+        if self.untold and (at_once or time.monotonic() - self.told_at > TELL_SECONDS):
+            self.tell(images=self.untold)
+            self.untold, self.told_at = 0, time.monotonic()
+
+
+def read_ahead(load: Callable[[Item], torch.Tensor], items: Iterable[Item]) -> Iterator[torch.Tensor]:
+    """What `load` makes of each item, in their order, some of them before they are asked for."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    waiting: deque[Future[torch.Tensor]] = deque()
+    with ThreadPoolExecutor(READING_THREADS) as threads:
+        try:
+            for item in items:
+                waiting.append(threads.submit(load, item))
+                if len(waiting) > READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def encode(request: dict[str, Any], tell: Callable[..., None]) -> None:
+    """Do a request."""
+    Encoder(request, tell).run()
+
+
+if __name__ == "__main__":
+    sys.exit(answer_in_lines(encode))
