@@ -50,11 +50,11 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Encode the images once, for a template with [cache] latents = true.
+    """Encode the images of a template once, as cached latents.
 
-    Makes shards of 1,000 images of one size, each with checksums, beside the images or in the site's paths.latents. It
-    can be stopped and started again, on several processes at once; new images are added. A shard that is damaged is
-    named and made again.
+    For a template with [cache] latents = true: shards of 1,000 images of one size, with checksums, beside the images or
+    in the site's paths.latents. It can be stopped and started again, also several times at once; new images are
+    added. A shard that is damaged is named and made again.
     """
     from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.site import load_site

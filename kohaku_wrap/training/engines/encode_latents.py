@@ -156,9 +156,9 @@ class Encoder:
         for item, pixels in zip(each, read_ahead(self.dataset.load_image, each), strict=True):
             found.append(self.encode_image(item, pixels))
             if len(found) == self.rule.variants:
+                self.tell_images(1)
                 yield np.stack(found)
                 found.clear()
-                self.tell_images(1)
 
     @torch.no_grad()
     def encode_image(self, item: Item, pixels: torch.Tensor) -> Latents:
