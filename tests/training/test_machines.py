@@ -22,7 +22,7 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising import join
 from kohaku_wrap.training.supervising.ends import read_end
 from kohaku_wrap.training.supervising.launch import plan_attempt_launch
-from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.resume import ResumePlan, begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
 JOINED = {"num_machines": 2, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
@@ -81,6 +81,29 @@ def test_each_machine_starts_its_share(new_run: NewRun) -> None:
         assert each.environment["KWRAP_MACHINE_RANK"] == str(rank)
         assert each.environment["PET_RDZV_ID"] == "r-1", "another for each attempt"
     assert 'main_process_ip: "10.0.0.1"' in run.accelerate_config.read_text()
+
+
+def test_machine_0_may_be_at_another_address(new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run(processes=4, accumulation=1, machine=MACHINE)
+    begin_attempt(plan_resume(run))
+
+    def plan_at(address: str, machines: int = 2) -> ResumePlan:
+        site = tmp_path / "other-site.toml"
+        joined = f'num_machines = {machines}, main_process_ip = "{address}"'
+        site.write_text(f"[machine]\ngpus = 0\nprocesses = 2\naccelerate = {{ {joined} }}\n")
+        return plan_resume(run, site_file=site)
+
+    plan = plan_at("10.0.0.7")
+    assert any("machine 0: main_process_ip = 10.0.0.7" in note for note in plan.notes)
+    attempt, launch = begin_attempt(plan)
+    for each in (launch, plan_attempt_launch(read_attempt(run, 2), machine_rank=1)):
+        words = list(each.argv)
+        assert words[words.index("--main_process_ip") + 1] == "10.0.0.7"
+        assert words[words.index("--main_process_port") + 1] == "29500", "the lock's, which the site does not name"
+    assert 'main_process_ip: "10.0.0.7"' in run.accelerate_config.read_text()
+    assert attempt.address == plan_resume(run).address, "the next one is there, too"
+    assert not any("machine 0" in note for note in plan_at("10.0.0.7").notes), "it is known by now"
+    assert not plan_at("10.0.0.8", machines=3).notes[-1].startswith("taken"), "a site of other machines says nothing"
 
 
 def test_a_run_goes_on_with_fewer_machines(new_run: NewRun) -> None:

@@ -148,6 +148,9 @@ class Attempt:
     position: Position | None = None
     """Where its first optimizer step starts, as the plan of the resume computed it; None in attempts of kwrap 0.1."""
 
+    address: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `accelerate launch` that say where machine 0 is, where the lock's are of another place."""
+
     threads: int | None = field(default=None, compare=False)
     """OMP_NUM_THREADS of each process, or of the attempt before while it is only planned; None for the default."""
 
@@ -346,6 +349,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
             differences=dict(document.get("accepted_differences", {})),
             lineage=document.get("lineage"),
             position=Position(**document["position"]) if document.get("position") else None,
+            address=dict(document.get("address", {})),
             threads=int(threads) if threads.isascii() and threads.isdecimal() else None,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

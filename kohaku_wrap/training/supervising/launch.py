@@ -132,7 +132,7 @@ def plan_attempt_launch(attempt: Attempt, machine_rank: int = 0) -> Launch:
         attempt.accumulation,
         lock.is_on_cpu,
         attempt.threads,
-        Machines(attempt.machines, machine_rank, lock.accelerate),
+        Machines(attempt.machines, machine_rank, {**lock.accelerate, **attempt.address}),
         lock.table("kernels"),
     )
 
@@ -164,7 +164,7 @@ def describe_attempt_accelerate(attempt: Attempt) -> dict[str, Any]:
     """accelerate's options for an attempt: those of the run as they were written, and its own processes."""
     lock = attempt.lock
     gpus = 0 if lock.is_on_cpu else attempt.processes
-    machines = lock.accelerate if attempt.machines > 1 else {}
+    machines = {**lock.accelerate, **attempt.address} if attempt.machines > 1 else {}
     precision = str(lock.values.get("mixed_precision", "no"))
     table = describe_accelerate(attempt.processes, gpus, precision, machines=machines)
     if written := lock.files.get(ACCELERATE_FILE):

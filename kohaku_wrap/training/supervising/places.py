@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class Places:
 
     workers: int | None = None
     """Loader workers, likewise."""
+
+    address: Mapping[str, Any] = field(default_factory=dict)
+    """Where machine 0 is now, in accelerate's options, likewise."""
 
     notes: tuple[str, ...] = ()
     """What was taken, and what was not and why."""

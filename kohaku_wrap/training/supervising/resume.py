@@ -142,6 +142,7 @@ def plan_resume(
         differences=there,
         lineage=describe_lineage(state) if OTHER_RUN in there else None,
         position=run.lock.count.position_of(optimizer_step, processes),
+        address=places.address or (last.address if last else {}),
         threads=last.threads if last else None,
         damaged=tuple(damaged),
         abandons=tuple(abandons),

@@ -30,6 +30,9 @@ OPTIONS = {**MODELS, "tokenizers": "tokenizer_cache_dir"}
 
 WORKERS = "max_data_loader_n_workers"
 
+ADDRESS = ("main_process_ip", "main_process_port")
+"""Options of `accelerate launch` that are a place."""
+
 SAME = {"tokenizers": "the same files", "images": "the same images and captions"}
 OTHER = {"tokenizers": "other files", "images": "other images or captions"}
 """What a digest tells, in words; of the rest it is the sha256."""
@@ -110,6 +113,7 @@ class SiteTaker:
         for option in NETWORK_FILES:
             self.find_networks(option)
         numbers = self.take_numbers(asked)
+        address = self.take_address()
         if is_other := self.is_other:
             self.told += [f"not taken from {self.site.path}: {what}" for what in self.list_kept()]
         if is_other and not self.told:
@@ -123,6 +127,7 @@ class SiteTaker:
             notes=(*self.places.notes, *self.told),
             processes=numbers.get("processes"),
             workers=numbers.get("workers"),
+            address=address,
         )
 
     @property
@@ -228,6 +233,17 @@ class SiteTaker:
                 found[name] = value
                 self.told.append(f"taken from {self.site.path}: {name}: {value}{how}")
         return found
+
+    def take_address(self) -> dict[str, Any]:
+        """Where machine 0 is, in accelerate's options, where the site says another place than the run took last."""
+        there = {name: value for name, value in self.site.machine.accelerate.items() if name in ADDRESS}
+        known = {name: self.taken.get(name, self.lock.accelerate.get(name)) for name in there}
+        if self.lock.machines == 1 or not self.fits_machine() or there == known:
+            return {}
+        self.taken |= there
+        where = ", ".join(f"{name} = {value}" for name, value in there.items())
+        self.told.append(f"taken from {self.site.path}: machine 0: {where}")
+        return there
 
     def fits_machine(self) -> bool:
         """Whether the site trains on as many machines as the run, on GPUs or a CPU as it does."""
