@@ -112,6 +112,8 @@ def show_command(
                 "origins": {key: effective.origin(key) for key in values},
                 "fates": {key: describe_fate(key) for key in values},
                 "preset": dict(effective.preset),
+                "preset_factors": dict(list_preset_factors(effective.preset)),
+                "factor_reaches": list_reached(effective.preset),
                 "trust": describe_trust(effective),
                 "options_from": table.source,
                 "problems": [vars(problem) for problem in problems],
@@ -141,8 +143,7 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool, typed:
         origin = f"  {effective.origin(key).translate(ESCAPES)}" if why else ""
         click.echo(f"{paint(key.ljust(width), fg='cyan')}  {text.ljust(origins_at - width if why else 0)}{origin}")
         if why and key == "network_args.factor":
-            for pattern, factor in list_preset_factors(effective.preset):
-                print_lines(f"  {factor} for {pattern}, by the preset; network_args.factor does not reach these")
+            print_preset_factors(effective.preset)
     if why:
         print_fates(values)
     else:
@@ -158,6 +159,25 @@ def list_preset_factors(preset: Mapping[str, Any]) -> list[tuple[str, Any]]:
         for pattern, options in table.items()
         if isinstance(options, dict) and "factor" in options
     ]
+
+
+def print_preset_factors(preset: Mapping[str, Any]) -> None:
+    """The preset's factors, and what the factor of network_args still reaches beside them."""
+    factors = list_preset_factors(preset)
+    for pattern, factor in factors:
+        print_lines(f"  {factor} for {pattern}, by the preset; network_args.factor does not reach these")
+    if factors:
+        reached = ", ".join(list_reached(preset)) or "no module"
+        print_lines(
+            f"  network_args.factor still reaches: {reached}" + ", but for the above" * (reached != "no module")
+        )
+
+
+def list_reached(preset: Mapping[str, Any]) -> list[str]:
+    """Classes and names that a LyCORIS preset trains and gives no factor of its own."""
+    own = {pattern for pattern, _ in list_preset_factors(preset)}
+    keys = ("unet_target_module", "unet_target_name", "text_encoder_target_module", "text_encoder_target_name")
+    return [name for key in keys for name in preset.get(key, []) if name not in own]
 
 
 def print_fates(keys: Iterable[str]) -> None:

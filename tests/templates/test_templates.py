@@ -184,3 +184,15 @@ def test_a_site_beside_templates_is_checked_as_a_site(tmp_path: Path) -> None:
     site.write_text("[machine]\ngpus = 2\n[trainer]\nlearning_rat = 1\n")
     [(_, [problem])] = check_files([str(site)], None, load_recorded_table())
     assert problem.where == "trainer.learning_rat"
+
+
+def test_the_presets_factors_stand_beside_factor_and_what_it_still_reaches() -> None:
+    shown = CliRunner().invoke(command, ["show", "epsilon", "--why"]).stdout
+    assert "4 for CrossAttention, by the preset" in shown
+    reached = next(line for line in shown.splitlines() if "still reaches" in line)
+    assert "ResnetBlock2D" in reached
+    assert "CLIPAttention" not in reached, "it has a factor of its own"
+    document = json.loads(CliRunner().invoke(command, ["show", "epsilon", "--json"]).stdout)
+    assert document["preset_factors"]["FeedForward"] == 2
+    assert "Upsample2D" in document["factor_reaches"]
+    assert not set(document["preset_factors"]) & set(document["factor_reaches"])

@@ -96,7 +96,7 @@ def plan_branch(
     ProblemsFound, also where the weights do not fit, NoSuchState, DamagedState, UsageError for a length that is over,
     and what `settle_new_run` raises.
     """
-    refuse_old(parent)
+    refuse_old(parent, "be the beginning of a branch")
     lock = parent.lock
     attempts, damaged = list_attempts(parent), list[DamagedState]()
     state, step = find_state(parent, attempts, step, damaged, on_bytes)

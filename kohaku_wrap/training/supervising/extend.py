@@ -93,12 +93,14 @@ def plan_extension(
     return Extension(longer, chapter, before, depends, replace(planned, run=longer))
 
 
-def refuse_old(run: Run) -> None:
-    """Raise UsageError for a run of kwrap 0.1, whose lock has no text of its files."""
+def refuse_old(run: Run, cannot: str = "be made longer") -> None:
+    """Raise UsageError for a run of kwrap 0.1, whose lock has no text of its files; `cannot` is what was asked for."""
     if run.lock.format == 1:
+        network = next(iter(run.networks), "NETWORK")
+        template = run.lock.table("run").get("template", "TEMPLATE")
         raise UsageError(
-            f"run {run.name} was made by kwrap 0.1, whose runs keep their length",
-            "Start a new run from its network: kwrap train TEMPLATE --from NETWORK",
+            f"run {run.name} was made by kwrap 0.1, which kept no text of a run's files: it cannot {cannot}",
+            f"Start a new run from its network: {command_line('train', template, '--from', network, '--run', 'NEW')}",
         )
 
 

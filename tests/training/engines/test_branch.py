@@ -12,6 +12,7 @@ import pytest
 import schedulefree
 import torch
 from engine_world import World
+from kwrap_0_1 import make_older
 from test_builtin_run import kwrap, train_arguments
 
 from kohaku_wrap.proving.likeness import METRICS, compare_networks
@@ -172,6 +173,15 @@ def train_one(kind: type, **options: Any) -> tuple[Any, torch.nn.Parameter]:
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return optimizer, parameter
+
+
+@pytest.mark.timeout(900)
+def test_a_run_of_kwrap_0_1_is_no_beginning(parent: Run, tmp_path: Path) -> None:
+    old = make_older(Run(shutil.copytree(parent.folder, tmp_path / "old")))
+    refused = kwrap("branch", str(old.folder), "--run", "new")
+    assert refused.returncode == 2
+    assert "it cannot be the beginning of a branch" in refused.stderr
+    assert f"--from {old.networks[0]} --run NEW" in refused.stderr
 
 
 def test_moments_come_and_hyperparameters_stay() -> None:
