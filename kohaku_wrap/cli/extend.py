@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.options import runs_folders, site_option, workers_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -49,7 +49,7 @@ Examples:
     help="Where the rates depend on the length: those of the longer plan from here on, or a new cycle.",
 )
 @click.option("--repeat-warmup", "repeats_warmup", is_flag=True, help="Begin the new cycle with its warm-up again.")
-@click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")
+@workers_option
 @click.option("--dry-run", is_flag=True, help="Print the new length and the rates; change nothing.")
 @site_option
 @supervisor_options

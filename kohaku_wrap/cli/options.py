@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,7 +14,21 @@ if TYPE_CHECKING:
     from kohaku_wrap.metadata.columns import SiteMapping
     from kohaku_wrap.metadata.source import Source
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 DEFAULT_SITE = Path("site.toml")
+
+
+def option_group(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Several options as one decorator, in this order."""
+
+    def add(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
 
 site_option = click.option(
     "--site", "site_file", type=click.Path(path_type=Path), default=None, help="Whose runs folder to look in."
@@ -27,6 +42,8 @@ tags_option = click.option(
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable."
 )
+
+workers_option = click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")
 
 threads_option = click.option(
     "--threads", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads; 0 for one each processor."

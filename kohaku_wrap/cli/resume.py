@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.options import runs_folders, site_option, workers_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -80,7 +80,7 @@ Examples:
               help="Train on so many of the site's machines, from now on.")  # fmt: skip
 @click.option("--machine-rank", type=click.IntRange(0), default=0, metavar="K",
               help="Train along as machine K of a run of several; machine 0 makes the attempts.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")
+@workers_option
 @click.option(
     "--foreign", is_flag=True, help="Take a state of plain sd-scripts; the order is then not provably the same."
 )

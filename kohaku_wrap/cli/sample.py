@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.options import option_group, runs_folders, site_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     count_of,
@@ -31,51 +30,35 @@ if TYPE_CHECKING:
 
 COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+
+picture_options = option_group(
+    click.option("--style", "styles", multiple=True, metavar="NAME", help="A style prompt, or none; repeatable."),
+    click.option("--negative", default="", metavar="TEXT", help="The negative prompt."),
+    click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Repeatable; usually 0."),
+    click.option("--size", "sizes", multiple=True, metavar="WxH", help="Repeatable; usually what the model is for."),
+    click.option("--guidance", "guidances", multiple=True, type=float, metavar="CFG", help="Repeatable; usually 5."),
+    click.option("--sampler", metavar="NAME", help="euler-a (usual), dpmpp-2m or dpmpp-2m-sde."),
+    click.option("--schedule", metavar="NAME", help="exponential (usual), karras or uniform."),
+    click.option("--sampler-steps", type=click.IntRange(1), metavar="N", help="Usually 24."),
+    click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="Usually 2, as SDXL is trained."),
+    click.option("--emphasis", metavar="NAME", help="How weights act: no-norm (usual), original or ignore."),
+    click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."),
+    click.option("--zero-terminal-snr", is_flag=True, default=None, help="With --prediction v, as trained."),
+    click.option("--template", metavar="NAME", help="Take the prediction from a template."),
+    click.option("--hires", metavar="SCALE[:S]", help="A second, larger pass over a share S of the steps."),
+    click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does."),
+)
+"""Options that decide a picture, over those of the sheet."""
 
 
-def picture_options(function: Function) -> Function:
-    """Options that decide a picture, over those of the sheet."""
-    options = (
-        click.option("--style", "styles", multiple=True, metavar="NAME", help="A style prompt, or none; repeatable."),
-        click.option("--negative", default="", metavar="TEXT", help="The negative prompt."),
-        click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Repeatable; usually 0."),
-        click.option(
-            "--size", "sizes", multiple=True, metavar="WxH", help="Repeatable; usually what the model is for."
-        ),
-        click.option(
-            "--guidance", "guidances", multiple=True, type=float, metavar="CFG", help="Repeatable; usually 5."
-        ),
-        click.option("--sampler", metavar="NAME", help="euler-a (usual), dpmpp-2m or dpmpp-2m-sde."),
-        click.option("--schedule", metavar="NAME", help="exponential (usual), karras or uniform."),
-        click.option("--sampler-steps", type=click.IntRange(1), metavar="N", help="Usually 24."),
-        click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="Usually 2, as SDXL is trained."),
-        click.option("--emphasis", metavar="NAME", help="How weights act: no-norm (usual), original or ignore."),
-        click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."),
-        click.option("--zero-terminal-snr", is_flag=True, default=None, help="With --prediction v, as trained."),
-        click.option("--template", metavar="NAME", help="Take the prediction from a template."),
-        click.option("--hires", metavar="SCALE[:S]", help="A second, larger pass over a share S of the steps."),
-        click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def compute_options(function: Function) -> Function:
-    """Options that say how the numbers are computed; bits differ between two of their values."""
-    options = (
-        click.option("--device", type=click.Choice(("cpu", "cuda")), help="Usually a GPU where there is one."),
-        click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp16 on a GPU, else fp32."),
-        click.option(
-            "--vae-dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp32: SDXL's overflows."
-        ),
-        click.option("--batch", type=click.IntRange(1, 256), metavar="N", help="Rows of each forward; GPU 4, CPU 1."),
-        click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of the processor, a process."),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
+compute_options = option_group(
+    click.option("--device", type=click.Choice(("cpu", "cuda")), help="Usually a GPU where there is one."),
+    click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp16 on a GPU, else fp32."),
+    click.option("--vae-dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp32: SDXL's overflows."),
+    click.option("--batch", type=click.IntRange(1, 256), metavar="N", help="Rows of each forward; GPU 4, CPU 1."),
+    click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of the processor, a process."),
+)
+"""Options that say how the numbers are computed; bits differ between two of their values."""
 
 
 @click.command(

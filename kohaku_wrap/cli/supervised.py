@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from kohaku_wrap.cli.options import option_group
 from kohaku_wrap.cli.output import (
     ESCAPES,
     format_duration,
@@ -35,28 +36,24 @@ PHASES = get_args(Phase)
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def supervisor_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that `train` and `resume` share."""
-    options = (
-        click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, metavar="N",
-                     help="Start again this often after a failure, from the last good state."),
-        click.option("--restart-pause", type=click.FloatRange(0), default=10.0, show_default=True, metavar="SECONDS",
-                     help="Before the first restart; doubles with each."),
-        click.option("--timeout", "timeouts", multiple=True, metavar="PHASE=SECONDS",
-                     help=f"End an attempt that shows no sign of life for so long. Phases: {', '.join(PHASES)}."),
-        click.option("--nan-latents-share", type=click.FloatRange(0, 1), default=0.05, show_default=True,
-                     metavar="SHARE", help="End an attempt when more of its last images have NaN latents."),
-        click.option("--bad-steps", type=click.IntRange(0), metavar="N",
-                     help="End an attempt after N optimizer steps in a row that were skipped or had a non-finite "
-                     "loss; 0: never.  [default: 50 in the first 1,000 steps, then 10]"),
-        click.option("--allow", multiple=True, metavar="KEY",
-                     help="Accept: bad-images, nan-latents, non-finite-loss; on resume a difference."),
-        click.option("--hook", default="", metavar="COMMAND",
-                     help="Shell command on start, state, crash, stop, finish; KWRAP_EVENT and KWRAP_MESSAGE tell."),
-    )  # fmt: skip
-    for option in reversed(options):
-        function = option(function)
-    return function
+supervisor_options = option_group(
+    click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+                 help="Start again this often after a failure, from the last good state."),
+    click.option("--restart-pause", type=click.FloatRange(0), default=10.0, show_default=True, metavar="SECONDS",
+                 help="Before the first restart; doubles with each."),
+    click.option("--timeout", "timeouts", multiple=True, metavar="PHASE=SECONDS",
+                 help=f"End an attempt that shows no sign of life for so long. Phases: {', '.join(PHASES)}."),
+    click.option("--nan-latents-share", type=click.FloatRange(0, 1), default=0.05, show_default=True,
+                 metavar="SHARE", help="End an attempt when more of its last images have NaN latents."),
+    click.option("--bad-steps", type=click.IntRange(0), metavar="N",
+                 help="End an attempt after N optimizer steps in a row that were skipped or had a non-finite "
+                 "loss; 0: never.  [default: 50 in the first 1,000 steps, then 10]"),
+    click.option("--allow", multiple=True, metavar="KEY",
+                 help="Accept: bad-images, nan-latents, non-finite-loss; on resume a difference."),
+    click.option("--hook", default="", metavar="COMMAND",
+                 help="Shell command on start, state, crash, stop, finish; KWRAP_EVENT and KWRAP_MESSAGE tell."),
+)  # fmt: skip
+"""What `train`, `resume`, `extend` and `branch` share."""
 
 
 def watch_options(
