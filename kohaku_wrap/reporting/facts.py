@@ -15,6 +15,7 @@ from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.data_summary import read_summary
 from kohaku_wrap.reporting.charts import Mark
 from kohaku_wrap.reporting.curves import Piece, Table, draw_curves, tabulate
+from kohaku_wrap.reporting.evaluations import Evaluation, read_evaluations
 from kohaku_wrap.reporting.pictures import Gallery, make_gallery
 from kohaku_wrap.reporting.story import (
     Chapter,
@@ -27,7 +28,6 @@ from kohaku_wrap.reporting.story import (
 )
 from kohaku_wrap.reporting.way import Step, follow_way
 from kohaku_wrap.training.records.attempts import list_attempts
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import iterate_lines, keep_lines
 from kohaku_wrap.training.records.verification import Verdict, judge_verification
@@ -40,7 +40,6 @@ OPTION_TABLES = {"values": "", "dataset": "dataset_options.", **{name: f"{name}.
 OF_THE_MOMENT = frozenset(("disk_free_bytes", "disk_used_bytes", "silent_seconds", "folder", "samples"))
 """Of a status: what nobody elsewhere can look at."""
 
-EVALUATION_FOLDER = "evaluation"
 NOT_RECORDED = "not recorded"
 
 
@@ -101,8 +100,8 @@ class RunFacts:
     options: tuple[Option, ...]
     """All of them."""
 
-    evaluations: tuple[tuple[str, Mapping[str, Any]], ...]
-    """File and document of each result in `evaluation/`."""
+    evaluations: tuple[Evaluation, ...]
+    """What `kwrap evaluate` found of it."""
 
     data: Mapping[str, Any]
     """What was kept of its data at a glance; empty where nothing was."""
@@ -137,7 +136,7 @@ class RunFacts:
             "attention": self.attention,
             "marks": [asdict(mark) for mark in self.marks],
             "charts": {name: [vars(piece) for piece in pieces] for name, pieces in self.curves.items()},
-            "evaluation": dict(self.evaluations),
+            "evaluation": {each.file: each.document for each in self.evaluations},
             "data": {name: value for name, value in self.data.items() if name != "examples"},
             "pictures": self.gallery.document(),
             "way": [asdict(step) for step in self.way],
@@ -208,13 +207,6 @@ def read_layers(run: Run) -> dict[str, str] | None:
     except (OSError, ValueError):
         return None
     return {str(key): str(origin) for key, origin in document.items()} if isinstance(document, dict) else None
-
-
-def read_evaluations(run: Run) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The results that `kwrap evaluate` left in the run, by file name."""
-    folder = run.folder / EVALUATION_FOLDER
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-        yield from ((path.name, document) for document in read_json_files(folder, path.name))
 
 
 def read_data(run: Run) -> dict[str, Any]:

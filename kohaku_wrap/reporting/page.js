@@ -9,7 +9,7 @@
 
   // The axis: each chart is drawn once for each, and one of them is shown.
   const show = (axis) => {
-    all("svg.plot").forEach((plot) => plot.toggleAttribute("hidden", plot.dataset.axis !== axis));
+    all(".chart svg.plot").forEach((plot) => plot.toggleAttribute("hidden", plot.dataset.axis !== axis));
     all(".readout").forEach((line) => { line.textContent = "\u00a0"; });
     kept.axis = axis;
     keep();

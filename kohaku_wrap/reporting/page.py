@@ -71,7 +71,12 @@ def make_public(value: Any) -> Any:
 
 def embed_json(document: Any, *, is_public: bool = False) -> Markup:
     """A document as JSON that cannot end the element it stands in; `is_public`: without paths of the machine."""
-    text = json.dumps(document, separators=(",", ":"), default=str)
+    try:
+        text = json.dumps(document, separators=(",", ":"), default=str, allow_nan=False)
+    except ValueError:
+        # What JSON has no word for; json itself reads the words that it wrote.
+        loose = json.loads(json.dumps(document, default=str), parse_constant=str)
+        text = json.dumps(loose, separators=(",", ":"), allow_nan=False)
     if is_public:
         text = OWN_NAME.sub("…", json.dumps(clean_value(json.loads(text)), separators=(",", ":")))
     return Markup(text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}))

@@ -194,7 +194,8 @@ def list_attention(
     """What a person should look at first; nothing where all is well."""
     if verdict.standing == "faults":
         yield "verify found faults: the run is not what its ledger should tell"
-    if status.last_error and status.condition != "finished":
+    newest = status.attempts[-1].number if status.attempts else 0
+    if status.last_error.startswith(f"attempt {newest}:"):
         yield f"{status.last_error}{f'. {status.advice}' if status.advice else ''}"
     if status.condition == "running" and (status.silent_seconds or 0.0) > SILENT_SECONDS:
         yield f"no sign of life for {show_duration(status.silent_seconds or 0.0)}"

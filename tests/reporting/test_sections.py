@@ -166,6 +166,38 @@ def test_large_pictures_stay_beside_the_page(new_run: NewRun, monkeypatch: pytes
     assert "The pictures lie beside this page" in page.text
 
 
+def test_results_of_evaluations_are_laid_out_and_others_named(new_run: NewRun) -> None:
+    run = new_run("judged")
+    folder = run.folder / "evaluation"
+    (folder / "other").mkdir(parents=True)
+    models = [{"title": f"{HOSTILE}{place}", "optimizer_step": place, "score": {"mean": 0.5}, "above_0.9": 2,
+               "curve": [0.25, 1.0, 0.75], "scores": {"a": {"score": 1}}} for place in (1, 2)]  # fmt: skip
+    ccip = {"format": 1, "measure": "ccip", "judge": {"title": "tiny", "threshold": 0.17}, "models": models}
+    (folder / "ccip.json").write_text(json.dumps(ccip))
+    (folder / "other" / "exposure.json").write_text(
+        '{"command": "evaluate exposure", "rows": [{"tag": "hat", "seen": 7}]}'
+    )
+    odd = {"torn": "{", "list": "[1]", "deep": '{"a":' * 500 + "1" + "}" * 500, "loose": '{"a": NaN, "b": [Infinity]}'}
+    for name, text in odd.items():
+        (folder / f"{name}.json").write_text(text)
+    (folder / "folder.json").mkdir()
+    (folder / "[bracket]*.json").write_text('{"measure": "mine", "curve": "none", "models": [{"curve": [2]}]}')
+    page = make_page(run)
+    shown = page.data["runs"][0]["evaluation"]
+    assert shown["ccip.json"] == ccip and shown["torn.json"] == shown["list.json"] == shown["deep.json"] == {}
+    assert shown["loose.json"] == {"a": "NaN", "b": ["Infinity"]} and shown["[bracket]*.json"]["measure"] == "mine"
+    for name in ("torn", "list", "deep", "folder"):
+        assert f"{name}.json: not a result that can be read." in page.text
+    places = [
+        attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("data-axis") == "place"
+    ]
+    (drawn,) = places
+    assert (float(str(drawn["data-x-high"])), float(str(drawn["data-y-low"]))) == (3.0, 0.0)
+    assert "score.mean" in page.text and "judge.threshold" in page.text and "hat" in page.text
+    assert [tag for tag, _ in page.elements].count("img") == 1
+    compose_page([run], None)
+
+
 @pytest.mark.parametrize("inline_bytes", [6_000_000, 100], ids=["pictures inside", "none"])
 def test_a_page_to_publish_names_no_place_of_the_machine(
     new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline_bytes: int
