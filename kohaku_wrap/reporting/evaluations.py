@@ -123,7 +123,7 @@ def lay_out(title: str, records: Sequence[Mapping[str, Any]]) -> Table:
 
 def find_curves(document: Mapping[str, Any]) -> Iterator[tuple[str, list[float]]]:
     """Each model of a result with its scores, the best first."""
-    models = document.get("models")
+    models: Any = document.get("models")
     for each in models if is_list_of_records(models) else ():
         values = each.get(CURVE)
         if (
