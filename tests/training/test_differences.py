@@ -22,6 +22,7 @@ from kohaku_wrap.errors import KwrapError, Problem, UsageError
 from kohaku_wrap.trainer.installed import is_decisive
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import fingerprint_of
+from kohaku_wrap.training.records.states import write_state
 from kohaku_wrap.training.supervising import differences
 from kohaku_wrap.training.supervising.differences import (
     DifferentRun,
@@ -206,7 +207,21 @@ def test_ids_and_options_of_a_state(new_run: NewRun) -> None:
     (found,) = compare_fingerprint(replace(made, run_id=""), run)
     assert found.where == "other-run" and "a run of kwrap 0.1, which has no id, this is aaaaaaaaaaaa…" in found.what
     assert keys(compare_fingerprint(replace(made, options_digest="c" * 64), run)) == ["options"]
+    assert list(compare_fingerprint(replace(made, options_digest=("B" * 64).lower()), run)) == []
     assert list(compare_fingerprint(replace(made, options_digest=""), run)) == [], "unknown is not another"
+
+
+def test_a_state_of_an_attempt_whose_record_is_gone_is_noted(new_run: NewRun) -> None:
+    run = new_run(run={"id": "a" * 32, "options_digest": "b" * 64}, format=2)
+
+    def save(step: int, attempt: int, run_id: str) -> None:
+        made_with = replace(fingerprint_of(run, step, 1), run_id=run_id)
+        write_state(run.states, step, lambda folder: (folder / "n").touch(), made_with, attempt=attempt, scheduled=True)
+
+    save(1, attempt=3, run_id=("A" * 32).lower())
+    save(2, attempt=4, run_id="another run's")
+    [note] = [each for each in list_notes(run, settle_places(run)) if "may count twice" in each]
+    assert note == f"{run.attempts / '3'} is gone: what it trained may count twice for `kwrap verify`"
 
 
 def test_what_is_accepted_is_not_refused() -> None:
