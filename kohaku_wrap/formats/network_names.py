@@ -127,4 +127,6 @@ def find_targets(name: str, table: Mapping[str, dict[str, Target]]) -> dict[str,
         return table[name]
     if is_diffusers_name(name):
         return table.get(checkpoint_name(name))
+    if name.startswith("lora_te1_"):  # of SD 1's one text encoder, in forms that number it
+        return table.get(name.replace("lora_te1_", "lora_te_", 1))
     return None

@@ -29,7 +29,8 @@ from kohaku_wrap.merging.fitting import (
     sum_squares,
 )
 from kohaku_wrap.merging.layers import Layer, LayerFit, NetworkResult, list_layers
-from kohaku_wrap.merging.networks import raise_problems, shapes_of_kron
+from kohaku_wrap.merging.modules import shapes_of_kron
+from kohaku_wrap.merging.networks import raise_problems
 from kohaku_wrap.merging.open_files import Files, check_output, new_file, write_at
 from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, KeyFinder
 from kohaku_wrap.merging.plan import DEFAULT_RANK, MergePlan

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kohaku_wrap.merging.kernels import Product
 from kohaku_wrap.merging.loops import fill_kronecker
+from kohaku_wrap.merging.modules import MADE_OF_WEIGHT
 
 Array = NDArray[np.float32]
 
@@ -26,7 +27,7 @@ class Delta:
 
     def __init__(self, algorithm: str, kind: str, arrays: Mapping[str, Array]) -> None:
         """`arrays`: the module's tensors by the part of the key after its name. `kind`: weight or bias."""
-        self.arrays = arrays
+        self.algorithm, self.arrays = algorithm, arrays
         self.period = 0
         """Rows of one block of a Kronecker product; 0 for any other delta."""
         self.scale = np.float32(1)
@@ -43,7 +44,7 @@ class Delta:
 
                 self.outer, self.inner, self.scale = find_kronecker_factors(arrays)
             self.period = self.inner.shape[0]
-        else:
+        elif algorithm not in MADE_OF_WEIGHT:
             from kohaku_wrap.merging.factors import LowRank
 
             self.low_rank = LowRank(algorithm, arrays)
@@ -108,16 +109,18 @@ class Delta:
 
     def sets_norms_of_rows(self, rows: int) -> bool:
         """Whether DoRA learned a norm for each of the weight's rows, not for each of its columns."""
-        norms = self.arrays["dora_scale"]
-        return bool(norms.shape[0] == norms.size == rows)
+        norms = self.arrays.get("dora_scale")
+        return norms is not None and bool(norms.shape[0] == norms.size == rows)
 
     def decompose(self, base: Array, rows: int, first: int, multiplier: float) -> Array:
-        """Rows of the weight plus this delta, with the norms that DoRA learned; flat.
+        """Rows of the weight plus this delta, with the norms that DoRA learned, or as OFT and the like make it; flat.
 
-        `base`: from row `first` on, (some of `rows`, in, …); all of them where the norms are those of columns.
+        `base`: from row `first` on, (some of `rows`, in, …); all of them where not each row has its norm.
         """
-        from kohaku_wrap.merging.factors import decompose_weight
+        from kohaku_wrap.merging.factors import change_weight, decompose_weight
 
+        if self.algorithm in MADE_OF_WEIGHT:
+            return change_weight(self.algorithm, self.arrays, base, multiplier).reshape(-1)
         last = first + base.shape[0]
         weight = base + self.compute_rows(first, last).reshape(base.shape)
         norms = self.arrays["dora_scale"]

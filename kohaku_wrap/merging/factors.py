@@ -6,6 +6,7 @@ LoHa and are not used.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils import skip_init
 
 SLOW_IMPORTS = ("bitsandbytes", "lycoris.kohya")
 
@@ -37,6 +39,8 @@ with without_imports(SLOW_IMPORTS):  # only training needs them, and they take s
     from lycoris.functional import locon, loha, lokr
     from lycoris.functional.general import factorization as factorization
     from lycoris.functional.general import weight_decompose
+    from lycoris.logging import logger as lycoris_logger
+    from lycoris.modules import ButterflyOFTModule, DiagOFTModule, GLoRAModule, IA3Module
 
 Array = NDArray[np.float32]
 Tensors = Mapping[str, torch.Tensor]
@@ -107,6 +111,42 @@ def decompose_weight(weight: Array, dora_scale: Array, multiplier: float, on_out
     ones = [1] * (weight.ndim - 1)
     norms = torch.from_numpy(dora_scale).reshape([-1, *ones] if on_output else [1, -1, *ones[1:]])
     merged = weight_decompose(torch.from_numpy(weight), norms, multiplier, wd_on_out=on_output, backend=BACKEND)
+    return cast(Array, merged.contiguous().numpy())
+
+
+@torch.no_grad()
+def change_weight(algorithm: str, arrays: Mapping[str, Array], weight: Array, multiplier: float) -> Array:
+    """The weight, (out, in, …), with an OFT, BOFT, GLoRA or IA3 module on it, as LyCORIS' own module makes it.
+
+    In float32. Blocks of four dimensions are BOFT's. Without alpha, OFT has no constraint and GLoRA the scale 1.
+    """
+    torch.set_num_threads(1)
+    lycoris_logger.setLevel(logging.WARNING)  # it tells of every module
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    columns, rows, *kernel = *weight.shape[1::-1], *weight.shape[2:]
+    layer: torch.nn.Module = (
+        skip_init(torch.nn.Conv2d, columns, rows, kernel, bias=False)
+        if kernel
+        else skip_init(torch.nn.Linear, columns, rows, bias=False)
+    )
+    layer.weight.copy_(torch.from_numpy(weight))
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
+    if algorithm == "IA3":
+        module = IA3Module("module", layer, 1.0, train_on_input=bool(tensors["on_input"]))
+        module.weight.copy_(tensors["weight"].reshape(module.weight.shape))
+    elif algorithm == "GLoRA":
+        names = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight")
+        parts = [tensors.get(name) for name in names]
+        module = GLoRAModule.make_module_from_state_dict("module", layer, *parts, alpha)
+    else:
+        blocks, rescale = tensors["oft_blocks"], tensors.get("rescale")
+        kind = DiagOFTModule if blocks.ndim == 3 else ButterflyOFTModule
+        module = kind("module", layer, 1.0, 2, constraint=alpha, rescaled=rescale is not None)
+        module.block_num, module.block_size = blocks.shape[-3:-1]
+        module.oft_blocks = torch.nn.Parameter(blocks)
+        if rescale is not None:
+            module.rescale.copy_(rescale.reshape(module.rescale.shape))
+    merged, _ = module.get_merged_weight(multiplier)
     return cast(Array, merged.contiguous().numpy())
 
 

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.formats.network_keys import KOHYA_PREFIXES, is_network_key, read_network_key
 from kohaku_wrap.formats.network_names import Target, find_targets, is_diffusers_name
-from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot
+from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, MalformedFile, TensorSpot
+from kohaku_wrap.merging.modules import (
+    ALGORITHMS,
+    MADE_OF_WEIGHT,
+    Module,
+    algorithm_of,
+    describe_shapes,
+    fits_weight,
+    is_norm_of,
+)
 
-ANY_MODULE = ("alpha", "dora_scale", "diff_b")
-ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "LoKr": (
-        frozenset(),
-        frozenset(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", *ANY_MODULE)),
-    ),
-    "LoHa": (
-        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", *ANY_MODULE)),
-    ),
-    "LoRA": (
-        frozenset(("lora_up.weight", "lora_down.weight")),
-        frozenset(("lora_up.weight", "lora_down.weight", "lora_mid.weight", *ANY_MODULE)),
-    ),
-    "full": (frozenset(("diff",)), frozenset(("diff", "diff_b", "alpha"))),
-    "norm": (frozenset(("w_norm",)), frozenset(("w_norm", "b_norm", "alpha"))),
-    "bias": (frozenset(("diff_b",)), frozenset(("diff_b", "alpha"))),
-}
-"""For each algorithm the tensors that a module must have, and all that it may have."""
-
-MARK_OF_ALGORITHM = {
-    "lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm", "diff_b": "bias",
-}  # fmt: skip
-PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
 PROBLEMS_SHOWN = 12
 FLOATS_SHOWN = ", ".join(FLOAT_DTYPES)
 ALPHA_DTYPES = (*FLOAT_DTYPES, "I64", "I32")
 """An alpha that was never converted is what Python made of a number: sd-scripts saves a whole one as I64."""
 
-Shape = tuple[int, ...]
 LeaveOut = Callable[[str, str], None]
 """Is given the reason and a tensor of the network's file."""
 
@@ -51,99 +35,9 @@ class NotANetwork(KwrapError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path}: this is not a network: none of its keys begins with lora_unet_ or lora_te",
-            "Bind net(…) to a LoKr, LoHa, LoCon or LoRA file in kohya's form; a checkpoint is named without net(…).",
+            f"{path}: this is not a network: none of its keys is one of LoRA, LyCORIS or PEFT",
+            "Bind net(…) to a LoKr, LoHa, LoCon or LoRA file; a checkpoint is named without net(…).",
         )
-
-
-@dataclass(frozen=True)
-class Module:
-    """One module of a network file."""
-
-    name: str
-    """Such as `lora_unet_input_blocks_1_0_in_layers_2`."""
-
-    algorithm: str
-    """A name in ALGORITHMS."""
-
-    tensors: dict[str, TensorSpot]
-    """Where each of its tensors lies, by the part of the key after the name."""
-
-    @property
-    def has_dora(self) -> bool:
-        """Whether it also sets the norms of the whole weight."""
-        return "dora_scale" in self.tensors
-
-    def delta_size(self) -> tuple[int, int]:
-        """Rows and elements of the weight's delta.
-
-        Raises KeyError, IndexError or ValueError where the factors do not make a whole delta.
-        """
-        shape = {suffix: spot.shape for suffix, spot in self.tensors.items()}
-        if self.algorithm == "LoKr":
-            (outer_rows, outer_columns), inner = shapes_of_kron(shape)
-            return outer_rows * inner[0], outer_rows * outer_columns * math.prod(inner)
-        if self.algorithm == "LoHa":
-            whole = shape_of_hadamard(shape)
-        elif self.algorithm == "LoRA":
-            whole = shape_of_lora(shape)
-        else:
-            whole = shape["diff" if self.algorithm == "full" else "w_norm"] or (1,)
-        return whole[0], math.prod(whole)
-
-
-def flatten(shape: Shape) -> Shape:
-    """As a matrix: all after the first dimension in one."""
-    return shape[0], math.prod(shape[1:])
-
-
-def shape_of_product(left: Shape, right: Shape) -> Shape:
-    """Of a product of two matrices."""
-    (rows, rank), (other_rank, columns) = left, right
-    if rank != other_rank or not rank:
-        raise ValueError
-    return rows, columns
-
-
-def shape_of_tucker(core: Shape, left: Shape, right: Shape) -> Shape:
-    """Of a Tucker product: `core` (rank, other rank, …), `left` (rank, rows), `right` (other rank, columns)."""
-    (rank, rows), (other_rank, columns) = left, right
-    if core[:2] != (rank, other_rank) or not rank * other_rank:
-        raise ValueError
-    return rows, columns, *core[2:]
-
-
-def shapes_of_kron(shape: Mapping[str, Shape]) -> tuple[Shape, Shape]:
-    """Of both factors of a LoKr module."""
-    outer = shape.get("lokr_w1") or shape_of_product(shape["lokr_w1_a"], shape["lokr_w1_b"])
-    if "lokr_w2" in shape:
-        return outer, shape["lokr_w2"]
-    left, right = shape["lokr_w2_a"], shape["lokr_w2_b"]
-    if "lokr_t2" in shape:
-        return outer, shape_of_tucker(shape["lokr_t2"], left, right)
-    return outer, shape_of_product(left, flatten(right))
-
-
-def shape_of_hadamard(shape: Mapping[str, Shape]) -> Shape:
-    """Of both factors of a LoHa module, which must be alike."""
-    pairs = [(shape[f"hada_w{half}_a"], shape[f"hada_w{half}_b"]) for half in (1, 2)]
-    if "hada_t1" in shape or "hada_t2" in shape:
-        cores = shape["hada_t1"], shape["hada_t2"]
-        found = {shape_of_tucker(core, *pair) for core, pair in zip(cores, pairs, strict=True)}
-    else:
-        found = {shape_of_product(*pair) for pair in pairs}
-    if len(found) > 1:
-        raise ValueError
-    return found.pop()
-
-
-def shape_of_lora(shape: Mapping[str, Shape]) -> Shape:
-    up, down = shape["lora_up.weight"], shape["lora_down.weight"]
-    if math.prod(up[2:]) != 1:
-        raise ValueError
-    if "lora_mid.weight" in shape:
-        return shape_of_tucker(shape["lora_mid.weight"], (up[1], up[0]), flatten(down))
-    return shape_of_product(up[:2], flatten(down))
 
 
 @dataclass(frozen=True)
@@ -159,16 +53,10 @@ class Change:
     target: Target
     """The tensor, or its share, that it changes."""
 
-
-def algorithm_of(suffixes: Iterable[str]) -> str | None:
-    """The algorithm whose tensors these are; None if no known one fits."""
-    listed = set(suffixes)
-    for mark, algorithm in MARK_OF_ALGORITHM.items():
-        if any(suffix.startswith(mark) for suffix in listed):
-            required, allowed = ALGORITHMS[algorithm]
-            if required <= listed <= allowed:
-                return algorithm
-    return None
+    @property
+    def sets_weight(self) -> bool:
+        """Whether it is no sum: the new weight depends on the old one in another way."""
+        return self.kind == "weight" and self.module.sets_weight
 
 
 def describe_network(header: Header) -> str:
@@ -183,15 +71,20 @@ def describe_network(header: Header) -> str:
 
 def is_network(header: Header) -> bool:
     """Whether a file's keys are a kohya network's."""
-    return any(key.startswith(PREFIXES) and "." in key for key in header.tensors)
+    return any(map(is_network_key, header.tensors))
 
 
 def group_modules(header: Header) -> dict[str, dict[str, TensorSpot]]:
-    """The tensors of each module by the part of the key after the module's name."""
+    """The tensors of each module by the part of the key after the module's name, in kohya's words.
+
+    Raises MalformedFile where two keys mean one tensor.
+    """
     modules: dict[str, dict[str, TensorSpot]] = {}
     for key, spot in header.tensors.items():
-        name, _, suffix = key.partition(".")
-        modules.setdefault(name, {})[suffix] = spot
+        name, suffix = read_network_key(key)
+        if suffix in modules.setdefault(name, {}):
+            raise MalformedFile(header.path, [f"{key!r} is another key for {name}.{suffix}"])
+        modules[name][suffix] = spot
     return modules
 
 
@@ -208,11 +101,11 @@ def read_modules(header: Header, leave_out: LeaveOut | None = None) -> list[Modu
         odd = [
             suffix
             for suffix, spot in tensors.items()
-            if spot.dtype not in (ALPHA_DTYPES if suffix == "alpha" else FLOAT_DTYPES)
+            if spot.dtype not in (ALPHA_DTYPES if suffix in ("alpha", "on_input") else FLOAT_DTYPES)
         ]
         if algorithm is None and leave_out:
             for suffix in tensors:
-                what = "of an unknown kind" if name.startswith(PREFIXES) else f"named {name}.*, no known network"
+                what = "of an unknown kind" if name.startswith(KOHYA_PREFIXES) else f"named {name}.*, no known network"
                 leave_out(what, f"{name}.{suffix}")
         elif algorithm is None:
             known = ", ".join(ALGORITHMS)
@@ -250,6 +143,7 @@ def match_modules(
     """
     changes: list[Change] = []
     problems: list[Problem] = []
+    found: dict[tuple[str, Target], str] = {}
     for module in read_modules(header, leave_out):
         targets = find_targets(module.name, table)
         wanted = ["weight"] * (module.algorithm != "bias")
@@ -267,6 +161,9 @@ def match_modules(
             fault = fault_of_change(module, kind, target, tensors[target.key])
             if fault:
                 problems.append(Problem(module.name, fault))
+            if twin := found.get((kind, target)):
+                problems.append(Problem(module.name, f"names the same layer as {twin}: one of them is too many"))
+            found[kind, target] = module.name
             changes.append(Change(module, kind, target))
     problems += problems_of_fused(changes)
     raise_problems(
@@ -288,11 +185,14 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
     if kind == "bias":
         delta = module.tensors["b_norm" if module.algorithm == "norm" else "diff_b"].elements
         return "" if delta == elements else f"its bias has {delta} numbers, {target.key} has {elements}"
+    if module.algorithm in MADE_OF_WEIGHT and target.is_transposed:
+        return f"{module.algorithm} cannot be put on {target.key}, which the checkpoint holds transposed"
+    if module.algorithm in MADE_OF_WEIGHT:
+        return "" if fits_weight(module, (rows, *shape[1:])) else f"its tensors ({describe_shapes(module)}) do not fit"
     try:
         delta_rows, delta_elements = module.delta_size()
     except (KeyError, IndexError, ValueError):
-        shapes = ", ".join(f"{suffix} {list(spot.shape)}" for suffix, spot in sorted(module.tensors.items()))
-        return f"its factors do not make a whole delta ({shapes})"
+        return f"its factors do not make a whole delta ({describe_shapes(module)})"
     if (delta_rows, delta_elements) != (rows, elements):
         return (
             f"its delta has {delta_rows} rows and {delta_elements:,} numbers, {target.key} has {rows} and {elements:,}"
@@ -303,12 +203,6 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
     if dora and not is_norm_of(dora.shape, rows, shape):
         return f"its dora_scale {list(dora.shape)} is neither one number for each output nor one for each input"
     return ""
-
-
-def is_norm_of(dora: Shape, rows: int, weight: Shape) -> bool:
-    """Whether DoRA's norms are those of a weight's outputs, (rows, 1, …), or of its inputs, (1, columns, …)."""
-    by_output = dora[:1] == (rows,) and math.prod(dora) == rows
-    return by_output or (dora[:2] == (1, *weight[1:2]) and math.prod(dora) == math.prod(weight[1:2]))
 
 
 def problems_of_fused(changes: Iterable[Change]) -> list[Problem]:

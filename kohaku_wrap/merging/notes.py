@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout
 from kohaku_wrap.formats.predictions import MARKS
+from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.blocks import blocks_of_key
 from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.formula import Blocks, Only, walk_formula
@@ -15,6 +16,8 @@ from kohaku_wrap.merging.plan import TensorPlan
 LIKE = "(like)"
 VAE = "(vae)"
 KEYS_SHOWN = 3
+SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
+"""Algorithms that alpha / rank scales."""
 
 
 class Notes:
@@ -58,6 +61,22 @@ class Notes:
             asked = self.formula.reduce_for_key(draft.key, frozenset()).networks if draft.key in changes else {}
             for name in sorted({name for name, _ in changes.get(draft.key, [])} & set(asked) - kept):
                 self.add(f"net({name}) is left out where the tensor is copied", draft.key)
+
+    def tell_zero_alphas(self, networks: Mapping[str, Header], changes: Mapping[str, list[tuple[str, Change]]]) -> None:
+        """Say which modules have an alpha of 0, which programs read in two ways; these numbers are read."""
+        for name, header in networks.items():
+            modules = {
+                change.module.name: change.module for each in changes.values() for its, change in each if its == name
+            }
+            with header.path.open("rb") as stream:
+                for module in modules.values():
+                    alpha = module.tensors.get("alpha")
+                    if alpha is None or module.algorithm not in SCALED:
+                        continue
+                    stream.seek(header.data_start + alpha.begin)
+                    if not any(stream.read(alpha.size_bytes)):
+                        line = f"net({name}): alpha is 0, read as the rank, as LyCORIS and sd-scripts do; "
+                        self.add(f"{line}ComfyUI and A1111 would add nothing", module.name)
 
     def tell_layouts(self) -> None:
         """Say which files are read under other names than they have, and what the output lacks of a whole model."""

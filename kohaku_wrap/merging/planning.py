@@ -64,8 +64,8 @@ def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | N
     networks = {name: read_header(paths[name]) for name in names_of_networks(formula.tree)}
     if not (models or options.like):
         own = shapes_of_networks(networks, lenient=options.unmatched == "skip")
-        layouts = {LIKE: Layout(own.header, "", ())}
-        return Planner(formula, layouts, networks, LIKE, LIKE, options, own.targets).plan()
+        own_layout = {LIKE: Layout(own.header, "", ())}
+        return Planner(formula, own_layout, networks, LIKE, LIKE, options, own.targets).plan()
     anchor = choose_file(options.like, LIKE, headers) if options.like else models[0]
     vae = choose_file(options.vae_from, VAE, headers) if options.vae_from else anchor
     sd1 = any(key.startswith("cond_stage_model.") for header in headers.values() for key in header.tensors)
@@ -140,6 +140,7 @@ class Planner:
             leave_out = partial(self.leave_out, name) if self.options.unmatched == "skip" else None
             for change in match_modules(header, self.targets, tensors, leave_out):
                 self.changes.setdefault(change.target.key, []).append((name, change))
+        self.notes.tell_zero_alphas(self.networks, self.changes)
         self.notes.tell_layouts()
         computed = [key for key, spot in tensors.items() if self.is_computed(key, spot)]
         check_coverage(self.formula, self.layouts, self.anchor, computed, self.options.missing != "fail")
@@ -181,10 +182,10 @@ class Planner:
 
     def advice(self) -> str:
         kinds = {problem.what.split(":")[0] for problem in self.problems}
-        if any("DoRA's change" in kind for kind in kinds):
-            return "Bake it first: `base + net(x)`; then write the difference of both files as a network."
+        if any("no sum" in kind for kind in kinds):
+            return "Bake it first (`base + net(x)`); then write the difference of both files as a network."
         if any("not 0" in kind for kind in kinds):
-            return "With --as, write a change, such as `tuned - base` or `net(x)`; without it a checkpoint is written."
+            return "With --as, write a change, such as `tuned - base` or `net(x)`; without it a checkpoint is made."
         if any("whose VAE" in kind for kind in kinds):
             return (
                 "Give --vae-from a checkpoint of the same kind: its VAE under `first_stage_model.`, in the same shapes."
@@ -281,9 +282,10 @@ class Planner:
             for name, change in self.changes.get(key, [])
             if name in reduction.networks
         ]
-        dora = [name for name, _, change in changes if change.module.has_dora and change.kind == "weight"]
-        if dora and len({name for name, _, _ in changes}) > 1:
-            self.problems.append(Problem(key, f"{dora[0]} sets its norms (DoRA); no other network can be added to it"))
+        setting = [name for name, _, change in changes if change.sets_weight]
+        if setting and len({name for name, _, _ in changes}) > 1:
+            what = f"{setting[0]} is no sum (DoRA, OFT, GLoRA, IA3)"
+            self.problems.append(Problem(key, f"{what}; no other network can be added to it"))
         if self.options.network:
             return self.plan_change(key, spot, weighted, changes)
         if not weighted:
@@ -312,11 +314,10 @@ class Planner:
         self, key: str, spot: TensorSpot, weighted: dict[str, Fraction], changes: list[tuple[str, Fraction, Change]]
     ) -> TensorPlan:
         """A tensor of a change, whose numbers are computed in float32 and become a module of a network."""
-        total = sum(weighted.values(), Fraction(0))
-        if total:
+        if total := sum(weighted.values(), Fraction(0)):
             self.problems.append(Problem(key, f"the coefficients sum to {total}, not 0: no change but a checkpoint"))
-        if any(change.module.has_dora for _, _, change in changes):
-            self.problems.append(Problem(key, "DoRA's change depends on the checkpoint's norms, so it is no sum"))
+        if any(change.sets_weight for _, _, change in changes):
+            self.problems.append(Problem(key, "DoRA, OFT, GLoRA and IA3 change a weight by what it is: no sum"))
         added = {name: value for name, value, _ in changes}
         self.combinations[WeightedSum(tuple(weighted.items()), tuple(added.items()))] += 1
         stored = self.options.dtype or {"F64": "F32", "F8_E4M3": "F16", "F8_E5M2": "F16"}.get(spot.dtype, spot.dtype)

@@ -60,7 +60,7 @@ def verify_elements_of(
     for place, elements in draw_elements(pieces, count).items():
         piece = pieces[place]
         on_done(piece.begin)
-        if any(change.module.has_dora and change.kind == "weight" for _, _, change in piece.deltas):
+        if any(change.sets_weight for _, _, change in piece.deltas):
             skipped += len(elements)
             continue
         deltas = deltas_at(worker, piece, elements)

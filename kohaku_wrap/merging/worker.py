@@ -146,7 +146,7 @@ class Worker:
     def compute_with_deltas(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
         """A piece that networks change, by blocks of rows: the first element and the bits of each."""
         deltas = [self.open_delta(name, change) for name, _, change in piece.deltas]
-        if any(change.module.has_dora and change.kind == "weight" for _, _, change in piece.deltas):
+        if any(change.sets_weight for _, _, change in piece.deltas):
             yield from self.compute_dora(piece, deltas[0])
             return
         row_elements = piece.elements // piece.rows
