@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.utils import skip_init
 
 SLOW_IMPORTS = ("bitsandbytes", "lycoris.kohya")
 
@@ -123,13 +122,11 @@ def change_weight(algorithm: str, arrays: Mapping[str, Array], weight: Array, mu
     torch.set_num_threads(1)
     lycoris_logger.setLevel(logging.WARNING)  # it tells of every module
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    columns, rows, *kernel = *weight.shape[1::-1], *weight.shape[2:]
-    layer: torch.nn.Module = (
-        skip_init(torch.nn.Conv2d, columns, rows, kernel, bias=False)
-        if kernel
-        else skip_init(torch.nn.Linear, columns, rows, bias=False)
-    )
-    layer.weight.copy_(torch.from_numpy(weight))
+    (rows, columns), kernel = weight.shape[:2], cast("tuple[int, int]", weight.shape[2:])
+    shape: dict[str, Any] = {"bias": False, "device": "meta"}
+    conv, linear = torch.nn.Conv2d, torch.nn.Linear
+    layer = conv(columns, rows, kernel, **shape) if kernel else linear(columns, rows, **shape)
+    layer.weight = torch.nn.Parameter(torch.from_numpy(weight), requires_grad=False)
     alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
     if algorithm == "IA3":
         module = IA3Module("module", layer, 1.0, train_on_input=bool(tensors["on_input"]))

@@ -12,7 +12,8 @@ from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, part_of_key, read_layout
 from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
-from kohaku_wrap.merging.networks import algorithm_of, describe_network, group_modules, is_network
+from kohaku_wrap.merging.modules import algorithm_of
+from kohaku_wrap.merging.networks import describe_network, group_modules, is_network
 from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 
 SQLITE_MAGIC = b"SQLite format 3\x00"
