@@ -8,6 +8,7 @@ from kohaku_wrap.cli.evaluate_ccip import ccip
 from kohaku_wrap.cli.evaluate_exposure import exposure
 from kohaku_wrap.cli.evaluate_judge import judge
 from kohaku_wrap.cli.evaluate_judges import judges
+from kohaku_wrap.cli.evaluate_loss import loss
 
 
 @click.group(epilog="Start with `kwrap evaluate exposure RUN`.")
@@ -19,5 +20,5 @@ def command() -> None:
     """
 
 
-for each in (exposure, judges, judge, ccip):
+for each in (exposure, loss, judges, judge, ccip):
     command.add_command(each)

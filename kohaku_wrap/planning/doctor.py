@@ -51,6 +51,7 @@ def examine_machine(
     """All findings, one after another. `engine` None: both are looked at, and a missing sd-scripts is no fault."""
     yield examine_python()
     yield from examine_versions()
+    yield examine_judges()
     if engine != "builtin":
         yield examine_trainer(required=engine is not None)
     if engine == "builtin" and effective and effective.batch:
@@ -127,6 +128,21 @@ def examine_bitsandbytes(version: str) -> Finding:
             f"Install another one: pip install {TESTED['bitsandbytes'].pinned}",
         )
     return Finding.ok("bitsandbytes", version or "not installed")
+
+
+def examine_judges() -> Finding:
+    """Which onnxruntime `kwrap evaluate` looks at pictures with."""
+    found = {name: version for name in ("onnxruntime", "onnxruntime-gpu") if (version := find_version(name))}
+    if len(found) > 1:
+        return Finding(
+            "onnxruntime",
+            "warning",
+            " and ".join(f"{name} {version}" for name, version in found.items()),
+            "They are one package under two names: the one installed last is active.",
+            "Keep one: pip uninstall onnxruntime onnxruntime-gpu, then install it again.",
+        )
+    shown = " ".join(*found.items()) if found else "not installed; only `kwrap evaluate ccip` and `judge` need it"
+    return Finding.ok("onnxruntime", shown)
 
 
 def examine_trainer(*, required: bool) -> Finding:

@@ -132,6 +132,11 @@ ROWS = {
     ),
     "evaluate exposure": Row("evaluate exposure {plain}/r", shows=True),
     "evaluate judges": Row("evaluate judges", shows=True),
+    "evaluate loss": Row(
+        "evaluate loss {world}/base/model.safetensors --images {world}/images --tokenizers {world}/base/tokenizers "
+        "--template demo --posts 1 --timesteps 1 --device cpu --out {out}/losses",
+        makes="losses/loss.json",
+    ),
     "evaluate judge": Row(
         "evaluate judge {world}/judged --judge {world}/judges/aesthetic --result {out}/j.json", makes="j.json"
     ),

@@ -176,3 +176,20 @@ def test_a_broken_torch_ends_in_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_p
     [finding] = doctor_torch.find_torch_faults(None)
     assert finding.status == "broken"
     assert "libcudart" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("installed", "status", "shown"),
+    [
+        ({"onnxruntime": "1.32.0"}, "ok", "onnxruntime 1.32.0"),
+        ({"onnxruntime-gpu": "1.32.0"}, "ok", "onnxruntime-gpu 1.32.0"),
+        ({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.0"}, "warning", "onnxruntime 1.32.0 and onnxruntime-gpu"),
+        ({}, "ok", "not installed"),
+    ],
+)
+def test_which_onnxruntime_is_active(
+    installed: dict[str, str], status: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "find_version", lambda name: installed.get(name, ""))
+    finding = doctor.examine_judges()
+    assert finding.status == status and shown in finding.what

@@ -86,6 +86,24 @@ def process_caption(caption: str, options: CaptionOptions, epoch: int, draw: ran
     return caption
 
 
+def keep_whole(caption: str, options: CaptionOptions) -> str:
+    """The caption as it is trained where nothing is shuffled or dropped; of several lines or words the first one."""
+    if options.caption_prefix:
+        caption = f"{options.caption_prefix} {caption}"
+    if options.caption_suffix:
+        caption = f"{caption} {options.caption_suffix}"
+    caption = caption.split("\n")[0]
+    if options.enable_wildcard:
+        caption = WILDCARD.sub(lambda match: match.group(1).split("|")[0], caption)
+    if options.shuffle_caption or options.caption_tag_dropout_rate > 0:
+        head, flexible, tail = split_caption(caption, options)
+        joint = f"{options.caption_separator} " if options.joins_by_separator else ", "
+        caption = joint.join(head + flexible + tail)
+    if options.secondary_separator:
+        caption = caption.replace(options.secondary_separator, options.caption_separator)
+    return caption
+
+
 def split_caption(caption: str, options: CaptionOptions) -> tuple[list[str], list[str], list[str]]:
     """The fixed tags at the head, the flexible ones, and the fixed ones at the end."""
     separator = options.keep_tokens_separator

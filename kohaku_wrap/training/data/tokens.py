@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,14 @@ class CaptionTokenizer:
     @classmethod
     def load(cls, folder: Path, max_token_length: int | None) -> CaptionTokenizer:
         """Both tokenizers from `folder` (sd-scripts' `tokenizer_cache_dir`), never from the network."""
+        return cls.of_folders(tokenizer_folders(folder), max_token_length)
+
+    @classmethod
+    def of_folders(cls, folders: Sequence[Path], max_token_length: int | None) -> CaptionTokenizer:
+        """The tokenizers of these two folders."""
         from transformers import CLIPTokenizer
 
-        first, second = (
-            CLIPTokenizer.from_pretrained(str(path), local_files_only=True) for path in tokenizer_folders(folder)
-        )
+        first, second = (CLIPTokenizer.from_pretrained(str(path), local_files_only=True) for path in folders)
         # OpenCLIP pads with 0, the hub's tokenizer with the end token.
         second.pad_token_id = 0
         return cls((first, second), max_token_length)

@@ -37,12 +37,13 @@ class BaseModel:
     """The UNet's modules under the checkpoint's names, for creating the network."""
 
 
-def load_base_model(path: Path, vae_path: Path | None) -> BaseModel:
+def load_base_model(path: Path, vae_path: Path | None, tensors: Tensors | None = None) -> BaseModel:
     """The model of a single file with sgm key names; sizes from `config.json` beside it, else those of SDXL.
 
-    `vae_path` replaces the file's VAE. Raises BadBaseModel with the keys that are missing or too many.
+    `vae_path` replaces the file's VAE, `tensors` what it holds. Raises BadBaseModel with the keys that are missing or
+    too many.
     """
-    tensors = read_tensors(path)
+    tensors = read_tensors(path) if tensors is None else tensors
     sizes = read_sizes(path)
     unet_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(UNET_PREFIX)}
     with init_empty_weights():

@@ -1,0 +1,295 @@
+"""The loss of models on posts at fixed time steps, by several processes that share chunks, and what it comes to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import kohaku_wrap
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.evaluation.intervals import bootstrap_mean
+from kohaku_wrap.evaluation.posts import GROUPS, Grouping
+from kohaku_wrap.files import Progress, parse_json, read_regular
+from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.processes import NoAnswer, ask_python
+from kohaku_wrap.sampling.cells import Compute
+from kohaku_wrap.sampling.expanding import KnownModel
+from kohaku_wrap.training.records.folder import Run
+
+FORMAT = 1
+WORKER = "kohaku_wrap.evaluation.workers.measure_loss"
+WATCH_SECONDS = 0.2
+TOLERANCE = 1e-4
+"""Relative: what another batch, device or number of threads may change of a mean."""
+
+Losses = npt.NDArray[np.float64]
+
+
+class CannotMeasure(KwrapError):
+    """A process that measures could not."""
+
+
+class TrainedPosts(UsageError):
+    """Posts that the run has trained, which are not held out."""
+
+
+class OtherResult(UsageError):
+    """A result that cannot be compared with this one."""
+
+
+@dataclass(frozen=True)
+class LossJob:
+    """What is measured, but for the model."""
+
+    columns: Columns
+    """The posts' captions and pictures."""
+
+    rows: Sequence[int]
+    """Of the posts, ascending."""
+
+    chunks: Sequence[Sequence[int]]
+    """The same rows, each chunk of one bucket."""
+
+    dataset_options: Mapping[str, Any]
+    """Of training, as sd-scripts names them."""
+
+    joins_by_separator: bool
+    """The commit's rule for captions."""
+
+    max_token_length: int | None
+    """Of captions."""
+
+    tokenizers: tuple[Path, Path]
+    """Both folders."""
+
+    tokenizers_digest: str
+    """Of both."""
+
+    timesteps: Sequence[int]
+    """Of 1000."""
+
+    compute: Compute
+    """How it is computed."""
+
+    out: Path
+    """Where chunks are kept."""
+
+    def key(self, known: KnownModel) -> str:
+        """Of all that decides the numbers of a model."""
+        facts = {
+            "format": FORMAT, "model": known.identity, "captions": self.columns.digest,
+            "prediction": asdict(known.prediction) | {"source": ""}, "options": dict(self.dataset_options),
+            "joins": self.joins_by_separator, "tokens": self.max_token_length, "tokenizers": self.tokenizers_digest,
+            "timesteps": list(self.timesteps), "compute": asdict(self.compute),
+            "chunks": [list(each) for each in self.chunks],
+        }  # fmt: skip
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def files(self, known: KnownModel) -> list[Path]:
+        """Where each chunk's losses are kept."""
+        folder = self.out / ".losses" / self.key(known)
+        return [folder / f"chunk-{number:06d}.npy" for number in range(len(self.chunks))]
+
+    def describe(self, known: KnownModel, files: Sequence[Path], index: int, processes: int) -> dict[str, Any]:
+        """The part of one process as JSON."""
+        model = known.model
+        return {
+            "model": {
+                "path": str(model.path),
+                "networks": [[str(each.path), each.weight] for each in model.networks],
+                "vae": str(model.vae) if model.vae else None,
+            },
+            "prediction": known.prediction.kind,
+            "zero_terminal_snr": known.prediction.zero_terminal_snr,
+            "images": str(self.columns.folder),
+            "captions_digest": self.columns.digest,
+            "dataset_options": dict(self.dataset_options),
+            "joins_by_separator": self.joins_by_separator,
+            "max_token_length": self.max_token_length,
+            "tokenizers": [str(path) for path in self.tokenizers],
+            "timesteps": list(self.timesteps),
+            "batch": self.compute.batch,
+            "device": self.compute.device,
+            "dtype": {"fp32": "no"}.get(self.compute.dtype, self.compute.dtype),
+            "threads": self.compute.threads,
+            "chunks": [
+                [str(path), list(rows)]
+                for number, (path, rows) in enumerate(zip(files, self.chunks, strict=True))
+                if number % processes == index
+            ],
+        }
+
+
+def measure_losses(job: LossJob, known: KnownModel, processes: int, on_progress: Progress) -> Losses:
+    """(posts, time steps) in the order of the rows, NaN for a picture that cannot be read. Raises CannotMeasure."""
+    files = job.files(known)
+    waiting = sum(not path.is_file() for path in files)
+    if waiting:
+        count = min(processes, waiting)
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "OMP_NUM_THREADS": str(job.compute.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if job.compute.device == "cpu" else {}),
+        }  # fmt: skip
+
+        def ask(index: int) -> None:
+            own = {"CUDA_VISIBLE_DEVICES": str(index)} if job.compute.device == "cuda" and count > 1 else {}
+            ask_python(WORKER, request=job.describe(known, files, index, count), added=settings | own)
+
+        with ThreadPoolExecutor(count) as pool:
+            asked = [pool.submit(ask, index) for index in range(count)]
+            while not all(each.done() for each in asked):
+                on_progress(sum(path.is_file() for path in files), len(files))
+                time.sleep(WATCH_SECONDS)
+            try:
+                for each in asked:
+                    each.result()
+            except NoAnswer as failed:
+                raise CannotMeasure(
+                    f"the loss cannot be measured: {failed.message}",
+                    "What was measured is kept: fix that, run it again.",
+                ) from None
+    on_progress(len(files), len(files))
+    place = {row: number for number, row in enumerate(job.rows)}
+    losses = np.full((len(job.rows), len(job.timesteps)), np.nan)
+    for path, rows in zip(files, job.chunks, strict=True):
+        losses[[place[row] for row in rows]] = np.load(path, allow_pickle=False)
+    return losses
+
+
+def choose_rows(run: Run | None, columns: Columns, leaves_out: bool, allows: bool) -> npt.NDArray[np.int64]:
+    """(posts,) rows of the posts that the run does not train, or of all. Raises TrainedPosts where some are trained."""
+    rows = np.arange(len(columns))
+    if run is None or allows:
+        return rows
+    trained = np.isin(columns.ids, Columns.open(run.find_images(), run.lock.dataset_digest).ids)
+    if trained.all() or (trained.any() and not leaves_out):
+        first = columns.ids[trained][0]
+        left = "" if trained.all() else "--leave-out-trained takes the others, or "
+        raise TrainedPosts(
+            f"{int(trained.sum()):,} of {len(columns):,} posts are in the dataset of run {run.name}, the first is "
+            f"{first}: their loss would say how well they are remembered",
+            f"Give images that the run does not train; {left}--allow-trained takes all, which the result then says.",
+        )
+    return rows[~trained]
+
+
+def average(losses: Losses) -> float | None:
+    """The mean of all numbers that are finite, summed in order in float64; None for none."""
+    values = losses[np.isfinite(losses)]
+    return float(np.add.accumulate(values)[-1] / len(values)) if len(values) else None
+
+
+def describe_losses(losses: Losses, timesteps: Sequence[int], groups: Grouping) -> dict[str, Any]:
+    """The mean, and that of each time step and group with its number of posts."""
+    whole = np.isfinite(losses).all(axis=1)
+    interval = bootstrap_mean(losses[whole].mean(axis=1))
+    by_group: dict[str, Any] = {}
+    for name in GROUPS:
+        words = np.array(groups.words[name])
+        by_group[name] = {
+            word: {"posts": int((whole & (words == word)).sum()), "loss": average(losses[whole & (words == word)])}
+            for word in sorted(set(words.tolist()))
+        }
+    return {
+        "posts": int(whole.sum()),
+        "loss": average(losses[whole]),
+        "interval": interval.document() if interval else None,
+        "by_timestep": {str(step): average(losses[whole, place]) for place, step in enumerate(timesteps)},
+        "by_group": by_group,
+    }
+
+
+def compare_losses(titles: Sequence[str], losses: Sequence[Losses]) -> list[dict[str, Any]]:
+    """Each two models: the paired difference over posts that both have, with a bootstrap interval."""
+    found = []
+    for first in range(len(titles)):
+        for second in range(first + 1, len(titles)):
+            apart = (losses[second] - losses[first]).mean(axis=1)
+            apart = apart[np.isfinite(apart)]
+            interval = bootstrap_mean(apart)
+            found.append(
+                {"from": titles[first], "to": titles[second], "posts": len(apart),
+                 "difference": interval.document() if interval else None}
+            )  # fmt: skip
+    return found
+
+
+def compose_result(
+    job: LossJob, models: Sequence[tuple[KnownModel, str]], losses: Sequence[Losses], groups: Grouping,
+    versions: Mapping[str, str], held_out: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The one document; `models`: each with its title; `held_out`: what is known of the posts."""
+    ids = job.columns.ids[list(job.rows)]
+    odd = ~np.isfinite(np.stack(losses)).all(axis=(0, 2))
+    return {
+        "format": FORMAT,
+        "measure": "loss",
+        "versions": {"kwrap": kohaku_wrap.__version__, "python": platform.python_version(), **versions},
+        "rule": "mean squared error of the prediction, without weights; noise, sample of the latents and time steps "
+        "follow from the post alone; captions whole, no flip, crop in the middle; networks as they are baked",
+        "posts": {
+            "count": len(ids), "captions_digest": job.columns.digest, "held_out": held_out,
+            "ids_sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+            "ids": ids.tolist(), "unreadable": ids[odd].tolist(),
+        },
+        "settings": {
+            "timesteps": list(job.timesteps), "dataset_options": dict(job.dataset_options),
+            "max_token_length": job.max_token_length, "compute": asdict(job.compute),
+            "tokenizers": job.tokenizers_digest, "chunks": len(job.chunks),
+            "tolerance_of_another_batch": TOLERANCE,
+        },
+        "models": [
+            {
+                "title": title, "identity": known.identity, "optimizer_step": known.model.optimizer_step,
+                "prediction": known.prediction.kind, **describe_losses(each, job.timesteps, groups),
+                "losses": [[None if np.isnan(value) else value for value in row] for row in each.tolist()],
+            }
+            for (known, title), each in zip(models, losses, strict=True)
+        ],
+        "pairs": compare_losses([title for _, title in models], losses),
+    }  # fmt: skip
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A document that an evaluation wrote. Raises OtherResult."""
+    try:
+        document = parse_json(read_regular(path))
+        if document["format"] != FORMAT or document["measure"] != "loss" or not document["models"]:
+            raise ValueError("another form")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OtherResult(f"{path}: no result of `kwrap evaluate loss` ({error})", "Give its loss.json.") from None
+    return dict(document)
+
+
+def lay_over(result: dict[str, Any], path: Path) -> None:
+    """Add the models of another result, and the pairs that they make. Raises OtherResult where they differ."""
+    other = read_result(path)
+    for what, one, two in (
+        ("other posts", result["posts"]["ids_sha256"], other["posts"]["ids_sha256"]),
+        ("other captions", result["posts"]["captions_digest"], other["posts"]["captions_digest"]),
+        ("other time steps", result["settings"]["timesteps"], other["settings"]["timesteps"]),
+        ("other dataset options", result["settings"]["dataset_options"], other["settings"]["dataset_options"]),
+        ("other tokenizers", result["settings"]["tokenizers"], other["settings"]["tokenizers"]),
+    ):
+        if one != two:
+            raise OtherResult(f"{path}: measured on {what}", "Only results on the same posts compare.")
+    titles = {each["title"] for each in result["models"]}
+    for model in other["models"]:
+        title = model["title"] if model["title"] not in titles else f"{path.parent.name}/{model['title']}"
+        result["models"].append({**model, "title": title, "from_other_result": True})
+    listed = result["models"]
+    losses = [
+        np.array([[np.nan if value is None else value for value in row] for row in each["losses"]]) for each in listed
+    ]
+    result["pairs"] = compare_losses([each["title"] for each in listed], losses)
