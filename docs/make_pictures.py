@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,8 +25,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUALITY = 80
 CRASH_AT = 16
 SETTINGS = (
-    "effective_batch=4", "max_train_epochs=3", "lr_scheduler=constant", "lr_warmup_steps=4", "save_every_n_steps=6",
-    "samples.every=6", "samples.steps=6", "dataset_options.resolution=[128, 128]",
+    "effective_batch=4", "max_train_epochs=3", "lr_scheduler=constant_with_warmup", "lr_warmup_steps=4",
+    "save_every_n_steps=6", "samples.every=6", "samples.steps=6", "dataset_options.resolution=[128, 128]",
 )  # fmt: skip
 
 
@@ -39,8 +40,9 @@ def crash(words: Sequence[object], metrics: Path) -> None:
     while process.poll() is None:
         if metrics.is_file() and metrics.read_bytes().count(b"\n") >= CRASH_AT:
             for child in process.children(recursive=True):
-                if child.is_running() and "engines" in " ".join(child.cmdline()):
-                    child.kill()
+                with suppress(psutil.Error):  # it ends by itself meanwhile
+                    if "engines" in " ".join(child.cmdline()):
+                        child.kill()
         time.sleep(0.02)
 
 

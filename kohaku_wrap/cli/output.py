@@ -201,6 +201,11 @@ def counting_bytes(description: str, total: int, quiet: bool) -> Iterator[ByteCo
         yield ByteCount(report, total)
 
 
+def show_rate(rate: float) -> str:
+    """A number a second: whole, or with two digits where it is small, as of pictures."""
+    return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+
+
 def plain_lines(description: str, unit: str) -> Progress:
     """A callback that prints a line of progress at most every ten seconds."""
     started = last = time.monotonic()
@@ -216,7 +221,7 @@ def plain_lines(description: str, unit: str) -> Progress:
         left_seconds = (total - done) / rate if rate else 0.0
         counts = f"{description}: {done / scale:,.0f} of {total / scale:,.0f} {name}"
         too_early = done < total * SHARE_BEFORE_RATE
-        print_note(counts if too_early else f"{counts}, {rate / scale:,.0f}/s, {left_seconds:,.0f} s left")
+        print_note(counts if too_early else f"{counts}, {show_rate(rate / scale)}, {left_seconds:,.0f} s left")
 
     return report
 
@@ -229,7 +234,7 @@ def live_bar(size: bool) -> rich.progress.Progress:
 
     class RateColumn(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:
-            return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+            return Text(show_rate(task.speed) if task.speed else "")
 
     return progress.Progress(
         progress.TextColumn("{task.description}"),

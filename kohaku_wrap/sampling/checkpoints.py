@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.config.base_model import BadBaseModel, check_base_model, read_sizes
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.formats.sdxl import VAE_PREFIX, list_tensor_names
@@ -101,7 +101,14 @@ def check_model(model: Model) -> Header:
             model.vae, [name.removeprefix(VAE_PREFIX) for name in list_tensor_names(read_sizes(sizes_of))["the VAE"]]
         )
     if model.networks:
-        model.plan()
+        try:
+            model.plan()
+        except ProblemsFound as found:
+            raise KwrapError(
+                found.message,
+                "Give a network for this checkpoint. To leave out what the checkpoint has no key for, bake it by "
+                "`kwrap merge --unmatched skip`, and draw the baked file.",
+            ) from None
     return header
 
 

@@ -94,4 +94,4 @@ def test_no_rate_is_told_before_there_is_one(
     report = output.plain_lines("merge", "bytes")
     report(1, 30_000_000)
     report(15_000_000, 30_000_000)
-    assert capsys.readouterr().err == "merge: 0 of 30 MB\nmerge: 15 of 30 MB, 0/s, 40 s left\n"
+    assert capsys.readouterr().err == "merge: 0 of 30 MB\nmerge: 15 of 30 MB, 0.38/s, 40 s left\n"

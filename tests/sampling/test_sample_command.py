@@ -143,6 +143,7 @@ def test_files_that_are_no_model_of_this_kind_are_named(world: Path, network: Pa
     save_file({"lora_unet_nothing_here.diff": torch.ones(3)}, tmp_path / "foreign.safetensors")
     said = message_of(run("sample", base, "--network", tmp_path / "foreign.safetensors", *rest))
     assert "does not fit the checkpoint" in said and "lora_unet_nothing_here" in said
+    assert "kwrap merge --unmatched skip" in said
     save_file({"a": torch.ones(3)}, tmp_path / "none.safetensors")
     assert "not a whole SDXL" in message_of(run("sample", tmp_path / "none.safetensors", *rest))
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02" + b"x" * 50)
