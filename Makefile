@@ -30,7 +30,7 @@ $(error SET=$(SET): no such set of versions; there is: $(patsubst constraints-%.
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream census gpu test test-slow test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-report bench-states bench-kills bench-elastic docs package clean
+.PHONY: help setup epsilon prove prove-upstream census gpu test test-slow test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-latents bench-report bench-states bench-kills bench-elastic docs package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,6 +111,9 @@ bench-merge: $(READY)  ## merges against cat + cp and sd-mecha (25 GB of disk)
 
 bench-scale: $(READY)  ## 5.2 million entries: start-up and memory
 	$(BIN)/python benchmarks/bench_scale.py
+
+bench-latents: $(READY)  ## cached latents: reading against a bare read, the index of 5.2 million
+	$(BIN)/python benchmarks/bench_latents.py
 
 bench-report: $(READY)  ## the page of a run of 20,354 steps and 2,000 pictures
 	$(BIN)/python benchmarks/bench_report.py

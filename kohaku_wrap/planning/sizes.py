@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.dataset.buckets import parse_resolution
+from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets, parse_resolution
 from kohaku_wrap.formats.caption_rows import ImageSizes
 from kohaku_wrap.steps import StepPlan
 
@@ -115,7 +117,7 @@ def weigh_training(
     return Sizes(
         checkpoint_bytes=checkpoint,
         state_bytes=state,
-        disk=weigh_disk(effective, plan, checkpoint, state),
+        disk=(*weigh_disk(effective, plan, checkpoint, state), *weigh_latents(effective, images)),
         host_memory=weigh_host_memory(effective, plan, images, sum(base_parameters), weight_bytes),
         gpu_memory=weigh_gpu_memory(effective, plan, base_parameters, weight_bytes, optimizer),
     )
@@ -143,6 +145,19 @@ def weigh_disk(effective: Effective, plan: StepPlan, checkpoint: int, state: int
         ),
         Part("metrics and ledger", steps * (400 + 16 * plan.group)),
     )
+
+
+def weigh_latents(effective: Effective, images: ImageSizes) -> tuple[Part, ...]:
+    """What `kwrap cache` writes for a template that trains from cached latents; its dry run says the time."""
+    if not effective.get("cache.latents"):
+        return ()
+    options = effective.subtable("dataset_options", with_defaults=True)
+    buckets = assign_buckets(images.widths, images.heights, BucketOptions.from_dataset_options(options))
+    cells = (buckets.resolutions.astype(np.int64) // 8).prod(axis=1) @ buckets.images_of_bucket
+    channels = 8 if effective.get("cache.keep") == "moments" else 4
+    number_bytes = 2 if effective.get("cache.precision") == "fp16" else 4
+    variants = 2 if options.get("flip_aug") else 1
+    return (Part("cached latents, once for all runs", int(cells) * channels * number_bytes * variants),)
 
 
 def weigh_host_memory(

@@ -188,6 +188,19 @@ def train_with_kills(
     return run
 
 
+def cache_with_kill(arguments: tuple[str, ...], latents: Path, log: Path) -> None:
+    """Let `kwrap cache` make its first shard, kill it, and let it go on to its end. Raises ProcessFailed."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = command_of(arguments)
+    with log.open("wb") as stream, CHILDREN.start(command, stream, None, start_new_session=True) as process:
+        while process.poll() is None and not any(latents.glob("*/0*.json")):
+            time.sleep(POLL_SECONDS)
+        end_tree(process)
+    if not any(latents.glob("*/0*.json")):
+        raise failed(arguments, process.returncode, log)
+    run_kwrap(arguments, log)
+
+
 def move_run(run: Run) -> Run:
     """The run in another folder, under another name, as a person moves it."""
     target = run.folder.parent / "elsewhere" / f"{run.name}-renamed"

@@ -24,7 +24,14 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.outlets import run_as_work
-from kohaku_wrap.proving.killing import Kill, ProcessFailed, run_kwrap, train_with_kills, training_threads
+from kohaku_wrap.proving.killing import (
+    Kill,
+    ProcessFailed,
+    cache_with_kill,
+    run_kwrap,
+    train_with_kills,
+    training_threads,
+)
 from kohaku_wrap.proving.likeness import Difference, compare_runs
 from kohaku_wrap.trainer.commits import SUPPORTED, installed_checkouts
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
@@ -97,6 +104,9 @@ class Case:
     moved: int = 0
     """The attempt before which the run is moved and renamed; 0 for none."""
 
+    cached: bool = False
+    """Whether it trains from cached latents; the caching is killed in its middle too."""
+
 
 def read_cases() -> tuple[Case, ...]:
     """The cases of proofs/resume.toml, which says what each key means."""
@@ -114,6 +124,7 @@ def read_cases() -> tuple[Case, ...]:
             longer={int(attempt): tuple(options) for attempt, options in case.get("longer", {}).items()},
             branched=case.get("branched", 0),
             moved=case.get("moved", 0),
+            cached=case.get("cached", False),
         )
         for case in document["case"]
     )
@@ -132,6 +143,11 @@ class Bench:
     @property
     def runs(self) -> Path:
         return self.folder / "runs" / self.engine
+
+    @property
+    def latents(self) -> Path:
+        """Cached ones, a folder a case."""
+        return self.runs / ".latents"
 
     @cached_property
     def world(self) -> Path:
@@ -152,7 +168,8 @@ class Bench:
         """The world's site with the processes and workers of a case."""
         machine = {"processes": configuration.processes, "batch_per_gpu": BATCH_PER_PROCESS, "workers": workers}
         path = self.folder / "sites" / f"{self.engine}-{case}.toml"
-        return write_site_of(self.world, path, {"runs": self.runs}, {"engine": self.engine, **machine})
+        paths = {"runs": self.runs, "latents": self.latents / case}
+        return write_site_of(self.world, path, paths, {"engine": self.engine, **machine})
 
     def train(self, case: Case) -> Run:
         """The case's run, trained to its end through all kills."""
@@ -165,10 +182,12 @@ class Bench:
             *SETTINGS,
             *case.settings,
         ]
-        arguments = ["train", "demo", "--site", str(site), "--run", case.name]
-        arguments += [part for setting in settings for part in ("--set", setting)]
+        options = ["demo", "--site", str(site), *(part for setting in settings for part in ("--set", setting))]
+        arguments = ["train", *options, "--run", case.name]
         run = Run(self.runs / case.name)
         logs = self.folder / "logs" / self.engine
+        if case.cached:
+            cache_with_kill(("cache", *options), self.latents / case.name, logs / f"{case.name}-cache.log")
         return train_with_kills(
             run,
             tuple(arguments),
