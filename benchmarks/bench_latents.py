@@ -52,9 +52,8 @@ def measure_reading(folder: Path, images: int, rounds: int) -> float:
         for begin in range(0, images, BATCH):
             store.read_batch([(image, False) for image in order[begin : begin + BATCH]])
         best["store"] = min(best["store"], time.perf_counter() - started)
-    print(
-        f"  a record of {size:,} bytes: {best['bare'] / images * 1e3:.3f} ms bare, {best['store'] / images * 1e3:.3f} ms"
-    )
+    bare, own = (best[name] / images * 1e3 for name in ("bare", "store"))
+    print(f"  a record of {size:,} bytes: {bare:.3f} ms bare, {own:.3f} ms")
     return best["bare"] / best["store"]
 
 

@@ -3,10 +3,14 @@
 Started as `python -m kohaku_wrap.processes PID kohaku_wrap.training.engines.encode_latents`, with a request as JSON on
 stdin, whose form is that of `caching.compose_job`. It answers in lines of JSON: how many `images` more are encoded.
 Each image is encoded by itself, with the threads, device and type that a training on this site has.
+
+With RUN and IMAGES it encodes the images of the `ids` on stdin once more and tells how far the run's cached latents are
+from that.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -29,13 +33,16 @@ from kohaku_wrap.files import Claims
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.formats.sdxl import VAE_PREFIX
 from kohaku_wrap.planning.workers.module_filling import fill_vae
-from kohaku_wrap.processes import answer_in_lines
+from kohaku_wrap.processes import answer, answer_in_lines
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.items import Item, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.latent_rules import open_latents
 from kohaku_wrap.training.data.latent_shards import Latents, ShardShape, read_record, write_shard
 from kohaku_wrap.training.data.latent_store import MOMENTS, Index, Rule
 from kohaku_wrap.training.data.moments import moments_of, sample_moments
+from kohaku_wrap.training.data.run_items import read_locked_dataset
+from kohaku_wrap.training.records.folder import Run
 
 WAIT_SECONDS = 0.5
 """Between two looks at shards that other processes make."""
@@ -76,21 +83,52 @@ def settle(engine: str, index: int) -> torch.device:
 
 
 class Encoder:
-    """Makes shards of one rule."""
+    """Encodes images by one rule."""
+
+    def __init__(
+        self, rule: Rule, dataset: ColumnsDataset, device: torch.device, base_model: Path, vae: Path | None
+    ) -> None:
+        self.rule, self.dataset, self.device = rule, dataset, device
+        self.vae = load_vae(base_model, vae).to(device, TYPES[rule.vae_precision])
+
+    def encode(self, rows: list[int]) -> Iterator[Latents]:
+        """(variants, channels, height / 8, width / 8) float32 of each row."""
+        items = [self.dataset.draw_item(row, 0) for row in rows]
+        each = [replace(item, flipped=flipped) for item in items for flipped in (False, True)[: self.rule.variants]]
+        found: list[Latents] = []
+        for item, pixels in zip(each, read_ahead(self.dataset.load_image, each), strict=True):
+            found.append(self.encode_image(item, pixels))
+            if len(found) == self.rule.variants:
+                yield np.stack(found)
+                found.clear()
+
+    @torch.no_grad()
+    def encode_image(self, item: Item, pixels: torch.Tensor) -> Latents:
+        """(channels, height / 8, width / 8) float32; `pixels`: (3, height, width)."""
+        part = pixels.unsqueeze(0).to(self.device, TYPES[self.rule.vae_precision])
+        latents = moments_of(self.vae.encode(part).latent_dist).float().cpu()
+        if self.rule.keep != MOMENTS:
+            # On the CPU, so that every device draws the same.
+            seed = seed_of("latents", self.rule.seed, item.image_id, int(item.flipped))
+            latents = sample_moments(latents, torch.Generator().manual_seed(seed))
+        found: Latents = latents[0].numpy()
+        return found
+
+
+class ShardMaker:
+    """Makes the shards of one request."""
 
     def __init__(self, request: dict[str, Any], tell: Callable[..., None]) -> None:
         self.tell = tell
         self.folder = Path(request["folder"])
-        self.rule = Rule(**request["rule"])
-        self.device = settle(request["engine"], request["index"])
-        options = read_dataset_options(request["dataset"])
-        columns = Columns.open(Path(request["images"]), request["captions_digest"])
-        self.dataset = ColumnsDataset(columns, ItemOptions.from_dataset_options(options), 1, 0, 1, tokenize=None)
-        self.index = Index.open(self.folder, self.rule)
+        rule = Rule(**request["rule"])
+        dataset = open_images(Path(request["images"]), request["captions_digest"], request["dataset"])
+        vae = Path(request["vae"]) if request["vae"] else None
+        device = settle(request["engine"], request["index"])
+        self.encoder = Encoder(rule, dataset, device, Path(request["base_model"]), vae)
+        self.index = Index.open(self.folder, rule)
         self.wanted: list[int] = request["shards"]
         self.claims = Claims(self.folder)
-        vae = load_vae(Path(request["base_model"]), Path(request["vae"]) if request["vae"] else None)
-        self.vae = vae.to(self.device, TYPES[self.rule.vae_precision])
         self.untold, self.told_at = 0, time.monotonic()
 
     def run(self) -> None:
@@ -117,10 +155,10 @@ class Encoder:
     def make(self, shape: ShardShape) -> None:
         """Encode the images of a shard and write it."""
         begun, rows = time.monotonic(), self.find_rows(shape)
-        ids = np.where(rows >= 0, self.dataset.columns.ids[rows], NOBODY)
+        ids = np.where(rows >= 0, self.encoder.dataset.columns.ids[rows], NOBODY)
         about = {
             "images": int((rows >= 0).sum()),
-            "device": str(self.device.type),
+            "device": self.encoder.device.type,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -128,49 +166,27 @@ class Encoder:
 
         def records() -> Iterator[Latents]:
             empty = np.full((shape.variants, *shape.record_shape), np.nan, np.float32)
-            encoded = self.encode([int(row) for row in rows if row >= 0])
+            encoded = self.encoder.encode([int(row) for row in rows if row >= 0])
             for row, image_id in zip(rows, ids.tolist(), strict=True):
                 record = empty if row < 0 else next(encoded)
-                if row >= 0 and np.isnan(record).any():
-                    nan_images.append(image_id)
+                if row >= 0:
+                    self.tell_images(1)
+                    if np.isnan(record).any():
+                        nan_images.append(image_id)
                 yield record
             about.update(seconds=round(time.monotonic() - begun, 3), nan_images=nan_images)
 
-        write_shard(self.folder, shape, ids, records(), self.rule.fingerprint, about)
+        write_shard(self.folder, shape, ids, records(), self.encoder.rule.fingerprint, about)
         self.tell_images(0, at_once=True)
 
     def find_rows(self, shape: ShardShape) -> np.ndarray[Any, np.dtype[np.int64]]:
         """(count,) the row of the image at each place of a shard; -1 where it is no longer there."""
         inside = np.flatnonzero(self.index.shards == shape.number)
-        ids = self.dataset.columns.ids
+        ids = self.encoder.dataset.columns.ids
         at = np.minimum(np.searchsorted(ids, self.index.ids[inside]), len(ids) - 1)
         rows = np.full(shape.count, -1, dtype=np.int64)
         rows[self.index.slots[inside]] = np.where(ids[at] == self.index.ids[inside], at, -1)
         return rows
-
-    def encode(self, rows: list[int]) -> Iterator[Latents]:
-        """(variants, channels, height / 8, width / 8) float32 of each row."""
-        items = [self.dataset.draw_item(row, 0) for row in rows]
-        each = [replace(item, flipped=flipped) for item in items for flipped in (False, True)[: self.rule.variants]]
-        found: list[Latents] = []
-        for item, pixels in zip(each, read_ahead(self.dataset.load_image, each), strict=True):
-            found.append(self.encode_image(item, pixels))
-            if len(found) == self.rule.variants:
-                self.tell_images(1)
-                yield np.stack(found)
-                found.clear()
-
-    @torch.no_grad()
-    def encode_image(self, item: Item, pixels: torch.Tensor) -> Latents:
-        """(channels, height / 8, width / 8) float32; `pixels`: (3, height, width)."""
-        part = pixels.unsqueeze(0).to(self.device, TYPES[self.rule.vae_precision])
-        latents = moments_of(self.vae.encode(part).latent_dist).float().cpu()
-        if self.rule.keep != MOMENTS:
-            # On the CPU, so that every device draws the same.
-            seed = seed_of("latents", self.rule.seed, item.image_id, int(item.flipped))
-            latents = sample_moments(latents, torch.Generator().manual_seed(seed))
-        found: Latents = latents[0].numpy()
-        return found
 
     def tell_images(self, count: int, at_once: bool = False) -> None:
         """Say now and then how many images more are encoded."""
@@ -199,10 +215,38 @@ def read_ahead(load: Callable[[Item], torch.Tensor], items: Iterable[Item]) -> I
                 future.cancel()
 
 
-def encode(request: dict[str, Any], tell: Callable[..., None]) -> None:
-    """Do a request."""
-    Encoder(request, tell).run()
+def open_images(folder: Path, captions_digest: str, dataset: dict[str, Any]) -> ColumnsDataset:
+    """The images of a folder; `dataset`: the document of dataset.toml."""
+    options = ItemOptions.from_dataset_options(read_dataset_options(dataset))
+    return ColumnsDataset(Columns.open(folder, captions_digest), options, 1, 0, 1, tokenize=None)
+
+
+def compare_again(run: Run, request: dict[str, Any]) -> dict[str, Any]:
+    """How far cached latents of a run are from the same images encoded now at most, and of which image."""
+    store = open_latents(run)
+    assert store is not None
+    dataset = open_images(run.find_images(), run.lock.dataset_digest, read_locked_dataset(run))
+    vae = Path(request["vae"]) if request["vae"] else None
+    encoder = Encoder(store.rule, dataset, settle(request["engine"], 0), Path(request["base_model"]), vae)
+    rows = np.searchsorted(dataset.columns.ids, request["ids"]).tolist()
+    largest, image = 0.0, 0
+    for image_id, encoded in zip(request["ids"], encoder.encode(rows), strict=True):
+        for variant, now in enumerate(encoded):
+            held = store.read_batch([(image_id, bool(variant))])[0]
+            # NaN, where both have it, is no difference.
+            difference = np.nanmax(np.abs(now.astype(held.dtype).astype(np.float64) - held), initial=0.0)
+            if difference > largest or (np.isnan(now) != np.isnan(held)).any():
+                largest, image = max(float(difference), largest), image_id
+    return {"difference": largest, "image": image}
+
+
+def make_shards(request: dict[str, Any], tell: Callable[..., None]) -> None:
+    """Do a request of `kwrap cache`."""
+    ShardMaker(request, tell).run()
 
 
 if __name__ == "__main__":
-    sys.exit(answer_in_lines(encode))
+    if len(sys.argv) > 1:
+        answer(lambda: compare_again(Run(Path(sys.argv[1]), Path(sys.argv[2])), json.load(sys.stdin)))
+    else:
+        sys.exit(answer_in_lines(make_shards))

@@ -5,14 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.caption_rows import open_captions
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.streams import draws, stream_key
+from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import SUBSTITUTE
 from kohaku_wrap.training.supervising.ledger_checks import Checker, Int64Array, Records
 from kohaku_wrap.training.supervising.line_checks import Check
+from kohaku_wrap.training.supervising.places import read_trainer
 
 RECOMPUTE_WORKER = "kohaku_wrap.training.engines.recompute"
+ENCODE_WORKER = "kohaku_wrap.training.engines.encode_latents"
+
+LATENT_TOLERANCE = 0.05
+"""Of mean, deviation or sample, whose sizes are around 1: another device or version stays far below, another image or
+VAE far above."""
 
 
 class CannotRecompute(KwrapError):
@@ -39,6 +47,36 @@ def check_deep(
         why = f"{len(troubles):,} of {len(chosen):,} micro-batches not possible: {troubles[0]}"
         return [Check("deep", False, why)], int(made.sum())
     return [Check("deep", True, f"micro-batches recomputed: {len(chosen):,}")], len(chosen)
+
+
+def check_latents(run: Run, samples: int) -> tuple[list[Check], list[str]]:
+    """Encode some images again, on the kind of device that the run has, and compare the cached latents; what is not as
+    it was."""
+    if not samples or not run.lock.table("cache").get("latents"):
+        return [], []
+    settings = {"OMP_NUM_THREADS": str(max((each.threads or 1 for each in list_attempts(run)), default=1))}
+    settings |= {"CUDA_VISIBLE_DEVICES": ""} if run.lock.is_on_cpu else {}
+    try:
+        ids = open_captions(run.find_images(), run.lock.dataset_digest).read_all()["id"].to_numpy()
+        chosen = ids[choose_samples(np.arange(len(ids)), min(samples, len(ids)))].tolist()
+        trainer = read_trainer(run.trainer_config)
+        request = {
+            "engine": run.lock.engine,
+            "base_model": trainer["pretrained_model_name_or_path"],
+            "vae": trainer.get("vae"),
+            "ids": chosen,
+        }
+        answer = ask_python(
+            ENCODE_WORKER, run.folder, run.find_images(), request=request, added=settings, folder=run.folder
+        )
+    except (KwrapError, KeyError) as failed:
+        return [Check("latents", False, f"not possible: {str(failed).splitlines()[0]}")], []
+    largest = float(answer["difference"])
+    what = f"{len(chosen):,} images encoded again, " + (
+        f"the largest difference {largest:.3g}" if largest else "bit for bit the same"
+    )
+    changed = [f"latents: {what}, of image {answer['image']}"] if largest > LATENT_TOLERANCE else []
+    return [Check("latents", True, what)], changed
 
 
 def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:
