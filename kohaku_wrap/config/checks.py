@@ -101,7 +101,7 @@ def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[s
     notes = [
         *effective.notes,
         *describe_idle(effective),
-        *note_variants(effective),
+        *note_cache(effective),
         *note_whole_captions(effective),
         *note_shared_gpu(effective),
     ]
@@ -130,13 +130,11 @@ def dataset(effective: Effective, name: str) -> object:
 
 def refuse_cached_latents(effective: Effective) -> Faults:
     """Cached latents are those of one crop and one colour."""
-    key = "cache_latents"
-    if not effective.get(key):
-        return
-    for name in ("random_crop", "color_aug"):
-        if dataset(effective, name):
-            origin = effective.origin(f"dataset_options.{name}")
-            yield key, f"cannot go with {name} ({origin}): cached latents never change"
+    for key in ("cache_latents", "cache_latents_to_disk"):
+        for name in ("random_crop", "color_aug"):
+            if effective.get(key) and dataset(effective, name):
+                origin = effective.origin(f"dataset_options.{name}")
+                yield key, f"cannot go with {name} ({origin}): cached latents never change"
 
 
 def refuse_cached_items(effective: Effective) -> Faults:
@@ -169,11 +167,14 @@ def say_why_not_text_encoders(effective: Effective) -> str:
     return "is not there yet: kwrap caches latents alone"
 
 
-def note_variants(effective: Effective) -> list[str]:
-    """What the cache holds twice."""
-    if effective.get("cache.latents") and dataset(effective, "flip_aug"):
-        return ["flip_aug: each image is cached as it is and mirrored, which takes twice the disk and time."]
-    return []
+def note_cache(effective: Effective) -> list[str]:
+    """What the cache holds twice, and what it does not hold."""
+    if not effective.get("cache.latents"):
+        return []
+    notes = [f"[cache]: caching the text encoders' outputs {say_why_not_text_encoders(effective)}."]
+    if dataset(effective, "flip_aug"):
+        notes.append("flip_aug: each image is cached as it is and mirrored, which takes twice the disk and time.")
+    return notes
 
 
 def refuse_cached_captions(effective: Effective) -> Faults:

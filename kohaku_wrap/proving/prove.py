@@ -62,11 +62,15 @@ class Configuration:
     data: str = "kwrap"
     """Whose dataset is trained from; `sd-scripts` is the trainer's own."""
 
+    both: tuple[str, ...] = ()
+    """Settings of the template that the uninterrupted run has too."""
+
     @property
     def name(self) -> str:
         commit = f"-{Path(self.trainer).name[:7]}" if self.trainer else ""
         own = "-own-data" if self.data != "kwrap" else ""
-        return f"p{self.processes}a{self.accumulation}{commit}{own}"
+        both = "".join(f"-{each.partition('=')[0]}" for each in self.both)
+        return f"p{self.processes}a{self.accumulation}{commit}{own}{both}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -118,7 +122,8 @@ def read_cases() -> tuple[Case, ...]:
             kills=tuple(Kill(**kill) for kill in case["kills"]),
             workers=tuple(case.get("workers", [0])),
             configuration=Configuration(
-                **{key: case[key] for key in ("processes", "accumulation", "data") if key in case}
+                **{key: case[key] for key in ("processes", "accumulation", "data") if key in case},
+                both=tuple(case.get("both", [])),
             ),
             settings=tuple(case.get("settings", [])),
             longer={int(attempt): tuple(options) for attempt, options in case.get("longer", {}).items()},
@@ -180,6 +185,7 @@ class Bench:
             f"effective_batch={effective_batch}",
             f'kwrap.data="{configuration.data}"',
             *SETTINGS,
+            *configuration.both,
             *case.settings,
         ]
         options = ["demo", "--site", str(site), *(part for setting in settings for part in ("--set", setting))]

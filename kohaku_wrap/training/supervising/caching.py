@@ -220,7 +220,7 @@ def make_latents(cache: Cache, on_progress: Progress) -> int:
     finally:
         for process in running:
             process.stop()
-    clear_leavings(cache.folder, ".*.part")
+        clear_leavings(cache.folder, ".*.part")
     return done
 
 

@@ -47,6 +47,8 @@ def hashes(made: dict) -> dict[str, str]:
     return {path.stem: json.loads(path.read_text())["sha256"] for path in Path(made["folder"]).glob("0*.json")}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_run_from_cached_moments_is_the_uncached_one(site: Path, tmp_path: Path) -> None:
     whole, run = Run(tmp_path / "runs" / "whole"), Run(tmp_path / "runs" / "cached")
     refused = kwrap(*train_arguments(site, "cached", *MOMENTS))

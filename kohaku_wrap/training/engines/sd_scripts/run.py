@@ -15,6 +15,7 @@ from kohaku_wrap.config.run_files import DATASET_FILE
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.trainer.checkout import Checkout
 from kohaku_wrap.training.engines.sd_scripts.dataset import DATASET_CLASS
+from kohaku_wrap.training.engines.sd_scripts.disk_cache import keep_latents_in_run
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop, StopRequested
 from kohaku_wrap.training.engines.sd_scripts.objects import find_object
 from kohaku_wrap.training.engines.sd_scripts.seams import (
@@ -73,6 +74,8 @@ class SdScriptsRun(Loop):
         if (own := attempt.run.trainer_data / DATASET_FILE).is_file():
             args.dataset_config = str(own)
         refuse_options(args, attempt)
+        if args.cache_latents_to_disk:
+            keep_latents_in_run(attempt)
         refuse_unknown_code(args, attempt)
         require_weight_files(vars(args), Path.cwd())
         for name, value in self.secrets.items():
