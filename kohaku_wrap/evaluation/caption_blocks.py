@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.dataset.captions.words import SEPARATOR
-from kohaku_wrap.evaluation.caption_loops import BOUNDARY, EMPTY, begin_words, count_captions
+from kohaku_wrap.evaluation.caption_loops import BOUNDARY, EMPTY, begin_words, count_captions, count_written
 from kohaku_wrap.streams import seeds_of
 from kohaku_wrap.training.data.captions import CaptionOptions
 from kohaku_wrap.training.data.items import Items
@@ -44,7 +44,7 @@ class Block:
     names: list[str]
     """Every tag of the rows once."""
 
-    tags: Int64Array
+    tags: npt.NDArray[np.int32]
     """Places in `names`, BOUNDARY or EMPTY, of all rows one after another."""
 
     starts: Int64Array
@@ -79,11 +79,14 @@ def split_block(rows: Int64Array, captions: pa.Array, texts: pa.Array | None, op
         whole = pc.replace_substring(whole, keep, f"{COMMA}{MARK}{COMMA}")
     pieces = pc.split_pattern(whole, COMMA)
     encoded = pieces.flatten().dictionary_encode()
-    numbers: dict[str, int] = {}
-    codes = [number_of(piece.strip(), numbers) for piece in encoded.dictionary.to_pylist()]
-    tags = np.array(codes, dtype=np.int64)[encoded.indices.to_numpy()]
+    stripped = [piece.strip() for piece in encoded.dictionary.to_pylist()]
+    names = list(dict.fromkeys(stripped))
+    names = [name for name in names if name not in ("", MARK)]
+    numbers = {**dict(zip(names, range(len(names)), strict=True)), "": EMPTY, MARK: BOUNDARY}
+    codes = np.array([numbers[piece] for piece in stripped], dtype=np.int32)
+    tags = codes[encoded.indices.to_numpy()]
     starts = np.concatenate([[0], np.cumsum(pc.list_value_length(pieces).to_numpy())]).astype(np.int64)
-    return Block(rows, list(numbers), tags, starts, odd)
+    return Block(rows, names, tags, starts, odd)
 
 
 def large(text: str) -> pa.Scalar:
@@ -94,11 +97,6 @@ def large(text: str) -> pa.Scalar:
 def as_mask(values: pa.Array) -> BoolArray:
     """A boolean array of arrow as one of numpy's own."""
     return np.array(values.to_numpy(zero_copy_only=False), dtype=bool)
-
-
-def number_of(tag: str, numbers: dict[str, int]) -> int:
-    """The place of a tag among those seen, where it is added if it is new."""
-    return EMPTY if not tag else BOUNDARY if tag == MARK else numbers.setdefault(tag, len(numbers))
 
 
 @dataclass
@@ -129,10 +127,7 @@ class Tally:
 def count_stock(block: Block, captions: Sequence[str], options: CaptionOptions) -> Tally:
     """In how many of the block's captions as written each tag stands; `captions`: of the odd rows."""
     tally = Tally.of_block(block)
-    rows = np.repeat(np.arange(len(block.rows)), np.diff(block.starts))
-    is_tag = block.tags >= 0
-    once = np.unique(rows[is_tag] * max(len(block.names), 1) + block.tags[is_tag])
-    tally.counts += np.bincount(once % max(len(block.names), 1), minlength=len(block.names))
+    count_written(block.tags, block.starts, tally.counts)
     for caption in captions:
         tally.add_odd(split_tags(caption, options), 1)
     return tally

@@ -176,3 +176,15 @@ def count_captions(
                     counts[tag] += weight
         bare += 0 if has_tag else weight
     return bare
+
+
+@compiled
+def count_written(tags: NDArray[Any], starts: NDArray[Any], counts: NDArray[Any]) -> None:
+    """Add to `counts`, (tags,) int64, in how many rows each tag stands; `tags` and `starts` as in `count_captions`."""
+    noted = np.full(counts.size, -1, np.int64)
+    for row in range(starts.size - 1):
+        for at in range(starts[row], starts[row + 1]):
+            tag = tags[at]
+            if tag >= 0 and noted[tag] != row:
+                noted[tag] = row
+                counts[tag] += 1

@@ -30,7 +30,7 @@ from kohaku_wrap.training.data.items import BatchKey, Item, Items
 from kohaku_wrap.training.data.order import NO_IMAGE
 from kohaku_wrap.training.data.run_items import open_items
 
-ROWS_A_BLOCK = 1 << 16
+ROWS_A_BLOCK = 1 << 15
 COLUMNS = ("images", "trained", "next_epoch", "one_more_repeat")
 IMAGES, TRAINED, NEXT_EPOCH, ONE_MORE_REPEAT = range(4)
 
@@ -61,20 +61,24 @@ class Sums:
         self.bare = Counter[int]()
         self.texts = Counter[int]()
 
-    def add(self, names: Sequence[str], counts: Sequence[int] | Int64Array, column: int) -> None:
-        """Add one count a name."""
-        places = np.array([self.places.setdefault(name, len(self.places)) for name in names], dtype=np.int64)
-        while len(self.places) > self.counts.shape[1]:
+    def place(self, names: Sequence[str]) -> Int64Array:
+        """Where the counts of these names are."""
+        places = self.places
+        found = np.array([places.setdefault(name, len(places)) for name in names], dtype=np.int64)
+        while len(places) > self.counts.shape[1]:
             self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)], axis=1)
-        self.counts[column, places] += np.asarray(counts, dtype=np.int64)
+        return found
 
-    def add_tally(self, names: Sequence[str], tally: Tally, column: int) -> None:
-        """Add what one pass over one block came to."""
-        self.add(names, tally.counts, column)
-        if tally.odd_counts:
-            self.add(list(tally.odd_counts), list(tally.odd_counts.values()), column)
-        self.bare[column] += tally.bare
-        self.texts[column] += tally.texts
+    def add(self, names: Sequence[str], tallies: Sequence[tuple[Tally, int]]) -> None:
+        """Add what the passes over one block came to, each with its column."""
+        places = self.place(names)
+        for tally, column in tallies:
+            self.counts[column, places] += tally.counts
+            if tally.odd_counts:
+                odd = self.place(list(tally.odd_counts))
+                self.counts[column, odd] += np.array(list(tally.odd_counts.values()), dtype=np.int64)
+            self.bare[column] += tally.bare
+            self.texts[column] += tally.texts
 
     def table(self) -> pa.Table:
         """`tag` and COLUMNS, by tag."""
@@ -181,11 +185,11 @@ def count_passes(items: Items, passes: Sequence[Pass], sums: Sums, threads: int,
                 found.append((count_block(items, block, place, each.epoch, each.repeat, weights), each.column))
         return found
 
-    def split_and_count(piece: tuple[int, Any]) -> tuple[int, list[tuple[Sequence[str], Tally, int]]]:
+    def split_and_count(piece: tuple[int, Any]) -> tuple[int, list[tuple[Sequence[str], list[tuple[Tally, int]]]]]:
         first, batch = piece
         subsets = items.columns.subsets[first : first + len(batch)]
         texts = batch.column("text") if "text" in batch.schema.names else None
-        found: list[tuple[Sequence[str], Tally, int]] = []
+        found: list[tuple[Sequence[str], list[tuple[Tally, int]]]] = []
         for place in np.unique(subsets).tolist():
             inside = np.flatnonzero(subsets == place)
             chosen = pa.array(inside)
@@ -195,13 +199,13 @@ def count_passes(items: Items, passes: Sequence[Pass], sums: Sums, threads: int,
                 None if texts is None else texts.take(chosen),
                 items.options.of_subset(place).captions,
             )
-            found += [(block.names, *each) for each in count(block)]
+            found.append((block.names, count(block)))
         return len(batch), found
 
     done = 0
     for rows, found in map_in_order(split_and_count, list_pieces(items), threads):
         for each in found:
-            sums.add_tally(*each)
+            sums.add(*each)
         done += rows
         if on_progress:
             on_progress(done, len(items.columns))
@@ -238,5 +242,5 @@ def count_substitutes(items: Items, batches: TrainedBatches, sums: Sums) -> int:
                 repeat, row = 0, items.find_substitute(drawn, key, slot, look)[0].row
             count_odd(items, tally, row, epoch, repeat, 1)
             images += 1
-    sums.add_tally([], tally, TRAINED)
+    sums.add([], [(tally, TRAINED)])
     return images

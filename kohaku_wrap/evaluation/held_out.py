@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,23 +142,28 @@ def measure_losses(job: LossJob, known: KnownModel, processes: int, on_progress:
             "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if job.compute.device == "cpu" else {}),
         }  # fmt: skip
 
+        failures: list[Exception] = []
+
         def ask(index: int) -> None:
             own = {"CUDA_VISIBLE_DEVICES": str(index)} if job.compute.device == "cuda" and count > 1 else {}
-            ask_python(WORKER, request=job.describe(known, files, index, count), added=settings | own)
-
-        with ThreadPoolExecutor(count) as pool:
-            asked = [pool.submit(ask, index) for index in range(count)]
-            while not all(each.done() for each in asked):
-                on_progress(sum(path.is_file() for path in files), len(files))
-                time.sleep(WATCH_SECONDS)
             try:
-                for each in asked:
-                    each.result()
-            except NoAnswer as failed:
-                raise CannotMeasure(
-                    f"the loss cannot be measured: {failed.message}",
-                    "What was measured is kept: fix that, run it again.",
-                ) from None
+                ask_python(WORKER, request=job.describe(known, files, index, count), added=settings | own)
+            except (NoAnswer, OSError, MemoryError) as error:
+                failures.append(error)
+
+        # An interrupt does not wait for them: the processes end with this one.
+        asking = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(count)]
+        for thread in asking:
+            thread.start()
+        while any(thread.is_alive() for thread in asking):
+            on_progress(sum(path.is_file() for path in files), len(files))
+            time.sleep(WATCH_SECONDS)
+        for failed in failures:
+            if not isinstance(failed, NoAnswer):
+                raise failed
+            raise CannotMeasure(
+                f"the loss cannot be measured: {failed.message}", "What was measured is kept: fix that, run it again."
+            )
     on_progress(len(files), len(files))
     place = {row: number for number, row in enumerate(job.rows)}
     losses = np.full((len(job.rows), len(job.timesteps)), np.nan)

@@ -163,6 +163,7 @@ def read(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killed_and_called_again_two_checkpoints_have_the_same_result(
     world: Path, judges: Path, index: Path, tmp_path: Path
 ) -> None:

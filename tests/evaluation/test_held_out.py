@@ -130,17 +130,15 @@ def known(extracted: Path) -> KnownModel:
 
 @pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.timeout(900)
 def test_the_same_bits_on_one_process_and_two_and_after_a_part_is_lost(job: LossJob, known: KnownModel) -> None:
     losses = measure_losses(job, known, 1, lambda done, total: None)
     assert losses.shape == (7, 2) and np.isfinite(losses).all() and (losses > 0).all()
-    elsewhere = replace(job, out=job.out.with_name("elsewhere"))
-    assert np.array_equal(measure_losses(elsewhere, known, 2, lambda done, total: None), losses)
-    for path in job.files(known)[::2]:
-        path.unlink()
-    assert np.array_equal(measure_losses(job, known, 2, lambda done, total: None), losses)
-    # Neighbours leave no trace: the same posts in other chunks.
+    job.files(known)[1].unlink()
+    assert np.array_equal(measure_losses(job, known, 1, lambda done, total: None), losses)
+    # Neighbours leave no trace either: the same posts in other chunks, by two processes.
     turned = replace(job, chunks=[chunk[::-1] for chunk in reversed(job.chunks)], out=job.out.with_name("turned"))
-    assert np.array_equal(measure_losses(turned, known, 1, lambda done, total: None), losses)
+    assert np.array_equal(measure_losses(turned, known, 2, lambda done, total: None), losses)
     # Another batch changes last bits at most.
     alone = replace(job, chunks=[[row] for row in job.rows], compute=Compute(batch=1), out=job.out.with_name("alone"))
     assert np.allclose(measure_losses(alone, known, 1, lambda done, total: None), losses, rtol=1e-4, atol=0)
@@ -148,6 +146,7 @@ def test_the_same_bits_on_one_process_and_two_and_after_a_part_is_lost(job: Loss
 
 @pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.timeout(900)
 def test_an_unreadable_picture_is_no_number_and_changes_no_other(job: LossJob, known: KnownModel) -> None:
     losses = measure_losses(job, known, 1, lambda done, total: None)
     path = job.columns.path_of(3)
@@ -166,6 +165,7 @@ def start(*words: object) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.torch
+@pytest.mark.timeout(900)
 def test_killed_and_called_again_two_models_have_the_same_result(extracted: Path, tmp_path: Path) -> None:
     write_base_model(tmp_path, seed=7)
     words = [extracted / "base" / "model.safetensors", tmp_path / "model.safetensors", "--images", extracted / "images",
