@@ -144,6 +144,9 @@ Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
   blocks(IN04=0.5, …, else=1) a number for each block: IN00-IN11, MID,
                               OUT00-OUT11, BASE (all others), TE, TE1, TE2,
                               VAE; 1 where not named
+  blocks(1,0,…), blocks("MIDD")
+                              12, 19 or 20 numbers in a row (17, 25 or 26
+                              with --layout sd15), or a preset
   unet(x), te(x), te1(x), te2(x), vae(x)
                               x for the keys of that part; elsewhere a
                               difference with it counts as 0
@@ -162,6 +165,7 @@ A formula that begins with - goes last, after --.
 @click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken; else the anchor.")
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
 @click.option("--parts", default="", metavar="PART,…", help="Merge these parts alone: unet, te, te1, te2, vae.")
+@choice("--layout", ("sdxl", "sd15"), "What a list of numbers in blocks(…) is of.")
 @choice("--as", ("lora", "lokr", "full"), "Write a change (`tuned - base`, `net(x)`) as a network of this kind.")
 @click.option("--rank", type=click.IntRange(min=1), help="Of LoRA, at most; else 32, or as joined.")
 @click.option(

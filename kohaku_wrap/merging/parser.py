@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.merging.blocks import PARTS, is_block
+from kohaku_wrap.merging.blocks import PARTS, is_block, load_presets, name_numbers
 from kohaku_wrap.merging.formula import (
     Blocks,
     BlockWeight,
@@ -104,8 +104,8 @@ def split_tokens(source: str) -> list[Token]:
 class Reader:
     """The place reached in a formula's words."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, source: str, layout: str = "") -> None:
+        self.source, self.layout = source, layout or "sdxl"
         self.tokens = split_tokens(source)
         self.place = 0
         self.depth = 0
@@ -143,12 +143,13 @@ class Reader:
         return node
 
 
-def parse_formula(source: str) -> Node:
+def parse_formula(source: str, layout: str = "") -> Node:
     """formula := sum end
 
+    `layout`: sdxl (or empty) or sd15, which lists of numbers in blocks(…) are of.
     Raises FormulaError with the place of the first fault.
     """
-    reader = Reader(source)
+    reader = Reader(source, layout)
     if reader.token.kind == "end":
         raise reader.error("it is empty; expected a model name")
     node = read_sum(reader)
@@ -258,8 +259,10 @@ def read_signed_number(reader: Reader, where: str) -> Fraction:
 
 
 def read_blocks(reader: Reader, start: Span) -> Node:
-    """blocks := "blocks" "(" weight ("," weight)* ["," "else" "=" signed] ")" """
+    """blocks := "blocks" "(" (weight ("," weight)* ["," "else" "=" signed] | signed ("," signed)* | STRING) ")" """
     reader.expect("(", "after blocks")
+    if reader.token.kind in ("number", "string") or reader.at("-"):
+        return read_numbers(reader, start)
     weights: list[BlockWeight] = []
     other = None
     while True:
@@ -276,6 +279,28 @@ def read_blocks(reader: Reader, start: Span) -> Node:
     if not weights:
         raise reader.error("blocks(…) names no block", reader.span_from(start))
     return Blocks(tuple(weights), other, span=reader.span_from(start))
+
+
+def read_numbers(reader: Reader, start: Span) -> Node:
+    """The rest of blocks(…) as people paste it: a number for each block in order, or a preset's name."""
+    if reader.token.kind == "string":
+        token = reader.take()
+        presets = load_presets()
+        if token.text[1:-1] not in presets:
+            raise reader.error(f"there is no preset {token.text}; there are {', '.join(presets)}", token.span)
+        values, layout = presets[token.text[1:-1]], "sdxl"
+    else:
+        values, layout = [read_signed_number(reader, "in blocks(…)")], reader.layout
+        while reader.at(","):
+            reader.take()
+            values.append(read_signed_number(reader, "in blocks(…)"))
+    reader.expect(")", "or ',' in blocks(…)")
+    try:
+        named = name_numbers(values, layout)
+    except ValueError as error:
+        raise reader.error(str(error), reader.span_from(start)) from None
+    weights = tuple(BlockWeight(name, name, value) for name, value in named)
+    return Blocks(weights, None, span=reader.span_from(start))
 
 
 def read_block_weight(reader: Reader) -> BlockWeight:

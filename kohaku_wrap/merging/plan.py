@@ -55,6 +55,9 @@ class MergeOptions:
     overflow: str = "fail"
     """A result is too large for the output's type: fail, or keep the infinity."""
 
+    layout: str = ""
+    """What lists of numbers in blocks(…) are of: sdxl, which empty means, or sd15."""
+
     network: str = ""
     """The formula is a change, and is written as a network of this kind: lora, lokr or full; empty for a checkpoint."""
 

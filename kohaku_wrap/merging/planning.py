@@ -52,7 +52,7 @@ def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | N
     Raises FormulaError, UnboundName, MalformedFile, PickledFile, ProblemsFound or UnfitInputs.
     """
     options = options or MergeOptions()
-    formula = Formula(source, parse_formula(source))
+    formula = Formula(source, parse_formula(source, options.layout))
     bind_names(formula, paths)
     models = names_of_models(formula.tree)
     if not (models or options.network):

@@ -17,6 +17,7 @@ from kohaku_wrap.files import describe_absence, shipped_folder
 from kohaku_wrap.formats.layouts import read_layout
 from kohaku_wrap.formats.machine_paths import clean_value, without_paths
 from kohaku_wrap.formats.safetensors import Header
+from kohaku_wrap.merging.blocks import PRESETS_FILE
 from kohaku_wrap.merging.formula import format_formula
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes
 from kohaku_wrap.merging.notes import LIKE, VAE
@@ -45,6 +46,7 @@ WORDS_OF_OPTION = {
     "sums": ("warn", "fail"),
     "non_finite": ("fail", "keep"),
     "overflow": ("fail", "keep"),
+    "layout": ("sdxl", "sd15"),
     "network": ("lora", "lokr", "full"),
     "rest": ("keep", "skip"),
 }
@@ -73,7 +75,8 @@ class Recipe:
 
 def list_recipes() -> dict[str, Path]:
     """The shipped recipes by name."""
-    return {path.stem: path for path in sorted((shipped_folder("templates") / "merges").glob("*.toml"))}
+    shipped = sorted((shipped_folder("templates") / "merges").glob("*.toml"))
+    return {path.stem: path for path in shipped if path.name != PRESETS_FILE}
 
 
 def read_recipe(path: Path) -> Recipe:

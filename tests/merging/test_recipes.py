@@ -29,7 +29,7 @@ from kohaku_wrap.toml_files import UnreadableToml
 from .conftest import UNET, WriteModel
 
 GAMMA = "beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)"
-SHIPPED = sorted((shipped_folder("templates") / "merges").glob("*.toml"))
+SHIPPED = [path for path in sorted((shipped_folder("templates") / "merges").glob("*.toml")) if path.stem != "blocks"]
 
 
 def metadata_of(plan: MergePlan) -> dict[str, str]:
@@ -210,3 +210,19 @@ def test_kinds_of_files(tmp_path: Path, keys: tuple[str, ...], kind: str) -> Non
     assert report.kind == kind
     described = describe_report(report)
     assert described["dtypes"]["F32"] == {"tensors": len(keys), "elements": 2 * len(keys), "bytes": 8 * len(keys)}
+
+
+def test_the_identities_of_a_network(tmp_path: Path) -> None:
+    """Each by its own rule; what the file says of itself is named for what it is."""
+    tensors = {"lora_unet_a.diff": torch.arange(600_000, dtype=torch.float32)}
+    plain = tmp_path / "plain.safetensors"
+    save_file(tensors, plain, metadata={"ss_x": "1"})
+    start = int.from_bytes(plain.read_bytes()[:8], "little") + 8
+    of_data = hashlib.sha256(plain.read_bytes()[start:]).hexdigest()
+    for said, words in ((of_data, "sd-scripts' way"), ("0xab", "LyCORIS' own way"), ("ab", "another than that")):
+        path = tmp_path / f"{said}.safetensors"
+        save_file(tensors, path, metadata={"sshs_model_hash": said, "sshs_legacy_hash": "1234abcd"})
+        found = describe_report(inspect_file(path))
+        assert words in found["recorded"]["sshs_model_hash"] and "1234abcd" in found["recorded"]["sshs_legacy_hash"]
+        assert found["auto_v1"] == hashlib.sha256(path.read_bytes()[0x100000:0x110000]).hexdigest()[:8]
+        assert found["auto_v3"] == of_data[:12] and found["sshs_model_hash"] == of_data
