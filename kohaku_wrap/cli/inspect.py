@@ -75,7 +75,8 @@ def tell_origin(origin: Mapping[str, Any]) -> str:
 
 
 def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
-    from kohaku_wrap.merging.inspecting import short_metadata
+    from kohaku_wrap.merging.hashes import find_auto_v1
+    from kohaku_wrap.merging.inspecting import recorded_hashes, short_metadata
     from kohaku_wrap.planning.sizes import show_bytes
 
     header = report.header
@@ -90,8 +91,10 @@ def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
         for name, (tensors, elements, size) in report.dtypes.items()
     ]
     if report.hashes:
-        rows += [("AutoV2", report.hashes.auto_v2), ("sha256", report.hashes.sha256)]
+        rows += [("AutoV1", find_auto_v1(header.path)), ("AutoV2", report.hashes.auto_v2)]
+        rows += [("sha256", report.hashes.sha256), ("AutoV3", report.hashes.auto_v3)]
         rows += [("sha256 of the data", report.hashes.data_sha256)]
+    rows += list(recorded_hashes(report).items())
     rows += [("of the run", tell_origin(origin))] if origin else []
     rows += sorted(short_metadata(header.metadata).items())
     rows += rows_of_recipe(report)

@@ -14,6 +14,8 @@ from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, keep_hashes, key_of_fi
 from kohaku_wrap.formats.safetensors import read_header
 
 AUTO_V2_DIGITS = 10
+AUTO_V3_DIGITS = 12
+AUTO_V1_START, AUTO_V1_BYTES, AUTO_V1_DIGITS = 0x100000, 0x10000, 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,27 @@ class FileHashes:
     def auto_v2(self) -> str:
         """The short hash that model sites show."""
         return self.sha256[:AUTO_V2_DIGITS]
+
+    @property
+    def auto_v3(self) -> str:
+        """The short hash of the data, which model sites show of networks: the same whatever the metadata."""
+        return self.data_sha256[:AUTO_V3_DIGITS]
+
+
+def find_auto_v1(path: Path) -> str:
+    """The hash that the first webuis showed: of 64 KiB at the first MiB, which many files share."""
+    with path.open("rb") as stream:
+        stream.seek(AUTO_V1_START)
+        return hashlib.sha256(stream.read(AUTO_V1_BYTES)).hexdigest()[:AUTO_V1_DIGITS]
+
+
+def name_recorded_hash(recorded: str, hashes: FileHashes) -> str:
+    """What a file's own `sshs_model_hash` is, in words."""
+    if recorded == hashes.data_sha256:
+        return "sd-scripts' way: the sha256 of the data, AutoV3"
+    if recorded.startswith("0x"):
+        return "LyCORIS' own way: over the tensors in the order of the training; no site computes it"
+    return "another than that of this data, which AutoV3 is"
 
 
 class HashCounter:

@@ -11,7 +11,7 @@ from typing import Any
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, part_of_key, read_layout
 from kohaku_wrap.formats.safetensors import Header, read_header
-from kohaku_wrap.merging.hashes import FileHashes, hash_files
+from kohaku_wrap.merging.hashes import FileHashes, find_auto_v1, hash_files, name_recorded_hash
 from kohaku_wrap.merging.modules import algorithm_of
 from kohaku_wrap.merging.networks import describe_network, group_modules, is_network
 from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
@@ -112,8 +112,11 @@ def describe_report(report: FileReport) -> dict[str, Any]:
             for name, (tensors, elements, size) in report.dtypes.items()
         },
         "sha256": hashes.sha256 if hashes else None,
+        "auto_v1": find_auto_v1(header.path) if hashes else None,
         "auto_v2": hashes.auto_v2 if hashes else None,
+        "auto_v3": hashes.auto_v3 if hashes else None,
         "sshs_model_hash": hashes.data_sha256 if hashes else None,
+        "recorded": recorded_hashes(report),
         "metadata": header.metadata,
         "merge_recipe": report.recipe,
         "merge_models": report.parents,
@@ -122,13 +125,24 @@ def describe_report(report: FileReport) -> dict[str, Any]:
     }
 
 
+def recorded_hashes(report: FileReport) -> dict[str, str]:
+    """The hashes that the file's metadata say, each with what it is."""
+    said, words = report.header.metadata, {}
+    if recorded := said.get("sshs_model_hash"):
+        what = f" ({name_recorded_hash(recorded, report.hashes)})" if report.hashes else ""
+        words["sshs_model_hash"] = f"{recorded}{what}"
+    if "sshs_legacy_hash" in said:
+        words["sshs_legacy_hash"] = f"{said['sshs_legacy_hash']} (AutoV1 of the file with its ss_ metadata alone)"
+    return words
+
+
 def keys_of_header(header: Header) -> list[dict[str, Any]]:
     return [{"key": key, "dtype": spot.dtype, "shape": list(spot.shape)} for key, spot in header.tensors.items()]
 
 
 def short_metadata(metadata: Mapping[str, str], limit: int = 200) -> dict[str, str]:
     """Metadata for a table: without the merge's own entries, long values cut."""
-    own = ("sd_merge_recipe", "sd_merge_models")
+    own = ("sd_merge_recipe", "sd_merge_models", "sshs_model_hash", "sshs_legacy_hash")
     return {
         key: value if len(value) <= limit else f"{value[:limit]}… ({len(value):,} characters)"
         for key, value in metadata.items()

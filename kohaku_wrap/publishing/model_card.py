@@ -136,7 +136,7 @@ def compose_card(facts: CardFacts) -> str:
                 f"| {file} | {hashes.auto_v2} | `{hashes.sha256}` | `{hashes.data_sha256}` |"
                 for file, hashes in facts.hashes.items()
             ],
-            "| file | AutoV2 | sha256 | sshs_model_hash |\n|---|---|---|---|",
+            "| file | AutoV2 | sha256 | sshs_model_hash, of the data (AutoV3) |\n|---|---|---|---|",
         ),
         table_of(
             "Dataset",

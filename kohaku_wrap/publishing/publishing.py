@@ -107,10 +107,10 @@ def read_lineage(attempts: Path) -> list[dict[str, Any]]:
 def copy_network(source: Path, target: Path) -> None:
     """A whole copy under the target's name, or none; metadata that hold paths of the machine are written without.
 
-    The data and so `sshs_model_hash` stay the same.
+    `sshs_model_hash` becomes the sha256 of the data, which sites match; LyCORIS writes another hash there.
     """
     header = read_header(source)
-    metadata = without_paths(header.metadata)
+    metadata = {**without_paths(header.metadata), "sshs_model_hash": hash_files([source])[0].data_sha256}
     with source.open("rb") as reading, atomic_write(target, "wb") as writing:
         if metadata != header.metadata:
             writing.write(encode_header(header.tensors, metadata))

@@ -200,6 +200,7 @@ def test_nothing_published_holds_a_path(tmp_path: Path, run: tuple[Path, dict[st
         assert after.metadata[name] == told[name]
     assert after.tensors == before.tensors
     assert hash_files([network])[0].data_sha256 == hash_files([after.path])[0].data_sha256
+    assert after.metadata["sshs_model_hash"] == hash_files([after.path])[0].data_sha256
 
 
 def test_a_run_without_a_whole_record_is_published_without_its_page(
