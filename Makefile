@@ -30,7 +30,7 @@ $(error SET=$(SET): no such set of versions; there is: $(patsubst constraints-%.
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup epsilon prove prove-upstream census gpu test test-slow test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-latents bench-report bench-states bench-kills bench-elastic docs package clean
+.PHONY: help setup epsilon prove prove-upstream census gpu test test-slow test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-latents bench-report bench-states bench-kills bench-elastic docs pictures package clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -129,6 +129,9 @@ bench-elastic: $(READY)  ## the same run on 2, 1 and again 2 processes (ENGINE=)
 
 docs: $(READY)  ## write the reference of commands, docs/commands.md, anew
 	$(BIN)/python docs/make_reference.py
+
+pictures: $(READY)  ## the pictures of the page in README, from a run that crashes and goes on (Chromium)
+	$(BIN)/python docs/make_pictures.py
 
 package: $(READY)  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build -q

@@ -58,7 +58,7 @@ def make_runs(world: Path) -> Path:
     crash(("train", "demo", "--site", site, "--run", "epsilon", *chosen), runs / "epsilon" / "metrics.jsonl")
     kwrap("resume", runs / "epsilon")
     kwrap("extend", runs / "epsilon", "--epochs", 1)
-    kwrap("branch", runs / "epsilon", "--step", 24, "--run", "lower-rate", "--set", "unet_lr=5e-5")
+    kwrap("branch", runs / "epsilon", "--step", 48, "--run", "lower-rate", "--set", "unet_lr=5e-5")
     for name in ("epsilon", "lower-rate"):
         kwrap("verify", runs / name)
         kwrap("report", runs / name)

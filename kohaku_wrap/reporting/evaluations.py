@@ -105,7 +105,7 @@ def list_single(start: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any
         if is_single(value):
             yield f"{start}{name}", value
         elif isinstance(value, dict):
-            yield from list_single(f"{start}{name}.", value)
+            yield from list_single(f"{start}{name}: ", value)
 
 
 def is_list_of_records(value: Any) -> bool:

@@ -120,7 +120,7 @@ def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
     sheets = sorted((run.folder / "samples").glob(f"optimizer-step-*/{CONTACT_SHEET}")) if page_folder else []
     return Gallery(
         steps=tuple(sorted({step for cells in rows.values() for step in cells})),
-        rows=tuple(rows.items()),
+        rows=tuple(sorted(rows.items(), key=lambda row: place_of_row(row[0]))),
         sheets=tuple(
             (int(found[1]), refer(path, page_folder or run.folder))
             for path in sheets
@@ -129,6 +129,12 @@ def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
         inside=inside,
         left_out=0 if rows else len(pictures),
     )
+
+
+def place_of_row(label: str) -> tuple[str, int, str]:
+    """By the first number in it, as prompts are numbered, then by its words."""
+    before, number, after = (*re.split(r"([0-9]{1,18})", label, maxsplit=1), "", "")[:3]
+    return before, int(number or 0), after
 
 
 def size_of(path: Path) -> int:

@@ -193,7 +193,7 @@ def test_results_of_evaluations_are_laid_out_and_others_named(new_run: NewRun) -
     ]
     (drawn,) = places
     assert (float(str(drawn["data-x-high"])), float(str(drawn["data-y-low"]))) == (3.0, 0.0)
-    assert "score.mean" in page.text and "judge.threshold" in page.text and "hat" in page.text
+    assert "score: mean" in page.text and "judge: threshold" in page.text and "hat" in page.text
     assert [tag for tag, _ in page.elements].count("img") == 1
     compose_page([run], None)
 
