@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ Examples:
   kwrap status epsilon --watch
   kwrap status epsilon --csv epsilon-metrics.csv
   kwrap status --compare epsilon epsilon-low-rate
+  kwrap status epsilon --to tensorboard logs
   kwrap status epsilon --tag "hatsune miku"
   kwrap status runs/epsilon --json"""
 )
@@ -46,6 +48,8 @@ Examples:
 )
 @click.option("--compare", nargs=2, metavar="A B", help="Two runs: options that differ, losses at equal steps.")
 @click.option("--tag", "tags", multiple=True, metavar="NAME", help="How often this tag was trained; repeatable.")
+@click.option("--to", type=(click.Choice(["tensorboard"]), click.Path(path_type=Path)), metavar="tensorboard DIR",
+              help="Write the metrics that count to a folder of each run's own in DIR.")  # fmt: skip
 @site_option
 @json_option
 def command(
@@ -54,6 +58,7 @@ def command(
     table: Path | None,
     compare: tuple[str, str] | None,
     tags: tuple[str, ...],
+    to: tuple[str, Path] | None,
     site_file: Path | None,
     as_json: bool,
 ) -> None:
@@ -66,8 +71,8 @@ def command(
 
     folders = runs_folders(site_file)
     if compare:
-        if name or watch or table or tags:
-            raise UsageError("--compare names both runs", "Leave RUN, --watch, --csv and --tag out.")
+        if name or watch or table or tags or to:
+            raise UsageError("--compare names both runs", "Leave RUN, --watch, --csv, --to and --tag out.")
         show_comparison(find_run(compare[0], folders), find_run(compare[1], folders), as_json)
         return
     runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
@@ -90,6 +95,11 @@ def command(
             "--watch and --json do not go together",
             f"Call `{command_line('status', show_path(runs[0].folder), '--json')}` as often as you like.",
         )
+    if to:
+        if watch or table:
+            raise UsageError("--to writes the metrics and ends", "Leave --watch and --csv out.")
+        write_to(runs, *to, as_json)
+        return
     if table:
         if len(runs) != 1:
             raise UsageError(
@@ -120,6 +130,23 @@ def show_tags(run: Run, tags: tuple[str, ...], as_json: bool) -> None:
         print_json("status", {**describe(found), "tags": rows})
     else:
         print_table(f"Run {run.name}", [*list_facts(found), *((row["tag"], describe_row(row)) for row in rows)])
+
+
+def write_to(runs: list[Run], tracker: str, folder: Path, as_json: bool) -> None:
+    """Write the metrics of runs for another tool; steps that are there stay as they are."""
+    from kohaku_wrap.training.records.trackers import write_all
+
+    written = [(run, *write_all(run, tracker, folder)) for run in runs]
+    if as_json:
+        told = [{"run": run.folder, "folder": own, "written": count, "last_optimizer_step": last}
+                for run, own, count, last in written]  # fmt: skip
+        print_json("status", {"to": tracker, "runs": told})
+        return
+    rows: list[tuple[str, Any]] = [
+        (run.name, f"{count_of(count, 'optimizer step')} written, up to step {last:,}, in {show_path(own)}")
+        for run, own, count, last in written
+    ]
+    print_table(f"Metrics for {tracker}", rows, shlex.join(["tensorboard", "--logdir", show_path(folder)]))
 
 
 def show(runs: list[Run], single: bool, as_json: bool) -> None:

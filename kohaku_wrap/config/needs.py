@@ -18,8 +18,8 @@ OWN_DATA = "kwrap.data"
 INPUTS = ("base_weights", "network_weights")
 """Options that name networks to begin with."""
 
-TRACKERS = ("tensorboard", "wandb")
-"""What `log_with` names; `all` means both."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""What `log_with` names; `all` means the first two, as in sd-scripts."""
 
 LAYERS = ("run", "base", "template", "dataset", "site", "--set")
 
@@ -135,9 +135,16 @@ def find_absent_packages(effective: Effective) -> Faults:
     wanted = [("optimizer_type", chosen, path.partition(".")[0])]
     # Beside sdpa it is refused anyway.
     wanted += [("xformers", "xformers", "xformers")] if effective.get("xformers") and not effective.get("sdpa") else []
-    logs = str(effective.get("log_with") or "")
-    wanted += [("log_with", name, name) for name in TRACKERS if logs in (name, "all")]
+    chosen_by = "log_with" if effective.get("log_with") else "logging_dir"
+    options = {key: effective.get(key) for key in ("log_with", "logging_dir")}
+    wanted += [(chosen_by, name, name) for name in list_trackers(options)]
     for key, name, package in wanted:
         if find_spec(package) is None:
             install = f"pip install {DISTRIBUTIONS.get(package, package)}"
             yield key, f"{name} needs the package {package}, which is not installed: {install}"
+
+
+def list_trackers(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tools that metrics are logged to; TensorBoard where only a folder is named, as in sd-scripts."""
+    named = options.get("log_with") or ("tensorboard" if options.get("logging_dir") else "")
+    return TRACKERS[:2] if named == "all" else tuple(name for name in TRACKERS if name == named)

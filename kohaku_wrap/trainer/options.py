@@ -20,6 +20,9 @@ from kohaku_wrap.toml_files import parse_toml
 RECORDED_TABLE = Path(__file__).with_name("options_sd_scripts.json")
 """The default commit's options, written by `planning/workers/list_options.py`, and which of them others lack."""
 
+OWN_CHOICES: Mapping[str, tuple[str, ...]] = {"log_with": ("trackio",)}
+"""Values that kwrap has beyond the trainer's own."""
+
 SHOWN_LENGTH = 120
 
 TYPE_WORDS = {
@@ -97,7 +100,7 @@ def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:
             name=name,
             types=(entry["type"],),
             many=entry.get("nargs") is not None,
-            choices=tuple(entry["choices"]) if "choices" in entry else None,
+            choices=(*entry["choices"], *OWN_CHOICES.get(name, ())) if "choices" in entry else None,
             default=entry["default"],
         )
         for name, entry in document["options"].items()

@@ -92,6 +92,7 @@ class Run:
     states = Place("states")
     checkpoints = Place("checkpoints")
     samples = Place("samples")
+    logs = Place("logs")
     ledger = Place("ledger")
     abandoned = Place("abandoned")
     metrics = Place("metrics.jsonl")

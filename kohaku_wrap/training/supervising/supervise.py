@@ -17,6 +17,7 @@ from kohaku_wrap.training.supervising.advice import advice_after
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
 from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
 from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.supervising.logs import Loggers
 from kohaku_wrap.training.supervising.pictures import PictureMaker
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 from kohaku_wrap.training.supervising.watch import AttemptWatch, Event, OnEvent, StopSignals, WatchOptions
@@ -103,8 +104,13 @@ def supervise_run(
                 attempt, launch = begin(run, first if number == 1 else following)
                 hook.call("start", f"attempt {attempt.number}", attempt.start_optimizer_step)
                 watch = AttemptWatch(attempt, launch, options, stop, on_event)
-                watch.on_look = pictures.look
-                end = watch.run()
+                loggers = Loggers(attempt, lambda text: on_event(Event("note", text)))
+                watch.on_look = (pictures.look, loggers.look)
+                loggers.start()
+                try:
+                    end = watch.run()
+                finally:
+                    loggers.finish(lambda: stop.count > 1)
                 tell_end(attempt, end, hook, on_event)
                 if end.kind == FINISHED:
                     pictures.finish(lambda: stop.count > 0)

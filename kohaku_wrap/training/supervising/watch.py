@@ -144,7 +144,7 @@ class AttemptWatch:
         self.options = options
         self.stop = stop
         self.on_event = on_event
-        self.on_look: Callable[[], None] = lambda: None
+        self.on_look: tuple[Callable[[], None], ...] = ()
         self.hook = Hook(options.hook, attempt.run, lambda trouble: self.tell("note", trouble))
         self.total = attempt.lock.total_optimizer_steps
         self.done = attempt.start_optimizer_step
@@ -193,7 +193,8 @@ class AttemptWatch:
                     return fault
             self.look_for_states()
             self.look_for_pause()
-            self.on_look()
+            for look in self.on_look:
+                look()
             if exit_code is not None:
                 return judge_end(self.attempt, exit_code)
             if self.stop.count >= 2:

@@ -80,6 +80,8 @@ class SdScriptsRun(Loop):
         require_weight_files(vars(args), Path.cwd())
         for name, value in self.secrets.items():
             setattr(args, name, value)
+        # kwrap logs from its metrics, beside the training.
+        args.log_with = args.logging_dir = None
         args.seed = attempt.lock.seed
         args.gradient_accumulation_steps = attempt.accumulation
         args.max_data_loader_n_workers = attempt.workers

@@ -1,0 +1,258 @@
+"""A run's metrics in other tools: TensorBoard, Weights & Biases and trackio, each optimizer step once, in one line.
+
+All three are written from `metrics.jsonl`, never by the trainer: so both engines log the same, a resume goes on in the
+same line, and what a tool has not got is written from the file later.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from kohaku_wrap.config.needs import list_trackers
+from kohaku_wrap.config.options_digest import list_decisive
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.files import read_regular, write_text
+from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.trainer.options import flatten_sections
+from kohaku_wrap.training.records.documents import is_whole, read_json_files
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.metrics import read_metrics
+
+PROJECT = "network_train"
+"""What sd-scripts calls it where `log_tracker_name` is not set."""
+
+NOT_LOGGED = ("optimizer_step", "attempt")
+ID_LENGTH = 8
+
+
+class NoTracker(KwrapError):
+    """The package of a tool is not installed."""
+
+
+@dataclass(frozen=True)
+class Logbook:
+    """Where the metrics of a run go, the same for all its attempts."""
+
+    trackers: tuple[str, ...]
+    """What `log_with` names; empty for none."""
+
+    folder: Path
+    """Holds what they write, absolute."""
+
+    run_id: str
+    """Of the line; that of the run."""
+
+    name: str
+    """What people see: the name that the run was made with, or `wandb_run_name`."""
+
+    project: str = PROJECT
+    """`log_tracker_name`, for tools that have projects."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The options that decide the weights, where `log_config` is set."""
+
+    given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By tracker what `log_tracker_config` of the site's `[secrets]` gives it."""
+
+
+def read_logbook(run: Run, secrets: Mapping[str, Any] | None = None) -> Logbook:
+    """What trainer.toml asks for; a folder that several runs share gets one of its own for this one."""
+    options: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        options = flatten_sections(parse_toml(read_regular(run.trainer_config)))
+    run_id, made_as = run.lock.run_id or run.output_name, run.output_name
+    folder = Path(options.get("logging_dir") or run.logs)
+    if not folder.is_relative_to(run.folder):
+        folder = folder / f"{options.get('log_prefix') or ''}{made_as}-{run_id[:ID_LENGTH]}"
+    return Logbook(
+        list_trackers(options),
+        folder.absolute(),
+        run_id,
+        str(options.get("wandb_run_name") or made_as),
+        str(options.get("log_tracker_name") or PROJECT),
+        dict(list_decisive(run.lock.tables)) if options.get("log_config") else {},
+        read_given(secrets or {}),
+    )
+
+
+def read_given(secrets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables of the file that `log_tracker_config` names. Raises OSError, ValueError."""
+    file = secrets.get("log_tracker_config")
+    return dict(parse_toml(read_regular(Path(file)))) if file else {}
+
+
+class Tracker(Protocol):
+    """One tool, open for the line of one run."""
+
+    last_step: int
+    """The last optimizer step that it has; later ones are to be written."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files; what they hold is read from them, so that not even a killed writer makes a step stand twice."""
+
+    def __init__(self, book: Logbook) -> None:
+        self.folder, self.suffix = book.folder, f".{book.run_id[:ID_LENGTH]}"
+        self.last_step = max((read_last_step(path) for path in book.folder.glob(f"*{self.suffix}")), default=0)
+        self.writer: Any = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One event with all numbers of the step, whole or not there."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if self.writer is None:
+            self.writer = EventFileWriter(str(self.folder), filename_suffix=self.suffix)
+        numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self.writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=numbers)))
+        self.last_step = step
+
+    def flush(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_last_step(path: Path) -> int:
+    """The largest step of an event file; what a crash cut off is not read."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    return max((int(Event.FromString(data).step) for data in RawEventFileLoader(str(path)).Load()), default=0)
+
+
+class MarkedLine:
+    """A tool that cannot be asked offline what it has: a file beside its own says so, by run id."""
+
+    def __init__(self, book: Logbook, tracker: str) -> None:
+        self.mark = book.folder / f"{tracker}-{book.run_id[:ID_LENGTH]}.json"
+        steps = [each.get("last_step") for each in read_json_files(self.mark.parent, self.mark.name)]
+        self.last_step = next((int(step) for step in steps if step is not None and is_whole(step)), 0)
+        book.folder.mkdir(parents=True, exist_ok=True)
+
+    def flush(self) -> None:
+        """Called after what was written is with the tool."""
+        write_text(self.mark, json.dumps({"last_step": self.last_step}) + "\n")
+
+
+class WeightsAndBiases(MarkedLine):
+    """A line of Weights & Biases under the run's id; its server leaves out a step that came twice."""
+
+    def __init__(self, book: Logbook) -> None:
+        super().__init__(book, "wandb")
+        import wandb
+
+        settings = wandb.Settings(console="off", disable_git=True, disable_code=True, x_disable_stats=True)
+        chosen = {
+            "project": book.project,
+            "name": book.name,
+            "config": dict(book.config),
+            **book.given.get("wandb", {}),
+        }
+        self.line = wandb.init(dir=str(book.folder), id=book.run_id, resume="allow", settings=settings, **chosen)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.line.log(dict(values), step=step)
+        self.last_step = step
+
+    def close(self) -> None:
+        self.line.finish(quiet=True)
+
+
+class Trackio(MarkedLine):
+    """A line of trackio, in a database of its own in the folder."""
+
+    def __init__(self, book: Logbook) -> None:
+        super().__init__(book, "trackio")
+        # trackio reads it when it is imported.
+        os.environ["TRACKIO_DIR"] = str(book.folder)
+        import trackio
+
+        # Runs of one name would be one line in a folder that several share.
+        chosen = {
+            "project": book.project,
+            "name": f"{book.name}-{book.run_id[:ID_LENGTH]}",
+            **book.given.get("trackio", {}),
+        }
+        self.line = trackio.init(config=dict(book.config), resume="allow", embed=False, **chosen)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.line.log(dict(values), step=step)
+        self.last_step = step
+
+    def flush(self) -> None:
+        """Left to `close`: trackio sends in a thread of its own, and only then all is there."""
+
+    def close(self) -> None:
+        self.line.finish()
+        super().flush()
+
+
+TRACKERS: Mapping[str, Callable[[Logbook], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+}
+
+
+def open_tracker(name: str, book: Logbook) -> Tracker:
+    """One of `TRACKERS`; raises what its package does."""
+    return TRACKERS[name](book)
+
+
+def write_lines(tracker: Tracker, lines: Iterable[Mapping[str, Any]]) -> int:
+    """Write the lines of steps that the tracker does not have yet; how many."""
+    count = 0
+    for line in lines:
+        step = int(line["optimizer_step"])
+        if step > tracker.last_step:
+            tracker.write(step, pick_numbers(line))
+            count += 1
+    if count:
+        tracker.flush()
+    return count
+
+
+def write_all(run: Run, name: str, folder: Path) -> tuple[Path, int, int]:
+    """Write the metrics that count to a folder of the run's own in `folder`: its path, steps written, the last step.
+
+    Raises NoTracker where the package is missing.
+    """
+    if find_spec(name) is None:
+        raise NoTracker(f"{name} is not installed", f"Install it with: pip install {name}")
+    book = read_logbook(run)
+    book = replace(book, folder=folder.absolute() / f"{run.output_name}-{book.run_id[:ID_LENGTH]}")
+    tracker = open_tracker(name, book)
+    try:
+        count = write_lines(tracker, read_metrics(run))
+    finally:
+        tracker.close()
+    return book.folder, count, tracker.last_step
+
+
+def pick_numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics under their names there; words such as "nan" as the numbers that they mean."""
+    numbers = {}
+    for name, value in line.items():
+        if name not in NOT_LOGGED:
+            with suppress(TypeError, ValueError):
+                numbers[name] = float(value)
+    return numbers
