@@ -177,21 +177,19 @@ class WeightsAndBiases(MarkedLine):
         self.line.finish(quiet=True)
 
 
-class Trackio(MarkedLine):
-    """A line of trackio, in a database of its own in the folder."""
+class Trackio:
+    """A line of trackio, in a database of its own in the folder, which is asked what it has."""
 
     def __init__(self, book: Logbook) -> None:
-        super().__init__(book, "trackio")
         # trackio reads it when it is imported.
         os.environ["TRACKIO_DIR"] = str(book.folder)
         import trackio
+        from trackio.sqlite_storage import SQLiteStorage
 
         # Runs of one name would be one line in a folder that several share.
-        chosen = {
-            "project": book.project,
-            "name": f"{book.name}-{book.run_id[:ID_LENGTH]}",
-            **book.given.get("trackio", {}),
-        }
+        chosen = {"project": book.project, "name": f"{book.name}-{book.run_id[:ID_LENGTH]}"}
+        chosen |= dict(book.given.get("trackio", {}))
+        self.last_step = int(SQLiteStorage.get_max_step_for_run(chosen["project"], chosen["name"]) or 0)
         self.line = trackio.init(config=dict(book.config), resume="allow", embed=False, **chosen)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -199,11 +197,10 @@ class Trackio(MarkedLine):
         self.last_step = step
 
     def flush(self) -> None:
-        """Left to `close`: trackio sends in a thread of its own, and only then all is there."""
+        """Left to trackio, which sends in a thread of its own."""
 
     def close(self) -> None:
         self.line.finish()
-        super().flush()
 
 
 TRACKERS: Mapping[str, Callable[[Logbook], Tracker]] = {
