@@ -17,10 +17,11 @@ from kohaku_wrap.cli.output import (
     format_share,
     json_option,
     print_json,
+    print_note,
     print_table,
     show_path,
 )
-from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
 
 if TYPE_CHECKING:
@@ -153,7 +154,16 @@ def show(runs: list[Run], single: bool, as_json: bool) -> None:
     """Print the state of these runs."""
     from kohaku_wrap.training.supervising.status import read_status
 
-    statuses = [read_status(run) for run in runs]
+    statuses = []
+    for run in runs:
+        try:
+            statuses.append(read_status(run))
+        except KwrapError as error:
+            if len(runs) == 1:
+                raise
+            print_note(f"note: left out: {error.message.splitlines()[0]}")
+    if not statuses:
+        raise UsageError("no run here can be read", "The notes say why; restore their files.")
     if as_json:
         documents = [each.document() for each in statuses]
         print_json("status", documents[0] if single else {"runs": documents})

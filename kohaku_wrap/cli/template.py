@@ -366,8 +366,10 @@ def diff_command(first: str, second: str, as_json: bool) -> None:
     """Print the effective values in which two templates differ."""
     from kohaku_wrap.config.layers import load_layers
 
-    left, _ = load_layers(first)
-    right, _ = load_layers(second)
+    (left, problems), (right, others) = load_layers(first), load_layers(second)
+    for name, found in ((first, problems), (second, others)):
+        if found:
+            raise ProblemsFound(name, found, f"Fix these first; `{command_line('template', 'check', name)}` shows all.")
     left_values, right_values = flatten_values(left), flatten_values(right)
     keys = sorted(left_values.keys() | right_values.keys(), key=lambda key: ("." in key, key))
     changed = {

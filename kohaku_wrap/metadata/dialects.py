@@ -19,6 +19,11 @@ def name_sql(column: str) -> str:
     return ".".join('"' + part.replace('"', '""') + '"' for part in column.split("."))
 
 
+def truth_of(number: str) -> str:
+    """1 and 0 as they are; any other number says neither yes nor no."""
+    return f"CASE ({number}) WHEN 1 THEN CAST(1 AS BIGINT) WHEN 0 THEN CAST(0 AS BIGINT) END"
+
+
 class Dialect(ABC):
     """Expressions over columns by name; what cannot be read is NULL, or '' for texts."""
 
@@ -110,11 +115,10 @@ class Sqlite(Dialect):
     def flag(self, column: str) -> str:
         word = f"lower({self._trimmed(column)})"
         return (
-            f"CASE WHEN typeof({column}) IN ('integer', 'real') THEN {column} <> 0 "
-            f"WHEN typeof({column}) <> 'text' THEN NULL "
+            f"CASE WHEN typeof({column}) <> 'text' THEN {truth_of(self.number(column))} "
             f"WHEN {word} IN ({', '.join(map(quote, YES_WORDS))}) THEN 1 "
             f"WHEN {word} IN ({', '.join(map(quote, NO_WORDS))}) THEN 0 "
-            f"ELSE ({self.number(column)}) <> 0 END"
+            f"ELSE {truth_of(self.number(column))} END"
         )
 
     def text(self, column: str) -> str:
@@ -156,17 +160,13 @@ class Duck(Dialect):
 
     def flag(self, column: str) -> str:
         kind, name = self._types[column], name_sql(column)
-        if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            return f"CAST(CAST({name} AS BOOLEAN) AS BIGINT)"
+        if not _is_text(kind):
+            return truth_of(self.number(column))
         word = f"lower({self._trimmed(name)})"
         return (
-            (
-                f"CASE WHEN {word} IN ({', '.join(map(quote, YES_WORDS))}) THEN 1 "
-                f"WHEN {word} IN ({', '.join(map(quote, NO_WORDS))}) THEN 0 "
-                f"ELSE CAST(({self.number(column)}) <> 0 AS BIGINT) END"
-            )
-            if _is_text(kind)
-            else "CAST(NULL AS BIGINT)"
+            f"CASE WHEN {word} IN ({', '.join(map(quote, YES_WORDS))}) THEN 1 "
+            f"WHEN {word} IN ({', '.join(map(quote, NO_WORDS))}) THEN 0 "
+            f"ELSE {truth_of(self.number(column))} END"
         )
 
     def text(self, column: str) -> str:

@@ -18,6 +18,7 @@ from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, find
 from kohaku_wrap.dataset.captions.plan import FATES, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.text_table import NoTexts, read_batches
 from kohaku_wrap.dataset.captions.words import KAOMOJI, PEOPLE_TAGS, breaks_caption
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
@@ -332,3 +333,9 @@ def test_explanation_is_the_caption(maker: Maker, writer: ModuleType) -> None:
 def test_a_pipe_in_place_of_earlier_captions_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "captions.arrow")
     assert EarlierCaptions(tmp_path / "captions.arrow").ids.size == 0
+
+
+def test_a_pipe_in_place_of_texts_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "texts.parquet")
+    with pytest.raises(NoTexts, match="not a regular file"):
+        next(read_batches(tmp_path / "texts.parquet", ""))

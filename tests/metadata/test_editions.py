@@ -25,6 +25,7 @@ from kohaku_wrap.dataset.selection import SelectionReport, select_posts
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
 from kohaku_wrap.metadata.description import describe_database
+from kohaku_wrap.metadata.dialects import Duck
 from kohaku_wrap.metadata.opening import is_metadata, open_metadata
 
 POSTS = 240
@@ -300,3 +301,13 @@ def test_inspect_knows_what_is_metadata(tmp_path: Path) -> None:
     model = tmp_path / "model.safetensors"
     model.write_bytes((2).to_bytes(8, "little") + b"{}")
     assert not is_metadata(model)
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32()])
+def test_flags_of_a_column_of_fractions(kind: pa.DataType) -> None:
+    table = pa.table({"flag": pa.array([0.0, 1.0, float("nan"), None, 2.0, 0.5], kind)})
+    query = f"SELECT {Duck({'flag': kind}).flag('flag')} FROM table"
+    with duckdb.connect() as connection:
+        connection.register("table", table)
+        rows = connection.execute(query.replace("FROM table", 'FROM "table"')).fetchall()
+    assert [value for (value,) in rows] == [0, 1, None, None, None, None]

@@ -188,9 +188,9 @@ def test_numbers_beyond_32_bits_do_not_wrap_around(tmp_path: Path, writer: Modul
     )  # fmt: skip
 
 
-YES = (1, 2, -1, 1.0, "1", " 1\r", "1.0", "t", "T", "true", "TRUE", "True", "y", "yes", "on")
+YES = (1, 1.0, "1", " 1\r", "1.0", "t", "T", "true", "TRUE", "True", "y", "yes", "on")
 NO = (0, 0.0, "0", "0.0", "f", "F", "false", "False", "FALSE", "n", "No", " off ")
-UNKNOWN_FLAGS = (None, "", " ", "NULL", "nan", "maybe", b"\x01", "1x")
+UNKNOWN_FLAGS = (2, -1, 0.5, float("nan"), "2", None, "", " ", "NULL", "nan", "maybe", b"\x01", "1x")
 NUMBERS = {5: 5, 6.0: 6, "5": 5, " 7\r": 7, "-3": -3, "5.0": 5, "12345678901": (1 << 31) - 1}
 NO_NUMBERS = (None, "", " ", "abc", "NULL", "5abc", "5.5", 5.5, "1e3", "1,234", float("inf"), b"5", "0x10", "٣")
 

@@ -140,6 +140,12 @@ def test_diff_shows_what_differs_in_effect() -> None:
     assert "network_dim" not in differences
 
 
+def test_diff_refuses_a_faulty_template(tmp_path: Path) -> None:
+    (tmp_path / "faulty.toml").write_text('extends = "epsilon"\n[rates]\nunet_lr = "much"\nunet_rl = 1.0\n')
+    result = CliRunner().invoke(command, ["diff", str(tmp_path / "faulty.toml"), "epsilon"])
+    assert isinstance(result.exception, ProblemsFound) and len(result.exception.problems) == 2
+
+
 def test_an_unknown_preset_is_answered_with_those_that_exist() -> None:
     result = CliRunner().invoke(command, ["show", "epsilon", "--set", "preset=nothing"])
     assert isinstance(result.exception, ProblemsFound)

@@ -76,6 +76,12 @@ def test_several_runs_take_a_line_each(new_run: NewRun, monkeypatch: pytest.Monk
     assert [each["run"] for each in told["runs"]] == ["first", "second"]
     assert json.loads(call(second.name, "--json").stdout)["folder"] == str(second.folder)
     assert "do not go together" in str(call("--watch", "--json").exception)
+    (second.lock_file).write_text("[run")
+    shown = call()
+    assert "note: left out" in shown.output and "second/run.lock.toml: not TOML" in shown.output
+    assert "optimizer step 12 of 12" in shown.output
+    first.metrics.write_bytes(b"[]\n\xff\n")
+    assert "finished, optimizer step 12 of 12 (100.0 %)" in call(first.name).output
     monkeypatch.chdir(first.folder)
     assert "no run in" in str(call().exception)
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
 from kohaku_wrap.errors import UsageError, reason_of
+from kohaku_wrap.files import open_regular
 from kohaku_wrap.formats.caption_rows import bytes_of
 
 ID_COLUMNS = ("id", "post_id", "image_id")
@@ -160,7 +161,7 @@ def read_text_table(path: Path, column: str, folder: Path) -> TextTable:
 def read_batches(path: Path, column: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
     """Ids and texts of the rows that have both. Raises NoTexts."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(open_regular(path))
         names = file.schema_arrow.names
         id_name, text_name = find_column(path, names, ID_COLUMNS, ""), find_column(path, names, TEXT_COLUMNS, column)
         for batch in file.iter_batches(ROWS_A_BATCH, columns=[id_name, text_name]):

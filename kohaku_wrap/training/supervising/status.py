@@ -182,6 +182,9 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
     recent = own[-RATE_WINDOW_STEPS:]
     done = int(lines[-1]["optimizer_step"]) if lines else 0
     done = max([done, *(attempt.start_optimizer_step for attempt in attempts[-1:])])
+    if told and ends[told[-1].number]:
+        # The metrics may be damaged or gone.
+        done = max(done, told[-1].optimizer_step)
     total = run.lock.total_optimizer_steps
     seconds = mean_of(recent, "seconds")
     beats = attempts[-1].heartbeats() if running else []
