@@ -23,11 +23,14 @@ from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapE
 from kohaku_wrap.outlets import OutputLost, loss_of_document
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Look around": ("demo", "template", "inspect"),
-    "Set up": ("trainer", "doctor"),
-    "Make a dataset": ("select", "extract", "caption", "import"),
-    "Train": ("plan", "cache", "train", "status", "report", "resume", "extend", "branch", "verify", "rename", "remove"),
-    "Use the result": ("prompt", "sample", "evaluate", "merge", "publish"),
+    "Start": ("demo", "doctor", "trainer"),
+    "Data": ("select", "extract", "caption", "import"),
+    "Training": (
+        *("template", "plan", "cache", "train", "status", "resume", "extend", "branch", "verify"),
+        *("rename", "remove"),
+    ),
+    "Looking": ("report", "prompt", "sample", "evaluate", "inspect"),
+    "Merging": ("merge", "publish"),
 }
 """One module of this folder a verb, in the order in which a person meets them."""
 

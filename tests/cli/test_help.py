@@ -1,4 +1,4 @@
-"""Every command has help, an example, and a row in the README."""
+"""Every command has help, an example, and a row in the guide."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from kohaku_wrap.cli import SECTIONS, program
 
 README = Path(__file__).parents[2] / "README.md"
+GUIDE = README.parent / "docs" / "guide.md"
 
 
 def leaf_commands(group: click.Group, words: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
@@ -45,8 +46,15 @@ def test_a_command_explains_itself(words: tuple[str, ...], command: click.Comman
 
 
 @pytest.mark.parametrize("verb", [verb for verbs in SECTIONS.values() for verb in verbs])
-def test_the_readme_has_a_row_for_every_verb(verb: str) -> None:
-    assert re.search(rf"^\| `kwrap {verb}\b", README.read_text(), re.MULTILINE)
+def test_the_guide_has_a_row_for_every_verb(verb: str) -> None:
+    assert re.search(rf"^\| `kwrap {verb}\b", GUIDE.read_text(), re.MULTILINE)
+
+
+def test_the_readme_is_short_and_begins_with_what_matters() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 90
+    beginning = "\n".join(lines[:25])
+    assert all(word in beginning for word in ("make epsilon", "make test", "docs/pictures/", "SDXL"))
 
 
 def test_the_list_of_commands_fits_a_narrow_terminal() -> None:
