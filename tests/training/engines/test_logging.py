@@ -72,7 +72,8 @@ def test_a_run_goes_on_in_its_line(world: World) -> None:
 
 
 @pytest.mark.sd_scripts
-def test_the_real_trainer_logs_the_same_way(world: World, sd_scripts: object) -> None:
+@pytest.mark.usefixtures("use_trainer")
+def test_the_real_trainer_logs_the_same_way(world: World) -> None:
     pytest.importorskip("tensorboard")
     check_going_back(world, "logged-by-the-trainer", "sd-scripts")
 
