@@ -156,7 +156,7 @@ def test_a_mistyped_line_is_one_message(line: str, said: str, capsys: pytest.Cap
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program([]) == 2
-    assert "Look around:" in capsys.readouterr().err
+    assert "Start:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mib", [60, 250, 400, 1500])
