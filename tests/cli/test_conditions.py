@@ -42,8 +42,9 @@ CONDITIONS = (
 SHOWN_CODES = {"closed stdout": 141, "reader gone": 141, "terminal gone": 141, "full log": 1}
 """Of a command whose only purpose is what it prints; a command that does more is not changed by these."""
 
-KEPT = {".supervisor.lock", ".extracting"}
-"""Hidden names that are no leftovers: of each run, and the journal by which `extract` goes on."""
+KEPT = {".supervisor.lock", ".extracting", ".judged", ".losses", ".cache", ".onnxruntime"}
+"""Hidden names that are no leftovers: of each run, the journal by which `extract` goes on, what was judged and measured
+so far, and what onnxruntime keeps of the machine in the home."""
 
 
 @dataclass(frozen=True)
