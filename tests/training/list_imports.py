@@ -20,7 +20,7 @@ COMPUTES_NOTHING = frozenset(
     {
         *("certifi", "charset-normalizer", "httpx", "huggingface-hub", "idna", "requests", "urllib3"),  # the network
         *("click", "pygments", "rich", "tqdm"),  # what is printed
-        *("filelock", "packaging", "pyyaml", "setuptools", "typing-extensions"),
+        *("filelock", "packaging", "protobuf", "pyyaml", "setuptools", "typing-extensions"),
         *("jinja2", "markupsafe", "mpmath", "networkx", "sympy"),  # torch's compiler, which is refused
         "kohaku-wrap",
     }
