@@ -64,6 +64,7 @@ def test_a_killed_run_from_cached_moments_is_the_uncached_one(site: Path, tmp_pa
     assert json.loads(verified.stdout)["faults"] == [], verified.stdout
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_found_before_it_is_trained_and_made_again(site: Path) -> None:
     made = cache(site, *MOMENTS)
     before, [shard, *_] = hashes(made), sorted(Path(made["folder"]).glob("*.safetensors"))
@@ -78,6 +79,7 @@ def test_a_damaged_shard_is_found_before_it_is_trained_and_made_again(site: Path
     assert hashes(again) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["moments", "sample"])
 def test_two_commands_at_once_make_each_shard_once(site: Path, tmp_path: Path, keep: str) -> None:
     words = cache_arguments(site, "cache.latents=true", f"cache.keep={keep}")
@@ -97,6 +99,7 @@ def test_two_commands_at_once_make_each_shard_once(site: Path, tmp_path: Path, k
     assert hashes(cache(site, "cache.latents=true", f"cache.keep={keep}")) == first
 
 
+@pytest.mark.slow
 def test_a_new_image_is_added_and_no_shard_is_made_again(site: Path, world: World) -> None:
     from engine_world import SIZES, write_images
 
