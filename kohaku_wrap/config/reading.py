@@ -262,7 +262,7 @@ def check_setting(setting: Setting, table: OptionTable, folder: Path | None) -> 
     if key in SECRET_OPTIONS:
         raise UnfitValue("a token or an upload is this machine's own: put it under [secrets] in site.toml")
     if folder is None and key == "log_with" and value in UPLOADING_LOGS:
-        raise UnfitValue(f'"{value}" sends logs and samples away: put it under [trainer] in site.toml')
+        raise UnfitValue(f'"{value}" sends logs away: put it under [trainer] in site.toml')
     if folder is None and key in NAME_OPTIONS and isinstance(value, str) and {"/", "\\"} & set(value):
         raise UnfitValue("becomes a part of file names: it may hold no slash")
     if folder is None and (key in PATH_OPTIONS or looks_like_path(value)):

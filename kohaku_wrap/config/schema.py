@@ -74,7 +74,7 @@ SECRET_OPTIONS: Mapping[str, type] = {
 """Tokens, and what is sent where: the site's `[secrets]` alone may set them, and no file of a run holds them."""
 
 UPLOADING_LOGS = ("wandb", "all")
-"""Values of `log_with` that send logs and samples away: the site's to say."""
+"""Values of `log_with` that send logs away: the site's to say."""
 
 OPTION_OF_DATASET_FILE: Mapping[str, str] = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 """Options of trainer.toml that have another name in dataset.toml."""
