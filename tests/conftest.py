@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,16 @@ settings.load_profile("plain")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts its background jobs so, and children would inherit it: no interrupt could be tested.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+STARTED = time.monotonic()
+MINUTES = float(os.environ.get("KWRAP_TEST_MINUTES") or "inf")
+"""What has not begun by then is skipped, and says so: a check with a time limit of its own can run what fits."""
+
+
+def pytest_runtest_setup() -> None:
+    if time.monotonic() - STARTED > 60 * MINUTES:
+        pytest.skip(f"not begun within {MINUTES:g} minutes (KWRAP_TEST_MINUTES)")
 
 
 @dataclass(frozen=True)
