@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -65,11 +66,16 @@ class PostDrops(NamedTuple):
     """Whether the table's rows ascend by id."""
 
 
+WHOLE_NUMBER = re.compile(r"-?[0-9]+(\.0)?")
+
+
 def post_ids(source: Source, column: pa.Array) -> Int64Array:
     """The ids of a batch. Raises DatabaseDamaged for a post whose id is no whole number."""
     if column.null_count or not pa.types.is_integer(column.type):
+        # Where some are words, all come as texts.
+        odd = sum(not WHOLE_NUMBER.fullmatch(str(each)) for each in column.to_pylist())
         raise DatabaseDamaged(
-            f"{source.path}: {column.null_count or len(column):,} posts have an id that is no whole number",
+            f"{source.path}: {odd:,} post{' has' if odd == 1 else 's have'} an id that is no whole number",
             "kwrap needs the numbers of the site. Name their column in [metadata.columns] of a dataset file.",
         )
     ids: Int64Array = column.to_numpy().astype(np.int64, copy=False)
