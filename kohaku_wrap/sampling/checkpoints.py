@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.base_model import BadBaseModel, check_base_model, read_sizes
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, describe_absence
 from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.formats.sdxl import VAE_PREFIX, list_tensor_names
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
@@ -77,14 +77,16 @@ def read_network(text: str) -> AddedNetwork:
     network = AddedNetwork(Path(found["file"]), found["weight"]) if found and not Path(text).exists() else None
     network = network or AddedNetwork(Path(text))
     if not network.path.is_file():
-        raise NoModel(f"{network.path}: there is no such network file", "Check the path: --network FILE[:WEIGHT].")
+        raise NoModel(f"{network.path}: {describe_absence(network.path)}", "Check the path: --network FILE[:WEIGHT].")
     return network
 
 
 def check_model(model: Model) -> Header:
     """Raise NoModel, or what merging raises, unless pictures can be drawn with it; its checkpoint's header."""
     if not model.path.is_file():
-        raise NoModel(f"{model.path}: there is no such file", "Give the path of an SDXL checkpoint (.safetensors).")
+        raise NoModel(
+            f"{model.path}: {describe_absence(model.path)}", "Give the path of an SDXL checkpoint (.safetensors)."
+        )
     header = read_header(model.path)
     if is_network(header):
         raise NoModel(
@@ -115,7 +117,7 @@ def check_model(model: Model) -> Header:
 def check_vae(path: Path, wanted: Sequence[str]) -> None:
     """Raise NoModel, or what reading a header raises, unless the file holds these tensors or diffusers' ones."""
     if not path.is_file():
-        raise NoModel(f"{path}: there is no such file", "Give the path of a VAE (.safetensors).")
+        raise NoModel(f"{path}: {describe_absence(path)}", "Give the path of a VAE (.safetensors).")
     held = {name.removeprefix(VAE_PREFIX) for name in read_header(path).tensors}
     missing = [] if DIFFUSERS_VAE in held else [name for name in wanted if name not in held]
     if missing:

@@ -91,7 +91,7 @@ def test_it_is_read_by_every_name_that_such_files_use(world: Path, vae: Path, tm
 
 def test_what_is_no_vae_is_named(world: Path, network: Path, tmp_path: Path) -> None:
     base = world / "base" / "model.safetensors"
-    for file, said in ((network, "no VAE of SDXL: it lacks"), (tmp_path / "gone.safetensors", "there is no such file")):
+    for file, said in ((network, "no VAE of SDXL: it lacks"), (tmp_path / "gone.safetensors", "no such file")):
         done = sample(world, base, "--vae", file, "--out", tmp_path / "x")
         assert done.exit_code and f"{file}: {said}" in str(done.exception)
     queued = CliRunner().invoke(program, ["sample", "--run", "x", "--queued", "--vae", str(network)])

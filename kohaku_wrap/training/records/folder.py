@@ -21,7 +21,7 @@ from kohaku_wrap.config.run_files import (
     flatten_dataset,
 )
 from kohaku_wrap.errors import KwrapError, UsageError, reason_of
-from kohaku_wrap.files import read_regular
+from kohaku_wrap.files import describe_absence, read_regular
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import StepCount
 from kohaku_wrap.toml_files import parse_toml
@@ -372,7 +372,9 @@ def find_run(name_or_path: str, runs_folders: tuple[Path, ...] = (Path("runs"),)
             return Run(candidate.resolve())
     for candidate in candidates:
         if (candidate / "attempts").is_dir():
-            raise NoSuchRun(f"{candidate / LOCK_FILE}: missing from this run", "Restore it, or start a new run.")
+            lock = candidate / LOCK_FILE
+            what = describe_absence(lock) if lock.exists() else "missing from this run"
+            raise NoSuchRun(f"{lock}: {what}", "Restore it, or start a new run.")
     names = [run.name for folder in runs_folders for run in list_runs(folder)]
     there = f"Runs here: {', '.join(names)}." if names else f"No runs in {', '.join(map(str, runs_folders))}."
     raise NoSuchRun(f"{name_or_path}: no such run", f"{there} Give a name, or the path of a run's folder.")
