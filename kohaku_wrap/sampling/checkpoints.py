@@ -77,7 +77,8 @@ def read_network(text: str) -> AddedNetwork:
     network = AddedNetwork(Path(found["file"]), found["weight"]) if found and not Path(text).exists() else None
     network = network or AddedNetwork(Path(text))
     if not network.path.is_file():
-        raise NoModel(f"{network.path}: {describe_absence(network.path)}", "Check the path: --network FILE[:WEIGHT].")
+        absence = describe_absence(network.path, "network file")
+        raise NoModel(f"{network.path}: {absence}", "Check the path: --network FILE[:WEIGHT].")
     return network
 
 
