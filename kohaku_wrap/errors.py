@@ -23,7 +23,12 @@ LACKS_MEMORY = re.compile(
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says without a number of the system and a path, which the message around it names."""
+    """What an error says without a number of the system and a path, which the message around it names.
+
+    What Python says of a value of another kind means nothing to who restores a file.
+    """
+    if isinstance(error, TypeError | AttributeError):
+        return "a value in it is of another kind than it should be"
     return getattr(error, "strerror", None) or str(error)
 
 
