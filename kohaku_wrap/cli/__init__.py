@@ -157,7 +157,7 @@ def call_program(arguments: Sequence[str] | None) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_request:
         return int(exit_request.exit_code)
-    except Exception as error:
+    except Exception as error:  # of any class may say that memory ran out; the others go on as they are
         if lacks_memory(error):
             raise MemoryError from error
         raise
