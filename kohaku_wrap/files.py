@@ -225,6 +225,16 @@ def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def place_folder(part: Path, final: Path) -> None:
+    """Rename a filled folder to `final`, flushed; what another process put there meanwhile stays."""
+    try:
+        part.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    fsync_folder(final.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_write(path) as stream:

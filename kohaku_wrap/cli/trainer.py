@@ -183,16 +183,11 @@ def note_unless(as_json: bool) -> Callable[[str], None]:
 
 def run_proof(checkout: Checkout, source: str, accept_difference: bool, as_json: bool) -> Proof:
     """Prove a checkout, in a folder that is removed when it is proved."""
-    import shutil
-
     from kohaku_wrap.proving.prove_trainer import proof_folder, prove_checkout
 
-    folder = proof_folder(checkout)
-    shutil.rmtree(folder, ignore_errors=True)
     note = note_unless(as_json)
-    proof = prove_checkout(checkout, folder, source, accept_difference=accept_difference, on_note=note)
-    shutil.rmtree(folder)
-    return proof
+    with proof_folder(checkout) as folder:
+        return prove_checkout(checkout, folder, source, accept_difference=accept_difference, on_note=note)
 
 
 @command.command(epilog="\b\nExample:\n  kwrap trainer show --json")

@@ -57,6 +57,7 @@ from kohaku_wrap.trainer.commits import (
 from kohaku_wrap.trainer.corrections import require_anchors
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, is_decisive, list_versions, plain_name
 from kohaku_wrap.trainer.requirements import InstallFailed, find_set, require_requirements, requirement_paths
+from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
 
 ROWS = (
@@ -319,9 +320,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def proof_folder(checkout: Checkout) -> Path:
-    """Where a proof works: beside the proofs that are kept."""
-    return home_folder() / "proofs" / "work" / digest_sources(checkout.path)[:12]
+@contextmanager
+def proof_folder(checkout: Checkout) -> Iterator[Path]:
+    """Where a proof works, beside the proofs that are kept: empty at first, and removed when the block ends well.
+
+    Raises NotProved where another process tries the same files.
+    """
+    folder = home_folder() / "proofs" / "work" / digest_sources(checkout.path)[:12]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = hold_lock(folder.with_suffix(".lock"))
+    if lock is None:
+        raise NotProved(
+            f"sd-scripts {checkout.name}: another process is proving these files already",
+            "Wait for it, then look: kwrap trainer show",
+        )
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":

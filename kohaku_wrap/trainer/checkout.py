@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.files import expand_user, fsync_folder, making_folder
+from kohaku_wrap.files import expand_user, making_folder, place_folder
 from kohaku_wrap.trainer.commits import (
     SCRIPT,
     SUPPORTED,
@@ -256,10 +256,9 @@ def install_checkout(
         if examine:
             examine(checkout)
         final = trainer_folder() / require_supported(inspect_checkout(checkout.path, INSTALLED)).commit
-        if final.exists():
+        if final.exists() and not (is_checkout(final) and inspect_checkout(final, INSTALLED).is_supported):
             final.rename(part / "replaced")
-        (part / "checkout").rename(final)
-        fsync_folder(trainer_folder())
+        place_folder(part / "checkout", final)
     return inspect_checkout(final, INSTALLED), False
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import fsync_folder, making_folder
+from kohaku_wrap.files import making_folder, place_folder
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.trainer.commits import trainer_folder
 
@@ -196,5 +196,4 @@ def install_package(requirement: Requirement) -> None:
                 f"pip could not install {pinned}: {words[-1]}",
                 f"Install it yourself (pip install --no-deps {pinned}), then: kwrap trainer show",
             )
-        (part / "packages").rename(final)
-        fsync_folder(final.parent)
+        place_folder(part / "packages", final)

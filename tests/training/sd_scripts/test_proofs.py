@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from kohaku_wrap.planning.doctor import examine_trainer
 from kohaku_wrap.proving import prove_trainer
 from kohaku_wrap.trainer import checkout as checkout_module
 from kohaku_wrap.trainer.checkout import (
+    Checkout,
     ImpossiblePair,
     find_commit,
     inspect_checkout,
+    install_checkout,
     list_installed,
     require_supported,
     require_transformers,
+    run_git,
 )
 from kohaku_wrap.trainer.commits import (
     TRIAL_VARIABLE,
@@ -84,6 +88,45 @@ def test_a_trial_holds_for_its_own_processes_only(
     assert find_known(checkout) is None
     monkeypatch.setenv(TRIAL_VARIABLE, str(trial))
     assert find_known(checkout) is not None
+
+
+def test_what_another_process_is_proving_is_not_proved_beside_it(
+    checkout: Path, kwrap: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(checkout))
+    with prove_trainer.proof_folder(inspect_checkout(checkout, "test")) as folder:
+        (folder / "world").mkdir(parents=True)
+        said = kwrap("trainer", "prove", expect=1)
+        assert "another process is proving these files already" in said and "kwrap trainer show" in said
+        assert (folder / "world").is_dir()
+    assert not folder.exists()
+    assert "already" not in kwrap("trainer", "prove", expect=1)
+
+
+def test_a_commit_that_another_process_installs_meanwhile_is_kept(checkout: Path, home: Path, tmp_path: Path) -> None:
+    """Trainings of the other process may use its files: they are not replaced under them."""
+    author = ("-c", "user.name=x", "-c", "user.email=x@x")
+    for words in (("init", "--quiet"), ("add", "."), (*author, "commit", "--quiet", "-m", "new")):
+        run_git(words, checkout)
+    commit = run_git(["rev-parse", "HEAD"], checkout).strip()
+    others: list[Path] = []
+
+    def examine(found: Checkout) -> None:
+        known = replace(proved(found.path), commit=commit)
+        if not others:
+            write_proof(known, {})
+            others.append(install_checkout(str(checkout), commit, examine=lambda _: None)[0].path)
+            others[0].joinpath("mark").write_text("of the other process")
+
+    path, _ = install_checkout(str(checkout), commit, examine=examine)
+    assert path.path == others[0] == home / "trainer" / commit and (others[0] / "mark").exists()
+    assert [each.name for each in (home / "trainer").iterdir()] == [commit]
+    (others[0] / "networks" / "lora.py").write_text("changed")
+    install_checkout(str(checkout), commit)
+    assert not (others[0] / "mark").exists() and inspect_checkout(others[0], "test").is_supported
+    (others[0] / "sdxl_train_network.py").unlink()
+    install_checkout(str(checkout), commit)
+    assert inspect_checkout(others[0], "test").is_supported
 
 
 def test_an_unknown_commit_is_refused_without_a_proof(kwrap: Callable[..., str]) -> None:
