@@ -25,7 +25,7 @@ from kohaku_wrap.merging.formula import (
     format_formula,
     walk_formula,
 )
-from kohaku_wrap.merging.parser import FormulaError
+from kohaku_wrap.merging.tokens import FormulaError
 
 SIZE_LIMIT_BITS = 256
 

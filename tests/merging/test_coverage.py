@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.merging.binding import UnboundName
 from kohaku_wrap.merging.coverage import UnfitInputs
 from kohaku_wrap.merging.plan import MergeOptions
-from kohaku_wrap.merging.planning import UnboundName, plan_merge
+from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.running import run_merge
 
 from .conftest import TE1, TE2, UNET, Tensors, WriteModel, make_tensors

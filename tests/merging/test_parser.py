@@ -24,7 +24,8 @@ from kohaku_wrap.merging.formula import (
     names_of_models,
     names_of_networks,
 )
-from kohaku_wrap.merging.parser import RESERVED, FormulaError, parse_formula
+from kohaku_wrap.merging.parser import RESERVED, parse_formula
+from kohaku_wrap.merging.tokens import FormulaError
 
 GAMMA = "beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)"
 
