@@ -205,8 +205,8 @@ def resolve_paths(reader: TableReader, folder: Path) -> SitePaths:
 
 
 def find_path(value: Any, folder: Path) -> Any:
-    """A path below `folder` unless it is absolute or begins with `~`; what is no path as it is."""
-    if not isinstance(value, str) or not value:
+    """A path below `folder` unless it is absolute or begins with `~`; what is no path, a `data:` URL too, as it is."""
+    if not isinstance(value, str) or not value or value.startswith("data:"):
         return value
     try:
         return str(folder / expand_user(value))

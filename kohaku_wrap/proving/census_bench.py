@@ -146,6 +146,8 @@ class CensusBench:
             {key: value for key, value in settings.items() if key not in paths},
         )
         site = self.write_site(name, own_images=settings.get("kwrap.data") == "sd-scripts")
+        if log_file := paths.get("console_log_file"):
+            paths["console_log_file"] = str(self.folder / log_file)
         overrides = [f"{key}={json.dumps(value)}" for key, value in paths.items()]
         try:
             run = create_run(plan_new_run(str(template), site, name, None, overrides), ["census"])

@@ -160,11 +160,15 @@ def test_paths_of_trainer_options_begin_where_they_were_written(
     (tmp_path / "here").mkdir()
     (tmp_path / "start.safetensors").write_bytes(b"")
     site = tmp_path / "site.toml"
-    site.write_text('[trainer]\nnetwork_weights = "start.safetensors"\nbase_weights = ["a.safetensors", "~/b"]\n')
+    site.write_text(
+        '[trainer]\nnetwork_weights = "start.safetensors"\nbase_weights = ["a.safetensors", "~/b"]\n'
+        'metadata_thumbnail = "data:image/png;base64,AA=="\n'
+    )
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", "/home/someone")
     effective = load_layers("demo", load_site(site), ["base_weights=['c.safetensors', '/d']"])[0]
     assert effective.get("network_weights") == str(tmp_path / "start.safetensors")
+    assert effective.get("metadata_thumbnail") == "data:image/png;base64,AA=="
     assert effective.get("base_weights") == [str(tmp_path / "here" / "c.safetensors"), "/d"]
     assert load_layers("demo", load_site(site))[0].get("base_weights") == [
         str(tmp_path / "a.safetensors"),
