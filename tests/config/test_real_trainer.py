@@ -48,8 +48,8 @@ def test_every_value_arrives_and_counts_are_equal(
     template: str, checkout: Path, make_site: Callable[..., Site], tmp_path: Path
 ) -> None:
     site = make_site()
-    overrides = ["samples.prompts=1girl, solo", "samples.every=2", "lr_scheduler_args.last_epoch=-1"]
-    effective = resolve_template(template, site, overrides)
+    overrides = ["samples.prompts=1girl, solo", "samples.every=2", "lr_scheduler=cosine"]
+    effective = resolve_template(template, site, [*overrides, "lr_scheduler_args.num_cycles=0.25"])
     sizes = generated_sizes(131, seed=len(template))
     cache = {
         str(site.paths.images / f"{index:04d}" / f"{index}.png"): {

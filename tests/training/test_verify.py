@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from plain_runs import misbehave, train, write_captions
+from written_ledgers import Change, expected_records, set_losses, set_record, write_ledger, write_life
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
@@ -23,18 +23,12 @@ from kohaku_wrap.training.records.ledger import (
     RECORD,
     SKIPPED,
     STEP,
-    STEP_RECORD,
     SUBSTITUTE,
     BadLedger,
-    LedgerHeader,
-    Records,
     StepRecords,
-    compute_checksums,
     ledger_file,
-    pack_header,
     read_ledger_file,
 )
-from kohaku_wrap.training.supervising import deep_checks
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
 from kohaku_wrap.training.supervising.ledger_files import NoLedger
@@ -42,111 +36,11 @@ from kohaku_wrap.training.supervising.supervise import TrainerFailed
 from kohaku_wrap.training.supervising.verify import VerifyReport, read_order, verify_run
 
 NewRun = Callable[..., Run]
-Change = Callable[[Records], Records]
-
-
-def expected_records(run: Run, attempt: int, rank: int, processes: int, first_step: int, last_step: int) -> Records:
-    """What a rank must record for the steps from `first_step` to `last_step`, counted from 1."""
-    order, ids = read_order(run)
-    count = run.lock.count
-    group = count.group
-    places = np.arange((first_step - 1) * group, last_step * group)
-    places = places[places % count.positions_per_epoch % processes == rank]
-    records = np.zeros(len(places), dtype=RECORD)
-    records["attempt"], records["rank"] = attempt, rank
-    records["epoch"], records["position"] = np.divmod(places, count.positions_per_epoch)
-    records["optimizer_step"] = places // group + 1
-    digests = [np.concatenate(list(digest_blocks(order.epoch(epoch), ids, 2))) for epoch in range(2)]
-    records["order_digest"] = np.stack(digests)[records["epoch"], records["position"]]
-    records["content_digest"] = places * 17
-    records["learning_rate"] = 1e-4
-    records["flags"] = np.where(records["position"] >= count.batches, FILL, 0)
-    return records
-
-
-def expected_steps(records: Records) -> StepRecords:
-    """The steps that a rank must record with these micro-batches: one group, none skipped."""
-    numbers, first = np.unique(records["optimizer_step"], return_index=True)
-    steps = np.zeros(len(numbers), dtype=STEP_RECORD)
-    for name in ("attempt", "rank", "epoch"):
-        steps[name] = records[name][first]
-    steps["optimizer_step"] = steps["updates"] = numbers
-    steps["flags"], steps["groups"] = STEP, 1
-    steps["rates"][:, 0] = 1e-4
-    return steps
-
-
-def write_ledger(
-    run: Run,
-    attempt: int,
-    rank: int,
-    processes: int,
-    records: Records,
-    change: Change | None = None,
-    **header: Any,
-) -> None:
-    """A rank's file: each step's record, as `change` falsifies it, after the last micro-batch of the step."""
-    named = {"run_id": run.lock.run_id, "options_digest": run.lock.options_digest, "is_deterministic": True, **header}
-    start = LedgerHeader(attempt, rank, processes, run.lock.group // processes, 2, run.lock.seed, **named)
-    records["checksum"] = compute_checksums(records)
-    steps = expected_steps(records) if start.version > 2 else np.zeros(0, dtype=STEP_RECORD)
-    steps = change(steps) if change else steps
-    steps["checksum"] = compute_checksums(steps)
-    last = {step: index + 1 for index, step in enumerate(records["optimizer_step"].tolist())}
-    after = [last[step] for step in steps["optimizer_step"].tolist()]
-    whole = np.insert(records, after, steps.view(RECORD)) if len(steps) else records
-    ledger_file(run.ledger, attempt, rank).write_bytes(pack_header(start) + whole.tobytes())
-
-
-def write_life(
-    run: Run,
-    number: int,
-    processes: int,
-    start: int,
-    last_step: int,
-    change: Change | None = None,
-    change_steps: Change | None = None,
-    differences: Mapping[str, str] | None = None,
-    **header: Any,
-) -> None:
-    """One attempt from after step `start` to `last_step`.
-
-    `change` and `change_steps` falsify rank 0's records of micro-batches and steps, `header` all ranks' headers.
-    """
-    shutil.rmtree(run.attempts / str(number), ignore_errors=True)
-    attempt = Attempt(
-        run, number, processes, run.lock.group // processes, 0, start, None, differences=differences or {}
-    )
-    write_attempt(attempt, {})
-    for rank in range(processes):
-        records = expected_records(run, number, rank, processes, start + 1, last_step)
-        falsify = change_steps if rank == 0 else None
-        write_ledger(
-            run, number, rank, processes, change(records) if change and rank == 0 else records, falsify, **header
-        )
 
 
 def faults(run: Run) -> dict[str, tuple[int, int, int]]:
     """Kind of fault to count, optimizer step and position of the first."""
     return {fault.kind: (fault.count, fault.optimizer_step, fault.position) for fault in verify_run(run).faults}
-
-
-def set_record(index: int, **values: int | float) -> Change:
-    def change(records: Records) -> Records:
-        changed = records.copy()
-        for name, value in values.items():
-            changed[name][index] = value
-        return changed
-
-    return change
-
-
-def set_losses(loss: float) -> Change:
-    def change(records: Records) -> Records:
-        records["loss"] = loss
-        return records
-
-    return change
 
 
 def check_of(run: Run, name: str) -> tuple[bool, str]:
@@ -450,45 +344,6 @@ def test_substitutes_are_counted(new_run: NewRun) -> None:
     report = verify_run(run)
     assert report.is_proved and report.substitutes == 1
     assert report.fills == 2, "a substitute is no fill"
-
-
-def test_what_is_recomputed_is_held_against_the_records(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answers are made here; tests/training/engines recomputes real images."""
-    run = new_run()
-    write_life(run, 1, 1, 0, 12, set_record(3, flags=SUBSTITUTE))
-    asked: list[list[int]] = []
-    wrong: dict[int, int | str] = {}
-
-    def answer(module: str, *words: Path, request: list[list[int]], **settings: Any) -> list[int | str]:
-        asked[:] = request
-        places = [epoch * run.lock.count.positions_per_epoch + position for epoch, position, _ in request]
-        return [wrong.get(place, place * 17) for place in places]
-
-    monkeypatch.setattr(deep_checks, "ask_python", answer)
-    report = verify_run(run, deep_samples=1000)
-    assert report.is_proved and report.deep_samples == report.records == len(asked)
-    assert [(epoch, position) for epoch, position, substituted in asked if substituted] == [(0, 3)]
-    wrong[7] = "its image is gone"
-    report = verify_run(run, deep_samples=1000)
-    assert report.is_proved and report.deep_samples == report.records - 1
-    deep = {check.name: check for check in report.checks}["deep"]
-    assert not deep.is_looked_at and deep.detail == "1 of 48 micro-batches not possible: its image is gone"
-    wrong[9] = 1
-    report = verify_run(run, deep_samples=1000)
-    assert [(fault.kind, fault.optimizer_step, fault.position) for fault in report.faults] == [("deep", 3, 9)]
-    chosen = [list(each) for each in asked]
-    verify_run(run, deep_samples=5)
-    first = list(asked)
-    verify_run(run, deep_samples=5)
-    assert len(first) == 5 and first == asked and all(each in chosen for each in first)
-
-
-def test_without_deep_nothing_is_said_of_it(new_run: NewRun) -> None:
-    run = new_run()
-    write_life(run, 1, 1, 0, 12)
-    report = verify_run(run)
-    assert report.deep_samples == 0 and "deep" not in {check.name for check in report.checks}
-    assert check_of(run, "losses") == (True, "no position was trained twice")
 
 
 def test_less_than_a_step_is_in_progress(new_run: NewRun) -> None:
