@@ -291,6 +291,15 @@ def load_hashes() -> dict[str, list[str]]:
     return {key: hashes for key, hashes in held.items() if isinstance(hashes, list) and hashes}
 
 
+def find_by_hash(sha256: str) -> Path | None:
+    """A file that still is what its kept hash says; None where no such file is known."""
+    for key, hashes in load_hashes().items():
+        path = Path(key.split("|")[0])
+        if hashes[0] == sha256 and path.is_file() and key_of_file(path) == key:
+            return path
+    return None
+
+
 def keep_hashes(added: dict[str, list[str]]) -> None:
     """Add to the kept hashes; where they cannot be written it is no failure."""
     held = {**load_hashes(), **added}

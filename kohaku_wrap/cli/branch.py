@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    counting_bytes,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, print_table
 from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch_options
 from kohaku_wrap.cli.train import make_run, train_run
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run

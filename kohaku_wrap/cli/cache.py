@@ -11,7 +11,6 @@ from kohaku_wrap.cli.options import set_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
-    format_duration,
     json_option,
     print_json,
     print_note,
@@ -20,6 +19,7 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.trust import trust_option
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.wording import format_duration, show_bytes
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.caching import Cache
@@ -115,7 +115,6 @@ def describe(cache: Cache, damaged: list[str], free: int) -> dict[str, Any]:
 
 def show(payload: dict[str, Any], dry_run: bool) -> list[tuple[str, Any]]:
     """The rows of the table."""
-    from kohaku_wrap.planning.sizes import show_bytes
 
     kept = f"{payload['keep']}, {payload['precision']}" + (", mirrored too" if payload["variants"] > 1 else "")
     rows = [

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from kohaku_wrap.metadata.source import Source
 
 STYLES = ("kohaku", "hakubooru")
-FORMATS = ("txt", "cache", "jsonl")
 
 
 @click.command(
@@ -197,7 +196,7 @@ def write(
     """Write captions and print the report."""
     from kohaku_wrap.dataset.captions.statistics import choose_counter
     from kohaku_wrap.dataset.captions.tokens import estimate_tokens
-    from kohaku_wrap.dataset.captions.writing import write_captions
+    from kohaku_wrap.dataset.captions.writing import FORMATS, write_captions
     from kohaku_wrap.metadata.parallel import usable_threads
 
     wanted = list(dict.fromkeys(one.strip() for one in formats.split(",") if one.strip()))

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kohaku_wrap.cli.output import format_share, print_json, print_lines, print_table, progress_bar
+from kohaku_wrap.cli.output import print_json, print_lines, print_table, progress_bar
+from kohaku_wrap.wording import format_share
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.explanation import PostExplanation

@@ -9,6 +9,7 @@ import click
 
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.wording import show_bytes
 
 
 @click.command(
@@ -32,7 +33,6 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
     same bytes; a world that is there already is kept.
     """
     from kohaku_wrap.demo.world import make_world
-    from kohaku_wrap.planning.sizes import show_bytes
 
     with progress_bar("pictures", "posts", quiet=as_json) as report:
         world = make_world(folder, posts, seed, on_progress=report)

@@ -11,19 +11,11 @@ import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import open_source, site_option, tags_option
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    format_duration,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    progress_bar,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.cli.sample import compute_options, prepare
 from kohaku_wrap.cli.sample_inputs import list_models
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.evaluation.characters import Character
@@ -247,7 +239,6 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
 
 def show_plan(job: DrawingJob, waiting: int, choice: Any, as_json: bool) -> None:
     """What would be drawn: pictures, hours and disk."""
-    from kohaku_wrap.planning.sizes import show_bytes
 
     cell = job.cells[0].cell
     size_bytes = int(waiting * cell.width * cell.height * BYTES_A_PIXEL)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option, threads_option
-from kohaku_wrap.cli.output import count_of, json_option, print_json, print_note, print_table, progress_bar, show_path
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.wording import count_of, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.evaluation.exposure import Exposure

@@ -10,18 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    format_duration,
-    json_option,
-    print_json,
-    print_table,
-    progress_bar,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
 from kohaku_wrap.cli.sample import COMPUTE_NAMES
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import format_duration, show_path
 
 if TYPE_CHECKING:
     import numpy as np

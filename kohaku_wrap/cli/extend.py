@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option, workers_option
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    counting_bytes,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, print_table
 from kohaku_wrap.cli.supervised import (
     print_findings,
     print_finished,
@@ -27,6 +19,7 @@ from kohaku_wrap.cli.supervised import (
     watch_run,
 )
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.extend import Extension

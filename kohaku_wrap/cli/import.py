@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import plan_command
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    count_of,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    progress_bar,
-)
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.wording import count_of
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.own.report import ImportReport

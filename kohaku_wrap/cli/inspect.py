@@ -10,16 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import tags_option
-from kohaku_wrap.cli.output import (
-    ESCAPES_IN_LINES,
-    count_of,
-    json_option,
-    print_json,
-    print_lines,
-    print_table,
-    progress_bar,
-)
+from kohaku_wrap.cli.output import ESCAPES_IN_LINES, json_option, print_json, print_lines, print_table, progress_bar
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.wording import count_of, show_bytes
 
 if TYPE_CHECKING:
     from kohaku_wrap.merging.inspecting import FileReport
@@ -77,7 +70,6 @@ def tell_origin(origin: Mapping[str, Any]) -> str:
 def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
     from kohaku_wrap.merging.hashes import find_auto_v1
     from kohaku_wrap.merging.inspecting import recorded_hashes, short_metadata
-    from kohaku_wrap.planning.sizes import show_bytes
 
     header = report.header
     rows: list[tuple[str, Any]] = [
@@ -191,7 +183,6 @@ def inspect_tars(folder: Path, as_json: bool) -> None:
     """Show how the tars of a folder are named, and which posts each holds."""
     from kohaku_wrap.dataset.images.tar_layouts import describe_tars
     from kohaku_wrap.dataset.images.tars import list_tar
-    from kohaku_wrap.planning.sizes import show_bytes
 
     described = describe_tars(folder, lambda path: len(list_tar(path).members))
     if as_json:
@@ -214,7 +205,6 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None, as
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.metadata.columns import DANBOORU
     from kohaku_wrap.metadata.description import describe_database
-    from kohaku_wrap.planning.sizes import show_bytes
 
     mapping = load_dataset(dataset).metadata if dataset else DANBOORU
     described = asdict(describe_database(file, replace(mapping, tag_table=tag_table)))

@@ -11,18 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kohaku_wrap.cli.options import note_compiling, threads_option
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    count_of,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    progress_bar,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence
+from kohaku_wrap.wording import count_of, show_bytes, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.merging.plan import MergeOptions, MergePlan
@@ -99,7 +91,6 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
 
 
 def print_plan(described: dict[str, Any], next_step: str) -> None:
-    from kohaku_wrap.planning.sizes import show_bytes
 
     kind = described["network"]
     rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("anchor", described["anchor"])][
@@ -239,7 +230,6 @@ def command(
         print_network(plan, output, build_network_metadata(plan, named, title, date, recipe), threads, as_json)
         return
     from kohaku_wrap.merging.running import run_merge
-    from kohaku_wrap.planning.sizes import show_bytes
 
     metadata = build_metadata(plan, named, title, date, recipe)
     note_compiling()
@@ -275,7 +265,6 @@ def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threa
     """Write a change as a network, and print how exact it is."""
     from kohaku_wrap.merging.changes import write_network
     from kohaku_wrap.merging.layers import describe_fits
-    from kohaku_wrap.planning.sizes import show_bytes
 
     note_compiling()
     with progress_bar("fit", "numbers", quiet=as_json) as report:

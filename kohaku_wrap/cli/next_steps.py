@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kohaku_wrap.cli.output import show_path
 from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.config.site import SitePaths

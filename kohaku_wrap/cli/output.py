@@ -19,6 +19,7 @@ import click
 
 from kohaku_wrap.files import Progress
 from kohaku_wrap.outlets import go_on_without_reader
+from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     import rich.progress
@@ -108,35 +109,6 @@ def wrap_line(line: str, width: int) -> str:
     kept = re.sub(r"`[^`]*`", lambda quoted: quoted[0].replace(" ", "\0"), line[hang:])
     pieces = textwrap.wrap(kept, width - hang, break_long_words=False, break_on_hyphens=False)
     return (line[:hang] + f"\n{' ' * hang}".join(pieces)).replace("\0", " ")
-
-
-def show_path(path: Path) -> str:
-    """The path as one would type it here: relative where it lies below the current folder."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def format_share(share: float) -> str:
-    """A part of 1 in percent."""
-    return f"{100 * share:.1f} %"
-
-
-def count_of(count: int, noun: str) -> str:
-    """A number with its noun: `1 tensor`, `2 processes`, `3 batches`."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
-    return f"{count:,} {noun}{ending}"
-
-
-def format_duration(seconds: float) -> str:
-    """Days, hours, minutes or seconds, two units at most."""
-    whole = max(0, round(seconds))
-    days, rest = divmod(whole, 86400)
-    hours, rest = divmod(rest, 3600)
-    minutes, left = divmod(rest, 60)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {left} s" if minutes else f"{left} s"
 
 
 def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") -> None:

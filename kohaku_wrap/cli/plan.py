@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import set_option
-from kohaku_wrap.cli.output import (
-    count_of,
-    format_duration,
-    format_share,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    progress_bar,
-)
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
+from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
 
 if TYPE_CHECKING:
     from kohaku_wrap.planning.pictures import PicturesPlan
@@ -197,7 +189,7 @@ def keep_summary(images: Path, as_json: bool) -> None:
 
 def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
     """The plan for people; `next_step` is not for one that cannot work."""
-    from kohaku_wrap.planning.sizes import show_bytes, total_of
+    from kohaku_wrap.planning.sizes import total_of
 
     steps = plan.steps
     largest = sorted(steps.buckets, key=lambda bucket: -bucket.images)
@@ -255,7 +247,7 @@ def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
 def list_picture_rows(pictures: PicturesPlan) -> list[tuple[str, Any]]:
     """What the pictures take, on a row each."""
     from kohaku_wrap.planning.pictures import BETWEEN_STEPS
-    from kohaku_wrap.planning.sizes import show_bytes, total_of
+    from kohaku_wrap.planning.sizes import total_of
 
     prompts, at = count_of(pictures.prompts, "prompt"), count_of(pictures.networks, "optimizer step")
     steps, disk = pictures.pictures * pictures.steps, show_bytes(pictures.disk_bytes)

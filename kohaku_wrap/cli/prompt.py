@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
-from kohaku_wrap.cli.output import count_of, json_option, print_json, print_lines, print_table
+from kohaku_wrap.cli.output import json_option, print_json, print_lines, print_table
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import count_of
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe

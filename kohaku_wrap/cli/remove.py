@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, count_of, json_option, print_json, print_note, print_table, show_path
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import count_of, show_bytes, show_path
 
 
 @click.command(
@@ -30,7 +31,6 @@ def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None
     Asks first. Its networks stay in RUN/checkpoints/ with the run's lock beside them, unless --checkpoints is given.
     A run that others came from is not removed, nor one that a process holds.
     """
-    from kohaku_wrap.planning.sizes import show_bytes
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.supervising.housekeeping import plan_removal, remove_run
 

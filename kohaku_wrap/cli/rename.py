@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, show_path
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.wording import show_path
 
 
 @click.command(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, show_path
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option, workers_option
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    counting_bytes,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, print_table
 from kohaku_wrap.cli.supervised import (
     describe_launch,
     print_findings,
@@ -30,6 +22,7 @@ from kohaku_wrap.cli.supervised import (
     watch_run,
 )
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import show_bytes, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
@@ -120,7 +113,6 @@ def command(
     With --machine-rank K this machine makes no attempt: it trains along in those of machine 0, which runs `kwrap train`
     or `kwrap resume`, joins the next one after a restart, and returns when the run is finished or stopped.
     """
-    from kohaku_wrap.planning.sizes import show_bytes
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.supervising.resume import plan_resume
     from kohaku_wrap.training.supervising.site_places import bytes_to_hash

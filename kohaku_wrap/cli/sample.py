@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import option_group, runs_folders, site_option
-from kohaku_wrap.cli.output import (
-    beyond_output,
-    count_of,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    progress_bar,
-    show_path,
-)
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import count_of, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.sampling.checkpoints import Model

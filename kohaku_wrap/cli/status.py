@@ -11,18 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import (
-    count_of,
-    format_duration,
-    format_share,
-    json_option,
-    print_json,
-    print_note,
-    print_table,
-    show_path,
-)
+from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
+from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
@@ -206,7 +198,6 @@ def one_line(status: RunStatus) -> str:
 
 def print_run(status: RunStatus) -> None:
     """One run in full."""
-    from kohaku_wrap.planning.sizes import show_bytes
 
     rows: list[tuple[str, Any]] = [("progress", one_line(status))]
     if parent := status.run.lock.parent_network:

@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from kohaku_wrap.cli.options import option_group
-from kohaku_wrap.cli.output import (
-    ESCAPES,
-    format_duration,
-    format_share,
-    print_json,
-    print_note,
-    print_table,
-    show_path,
-)
+from kohaku_wrap.cli.output import ESCAPES, print_json, print_note, print_table
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.training.records.signs import Phase
+from kohaku_wrap.wording import format_duration, format_share, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run

@@ -12,17 +12,16 @@ from kohaku_wrap.cli.options import set_option
 from kohaku_wrap.cli.output import (
     ESCAPES,
     beyond_output,
-    count_of,
     json_option,
     paint,
     print_json,
     print_lines,
     print_note,
     print_table,
-    show_path,
 )
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, command_line
+from kohaku_wrap.wording import count_of, show_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

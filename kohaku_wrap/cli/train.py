@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.live_page import keeping_page
-from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, show_path
+from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kohaku_wrap.cli.output import format_duration, print_json, print_table
+from kohaku_wrap.cli.output import print_json, print_table
+from kohaku_wrap.wording import format_duration, show_bytes
 
 if TYPE_CHECKING:
     from kohaku_wrap.config.effective import Effective
@@ -24,7 +25,7 @@ def plan_whole(effective: Effective, trial: Trial) -> TrainingPlan:
 
 def print_trial(trial: Trial, plan: TrainingPlan, next_command: str, as_json: bool) -> None:
     """The closing table of a trial."""
-    from kohaku_wrap.planning.sizes import show_bytes, total_of
+    from kohaku_wrap.planning.sizes import total_of
 
     disk_bytes = None if plan.sizes is None else total_of(plan.sizes.disk)
     if as_json:

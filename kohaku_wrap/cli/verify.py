@@ -10,16 +10,15 @@ import click
 from kohaku_wrap.cli.options import runs_folders, site_option
 from kohaku_wrap.cli.output import (
     beyond_output,
-    count_of,
     counting_bytes,
     json_option,
     print_error,
     print_json,
     print_note,
     print_table,
-    show_path,
 )
 from kohaku_wrap.errors import EXIT_FAILED, command_line, reason_of
+from kohaku_wrap.wording import count_of, show_path
 
 FILLS = "to fill an epoch's last optimizer step with a batch of it"
 

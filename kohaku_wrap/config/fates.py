@@ -24,9 +24,6 @@ Apart = Literal["", "place", "length", "attempt"]
 ARGUMENT_PLACES: tuple[Place, ...] = ("network_args", "optimizer_args", "lr_scheduler_args")
 """Tables whose names belong to a class that may be anybody's."""
 
-MOST_UNVERIFIED = 15
-"""Rows that may be left to the trainer."""
-
 OWN_KEYS: Mapping[str, FateKind] = {
     "effective_batch": "weights",
     "preset": "weights",

@@ -16,8 +16,6 @@ from kohaku_wrap.merging.modules import algorithm_of
 from kohaku_wrap.merging.networks import describe_network, group_modules, is_network
 from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 
-SQLITE_MAGIC = b"SQLite format 3\x00"
-
 
 @dataclass(frozen=True)
 class FileReport:
@@ -46,14 +44,6 @@ class FileReport:
 
     replay: str
     """The command that would make the file again; empty where its recipe is not kwrap's."""
-
-
-def is_database(path: Path) -> bool:
-    """Whether a file is an sqlite database, by its first bytes."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
 
 
 def inspect_file(path: Path, hashed: bool = True, on_progress: Progress = lambda done, total: None) -> FileReport:

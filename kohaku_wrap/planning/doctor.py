@@ -16,12 +16,13 @@ from kohaku_wrap.config.render import compose_trainer
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.planning.doctor_torch import Finding, find_torch_faults
-from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, show_bytes, total_of
+from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, total_of
 from kohaku_wrap.planning.training_plan import TrainingPlan
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import report_trainer, require_transformers
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, find_version
 from kohaku_wrap.trainer.requirements import SETS, TESTED, find_set, packages_of
+from kohaku_wrap.wording import show_bytes
 
 TESTED_TOGETHER = ("accelerate", "transformers", "diffusers", "huggingface-hub")
 TESTED_SETS = (

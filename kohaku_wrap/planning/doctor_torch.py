@@ -14,9 +14,9 @@ from typing import Any
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
 from kohaku_wrap.planning.module_counts import WORKER_SETTINGS
-from kohaku_wrap.planning.sizes import show_bytes
 from kohaku_wrap.processes import NoAnswer, accelerate_command, ask_python, safe_environment
 from kohaku_wrap.trainer.requirements import TESTED
+from kohaku_wrap.wording import show_bytes
 
 WORKER = "kohaku_wrap.planning.workers.check_machine"
 WORKER_TIMEOUT_SECONDS = 300

@@ -235,12 +235,3 @@ def machine_memory_bytes() -> int:
         if text.isascii() and text.isdecimal():
             total = min(total, int(text))
     return total
-
-
-def show_bytes(size: int) -> str:
-    """A size for people, in units of 1000: 769.3 MB."""
-    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            value = size / factor
-            return f"{value:,.0f} {unit}" if unit == "kB" or (unit != "MB" and value >= 100) else f"{value:.1f} {unit}"
-    return f"{size} bytes"

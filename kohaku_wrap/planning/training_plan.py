@@ -22,9 +22,10 @@ from kohaku_wrap.planning.module_counts import (
     find_unmatched,
 )
 from kohaku_wrap.planning.pictures import PicturesPlan, plan_pictures
-from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, show_bytes, total_of, weigh_training
+from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, total_of, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.steps import StepPlan
+from kohaku_wrap.wording import show_bytes
 
 
 @dataclass(frozen=True)

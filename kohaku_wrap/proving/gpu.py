@@ -24,7 +24,7 @@ from kohaku_wrap.outlets import run_as_work
 from kohaku_wrap.planning.doctor import TESTED_ALONE
 from kohaku_wrap.planning.doctor_torch import ask_worker
 from kohaku_wrap.planning.module_counts import ModuleCounts, count_network, count_network_everywhere
-from kohaku_wrap.planning.sizes import show_bytes, total_of
+from kohaku_wrap.planning.sizes import total_of
 from kohaku_wrap.planning.training_plan import plan_training
 from kohaku_wrap.proving.gpu_report import Measure, Report, fill_document
 from kohaku_wrap.proving.gpu_runs import SCALES, Workplace
@@ -34,6 +34,7 @@ from kohaku_wrap.proving.step_clock import median_of
 from kohaku_wrap.trainer.installed import find_trainer, find_version
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.wording import show_bytes
 
 FULL_SIZE_BYTES = 20 * 10**9
 """A GPU with less does not hold Epsilon's recipe; the tiny model is then trained on it."""

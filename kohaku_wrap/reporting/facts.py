@@ -32,6 +32,7 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import iterate_lines, keep_lines
 from kohaku_wrap.training.records.verification import Verdict, judge_verification
 from kohaku_wrap.training.supervising.status import RunStatus, read_status
+from kohaku_wrap.wording import show_path
 
 OPTION_TABLES = {"values": "", "dataset": "dataset_options.", **{name: f"{name}." for name in ARGUMENT_TABLES},
                  "samples": "samples.", "cache": "cache.", "states": "states.", "preset": "preset."}  # fmt: skip
@@ -155,7 +156,7 @@ def read_facts(run: Run, place: int = 0, several: bool = False, page_folder: Pat
     verdict = judge_verification(run, attempts)
     table = tabulate(lines, attempts, run.lock.effective_batch)
     chapters = tell_attempts(run, attempts, status)
-    typed = show_folder(run.folder)
+    typed = show_path(run.folder)
     data = read_data(run)
     return RunFacts(
         run=run,
@@ -181,11 +182,6 @@ def read_facts(run: Run, place: int = 0, several: bool = False, page_folder: Pat
 def name_curves(run: Run, place: int, table: Table, several: bool) -> Mapping[str, list[Piece]]:
     """The run's curves, labelled with its name where the page has several runs."""
     return draw_curves(table, place, lambda label: f"{run.name}: {label}" if several else label)
-
-
-def show_folder(folder: Path) -> str:
-    """The folder as one would type it here."""
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def list_options(run: Run) -> Iterator[Option]:

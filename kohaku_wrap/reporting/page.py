@@ -26,13 +26,14 @@ from kohaku_wrap.reporting.charts import Mark, colour_of, draw_chart
 from kohaku_wrap.reporting.curves import AXES, TITLES, Piece
 from kohaku_wrap.reporting.facts import RunFacts, describe_machine, list_versions, next_command, read_facts
 from kohaku_wrap.reporting.pictures import refer
-from kohaku_wrap.reporting.story import show_duration, show_time
+from kohaku_wrap.reporting.story import show_time
 from kohaku_wrap.reporting.way import follow_file
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.verification import judge_verification
 from kohaku_wrap.training.supervising.other_lock import compare_options
 from kohaku_wrap.training.supervising.status import read_status
+from kohaku_wrap.wording import format_duration
 
 HERE = Path(__file__).parent
 PAGE_FILE = "report.html"
@@ -107,7 +108,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"show_time": show_time, "show_duration": show_duration, "command_line": command_line}
+    environment.globals |= {"show_time": show_time, "format_duration": format_duration, "command_line": command_line}
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     text = environment.get_template(template).render(
         title=title,

@@ -18,6 +18,7 @@ from kohaku_wrap.training.records.documents import is_whole, read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.verification import Verdict
 from kohaku_wrap.training.supervising.status import AttemptStatus, RunStatus
+from kohaku_wrap.wording import count_of, format_duration
 
 CONDITIONS = {
     "new": "not begun",
@@ -67,21 +68,6 @@ def show_time(unix_seconds: float | None) -> str:
         return ""
 
 
-def show_duration(seconds: float) -> str:
-    """Days, hours, minutes or seconds, the two largest."""
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    units = [(days, "d"), (hours, "h"), (minutes, "min"), (left, "s")]
-    first = next((at for at, (number, _) in enumerate(units) if number), 3)
-    return " ".join(f"{number} {unit}" for number, unit in units[first : first + 2] if number) or "0 s"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 step`, `2 steps`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def describe_kind(run: Run) -> str:
     """What the run trains, in one phrase."""
     lock = run.lock
@@ -98,12 +84,12 @@ def describe_standing(status: RunStatus, now: float) -> str:
     done, total = status.optimizer_step, status.total_optimizer_steps
     if status.condition == "finished":
         ended = show_time(next((each.ended_unix_seconds for each in reversed(status.attempts)), None))
-        return f"finished: all {count(total, 'optimizer step')} are done{f', {ended}' if ended else ''}"
+        return f"finished: all {count_of(total, 'optimizer step')} are done{f', {ended}' if ended else ''}"
     at = f"{CONDITIONS[status.condition]} at optimizer step {done:,} of {total:,} ({done / max(total, 1):.1%})"
     if status.eta_seconds is not None:
-        return f"{at}, ends in {show_duration(status.eta_seconds)}, about {show_time(now + status.eta_seconds)}"
+        return f"{at}, ends in {format_duration(status.eta_seconds)}, about {show_time(now + status.eta_seconds)}"
     if status.seconds_per_step and status.condition != "new":
-        return f"{at}; the rest would take {show_duration((total - done) * status.seconds_per_step)}"
+        return f"{at}; the rest would take {format_duration((total - done) * status.seconds_per_step)}"
     return at
 
 
@@ -198,11 +184,11 @@ def list_attention(
     if status.last_error.startswith(f"attempt {newest}:"):
         yield f"{status.last_error}{f'. {status.advice}' if status.advice else ''}"
     if status.condition == "running" and (status.silent_seconds or 0.0) > SILENT_SECONDS:
-        yield f"no sign of life for {show_duration(status.silent_seconds or 0.0)}"
+        yield f"no sign of life for {format_duration(status.silent_seconds or 0.0)}"
     if status.skipped_steps:
-        yield f"{count(status.skipped_steps, 'optimizer step')} skipped: the weights stayed as they were there"
+        yield f"{count_of(status.skipped_steps, 'optimizer step')} skipped: the weights stayed as they were there"
     if status.non_finite_steps:
-        yield f"{count(status.non_finite_steps, 'optimizer step')} with a loss that is no number"
+        yield f"{count_of(status.non_finite_steps, 'optimizer step')} with a loss that is no number"
     for chapter in chapters:
         one = chapter.status
         if chapter.repeated:
@@ -223,4 +209,4 @@ def list_attention(
                 if name == "substitutes"
                 else ("with latents that are no numbers")
             )
-            yield f"{count(found, words)} {what}"
+            yield f"{count_of(found, words)} {what}"

@@ -17,8 +17,6 @@ SAMPLERS = {"euler-a": "Euler a", "dpmpp-2m": "DPM++ 2M", "dpmpp-2m-sde": "DPM++
 
 SCHEDULES = {"exponential": "Exponential", "karras": "Karras", "uniform": "Uniform"}
 EMPHASES = ("no-norm", "original", "ignore")
-PREDICTIONS = ("epsilon", "v")
-DTYPES = ("fp32", "fp16", "bf16")
 SLUG_LENGTH = 40
 HASH_DIGITS = 12
 MOST_SEED = (1 << 63) - 1
@@ -102,7 +100,7 @@ class Cell:
     """Whether an open bracket reaches to the end of the prompt."""
 
     prediction: str = "epsilon"
-    """What the UNet predicts: one of PREDICTIONS."""
+    """What the UNet predicts: epsilon or v."""
 
     zero_terminal_snr: bool = False
     """Whether the noise schedule ends in pure noise."""

@@ -12,7 +12,6 @@ from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.sizes import find_sizes
 
 LATENT_PIXELS = 8
-DEVICES = ("cpu", "cuda")
 GPU_BATCH = 4
 """Rows of a forward on a GPU, where --batch does not say it."""
 

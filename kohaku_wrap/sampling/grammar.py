@@ -64,11 +64,6 @@ class Prompt:
         """All words, without weights."""
         return " ".join("".join(piece.text for piece in part) for part in self.parts)
 
-    @property
-    def is_weighted(self) -> bool:
-        """Whether any piece has another weight than 1."""
-        return any(piece.weight != 1.0 for part in self.parts for piece in part)
-
 
 @dataclass
 class Bracket:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -125,25 +126,25 @@ def compose_parameters(record: Record) -> str:
     return f"{cell.prompt}{negative}\n{line}"
 
 
-def compose_chunk(record: Record) -> str:
-    """The JSON of the `kwrap` chunk."""
-    cell = record.cell
-    size = [cell.height, cell.width]
-    document = {
-        "cell": cell.describe(),
-        "cell_sha256": cell.digest,
+def describe_record(record: Record) -> dict[str, Any]:
+    """What a picture and `kwrap inspect` tell of it, as JSON."""
+    return {
+        "cell": record.cell.describe(),
+        "cell_sha256": record.cell.digest,
         "pixels_sha256": record.pixels_sha256,
         "files": [asdict(each) for each in record.files],
         "optimizer_step": record.optimizer_step,
         "prediction_from": record.prediction_from,
-        "original_size": size,
-        "crop_top_left": [0, 0],
-        "target_size": size,
-        "second_pass_size": list(cell.second_size) if cell.second_size else None,
         "device": record.device_name,
         "versions": dict(record.versions),
-    }  # fmt: skip
-    return json.dumps(document, ensure_ascii=False)
+    }
+
+
+def compose_chunk(record: Record) -> str:
+    """The JSON of the `kwrap` chunk."""
+    size, second = [record.cell.height, record.cell.width], record.cell.second_size
+    sizes = {"original_size": size, "crop_top_left": [0, 0], "target_size": size, "second_pass_size": second}
+    return json.dumps(describe_record(record) | sizes, ensure_ascii=False)
 
 
 def write_picture(path: Path, image: Image.Image, record: Record) -> None:

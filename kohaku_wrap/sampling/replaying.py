@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.files import key_of_file, load_hashes
-from kohaku_wrap.sampling.pictures import VAE, Record, compose_parameters
+from kohaku_wrap.files import find_by_hash
+from kohaku_wrap.sampling.pictures import VAE, Record, compose_parameters, describe_record
 from kohaku_wrap.training.records.samples import read_sheet_record
 
 SAID_BY_FILE = ("its key", "modelspec")
@@ -26,11 +25,8 @@ def find_file(sha256: str, name: str, known: dict[str, Any]) -> tuple[str, bool]
     listed = known.get(sha256)
     if isinstance(listed, str) and Path(listed).is_file():
         return listed, True
-    for key, hashes in load_hashes().items():
-        path = Path(key.split("|")[0])
-        if hashes[0] == sha256 and path.is_file() and key_of_file(path) == key:
-            return str(path), True
-    return name, False
+    kept = find_by_hash(sha256)
+    return str(kept or name), kept is not None
 
 
 def compose_command(picture: Path, record: Record) -> tuple[str, list[str]]:
@@ -73,15 +69,9 @@ def describe_picture(picture: Path, record: Record, pixels: str) -> dict[str, An
     return {
         "file": str(picture),
         "kind": "picture of kwrap",
-        "cell": record.cell.describe(),
-        "cell_sha256": record.cell.digest,
+        **describe_record(record),
         "pixels_sha256": pixels,
         "pixels_as_drawn": pixels == record.pixels_sha256,
-        "files": [asdict(each) for each in record.files],
-        "optimizer_step": record.optimizer_step,
-        "prediction_from": record.prediction_from,
-        "device": record.device_name,
-        "versions": dict(record.versions),
         "parameters": compose_parameters(record),
         "replay": command,
         "unknown_files": lost,

@@ -13,7 +13,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import Progress, clear_leavings, write_text
 from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.processes import LineHelper, raise_answer
-from kohaku_wrap.sampling.checkpoints import Model, files_of
+from kohaku_wrap.sampling.checkpoints import files_of
 from kohaku_wrap.sampling.expanding import KnownModel, PlacedCell
 from kohaku_wrap.sampling.pictures import VAE, is_drawn
 from kohaku_wrap.training.records.samples import SHEET_RECORD, read_sheet_record
@@ -135,9 +135,3 @@ def record_sheet(job: DrawingJob) -> None:
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     job.out.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-
-
-def list_models(cells: Sequence[PlacedCell], models: Sequence[KnownModel]) -> list[Model]:
-    """The models that cells are drawn with, in order."""
-    used = {each.model for each in cells}
-    return [known.model for known in models if known.model in used]

@@ -11,7 +11,7 @@ from typing import Any
 
 from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import key_of_file, load_hashes, parse_json
+from kohaku_wrap.files import find_by_hash, parse_json
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
 
@@ -48,12 +48,7 @@ def find_parents(header: Header) -> list[Path]:
         parents = parse_json(header.metadata.get(MERGE_PARENTS, "{}"))
     except ValueError:
         return []
-    found = []
-    for key, hashes in load_hashes().items():
-        path = Path(key.split("|")[0])
-        if isinstance(parents, dict) and hashes[0] in parents and path.is_file() and key_of_file(path) == key:
-            found.append(path)
-    return found
+    return [path for sha256 in parents if (path := find_by_hash(sha256))] if isinstance(parents, dict) else []
 
 
 def fits(header: Header, sizes: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kohaku_wrap.cli import output
+from kohaku_wrap.wording import format_duration
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     ("seconds", "shown"), [(0.4, "0 s"), (75, "1 min 15 s"), (7_260, "2 h 1 min"), (1_007_424, "11 d 15 h")]
 )
 def test_a_duration_has_two_units(seconds: float, shown: str) -> None:
-    assert output.format_duration(seconds) == shown
+    assert format_duration(seconds) == shown
 
 
 def test_a_path_is_never_broken(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

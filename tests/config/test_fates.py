@@ -4,7 +4,6 @@ import pytest
 
 from kohaku_wrap.config.code_names import load_signatures
 from kohaku_wrap.config.fates import (
-    MOST_UNVERIFIED,
     Fate,
     fate_of,
     fate_of_key,
@@ -38,8 +37,11 @@ def test_every_row_says_why_or_how_it_is_tried() -> None:
             assert fate.other is not None or fate.untestable or fate.given_by, (place, name)
 
 
+MOST_LEFT_TO_THE_TRAINER = 15
+
+
 def test_few_are_left_to_the_trainer_and_no_shipped_template_uses_one() -> None:
-    assert sum(fate.kind == "unverified" for fate in load_fates().values()) <= MOST_UNVERIFIED
+    assert sum(fate.kind == "unverified" for fate in load_fates().values()) <= MOST_LEFT_TO_THE_TRAINER
     names = [template.name for template in list_templates() if template.origin != "yours"]
     assert names
     for name in names:

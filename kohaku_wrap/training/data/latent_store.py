@@ -42,7 +42,6 @@ SHARDS_OPEN = 64
 """Mapped at once by a process; a page of one that is not counts to nobody."""
 
 MOMENTS, SAMPLE = "moments", "sample"
-KEPT = (MOMENTS, SAMPLE)
 
 FIELDS = (
     pa.field("id", pa.int64(), nullable=False),

@@ -13,7 +13,6 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import fsync_folder, sha256_of_file
-from kohaku_wrap.planning.sizes import show_bytes
 from kohaku_wrap.training.records.folder import STATE_NAME
 from kohaku_wrap.training.records.manifest import (
     MANIFEST,
@@ -24,6 +23,7 @@ from kohaku_wrap.training.records.manifest import (
     manifest_text,
     read_manifest,
 )
+from kohaku_wrap.wording import show_bytes
 
 PART_SUFFIX = ".partial"
 REMOVED_SUFFIX = ".removed"

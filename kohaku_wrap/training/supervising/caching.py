@@ -23,12 +23,12 @@ from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import Claims, Progress, clear_leavings, describe_absence, kept_sha256
 from kohaku_wrap.formats.caption_rows import Columns
-from kohaku_wrap.planning.sizes import show_bytes
 from kohaku_wrap.processes import LineHelper, raise_answer
 from kohaku_wrap.training.data.latent_rules import make_rule
 from kohaku_wrap.training.data.latent_shards import ShardShape, check_shard, read_record
 from kohaku_wrap.training.data.latent_store import Index, LatentStore, NoLatents, Rule, Wanted, extend_index, lay_out
 from kohaku_wrap.training.supervising.launch import default_threads
+from kohaku_wrap.wording import show_bytes
 
 WORKER = "kohaku_wrap.training.engines.encode_latents"
 

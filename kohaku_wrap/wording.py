@@ -1,0 +1,40 @@
+"""Numbers, sizes, times and paths as people read them; for every room that tells a person something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def show_path(path: Path) -> str:
+    """The path as one would type it here: relative where it lies below the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def format_share(share: float) -> str:
+    """A part of 1 in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def count_of(count: int, noun: str) -> str:
+    """A number with its noun: `1 tensor`, `2 processes`, `3 batches`."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def format_duration(seconds: float) -> str:
+    """Days, hours, minutes or seconds, two units at most."""
+    minutes, left = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "min"), (left, "s")]
+    first = next((place for place, (number, _) in enumerate(units) if number), 3)
+    return " ".join(f"{number} {unit}" for number, unit in units[first : first + 2])
+
+
+def show_bytes(size: int) -> str:
+    """A size for people, in units of 1000: 769.3 MB."""
+    for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            value = size / factor
+            return f"{value:,.0f} {unit}" if unit == "kB" or (unit != "MB" and value >= 100) else f"{value:.1f} {unit}"
+    return f"{size} bytes"
