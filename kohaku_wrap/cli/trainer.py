@@ -129,9 +129,11 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
     """Get the newest sd-scripts, and prove it.
 
     The newest is what the source has checked out, for a URL the last commit of its default branch; in a fork that may
-    be the fork's own commit. What changes in its options is shown first. Runs go on with the commit of their lock.
+    be the fork's own commit. What changes in its options is shown first. One that is older than what is installed is
+    installed only by --commit. Runs go on with the commit of their lock.
     """
-    from kohaku_wrap.trainer.checkout import install_checkout, list_installed
+    from kohaku_wrap.trainer.checkout import install_checkout, list_installed, list_later
+    from kohaku_wrap.trainer.cloning import NEWEST
     from kohaku_wrap.trainer.installed import ask_trainer, find_option_table
     from kohaku_wrap.trainer.options import compare_tables, parse_table
     from kohaku_wrap.trainer.requirements import install_requirements
@@ -139,9 +141,11 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
     before = [each.name for each in list_installed()]
     changes: list[str] = []
     found: list[Checkout] = []
+    later: list[str] = []
 
     def examine(checkout: Checkout) -> None:
         found.append(checkout)
+        later.extend(list_later(checkout))
         # Its options are read by loading it.
         install_requirements(note_unless(as_json))
         changes.extend(
@@ -153,10 +157,11 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
                 [
                     ("installed", ", ".join(before) or "none"),
                     ("the source has", f"{checkout.commit} ({checkout.name}, {checkout.support})"),
+                    *([("nothing newer", f"installed is {', '.join(later)}")] if later else []),
                     *[("option", line) for line in changes or ["none new, none gone, no other default"]],
                 ],
             )
-        if dry_run:
+        if dry_run or (later and commit == NEWEST):
             raise OnlyLooked("nothing was installed", "Leave --dry-run out.")
         if not checkout.is_supported:
             run_proof(checkout, source, accept_difference, as_json)
@@ -166,9 +171,9 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
     except OnlyLooked:
         checkout, was_there = found[0], False
     if as_json:
-        answer = {"installed": before, "options": changes, "was_there": was_there, "dry_run": dry_run}
+        answer = {"installed": before, "options": changes, "later": later, "was_there": was_there, "dry_run": dry_run}
         print_json("trainer update", {**describe(checkout), **answer})
-    elif not dry_run:
+    elif not dry_run and not (later and commit == NEWEST):
         print_table("sd-scripts " + ("was there already" if was_there else "installed"), checkout_rows(checkout))
 
 

@@ -41,8 +41,8 @@ from kohaku_wrap.trainer.checkout import (
     install_checkout,
     require_supported,
     require_transformers,
-    run_git,
 )
+from kohaku_wrap.trainer.cloning import run_git
 from kohaku_wrap.trainer.commits import (
     IMPORTED_FOLDERS,
     SUPPORTED,

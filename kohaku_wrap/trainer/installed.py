@@ -120,9 +120,10 @@ def read_commit(folder: Path) -> str:
 
 
 def git_environment() -> dict[str, str]:
-    """The caller's variables without those of git, which would name another repository; git asks no questions."""
+    """The caller's variables without those of git, which would name another repository; git speaks English and asks no
+    questions."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return own | {"GIT_TERMINAL_PROMPT": "0"}
+    return own | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
 
 def find_version(package: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kohaku_wrap.planning.doctor import examine_trainer
-from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout, run_git
+from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
+from kohaku_wrap.trainer.cloning import run_git
 from kohaku_wrap.trainer.commits import SUPPORTED, digest_sources
 
 Command = Callable[..., str]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,11 @@ from kohaku_wrap.trainer.checkout import (
     inspect_checkout,
     install_checkout,
     list_installed,
+    list_later,
     require_supported,
     require_transformers,
-    run_git,
 )
+from kohaku_wrap.trainer.cloning import run_git
 from kohaku_wrap.trainer.commits import (
     TRIAL_VARIABLE,
     SupportedCommit,
@@ -118,8 +121,8 @@ def test_a_commit_that_another_process_installs_meanwhile_is_kept(checkout: Path
             others.append(install_checkout(str(checkout), commit, examine=lambda _: None)[0].path)
             others[0].joinpath("mark").write_text("of the other process")
 
-    path, _ = install_checkout(str(checkout), commit, examine=examine)
-    assert path.path == others[0] == home / "trainer" / commit and (others[0] / "mark").exists()
+    path, was_there = install_checkout(str(checkout), commit, examine=examine)
+    assert was_there and path.path == others[0] == home / "trainer" / commit and (others[0] / "mark").exists()
     assert [each.name for each in (home / "trainer").iterdir()] == [commit]
     (others[0] / "networks" / "lora.py").write_text("changed")
     install_checkout(str(checkout), commit)
@@ -127,6 +130,41 @@ def test_a_commit_that_another_process_installs_meanwhile_is_kept(checkout: Path
     (others[0] / "sdxl_train_network.py").unlink()
     install_checkout(str(checkout), commit)
     assert inspect_checkout(others[0], "test").is_supported
+
+
+def test_what_is_installed_and_later_is_named(checkout: Path, home: Path) -> None:
+    """By the dates of the commits; of a folder that is no repository it is not known."""
+    days = {"first": "2026-02-01", "second": "2026-03-01", "third": "2026-03-02", "fourth": "2026-04-01"}
+    folders = {name: home / "trainer" / (str(number) * 40) for number, name in enumerate([*days, "undated"])}
+    for name, folder in folders.items():
+        shutil.copytree(checkout, folder)
+        (folder / "library" / "loss.py").write_text(name)
+        write_proof(replace(proved(folder), name=name, commit=folder.name), {})
+        if name in days:
+            run_git(["init", "--quiet"], folder)
+            tree = run_git(["write-tree"], folder).strip()
+            when = f"{days[name]}T12:00:00Z"
+            text = f"tree {tree}\nauthor x <x> {stamp(when)}\ncommitter x <x> {stamp(when)}\n\n{name}\n"
+            (folder / "commit").write_text(text)
+            commit = run_git(["hash-object", "-t", "commit", "-w", "commit"], folder).strip()
+            run_git(["update-ref", "HEAD", commit], folder)
+    assert sorted(list_later(inspect_checkout(folders["second"], "test"))) == ["fourth", "third"]
+    assert list_later(inspect_checkout(folders["fourth"], "test")) == []
+    assert list_later(inspect_checkout(folders["undated"], "test")) == []
+
+
+def stamp(day: str) -> str:
+    return f"{int(datetime.fromisoformat(day).timestamp())} +0000"
+
+
+@pytest.mark.parametrize("commit", ["v9.9.9", "f" * 40])
+def test_a_commit_that_the_source_does_not_have_is_said(
+    checkout: Path, kwrap: Callable[..., str], monkeypatch: pytest.MonkeyPatch, commit: str
+) -> None:
+    run_git(["init", "--quiet"], checkout)
+    monkeypatch.setenv("LANGUAGE", "de")
+    said = kwrap("trainer", "install", "--prove", "--source", str(checkout), "--commit", commit, expect=1)
+    assert f"{checkout} has no tag, branch or commit {commit}" in said and f"git ls-remote {checkout}" in said
 
 
 def test_an_unknown_commit_is_refused_without_a_proof(kwrap: Callable[..., str]) -> None:
