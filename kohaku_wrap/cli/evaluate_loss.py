@@ -87,9 +87,9 @@ def loss(
     post: by time step, rating, year and quality, and as a paired difference with an interval. Posts that a run has
     trained are refused. The result is the same, bit for bit, with any number of processes and after a kill.
     """
+    from kohaku_wrap.dataset.captions.groups import draw_posts, group_posts
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.evaluation import held_out
-    from kohaku_wrap.evaluation.posts import draw_posts, group_posts
     from kohaku_wrap.formats.caption_rows import Columns
     from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
     from kohaku_wrap.sampling.expanding import KnownModel, name_models
@@ -147,8 +147,8 @@ def prepare(
     """What is measured: dataset options of the run, or of a template."""
     from kohaku_wrap.config.layers import load_layers
     from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+    from kohaku_wrap.dataset.fixed_chunks import cut_chunks, list_timesteps
     from kohaku_wrap.evaluation.held_out import LossJob
-    from kohaku_wrap.evaluation.posts import cut_chunks, list_timesteps
     from kohaku_wrap.formats.caption_rows import read_subsets
     from kohaku_wrap.sampling.chunks import digest_tokenizers
     from kohaku_wrap.sampling.devices import choose_compute

@@ -18,6 +18,7 @@ from kohaku_wrap.wording import count_of, format_duration, format_share, show_by
 if TYPE_CHECKING:
     from kohaku_wrap.planning.pictures import PicturesPlan
     from kohaku_wrap.planning.training_plan import TrainingPlan
+    from kohaku_wrap.planning.validation import ValidationPlan
     from kohaku_wrap.steps import StepPlan
 
 BUCKETS_SHOWN = 8
@@ -154,6 +155,8 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
         memory = total_of(plan.pictures.memory) or None
         own = {"pictures": plan.pictures.pictures, "memory_bytes": memory, "is_beside": plan.pictures.is_beside}
         document["pictures"] = {**asdict(plan.pictures), **own}
+    if plan.validation:
+        document["validation"] = asdict(plan.validation)
     if sizes:
         document |= {
             **asdict(sizes),
@@ -166,11 +169,11 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
 
 def keep_summary(images: Path, as_json: bool) -> None:
     """Write the captions' summary for `kwrap report` where there is none of them; without it nothing else is less."""
+    from kohaku_wrap.dataset.captions.recipe import words_of_recipe
     from kohaku_wrap.dataset.captions.summary import summarise_captions
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.formats.caption_rows import read_captions_metadata
     from kohaku_wrap.formats.data_summary import read_summary, write_summary
-    from kohaku_wrap.sampling.compose import words_of_recipe
 
     try:
         about = read_captions_metadata(images)
@@ -237,6 +240,8 @@ def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
         rows.append(("time", "unknown; add --seconds-per-step S, or --measured RUN"))
     if plan.pictures:
         rows += list_picture_rows(plan.pictures)
+    if plan.validation:
+        rows += list_validation_rows(plan.validation)
     for note in notes:
         print_note(f"note: {note}")
     if plan.not_counted:
@@ -268,6 +273,21 @@ def list_picture_rows(pictures: PicturesPlan) -> list[tuple[str, Any]]:
     else:
         rows.append(("time to draw", "unknown until a run has drawn some; then --measured RUN"))
     return rows
+
+
+def list_validation_rows(validation: ValidationPlan) -> list[tuple[str, Any]]:
+    """What is held out, and what measuring it takes."""
+    like = f", and {validation.relatives:,} that are their like" if validation.relatives else ""
+    forwards = f"{validation.forwards:,} forwards of {count_of(validation.rows, 'image')}"
+    time = "unknown; add --seconds-per-step S, or --measured RUN"
+    if validation.seconds is not None:
+        hours = f"{format_duration(validation.seconds)} ({validation.seconds / 3600:.1f} h)"
+        time = f"{hours}, if an image takes a third of a trained one"
+    return [
+        ("held out", f"{count_of(validation.posts, 'post')}{like}: none is trained"),
+        ("validation", f"{count_of(validation.evaluations, 'evaluation')}, {forwards}"),
+        ("time to validate", time),
+    ]
 
 
 def show_steps(steps: StepPlan) -> str:

@@ -11,6 +11,7 @@ from kohaku_wrap.config.network import LYCORIS, find_network_faults
 from kohaku_wrap.config.optimizers import Signatures, find_optimizer_faults, find_unknown_code
 from kohaku_wrap.config.samples import find_sample_faults, note_shared_gpu
 from kohaku_wrap.config.training_data import note_whole_captions
+from kohaku_wrap.config.validation import find_validation_faults, note_held_out
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.steps import StepPlan
@@ -42,6 +43,10 @@ LIMITS: Mapping[str, tuple[int, int | None]] = {
     "states.every": (1, None),
     "samples.every": (1, None),
     "samples.steps": (1, None),
+    "validation.posts": (0, None),
+    "validation.every": (1, None),
+    "validation.timesteps": (1, 1000),
+    "validation.batch": (1, 256),
     "save_every_n_steps": (1, None),
     "save_every_n_epochs": (1, None),
 }
@@ -104,6 +109,7 @@ def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[s
         *note_cache(effective),
         *note_whole_captions(effective),
         *note_shared_gpu(effective),
+        *note_held_out(effective),
     ]
     notes += note_other_prediction(effective)
     warmup = effective.get("lr_warmup_steps", 0)
@@ -308,6 +314,7 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_two_attentions,
     refuse_two_network_parts,
     find_sample_faults,
+    find_validation_faults,
     refuse_missing_seed,
     refuse_out_of_range,
     find_network_faults,

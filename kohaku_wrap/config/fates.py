@@ -31,6 +31,8 @@ OWN_KEYS: Mapping[str, FateKind] = {
     "cache": "weights",
     "states": "files",
     "samples": "files",
+    "validation": "files",
+    "validation.posts": "weights",
 }
 """What kwrap's own keys and tables decide."""
 
@@ -136,8 +138,9 @@ def fate_of_key(key: str) -> Fate | None:
     None for a key of no table that there is.
     """
     table, _, name = key.rpartition(".")
-    if (own := table or key) in OWN_KEYS:
-        return Fate(OWN_KEYS[own])
+    for own in (key, table or key):
+        if own in OWN_KEYS:
+            return Fate(OWN_KEYS[own])
     place = "dataset" if table == "dataset_options" else table
     if place in ("dataset", *ARGUMENT_PLACES):
         return fate_of(place, name)

@@ -10,7 +10,7 @@ from kohaku_wrap.config.checks import check_effective
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import lay_rest, list_defaults
 from kohaku_wrap.config.reading import LENGTHS, Entry, LayerReader, is_owned, shorten_path
-from kohaku_wrap.config.schema import ARGUMENT_TABLES
+from kohaku_wrap.config.schema import ARGUMENT_TABLES, OWN_TABLES
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.errors import ProblemsFound, command_line
 from kohaku_wrap.trainer.installed import find_option_table
@@ -73,8 +73,8 @@ def list_options(lock: Mapping[str, Any], length: Mapping[str, int], table: Opti
     for name, value in lock.get("dataset", {}).items():
         if name in table.dataset_options and value != table.dataset_options[name].default:
             yield f"dataset_options.{name}", value
-    for each in ("states", "cache", "samples"):
-        yield from ((f"{each}.{name}", value) for name, value in lock.get(each, {}).items())
+    for each in ("states", "cache", "samples", "validation"):
+        yield from ((f"{each}.{name}", value) for name, value in lock.get(each, {}).items() if name in OWN_TABLES[each])
     yield "kwrap.data", lock["run"]["data"]
     yield "effective_batch", lock["run"]["effective_batch"]
     if lock.get("preset"):

@@ -39,6 +39,8 @@ def list_decisive(lock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield f"run.{name}", lock["run"].get(name)
     for name, value in lock.get("cache", {}).items():
         yield f"cache.{name}", value
+    if held_out := lock.get("validation", {}).get("digest"):
+        yield "validation.digest", held_out
     known = load_recorded_table()
     options = {"values": known.options, "dataset": known.dataset_options}
     for table, place in PLACES.items():

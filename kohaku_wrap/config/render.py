@@ -38,9 +38,11 @@ from kohaku_wrap.config.trainer_arguments import (
     section_of,
 )
 from kohaku_wrap.config.training_data import compose_dataset, describe_data
+from kohaku_wrap.config.validation import describe_validation, settle_held_out
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import describe_absence, kept_sha256, sha256_of_file, write_text
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
+from kohaku_wrap.formats.held_out import HELD_OUT_FILE
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.trainer.commits import find_known
@@ -139,6 +141,10 @@ def compose_run(
     }
     if who_draws(effective) == TRAINER and (samples := settle_samples(effective)):
         texts[PROMPTS_FILE] = render_prompts(samples)
+    with suppress(NoImages):
+        if held_out := settle_held_out(effective, site.paths.images):
+            lock["validation"] = describe_validation(effective, held_out)
+            texts[HELD_OUT_FILE] = held_out.text()
     lock |= beginning or {}
     lock["run"] |= {"id": run_id, "options_digest": digest_options(lock)}
     lock["versions"] = list_versions(find_engine(machine.engine).package_folders())

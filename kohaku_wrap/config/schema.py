@@ -38,8 +38,14 @@ OWN_TABLES: Mapping[str, Mapping[str, Option]] = {
         "guidance": Option("guidance", ("float",), default=6.0),
         "seed": Option("seed", ("int",), default=1),
     },
+    "validation": {
+        "posts": Option("posts", ("int",), default=0),
+        "every": Option("every", ("int",), default=500),
+        "timesteps": Option("timesteps", ("int",), default=9),
+        "batch": Option("batch", ("int",), default=4),
+    },
 }
-"""kwrap's own tables: `[kwrap]`, `[states]`, `[cache]`, `[samples]`."""
+"""kwrap's own tables: `[kwrap]`, `[states]`, `[cache]`, `[samples]`, `[validation]`."""
 
 EFFECTIVE_BATCH = Option("effective_batch", ("int",))
 """Images per optimizer step over all processes, in any section."""

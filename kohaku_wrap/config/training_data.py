@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
+from kohaku_wrap.config.validation import settle_held_out
 from kohaku_wrap.dataset.own.report import note_whole
 from kohaku_wrap.errors import reason_of
 from kohaku_wrap.files import parse_json, read_regular
@@ -28,6 +29,7 @@ from kohaku_wrap.formats.caption_rows import (
     read_folder_sizes,
     read_subsets,
 )
+from kohaku_wrap.formats.held_out import HeldOut
 
 CACHE_FILE = "metadata_cache.json"
 """What sd-scripts reads in place of a folder's files where `cache_info` is set."""
@@ -89,10 +91,22 @@ class TrainerRows:
 
 
 def read_training_sizes(effective: Effective, images: Path) -> ImageSizes:
-    """The sizes of the images that this template's dataset would train. Raises NoImages."""
+    """The sizes of the images that this template's dataset would train; those held out are in no epoch.
+
+    Raises NoImages, TooManyHeldOut.
+    """
     if effective.get("kwrap.data") != "sd-scripts":
-        return read_folder_sizes(images)
+        return leave_out(read_folder_sizes(images), settle_held_out(effective, images), images)
     return read_trainer_rows(images, flatten_dataset(compose_dataset(effective, images))).as_sizes()
+
+
+def leave_out(sizes: ImageSizes, held_out: HeldOut | None, images: Path) -> ImageSizes:
+    """The same with no repeat of the posts that are held out."""
+    if held_out is None:
+        return sizes
+    ids = open_captions(images).read_all()["id"].to_numpy()
+    repeats = np.where(held_out.mark(ids), 0, sizes.repeats)
+    return replace(sizes, repeats=repeats, measured=np.isin(ids, held_out.posts))
 
 
 def compose_dataset(effective: Effective, images: Path) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 import kohaku_wrap
+from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.posts import GROUPS, Grouping
 from kohaku_wrap.files import Progress, parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import NoAnswer, ask_python
@@ -177,7 +177,8 @@ def choose_rows(run: Run | None, columns: Columns, leaves_out: bool, allows: boo
     rows = np.arange(len(columns))
     if run is None or allows:
         return rows
-    trained = np.isin(columns.ids, Columns.open(run.find_images(), run.lock.dataset_digest).ids)
+    own = Columns.open(run.find_images(), run.lock.dataset_digest).ids
+    trained = np.isin(columns.ids, own[~run.lock.held_out.mark(own)] if run.lock.held_out else own)
     if trained.all() or (trained.any() and not leaves_out):
         first = columns.ids[trained][0]
         left = "" if trained.all() else "--leave-out-trained takes the others, or "

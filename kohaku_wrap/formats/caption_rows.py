@@ -112,6 +112,9 @@ class ImageSizes:
     repeats: npt.NDArray[np.int64] | int = 1
     """How often an epoch trains each image, before the template's num_repeats; (images,) where they differ."""
 
+    measured: npt.NDArray[np.bool_] | None = None
+    """(images,) whether the loss of each is measured and none of it trained; None where none is held out."""
+
 
 def bytes_of(texts: pa.Array) -> pa.Buffer:
     """All texts of an array, one after another, without a copy."""

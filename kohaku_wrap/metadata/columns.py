@@ -31,6 +31,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "image_height": ("image_height", "height", "file.height", "media_asset.image_height"),
     "is_deleted": ("is_deleted", "flags.deleted"),
     "is_banned": ("is_banned",),
+    "parent_id": ("parent_id", "parent", "relationships.parent_id"),
 }
 """Names under which sites and dumps publish what kwrap reads, the first that is there; a dot leads into a structure."""
 

@@ -221,7 +221,9 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
         indexed = _indexed_columns(connection, columns)
         base = token_base(connection) if layout is Layout.V0 else 0
         has_row_ids = layout.has_relation and _has_row_ids(connection)
-    edition = Edition(f"danbooru2023 {layout.value}, sqlite", layout.value, danbooru_posts_sql(Sqlite()))
+    has_parents = "parent_id" in columns["post"]
+    name, posts = f"danbooru2023 {layout.value}, sqlite", danbooru_posts_sql(Sqlite(), has_parents)
+    edition = Edition(name, layout.value, posts, has_parents=has_parents)
     return Database(path, edition, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
 
 

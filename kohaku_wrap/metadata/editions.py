@@ -90,6 +90,7 @@ def make_edition(
         zone=mapping.zone,
         tag_table=mapping.tag_table,
         categories=mapping.categories or CATEGORIES,
+        has_parents="parent_id" in found.posts,
     )
 
 
@@ -122,7 +123,7 @@ def posts_sql(
         "file_ext": f"lower({extension})",
         "rating": dialect.rating(columns["rating"], words) if "rating" in columns else "-1",
         **{name: dialect.text(columns[name]) for name in ("md5", "file_url") if name in columns},
-        **{name: dialect.number(columns[name]) for name in ("score", "fav_count") if name in columns},
+        **{name: dialect.number(columns[name]) for name in ("score", "fav_count", "parent_id") if name in columns},
         **{name: dialect.size(columns[name]) for name in ("image_width", "image_height") if name in columns},
         **{name: dialect.flag(columns[name]) for name in ("is_deleted", "is_banned") if name in columns},
         "place": place,
@@ -133,8 +134,8 @@ def posts_sql(
     return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in {**made, **absent}.items()) + f" FROM {table}"
 
 
-def danbooru_posts_sql(dialect: Dialect) -> str:
-    """The COLUMNS of the table `post` of danbooru2023."""
+def danbooru_posts_sql(dialect: Dialect, has_parents: bool) -> str:
+    """The COLUMNS of the table `post` of danbooru2023; `has_parents`: whether it has the column parent_id."""
     date = dialect.text("created_at")
     made = {
         "id": "id" if isinstance(dialect, Sqlite) else dialect.number("id"),
@@ -150,5 +151,6 @@ def danbooru_posts_sql(dialect: Dialect) -> str:
         "image_height": dialect.size("image_height"),
         "is_deleted": dialect.flag("is_deleted"),
         "is_banned": dialect.flag("is_banned"),
+        "parent_id": dialect.number("parent_id") if has_parents else dialect.absent("parent_id"),
     }
     return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in made.items()) + " FROM post"

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 COLUMNS = (
     *("id", "created_at", "day", "md5", "file_url", "file_ext", "rating", "score", "fav_count"),
-    *("image_width", "image_height", "is_deleted", "is_banned"),
+    *("image_width", "image_height", "is_deleted", "is_banned", "parent_id"),
 )
 """What every edition is read as, one row a post. `created_at` is text, '' without one; `day` its YYYY-MM-DD, NULL where
 it is no date; `rating` 0 … 3 or -1; `md5`, `file_url` text, NULL where the edition has no such column; `file_ext` small
-letters; flags 1, 0 or NULL; sizes above 0 or NULL."""
+letters; flags 1, 0 or NULL; sizes above 0 or NULL; `parent_id` 0 or NULL
+without a parent."""
 
 STILL_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "avif")
 """What the trainer reads, of what the site holds; gif, mp4, webm, zip and swf are no still images."""

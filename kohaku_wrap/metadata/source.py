@@ -59,6 +59,9 @@ class Edition:
     categories: Mapping[str, int] = field(default_factory=dict)
     """By the tag table's number or word, an index of TAG_TYPES."""
 
+    has_parents: bool = False
+    """Whether posts name their parents."""
+
     @property
     def has_tag_strings(self) -> bool:
         """Whether tags are read from the posts' own columns."""

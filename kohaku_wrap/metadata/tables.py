@@ -125,8 +125,9 @@ def _recognise(
             missing.append(Problem("posttagrelation", "no such table"))
         if missing:
             raise ProblemsFound(where, missing, "kwrap reads the tables post, tag and posttagrelation of danbooru2023.")
-        sql = danbooru_posts_sql(Duck(columns["post"]))
-        return Edition(f"danbooru2023 {layout.value}, {kind}", layout.value, sql)
+        has_parents = "parent_id" in known["post"]
+        sql = danbooru_posts_sql(Duck(columns["post"]), has_parents)
+        return Edition(f"danbooru2023 {layout.value}, {kind}", layout.value, sql, has_parents=has_parents)
     found = find_posts_table({table: list(some) for table, some in columns.items()}, mapping, where)
     if not found:
         problems = [Problem(table, f"columns {', '.join(list(some)[:40])}") for table, some in columns.items()]

@@ -24,6 +24,7 @@ from kohaku_wrap.planning.module_counts import (
 from kohaku_wrap.planning.pictures import PicturesPlan, plan_pictures
 from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, total_of, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps
+from kohaku_wrap.planning.validation import ValidationPlan, plan_validation
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.wording import show_bytes
 
@@ -73,6 +74,9 @@ class TrainingPlan:
 
     pictures: PicturesPlan | None = None
     """Those of `[samples]`."""
+
+    validation: ValidationPlan | None = None
+    """That of `[validation]`."""
 
     @property
     def eta_seconds(self) -> float | None:
@@ -124,6 +128,7 @@ def plan_training(
         problems=tuple(problems),
         not_counted=not_counted,
         pictures=plan_pictures(effective, steps, sum(base), drawing_seconds),
+        validation=plan_validation(effective, steps, images, seconds_per_step),
     )
 
 

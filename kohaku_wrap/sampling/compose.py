@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kohaku_wrap.dataset.captions.explanation import PostExplanation
 from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, WRITTEN, plan_captions
-from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, words_of_recipe
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.metadata.tags import TagTable
 from kohaku_wrap.sampling.grammar import Piece, Prompt, escape_text, format_piece, parse_prompt
@@ -105,13 +105,6 @@ def read_tag(tag: str) -> tuple[str, float]:
         if len(pieces) == 1 and pieces[0].weight != 1.0:
             return pieces[0].text.strip(), pieces[0].weight
     return ESCAPED.sub(r"\1", text), weight
-
-
-def words_of_recipe(recipe: CaptionRecipe) -> Mapping[str, str]:
-    """The words that come from no tag, and the group of each."""
-    words = dict.fromkeys(recipe.quality.words, "quality")
-    words |= {entry.word: "year" for entry in recipe.years}
-    return words | {word: "rating" for listed in recipe.ratings.values() for word in listed}
 
 
 def site_name(text: str, recipe: CaptionRecipe, known: TagTable | None) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, words_of_recipe
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, open_captions, read_batches
 from kohaku_wrap.metadata.tags import TagTable
-from kohaku_wrap.sampling.compose import words_of_prompt, words_of_recipe
+from kohaku_wrap.sampling.compose import words_of_prompt
 from kohaku_wrap.sampling.grammar import Prompt
 
 WELL_KNOWN = 1_000

@@ -20,10 +20,11 @@ import pytest
 
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.dataset.captions.groups import draw_posts, group_posts
+from kohaku_wrap.dataset.fixed_chunks import cut_chunks, list_timesteps
 from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.evaluation.held_out import LossJob, TrainedPosts, choose_rows, compare_losses, measure_losses
-from kohaku_wrap.evaluation.posts import cut_chunks, draw_posts, group_posts, list_timesteps
 from kohaku_wrap.formats.caption_rows import Columns, ColumnsWriter
 from kohaku_wrap.formats.predictions import Prediction
 from kohaku_wrap.sampling.cells import Compute

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import toml
 from click.testing import CliRunner
 from plain_runs import misbehave, train, write_captions
 from written_ledgers import Change, expected_records, set_losses, set_record, write_ledger, write_life
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.formats.held_out import HELD_OUT_FILE, HeldOut
+from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
@@ -445,3 +449,54 @@ def test_a_state_of_another_run_and_what_was_accepted_are_named(new_run: NewRun)
     notes = " ".join(verify_run(run).notes)
     assert "trained by another run up to optimizer step 3 (--allow other-run): proved from there on" in notes
     assert "attempt 2 accepted other-run: the state was another's" in notes
+
+
+def hold_out(run: Run, *posts: int) -> None:
+    """Give a run's lock a list of held-out posts, and the plan that follows from it."""
+    held_out = HeldOut(np.array(posts), np.empty(0, dtype=np.int64), {}, 0, run.lock.images)
+    tables = parse_toml(run.lock_file.read_text(encoding="utf-8"))
+    tables["files"] = {HELD_OUT_FILE: held_out.text()}
+    tables["plan"]["batches"] = read_order(run.suppose(tables))[0].batches
+    run.lock_file.write_text(toml.dumps(tables), encoding="utf-8")
+    run.forget_lock()
+
+
+def test_that_no_held_out_post_was_trained_is_proved(new_run: NewRun) -> None:
+    run = new_run()
+    assert not [each for each in verify_run_of(run, 1).checks if each.name == "held out"]
+    hold_out(run, 3, 10, 17)
+    assert 10 not in read_order(run)[1] and 10 in read_order(run, with_held_out=True)[1]
+    report = verify_run_of(run, 1)
+    assert report.is_proved, report.faults
+    assert check_of(run, "held out") == (True, "none of 3 posts was trained: 3 measured, 0 that are their like")
+
+
+@pytest.mark.parametrize("post", [3, 17])
+def test_a_planted_held_out_post_is_named(new_run: NewRun, post: int) -> None:
+    run = new_run()
+    hold_out(run, 3, 10, 17)
+
+    def plant(records: Records) -> Records:
+        order, ids = read_order(run)
+        batch = ids[order.epoch(0).images_at(int(records["position"][5]))].copy()
+        batch[-1] = post
+        return set_record(5, order_digest=order_digest(batch))(records)
+
+    write_life(run, 1, 1, 0, 6, change=plant)
+    found = faults(run)
+    assert found["held-out"] == (1, 2, 5) and "order" in found
+    assert not verify_run(run).is_proved
+    assert check_of(run, "held out") == (True, "some were trained")
+
+
+def test_a_run_that_trained_as_if_none_were_held_out_is_refused(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 6)
+    hold_out(run, 3, 10, 17)
+    assert faults(run)["held-out"][0] > 0
+
+
+def verify_run_of(run: Run, number: int) -> VerifyReport:
+    """The report on a true attempt of 6 optimizer steps."""
+    write_life(run, number, 1, 0, 6)
+    return verify_run(run)

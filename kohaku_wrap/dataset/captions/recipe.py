@@ -225,3 +225,10 @@ def _read_ratings(reader: TableReader, problems: list[Problem]) -> dict[str, tup
 
 def _check_words(where: str, words: tuple[str, ...], problems: list[Problem]) -> None:
     problems += [Problem(where, f"{word!r} cannot stand in a caption") for word in words if breaks_caption(word)]
+
+
+def words_of_recipe(recipe: CaptionRecipe) -> Mapping[str, str]:
+    """The words that come from no tag, and the group of each."""
+    words = dict.fromkeys(recipe.quality.words, "quality")
+    words |= {entry.word: "year" for entry in recipe.years}
+    return words | {word: "rating" for listed in recipe.ratings.values() for word in listed}

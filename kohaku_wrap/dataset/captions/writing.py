@@ -21,6 +21,7 @@ from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, arra
 from kohaku_wrap.dataset.captions.mixing import BOTH, TextMix, put_texts
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
 from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
+from kohaku_wrap.dataset.captions.post_relations import gather_relations
 from kohaku_wrap.dataset.captions.posts_summary import summarise_posts
 from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
@@ -32,6 +33,7 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoImages, read_batches
 from kohaku_wrap.formats.data_summary import write_summary
+from kohaku_wrap.formats.relations import write_relations
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.parallel import map_in_order
@@ -187,6 +189,7 @@ def write_captions(
     if images and written.digest:
         with contextlib.suppress(OSError):  # what is only shown fails no captions
             write_summary(folder, written.digest, summarise_posts(database, plan, posts, images, selection, folder))
+        write_relations(folder, gather_relations(database, selection, images.ids))
     counts = written.counts
     if texts:
         notes += describe_texts(texts, written.text_counts, posts=counts.posts)

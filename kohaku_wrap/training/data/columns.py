@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from kohaku_wrap.dataset.buckets import find_crop_corners
 from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.training.data.images import UnreadableImage
 from kohaku_wrap.training.data.items import BatchKey, Item, ItemOptions, Items
 from kohaku_wrap.training.data.latent_store import MOMENTS, LatentStore
@@ -40,11 +41,12 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
         substitute_bad_images: bool = False,
         start: tuple[int, int] = (0, 0),
         latents: LatentStore | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         """`group`: batches in one optimizer step. `start`: epoch and global position of this attempt's first batch,
         before which no image should be loaded. Without `tokenize` the examples carry no token ids. With `latents` no
         image is opened."""
-        super().__init__(columns, options, batch_size, seed, group)
+        super().__init__(columns, options, batch_size, seed, group, held_out)
         self.tokenize = tokenize
         self.substitute_bad_images = substitute_bad_images
         self.start = start

@@ -14,6 +14,7 @@ from kohaku_wrap.dataset.buckets import BucketAssignment, BucketOptions, assign_
 from kohaku_wrap.dataset.captions.mixing import TAGS, TextMix, put_text
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.streams import draws, seed_of, stream_key
 from kohaku_wrap.training.data.captions import CaptionOptions, choose_sign, process_caption
 from kohaku_wrap.training.data.images import (
@@ -160,13 +161,23 @@ def item_generator(seed: int, epoch: int, image_id: int, repeat: int = 0) -> ran
 class Items:
     """All that seed, epoch and image decide of a dataset's batches."""
 
-    def __init__(self, columns: Columns, options: ItemOptions, batch_size: int, seed: int, group: int) -> None:
-        """`group`: batches in one optimizer step."""
+    def __init__(
+        self,
+        columns: Columns,
+        options: ItemOptions,
+        batch_size: int,
+        seed: int,
+        group: int,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        """`group`: batches in one optimizer step. `held_out`: posts that no batch has, nor takes for a substitute."""
         self.columns = columns
         self.options = options
         self.seed = seed
         self.buckets: BucketAssignment = assign_buckets(columns.widths, columns.heights, options.buckets)
-        self.entries = Entries(columns.subsets, [each.num_repeats for each in (options, *options.later_subsets)])
+        self.left_out = held_out.mark(columns.ids) if held_out else None
+        repeats = [each.num_repeats for each in (options, *options.later_subsets)]
+        self.entries = Entries(columns.subsets, repeats, self.left_out)
         self.order = BatchOrder(self.entries.of_rows(self.buckets.bucket_of_image), batch_size, seed, group)
         self.text_mix = TextMix(**columns.text_shares)
 
@@ -236,7 +247,8 @@ class Items:
 
         A substitute depends on (seed, epoch, position, slot) alone, so every attempt takes the same one.
         """
-        rows = np.flatnonzero(self.buckets.bucket_of_image == self.buckets.bucket_of_image[item.row])
+        alike = self.buckets.bucket_of_image == self.buckets.bucket_of_image[item.row]
+        rows = np.flatnonzero(alike if self.left_out is None else alike & ~self.left_out)
         stream = stream_key("substitute", self.seed, key.epoch, key.position, slot)
         for draw in draws(stream, np.arange(SUBSTITUTES_TRIED)):
             candidate = self.draw_item(int(rows[int(draw) % len(rows)]), key.epoch)

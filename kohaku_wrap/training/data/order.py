@@ -32,15 +32,22 @@ class Entries:
     First every image, then in the same order those that are trained a second time, and so on.
     """
 
-    def __init__(self, subset_of_image: npt.NDArray[np.integer], repeats_of_subset: Sequence[int]) -> None:
-        """`subset_of_image`: (images,) places in `repeats_of_subset`."""
+    def __init__(
+        self,
+        subset_of_image: npt.NDArray[np.integer],
+        repeats_of_subset: Sequence[int],
+        left_out: BoolArray | None = None,
+    ) -> None:
+        """`subset_of_image`: (images,) places in `repeats_of_subset`. `left_out`: (images,) those of no epoch."""
         self.images = len(subset_of_image)
         repeats = np.asarray(repeats_of_subset)
         self._rows = None
-        if len(set(repeats_of_subset)) == 1:
+        if len(set(repeats_of_subset)) == 1 and left_out is None:
             self._counts = np.full(int(repeats[0]), self.images)
         else:
             of_image = repeats[subset_of_image]
+            if left_out is not None:
+                of_image = np.where(left_out, 0, of_image)
             rows = [np.flatnonzero(of_image > repeat).astype(np.int32) for repeat in range(int(repeats.max()))]
             self._counts = np.array([len(each) for each in rows])
             self._rows = np.concatenate(rows)

@@ -32,6 +32,7 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
         substitute_bad_images="bad-images" in attempt.allow,
         start=(attempt.start.epoch, attempt.start.global_position),
         latents=open_latents(attempt.run),
+        held_out=lock.held_out,
     )
     check_batches(dataset, lock)
     if dataset.latents is not None:

@@ -34,7 +34,7 @@ def open_items(run: Run) -> Items:
             "Restore them, or make them again with `kwrap caption`: the same rows have the same digest.",
         )
     options = ItemOptions.from_dataset_options(read_dataset_options(read_locked_dataset(run)), lock.joins_by_separator)
-    items = Items(columns, options, lock.batch_per_gpu, lock.seed, lock.group)
+    items = Items(columns, options, lock.batch_per_gpu, lock.seed, lock.group, lock.held_out)
     check_batches(items, lock)
     return items
 

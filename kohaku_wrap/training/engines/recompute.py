@@ -77,6 +77,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
         lock.group,
         tokenize=None,
         substitute_bad_images=True,
+        held_out=lock.held_out,
     )
     found: list[int | str] = []
     for epoch, position, was_substituted in samples:

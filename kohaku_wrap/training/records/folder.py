@@ -23,6 +23,7 @@ from kohaku_wrap.config.run_files import (
 from kohaku_wrap.errors import KwrapError, UsageError, reason_of
 from kohaku_wrap.files import describe_absence, read_regular
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
+from kohaku_wrap.formats.held_out import HELD_OUT_FILE, HeldOut
 from kohaku_wrap.steps import StepCount
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.chapters import EPOCHS, STEPS, Chapter, Cycle, find_cycle, read_chapters
@@ -249,6 +250,12 @@ class Lock:
     def is_on_cpu(self) -> bool:
         """Whether the run's site has no GPU."""
         return int(self.table("machine").get("gpus", 1)) == 0
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The posts that are not trained; None where all are. Raises BadHeldOut."""
+        text = self.files.get(HELD_OUT_FILE)
+        return HeldOut.parse(str(text)) if text is not None else None
 
     images = Number("plan", "images")
     total_optimizer_steps = Number("plan", "total_optimizer_steps")

@@ -19,6 +19,7 @@ from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.run_files import DATASET_FILE, flatten_dataset, merge_subsets
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import compose_dataset, describe_data, read_training_sizes
+from kohaku_wrap.config.validation import settle_held_out
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import ProblemsFound, UsageError, command_line
 from kohaku_wrap.files import fsync_folder
@@ -227,6 +228,10 @@ def list_order_changes(lock: Lock, effective: Effective, site: Site, plan: StepP
             BucketOptions.from_dataset_options(effective.subtable("dataset_options", with_defaults=True)),
         ),
     )
+    held_out = settle_held_out(effective, images)
+    if (lock.held_out.text() if lock.held_out else "") != (held_out.text() if held_out else ""):
+        yield "the posts that are held out changed"
+        return
     found = False
     for what, one, other in sides:
         if one != other:

@@ -24,7 +24,8 @@ class Check:
     """One thing that `verify` looks at."""
 
     name: str
-    """`order`, `losses`, `options`, `skipped steps`, `rates`, `chapters`, `networks`, `deep` or `latents`."""
+    """`order`, `losses`, `options`, `skipped steps`, `rates`, `chapters`, `networks`, `held out`,
+    `deep` or `latents`."""
 
     is_looked_at: bool
     """Whether all of it could be looked at."""

@@ -78,9 +78,8 @@ def compare_options(lock: Mapping[str, Any], other: Mapping[str, Any]) -> list[t
     """Key and both values of every option, seed, batch and length in which two runs differ; None is unset."""
     sides = []
     for tables in (lock, other):
-        chosen = {
-            name: tables.get(name, {}) for name in ("run", "values", "dataset", *ARGUMENT_TABLES, "preset", "plan")
-        }
+        names = ("run", "values", "dataset", *ARGUMENT_TABLES, "preset", "plan", "validation")
+        chosen = {name: tables.get(name, {}) for name in names}
         sides.append({key: value for key, value in flatten(chosen) if key not in OF_ONE_RUN and key not in NOT_OPTIONS})
     before, after = sides
     keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]

@@ -187,6 +187,7 @@ def verify_run(
     networks = [] if until else list(compare_networks(run, on_bytes))
     captions_changed = has_other_captions(run)
     order = check_order(run, checker, captions_changed)
+    held_out = check_held_out(run, checker, order)
     overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
     line = check_steps(run, files, kept_until, steps, steps_due, foreign)
     on_line = kept & (records.optimizer_step <= steps)
@@ -217,6 +218,7 @@ def verify_run(
         non_finite_steps=line.bad_steps.non_finite,
         checks=(
             order,
+            *held_out,
             describe_losses(overlaps),
             *line.checks,
             *ancestry,
@@ -297,6 +299,22 @@ def check_order(run: Run, checker: Checker, captions_changed: bool) -> Check:
     return Check("order", True, "recomputed from seed and dataset")
 
 
+def check_held_out(run: Run, checker: Checker, order: Check) -> list[Check]:
+    """That no post was trained whose loss is measured, nor one that is its like; nothing where none is held out."""
+    held_out = run.lock.held_out
+    if held_out is None:
+        return []
+    if not order.is_looked_at:
+        return [Check("held out", False, f"not proved that none was trained: {order.detail}")]
+    before, left_out = len(checker.faults), held_out.left_out
+    checker.check_held_out(*read_order(run), read_order(run, with_held_out=True), left_out)
+    if len(checker.faults) > before:
+        return [Check("held out", True, "some were trained")]
+    counts = f"{len(held_out.posts):,} measured, {len(held_out.relatives):,} that are their like"
+    unknown = f"; of {held_out.unknown:,} posts it is not known which are their like" if held_out.unknown else ""
+    return [Check("held out", True, f"none of {len(left_out):,} posts was trained: {counts}{unknown}")]
+
+
 def describe_losses(overlaps: Overlaps) -> Check:
     """What the comparison of losses came to."""
     if not overlaps.positions:
@@ -343,8 +361,11 @@ def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
                 yield step
 
 
-def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
-    """The order that the run's seed and dataset make, and the post id of each of its entries."""
+def read_order(run: Run, with_held_out: bool = False) -> tuple[BatchOrder, Int64Array]:
+    """The order that the run's seed and dataset make, and the post id of each of its entries.
+
+    `with_held_out`: as if no post were held out.
+    """
     lock = run.lock
     options: Mapping[str, object] = lock.table("dataset")
     table = open_captions(run.find_images(), lock.dataset_digest).read_all()
@@ -352,9 +373,11 @@ def read_order(run: Run) -> tuple[BatchOrder, Int64Array]:
         table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)
     )
     subsets = merge_subsets(tomllib.loads(lock.files.get(DATASET_FILE, ""))) or [dict(options)]
-    entries = Entries(subset_column(table), [int(each.get("num_repeats") or 1) for each in subsets])
+    ids = table["id"].to_numpy().astype(np.int64)
+    left_out = lock.held_out.mark(ids) if lock.held_out and not with_held_out else None
+    entries = Entries(subset_column(table), [int(each.get("num_repeats") or 1) for each in subsets], left_out)
     order = BatchOrder(entries.of_rows(buckets.bucket_of_image), lock.batch_per_gpu, lock.seed, lock.group)
-    return order, entries.of_rows(table["id"].to_numpy().astype(np.int64))
+    return order, entries.of_rows(ids)
 
 
 def list_repeats(records: Records, kept: BoolArray) -> Iterator[Repeat]:

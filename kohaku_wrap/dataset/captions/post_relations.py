@@ -1,0 +1,38 @@
+"""Which posts belong together: their parents from the database, and the md5 of their pictures from the selection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from kohaku_wrap.dataset.selection_file import open_selection
+from kohaku_wrap.formats.relations import Relations
+from kohaku_wrap.metadata.source import Source
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def gather_relations(database: Source, selection: Path, ids: Int64Array) -> Relations:
+    """The parents and md5 of the posts `ids` (ascending), which are in the selection."""
+    with open_selection(selection) as file:
+        table = file.read(columns=["id", "md5"])
+    places = np.searchsorted(table["id"].to_numpy(), ids)
+    contents = table["md5"].combine_chunks().take(pa.array(places))
+    return Relations(ids, read_parents(database, ids), contents)
+
+
+def read_parents(database: Source, ids: Int64Array) -> Int64Array:
+    """(ids,) the parent of each post, 0 for none, -1 where the database says nothing of it."""
+    parents = np.full(len(ids), -1, dtype=np.int64)
+    if not database.edition.has_parents or not len(ids):
+        return parents
+    query = f"SELECT id, CAST(coalesce(parent_id, 0) AS BIGINT) AS parent FROM ({database.edition.posts}) AS post"
+    for found, parent in database.scan_numbers(query):
+        places = np.minimum(np.searchsorted(ids, found), len(ids) - 1)
+        # Of several rows of one post the first counts.
+        hits = np.flatnonzero((ids[places] == found) & (parents[places] < 0))[::-1]
+        parents[places[hits]] = np.maximum(parent[hits], 0)
+    return parents

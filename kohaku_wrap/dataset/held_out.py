@@ -1,0 +1,91 @@
+"""Posts that a training holds out: drawn by their ids alone, with the posts that are their like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kohaku_wrap.dataset.captions.groups import draw_from_strata, find_strata
+from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.own.images import IMPORTED_FILE
+from kohaku_wrap.dataset.recipe import load_dataset
+from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.caption_rows import find_captions, read_batches, read_captions_metadata
+from kohaku_wrap.formats.held_out import KINDS, HeldOut
+from kohaku_wrap.formats.relations import Relations, read_relations
+
+USUAL_DATASET = "epsilon"
+"""Whose words of rating and year are looked for in captions of a dataset that cannot be read."""
+
+Int64Array = npt.NDArray[np.int64]
+
+
+def hold_out(images: Path, digest: str, wanted: int) -> HeldOut:
+    """The posts of a folder's captions that are held out; `digest` as in `find_captions`. Raises NoImages."""
+    about = read_captions_metadata(images, digest)
+    ids = [np.empty(0, dtype=np.int64)]
+
+    def read_blocks() -> Iterator[pa.Array]:
+        for batch in read_batches(find_captions(images, digest), "id", "caption"):
+            ids.append(batch.column("id").to_numpy())
+            yield batch.column("caption")
+
+    _, strata = find_strata(read_blocks(), find_recipe(str(about.get("dataset", ""))))
+    every = np.concatenate(ids)
+    posts = every[draw_from_strata(every, strata, wanted)]
+    return with_relatives(posts, find_relations(images, every))
+
+
+def find_recipe(dataset: str) -> CaptionRecipe:
+    """How the captions of a dataset are written, or those of USUAL_DATASET where it cannot be read."""
+    try:
+        return load_dataset(dataset).caption if dataset else load_dataset(USUAL_DATASET).caption
+    except (KwrapError, OSError):
+        return load_dataset(USUAL_DATASET).caption
+
+
+def find_relations(images: Path, ids: Int64Array) -> Relations:
+    """What is known of the posts of an image folder: of `kwrap caption`, or of `kwrap import`. Raises BadRelations."""
+    if (path := images / IMPORTED_FILE).is_file():
+        table = pq.read_table(path, columns=["id", "sha256"])
+        found = Relations(table["id"].to_numpy(), np.zeros(len(table), np.int64), table["sha256"].combine_chunks())
+    else:
+        found = read_relations(images) or Relations(ids[:0], ids[:0], pa.array([], pa.string()))
+    order = np.argsort(found.ids, kind="stable")
+    places = np.searchsorted(found.ids, ids, sorter=order)
+    is_known = np.zeros(len(ids), dtype=bool)
+    if len(order):
+        rows = order[np.minimum(places, len(order) - 1)]
+        is_known = found.ids[rows] == ids
+        parents = np.where(is_known, found.parents[rows], -1)
+        contents = found.contents.take(pa.array(rows, mask=~is_known)).fill_null("")
+    else:
+        parents, contents = np.full(len(ids), -1, dtype=np.int64), pa.array([""] * len(ids))
+    return Relations(ids, parents, contents)
+
+
+def with_relatives(posts: Int64Array, relations: Relations) -> HeldOut:
+    """The posts `posts` with their parents, children, siblings, and those that have an equal picture."""
+    ids, parents = relations.ids, relations.parents
+    held = np.isin(ids, posts)
+    above = np.unique(parents[held & (parents > 0)])
+    contents = pc.unique(relations.contents.filter(pa.array(held)))
+    contents = contents.filter(pc.not_equal(contents, ""))
+    found = (
+        np.isin(ids, above),
+        np.isin(parents, posts),
+        (parents > 0) & np.isin(parents, above),
+        pc.is_in(relations.contents, value_set=contents).to_numpy(zero_copy_only=False),
+    )
+    taken, by_kind = held.copy(), {}
+    for kind, mask in zip(KINDS, found, strict=True):
+        by_kind[kind] = int((mask & ~taken).sum())
+        taken |= mask
+    is_unknown = (parents < 0) | pc.equal(relations.contents, "").to_numpy(zero_copy_only=False)
+    return HeldOut(posts, ids[taken & ~held], by_kind, int(is_unknown.sum()), len(ids))
