@@ -29,6 +29,7 @@ from kohaku_wrap.training.records.ledger import (
     STEP,
     SUBSTITUTE,
     BadLedger,
+    Records,
     StepRecords,
     ledger_file,
     read_ledger_file,
