@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.caption_shown import print_explanation, print_folder, print_image, print_statistics
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
-from kohaku_wrap.cli.options import open_source, tags_option
+from kohaku_wrap.cli.options import leave_pandas_out, open_source, tags_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
@@ -127,6 +127,7 @@ def command(
     stands in the middle. metadata_cache.json (cache) is what sd-scripts reads with cache_info; txt writes a file
     beside each image; captions.jsonl lists every selected post. Files that are right already are left alone.
     """
+    leave_pandas_out()
     if relocate:
         print_relocation(require(out, "--out IMAGES", "--relocate"), as_json)
         return

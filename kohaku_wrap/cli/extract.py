@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from kohaku_wrap.cli.next_steps import caption_command
+from kohaku_wrap.cli.options import leave_pandas_out
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
 
 ONLY_IF_ANY = {
@@ -70,6 +71,7 @@ def command(
     from kohaku_wrap.dataset.images.extract import extract_images
     from kohaku_wrap.dataset.images.extract_report import REPORT_FILE
 
+    leave_pandas_out()
     with progress_bar("images", "posts", quiet=as_json) as report_progress:
         report = extract_images(selection, tars, images, jobs, max_pixels, on_progress=report_progress)
     payload = {name: len(value) if isinstance(value, list) else value for name, value in vars(report).items()}

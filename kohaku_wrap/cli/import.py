@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import plan_command
+from kohaku_wrap.cli.options import leave_pandas_out
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 from kohaku_wrap.wording import count_of
 
@@ -110,6 +111,7 @@ def command(
     from kohaku_wrap.dataset.own.importing import ImportOptions, import_folders
     from kohaku_wrap.dataset.own.report import REPORT_FILE, as_document
 
+    leave_pandas_out()
     options = ImportOptions(labels, captions, text_column, plain, copy, dry_run, dataset, resolution, jobs)
     with progress_bar("check", "images", quiet=as_json) as progress:
         report = import_folders(folders, images, options, progress)

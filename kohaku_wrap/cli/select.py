@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import extract_command
-from kohaku_wrap.cli.options import open_source, tags_option
+from kohaku_wrap.cli.options import leave_pandas_out, open_source, tags_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def command(dataset: str, db: Path, out: Path, tag_table: Path | None, as_json: 
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.dataset.selection import GENERATOR, select_posts
 
+    leave_pandas_out()
     recipe = load_dataset(dataset)
     database = open_source(db, recipe.metadata, tag_table)
     with progress_bar("select", "posts", quiet=as_json) as progress:

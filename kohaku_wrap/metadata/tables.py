@@ -8,9 +8,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
@@ -23,6 +22,9 @@ from kohaku_wrap.metadata.layouts import find_posts_table, is_danbooru2023, miss
 from kohaku_wrap.metadata.parallel import usable_threads
 from kohaku_wrap.metadata.source import ROWS_A_BATCH, DatabaseDamaged, Edition, Source, digest_of_files
 from kohaku_wrap.metadata.table_files import TableFiles
+
+if TYPE_CHECKING:
+    import duckdb
 
 MEMORY_LIMIT = "768MB"
 """What DuckDB holds before it writes to temporary files."""
@@ -94,6 +96,8 @@ def open_tables(files: TableFiles, mapping: SiteMapping) -> Tables:
 
 def open_files(files: TableFiles, zone: str) -> tuple[duckdb.DuckDBPyConnection, Columns]:
     """A connection in which every table of the files has its name, and their columns."""
+    import duckdb
+
     config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": MEMORY_LIMIT,
         "threads": usable_threads(),
@@ -193,6 +197,8 @@ def _first(connection: duckdb.DuckDBPyConnection, path: Path, query: str) -> Any
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn a failure of DuckDB into the error that a person can act on."""
+    import duckdb
+
     try:
         yield
     except duckdb.InterruptException:

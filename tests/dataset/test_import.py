@@ -468,3 +468,13 @@ def test_statistics_of_imported_captions_count_subsets_and_rare_words(tmp_path: 
     assert (found["several_lines"], found["without_separator"], found["empty"]) == (6, 6, 0)
     assert found["distinct_words"] == 9
     assert "SEL.parquet, or --out IMAGES" in caption("--stats", code=2)
+
+
+def test_an_import_loads_neither_pandas_nor_duckdb(mine: Path, out: Path) -> None:
+    program_text = (
+        "import sys; from kohaku_wrap.cli import run_program; code = run_program(sys.argv[1:]); "
+        "print(code, sorted({'pandas', 'duckdb'} & set(sys.modules)), file=sys.stderr); import pandas"
+    )
+    command = [sys.executable, "-c", program_text, "import", str(mine), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "0 []" and (out / "captions.arrow").is_file()

@@ -138,11 +138,14 @@ def check_opened(
 
 
 def measure_likeness(image: Image.Image) -> int:
-    """The 64 bits of the difference hash: is each of 8 x 8 cells darker than its right neighbour."""
+    """The 64 bits of the difference hash: is each of 8 x 8 cells darker than its right neighbour.
+
+    A cell is the mean of 32 x 32 pixels spread over it: to read every pixel takes a third of the time of decoding.
+    """
     # Converted to its own mode, an image is copied, which takes longer than decoding it.
     colour = image if image.mode == "RGB" else image.convert("RGB")
-    small = colour.resize((9, 8), Image.Resampling.BOX).convert("L")
-    cells = np.asarray(small, dtype=np.int16)
+    spread = colour.resize((9 * 32, 8 * 32), Image.Resampling.NEAREST)
+    cells = np.asarray(spread.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
 
 
