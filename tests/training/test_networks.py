@@ -42,6 +42,84 @@ def told(report: VerifyReport) -> tuple[bool, str]:
     return check.is_looked_at, check.detail
 
 
+def begin(run: Run, number: int) -> Attempt:
+    attempt = Attempt(run, number, 1, run.lock.group, 0, 0, None)
+    write_attempt(attempt, {})
+    return attempt
+
+
+def test_a_run_is_finished_by_its_newest_attempt_at_its_last_step(new_run: NewRun) -> None:
+    run = new_run("long", epochs=60)
+    total = run.lock.total_optimizer_steps
+    assert not is_finished(run) and shorter_end(run) == 0 and total > 300
+    first = begin(run, 1)
+    assert not is_finished(run) and shorter_end(run) == 0
+    first.finish("finished", total)
+    assert not is_finished(run), "the network is not there"
+    (run.checkpoints / "long.safetensors").write_bytes(b"network")
+    assert is_finished(run) and shorter_end(run) == 0
+    second = begin(run, 2)
+    assert not is_finished(run) and shorter_end(run) == 0
+    for outcome, step, end in (("stopped", total - 1, 0), ("finished", total - 1, total - 1), ("finished", total, 0)):
+        second.finish(outcome, step)
+        assert shorter_end(run) == end and is_finished(run) == (outcome == "finished" and not end)
+    third = begin(run, 3)
+    third.finish("stopped", total)
+    assert not is_finished(run)
+
+
+def test_a_network_is_of_the_step_or_epoch_in_its_name(new_run: NewRun) -> None:
+    run = new_run("long")
+    a_epoch = run.lock.count.optimizer_steps_per_epoch
+    steps = {
+        "long-step00000004.safetensors": 4,
+        "long-step123456789.ckpt": 123456789,
+        "long-000002.safetensors": 2 * a_epoch,
+        "long.safetensors": 77,
+        "long.ckpt": 77,
+        "long-step0000004.safetensors": None,
+        "long-00002.safetensors": None,
+        "other.safetensors": None,
+    }
+    assert {name: step_of_network(run, run.checkpoints / name, 77) for name in steps} == steps
+
+
+def test_a_network_that_gets_another_name_keeps_its_sha256(new_run: NewRun) -> None:
+    run = new_run()
+    attempt = begin(run, 1)
+    for name in ("r.safetensors", "r-step00000002.safetensors"):
+        (run.checkpoints / name).write_bytes(name.encode())
+        note_network(attempt, run.checkpoints / name)
+    before = read_written(attempt.folder)
+    assert before == {path.name: sha256_of_file(path) for path in run.checkpoints.iterdir()} and len(before) == 2
+    note_new_name(attempt, "of-nobody.safetensors", "new.safetensors")
+    assert read_written(attempt.folder) == before
+    note_new_name(attempt, "r.safetensors", "r-step00000004.safetensors")
+    before["r-step00000004.safetensors"] = before.pop("r.safetensors")
+    assert read_written(attempt.folder) == before
+
+
+def test_the_final_network_is_missed_where_the_newest_attempt_finished(new_run: NewRun) -> None:
+    run = new_run()
+    for number, outcome in ((1, "stopped"), (2, "finished")):
+        attempt = begin(run, number)
+        (run.checkpoints / "r.safetensors").write_bytes(b"network")
+        note_network(attempt, run.checkpoints / "r.safetensors")
+        (run.checkpoints / "r.safetensors").unlink()
+        attempt.finish(outcome, 12)
+        found = [(each.path, each.now, each.is_changed) for each in compare_networks(run)]
+        assert found == ([(run.checkpoints / "r.safetensors", "", True)] if outcome == "finished" else [])
+    begin(run, 3)
+    assert not list(compare_networks(run)), "the attempt that trains now writes it again"
+
+
+def test_a_run_without_checkpoints_has_no_network(new_run: NewRun) -> None:
+    run = new_run()
+    begin(run, 1).finish("finished", run.lock.total_optimizer_steps)
+    run.checkpoints.rmdir()
+    assert not is_finished(run) and not list(compare_networks(run)) and bytes_of_networks(run) == 0
+
+
 def test_networks_as_written_are_said_to_be(new_run: NewRun) -> None:
     run, _ = finished(new_run)
     read: list[int] = []
@@ -112,81 +190,3 @@ def test_the_network_of_the_last_attempt_that_wrote_it_counts(new_run: NewRun) -
     assert not (first.folder / NETWORKS_FILE).exists() and (second.folder / NETWORKS_FILE).exists()
     (first.folder / NETWORKS_FILE).write_text(json.dumps({"r.safetensors": "0" * 64}))
     assert told(verify_run(run)) == (True, "1 as the run wrote them")
-
-
-def begin(run: Run, number: int) -> Attempt:
-    attempt = Attempt(run, number, 1, run.lock.group, 0, 0, None)
-    write_attempt(attempt, {})
-    return attempt
-
-
-def test_a_run_is_finished_by_its_newest_attempt_at_its_last_step(new_run: NewRun) -> None:
-    run = new_run()
-    total = run.lock.total_optimizer_steps
-    assert not is_finished(run) and shorter_end(run) == 0
-    first = begin(run, 1)
-    assert not is_finished(run) and shorter_end(run) == 0
-    first.finish("finished", total)
-    assert not is_finished(run), "the network is not there"
-    (run.checkpoints / "r.safetensors").write_bytes(b"network")
-    assert is_finished(run) and shorter_end(run) == 0
-    second = begin(run, 2)
-    assert not is_finished(run) and shorter_end(run) == 0
-    for outcome, step, end in (("stopped", total - 1, 0), ("finished", total - 1, total - 1), ("finished", total, 0)):
-        second.finish(outcome, step)
-        assert shorter_end(run) == end and is_finished(run) == (outcome == "finished" and not end)
-    third = begin(run, 3)
-    third.finish("stopped", total)
-    assert not is_finished(run)
-
-
-def test_a_network_is_of_the_step_or_epoch_in_its_name(new_run: NewRun) -> None:
-    run = new_run()
-    a_epoch = run.lock.count.optimizer_steps_per_epoch
-    steps = {
-        "r-step00000004.safetensors": 4,
-        "r-step123456789.ckpt": 123456789,
-        "r-000002.safetensors": 2 * a_epoch,
-        "r.safetensors": 77,
-        "r.ckpt": 77,
-        "r-step0000004.safetensors": None,
-        "r-00002.safetensors": None,
-        "other.safetensors": None,
-    }
-    assert {name: step_of_network(run, run.checkpoints / name, 77) for name in steps} == steps
-
-
-def test_a_network_that_gets_another_name_keeps_its_sha256(new_run: NewRun) -> None:
-    run = new_run()
-    attempt = begin(run, 1)
-    for name in ("r.safetensors", "r-step00000002.safetensors"):
-        (run.checkpoints / name).write_bytes(name.encode())
-        note_network(attempt, run.checkpoints / name)
-    before = read_written(attempt.folder)
-    assert before == {path.name: sha256_of_file(path) for path in run.checkpoints.iterdir()} and len(before) == 2
-    note_new_name(attempt, "of-nobody.safetensors", "new.safetensors")
-    assert read_written(attempt.folder) == before
-    note_new_name(attempt, "r.safetensors", "r-step00000004.safetensors")
-    before["r-step00000004.safetensors"] = before.pop("r.safetensors")
-    assert read_written(attempt.folder) == before
-
-
-def test_the_final_network_is_missed_where_the_newest_attempt_finished(new_run: NewRun) -> None:
-    run = new_run()
-    for number, outcome in ((1, "stopped"), (2, "finished")):
-        attempt = begin(run, number)
-        (run.checkpoints / "r.safetensors").write_bytes(b"network")
-        note_network(attempt, run.checkpoints / "r.safetensors")
-        (run.checkpoints / "r.safetensors").unlink()
-        attempt.finish(outcome, 12)
-        found = [(each.path, each.now, each.is_changed) for each in compare_networks(run)]
-        assert found == ([(run.checkpoints / "r.safetensors", "", True)] if outcome == "finished" else [])
-    begin(run, 3)
-    assert not list(compare_networks(run)), "the attempt that trains now writes it again"
-
-
-def test_a_run_without_checkpoints_has_no_network(new_run: NewRun) -> None:
-    run = new_run()
-    begin(run, 1).finish("finished", run.lock.total_optimizer_steps)
-    run.checkpoints.rmdir()
-    assert not is_finished(run) and not list(compare_networks(run)) and bytes_of_networks(run) == 0
