@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("cosmic_ray", reason="the extra `mutants` is not installed")
 
-TOOL = Path(__file__).parents[1] / "benchmarks" / "mutants.py"
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "benchmarks" / "mutants.py"
 
 SOURCE = '''
 def cap(number: int | None) -> int:
@@ -88,3 +90,18 @@ def test_tests_that_fail_without_a_fault_say_nothing(project: Path) -> None:
     (project / "tests/test_caps.py").write_text("def test_wrong():\n    assert 0\n")
     code, output = run(project)
     assert "tiny/caps.py: its tests fail as they are" in output and code == 1
+
+
+def test_the_tables_files_tests_and_lines_are_there() -> None:
+    """A line that was rewritten since would end `make mutants`, which few run, with an error."""
+    document = tomllib.loads(TOOL.with_suffix(".toml").read_text(encoding="utf-8"))
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in document["tests"]}
+    words = [word for tests in document["tests"].values() for word in tests]
+    assert [word for word in words if not (ROOT / word.removeprefix("--deselect=").partition("::")[0]).is_file()] == []
+    gone = [
+        (name, entry["before"])
+        for name, entries in document["equivalent"].items()
+        for entry in entries
+        if entry["before"] not in {line.strip() for line in texts[name].splitlines()} and "\n" not in entry["before"]
+    ]
+    assert gone == []
