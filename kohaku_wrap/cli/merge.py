@@ -143,6 +143,10 @@ Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
                               difference with it counts as 0
   only("pattern", x, else=y)  x for the keys that match, y (or nothing) for
                               the others
+  train_difference(a, b, c), cosine(a, b), slerp(a, b, t),
+  dare(x - a, drop, seed), ties(x - a, y - a, k)
+                              functions that are no sums, in float64: see
+                              docs/merging.md
 A formula that begins with - goes last, after --.
 """
 )
@@ -195,7 +199,7 @@ def command(
     """Merge checkpoints by a formula and bake networks in, exactly.
 
     FORMULA_OR_RECIPE is a formula, the name of a shipped recipe (gamma-rev1, bake-network) or a TOML file. Every
-    number of the result is what exact arithmetic gives, rounded once. The file carries its recipe.
+    number of a sum is what exact arithmetic gives, rounded once. The file carries its recipe.
     """
     from kohaku_wrap.merging.network_metadata import build_network_metadata
     from kohaku_wrap.merging.planning import plan_merge
@@ -256,7 +260,7 @@ def command(
     if verify:
         rows.append(("verified", f"{result.verified:,} random numbers equal rational arithmetic"))
         if result.unverified:
-            rows.append(("not verified", f"{result.unverified:,} numbers that DoRA sets in float32"))
+            rows.append(("not verified", f"{result.unverified:,} numbers that DoRA or functions set in floats"))
     rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
     print_table("Merged", rows, next_after([header.path for header in plan.networks.values()], output))
 

@@ -32,7 +32,7 @@ from kohaku_wrap.merging.layers import Layer, LayerFit, NetworkResult, list_laye
 from kohaku_wrap.merging.modules import shapes_of_kron
 from kohaku_wrap.merging.networks import raise_problems
 from kohaku_wrap.merging.open_files import Files, check_output, new_file, write_at
-from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, KeyFinder
+from kohaku_wrap.merging.pieces import KeyFinder
 from kohaku_wrap.merging.plan import DEFAULT_RANK, MergePlan
 from kohaku_wrap.merging.running import count_threads
 from kohaku_wrap.merging.worker import Faults, Worker
@@ -62,14 +62,7 @@ class Fitter:
         """The layer's change: exact sums, rounded once to float32."""
         piece = layer.piece
         numbers = np.zeros(piece.elements, dtype=np.float32)
-        if piece.deltas:
-            blocks = self.worker.compute_with_deltas(piece)
-        else:
-            starts = range(0, piece.elements if piece.sources else 0, CHUNK_ELEMENTS)
-            blocks = (
-                (at, self.worker.compute(piece, at, min(at + CHUNK_ELEMENTS, piece.elements), [])) for at in starts
-            )
-        for first, bits in blocks:
+        for first, bits in self.worker.compute_whole(piece) if piece.sources or piece.deltas else ():
             numbers[first : first + bits.size] = bits.view(np.float32)
         if layer.is_transposed:
             return torch.from_numpy(numbers.reshape(layer.shape[::-1]).T.copy())

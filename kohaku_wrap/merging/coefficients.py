@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
+from typing import TypeVar
 
 from kohaku_wrap.merging.blocks import blocks_of_key, is_in_part
+from kohaku_wrap.merging.calls import SIGNATURES, Call, WeightedSum, fault_of_number
 from kohaku_wrap.merging.formula import (
     Blocks,
     Brackets,
+    Function,
     Model,
     Negation,
     Network,
@@ -25,9 +28,12 @@ from kohaku_wrap.merging.formula import (
     format_formula,
     walk_formula,
 )
+from kohaku_wrap.merging.kinds import KindCheck, kind_of
 from kohaku_wrap.merging.tokens import FormulaError
 
 SIZE_LIMIT_BITS = 256
+
+Term = TypeVar("Term")
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,16 @@ class Reduction:
     dropped: tuple[str, ...] = ()
     """The difference groups, as text, that count as 0 because a member lacks the key."""
 
+    calls: Mapping[Call, Fraction] = field(default_factory=dict)
+    """The coefficient of each function; none is 0."""
 
-def add_scaled(left: Mapping[str, Fraction], right: Mapping[str, Fraction], factor: Fraction) -> dict[str, Fraction]:
+    @property
+    def sum(self) -> WeightedSum:
+        """The checkpoints and functions."""
+        return WeightedSum(tuple(self.models.items()), (), tuple(self.calls.items()))
+
+
+def add_scaled(left: Mapping[Term, Fraction], right: Mapping[Term, Fraction], factor: Fraction) -> dict[Term, Fraction]:
     total = dict(left)
     for name, coefficient in right.items():
         total[name] = total.get(name, Fraction(0)) + factor * coefficient
@@ -90,8 +104,13 @@ class Formula:
         """
         self.source = source
         self.tree = tree
-        self.check_kinds(tree)
-        if self.kind_of(tree) == "number":
+        self.kinds = KindCheck(source)
+        self.kinds.check(tree)
+        for product in (part for part in walk_formula(tree) if isinstance(part, Product)):
+            for sign, operand in product.rest:
+                if sign == "/" and self.value_of(operand, ANY_CASE).number == 0:
+                    raise self.error("division by zero", operand.span)
+        if kind_of(tree) == "number":
             raise self.error("the formula is a number; it names no model", tree.span)
         self.patterns = tuple(dict.fromkeys(part.pattern for part in walk_formula(tree) if isinstance(part, Only)))
         self.parts = {part.part for part in walk_formula(tree) if isinstance(part, Part)}
@@ -114,64 +133,32 @@ class Formula:
         parts = frozenset(part for part in self.parts if is_in_part(key, part))
         return self.reduce_case(Case(blocks_of_key(key), matching, lacking, parts))
 
-    def kind_of(self, node: Node) -> str:
-        """`number` or `tensor`."""
-        match node:
-            case Number() | Blocks():
-                return "number"
-            case Model() | Network() | Part():
-                return "tensor"
-            case Negation(inner) | Brackets(inner) | Only(_, inner, _):
-                return self.kind_of(inner)
-            case Sum(first, _):
-                return self.kind_of(first)
-            case Product(first, rest):
-                kinds = [self.kind_of(first), *(self.kind_of(operand) for _, operand in rest)]
-                return "tensor" if "tensor" in kinds else "number"
+    def call(self, node: Function, case: Case) -> Reduction:
+        """A function's value: itself, with coefficients for what stands inside; nothing where all of that counts as 0.
 
-    def check_kinds(self, node: Node) -> None:
-        """Raise FormulaError where an operation has no meaning for weights."""
-        match node:
-            case Negation(inner) | Brackets(inner):
-                self.check_kinds(inner)
-            case Part(part, inside):
-                self.check_kinds(inside)
-                if self.kind_of(inside) == "number":
-                    raise self.error(f"{part}(…) takes a model, as in {part}(x)", node.span)
-            case Only(_, inside, outside):
-                self.check_kinds(inside)
-                if outside is not None:
-                    self.check_kinds(outside)
-                    if self.kind_of(inside) != self.kind_of(outside):
-                        raise self.error("one side of only(…) is a number and the other is not", outside.span)
-            case Sum(first, rest):
-                self.check_kinds(first)
-                for sign, operand in rest:
-                    self.check_kinds(operand)
-                    if self.kind_of(operand) != self.kind_of(first):
-                        verb = "added to" if sign == "+" else "subtracted from"
-                        what = ("a number", "a model") if self.kind_of(operand) == "number" else ("a model", "a number")
-                        raise self.error(f"{what[0]} cannot be {verb} {what[1]}", operand.span)
-            case Product():
-                self.check_product(node)
-            case _:
-                return
-
-    def check_product(self, node: Product) -> None:
-        self.check_kinds(node.first)
-        tensors = self.kind_of(node.first) == "tensor"
-        for sign, operand in node.rest:
-            self.check_kinds(operand)
-            tensor = self.kind_of(operand) == "tensor"
-            if sign == "/" and tensor:
-                raise self.error("models can be divided by numbers, not by models", operand.span)
-            if sign == "/" and any(isinstance(part, Blocks | Only) for part in walk_formula(operand)):
-                raise self.error("a division is by a plain number; multiply by blocks(…) instead", operand.span)
-            if tensors and tensor:
-                raise self.error("two models cannot be multiplied", operand.span)
-            tensors |= tensor
-            if sign == "/" and self.value_of(operand, ANY_CASE).number == 0:
-                raise self.error("division by zero", operand.span)
+        Each argument is a group for the rule of missing keys, as if it stood in brackets.
+        """
+        signature = SIGNATURES[node.name]
+        tensors, given = self.kinds.bind_arguments(node)
+        values = [drop_if_lacking(tensor, self.value_of(tensor, case), case) for tensor in tensors]
+        for tensor, value in zip(tensors, values, strict=True):
+            total, first = value.sum.total, values[0].sum.total
+            if signature.of_changes and total:
+                what = f"takes changes, whose coefficients sum to 0, as in `{signature.example}`; these sum to {total}"
+                raise self.error(f"{node.name}(…) {what}", tensor.span)
+            if value.outside or total not in (0, 1) or total != first:
+                what = f"takes models, or changes, alike: coefficients that sum to 1 (or 0); these sum to {total}"
+                raise self.error(f"{node.name}(…) {what}", tensor.span)
+        numbers = {name: usual or Fraction(0) for name, usual in signature.numbers.items()}
+        for name, operand in given.items():
+            numbers[name] = self.value_of(operand, case).number or Fraction(0)
+            if fault := fault_of_number(name, numbers[name]):
+                raise self.error(fault, operand.span)
+        dropped = tuple(text for value in values for text in value.dropped)
+        if not any(value.models or value.calls for value in values):
+            return Reduction(None, dropped=dropped)
+        called = Call(node.name, tuple(value.sum for value in values), tuple(numbers.values()))
+        return Reduction(None, dropped=dropped, calls={called: Fraction(1)})
 
     def value_of(self, node: Node, case: Case) -> Reduction:
         """The node's value for a key in `blocks` that matches the patterns in `matching`."""
@@ -198,12 +185,16 @@ class Formula:
                 chosen = inside if pattern in case.matching else outside
                 if chosen is not None:
                     return drop_if_lacking(chosen, self.value_of(chosen, case), case)
-                return Reduction(Fraction(0) if self.kind_of(inside) == "number" else None)
+                return Reduction(Fraction(0) if kind_of(inside) == "number" else None)
             case Part(part, inside):
                 value = self.value_of(inside, case)
                 if part in case.parts:
                     return drop_if_lacking(inside, value, case)
-                return Reduction(None, outside=add_scaled(value.models, value.outside, Fraction(1)))
+                inside_function = {str(call): weight * call.total for call, weight in value.calls.items()}
+                left_out = add_scaled({**value.models, **inside_function}, value.outside, Fraction(1))
+                return Reduction(None, outside=left_out)
+            case Function():
+                return self.call(node, case)
             case Product():
                 return self.multiply(node, case)
             case Sum():
@@ -223,6 +214,7 @@ class Formula:
                 add_scaled(total.networks, value.networks, factor),
                 add_scaled(total.outside, value.outside, factor),
                 (*total.dropped, *value.dropped),
+                add_scaled(total.calls, value.calls, factor),
             )
         return total
 
@@ -238,7 +230,8 @@ class Formula:
 
     def check_size(self, value: Reduction, span: Span) -> None:
         """Raise FormulaError for fractions too long to be meant."""
-        numbers = [value.number or Fraction(0), *value.models.values(), *value.networks.values()]
+        numbers = [value.number or Fraction(0)]
+        numbers += [*value.models.values(), *value.networks.values(), *value.calls.values()]
         longest = max(max(number.numerator.bit_length(), number.denominator.bit_length()) for number in numbers)
         if longest > SIZE_LIMIT_BITS:
             raise self.error(f"its numbers multiply to a fraction of more than {SIZE_LIMIT_BITS} bits", span)
@@ -246,9 +239,9 @@ class Formula:
 
 def drop_if_lacking(node: Node, value: Reduction, case: Case) -> Reduction:
     """A difference counts as 0 when one of its members lacks the key."""
-    missing = [name for name in value.models if name in case.lacking]
-    weights = [*value.models.values(), *value.outside.values()]
-    if not (missing or value.outside) or value.number is not None or sum(weights, Fraction(0)) != 0:
+    missing = [name for name in value.sum.names() if name in case.lacking]
+    total = value.sum.total + sum(value.outside.values(), Fraction(0))
+    if not (missing or value.outside) or value.number is not None or total:
         return value
     return Reduction(None, {}, value.networks, {}, (*value.dropped, format_formula(node)))
 
@@ -257,7 +250,7 @@ def scale_value(value: Reduction, factor: Fraction) -> Reduction:
     if value.number is not None:
         return Reduction(value.number * factor)
     models, networks, outside = (add_scaled({}, each, factor) for each in (value.models, value.networks, value.outside))
-    return Reduction(None, models, networks, outside, value.dropped)
+    return Reduction(None, models, networks, outside, value.dropped, add_scaled({}, value.calls, factor))
 
 
 def weight_of_blocks(node: Blocks, blocks: tuple[str, ...]) -> Fraction:

@@ -51,7 +51,7 @@ def check_coverage(
     wanted: dict[str, dict[str, bool]] = {}
     for key in keys:
         part = part_of_key(key)
-        for name in formula.reduce_for_key(key).models:
+        for name in formula.reduce_for_key(key).sum.names():
             parts = wanted.setdefault(name, {})
             parts[part] = parts.get(part, False) or key in layouts[name].header.tensors
     for name, parts in wanted.items():
@@ -91,7 +91,7 @@ def check_contribution(
     weighted: set[str] = set()
     for draft in drafts:
         reduction = formula.reduce_for_key(draft.key)
-        weighted |= {name for name in reduction.models if name in layouts}
+        weighted |= {name for name in reduction.sum.names() if name in layouts}
         weighted |= {f"net({name})" for name in reduction.networks}
     idle = [name for name in layouts if name in weighted - used]
     idle += [f"net({name})" for name in networks if f"net({name})" in weighted and name not in added]

@@ -101,6 +101,20 @@ class Part(Placed):
 
 
 @dataclass(frozen=True)
+class Function(Placed):
+    """`slerp(a, b, 0.5)`: a function of calls.SIGNATURES."""
+
+    name: str
+    """Its name."""
+
+    operands: tuple[Node, ...]
+    """What stands there without a name: checkpoints or changes, then numbers."""
+
+    named: tuple[tuple[str, Node], ...]
+    """What stands after a name, as in `seed=7`."""
+
+
+@dataclass(frozen=True)
 class Negation(Placed):
     """`-x`."""
 
@@ -138,7 +152,7 @@ class Sum(Placed):
     """`+` or `-`, and the operand; at least one."""
 
 
-Node = Number | Model | Network | Blocks | Only | Part | Negation | Brackets | Product | Sum
+Node = Number | Model | Network | Blocks | Only | Part | Function | Negation | Brackets | Product | Sum
 
 
 def format_number(value: Fraction) -> str:
@@ -183,6 +197,9 @@ def format_formula(node: Node) -> str:
             return f'only("{pattern}", {format_formula(inside)}{tail})'
         case Part(part, inside):
             return f"{part}({format_formula(inside)})"
+        case Function(name, operands, named):
+            words = [format_formula(operand) for operand in operands]
+            return f"{name}({', '.join(words + [f'{word}={format_formula(operand)}' for word, operand in named])})"
         case Negation(operand):
             return f"-{format_formula(operand)}"
         case Brackets(inside):
@@ -204,6 +221,9 @@ def walk_formula(node: Node) -> Iterator[Node]:
             yield from walk_formula(inside)
             if outside is not None:
                 yield from walk_formula(outside)
+        case Function(_, operands, named):
+            for operand in (*operands, *(operand for _, operand in named)):
+                yield from walk_formula(operand)
         case Product(first, rest) | Sum(first, rest):
             yield from walk_formula(first)
             for _, operand in rest:

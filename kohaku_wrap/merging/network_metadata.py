@@ -36,7 +36,7 @@ def build_network_metadata(
     parents = [header.metadata for header in headers.values()]
     architectures = {architecture_of_parent(header) for header in headers.values()} - {""}
     architecture = architectures.pop() if len(architectures) == 1 else ""
-    subtracted = {name for sums in plan.combinations for name, value in sums.models if value < 0}
+    subtracted = {name for sums in plan.combinations for name, value in sums.shares().items() if value < 0}
     bases = {text for each in parents if (text := each.get("ss_sd_model_name"))}
     if plan.files:
         bases = {name_of_file(plan.files[name].path) for name in subtracted}

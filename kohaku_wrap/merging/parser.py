@@ -9,10 +9,12 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from kohaku_wrap.merging.blocks import PARTS, is_block, load_presets, name_numbers
+from kohaku_wrap.merging.calls import SIGNATURES
 from kohaku_wrap.merging.formula import (
     Blocks,
     BlockWeight,
     Brackets,
+    Function,
     Model,
     Negation,
     Network,
@@ -81,7 +83,7 @@ def read_factor(reader: Reader) -> Node:
 
 
 def read_atom(reader: Reader) -> Node:
-    """atom := NUMBER | NAME | "(" sum ")" | "net" "(" NAME ")" | blocks | only | part"""
+    """atom := NUMBER | NAME | "(" sum ")" | "net" "(" NAME ")" | blocks | only | part | function"""
     token = reader.token
     if token.kind == "number":
         return Number(read_number(reader), span=token.span)
@@ -109,8 +111,10 @@ def read_atom(reader: Reader) -> Node:
         raise reader.error(f"'{token.text}' cannot stand here; it belongs inside only(…) or blocks(…)", token.span)
     if reader.at("(") and token.text in PARTS:
         return read_part(reader, token)
+    if reader.at("(") and token.text in SIGNATURES:
+        return read_function(reader, token)
     if reader.at("("):
-        functions = ", ".join(["net", "blocks", "only", *PARTS])
+        functions = ", ".join(["net", "blocks", "only", *PARTS, *SIGNATURES])
         raise reader.error(f"there is no function '{token.text}'; there are {functions}", token.span)
     return Model(token.text, span=token.span)
 
@@ -218,6 +222,28 @@ def read_part(reader: Reader, name: Token) -> Node:
     inside = reader.nested(read_sum)
     reader.expect(")", f"to close the bracket at character {opened.span.start + 1}")
     return Part(name.text, inside, span=reader.span_from(name.span))
+
+
+def read_function(reader: Reader, name: Token) -> Node:
+    """function := FUNCTION "(" [argument ("," argument)*] ")"; argument := [NAME "="] sum"""
+    opened = reader.take()
+    operands: list[Node] = []
+    named: list[tuple[str, Node]] = []
+    while not reader.at(")"):
+        word = reader.token
+        if reader.follows("="):
+            reader.take()
+            reader.take()
+            named.append((word.text, reader.nested(read_sum)))
+        elif named:
+            raise reader.error(f"expected NAME=… after {named[-1][0]}=…")
+        else:
+            operands.append(reader.nested(read_sum))
+        if not reader.at(","):
+            break
+        reader.take()
+    reader.expect(")", f"or ',' in the bracket opened at character {opened.span.start + 1}")
+    return Function(name.text, tuple(operands), tuple(named), span=reader.span_from(name.span))
 
 
 def read_only(reader: Reader, start: Span) -> Node:

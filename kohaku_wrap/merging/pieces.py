@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE, TensorSpot
+from kohaku_wrap.merging.calls import WeightedSum
 from kohaku_wrap.merging.networks import Change
 from kohaku_wrap.merging.plan import MergePlan, TensorPlan
 
@@ -55,7 +56,13 @@ class Piece:
     """Networks that are added: name, coefficient, module."""
 
     shape: tuple[int, ...] = ()
-    """The shape, where there are deltas."""
+    """The shape, where there are deltas or functions."""
+
+    terms: WeightedSum | None = None
+    """What is computed where there are functions, without deltas; sources and coefficients are of what they read."""
+
+    peers: tuple[Piece, ...] = ()
+    """All pieces of the same tensor, where there are functions: these need facts of the whole tensor."""
 
     @property
     def width(self) -> int:
@@ -65,6 +72,10 @@ class Piece:
     @property
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1
+
+    @property
+    def row_elements(self) -> int:
+        return self.elements // self.rows
 
     @property
     def size_bytes(self) -> int:
@@ -90,6 +101,7 @@ def cut_tensor(plan: MergePlan, tensor: TensorPlan, least_parts: int = 1) -> Ite
     )
     elements = tensor.spot.elements // parts
     shape = tensor.spot.shape
+    pieces = []
     for part in range(parts):
         deltas = tuple(item for item in tensor.changes if item[2].target.part == part)
         sources = tuple(
@@ -97,9 +109,12 @@ def cut_tensor(plan: MergePlan, tensor: TensorPlan, least_parts: int = 1) -> Ite
         )
         begin = tensor.spot.begin + part * elements * BITS_OF_DTYPE[tensor.spot.dtype] // 8
         part_shape = (shape[0] // parts, *shape[1:]) if shape else ()
-        yield Piece(
-            begin, elements, tensor.spot.dtype, sources, tensor.coefficients, deltas, part_shape if deltas else ()
-        )
+        known_shape = part_shape if deltas or tensor.calls else ()
+        pieces.append(Piece(begin, elements, tensor.spot.dtype, sources, tensor.coefficients, deltas, known_shape))
+    if tensor.calls:
+        peers = tuple(pieces)
+        pieces = [replace(piece, terms=tensor.sum, peers=peers) for piece in peers]
+    yield from pieces
 
 
 def source_of_share(name: str, spot: TensorSpot, part: int, elements: int) -> Source:
@@ -112,7 +127,7 @@ def source_of_share(name: str, spot: TensorSpot, part: int, elements: int) -> So
 
 def follows(before: Piece, after: Piece) -> bool:
     """Whether two pieces are made alike and lie side by side in the output and in every input."""
-    if before.deltas or after.deltas or before.to != after.to or before.coefficients != after.coefficients:
+    if before.shape or after.shape or before.to != after.to or before.coefficients != after.coefficients:
         return False
     if before.begin + before.size_bytes != after.begin or len(before.sources) != len(after.sources):
         return False
@@ -157,12 +172,20 @@ class Task:
 def list_tasks(pieces: list[Piece]) -> Iterator[Task]:
     """Chunks at fixed places, so that the bytes do not depend on the number of workers."""
     for piece in pieces:
-        if piece.deltas:
+        if piece.deltas or piece.terms:
             yield Task(piece, 0, piece.elements)
             continue
-        length = CHUNK_ELEMENTS * 4 if piece.to == RAW else CHUNK_ELEMENTS
-        for first in range(0, piece.elements, length):
-            yield Task(piece, first, min(first + length, piece.elements))
+        for first, last in list_chunks(piece):
+            yield Task(piece, first, last)
+
+
+def list_chunks(piece: Piece) -> Iterator[tuple[int, int]]:
+    """A piece cut at fixed places: whole rows where it has a shape."""
+    length = CHUNK_ELEMENTS * 4 if piece.to == RAW else CHUNK_ELEMENTS
+    if piece.shape and piece.elements:
+        length = max(1, length // piece.row_elements) * piece.row_elements
+    for first in range(0, piece.elements, length):
+        yield first, min(first + length, piece.elements)
 
 
 class KeyFinder:

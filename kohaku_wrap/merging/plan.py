@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from kohaku_wrap.formats.network_names import Target
 from kohaku_wrap.formats.safetensors import Header, TensorSpot
+from kohaku_wrap.merging.calls import Call, WeightedSum
 from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.networks import Change
 
@@ -88,7 +89,7 @@ class TensorPlan:
     """The names of the checkpoints that are read; one for a copy, none for an empty marker that is added."""
 
     coefficients: tuple[Fraction, ...]
-    """One for each source; empty for a copy of the bytes."""
+    """One for each source, 0 for what stands inside functions alone; empty for a copy of the bytes."""
 
     changes: tuple[tuple[str, Fraction, Change], ...] = ()
     """Networks that change it: name, coefficient and module."""
@@ -96,21 +97,14 @@ class TensorPlan:
     stored: str = ""
     """For a change that becomes a network: the type of its tensors there; else empty."""
 
+    calls: tuple[tuple[Call, Fraction], ...] = ()
+    """Functions that it is made of, whose checkpoints are among the sources, and their coefficients."""
 
-@dataclass(frozen=True)
-class WeightedSum:
-    """Exact coefficients that some tensors of the output share."""
-
-    models: tuple[tuple[str, Fraction], ...]
-    """Checkpoints and their coefficients, in the order of the formula."""
-
-    networks: tuple[tuple[str, Fraction], ...]
-    """Networks and theirs."""
-
-    def __str__(self) -> str:
-        parts = [f"{value} {name}" for name, value in self.models]
-        parts += [f"{value} net({name})" for name, value in self.networks]
-        return " + ".join(parts).replace("+ -", "- ")
+    @property
+    def sum(self) -> WeightedSum:
+        """What is computed, without networks."""
+        weighted = zip(self.sources, self.coefficients, strict=False)
+        return WeightedSum(tuple((name, value) for name, value in weighted if value), (), self.calls)
 
 
 @dataclass(frozen=True)

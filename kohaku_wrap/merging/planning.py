@@ -16,13 +16,14 @@ from kohaku_wrap.formats.predictions import MARKS, find_prediction
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
 from kohaku_wrap.merging.binding import bind_names, choose_file, split_parts
 from kohaku_wrap.merging.blocks import is_in_part, is_vae
+from kohaku_wrap.merging.calls import WeightedSum
 from kohaku_wrap.merging.coefficients import Formula, Reduction
 from kohaku_wrap.merging.coverage import UnfitInputs, check_contribution, check_coverage, refuse_unusable
 from kohaku_wrap.merging.formula import Blocks, Part, names_of_models, names_of_networks, walk_formula
 from kohaku_wrap.merging.networks import Change, is_network, match_modules, raise_problems
 from kohaku_wrap.merging.notes import LIKE, VAE, Notes
 from kohaku_wrap.merging.parser import parse_formula
-from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan, WeightedSum
+from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan
 from kohaku_wrap.merging.predictions import mark_prediction
 from kohaku_wrap.merging.shapes import shapes_of_networks
 
@@ -57,6 +58,10 @@ def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | N
     refuse_unusable(layouts, anchor)
     targets = table_of_targets(layouts[anchor].header.tensors) if networks or options.network else {}
     return Planner(formula, layouts, networks, anchor, vae, options, targets).plan()
+
+
+Changes = list[tuple[str, Fraction, Change]]
+"""Networks, their coefficients, and what they change."""
 
 
 @dataclass
@@ -195,10 +200,13 @@ class Planner:
         reduction = self.formula.reduce_for_key(key, lacking)
         for group in reduction.dropped:
             self.notes.add(f"{group} counts as 0 where a member lacks the key", key)
-        weighted = {name: value for name, value in reduction.models.items() if name not in lacking}
-        absent = [name for name in reduction.models if name in lacking]
-        if absent and self.options.missing == "fail":
-            self.problems.append(Problem(key, f"{', '.join(absent)} lacks it and has weight in the formula"))
+        used = reduction.sum.names()
+        weighted = {name: reduction.models.get(name, Fraction(0)) for name in used if name not in lacking}
+        absent = [name for name in used if name in lacking]
+        inside = [name for call in reduction.calls for name in WeightedSum((), (), ((call, Fraction(1)),)).names()]
+        if absent and (self.options.missing == "fail" or (self.options.missing == "zero" and {*absent} & {*inside})):
+            where = "weight in the formula" if self.options.missing == "fail" else "no zeros to give to a function"
+            self.problems.append(Problem(key, f"{', '.join(absent)} lacks it and has {where}"))
             return self.copy(key, self.anchor, spot)
         if absent and self.options.missing == "anchor":
             self.notes.add(f"copied from {self.anchor}: {', '.join(absent)} lacks the key", key)
@@ -211,7 +219,7 @@ class Planner:
 
     def check_integers(self, key: str, spot: TensorSpot) -> None:
         """A weight in whole numbers, or in floats that cannot be computed with, would be left out of the merge."""
-        if self.formula.reduce_for_key(key).models == {self.anchor: Fraction(1)}:
+        if self.formula.reduce_for_key(key).sum == WeightedSum(((self.anchor, Fraction(1)),)):
             return
         others = [name for name in self.models if key in self.files[name].tensors]
         floats = [name for name in others if self.files[name].tensors[key].dtype in FLOAT_DTYPES]
@@ -250,11 +258,12 @@ class Planner:
             what = f"{setting[0]} is no sum (DoRA, OFT, GLoRA, IA3)"
             self.problems.append(Problem(key, f"{what}; no other network can be added to it"))
         if self.options.network:
-            return self.plan_change(key, spot, weighted, changes)
+            return self.plan_change(key, spot, weighted, reduction, changes)
         if not weighted:
             self.problems.append(Problem(key, "the formula gives it no checkpoint; add `else=…` to only(…)"))
             return self.copy(key, self.anchor, spot)
-        total = sum(weighted.values(), Fraction(0))
+        plan = self.draft(key, self.retyped(spot), weighted, reduction, changes)
+        total = plan.sum.total
         if reduction.outside and total != 1:
             names = ", ".join(reduction.outside)
             what = (
@@ -266,26 +275,41 @@ class Planner:
             if self.options.sums == "fail":
                 self.problems.append(Problem(key, line))
             self.notes.add(line, key)
-        added = {name: value for name, value, _ in changes}
-        self.combinations[WeightedSum(tuple(weighted.items()), tuple(added.items()))] += 1
-        plan = TensorPlan(key, self.retyped(spot), tuple(weighted), tuple(weighted.values()), tuple(changes))
-        if not changes and list(weighted.values()) == [Fraction(1)]:
+        if not (changes or plan.calls) and list(weighted.values()) == [Fraction(1)]:
             return self.copy_float(key, plan.sources[0], self.files[plan.sources[0]].tensors[key])
         return plan
 
+    def draft(
+        self,
+        key: str,
+        spot: TensorSpot,
+        weighted: dict[str, Fraction],
+        reduction: Reduction,
+        changes: Changes,
+    ) -> TensorPlan:
+        """A tensor that is computed, counted among those with the same coefficients."""
+        calls, added = tuple(reduction.calls.items()), {name: value for name, value, _ in changes}
+        shown = tuple((name, value) for name, value in weighted.items() if value)
+        self.combinations[WeightedSum(shown, tuple(added.items()), calls)] += 1
+        return TensorPlan(key, spot, tuple(weighted), tuple(weighted.values()), tuple(changes), "", calls)
+
     def plan_change(
-        self, key: str, spot: TensorSpot, weighted: dict[str, Fraction], changes: list[tuple[str, Fraction, Change]]
+        self,
+        key: str,
+        spot: TensorSpot,
+        weighted: dict[str, Fraction],
+        reduction: Reduction,
+        changes: Changes,
     ) -> TensorPlan:
         """A tensor of a change, whose numbers are computed in float32 and become a module of a network."""
-        if total := sum(weighted.values(), Fraction(0)):
+        typed = TensorSpot("F32", spot.shape, spot.begin, spot.end)
+        plan = self.draft(key, typed, weighted, reduction, changes)
+        if total := plan.sum.total:
             self.problems.append(Problem(key, f"the coefficients sum to {total}, not 0: no change but a checkpoint"))
         if any(change.sets_weight for _, _, change in changes):
             self.problems.append(Problem(key, "DoRA, OFT, GLoRA and IA3 change a weight by what it is: no sum"))
-        added = {name: value for name, value, _ in changes}
-        self.combinations[WeightedSum(tuple(weighted.items()), tuple(added.items()))] += 1
         stored = self.options.dtype or {"F64": "F32", "F8_E4M3": "F16", "F8_E5M2": "F16"}.get(spot.dtype, spot.dtype)
-        typed = TensorSpot("F32", spot.shape, spot.begin, spot.end)
-        return TensorPlan(key, typed, tuple(weighted), tuple(weighted.values()), tuple(changes), stored)
+        return replace(plan, stored=stored)
 
     def plan_vae(self, key: str, spot: TensorSpot) -> TensorPlan:
         source = self.vae

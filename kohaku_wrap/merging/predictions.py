@@ -37,7 +37,7 @@ def find_kinds(drafts: Sequence[TensorPlan], said: Mapping[str, Prediction]) -> 
     counts where its file says what it was trained for.
     """
     sums = {
-        (tuple(zip(draft.sources, draft.coefficients, strict=False)), tuple(name for name, _, _ in draft.changes)): None
+        (tuple(draft.sum.shares().items()), tuple(name for name, _, _ in draft.changes)): None
         for draft in drafts
         if is_in_part(draft.key, "unet")
     }

@@ -162,6 +162,7 @@ def describe_sums(plan: MergePlan) -> list[dict[str, Any]]:
             "sum": str(combination),
             "models": {name: str(value) for name, value in combination.models},
             "networks": {name: str(value) for name, value in combination.networks},
+            "functions": {str(call): str(value) for call, value in combination.calls},
             "tensors": count,
         }
         for combination, count in plan.combinations.items()

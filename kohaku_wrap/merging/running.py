@@ -83,7 +83,7 @@ class MergeResult:
     """Elements that were computed again in rationals; 0 if that was not asked for."""
 
     unverified: int
-    """Elements drawn for that, but set by DoRA, which is not rational arithmetic."""
+    """Elements drawn for that, but set by DoRA or by functions, which are not rational arithmetic."""
 
 
 def count_threads() -> int:

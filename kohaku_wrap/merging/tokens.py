@@ -95,6 +95,10 @@ class Reader:
     def at(self, text: str) -> bool:
         return self.token.text == text and self.token.kind != "string"
 
+    def follows(self, text: str) -> bool:
+        """Whether the place reached is a name with `text` after it."""
+        return self.token.kind == "name" and self.tokens[self.place + 1].text == text
+
     def take(self) -> Token:
         token = self.token
         self.place += token.kind != "end"

@@ -51,7 +51,7 @@ def verify_elements_of(
     count: int,
     on_done: Callable[[int], None],
 ) -> tuple[int, int]:
-    """Check `count` random elements of a written merge; how many were checked, and how many DoRA sets.
+    """Check `count` random elements of a written merge; how many were checked, and how many DoRA or functions set.
 
     `on_done` is told how many bytes of the output lie behind. A network's delta counts as the float32 numbers that
     lycoris-lora computes. Raises MismatchFound.
@@ -60,7 +60,7 @@ def verify_elements_of(
     for place, elements in draw_elements(pieces, count).items():
         piece = pieces[place]
         on_done(piece.begin)
-        if any(change.sets_weight for _, _, change in piece.deltas):
+        if piece.terms or any(change.sets_weight for _, _, change in piece.deltas):
             skipped += len(elements)
             continue
         deltas = deltas_at(worker, piece, elements)

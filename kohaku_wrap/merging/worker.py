@@ -13,13 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
+from kohaku_wrap.merging.calls import WeightedSum
 from kohaku_wrap.merging.deltas import Delta
-from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_numbers, widen_bytes
+from kohaku_wrap.merging.functions import TensorFunctions
+from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_bits, as_numbers, widen_bytes
 from kohaku_wrap.merging.networks import Change
 from kohaku_wrap.merging.open_files import Files, write_at
-from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Source, Task
+from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Source, Task, list_chunks
 from kohaku_wrap.merging.plan import MergePlan
-from kohaku_wrap.merging.rounding import FORMATS, Combination
+from kohaku_wrap.merging.rounding import FORMATS, Combination, round_array
 
 NUMPY_DTYPES = {"I64": np.int64, "I32": np.int32}
 BYTES_OF_KIND = {name: BITS_OF_DTYPE[name] // 8 for name in (*FORMATS, RAW)}
@@ -48,11 +50,12 @@ class Worker:
         self.plan, self.files, self.finder, self.faults, self.lock = plan, files, finder, faults, lock
         self.scratch = Scratch()
         self.kernels: dict[Any, Kernel] = {}
+        self.functions: TensorFunctions | None = None
 
     def do(self, task: Task, descriptor: int, data_start: int) -> None:
         """Compute a task and write it."""
-        if task.piece.deltas:
-            blocks = self.compute_with_deltas(task.piece)
+        if task.piece.deltas or task.piece.terms:
+            blocks = self.compute_whole(task.piece)
         else:
             blocks = iter([(task.first, self.compute(task.piece, task.first, task.last, []))])
         for first, output in blocks:
@@ -68,8 +71,9 @@ class Worker:
             output = self.scratch.take("output", np.uint8, size)
             self.files.read(piece.sources[0].name, piece.sources[0].begin + first, output)
             return output
-        row_elements = piece.elements // piece.rows
-        first_row, last_row = first // row_elements, last // row_elements
+        if piece.terms:
+            return self.compute_functions(piece, piece.terms, first, last, deltas, to or piece.to)
+        first_row, last_row = first // piece.row_elements, last // piece.row_elements
         weights = tuple(weight for _, weight, _ in piece.deltas[: len(deltas)])
         # One product is made as it is added, and comes last.
         lazy = next((place for place, delta in enumerate(deltas) if delta.is_product), None)
@@ -91,6 +95,35 @@ class Worker:
         self.count(self.faults.inputs, piece, first, not_finite)
         self.count(self.faults.overflows, piece, first, overflow)
         return output
+
+    def compute_functions(
+        self, piece: Piece, terms: WeightedSum, first: int, last: int, deltas: list[Delta], to: str
+    ) -> NDArray[Any]:
+        """As compute, for a sum with functions: in float64, rounded once; `first` and `last` are of whole rows."""
+        if self.functions is None or self.functions.pieces is not piece.peers:
+            key = self.finder.key_at(piece.begin)
+            self.functions = TensorFunctions(key, piece.peers, self.read_numbers)
+        chunk = self.functions.chunk(piece, first, last)
+        total = self.functions.sum(terms, chunk)
+        for (_, weight, _), delta in zip(piece.deltas, deltas, strict=False):
+            total += float(weight) * delta.compute_rows(first // piece.row_elements, last // piece.row_elements).ravel()
+        bad_inputs = np.zeros(total.size, dtype=bool)
+        for numbers in chunk.numbers.values():
+            bad_inputs |= ~np.isfinite(numbers)
+        rounded = total if to == "F64" else round_array(total, FORMATS[to])
+        self.count(self.faults.inputs, piece, first, np.flatnonzero(bad_inputs))
+        self.count(self.faults.overflows, piece, first, np.flatnonzero(~np.isfinite(rounded) & ~bad_inputs))
+        return as_bits(rounded, FORMATS[to])
+
+    def read_numbers(self, piece: Piece, first: int, last: int) -> dict[str, NDArray[Any]]:
+        """What the checkpoints of a piece hold there, by name."""
+        numbers = {}
+        for source in piece.sources:
+            kind = FORMATS[computed_kind(source.kind)]
+            bits = np.empty(last - first, dtype=BITS_DTYPES[kind.size_bytes])
+            self.read_source(piece, source, first, bits)
+            numbers[source.name] = as_numbers(bits, kind)
+        return numbers
 
     def read_source(self, piece: Piece, source: Source, first: int, row: NDArray[Any]) -> None:
         """Fill `row`, bits of its type or of float16 for float8, from element `first` of a piece on."""
@@ -143,13 +176,17 @@ class Worker:
         norms = {name: arrays[name].T for name in ("dora_scale",) if name in arrays}
         return Delta("full", "weight", {"diff": delta.compute_rows(0, delta.shape[0]).T, **norms})
 
-    def compute_with_deltas(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
-        """A piece that networks change, by blocks of rows: the first element and the bits of each."""
+    def compute_whole(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:
+        """A whole piece, by chunks, of rows where networks change it: the first element and the bits of each."""
+        if not piece.deltas:
+            for first, last in list_chunks(piece):
+                yield first, self.compute(piece, first, last, [])
+            return
         deltas = [self.open_delta(name, change) for name, _, change in piece.deltas]
         if any(change.sets_weight for _, _, change in piece.deltas):
             yield from self.compute_dora(piece, deltas[0])
             return
-        row_elements = piece.elements // piece.rows
+        row_elements = piece.row_elements
         step = max(1, CHUNK_ELEMENTS // row_elements)
         first = 0
         while first < piece.rows:
@@ -166,7 +203,7 @@ class Worker:
         By blocks of rows where each row has its norm, else in one.
         """
         _, weight, _ = piece.deltas[0]
-        row_elements = piece.elements // piece.rows
+        row_elements = piece.row_elements
         step = max(1, CHUNK_ELEMENTS // row_elements) if delta.sets_norms_of_rows(piece.rows) else piece.rows
         kernel = self.kernel(("F32",), (Fraction(1),), piece.to)
         for first_row in range(0, piece.rows, step):
