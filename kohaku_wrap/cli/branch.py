@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders
-from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.options import open_run, repeat_option
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    counting_bytes,
+    json_option,
+    print_answer,
+    print_aside,
+)
 from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch_options
 from kohaku_wrap.cli.train import make_run, train_run
 from kohaku_wrap.cli.trust import print_trust, trust_option
@@ -51,7 +57,6 @@ def command(
     trust: tuple[str, ...],
     dry_run: bool,
     allow: tuple[str, ...],
-    as_json: bool,
     **watch: Any,
 ) -> None:
     """Begin a new run from a state of another one.
@@ -62,34 +67,30 @@ def command(
     counts from RUN's beginning; otherwise it begins at epoch 0, step 0, and says why. NEW holds the state itself and is
     whole without RUN.
     """
-    from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.supervising.branch import plan_branch
     from kohaku_wrap.training.supervising.differences import refuse_unknown
 
     options = watch_options(**watch)
     refuse_unknown(allow)
-    parent = find_run(name, runs_folders(site_file))
-    with counting_bytes("verifying state and models", 0, as_json) as count:
+    parent = open_run(name, site_file)
+    with counting_bytes("verifying state and models", 0) as count:
         branch = plan_branch(parent, new_name, step, overrides, template, site_file, trust, count)
     if dry_run:
-        again = ["--template", template] if template else []
-        again += [word for text in overrides for word in ("--set", text)]
-        show(branch, [*again, *(["--site", site_file] if site_file else [])], as_json)
+        again = [*(["--template", template] if template else []), *repeat_option("--set", overrides)]
+        show(branch, [*again, *(["--site", site_file] if site_file else [])])
         return
-    if not as_json:
-        print_trust(branch.new.effective)
-        for damaged in branch.damaged:
-            print_note(f"damaged, passed over: {damaged.message}")
-        for note in branch.notes:
-            print_note(note)
-        print_note(f"from run {parent.name}, optimizer step {branch.origin.optimizer_step:,}: {describe_place(branch)}")
-        for key, before, now in branch.changes:
-            print_note(f"{key}: {show_value(before)} in {parent.name}, {show_value(now)} here")
-    run = make_run(branch.new, None, as_json)
-    report = train_run(run, allow, options, as_json)
-    if not as_json:
-        print_taken(run)
-    print_finished("branch", report, as_json)
+    print_trust(branch.new.effective)
+    for damaged in branch.damaged:
+        print_aside(f"damaged, passed over: {damaged.message}")
+    for note in branch.notes:
+        print_aside(note)
+    print_aside(f"from run {parent.name}, optimizer step {branch.origin.optimizer_step:,}: {describe_place(branch)}")
+    for key, before, now in branch.changes:
+        print_aside(f"{key}: {show_value(before)} in {parent.name}, {show_value(now)} here")
+    run = make_run(branch.new, None)
+    report = train_run(run, allow, options)
+    print_taken(run)
+    print_finished("branch", report)
 
 
 def describe_place(branch: Branch) -> str:
@@ -111,28 +112,25 @@ def print_taken(run: Run) -> None:
 
     found = next((each for attempt in list_attempts(run) if (each := read_taken(attempt.folder))), None)
     for words in found.taken if found else ():
-        print_note(f"taken: {words}")
+        print_aside(f"taken: {words}")
     for words in found.left if found else ():
-        print_note(f"not taken: {words}")
+        print_aside(f"not taken: {words}")
 
 
-def show(branch: Branch, words: list[object], as_json: bool) -> None:
+def show(branch: Branch, words: list[object]) -> None:
     """What the new run would be."""
     new, origin, plan = branch.new, branch.origin, branch.plan
-    if as_json:
-        payload = {
-            "run": str(new.folder),
-            "parent": str(branch.parent.folder),
-            "state": str(branch.state),
-            "optimizer_step": origin.optimizer_step,
-            "start_optimizer_step": origin.start_optimizer_step,
-            "begins_anew": list(origin.begins_anew),
-            "total_optimizer_steps": plan.total_optimizer_steps,
-            "options": [{"option": key, "parent": one, "new": other} for key, one, other in branch.changes],
-            "notes": list(branch.notes),
-        }
-        print_json("branch", payload)
-        return
+    payload = {
+        "run": str(new.folder),
+        "parent": str(branch.parent.folder),
+        "state": str(branch.state),
+        "optimizer_step": origin.optimizer_step,
+        "start_optimizer_step": origin.start_optimizer_step,
+        "begins_anew": list(origin.begins_anew),
+        "total_optimizer_steps": plan.total_optimizer_steps,
+        "options": [{"option": key, "parent": one, "new": other} for key, one, other in branch.changes],
+        "notes": list(branch.notes),
+    }
     rows: list[tuple[str, Any]] = [
         ("from", f"run {branch.parent.name}, optimizer step {origin.optimizer_step:,}"),
         ("place", describe_place(branch)),
@@ -142,4 +140,4 @@ def show(branch: Branch, words: list[object], as_json: bool) -> None:
     ]
     folder = show_path(branch.parent.folder)
     following = command_line("branch", folder, "--step", origin.optimizer_step, "--run", new.name, *words)
-    print_table(f"Branch {new.name}", rows, following)
+    print_answer("branch", payload, f"Branch {new.name}", rows, following)

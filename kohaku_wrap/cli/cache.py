@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import set_option
+from kohaku_wrap.cli.options import repeat_option, set_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
     json_option,
-    print_json,
+    print_answer,
+    print_aside,
     print_note,
-    print_table,
     progress_bar,
+    wants_json,
 )
 from kohaku_wrap.cli.trust import trust_option
 from kohaku_wrap.errors import command_line
@@ -48,7 +49,6 @@ def command(
     trust: tuple[str, ...],
     check: bool,
     dry_run: bool,
-    as_json: bool,
 ) -> None:
     """Encode the images of a template once, as cached latents.
 
@@ -65,29 +65,25 @@ def command(
     effective = resolve_template(template, site, overrides, trust=trust)
     model = site.paths.vae or site.paths.base_model
     unread = model.stat().st_size if model.is_file() and not keeps_sha256(model) else 0
-    with counting_bytes("hashing the VAE", unread, as_json) as count:
+    with counting_bytes("hashing the VAE", unread) as count:
         cache = open_cache(effective, site, count)
     damaged = []
-    with progress_bar("checking", "shards", quiet=as_json) as report:
+    with progress_bar("checking", "shards") as report:
         for shape, fault in find_damaged(cache, check, report, remove=not dry_run):
             damaged.append(shape.name)
-            if not as_json:
-                print_note(f"damaged: {shape.file_in(cache.folder)}: {fault}; it is made again")
+            print_aside(f"damaged: {shape.file_in(cache.folder)}: {fault}; it is made again")
     free = require_room(cache)
     payload = describe(cache, damaged, free)
     if not dry_run:
-        with progress_bar("encoding", "images", quiet=as_json) as report:
+        with progress_bar("encoding", "images") as report:
             payload["images_encoded"] = make_latents(cache, report)
         payload["nan_images"] = cache.list_nan_images()
-    if as_json:
-        print_json("cache", payload)
-        return
-    print_table(f"Latents of {effective.name}", show(payload, dry_run))
-    if not dry_run:
+    print_answer("cache", payload, f"Latents of {effective.name}", show(payload, dry_run))
+    if not dry_run and not wants_json():
         for image in payload["nan_images"]:
             print_note(f"warning: image {image}: the VAE gave numbers that are none; zeros are trained for it")
-        following = [word for text in overrides for word in ("--set", text)]
-        click.echo(f"Next: {command_line('train', template, '--site', site_file, *following)}")
+        again = repeat_option("--set", overrides)
+        click.echo(f"Next: {command_line('train', template, '--site', site_file, *again)}")
 
 
 def describe(cache: Cache, damaged: list[str], free: int) -> dict[str, Any]:

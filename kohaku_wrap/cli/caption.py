@@ -14,9 +14,8 @@ from kohaku_wrap.cli.options import leave_pandas_out, open_source, tags_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
-    print_json,
-    print_note,
-    print_table,
+    print_answer,
+    print_aside,
     progress_bar,
 )
 from kohaku_wrap.errors import UsageError
@@ -49,7 +48,6 @@ Examples:
 @click.option("--out", "out", type=click.Path(path_type=Path), metavar="IMAGES", help="The folder of the images.")
 @click.option(
     "--dataset",
-    "dataset",
     metavar="DATASET",
     help="Whose caption rules; default: those of the selection's own dataset.",
 )
@@ -63,7 +61,6 @@ Examples:
 )
 @click.option(
     "--text",
-    "text",
     type=click.Path(path_type=Path),
     metavar="FILE.parquet",
     help="Natural-language captions by id, one more group; placed and mixed by the dataset's [caption].",
@@ -79,7 +76,6 @@ Examples:
 )
 @click.option(
     "--image",
-    "image",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Explain the caption of an image: one in IMAGES, or one that was imported.",
@@ -119,7 +115,6 @@ def command(
     tokenizer: Path | None,
     relocate: bool,
     jobs: int | None,
-    as_json: bool,
 ) -> None:
     """Write the captions of a selection.
 
@@ -128,14 +123,20 @@ def command(
     beside each image; captions.jsonl lists every selected post. Files that are right already are left alone.
     """
     leave_pandas_out()
+    from kohaku_wrap.dataset.captions.relocation import relocate_captions
+    from kohaku_wrap.dataset.captions.text_table import read_text_table
+
     if relocate:
-        print_relocation(require(out, "--out IMAGES", "--relocate"), as_json)
+        report = relocate_captions(require(out, "--out IMAGES", "--relocate"))
+        payload = {"relocated": report.files, "missing": report.missing, "out": str(report.folder)}
+        rows = [*report.files.items(), ("images that are not there", report.missing)]
+        print_answer("caption", payload, f"Caption files now point to {report.folder}", rows)
         return
     if image is not None:
-        print_image(image, out, as_json)
+        print_image(image, out)
         return
     if stats and selection is None:
-        print_folder(require(out, "SEL.parquet, or --out IMAGES,", "statistics"), rare, tokenizer, as_json)
+        print_folder(require(out, "SEL.parquet, or --out IMAGES,", "statistics"), rare, tokenizer)
         return
     db = require(db, "--db DB", "captions")
     if post_id is None:
@@ -144,23 +145,16 @@ def command(
     recipe = replace(found.caption, style=style) if style else found.caption
     database = open_source(db, found.metadata, tag_table)
     place = out or (selection or Path()).absolute().parent
-    texts = open_texts(text, text_column, place) if text else None
+    texts = read_text_table(text, text_column, place) if text else None
     if post_id is not None:
-        print_explanation(database, recipe, post_id, selection, texts, as_json)
+        print_explanation(database, recipe, post_id, selection, texts)
         return
     assert selection
     if stats:
-        print_statistics(database, selection, recipe, rare, tokenizer, texts, jobs, as_json)
+        print_statistics(database, selection, recipe, rare, tokenizer, texts, jobs)
         return
     out = require(out, "--out IMAGES", "captions")
-    write(database, selection, out, found.name, recipe, formats, texts, tokenizer, jobs, as_json)
-
-
-def open_texts(path: Path, column: str, place: Path) -> TextTable:
-    """The texts of --text, kept meanwhile in a file without a name in `place`."""
-    from kohaku_wrap.dataset.captions.text_table import read_text_table
-
-    return read_text_table(path, column, place)
+    write(database, selection, out, found.name, recipe, formats, texts, tokenizer, jobs)
 
 
 def require(value: Path | None, what: str, purpose: str) -> Path:
@@ -192,7 +186,6 @@ def write(
     texts: TextTable | None,
     tokenizer: Path | None,
     jobs: int | None,
-    as_json: bool,
 ) -> None:
     """Write captions and print the report."""
     from kohaku_wrap.dataset.captions.statistics import choose_counter
@@ -205,18 +198,15 @@ def write(
     if unknown or not wanted:
         raise UsageError(f"--format: {', '.join(unknown) or 'nothing'} is not among {', '.join(FORMATS)}")
     by, count = choose_counter(tokenizer) if tokenizer else ("estimate", estimate_tokens)
-    with progress_bar("caption", "posts", quiet=as_json) as progress:
+    with progress_bar("caption", "posts") as progress:
         report = write_captions(
             database, selection, out, recipe, wanted, name, jobs or usable_threads(), progress, texts, count
         )
-    changes = report.changes
-    if as_json:
-        tokens = {"tokens_by": by} if texts else {}
-        print_json("caption", {"out": str(out), **asdict(changes), **asdict(report), **tokens})
-        return
+    payload = {"out": str(out), **asdict(report.changes), **asdict(report), **({"tokens_by": by} if texts else {})}
     for note in report.notes:
-        print_note(f"note: {note}")
-    print_table(f"Captions, {report.style} style", rows_of_report(report), next_command(report, selection, out, name))
+        print_aside(f"note: {note}")
+    next_step = next_command(report, selection, out, name)
+    print_answer("caption", payload, f"Captions, {report.style} style", rows_of_report(report), next_step)
 
 
 def rows_of_report(report: CaptionReport) -> list[tuple[str, Any]]:
@@ -243,16 +233,3 @@ def next_command(report: CaptionReport, selection: Path, out: Path, dataset: str
         return extract_command(selection, out)
     template = dataset if dataset in {each.name for each in list_templates()} else "TEMPLATE"
     return plan_command(template, out.parent)
-
-
-def print_relocation(folder: Path, as_json: bool) -> None:
-    """Rewrite the paths and print what was done."""
-    from kohaku_wrap.dataset.captions.relocation import relocate_captions
-
-    report = relocate_captions(folder)
-    if as_json:
-        print_json("caption", {"relocated": report.files, "missing": report.missing, "out": str(report.folder)})
-        return
-    rows: list[tuple[str, Any]] = list(report.files.items())
-    rows.append(("images that are not there", report.missing))
-    print_table(f"Caption files now point to {report.folder}", rows)

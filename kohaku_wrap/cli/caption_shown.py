@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kohaku_wrap.cli.output import print_json, print_lines, print_table, progress_bar
+from kohaku_wrap.cli.output import print_answer, print_lines, progress_bar, wants_json
 from kohaku_wrap.wording import format_share
 
 if TYPE_CHECKING:
@@ -26,18 +26,16 @@ def print_explanation(
     post_id: int,
     selection: Path | None,
     texts: TextTable | None,
-    as_json: bool,
 ) -> None:
     """Print one post's caption, group by group."""
     from kohaku_wrap.dataset.captions.explanation import explain_post
 
     explanation = explain_post(database, recipe, post_id, selection, texts)
-    if as_json:
-        groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
-        print_json("caption", {"style": recipe.style, **asdict(explanation), "groups": groups})
-        return
-    print_table(f"Post {post_id}, {recipe.style} style", rows_of_explanation(explanation))
-    print_lines(explanation.caption)
+    groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
+    payload = {"style": recipe.style, **asdict(explanation), "groups": groups}
+    print_answer("caption", payload, f"Post {post_id}, {recipe.style} style", rows_of_explanation(explanation))
+    if not wants_json():
+        print_lines(explanation.caption)
 
 
 def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:
@@ -57,14 +55,11 @@ def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:
     return rows
 
 
-def print_image(image: Path, folder: Path | None, as_json: bool) -> None:
+def print_image(image: Path, folder: Path | None) -> None:
     """Print the row of an image and what is trained of it."""
     from kohaku_wrap.dataset.own.folder_captions import explain_image
 
     found = explain_image(image, folder)
-    if as_json:
-        print_json("caption", asdict(found))
-        return
     rows: list[tuple[str, Any]] = [("id", str(found.id)), ("file", found.file)]
     rows += [("imported from", found.source)] if found.source else []
     rows += [("size", f"{found.size[0]} × {found.size[1]} pixels"), ("subset", found.subset)]
@@ -76,18 +71,15 @@ def print_image(image: Path, folder: Path | None, as_json: bool) -> None:
     rows += [
         ("trained" if len(found.trained) == 1 else "one is trained", line or "(nothing)") for line in found.trained
     ]
-    print_table(str(image), rows)
+    print_answer("caption", asdict(found), str(image), rows)
 
 
-def print_folder(folder: Path, rare: int, tokenizer: Path | None, as_json: bool) -> None:
+def print_folder(folder: Path, rare: int, tokenizer: Path | None) -> None:
     """Print what the captions in an image folder are made of."""
     from kohaku_wrap.dataset.own.folder_captions import measure_folder
 
-    with progress_bar("count", "images", quiet=as_json) as progress:
+    with progress_bar("count", "images") as progress:
         found = measure_folder(folder, tokenizer, rare_below=rare, on_progress=progress)
-    if as_json:
-        print_json("caption", asdict(found))
-        return
     rows: list[tuple[str, Any]] = [("captions", found.images), ("images an epoch", found.epoch_images)]
     for each in found.subsets:
         options = "".join(f", {name} = {value!r}" for name, value in each["options"].items())
@@ -97,7 +89,9 @@ def print_folder(folder: Path, rare: int, tokenizer: Path | None, as_json: bool)
               "without |||": found.without_separator}  # fmt: skip
     rows += [(f"captions {what}", count) for what, count in counts.items() if count]
     rows.append(("distinct words", found.distinct_words))
-    print_table(
+    print_answer(
+        "caption",
+        asdict(found),
         f"Captions in {folder}, {found.style} style",
         [*rows, *rows_of_rare(found.rare, rare), *rows_of_tokens(found, max(found.images, 1))],
     )
@@ -129,13 +123,12 @@ def print_statistics(
     tokenizer: Path | None,
     texts: TextTable | None,
     jobs: int | None,
-    as_json: bool,
 ) -> None:
     """Print what the captions are made of."""
     from kohaku_wrap.dataset.captions.statistics import measure_captions
     from kohaku_wrap.metadata.parallel import usable_threads
 
-    with progress_bar("count", "posts", quiet=as_json) as progress:
+    with progress_bar("count", "posts") as progress:
         statistics = measure_captions(
             database,
             selection,
@@ -147,10 +140,8 @@ def print_statistics(
             on_progress=progress,
             texts=texts,
         )
-    if as_json:
-        print_json("caption", asdict(statistics))
-        return
-    print_table(f"Captions of {selection}, {recipe.style} style", rows_of_statistics(statistics, rare))
+    rows = rows_of_statistics(statistics, rare)
+    print_answer("caption", asdict(statistics), f"Captions of {selection}, {recipe.style} style", rows)
 
 
 def rows_of_statistics(statistics: CaptionStatistics, rare: int) -> list[tuple[str, Any]]:

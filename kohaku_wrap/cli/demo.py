@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_bytes
 
@@ -25,7 +25,7 @@ Examples:
 @click.option("--seed", type=int, metavar="S", default=0, show_default=True, help="Another seed makes another world.")
 @json_option
 @beyond_output()
-def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
+def command(folder: Path, posts: int, seed: int) -> None:
     """Make an embedded world: database, tars and a tiny SDXL.
 
     DIR then holds danbooru.db, tars/, base/ and site.toml: all that the other commands need to
@@ -34,11 +34,9 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
     """
     from kohaku_wrap.demo.world import make_world
 
-    with progress_bar("pictures", "posts", quiet=as_json) as report:
+    with progress_bar("pictures", "posts") as report:
         world = make_world(folder, posts, seed, on_progress=report)
-    if as_json:
-        print_json("demo", {**asdict(world), "site": world.folder / "site.toml"})
-        return
+    payload = {**asdict(world), "site": world.folder / "site.toml"}
     rows = [
         ("folder", world.folder),
         ("posts", world.posts),
@@ -48,4 +46,4 @@ def command(folder: Path, posts: int, seed: int, as_json: bool) -> None:
     ]
     database, selection = world.folder / "danbooru.db", world.folder / "demo.parquet"
     title = "Embedded world, there already" if world.kept else "Embedded world"
-    print_table(title, rows, command_line("select", "demo", "--db", database, "--out", selection))
+    print_answer("demo", payload, title, rows, command_line("select", "demo", "--db", database, "--out", selection))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import set_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, wants_json
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
 
@@ -57,7 +57,6 @@ def command(
     trust: tuple[str, ...],
     deep: bool,
     folder: Path,
-    as_json: bool,
 ) -> None:
     """Tell whether this machine is ready, and for a template.
 
@@ -86,8 +85,7 @@ def command(
         template = "sdxl-lokr"
     if template:
         effective = resolve_template(template, site, overrides, trust=trust)
-        if not as_json:
-            print_trust(effective)
+        print_trust(effective)
         if site and effective.batch:
             try:
                 plan = plan_training(effective, read_training_sizes(effective, site.paths.images))
@@ -95,17 +93,15 @@ def command(
                 findings.append(
                     Finding("images", "warning", missing.message, "Disk and memory depend on them.", missing.next_step)
                 )
-                if not as_json:
-                    print_finding(findings[-1])
+                print_finding(findings[-1])
     engine = engine or (site.machine.engine if site else None)
     for finding in examine_machine(engine, effective, plan):
         findings.append(finding)
-        if not as_json:
-            print_finding(finding)
+        print_finding(finding)
     broken = [finding.name for finding in findings if finding.status == "broken"]
-    measured = measure_deep(folder, engine, as_json) if deep and not broken else None
+    measured = measure_deep(folder, engine) if deep and not broken else None
     failed = [] if measured is None else [each.name for each in measured.failed]
-    if as_json:
+    if wants_json():
         told = {"ready": not broken, "findings": [vars(finding) for finding in findings]}
         told |= {} if measured is None else {"deep": measured.as_json()}
         print_json("doctor", {"engine": engine, "template": template, **told})
@@ -120,22 +116,24 @@ def command(
     click.echo(f"Next: {command_line('plan', template or 'epsilon', '--site', site_file or 'site.toml')}")
 
 
-def measure_deep(folder: Path, engine: str | None, as_json: bool) -> Report:
+def measure_deep(folder: Path, engine: str | None) -> Report:
     """Train and measure here, telling each result as it comes."""
     from kohaku_wrap.proving.gpu import measure_machine, show_measure
     from kohaku_wrap.trainer.installed import find_trainer
 
     engine = engine or ("sd-scripts" if find_trainer() else "builtin")
     report = measure_machine(
-        folder, engine, on_measure=lambda measure: None if as_json else print_lines(show_measure(measure))
+        folder, engine, on_measure=lambda measure: None if wants_json() else print_lines(show_measure(measure))
     )
-    if not as_json:
+    if not wants_json():
         print_lines(f"The report: {folder / TABLE_FILE} and {folder / JSON_FILE}")
     return report
 
 
 def print_finding(finding: Finding) -> None:
-    """One line, and two more where something is to be done."""
+    """One line, and two more where something is to be done; nothing with `--json`."""
+    if wants_json():
+        return
     print_lines(f"{finding.status:<9}{finding.name}: {finding.what}", fg=COLOURS[finding.status])
     if finding.status != "ok":
         print_lines(f"{'':<9}why: {finding.why}\n{'':<9}do:  {finding.do}")

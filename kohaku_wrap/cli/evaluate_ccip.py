@@ -11,8 +11,14 @@ import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import open_source, site_option, tags_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
-from kohaku_wrap.cli.sample import compute_options, prepare
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    json_option,
+    print_answer,
+    print_note,
+    progress_bar,
+)
+from kohaku_wrap.cli.sample import drawing_options, model_options, prepare
 from kohaku_wrap.cli.sample_inputs import list_models
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.wording import format_duration, show_bytes, show_path
@@ -46,10 +52,7 @@ Examples:
 """
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
-@click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
-@click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="Usually the run's, or the MODEL's own.")
-@click.option("--run", "run_name", metavar="RUN", help="The networks that a run kept.")
-@click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest.")
+@model_options
 @click.option("--characters", required=True, metavar="db|FILE|INDEX", help="Of the database, a list, or an index.")
 @click.option("--judge", "judge_folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="CCIP's.")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Pictures and result.")
@@ -72,20 +75,13 @@ Examples:
 @click.option("--sampler-steps", type=click.IntRange(1), metavar="N", help="Usually 24.")
 @click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says.")
 @click.option("--against", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Another ccip.json.")
-@compute_options
-@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU.")
-@click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used.")
-@click.option("--tokenizers", type=click.Path(path_type=Path), metavar="DIR", help="Both CLIP tokenizers.")
+@drawing_options
 @click.option("--dry-run", is_flag=True, help="Print pictures, hours and disk, draw none.")
 @site_option
 @json_option
 @beyond_output("dry_run")
 def ccip(
     models: tuple[Path, ...],
-    networks: tuple[str, ...],
-    vae: Path | None,
-    run_name: str | None,
-    steps: str | None,
     characters: str,
     judge_folder: Path,
     out: Path,
@@ -96,12 +92,8 @@ def ccip(
     images_per_character: int,
     preset: str,
     against: tuple[Path, ...],
-    jobs: int,
-    offload: bool,
-    tokenizers: Path | None,
     dry_run: bool,
     site_file: Path | None,
-    as_json: bool,
     **asked: Any,
 ) -> None:
     """Score how well models draw characters, by CCIP.
@@ -124,7 +116,7 @@ def ccip(
     for path in against:
         ccip_run.read_result(path)
     judge = open_judge(judge_folder, ("ccip",), asked["threads"] or 1)
-    listed = list_models(models, networks, vae, run_name, steps, site_file)
+    listed = list_models(models, asked, site_file)
     found = list_characters(characters, db, tag_table, images, site_file, out)
     choice = ccip_run.choose_characters(found, min_posts)
     recipe = load_dataset("epsilon").caption
@@ -143,22 +135,22 @@ def ccip(
         steps=asked["sampler_steps"],
     )
     asked |= dict.fromkeys(UNASKED) | {"lenient": False}
-    job = prepare(sheet, listed, asked, tokenizers, site_file, run_name, out, jobs, offload, quiet=as_json)
+    job = prepare(sheet, listed, asked, site_file, out)
     waiting = find_waiting(job)
     if dry_run:
-        show_plan(job, len(waiting), choice, as_json)
+        show_plan(job, len(waiting), choice)
         return
-    with progress_bar("draw", "pictures", quiet=as_json) as report:
+    with progress_bar("draw", "pictures") as report:
         draw_sheet(job, waiting, report)
     looker = Looker(judge, out / JUDGED)
-    with progress_bar("references", "pictures", quiet=as_json) as report:
+    with progress_bar("references", "pictures") as report:
         references, left, unreadable = ccip_run.look_at_references(looker, choice.scored, min_posts, report)
     pictures = ccip_run.group_cells(job.cells, out)
-    with progress_bar("judge", "pictures", quiet=as_json) as report:
+    with progress_bar("judge", "pictures") as report:
         scores, broken = ccip_run.score_models(looker, pictures, references, report)
     by_title = {each.labels["model"]: each for each in job.cells}
     named = [(title, by_title[title].cell.model, by_title[title].model.optimizer_step) for title in pictures]
-    exposures = find_exposures(run_name, [step for _, _, step in named], site_file, as_json)
+    exposures = find_exposures(asked["run"], [step for _, _, step in named], site_file)
     seen = ccip_run.look_up_exposures(exposures, sorted(references))
     first = job.cells[0].cell
     settings = {
@@ -173,7 +165,7 @@ def ccip(
     for path in against:
         ccip_run.lay_over(result, path)
     write_result(out, result)
-    show_result(result, out, as_json)
+    show_result(result, out)
 
 
 def characters_name(characters: str) -> str:
@@ -207,9 +199,7 @@ def list_characters(
     return find_characters(open_source(db, DANBOORU, tag_table), images, names, out / ".spill", usable_threads())
 
 
-def find_exposures(
-    run: str | None, steps: Sequence[int | None], site: Path | None, quiet: bool
-) -> list[Exposure | None]:
+def find_exposures(run: str | None, steps: Sequence[int | None], site: Path | None) -> list[Exposure | None]:
     """What each network of a run was trained on; None where it is of no run, or where that is not known."""
     from kohaku_wrap.cli.evaluate_exposure import find_exposure
     from kohaku_wrap.errors import KwrapError
@@ -219,7 +209,7 @@ def find_exposures(
         exposure = None
         if run is not None and step is not None:
             try:
-                exposure = find_exposure(run, step, site, 0, quiet)
+                exposure = find_exposure(run, step, site, 0)
             except KwrapError as error:
                 print_note(f"note: how often characters were trained is not known: {error.message}")
         found.append(exposure)
@@ -237,7 +227,7 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
     write_text(out / CURVE, draw_curves(curves, "CCIP score of each character, sorted", note))
 
 
-def show_plan(job: DrawingJob, waiting: int, choice: Any, as_json: bool) -> None:
+def show_plan(job: DrawingJob, waiting: int, choice: Any) -> None:
     """What would be drawn: pictures, hours and disk."""
 
     cell = job.cells[0].cell
@@ -248,9 +238,6 @@ def show_plan(job: DrawingJob, waiting: int, choice: Any, as_json: bool) -> None
         "characters": len(choice.scored), "not_scored": list(choice.not_scored), "pictures": len(job.cells),
         "to_draw": waiting, "references": references, "seconds_assumed": seconds, "bytes": size_bytes,
     }  # fmt: skip
-    if as_json:
-        print_json("evaluate ccip", {"dry_run": True, **plan})
-        return
     rows: list[tuple[str, Any]] = [
         ("characters", f"{len(choice.scored):,}, and {len(choice.not_scored):,} not scored"),
         ("pictures", f"{len(job.cells):,}, of which {waiting:,} are to be drawn"),
@@ -260,14 +247,11 @@ def show_plan(job: DrawingJob, waiting: int, choice: Any, as_json: bool) -> None
         ("first prompt", cell.prompt),
     ]
     rows += [("not scored", f"{each['tag']}: {each['why']}") for each in choice.not_scored[:5]]
-    print_table("CCIP", rows, "the same command without --dry-run")
+    print_answer("evaluate ccip", {"dry_run": True, **plan}, "CCIP", rows, "the same command without --dry-run")
 
 
-def show_result(result: dict[str, Any], out: Path, as_json: bool) -> None:
+def show_result(result: dict[str, Any], out: Path) -> None:
     """Print what came out."""
-    if as_json:
-        print_json("evaluate ccip", {"dry_run": False, "file": out / RESULT, "svg": out / CURVE, "result": result})
-        return
     rows: list[tuple[str, Any]] = [("judge", result["judge"]["title"])]
     rows += [(model["title"], describe_model(model)) for model in result["models"]]
     for pair in result["pairs"]:
@@ -284,7 +268,8 @@ def show_result(result: dict[str, Any], out: Path, as_json: bool) -> None:
     rows += [("prompts", note)] if (note := result["prompts"]["note"]) else []
     rows += [("limits", result["limits"]), ("curve", out / CURVE), ("result", out / RESULT)]
     following = command_line("evaluate", "ccip", "MODEL", "--against", show_path(out / RESULT))
-    print_table("CCIP", rows, f"{following} … lays another model over it")
+    payload = {"dry_run": False, "file": out / RESULT, "svg": out / CURVE, "result": result}
+    print_answer("evaluate ccip", payload, "CCIP", rows, f"{following} … lays another model over it")
 
 
 def describe_model(model: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option, threads_option
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.options import open_run, site_option, threads_option
+from kohaku_wrap.cli.output import json_option, print_answer, print_note, progress_bar
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of, show_path
 
@@ -50,7 +50,6 @@ def exposure(
     everything: bool,
     site_file: Path | None,
     threads: int,
-    as_json: bool,
 ) -> None:
     """Count how often each tag was trained.
 
@@ -58,25 +57,22 @@ def exposure(
     artist or character stood up to step N, how many the next epoch would add, and how many more with one repeat more.
     What is counted is kept in RUN/exposure/, so that the next question is answered at once.
     """
-    found = find_exposure(name, step, site_file, threads, as_json)
+    found = find_exposure(name, step, site_file, threads)
     wanted = found.tags.num_rows if everything else least
     rows = [found.find(tag) for tag in tags] if tags else found.least(wanted)
-    if as_json:
-        print_json("evaluate exposure", {**describe(found), "rows": rows})
-        return
-    table = list_facts(found)
-    table += [(row["tag"], describe_row(row)) for row in rows]
-    print_table(f"Exposure of run {found.run.name}", table, "" if tags else next_question(found, rows))
+    table = [*list_facts(found), *((row["tag"], describe_row(row)) for row in rows)]
+    next_step = "" if tags else next_question(found, rows)
+    payload = {**describe(found), "rows": rows}
+    print_answer("evaluate exposure", payload, f"Exposure of run {found.run.name}", table, next_step)
 
 
-def find_exposure(name: str, step: int | None, site_file: Path | None, threads: int, quiet: bool) -> Exposure:
+def find_exposure(name: str, step: int | None, site_file: Path | None, threads: int) -> Exposure:
     """The counts of a run, made now or before."""
     from kohaku_wrap.evaluation.exposure import measure_exposure
     from kohaku_wrap.metadata.parallel import usable_threads
-    from kohaku_wrap.training.records.folder import find_run
 
-    run = find_run(name, runs_folders(site_file))
-    with progress_bar("captions", "captions", quiet) as report:
+    run = open_run(name, site_file)
+    with progress_bar("captions", "captions") as report:
         found = measure_exposure(run, step, threads or usable_threads(), report)
     if found.not_kept:
         print_note(f"note: not kept for the next time ({found.not_kept})")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
 from kohaku_wrap.errors import UsageError
 
 JUDGED = ".judged"
@@ -38,9 +38,7 @@ Examples:
 )
 @json_option
 @beyond_output()
-def judge(
-    sheet: Path, judge_folder: Path, reference: Path | None, result: Path | None, threads: int, as_json: bool
-) -> None:
+def judge(sheet: Path, judge_folder: Path, reference: Path | None, result: Path | None, threads: int) -> None:
     """Judge a folder of pictures.
 
     A tagger tells how many of the prompted tags it sees, by tag and model; an aesthetic judge how good the pictures
@@ -67,16 +65,13 @@ def judge(
     pictures = list_pictures(sheet)
     others = choose_references(reference) if reference else []
     looker = Looker(opened, sheet / JUDGED)
-    with progress_bar("judge", "pictures", quiet=as_json) as report:
+    with progress_bar("judge", "pictures") as report:
         looked, unreadable = look_at_all(looker, pictures, report, sheet)
-    with progress_bar("reference", "pictures", quiet=as_json) as report:
+    with progress_bar("reference", "pictures") as report:
         compared, odd = look_at_all(looker, others, report)
     document = compose_result(opened, looked, [*unreadable, *odd], compared)
     file = result or sheet / f"judged-{opened.kind.name}.json"
     write_text(file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    if as_json:
-        print_json("evaluate judge", {"file": file, "result": document})
-        return
     rows: list[tuple[str, Any]] = [("judge", document["judge"]["title"])]
     rows += [(each["title"], describe(each)) for each in document["models"]]
     if document["all"].get("frechet"):
@@ -84,7 +79,8 @@ def judge(
     rows += [("unreadable", each) for each in document["unreadable"][:5]]
     if len(document["unreadable"]) > 5:
         rows.append(("unreadable", f"{len(document['unreadable']) - 5:,} more, in the file"))
-    print_table(f"Pictures in {sheet}", [*rows, ("result", file)])
+    payload = {"file": file, "result": document}
+    print_answer("evaluate judge", payload, f"Pictures in {sheet}", [*rows, ("result", file)])
 
 
 def describe(found: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kohaku_wrap.cli.output import json_option, print_json, print_table
+from kohaku_wrap.cli.output import json_option, print_answer, wants_json
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.outlets import go_on_without_reader
 
@@ -27,7 +27,7 @@ Examples:
     help="Build a small judge of each kind there, for tests.",
 )  # fmt: skip
 @json_option
-def judges(folder: Path | None, as_json: bool) -> None:
+def judges(folder: Path | None) -> None:
     """List the kinds of judges, their files, and where to get them.
 
     A judge is a folder of ONNX files, in the layout in which they are published. kwrap fetches nothing: download the
@@ -38,17 +38,14 @@ def judges(folder: Path | None, as_json: bool) -> None:
 
     made: list[Path] = []
     if folder is not None:
-        go_on_without_reader(is_document=as_json)
+        go_on_without_reader(is_document=wants_json())
         from kohaku_wrap.evaluation.small_judges import build_small_judges
 
         made = build_small_judges(folder, SMALL_TAGS)
-    if as_json:
-        kinds = [
-            {"kind": kind.name, "measures": kind.measures, "files": kind.files, "published": kind.published}
-            for kind in KINDS.values()
-        ]
-        print_json("evaluate judges", {"kinds": kinds, "made": made})
-        return
+    kinds = [
+        {"kind": kind.name, "measures": kind.measures, "files": kind.files, "published": kind.published}
+        for kind in KINDS.values()
+    ]
     rows: list[tuple[str, Any]] = [("small judge, for tests", path) for path in made]
     for kind in KINDS.values() if not made else ():
         rows += [
@@ -57,4 +54,4 @@ def judges(folder: Path | None, as_json: bool) -> None:
             ("  published", kind.published),
         ]
     following = ("evaluate", "judge", "SHEET_DIR", "--judge", made[0] if made else "FOLDER")
-    print_table("Judges", rows, command_line(*following))
+    print_answer("evaluate judges", {"kinds": kinds, "made": made}, "Judges", rows, command_line(*following))

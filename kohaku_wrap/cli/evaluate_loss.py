@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.options import open_run, site_option
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
 from kohaku_wrap.cli.sample import COMPUTE_NAMES
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
@@ -64,8 +64,6 @@ Examples:
 def loss(
     targets: tuple[str, ...],
     checkpoints: str | None,
-    networks: tuple[str, ...],
-    vae: Path | None,
     images: Path,
     posts: int,
     timesteps: int,
@@ -78,7 +76,6 @@ def loss(
     tokenizers: Path | None,
     dry_run: bool,
     site_file: Path | None,
-    as_json: bool,
     **asked: Any,
 ) -> None:
     """Measure the loss on posts that were not trained.
@@ -99,36 +96,34 @@ def loss(
     paths = [Path(each) for each in targets]
     run = None
     if len(targets) == 1 and not paths[0].is_file():
-        from kohaku_wrap.training.records.folder import find_run
-
-        run = find_run(targets[0], runs_folders(site_file))
+        run = open_run(targets[0], site_file)
     elif checkpoints:
         raise UsageError("--checkpoints is of a run", "Give one RUN in place of models.")
-    run_name = str(run.folder) if run else None
-    models = list_models(() if run else tuple(paths), networks, vae, run_name, checkpoints, site_file)
-    folders = choose_tokenizers(tokenizers, site_file, models)
     asked |= {"vae_dtype": None, "zero_terminal_snr": None, "template": None if run else template}
+    asked |= {"run": str(run.folder) if run else None, "steps": checkpoints}
+    models = list_models(() if run else tuple(paths), asked, site_file)
+    folders = choose_tokenizers(tokenizers, site_file, models)
     columns = Columns.open(images)
     candidates = held_out.choose_rows(run, columns, leave_out_trained, allow_trained)
     rows = draw_posts(columns, candidates, posts, load_dataset("epsilon").caption)
     job = prepare(run, columns, rows, timesteps, out, template, folders, asked)
     forwards = len(job.chunks) * timesteps * len(models)
     if dry_run:
-        show_plan(job, len(models), forwards, as_json)
+        show_plan(job, len(models), forwards)
         return
-    with progress_bar("hash", "bytes", quiet=as_json) as report:
+    with progress_bar("hash", "bytes") as report:
         hashes = hash_models(models, report)
     titles = name_models(models)
     known = [
         (
-            KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, run_name, site_file)),
+            KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, site_file)),
             titles[each],
         )
         for each in models
     ]
     losses = []
     for each, title in known:
-        with progress_bar(title, "chunks", quiet=as_json) as report:
+        with progress_bar(title, "chunks") as report:
             losses.append(held_out.measure_losses(job, each, jobs, report))
     groups = group_posts(job.columns, job.rows, load_dataset("epsilon").caption)
     result = held_out.compose_result(job, known, losses, groups, list_versions(), describe_posts(run, allow_trained))
@@ -137,7 +132,7 @@ def loss(
     from kohaku_wrap.files import write_text
 
     write_text(out / RESULT, json.dumps(result, ensure_ascii=False) + "\n")
-    show_result(result, out, as_json)
+    show_result(result, out)
 
 
 def prepare(
@@ -199,25 +194,20 @@ def describe_posts(run: Run | None, allow_trained: bool) -> str:
     return f"none of them is in the dataset of run {run.name}, by id; relatives and equal pictures are not looked for"
 
 
-def show_plan(job: LossJob, models: int, forwards: int, as_json: bool) -> None:
+def show_plan(job: LossJob, models: int, forwards: int) -> None:
     """What would be measured."""
-    if as_json:
-        print_json("evaluate loss", {"dry_run": True, "posts": len(job.rows), "models": models, "forwards": forwards})
-        return
+    payload = {"dry_run": True, "posts": len(job.rows), "models": models, "forwards": forwards}
     rows: list[tuple[str, Any]] = [
         ("posts", f"{len(job.rows):,} of {len(job.columns):,}, in {len(job.chunks):,} chunks of {job.compute.batch}"),
         ("time steps", ", ".join(map(str, job.timesteps))),
         ("models", models),
         ("forwards", f"{forwards:,}; {format_duration(forwards)} at 1 s each"),
     ]
-    print_table("Loss", rows, "the same command without --dry-run")
+    print_answer("evaluate loss", payload, "Loss", rows, "the same command without --dry-run")
 
 
-def show_result(result: dict[str, Any], out: Path, as_json: bool) -> None:
+def show_result(result: dict[str, Any], out: Path) -> None:
     """Print what came out."""
-    if as_json:
-        print_json("evaluate loss", {"dry_run": False, "file": out / RESULT, "result": result})
-        return
     rows: list[tuple[str, Any]] = [("held out", result["posts"]["held_out"])]
     rows += [(each["title"], describe_model(each)) for each in result["models"]]
     for pair in result["pairs"]:
@@ -228,7 +218,9 @@ def show_result(result: dict[str, Any], out: Path, as_json: bool) -> None:
         named: Sequence[str] = [str(each) for each in odd[:5]]
         rows.append(("left out", f"{len(odd):,} posts that cannot be read or give no number: {', '.join(named)}"))
     rows.append(("result", out / RESULT))
-    print_table("Loss", rows, f"{command_line('evaluate', 'loss', 'MODEL', '--against', show_path(out / RESULT))} …")
+    next_step = f"{command_line('evaluate', 'loss', 'MODEL', '--against', show_path(out / RESULT))} …"
+    payload = {"dry_run": False, "file": out / RESULT, "result": result}
+    print_answer("evaluate loss", payload, "Loss", rows, next_step)
 
 
 def describe_model(model: dict[str, Any]) -> str:

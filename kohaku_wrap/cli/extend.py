@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option, workers_option
-from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.options import open_run, site_option, workers_option
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    counting_bytes,
+    json_option,
+    print_answer,
+    print_aside,
+)
 from kohaku_wrap.cli.supervised import (
     print_findings,
     print_finished,
@@ -58,7 +64,6 @@ def command(
     dry_run: bool,
     site_file: Path | None,
     allow: tuple[str, ...],
-    as_json: bool,
     **watch: Any,
 ) -> None:
     """Train a run for longer than it was planned.
@@ -68,32 +73,30 @@ def command(
     the start. For others (cosine, linear, polynomial, a warm-up given as a share) --schedule says how the rates go on;
     the ledger records it.
     """
-    from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.supervising.extend import plan_extension
 
     options = watch_options(**watch)
-    run = find_run(name, runs_folders(site_file))
+    run = open_run(name, site_file)
 
     def plan() -> Extension:
-        with counting_bytes("verifying state and models", 0, as_json) as count:
+        with counting_bytes("verifying state and models", 0) as count:
             return plan_extension(
                 run, epochs, steps, schedule or "", repeats_warmup, count, workers=workers, allow=allow
             )
 
     def begin() -> ResumePlan:
         extension = plan()
-        if not as_json:
-            print_findings(extension.resume)
-            print_note(describe(extension))
-            print_start(extension.resume)
+        print_findings(extension.resume)
+        print_aside(describe(extension))
+        print_start(extension.resume)
         extension.write()
         run.forget_lock()
         return extension.resume
 
     if dry_run:
-        show(plan(), as_json)
+        show(plan())
         return
-    print_finished("extend", watch_run(run, begin, allow, options, as_json), as_json)
+    print_finished("extend", watch_run(run, begin, allow, options))
 
 
 def describe(extension: Extension) -> str:
@@ -106,7 +109,7 @@ def describe(extension: Extension) -> str:
     )
 
 
-def show(extension: Extension, as_json: bool) -> None:
+def show(extension: Extension) -> None:
     """The chapter, and the rates around it."""
     from kohaku_wrap.training.supervising.expected_rates import NoExpectedRates, preview_rates
 
@@ -117,21 +120,18 @@ def show(extension: Extension, as_json: bool) -> None:
         rates = preview_rates(run, chapter.from_updates) if extension.depends else {}
     except NoExpectedRates as error:
         why_not = error.message
-    if as_json:
-        payload = {
-            "run": str(run.folder),
-            "chapter": len(run.lock.chapters),
-            "state": None if extension.resume.state is None else str(extension.resume.state),
-            "from_optimizer_step": chapter.from_optimizer_step,
-            "optimizer_steps_before": before.total_optimizer_steps,
-            "total_optimizer_steps": chapter.total_optimizer_steps,
-            "schedule": chapter.schedule or None,
-            "repeats_warmup": chapter.repeats_warmup,
-            "depends_on_length": list(extension.depends),
-            "rates_of_updates": rates,
-        }
-        print_json("extend", payload)
-        return
+    payload = {
+        "run": str(run.folder),
+        "chapter": len(run.lock.chapters),
+        "state": None if extension.resume.state is None else str(extension.resume.state),
+        "from_optimizer_step": chapter.from_optimizer_step,
+        "optimizer_steps_before": before.total_optimizer_steps,
+        "total_optimizer_steps": chapter.total_optimizer_steps,
+        "schedule": chapter.schedule or None,
+        "repeats_warmup": chapter.repeats_warmup,
+        "depends_on_length": list(extension.depends),
+        "rates_of_updates": rates,
+    }
     rows: list[tuple[str, Any]] = [
         ("optimizer steps", f"{chapter.total_optimizer_steps:,}, until now {before.total_optimizer_steps:,}"),
         ("from", source_of(extension.resume)),
@@ -146,4 +146,5 @@ def show(extension: Extension, as_json: bool) -> None:
     more = ["--steps", chapter.total_optimizer_steps - before.total_optimizer_steps]
     more += ["--schedule", chapter.schedule] if chapter.schedule else []
     more += ["--repeat-warmup"] if chapter.repeats_warmup else []
-    print_table(f"Longer: {run.name}", rows, command_line("extend", show_path(run.folder), *more))
+    next_step = command_line("extend", show_path(run.folder), *more)
+    print_answer("extend", payload, f"Longer: {run.name}", rows, next_step)

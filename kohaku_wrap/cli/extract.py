@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from kohaku_wrap.cli.next_steps import caption_command
 from kohaku_wrap.cli.options import leave_pandas_out
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar, wants_json
 
 ONLY_IF_ANY = {
     "reduced": "made smaller",
@@ -57,9 +56,7 @@ Examples:
 )
 @json_option
 @beyond_output()
-def command(
-    selection: Path, tars: Path, images: Path, jobs: int | None, max_missing: int, max_pixels: int, as_json: bool
-) -> None:
+def command(selection: Path, tars: Path, images: Path, jobs: int | None, max_missing: int, max_pixels: int) -> None:
     """Extract and verify the selected images.
 
     Reads every published layout of tars, and folders of ID.ext files, decodes every image to its last
@@ -72,19 +69,14 @@ def command(
     from kohaku_wrap.dataset.images.extract_report import REPORT_FILE
 
     leave_pandas_out()
-    with progress_bar("images", "posts", quiet=as_json) as report_progress:
+    with progress_bar("images", "posts") as report_progress:
         report = extract_images(selection, tars, images, jobs, max_pixels, on_progress=report_progress)
     payload = {name: len(value) if isinstance(value, list) else value for name, value in vars(report).items()}
     payload |= {"refused_members": payload.pop("refused"), "damaged_tars": payload.pop("damaged")}
     payload["report"] = images / REPORT_FILE
-    if as_json:
-        print_json("extract", payload)
-    else:
-        rows: list[tuple[str, Any]] = [
-            (name, payload[name]) for name in ("selected", "written", "kept", "missing", "corrupt")
-        ]
-        rows += [(label, payload[name]) for name, label in ONLY_IF_ANY.items() if payload[name]]
-        print_table("Images", [*rows, ("report", images / REPORT_FILE)])
+    rows = [(name, payload[name]) for name in ("selected", "written", "kept", "missing", "corrupt")]
+    rows += [(label, payload[name]) for name, label in ONLY_IF_ANY.items() if payload[name]]
+    print_answer("extract", payload, "Images", [*rows, ("report", images / REPORT_FILE)])
     report.check(max_missing)
-    if not as_json:
+    if not wants_json():
         click.echo(f"Next: {caption_command(selection, images)}")

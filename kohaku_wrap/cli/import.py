@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import plan_command
 from kohaku_wrap.cli.options import leave_pandas_out
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, progress_bar, wants_json
 from kohaku_wrap.wording import count_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ def command(
     jobs: int | None,
     max_missing: int,
     dry_run: bool,
-    as_json: bool,
 ) -> None:
     """Make a dataset of images and captions that you have.
 
@@ -113,17 +112,15 @@ def command(
 
     leave_pandas_out()
     options = ImportOptions(labels, captions, text_column, plain, copy, dry_run, dataset, resolution, jobs)
-    with progress_bar("check", "images", quiet=as_json) as progress:
+    with progress_bar("check", "images") as progress:
         report = import_folders(folders, images, options, progress)
     where = {} if dry_run else {"report": str(images / REPORT_FILE)}
-    if as_json:
-        print_json("import", {"out": str(images), "dry_run": dry_run, **as_document(report), **where})
-    else:
-        for note in report.notes:
-            print_note(f"note: {note}")
-        print_table("Images of your own", rows_of_report(report, where))
+    for note in report.notes:
+        print_aside(f"note: {note}")
+    payload = {"out": str(images), "dry_run": dry_run, **as_document(report), **where}
+    print_answer("import", payload, "Images of your own", rows_of_report(report, where))
     report.check(max_missing)
-    if not as_json:
+    if not wants_json():
         again = "run it again without --dry-run" if dry_run else plan_command("own-images", images.parent)
         click.echo(f"Next: {again}")
 

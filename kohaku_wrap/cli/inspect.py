@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import tags_option
-from kohaku_wrap.cli.output import ESCAPES_IN_LINES, json_option, print_json, print_lines, print_table, progress_bar
+from kohaku_wrap.cli.output import (
+    ESCAPES_IN_LINES,
+    json_option,
+    print_answer,
+    print_lines,
+    progress_bar,
+    wants_json,
+)
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of, show_bytes
 
@@ -69,7 +76,7 @@ def tell_origin(origin: Mapping[str, Any]) -> str:
 
 def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
     from kohaku_wrap.merging.hashes import find_auto_v1
-    from kohaku_wrap.merging.inspecting import recorded_hashes, short_metadata
+    from kohaku_wrap.merging.inspecting import describe_report, recorded_hashes, short_metadata
 
     header = report.header
     rows: list[tuple[str, Any]] = [
@@ -90,8 +97,10 @@ def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
     rows += [("of the run", tell_origin(origin))] if origin else []
     rows += sorted(short_metadata(header.metadata).items())
     rows += rows_of_recipe(report)
-    print_table(str(header.path), rows, "" if report.replay else command_line("inspect", header.path, "--json"))
-    if report.replay:
+    payload = {**describe_report(report), "of_run": origin or None}
+    next_step = "" if report.replay else command_line("inspect", header.path, "--json")
+    print_answer("inspect", payload, str(header.path), rows, next_step)
+    if report.replay and not wants_json():
         print_lines(f"Made by (the file names may have changed since): {report.replay}")
 
 
@@ -112,7 +121,7 @@ Examples:
 @tags_option
 @click.option("--no-hash", is_flag=True, help="Do not read the data for the hashes; the header alone is quick.")
 @json_option
-def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bool, as_json: bool) -> None:
+def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bool) -> None:
     """Show what a checkpoint, network, picture or database is.
 
     FILE is a checkpoint or network in safetensors form: its kind, keys, types, hashes, metadata and merge recipe are
@@ -122,38 +131,32 @@ def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bo
     again.
     """
     from kohaku_wrap.dataset.images.tar_layouts import holds_images
-    from kohaku_wrap.merging.inspecting import describe_report, inspect_file
+    from kohaku_wrap.merging.inspecting import inspect_file
     from kohaku_wrap.metadata.opening import is_metadata
     from kohaku_wrap.sampling.pictures import is_png
 
     if is_png(file):
-        inspect_picture(file, as_json)
+        inspect_picture(file)
         return
     if file.is_dir() and holds_images(file):
-        inspect_tars(file, as_json)
+        inspect_tars(file)
         return
     if dataset or tag_table or is_metadata(file):
-        inspect_database(file, dataset, tag_table, as_json)
+        inspect_database(file, dataset, tag_table)
         return
-    with progress_bar("hash", "bytes", quiet=as_json) as report_progress:
+    with progress_bar("hash", "bytes") as report_progress:
         report = inspect_file(file, not no_hash, report_progress)
     origin = describe_origin(file, report.hashes.sha256 if report.hashes else "")
-    if as_json:
-        print_json("inspect", {**describe_report(report), "of_run": origin or None})
-    else:
-        print_report(report, origin)
+    print_report(report, origin)
 
 
-def inspect_picture(file: Path, as_json: bool) -> None:
+def inspect_picture(file: Path) -> None:
     """Show how a picture was drawn, and the command that draws it again."""
     from kohaku_wrap.sampling.pictures import read_record
     from kohaku_wrap.sampling.replaying import describe_picture
 
     record, pixels = read_record(file)
     described = describe_picture(file, record, pixels)
-    if as_json:
-        print_json("inspect", described)
-        return
     cell = record.cell
     rows: list[tuple[str, Any]] = [("prompt", cell.prompt), ("negative", cell.negative or "(none)")]
     rows += [(name.replace("_", " "), value) for name, value in cell.describe().items()
@@ -161,12 +164,8 @@ def inspect_picture(file: Path, as_json: bool) -> None:
     rows += [("seed", str(cell.seed)), ("computed", ", ".join(f"{k} {v}" for k, v in asdict(cell.compute).items()))]
     for number, each in enumerate(record.files):
         weight = f" at {each.weight}" if each.weight else ""
-        rows.append(
-            (
-                "VAE" if each.part else "network" if number else "checkpoint",
-                f"{each.name}{weight}, sha256 {each.sha256}",
-            )
-        )
+        kind = "VAE" if each.part else "network" if number else "checkpoint"
+        rows.append((kind, f"{each.name}{weight}, sha256 {each.sha256}"))
     if record.optimizer_step is not None:
         rows.append(("optimizer step", record.optimizer_step))
     rows.append(("prediction by", record.prediction_from or "nothing says it; epsilon was assumed"))
@@ -174,20 +173,19 @@ def inspect_picture(file: Path, as_json: bool) -> None:
     rows.append(("device", record.device_name))
     rows.append(("pixels", "as drawn" if described["pixels_as_drawn"] else "changed since it was drawn"))
     rows += [("not known here", name) for name in described["unknown_files"]]
-    print_table(str(file), rows)
+    print_answer("inspect", described, str(file), rows)
     # Not broken to the terminal's width: it is to be copied.
-    click.echo(f"Drawn again by:\n{described['replay']}".translate(ESCAPES_IN_LINES))
+    if not wants_json():
+        click.echo(f"Drawn again by:\n{described['replay']}".translate(ESCAPES_IN_LINES))
 
 
-def inspect_tars(folder: Path, as_json: bool) -> None:
+def inspect_tars(folder: Path) -> None:
     """Show how the tars of a folder are named, and which posts each holds."""
     from kohaku_wrap.dataset.images.tar_layouts import describe_tars
     from kohaku_wrap.dataset.images.tars import list_tar
 
     described = describe_tars(folder, lambda path: len(list_tar(path).members))
-    if as_json:
-        print_json("inspect", {"folder": str(folder), "kind": "tars of images", **described})
-        return
+    payload = {"folder": str(folder), "kind": "tars of images", **described}
     layouts = described.pop("layouts")
     rows: list[tuple[str, Any]] = [("kind", "tars of images"), *layouts.items()]
     rows += [
@@ -195,10 +193,11 @@ def inspect_tars(folder: Path, as_json: bool) -> None:
         for name, value in described.items()
         if value is not None
     ]
-    print_table(str(folder), rows, command_line("extract", "SELECTION.parquet", "--tars", folder))
+    next_step = command_line("extract", "SELECTION.parquet", "--tars", folder)
+    print_answer("inspect", payload, str(folder), rows, next_step)
 
 
-def inspect_database(file: Path, dataset: str | None, tag_table: Path | None, as_json: bool) -> None:
+def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) -> None:
     """Show a metadata database."""
     from dataclasses import replace
 
@@ -208,9 +207,7 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None, as
 
     mapping = load_dataset(dataset).metadata if dataset else DANBOORU
     described = asdict(describe_database(file, replace(mapping, tag_table=tag_table)))
-    if as_json:
-        print_json("inspect", {"file": str(file), "kind": "metadata database", **described})
-        return
+    payload = {"file": str(file), "kind": "metadata database", **described}
     rows: list[tuple[str, Any]] = [("kind", "metadata database")]
     for name, value in described.items():
         if isinstance(value, Mapping):
@@ -227,4 +224,5 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None, as
             name, value = "size", f"{show_bytes(value)} ({value:,} bytes)"
         if name != "path" and value not in (None, ""):
             rows.append((name.replace("_", " "), value))
-    print_table(str(file), rows, command_line("caption", "--db", file, "--post", described["last_id"] or "ID"))
+    next_step = command_line("caption", "--db", file, "--post", described["last_id"] or "ID")
+    print_answer("inspect", payload, str(file), rows, next_step)

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kohaku_wrap.cli.options import note_compiling, threads_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    json_option,
+    print_answer,
+    print_note,
+    progress_bar,
+)
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.wording import count_of, show_bytes, show_path
@@ -109,7 +115,7 @@ def print_plan(described: dict[str, Any], next_step: str) -> None:
     ]
     rows += [("license", described["license"] or "none")]
     rows += [("note", line) for line in described["decisions"]]
-    print_table("Merge plan", rows, next_step)
+    print_answer("merge", {"dry_run": True, **described}, "Merge plan", rows, next_step)
 
 
 @click.command(
@@ -193,7 +199,6 @@ def command(
     threads: int,
     title: str,
     date: str,
-    as_json: bool,
     **asked: Any,
 ) -> None:
     """Merge checkpoints by a formula and bake networks in, exactly.
@@ -210,12 +215,9 @@ def command(
     plan = plan_merge(recipe.formula, bindings, choose_options(asked, recipe.options))
     described = describe_plan(plan)
     if dry_run:
-        if as_json:
-            print_json("merge", {"dry_run": True, **described})
-        else:
-            print_plan(
-                described, "the same command " + ("without --dry-run" if output else "with -o FILE, without --dry-run")
-            )
+        print_plan(
+            described, "the same command " + ("without --dry-run" if output else "with -o FILE, without --dry-run")
+        )
         return
     if output is None:
         raise UsageError("no output is named", "Add -o FILE.safetensors, or --dry-run to see what would be computed.")
@@ -227,30 +229,22 @@ def command(
     check_output(output, {name: header.path for name, header in headers.items()})
     for line in described["decisions"]:
         print_note(line if line.startswith("warning: ") else f"note: {line}")
-    with progress_bar("hash the inputs", "bytes", quiet=as_json) as report:
+    with progress_bar("hash the inputs", "bytes") as report:
         hashes = hash_files([header.path for header in headers.values()], threads, report)
     named = dict(zip(headers, hashes, strict=True))
     if plan.options.network:
-        print_network(plan, output, build_network_metadata(plan, named, title, date, recipe), threads, as_json)
+        print_network(plan, output, build_network_metadata(plan, named, title, date, recipe), threads)
         return
     from kohaku_wrap.merging.running import run_merge
 
     metadata = build_metadata(plan, named, title, date, recipe)
     note_compiling()
-    with progress_bar("merge and verify" if verify else "merge", "bytes", quiet=as_json) as report:
+    with progress_bar("merge and verify" if verify else "merge", "bytes") as report:
         result = run_merge(plan, output, metadata, threads, VERIFY_ELEMENTS if verify else 0, report)
     kept = {"non_finite": dict(result.faults.inputs), "overflow": dict(result.faults.overflows)}
-    if as_json:
-        payload = {
-            **described,
-            "output": str(output),
-            "size_bytes": result.size_bytes,
-            "verified": result.verified,
-            **kept,
-        }
-        payload.pop("layout")
-        print_json("merge", {"dry_run": False, **payload})
-        return
+    payload = {"dry_run": False, **described, "output": str(output), "size_bytes": result.size_bytes}
+    payload |= {"verified": result.verified, **kept}
+    payload.pop("layout")
     rows: list[tuple[str, Any]] = [
         ("formula", described["formula"]),
         ("file", output),
@@ -262,24 +256,23 @@ def command(
         if result.unverified:
             rows.append(("not verified", f"{result.unverified:,} numbers that DoRA or functions set in floats"))
     rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
-    print_table("Merged", rows, next_after([header.path for header in plan.networks.values()], output))
+    next_step = next_after([header.path for header in plan.networks.values()], output)
+    print_answer("merge", payload, "Merged", rows, next_step)
 
 
-def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threads: int, as_json: bool) -> None:
+def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threads: int) -> None:
     """Write a change as a network, and print how exact it is."""
     from kohaku_wrap.merging.changes import write_network
     from kohaku_wrap.merging.layers import describe_fits
 
     note_compiling()
-    with progress_bar("fit", "numbers", quiet=as_json) as report:
+    with progress_bar("fit", "numbers") as report:
         result = write_network(plan, output, metadata, threads, report)
     described = describe_plan(plan)
     described.pop("layout")
     fits = describe_fits(result.fits)
-    if as_json:
-        document = {**described, "output": str(output), "size_bytes": result.size_bytes, "error": result.error}
-        print_json("merge", {"dry_run": False, **document, "unchanged": result.unchanged, "modules": fits})
-        return
+    payload = {"dry_run": False, **described, "output": str(output), "size_bytes": result.size_bytes}
+    payload |= {"error": result.error, "unchanged": result.unchanged, "modules": fits}
     forms = Counter(fit["form"] for fit in fits)
     rows: list[tuple[str, Any]] = [("formula", described["formula"]), ("file", output)]
     rows += [("size", show_bytes(result.size_bytes)), ("unchanged", count_of(result.unchanged, "layer"))]
@@ -290,7 +283,7 @@ def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threa
     worst = sorted(fits, key=lambda fit: -fit["error"])[:WORST_SHOWN]
     rows += [("worst" if not place else "", f"{fit['error']:.2e}  {fit['module']} ({fit['kind']})")
              for place, fit in enumerate(worst)]  # fmt: skip
-    print_table("Network", rows, command_line("inspect", output))
+    print_answer("merge", payload, "Network", rows, command_line("inspect", output))
 
 
 def next_after(networks: list[Path], output: Path) -> str:

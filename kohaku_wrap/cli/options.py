@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from kohaku_wrap.cli.output import print_note
 if TYPE_CHECKING:
     from kohaku_wrap.metadata.columns import SiteMapping
     from kohaku_wrap.metadata.source import Source
+    from kohaku_wrap.training.records.folder import Run
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -52,6 +53,11 @@ threads_option = click.option(
 )
 
 
+def repeat_option(flag: str, values: Iterable[str]) -> list[str]:
+    """The words of an option that was given so often, to type them again."""
+    return [word for value in values for word in (flag, value)]
+
+
 def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
     """Where runs are looked for: the site's folder, and `runs` here."""
     from kohaku_wrap.config.site import load_site
@@ -60,6 +66,13 @@ def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
     if site_file is not None or DEFAULT_SITE.is_file():
         folders.insert(0, load_site(site_file or DEFAULT_SITE).paths.runs)
     return tuple(dict.fromkeys(folder.absolute() for folder in folders))
+
+
+def open_run(name: str, site_file: Path | None) -> Run:
+    """The run of this name, or at this path. Raises what finding it and reading the site raise."""
+    from kohaku_wrap.training.records.folder import find_run
+
+    return find_run(name, runs_folders(site_file))
 
 
 def open_source(db: Path, mapping: SiteMapping, tag_table: Path | None) -> Source:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import rich.progress
 
 SCHEMA_VERSION = 1
+WANTS_JSON = "as_json"
 PLAIN_LINE_EVERY_SECONDS = 10
 SHARE_BEFORE_RATE = 0.005
 STEERING = (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
@@ -41,8 +42,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def json_option(function: Function) -> Function:
-    """Add `--json` (parameter `as_json`)."""
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")(function)
+    """Add `--json`, which `wants_json` tells of."""
+    return click.option(
+        "--json", WANTS_JSON, is_flag=True, expose_value=False, help="Print one JSON document and nothing else.",
+        callback=lambda context, _option, value: context.meta.update({WANTS_JSON: value}),
+    )(function)  # fmt: skip
+
+
+def wants_json() -> bool:
+    """Whether the command that runs was given `--json`."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(WANTS_JSON))
 
 
 def beyond_output(*unless: str) -> Callable[[Function], Function]:
@@ -55,7 +65,7 @@ def beyond_output(*unless: str) -> Callable[[Function], Function]:
         @functools.wraps(function)
         def run(*args: Any, **parameters: Any) -> Any:
             if not any(parameters.get(name) for name in unless):
-                go_on_without_reader(is_document=bool(parameters.get("as_json")))
+                go_on_without_reader(is_document=wants_json())
             return function(*args, **parameters)
 
         return cast("Function", run)
@@ -86,6 +96,12 @@ def print_note(text: str) -> None:
     print_lines(text, err=True)
 
 
+def print_aside(text: str) -> None:
+    """Print on stderr what only a person wants beside the answer; nothing with `--json`."""
+    if not wants_json():
+        print_note(text)
+
+
 def print_lines(text: str, err: bool = False, **style: Any) -> None:
     """Print lines, broken between words on a terminal; `style` is that of the first word."""
     text = text.translate(ESCAPES_IN_LINES)
@@ -109,6 +125,16 @@ def wrap_line(line: str, width: int) -> str:
     kept = re.sub(r"`[^`]*`", lambda quoted: quoted[0].replace(" ", "\0"), line[hang:])
     pieces = textwrap.wrap(kept, width - hang, break_long_words=False, break_on_hyphens=False)
     return (line[:hang] + f"\n{' ' * hang}".join(pieces)).replace("\0", " ")
+
+
+def print_answer(
+    command: str, payload: dict[str, Any], title: str, rows: Iterable[tuple[str, Any]], next_step: str = ""
+) -> None:
+    """Print what a verb found or did: the one document of `--json`, or a table."""
+    if wants_json():
+        print_json(command, payload)
+    else:
+        print_table(title, list(rows), next_step)
 
 
 def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") -> None:
@@ -137,13 +163,12 @@ def show_value(value: Any) -> str:
 
 
 @contextmanager
-def progress_bar(description: str, unit: str = "", quiet: bool = False) -> Iterator[Progress]:
+def progress_bar(description: str, unit: str = "") -> Iterator[Progress]:
     """Yield a callback `(done, total)` that draws a bar with rate and ETA on stderr.
 
-    `unit` "bytes" shows sizes. Off a terminal a plain line is printed every ten seconds; with `quiet`
-    (as under `--json`) nothing is.
+    `unit` "bytes" shows sizes. Off a terminal a plain line is printed every ten seconds; with `--json` nothing is.
     """
-    if quiet:
+    if wants_json():
         yield lambda done, total: None
     elif sys.stderr.isatty():
         with live_bar(size=unit == "bytes") as bar:
@@ -167,9 +192,9 @@ class ByteCount:
 
 
 @contextmanager
-def counting_bytes(description: str, total: int, quiet: bool) -> Iterator[ByteCount]:
+def counting_bytes(description: str, total: int) -> Iterator[ByteCount]:
     """Yield what is called with the size of each piece that was read, and draws a bar."""
-    with progress_bar(description, "bytes", quiet) as report:
+    with progress_bar(description, "bytes") as report:
         yield ByteCount(report, total)
 
 

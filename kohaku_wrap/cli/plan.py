@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import set_option
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.options import repeat_option, set_option
+from kohaku_wrap.cli.output import (
+    json_option,
+    print_answer,
+    print_aside,
+    print_note,
+    progress_bar,
+)
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
@@ -61,7 +67,6 @@ def command(
     seconds_per_step: float | None,
     measured: str | None,
     modules: bool,
-    as_json: bool,
 ) -> None:
     """Count steps, parameters, disk, memory and time beforehand.
 
@@ -93,19 +98,16 @@ def command(
         seconds_per_step, drawing_seconds = read_step_seconds(run), read_drawing_seconds(run)
     plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules, drawing_seconds=drawing_seconds)
     if sizes.exact:
-        keep_summary(site.paths.images, as_json)
+        keep_summary(site.paths.images)
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:
         notes.append(f"Counted from {sizes.source}.")
     elif effective.get("kwrap.data") == "kwrap" and (captioned := other_dataset(effective, site.paths.images)):
         notes.append(captioned)
-    if as_json:
-        print_json("plan", {**describe_plan(plan, notes), "trust": describe_trust(effective)})
-    else:
-        print_trust(effective)
-        following = [word for text in overrides for word in ("--set", text)]
-        following += [word for module in trust for word in ("--trust", module)]
-        print_plan(plan, notes, command_line("train", template, "--site", site_file, *following, "--dry-run"))
+    payload = {**describe_plan(plan, notes), "trust": describe_trust(effective)}
+    print_trust(effective)
+    following = [*repeat_option("--set", overrides), *repeat_option("--trust", trust), "--dry-run"]
+    print_plan(plan, payload, command_line("train", template, "--site", site_file, *following))
     if plan.problems:
         raise PlanCannotWork(template, plan.problems)
 
@@ -167,7 +169,7 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
     return document
 
 
-def keep_summary(images: Path, as_json: bool) -> None:
+def keep_summary(images: Path) -> None:
     """Write the captions' summary for `kwrap report` where there is none of them; without it nothing else is less."""
     from kohaku_wrap.dataset.captions.recipe import words_of_recipe
     from kohaku_wrap.dataset.captions.summary import summarise_captions
@@ -184,13 +186,13 @@ def keep_summary(images: Path, as_json: bool) -> None:
         with suppress(KwrapError):
             for word, group in words_of_recipe(load_dataset(str(about.get("dataset", ""))).caption).items():
                 groups.setdefault(group, []).append(word)
-        with progress_bar("summary of the captions", "captions", quiet=as_json) as report:
+        with progress_bar("summary of the captions", "captions") as report:
             write_summary(images, digest, summarise_captions(images, groups, report))
     except (KwrapError, OSError) as error:
         print_note(f"note: no summary of the captions for the page of a run: {reason_of(error)}")
 
 
-def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
+def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> None:
     """The plan for people; `next_step` is not for one that cannot work."""
     from kohaku_wrap.planning.sizes import total_of
 
@@ -242,11 +244,9 @@ def print_plan(plan: TrainingPlan, notes: list[str], next_step: str) -> None:
         rows += list_picture_rows(plan.pictures)
     if plan.validation:
         rows += list_validation_rows(plan.validation)
-    for note in notes:
-        print_note(f"note: {note}")
-    if plan.not_counted:
-        print_note(f"note: {plan.not_counted}")
-    print_table(f"Plan of {plan.template}", rows, "" if plan.problems else next_step)
+    for note in (*payload["notes"], *filter(None, [plan.not_counted])):
+        print_aside(f"note: {note}")
+    print_answer("plan", payload, f"Plan of {plan.template}", rows, "" if plan.problems else next_step)
 
 
 def list_picture_rows(pictures: PicturesPlan) -> list[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
-from kohaku_wrap.cli.output import json_option, print_json, print_lines, print_table
+from kohaku_wrap.cli.output import json_option, print_answer, print_json, print_lines, print_table, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.wording import count_of
 
@@ -71,7 +71,6 @@ def command(
     template: str,
     tokenizer: Path | None,
     lenient: bool,
-    as_json: bool,
 ) -> None:
     """Read, build or check a prompt.
 
@@ -88,7 +87,7 @@ def command(
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} cannot be combined", "Give one of them.")
     if style_name == ALL_STYLES and not given:
-        show_styles(as_json)
+        show_styles()
         return
     if not given and not style_name:
         raise UsageError("no prompt is given", "Give TEXT, --tags, --post ID or --style; `kwrap prompt --help`.")
@@ -107,10 +106,10 @@ def command(
     tokens = [sum(len(chunk.tokens) for chunk in own) for own in chunks]
     findings = check(source, prompt, recipe, known, database, captions, max(tokens), template)
     document = describe(source, prompt, tokenizers, chunks, composed, findings)
-    if as_json:
+    if wants_json():
         print_json("prompt", document)
-        return
-    show(document, len(findings))
+    else:
+        show(document)
 
 
 def read_known(
@@ -210,7 +209,7 @@ def describe(
     }
 
 
-def show(document: dict[str, Any], findings: int) -> None:
+def show(document: dict[str, Any]) -> None:
     """Print pieces, chunks and findings, and the prompt last, to copy."""
     rows: list[tuple[str, Any]] = []
     for group, words in (document["groups"] or {}).items():
@@ -228,21 +227,16 @@ def show(document: dict[str, Any], findings: int) -> None:
             last = chunk["pieces"][-1][0].strip()[-30:] if chunk["pieces"] else "(empty)"
             rows.append((f"chunk {place}", f"{count_of(chunk['tokens'], 'token')} of 75, up to {last!r} ({whose})"))
     print_table("Prompt", rows)
-    if findings:
-        print_table("To look at", [(each["kind"], f"{each['word']}: {each['what']}".lstrip(": "))
-                                   for each in document["findings"]])  # fmt: skip
+    if findings := [(each["kind"], f"{each['word']}: {each['what']}".lstrip(": ")) for each in document["findings"]]:
+        print_table("To look at", findings)
     print_lines(document["prompt"])
 
 
-def show_styles(as_json: bool) -> None:
+def show_styles() -> None:
     """List all styles."""
     from kohaku_wrap.sampling.styles import list_styles
 
     styles = list_styles()
-    if as_json:
-        listed = [{"name": each.name, "prompt": each.prompt, "negative": each.negative, "file": str(each.file)}
-                  for each in styles.values()]  # fmt: skip
-        print_json("prompt", {"styles": listed})
-        return
     rows = [(name, style.prompt) for name, style in styles.items()]
-    print_table("Styles", rows, command_line("prompt", "--tags", "1girl, solo", "--style", next(iter(styles), "NAME")))
+    next_step = command_line("prompt", "--tags", "1girl, solo", "--style", next(iter(styles), "NAME"))
+    print_answer("prompt", {"styles": [vars(each) for each in styles.values()]}, "Styles", rows, next_step)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kohaku_wrap.cli.options import note_compiling, runs_folders, site_option, threads_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table, progress_bar
+from kohaku_wrap.cli.options import note_compiling, open_run, site_option, threads_option
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
@@ -41,7 +41,6 @@ def command(
     no_bake: bool,
     threads: int,
     site_file: Path | None,
-    as_json: bool,
 ) -> None:
     """Fill a folder with network, baked model, card, page and hashes.
 
@@ -50,22 +49,19 @@ def command(
     of the dataset. SHA256SUMS is written last: a folder that has it is whole.
     """
     from kohaku_wrap.publishing.publishing import publish_run
-    from kohaku_wrap.training.records.folder import find_run
 
-    run = find_run(name, runs_folders(site_file))
+    run = open_run(name, site_file)
     if not no_bake:
         note_compiling()
-    with progress_bar("publish", "bytes", quiet=as_json) as on_progress:
+    with progress_bar("publish", "bytes") as on_progress:
         base = find_base_model(run, site_file)
         report = publish_run(run.folder, run.lock.tables, out, step, rights, not no_bake, threads, on_progress, base)
-    if as_json:
-        described = {name: value for name, value in asdict(report).items() if name != "card"}
-        print_json("publish", {"run": run.folder, **described})
-        return
+    payload = {"run": run.folder, **{name: value for name, value in asdict(report).items() if name != "card"}}
     rows: list[tuple[str, object]] = [(file, sha256) for file, sha256 in report.files.items()]
     rows += [("page", f"not made: {report.no_page}")] if report.no_page else []
     rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]
-    print_table(f"Published in {report.folder}", rows, f"read {report.card}, then upload the folder")
+    next_step = f"read {report.card}, then upload the folder"
+    print_answer("publish", payload, f"Published in {report.folder}", rows, next_step)
 
 
 def find_base_model(run: Run, site_file: Path | None) -> Path | None:

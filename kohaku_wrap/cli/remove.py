@@ -7,8 +7,14 @@ from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.options import open_run, site_option
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    json_option,
+    print_answer,
+    print_note,
+    wants_json,
+)
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.wording import count_of, show_bytes, show_path
 
@@ -25,26 +31,24 @@ Examples:
 @site_option
 @json_option
 @beyond_output()
-def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None, as_json: bool) -> None:
+def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None) -> None:
     """Remove a run: states, ledger, logs and what was abandoned.
 
     Asks first. Its networks stay in RUN/checkpoints/ with the run's lock beside them, unless --checkpoints is given.
     A run that others came from is not removed, nor one that a process holds.
     """
-    from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.supervising.housekeeping import plan_removal, remove_run
 
-    removal = plan_removal(find_run(name, runs_folders(site_file)), with_checkpoints)
+    removal = plan_removal(open_run(name, site_file), with_checkpoints)
     run = removal.run
     kept = f"{count_of(len(removal.kept), 'network')} in {show_path(run.checkpoints)}" if removal.kept else "nothing"
     if not yes:
-        if as_json or not sys.stdin.isatty():
+        if wants_json() or not sys.stdin.isatty():
             again = command_line("remove", show_path(run.folder), "--yes", *["--checkpoints"] * with_checkpoints)
             raise UsageError(f"{show_path(run.folder)}: not removed, as nobody can be asked", f"Type: {again}")
         print_note(f"{show_path(run.folder)}: {show_bytes(removal.size_bytes)} will be removed; kept: {kept}")
         click.confirm(f"Remove run {run.name}?", abort=True, err=True)
     remove_run(removal)
-    if as_json:
-        print_json("remove", {"run": run.folder, "removed_bytes": removal.size_bytes, "kept": list(removal.kept)})
-        return
-    print_table(f"Removed {run.name}", [("room made", show_bytes(removal.size_bytes)), ("kept", kept)], "kwrap status")
+    payload = {"run": run.folder, "removed_bytes": removal.size_bytes, "kept": list(removal.kept)}
+    rows = [("room made", show_bytes(removal.size_bytes)), ("kept", kept)]
+    print_answer("remove", payload, f"Removed {run.name}", rows, "kwrap status")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_table
+from kohaku_wrap.cli.options import open_run, site_option
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_path
 
@@ -23,21 +23,18 @@ Examples:
 @site_option
 @json_option
 @beyond_output()
-def command(name: str, new_name: str, site_file: Path | None, as_json: bool) -> None:
+def command(name: str, new_name: str, site_file: Path | None) -> None:
     """Give a run another name, beside where it lies.
 
     Its folder is renamed; its checkpoints keep the name that the run was made with. Refused while a process holds the
     run. A folder that was moved or renamed by hand is the same run, too.
     """
-    from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.networks import is_finished
     from kohaku_wrap.training.supervising.housekeeping import rename_run
 
-    run = find_run(name, runs_folders(site_file))
+    run = open_run(name, site_file)
     moved = rename_run(run, new_name)
-    if as_json:
-        print_json("rename", {"run": moved.folder, "was": run.folder})
-        return
     verb = "verify" if is_finished(moved) else "resume"
     rows = [("run", moved.folder), ("was", run.folder), ("checkpoints", f"{moved.output_name}…, as before")]
-    print_table(f"Renamed to {moved.name}", rows, command_line(verb, show_path(moved.folder)))
+    payload = {"run": moved.folder, "was": run.folder}
+    print_answer("rename", payload, f"Renamed to {moved.name}", rows, command_line(verb, show_path(moved.folder)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_note
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.wording import show_path
 
@@ -43,7 +43,6 @@ def command(
     live: bool,
     index: Path | None,
     site_file: Path | None,
-    as_json: bool,
 ) -> None:
     """Show runs on one page, and where they came from.
 
@@ -83,8 +82,6 @@ def command(
             for run in runs:
                 run.forget_lock()
             write_page(runs, page, is_live=True)
-    if as_json:
-        print_json("report", {"page": page, "runs": [run.folder for run in runs], "size_bytes": page.stat().st_size})
-        return
-    print_table("Report", [("of", ", ".join(run.name for run in runs) or names[0]), ("page", page)],
-                f"open {show_path(page)} in a browser")  # fmt: skip
+    payload = {"page": page, "runs": [run.folder for run in runs], "size_bytes": page.stat().st_size}
+    rows = [("of", ", ".join(run.name for run in runs) or names[0]), ("page", page)]
+    print_answer("report", payload, "Report", rows, f"open {show_path(page)} in a browser")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option, workers_option
-from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    counting_bytes,
+    json_option,
+    print_answer,
+    print_aside,
+    print_json,
+    wants_json,
+)
 from kohaku_wrap.cli.supervised import (
     describe_launch,
     print_findings,
@@ -98,7 +106,6 @@ def command(
     dry_run: bool,
     site_file: Path | None,
     allow: tuple[str, ...],
-    as_json: bool,
     **watch: Any,
 ) -> None:
     """Go on with a run exactly where a state was saved.
@@ -127,31 +134,30 @@ def command(
 
     if machine_rank:
         if dry_run:
-            show_join(run, machine_rank, as_json)
+            show_join(run, machine_rank)
         else:
-            print_finished("resume", join_machine(run, machine_rank, as_json), as_json)
+            print_finished("resume", join_machine(run, machine_rank))
         return
 
     def plan() -> ResumePlan:
         total = states_bytes(run, step) + bytes_to_hash(run, site_file)
         started = time.monotonic()
-        with counting_bytes("verifying state and models", total, as_json) as count:
+        with counting_bytes("verifying state and models", total) as count:
             found = plan_resume(
                 run, step, processes, workers, allow, foreign, foreign_state, count, machines, site_file, deep
             )
-        if not as_json:
-            print_findings(found)
-            if not dry_run:
-                print_start(found)
-            if count.done:
-                read = show_bytes(count.done)
-                print_note(f"verified {read} of states and models in {time.monotonic() - started:.1f} s")
+        print_findings(found)
+        if not dry_run:
+            print_start(found)
+        if count.done:
+            read = show_bytes(count.done)
+            print_aside(f"verified {read} of states and models in {time.monotonic() - started:.1f} s")
         return found
 
     if dry_run:
-        show_dry_run(plan(), as_json)
+        show_dry_run(plan())
         return
-    print_finished("resume", watch_run(run, plan, allow, options, as_json), as_json)
+    print_finished("resume", watch_run(run, plan, allow, options))
 
 
 def refuse_choices_of_machine_0() -> None:
@@ -170,23 +176,23 @@ def refuse_choices_of_machine_0() -> None:
         )
 
 
-def join_machine(run: Run, machine_rank: int, as_json: bool) -> RunReport:
+def join_machine(run: Run, machine_rank: int) -> RunReport:
     """Train along, with a line of progress."""
     from kohaku_wrap.training.supervising.join import join_run
 
-    with printing_events(as_json) as on_event:
+    with printing_events() as on_event:
         return join_run(run, machine_rank, on_event)
 
 
-def show_join(run: Run, machine_rank: int, as_json: bool) -> None:
+def show_join(run: Run, machine_rank: int) -> None:
     """The command of this machine."""
     from kohaku_wrap.training.supervising.join import describe_join
 
     launch = describe_join(run, machine_rank)
-    if not as_json:
+    if wants_json():
+        print_json("resume", {"run": str(run.folder), "machine_rank": machine_rank, **describe_launch(launch)})
+    else:
         click.echo(launch.text())
-        return
-    print_json("resume", {"run": str(run.folder), "machine_rank": machine_rank, **describe_launch(launch)})
 
 
 def states_bytes(run: Run, step: int | None) -> int:
@@ -201,36 +207,31 @@ def states_bytes(run: Run, step: int | None) -> int:
         return 0
 
 
-def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
+def show_dry_run(plan: ResumePlan) -> None:
     """The exact position and the command."""
     from kohaku_wrap.training.supervising.launch import plan_attempt_launch
 
     launch = plan_attempt_launch(plan)
     position = plan.start
-    if as_json:
-        payload = {
-            "run": str(plan.run.folder),
-            "attempt": plan.number,
-            "state": None if plan.state is None else show_path(plan.state),
-            "optimizer_step": plan.start_optimizer_step,
-            "epoch": position.epoch,
-            "micro_batch": position.micro_batch,
-            "global_position": position.global_position,
-            "processes": plan.processes,
-            "accumulation": plan.accumulation,
-            "ranks": [
-                {"rank": rank, "micro_batch": position.micro_batch, "global_position": at}
-                for rank, at in enumerate(plan.rank_positions())
-            ],
-            "abandons": [str(path) for path in plan.abandons],
-            "damaged": [damaged.message for damaged in plan.damaged],
-            "accepted": plan.differences,
-            "notes": list(plan.notes),
-            "lineage": plan.lineage,
-            **describe_launch(launch),
-        }
-        print_json("resume", payload)
-        return
+    payload = {
+        "run": str(plan.run.folder),
+        "attempt": plan.number,
+        "state": None if plan.state is None else show_path(plan.state),
+        "optimizer_step": plan.start_optimizer_step,
+        **vars(position),
+        "processes": plan.processes,
+        "accumulation": plan.accumulation,
+        "ranks": [
+            {"rank": rank, "micro_batch": position.micro_batch, "global_position": at}
+            for rank, at in enumerate(plan.rank_positions())
+        ],
+        "abandons": [str(path) for path in plan.abandons],
+        "damaged": [damaged.message for damaged in plan.damaged],
+        "accepted": plan.differences,
+        "notes": list(plan.notes),
+        "lineage": plan.lineage,
+        **describe_launch(launch),
+    }
     rows: list[tuple[str, Any]] = [
         ("state", plan.state or f"none: from {source_of(plan)}"),
         ("optimizer steps done", f"{plan.start_optimizer_step:,} of {plan.run.lock.total_optimizer_steps:,}"),
@@ -243,5 +244,6 @@ def show_dry_run(plan: ResumePlan, as_json: bool) -> None:
         ("processes × accumulation", f"{plan.processes} × {plan.accumulation}"),
         ("to abandoned/", ", ".join(path.name for path in plan.abandons) or "nothing"),
     ]
-    print_table(f"Resume of {plan.run.name}", rows)
-    click.echo(launch.text())
+    print_answer("resume", payload, f"Resume of {plan.run.name}", rows)
+    if not wants_json():
+        click.echo(launch.text())

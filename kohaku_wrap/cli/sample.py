@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import option_group, runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.options import open_run, option_group, site_option
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    json_option,
+    print_answer,
+    print_note,
+    progress_bar,
+)
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.wording import count_of, show_path
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.sampling.running import DrawingJob
     from kohaku_wrap.sampling.sheets import Sheet
 
+FILE = click.Path(path_type=Path)
 COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
 
 
@@ -53,6 +60,26 @@ compute_options = option_group(
 """Options that say how the numbers are computed; bits differ between two of their values."""
 
 
+model_options = option_group(
+    click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable."),
+    click.option("--vae", type=FILE, metavar="FILE", help="Usually the run's, or the MODEL's own."),
+    click.option("--run", metavar="RUN", help="The networks that a run kept."),
+    click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest."),
+)
+"""What is added to models, or which run they are of."""
+
+
+drawing_options = option_group(
+    compute_options,
+    click.option(
+        "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU."
+    ),
+    click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used."),
+    click.option("--tokenizers", type=FILE, metavar="DIR", help="Both CLIP tokenizers."),
+)  # fmt: skip
+"""Who draws, and with what beside the models."""
+
+
 @click.command(
     epilog="""\b
 Examples:
@@ -75,39 +102,25 @@ A sheet (sheet.toml) is the product of its lists:
 """
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
-@click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
-@click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="Usually the run's, or the MODEL's own.")
-@click.option("--run", "run_name", metavar="RUN", help="Draw with the networks that a run kept.")
-@click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest.")
+@model_options
 @click.option("--prompts", "sheet_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, or a sheet.")
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
 @click.option("--queued", is_flag=True, help="With --run: what its [samples] asks for and is not drawn yet.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where pictures go.")
 @picture_options
-@compute_options
-@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU.")
-@click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used.")
-@click.option("--tokenizers", type=click.Path(path_type=Path), metavar="DIR", help="Both CLIP tokenizers.")
+@drawing_options
 @click.option("--dry-run", is_flag=True, help="List the pictures, draw none.")
 @site_option
 @json_option
 @beyond_output("dry_run")
 def command(
     models: tuple[Path, ...],
-    networks: tuple[str, ...],
-    vae: Path | None,
-    run_name: str | None,
-    steps: str | None,
     sheet_file: Path | None,
     texts: tuple[str, ...],
     queued: bool,
     out: Path | None,
-    jobs: int,
-    offload: bool,
-    tokenizers: Path | None,
     dry_run: bool,
     site_file: Path | None,
-    as_json: bool,
     **asked: Any,
 ) -> None:
     """Draw pictures, and a contact sheet of them.
@@ -120,67 +133,55 @@ def command(
     from kohaku_wrap.sampling.running import draw_sheet, find_waiting
 
     if queued:
-        if run_name is None or models or networks or texts or sheet_file or steps or out or vae:
+        given = models or texts or sheet_file or out or any(asked[name] for name in ("networks", "steps", "vae"))
+        if asked["run"] is None or given:
             raise UsageError(
                 "--queued draws what the [samples] of a run asks for",
                 "Give --run RUN and no model, prompt, --vae or --out.",
             )
-        draw_queued(run_name, site_file, asked, dry_run, as_json)
+        draw_queued(site_file, asked, dry_run)
         return
     if out is None:
         raise UsageError("--out is missing", "Name the folder where the pictures go: --out DIR.")
     sheet = choose_sheet(sheet_file, texts, asked)
-    listed = list_models(models, networks, vae, run_name, steps, site_file)
-    job = prepare(sheet, listed, asked, tokenizers, site_file, run_name, out, jobs, offload, quiet=as_json)
+    job = prepare(sheet, list_models(models, asked, site_file), asked, site_file, out)
     choose_axes(job.cells, sheet.rows, sheet.columns)
     for name in dict.fromkeys(known.model.path.name for known in job.models if not known.prediction.source):
         print_note(f"note: {name} does not say what it predicts; epsilon is assumed (--prediction)")
     waiting = find_waiting(job)
     if dry_run:
-        show(job, waiting, None, as_json, dry_run=True)
+        show(job, waiting, None, dry_run=True)
         return
-    with progress_bar("draw", "pictures", quiet=as_json) as report:
+    with progress_bar("draw", "pictures") as report:
         draw_sheet(job, waiting, report)
     contact = write_contact_sheet(out, job.cells, sheet.rows, sheet.columns)
-    show(job, waiting, contact, as_json, dry_run=False)
+    show(job, waiting, contact, dry_run=False)
 
 
-def draw_queued(run_name: str, site: Path | None, asked: dict[str, Any], dry_run: bool, as_json: bool) -> None:
+def draw_queued(site: Path | None, asked: dict[str, Any], dry_run: bool) -> None:
     """Draw what a run still wants, and print where it lies."""
     from kohaku_wrap.sampling.devices import choose_compute
     from kohaku_wrap.sampling.of_runs import draw_queue, sheet_of_run
-    from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.samples import list_pictures
 
-    run = find_run(run_name, runs_folders(site))
+    run = open_run(asked["run"], site)
     compute = choose_compute(*(asked[name] for name in COMPUTE_NAMES))
     sheet_of_run(run)
     drawn = [each for each in list_pictures(run) if not each.are_drawn] if dry_run else []
     if not dry_run:
-        with progress_bar("hash", "bytes", as_json) as hashed, progress_bar("draw", "pictures", as_json) as report:
+        with progress_bar("hash", "bytes") as hashed, progress_bar("draw", "pictures") as report:
             drawn = list(draw_queue(run, compute, hashed, report))
-    if as_json:
-        found = [{"optimizer_step": each.optimizer_step, "network": str(each.network),
-                  "contact_sheet": str(each.sheet)} for each in drawn]  # fmt: skip
-        print_json("sample", {"dry_run": dry_run, "queue": found, "compute": asdict(compute)})
-        return
-    rows = [(f"optimizer step {each.optimizer_step:,}", each.sheet) for each in drawn]
-    print_table(f"Pictures of {run.name}: {'to draw' if dry_run else 'drawn'}", rows or [("none", "all are drawn")],
-                command_line("status", show_path(run.folder)))  # fmt: skip
+    found = [{"optimizer_step": each.optimizer_step, "network": str(each.network), "contact_sheet": str(each.sheet)}
+             for each in drawn]  # fmt: skip
+    payload = {"dry_run": dry_run, "queue": found, "compute": asdict(compute)}
+    rows: list[tuple[str, Any]] = [(f"optimizer step {each.optimizer_step:,}", each.sheet) for each in drawn] or [
+        ("none", "all are drawn")
+    ]
+    title = f"Pictures of {run.name}: {'to draw' if dry_run else 'drawn'}"
+    print_answer("sample", payload, title, rows, command_line("status", show_path(run.folder)))
 
 
-def prepare(
-    sheet: Sheet,
-    models: list[Model],
-    asked: dict[str, Any],
-    tokenizers: Path | None,
-    site: Path | None,
-    run: str | None,
-    out: Path,
-    jobs: int,
-    offload: bool,
-    quiet: bool,
-) -> DrawingJob:
+def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path | None, out: Path) -> DrawingJob:
     """The cells of the sheet with these models."""
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
@@ -189,20 +190,18 @@ def prepare(
     from kohaku_wrap.sampling.expanding import Defaults, KnownModel, expand_sheet
     from kohaku_wrap.sampling.running import DrawingJob
 
-    folders = choose_tokenizers(tokenizers, site, models)
+    folders = choose_tokenizers(asked["tokenizers"], site, models)
     compute = choose_compute(*(asked[name] for name in COMPUTE_NAMES))
-    with progress_bar("hash", "bytes", quiet=quiet) as report:
+    with progress_bar("hash", "bytes") as report:
         hashes = hash_models(models, report)
-    known = [
-        KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, run, site)) for each in models
-    ]
+    known = [KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, site)) for each in models]
     size = usual_size([model.path for model in models])
     defaults = Defaults(compute, digest_tokenizers(folders), sizes=(size,), lenient=asked["lenient"])
     cells = expand_sheet(sheet, known, defaults, load_dataset("epsilon").caption)
-    return DrawingJob(cells, known, hashes, folders, out, jobs, offload)
+    return DrawingJob(cells, known, hashes, folders, out, asked["jobs"], asked["offload"])
 
 
-def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, as_json: bool, dry_run: bool) -> None:
+def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, dry_run: bool) -> None:
     """Print what was drawn, or would be."""
     new = {each.cell.name for each in waiting}
     pictures = [
@@ -213,10 +212,8 @@ def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, as_js
         for each in job.cells
     ]  # fmt: skip
     compute = job.cells[0].cell.compute
-    if as_json:
-        print_json("sample", {"dry_run": dry_run, "pictures": pictures, "compute": asdict(compute),
-                              "contact_sheet": str(contact) if contact else None})  # fmt: skip
-        return
+    payload = {"dry_run": dry_run, "pictures": pictures, "compute": asdict(compute),
+               "contact_sheet": str(contact) if contact else None}  # fmt: skip
     kept = len(pictures) - len(new)
     rows: list[tuple[str, Any]] = [
         ("pictures", f"{len(pictures):,}: {len(new):,} {'to draw' if dry_run else 'drawn'}, {kept:,} there already"),
@@ -229,4 +226,4 @@ def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, as_js
     else:
         rows.append(("contact sheet", contact))
     following = "the same command without --dry-run" if dry_run else command_line("inspect", pictures[0]["file"])
-    print_table(f"Pictures in {job.out}", rows, following)
+    print_answer("sample", payload, f"Pictures in {job.out}", rows, following)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kohaku_wrap.cli.next_steps import read_site_paths
-from kohaku_wrap.cli.options import runs_folders
+from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,31 +49,24 @@ def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any
     return replace(sheet, **{name: value for name, value in over.items() if value})
 
 
-def list_models(
-    models: tuple[Path, ...],
-    networks: tuple[str, ...],
-    vae: Path | None,
-    run: str | None,
-    steps: str | None,
-    site: Path | None,
-) -> list[Model]:
+def list_models(checkpoints: tuple[Path, ...], asked: dict[str, Any], site: Path | None) -> list[Model]:
     """The models that are named, or those of a run. Raises NoModel, and what checking their headers raises."""
     from kohaku_wrap.sampling.checkpoints import Model, NoModel, check_model, read_network
 
-    added = tuple(map(read_network, networks))
-    if run is not None and models:
+    added = tuple(map(read_network, asked["networks"]))
+    run, steps, vae = asked["run"], asked["steps"], asked["vae"]
+    if run is not None and checkpoints:
         raise UsageError("MODEL and --run cannot be combined", "Give the one or the other.")
     if steps is not None and run is None:
         raise UsageError("--steps is of a run: --run is missing", "The sampler's steps are --sampler-steps.")
     if run is not None:
         from kohaku_wrap.sampling.of_runs import models_of_run
-        from kohaku_wrap.training.records.folder import find_run
 
-        found = models_of_run(find_run(run, runs_folders(site)), steps, vae)
+        found = models_of_run(open_run(run, site), steps, vae)
         return [replace(model, networks=(*model.networks, *added)) for model in found]
-    if not models:
+    if not checkpoints:
         raise NoModel("no model is named", "Give the path of an SDXL checkpoint, or --run RUN.")
-    listed = [Model(path, added, vae=vae) for path in dict.fromkeys(models)]
+    listed = [Model(path, added, vae=vae) for path in dict.fromkeys(checkpoints)]
     for model in listed:
         check_model(model)
     return listed
@@ -102,13 +95,12 @@ def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model
     )
 
 
-def choose_prediction(model: Model, asked: dict[str, Any], run: str | None, site: Path | None) -> Prediction:
+def choose_prediction(model: Model, asked: dict[str, Any], site: Path | None) -> Prediction:
     """What the model predicts: as asked for, by the template, by the run's lock, or by its file."""
     from kohaku_wrap.config.layers import load_layers
     from kohaku_wrap.formats.predictions import Prediction, find_prediction
     from kohaku_wrap.formats.safetensors import read_header
     from kohaku_wrap.sampling.of_runs import prediction_of_run
-    from kohaku_wrap.training.records.folder import find_run
 
     if asked["prediction"]:
         return Prediction(asked["prediction"], bool(asked["zero_terminal_snr"]), "--prediction")
@@ -116,7 +108,7 @@ def choose_prediction(model: Model, asked: dict[str, Any], run: str | None, site
         effective, _ = load_layers(asked["template"])
         kind = "v" if effective.get("v_parameterization") else "epsilon"
         return Prediction(kind, bool(effective.get("zero_terminal_snr")), f"the template {asked['template']}")
-    if run is not None and (said := prediction_of_run(find_run(run, runs_folders(site)))):
+    if asked["run"] is not None and (said := prediction_of_run(open_run(asked["run"], site))):
         return said
     found = find_prediction(read_header(model.path))
     return replace(found, zero_terminal_snr=True) if asked["zero_terminal_snr"] else found

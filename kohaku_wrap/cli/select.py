@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import extract_command
 from kohaku_wrap.cli.options import leave_pandas_out, open_source, tags_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table, progress_bar
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, progress_bar
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.selection import SelectionReport
@@ -25,7 +25,6 @@ Examples:
 @click.argument("dataset", metavar="DATASET")
 @click.option(
     "--db",
-    "db",
     required=True,
     type=click.Path(path_type=Path),
     help="The metadata: a file or a folder of any edition.",
@@ -35,7 +34,7 @@ Examples:
 @tags_option
 @json_option
 @beyond_output()
-def command(dataset: str, db: Path, out: Path, tag_table: Path | None, as_json: bool) -> None:
+def command(dataset: str, db: Path, out: Path, tag_table: Path | None) -> None:
     """Select posts: a seeded sample, then the recipe's filters.
 
     DATASET is a shipped name (epsilon, delta, demo; gelbooru and e621 are examples) or the path of a dataset file. The
@@ -47,14 +46,13 @@ def command(dataset: str, db: Path, out: Path, tag_table: Path | None, as_json: 
     leave_pandas_out()
     recipe = load_dataset(dataset)
     database = open_source(db, recipe.metadata, tag_table)
-    with progress_bar("select", "posts", quiet=as_json) as progress:
+    with progress_bar("select", "posts") as progress:
         report = select_posts(database, recipe, out, on_progress=progress)
-    if as_json:
-        print_json("select", {**asdict(report), "generator": GENERATOR, "db": str(db), "out": str(out)})
-        return
+    payload = {**asdict(report), "generator": GENERATOR, "db": str(db), "out": str(out)}
     for warning in report.warnings:
-        print_note(f"note: {warning}")
-    print_table(f"Selection {recipe.name}, seed {report.seed}", list(rows_of_report(report, out)), extract_command(out))
+        print_aside(f"note: {warning}")
+    title = f"Selection {recipe.name}, seed {report.seed}"
+    print_answer("select", payload, title, rows_of_report(report, out), extract_command(out))
 
 
 def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import runs_folders, site_option
-from kohaku_wrap.cli.output import json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.output import json_option, print_answer, print_json, print_note, print_table, wants_json
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes, show_path
@@ -53,7 +53,6 @@ def command(
     tags: tuple[str, ...],
     to: tuple[str, Path] | None,
     site_file: Path | None,
-    as_json: bool,
 ) -> None:
     """Show what a run is doing and what happened to it.
 
@@ -66,7 +65,7 @@ def command(
     if compare:
         if name or watch or table or tags or to:
             raise UsageError("--compare names both runs", "Leave RUN, --watch, --csv, --to and --tag out.")
-        show_comparison(find_run(compare[0], folders), find_run(compare[1], folders), as_json)
+        show_comparison(find_run(compare[0], folders), find_run(compare[1], folders))
         return
     runs = [find_run(name, folders)] if name else [run for folder in folders for run in list_runs(folder)]
     if not runs:
@@ -81,9 +80,9 @@ def command(
                 "--tag asks about one run, once",
                 f"Name it: {command_line('status', show_path(runs[0].folder), '--tag', tags[0])}",
             )
-        show_tags(runs[0], tags, as_json)
+        show_tags(runs[0], tags)
         return
-    if watch and as_json:
+    if watch and wants_json():
         raise UsageError(
             "--watch and --json do not go together",
             f"Call `{command_line('status', show_path(runs[0].folder), '--json')}` as often as you like.",
@@ -91,7 +90,7 @@ def command(
     if to:
         if watch or table:
             raise UsageError("--to writes the metrics and ends", "Leave --watch and --csv out.")
-        write_to(runs, *to, as_json)
+        write_to(runs, *to)
         return
     if table:
         if len(runs) != 1:
@@ -103,46 +102,45 @@ def command(
 
         write_metrics_table(runs[0], table)
         if not watch:
-            go_on_without_reader(is_document=as_json)
+            go_on_without_reader(is_document=wants_json())
     while True:
         if watch and sys.stdout.isatty():
             click.clear()
-        show(runs, single=name is not None, as_json=as_json)
+        show(
+            runs,
+            single=name is not None,
+        )
         if not watch:
             return
         time.sleep(WATCH_SECONDS)
 
 
-def show_tags(run: Run, tags: tuple[str, ...], as_json: bool) -> None:
+def show_tags(run: Run, tags: tuple[str, ...]) -> None:
     """Print how often tags were trained."""
     from kohaku_wrap.cli.evaluate_exposure import describe, describe_row, find_exposure, list_facts
 
-    found = find_exposure(str(run.folder), None, None, 0, as_json)
+    found = find_exposure(str(run.folder), None, None, 0)
     rows = [found.find(tag) for tag in tags]
-    if as_json:
-        print_json("status", {**describe(found), "tags": rows})
-    else:
-        print_table(f"Run {run.name}", [*list_facts(found), *((row["tag"], describe_row(row)) for row in rows)])
+    shown = [*list_facts(found), *((row["tag"], describe_row(row)) for row in rows)]
+    print_answer("status", {**describe(found), "tags": rows}, f"Run {run.name}", shown)
 
 
-def write_to(runs: list[Run], tracker: str, folder: Path, as_json: bool) -> None:
+def write_to(runs: list[Run], tracker: str, folder: Path) -> None:
     """Write the metrics of runs for another tool; steps that are there stay as they are."""
     from kohaku_wrap.training.records.trackers import write_all
 
     written = [(run, *write_all(run, tracker, folder)) for run in runs]
-    if as_json:
-        told = [{"run": run.folder, "folder": own, "written": count, "last_optimizer_step": last}
-                for run, own, count, last in written]  # fmt: skip
-        print_json("status", {"to": tracker, "runs": told})
-        return
+    told = [{"run": run.folder, "folder": own, "written": count, "last_optimizer_step": last}
+            for run, own, count, last in written]  # fmt: skip
     rows: list[tuple[str, Any]] = [
         (run.name, f"{count_of(count, 'optimizer step')} written, up to step {last:,}, in {show_path(own)}")
         for run, own, count, last in written
     ]
-    print_table(f"Metrics for {tracker}", rows, shlex.join(["tensorboard", "--logdir", show_path(folder)]))
+    next_step = shlex.join(["tensorboard", "--logdir", show_path(folder)])
+    print_answer("status", {"to": tracker, "runs": told}, f"Metrics for {tracker}", rows, next_step)
 
 
-def show(runs: list[Run], single: bool, as_json: bool) -> None:
+def show(runs: list[Run], single: bool) -> None:
     """Print the state of these runs."""
     from kohaku_wrap.training.supervising.status import read_status
 
@@ -156,7 +154,7 @@ def show(runs: list[Run], single: bool, as_json: bool) -> None:
             print_note(f"note: left out: {error.message.splitlines()[0]}")
     if not statuses:
         raise UsageError("no run here can be read", "The notes say why; restore their files.")
-    if as_json:
+    if wants_json():
         documents = [each.document() for each in statuses]
         print_json("status", documents[0] if single else {"runs": documents})
     elif len(statuses) == 1:
@@ -167,18 +165,16 @@ def show(runs: list[Run], single: bool, as_json: bool) -> None:
         print_table("Runs", rows, command_line("status", show_path(newest.run.folder)))
 
 
-def show_comparison(run: Run, other: Run, as_json: bool) -> None:
+def show_comparison(run: Run, other: Run) -> None:
     """What two runs have otherwise, and their losses at equal steps."""
     from kohaku_wrap.training.supervising.other_lock import compare_options
     from kohaku_wrap.training.supervising.status import compare_losses
 
     options = compare_options(run.lock.tables, other.lock.tables)
     losses = compare_losses(run, other)
-    if as_json:
-        described = [{"option": key, "a": one, "b": two} for key, one, two in options]
-        steps = [{"optimizer_step": step, "a": one, "b": two} for step, one, two in losses]
-        print_json("status", {"a": run.folder, "b": other.folder, "options": described, "losses": steps})
-        return
+    described = [{"option": key, "a": one, "b": two} for key, one, two in options]
+    steps = [{"optimizer_step": step, "a": one, "b": two} for step, one, two in losses]
+    payload = {"a": run.folder, "b": other.folder, "options": described, "losses": steps}
     unset = "not set"
     rows: list[tuple[str, Any]] = [
         (key, f"{unset if one is None else one}  |  {unset if two is None else two}") for key, one, two in options
@@ -186,7 +182,8 @@ def show_comparison(run: Run, other: Run, as_json: bool) -> None:
     rows += [(f"mean loss by step {step:,}", f"{one:.4f}  |  {two:.4f}") for step, one, two in losses]
     if not losses:
         rows.append(("losses", "no optimizer step that both have"))
-    print_table(f"{run.name}  |  {other.name}", rows, command_line("status", show_path(other.folder)))
+    next_step = command_line("status", show_path(other.folder))
+    print_answer("status", payload, f"{run.name}  |  {other.name}", rows, next_step)
 
 
 def one_line(status: RunStatus) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from kohaku_wrap.cli.options import option_group
-from kohaku_wrap.cli.output import ESCAPES, print_json, print_note, print_table
+from kohaku_wrap.cli.output import ESCAPES, print_answer, print_aside, print_note, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.training.records.signs import Phase
 from kohaku_wrap.wording import format_duration, format_share, show_path
@@ -115,23 +115,21 @@ class EventPrinter:
 
 
 @contextmanager
-def printing_events(as_json: bool) -> Iterator[OnEvent]:
-    """What a run's events are given to; with `as_json` none is printed."""
+def printing_events() -> Iterator[OnEvent]:
+    """What a run's events are given to; with `--json` none is printed."""
     printer = EventPrinter()
     try:
-        yield (lambda event: None) if as_json else printer
+        yield (lambda event: None) if wants_json() else printer
     finally:
         printer.end_line()
 
 
-def watch_run(
-    run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...], options: WatchOptions, as_json: bool
-) -> RunReport:
+def watch_run(run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...], options: WatchOptions) -> RunReport:
     """Supervise a run from the attempt that `first` plans; the following ones start from the newest whole state."""
     from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
     from kohaku_wrap.training.supervising.supervise import supervise_run
 
-    with printing_events(as_json) as on_event:
+    with printing_events() as on_event:
         return supervise_run(
             run,
             first=lambda: begin_attempt(replace(first(), bad_steps=options.bad_steps)),
@@ -144,15 +142,15 @@ def watch_run(
 def print_findings(plan: ResumePlan) -> None:
     """What the resume found and how it takes it, on stderr."""
     for damaged in plan.damaged:
-        print_note(f"damaged, passed over: {damaged.message}")
+        print_aside(f"damaged, passed over: {damaged.message}")
     for where, what in plan.differences.items():
-        print_note(f"accepted: {where}: {what}")
+        print_aside(f"accepted: {where}: {what}")
     for note in plan.notes:
-        print_note(note)
+        print_aside(note)
     if plan.lineage:
-        print_note("a state of another run: what it was trained with is not in this run's ledger")
+        print_aside("a state of another run: what it was trained with is not in this run's ledger")
     if plan.foreign:
-        print_note("a state of plain sd-scripts: the order is not provably the same as before it")
+        print_aside("a state of plain sd-scripts: the order is not provably the same as before it")
 
 
 def source_of(plan: ResumePlan) -> str:
@@ -166,9 +164,9 @@ def source_of(plan: ResumePlan) -> str:
 
 def print_start(plan: ResumePlan) -> None:
     """Where the attempt starts, and what moves for it, on stderr."""
-    print_note(f"attempt {plan.number} of {plan.run.name} from {source_of(plan)}")
+    print_aside(f"attempt {plan.number} of {plan.run.name} from {source_of(plan)}")
     for path in plan.abandons:
-        print_note(f"to abandoned/: {path.relative_to(plan.run.folder)}")
+        print_aside(f"to abandoned/: {path.relative_to(plan.run.folder)}")
 
 
 def describe_launch(launch: Launch) -> dict[str, Any]:
@@ -176,25 +174,20 @@ def describe_launch(launch: Launch) -> dict[str, Any]:
     return {"argv": list(launch.argv), "environment": dict(launch.environment), "folder": str(launch.folder)}
 
 
-def print_finished(command: str, report: RunReport, as_json: bool) -> None:
+def print_finished(command: str, report: RunReport) -> None:
     """The closing table of a run that reached its end."""
     run = report.run
     networks = run.networks
-    if as_json:
-        print_json(
-            command,
-            {
-                "run": str(run.folder),
-                "attempts": report.attempts,
-                "optimizer_steps": report.optimizer_step,
-                "networks": [str(network) for network in networks],
-            },
-        )
-        return
+    payload = {
+        "run": str(run.folder),
+        "attempts": report.attempts,
+        "optimizer_steps": report.optimizer_step,
+        "networks": [str(network) for network in networks],
+    }
     rows: list[tuple[str, Any]] = [
         ("run", run.folder),
         ("optimizer steps", report.optimizer_step),
-        *([("attempts just now", report.attempts)] if report.attempts > 1 else []),
+        *[("attempts just now", report.attempts)] * (report.attempts > 1),
         *(("network", network) for network in networks),
     ]
-    print_table(f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))
+    print_answer(command, payload, f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))

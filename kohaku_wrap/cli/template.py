@@ -14,10 +14,11 @@ from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
     paint,
+    print_answer,
     print_json,
     print_lines,
     print_note,
-    print_table,
+    wants_json,
 )
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, command_line
@@ -53,16 +54,14 @@ def command() -> None:
 
 @command.command("ls", epilog="\b\nExample:\n  kwrap template ls")
 @json_option
-def list_command(as_json: bool) -> None:
+def list_command() -> None:
     """List the templates that have a name, yours first."""
     from kohaku_wrap.config.templates import list_templates, user_templates
 
     templates = list_templates()
-    if as_json:
-        print_json("template ls", {"templates": [vars(each) for each in templates], "user_folder": user_templates()})
-        return
-    rows_for_people = [(t.name, t.title + (" (yours)" if t.origin == "yours" else "")) for t in templates]
-    print_table("Templates", rows_for_people, "kwrap template show epsilon --why")
+    payload = {"templates": [vars(each) for each in templates], "user_folder": user_templates()}
+    rows = [(t.name, t.title + (" (yours)" if t.origin == "yours" else "")) for t in templates]
+    print_answer("template ls", payload, "Templates", rows, "kwrap template show epsilon --why")
 
 
 @command.command(
@@ -82,7 +81,6 @@ def show_command(
     trust: tuple[str, ...],
     why: bool,
     with_defaults: bool,
-    as_json: bool,
 ) -> None:
     """Print the effective values of a template.
 
@@ -99,7 +97,7 @@ def show_command(
     effective, problems = load_layers(name, load_site(site) if site else None, overrides, table, trust)
     problems += check_effective(effective)
     values = effective.values if with_defaults else {key: entry.value for key, entry in effective.entries.items()}
-    if as_json:
+    if wants_json():
         print_json(
             "template show",
             {
@@ -220,9 +218,7 @@ def table_of(key: str) -> str:
 @click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
 @json_option
 @beyond_output()
-def check_command(
-    files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], modules: bool | None, as_json: bool
-) -> None:
+def check_command(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], modules: bool | None) -> None:
     """Find every fault of template files or folders.
 
     Names, types, choices and contradictions. Exit code 1 if any has one. A folder means its *.toml files, and its
@@ -250,7 +246,7 @@ def check_command(
         if effective
         for note in (*note_whole_captions(effective), *note_other_prediction(effective))
     }
-    if as_json:
+    if wants_json():
         print_json(
             "template check",
             {
@@ -321,7 +317,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Replace a file of that name.")
 @json_option
 @beyond_output()
-def copy_command(name: str, destination: str, force: bool, as_json: bool) -> None:
+def copy_command(name: str, destination: str, force: bool) -> None:
     """Copy a template to change it.
 
     NAME may also be a preset (kohaku-lokr, small-24gib), a merge recipe (bake-network, gamma-rev1) or a file of styles
@@ -345,23 +341,22 @@ def copy_command(name: str, destination: str, force: bool, as_json: bool) -> Non
     if target.exists() and not force:
         raise TemplateExists(f"{target}: already there", "Choose another name, or add --force.")
     write_text(target, source.read_text(encoding="utf-8"))
-    if as_json:
-        print_json("template cp", {"source": str(source), "path": str(target)})
-        return
     following = {
         "presets": f'name it in a template: preset = "{target.stem}"',
         "merges": command_line("merge", target, "--dry-run") + " with -m NAME=FILE for each of its models",
         "styles": command_line("prompt", "--style") + " lists them",
     }
     check = command_line("template", "check", target)
-    print_table("", [("copied", source), ("to", target)], f"edit it, then {following.get(kind, check)}")
+    payload = {"source": str(source), "path": str(target)}
+    next_step = f"edit it, then {following.get(kind, check)}"
+    print_answer("template cp", payload, "", [("copied", source), ("to", target)], next_step)
 
 
 @command.command("diff", epilog="\b\nExample:\n  kwrap template diff epsilon delta")
 @click.argument("first")
 @click.argument("second")
 @json_option
-def diff_command(first: str, second: str, as_json: bool) -> None:
+def diff_command(first: str, second: str) -> None:
     """Print the effective values in which two templates differ."""
     from kohaku_wrap.config.layers import load_layers
 
@@ -376,15 +371,14 @@ def diff_command(first: str, second: str, as_json: bool) -> None:
         for key in keys
         if left_values.get(key) != right_values.get(key)
     }
-    if as_json:
-        rows = [{"key": key, "first": pair[0], "second": pair[1]} for key, pair in changed.items()]
-        print_json("template diff", {"first": left.name, "second": right.name, "differences": rows})
-        return
-    if not changed:
+    if not changed and not wants_json():
         print_lines(f"{left.name} and {right.name} are the same in effect.")
         return
-    rows_for_people = [(key, f"{show_value(pair[0])} → {show_value(pair[1])}") for key, pair in changed.items()]
-    print_table(f"{left.name} → {right.name}", rows_for_people, command_line("template", "show", second, "--why"))
+    differences = [{"key": key, "first": pair[0], "second": pair[1]} for key, pair in changed.items()]
+    payload = {"first": left.name, "second": right.name, "differences": differences}
+    rows = [(key, f"{show_value(pair[0])} → {show_value(pair[1])}") for key, pair in changed.items()]
+    next_step = command_line("template", "show", second, "--why")
+    print_answer("template diff", payload, f"{left.name} → {right.name}", rows, next_step)
 
 
 def flatten_values(effective: Effective) -> dict[str, Any]:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.live_page import keeping_page
-from kohaku_wrap.cli.output import beyond_output, counting_bytes, json_option, print_json, print_note
+from kohaku_wrap.cli.options import repeat_option
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    counting_bytes,
+    json_option,
+    print_aside,
+    print_json,
+    print_note,
+    wants_json,
+)
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import UsageError, command_line
@@ -64,7 +73,6 @@ def command(
     is_trial: bool,
     has_page: bool,
     allow: tuple[str, ...],
-    as_json: bool,
     **watch: Any,
 ) -> None:
     """Train a template as a new run, watched until it is done.
@@ -90,17 +98,16 @@ def command(
     if is_trial:
         if locked is not None or dry_run:
             raise UsageError("--try trains two steps of its own", "Leave --locked and --dry-run out.")
-        try_run(template, site_file, name, engine, overrides, trust, allow, options, as_json)
+        try_run(template, site_file, name, engine, overrides, trust, allow, options)
         return
     new = plan_new_run(template, site_file, name, engine, overrides, trust)
-    if not as_json:
-        print_trust(new.effective)
-        print_note(f"engine: {new.engine} ({new.engine_origin})")
-        for note in note_other_prediction(new.effective):
-            print_note(f"warning: {note}")
+    print_trust(new.effective)
+    print_aside(f"engine: {new.engine} ({new.engine_origin})")
+    for note in note_other_prediction(new.effective):
+        print_aside(f"warning: {note}")
     if dry_run:
         check_parent(new)
-        if as_json:
+        if wants_json():
             payload = {
                 "run": str(new.folder),
                 "engine": new.engine,
@@ -115,10 +122,10 @@ def command(
             for absent in list_absent(new):
                 print_note(f"warning: {absent}")
         return
-    run = make_run(new, locked, as_json)
+    run = make_run(new, locked)
     with keeping_page(run, has_page):
-        report = train_run(run, allow, options, as_json)
-    print_finished("train", report, as_json)
+        report = train_run(run, allow, options)
+    print_finished("train", report)
 
 
 def try_run(
@@ -130,7 +137,6 @@ def try_run(
     trust: tuple[str, ...],
     allow: tuple[str, ...],
     options: WatchOptions,
-    as_json: bool,
 ) -> None:
     """Train two steps, resume the second, and say what the whole run will need."""
     from kohaku_wrap.cli.trial import plan_whole, print_trial
@@ -145,40 +151,37 @@ def try_run(
     own = f"{name or Path(template).stem}{SUFFIX}"
     clear_earlier(site.paths.runs / own)
     new = plan_new_run(template, site_file, own, engine, (*overrides, *SETTINGS), trust)
-    if not as_json:
-        print_trust(new.effective)
-        print_note(f"engine: {new.engine} ({new.engine_origin})")
-    run = make_run(new, None, as_json)
-    train_run(run, allow, options, as_json)
+    print_trust(new.effective)
+    print_aside(f"engine: {new.engine} ({new.engine_origin})")
+    run = make_run(new, None)
+    train_run(run, allow, options)
 
     def resume_from(step: int) -> RunReport:
-        return watch_run(run, lambda: plan_resume(run, step, allow=allow), allow, options, as_json)
+        return watch_run(run, lambda: plan_resume(run, step, allow=allow), allow, options)
 
     trial = finish_trial(run, resume_from)
-    following = [word for text in overrides for word in ("--set", text)]
-    following += [word for module in trust for word in ("--trust", module)]
+    following = [*repeat_option("--set", overrides), *repeat_option("--trust", trust)]
     following += ["--engine", engine] if engine else []
     following += ["--run", name] if name else []
     whole = command_line("train", template, "--site", site_file, *following)
-    print_trial(trial, plan_whole(effective, trial), whole, as_json)
+    print_trial(trial, plan_whole(effective, trial), whole)
 
 
-def make_run(new: NewRun, locked: Path | None, as_json: bool) -> Run:
+def make_run(new: NewRun, locked: Path | None) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
     from kohaku_wrap.config.checks import note_rare_saves
     from kohaku_wrap.config.samples import note_shared_gpu
     from kohaku_wrap.training.supervising.create import create_run, hashed_bytes
 
-    with counting_bytes("hashing the base model", hashed_bytes(new), as_json) as count:
+    with counting_bytes("hashing the base model", hashed_bytes(new)) as count:
         run = create_run(new, sys.argv, locked, count)
-    if not as_json:
-        print_note(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
-        for note in note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective):
-            print_note(f"note: {note}")
+    print_aside(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
+    for note in note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective):
+        print_aside(f"note: {note}")
     return run
 
 
-def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: bool) -> RunReport:
+def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunReport:
     """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
     from kohaku_wrap.training.supervising.causes import find_first_cause
     from kohaku_wrap.training.supervising.create import RunRefused, take_back_run
@@ -186,7 +189,7 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions, as_json: 
     from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
     try:
-        return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options, as_json)
+        return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options)
     except TrainerFailed as failed:
         if failed.end.kind == "refused" and failed.end.optimizer_step == 0:
             cause = find_first_cause(failed.attempt, failed.end.optimizer_step)

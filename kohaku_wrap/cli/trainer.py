@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_note, print_table
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    json_option,
+    print_answer,
+    print_aside,
+    print_table,
+    wants_json,
+)
 from kohaku_wrap.errors import KwrapError
 
 if TYPE_CHECKING:
@@ -56,7 +62,6 @@ def install(
     accept_difference: bool,
     no_requirements: bool,
     requirements_only: bool,
-    as_json: bool,
 ) -> None:
     """Get a commit of sd-scripts and what it lacks.
 
@@ -72,27 +77,24 @@ def install(
         raise UsageError("--no-requirements and --requirements-only leave nothing to do", "Give one of them.")
     if accept_difference and not prove:
         raise UsageError("--accept-difference belongs to --prove", "Add --prove.")
-    note = note_unless(as_json)
     installed: list[Requirement] = []
 
     def examine(checkout: Checkout) -> None:
         if not checkout.is_supported:
             # A proof trains.
-            installed.extend([] if no_requirements else install_requirements(note))
-            run_proof(checkout, source, accept_difference, as_json)
+            installed.extend([] if no_requirements else install_requirements(print_aside))
+            run_proof(checkout, source, accept_difference)
 
     checkout, was_there = (
         (find_checkout(), True)
         if requirements_only
-        else install_checkout(source, commit, note, examine if prove else None)
+        else install_checkout(source, commit, print_aside, examine if prove else None)
     )
-    installed += [] if no_requirements else install_requirements(note)
+    installed += [] if no_requirements else install_requirements(print_aside)
     packages = [f"{each.distribution} {each.version}" for each in installed]
-    if as_json:
-        print_json("trainer install", {**describe(checkout), "was_there": was_there, "packages_installed": packages})
-        return
+    payload = {**describe(checkout), "was_there": was_there, "packages_installed": packages}
     rows = [*checkout_rows(checkout), ("packages installed", ", ".join(packages) or "none")]
-    print_table("sd-scripts " + ("was there already" if was_there else "installed"), rows, "kwrap trainer show")
+    print_answer("trainer install", payload, title_of(was_there), rows, "kwrap trainer show")
 
 
 @command.command(epilog="\b\nExamples:\n  kwrap trainer prove\n  KWRAP_SD_SCRIPTS=~/sd-scripts kwrap trainer prove")
@@ -100,7 +102,7 @@ def install(
 @accept_option
 @json_option
 @beyond_output()
-def prove(source: str, accept_difference: bool, as_json: bool) -> None:
+def prove(source: str, accept_difference: bool) -> None:
     """Prove on this machine that the sd-scripts in use resumes exactly.
 
     Trains a small world on the CPU as a whole, with kills and resumes, and on a supported commit (got from --source, or
@@ -109,13 +111,11 @@ def prove(source: str, accept_difference: bool, as_json: bool) -> None:
     """
     from kohaku_wrap.trainer.checkout import find_checkout
 
-    proof = run_proof(find_checkout(), source, accept_difference, as_json)
-    if as_json:
-        print_json("trainer prove", {**proof.about(), **vars(proof.commit)})
-        return
+    proof = run_proof(find_checkout(), source, accept_difference)
     rows = [(step.tried, f"{step.result} ({step.seconds:.0f} s)") for step in proof.steps]
     rows += [("support", proof.commit.support), ("digest", proof.commit.digest)]
-    print_table(f"sd-scripts {proof.commit.name}", rows, "kwrap trainer show")
+    payload = {**proof.about(), **vars(proof.commit)}
+    print_answer("trainer prove", payload, f"sd-scripts {proof.commit.name}", rows, "kwrap trainer show")
 
 
 @command.command(epilog="\b\nExample:\n  kwrap trainer update --dry-run")
@@ -125,7 +125,7 @@ def prove(source: str, accept_difference: bool, as_json: bool) -> None:
 @accept_option
 @json_option
 @beyond_output()
-def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_json: bool) -> None:
+def update(source: str, commit: str, dry_run: bool, accept_difference: bool) -> None:
     """Get the newest sd-scripts, and prove it.
 
     The newest is what the source has checked out, for a URL the last commit of its default branch; in a fork that may
@@ -147,11 +147,11 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
         found.append(checkout)
         later.extend(list_later(checkout))
         # Its options are read by loading it.
-        install_requirements(note_unless(as_json))
+        install_requirements(print_aside)
         changes.extend(
             compare_tables(find_option_table(), parse_table(ask_trainer(checkout.path), f"sd-scripts {checkout.name}"))
         )
-        if not as_json:
+        if not wants_json():
             print_table(
                 "update",
                 [
@@ -164,49 +164,45 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool, as_
         if dry_run or (later and commit == NEWEST):
             raise OnlyLooked("nothing was installed", "Leave --dry-run out.")
         if not checkout.is_supported:
-            run_proof(checkout, source, accept_difference, as_json)
+            run_proof(checkout, source, accept_difference)
 
     try:
-        checkout, was_there = install_checkout(source, commit, note_unless(as_json), examine)
+        checkout, was_there = install_checkout(source, commit, print_aside, examine)
     except OnlyLooked:
         checkout, was_there = found[0], False
-    if as_json:
-        answer = {"installed": before, "options": changes, "later": later, "was_there": was_there, "dry_run": dry_run}
-        print_json("trainer update", {**describe(checkout), **answer})
-    elif not dry_run and not (later and commit == NEWEST):
-        print_table("sd-scripts " + ("was there already" if was_there else "installed"), checkout_rows(checkout))
+    answer = {"installed": before, "options": changes, "later": later, "was_there": was_there, "dry_run": dry_run}
+    if wants_json() or not (dry_run or (later and commit == NEWEST)):
+        payload = {**describe(checkout), **answer}
+        print_answer("trainer update", payload, title_of(was_there), checkout_rows(checkout))
 
 
 class OnlyLooked(KwrapError):
     """A dry run has seen enough."""
 
 
-def note_unless(as_json: bool) -> Callable[[str], None]:
-    """What tells how far the work is; nothing beside a JSON document."""
-    return (lambda text: None) if as_json else print_note
+def title_of(was_there: bool) -> str:
+    """What came of an installation."""
+    return "sd-scripts " + ("was there already" if was_there else "installed")
 
 
-def run_proof(checkout: Checkout, source: str, accept_difference: bool, as_json: bool) -> Proof:
+def run_proof(checkout: Checkout, source: str, accept_difference: bool) -> Proof:
     """Prove a checkout, in a folder that is removed when it is proved."""
     from kohaku_wrap.proving.prove_trainer import proof_folder, prove_checkout
 
-    note = note_unless(as_json)
     with proof_folder(checkout) as folder:
-        return prove_checkout(checkout, folder, source, accept_difference=accept_difference, on_note=note)
+        return prove_checkout(checkout, folder, source, accept_difference=accept_difference, on_note=print_aside)
 
 
 @command.command(epilog="\b\nExample:\n  kwrap trainer show --json")
 @json_option
-def show(as_json: bool) -> None:
+def show() -> None:
     """Show the sd-scripts in use, and what kwrap corrects in it."""
     from kohaku_wrap.trainer.checkout import report_trainer
     from kohaku_wrap.trainer.commits import SUPPORTED
 
     report = report_trainer()
-    if as_json:
-        supported = [{"name": each.name, "commit": each.commit} for each in SUPPORTED]
-        print_json("trainer show", {**describe_report(report), "supported_commits": supported})
-        return
+    supported = [{"name": each.name, "commit": each.commit} for each in SUPPORTED]
+    payload = {**describe_report(report), "supported_commits": supported}
     stand = sum(match.count == 1 for match in report.anchors)
     rows = [
         *checkout_rows(report.checkout),
@@ -216,7 +212,7 @@ def show(as_json: bool) -> None:
         ("installed", ", ".join(each.name for each in report.installed) or "none"),
     ]
     next_step = "kwrap train TEMPLATE --site site.toml" if report.is_ready else "kwrap trainer install"
-    print_table("sd-scripts", rows, next_step)
+    print_answer("trainer show", payload, "sd-scripts", rows, next_step)
 
 
 def anchor_text(replacement: str | None, count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kohaku_wrap.cli.output import print_json, print_table
+from kohaku_wrap.cli.output import print_answer
 from kohaku_wrap.wording import format_duration, show_bytes
 
 if TYPE_CHECKING:
@@ -23,26 +23,23 @@ def plan_whole(effective: Effective, trial: Trial) -> TrainingPlan:
     return plan_training(effective, sizes, trial.seconds_per_step)
 
 
-def print_trial(trial: Trial, plan: TrainingPlan, next_command: str, as_json: bool) -> None:
+def print_trial(trial: Trial, plan: TrainingPlan, next_command: str) -> None:
     """The closing table of a trial."""
     from kohaku_wrap.planning.sizes import total_of
 
     disk_bytes = None if plan.sizes is None else total_of(plan.sizes.disk)
-    if as_json:
-        payload = {
-            "trial": {
-                "seconds_per_step": trial.seconds_per_step,
-                "state_bytes": trial.state_bytes,
-                "network_bytes": trial.network_bytes,
-                "resume_is_identical": not trial.difference,
-                "difference": trial.difference or None,
-            },
-            "optimizer_steps": plan.steps.total_optimizer_steps,
-            "eta_seconds": plan.eta_seconds,
-            "disk_bytes": disk_bytes,
-        }
-        print_json("train", payload)
-        return
+    payload = {
+        "trial": {
+            "seconds_per_step": trial.seconds_per_step,
+            "state_bytes": trial.state_bytes,
+            "network_bytes": trial.network_bytes,
+            "resume_is_identical": not trial.difference,
+            "difference": trial.difference or None,
+        },
+        "optimizer_steps": plan.steps.total_optimizer_steps,
+        "eta_seconds": plan.eta_seconds,
+        "disk_bytes": disk_bytes,
+    }
     rows: list[tuple[str, Any]] = [
         ("trained", "2 optimizer steps, a checkpoint and a state after each"),
         ("resumed from step 1", trial.difference or "the same network, bit for bit"),
@@ -52,4 +49,4 @@ def print_trial(trial: Trial, plan: TrainingPlan, next_command: str, as_json: bo
         ("at this rate", format_duration(plan.eta_seconds or 0.0)),
         *([("disk", show_bytes(disk_bytes))] if disk_bytes is not None else []),
     ]
-    print_table(f"Tried {plan.template}; nothing of the trial is kept", rows, next_command)
+    print_answer("train", payload, f"Tried {plan.template}; nothing of the trial is kept", rows, next_command)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.output import print_note
+from kohaku_wrap.cli.output import print_aside
 
 if TYPE_CHECKING:
     from kohaku_wrap.config.effective import Effective
@@ -40,6 +40,6 @@ def describe_trust(effective: Effective) -> list[dict[str, str]]:
 
 
 def print_trust(effective: Effective) -> None:
-    """Say what runs only as it is trusted, on stderr."""
+    """Say what runs only as it is trusted, on stderr; nothing with `--json`."""
     for row in describe_trust(effective):
-        print_note(f'trusted: {row["option"]} = "{row["value"]}" runs code of {row["module"]}')
+        print_aside(f'trusted: {row["option"]} = "{row["value"]}" runs code of {row["module"]}')

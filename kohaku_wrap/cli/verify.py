@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.options import open_run, site_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -16,6 +16,7 @@ from kohaku_wrap.cli.output import (
     print_json,
     print_note,
     print_table,
+    wants_json,
 )
 from kohaku_wrap.errors import EXIT_FAILED, command_line, reason_of
 from kohaku_wrap.wording import count_of, show_path
@@ -39,7 +40,7 @@ Examples:
 @site_option
 @json_option
 @beyond_output()
-def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool) -> int:
+def command(name: str, deep_samples: int, site_file: Path | None) -> int:
     """Prove from the ledger that all was trained once, in order.
 
     "All" is every micro-batch, across attempts. Recomputes the order from seed and dataset, shows what a crash
@@ -52,22 +53,21 @@ def command(name: str, deep_samples: int, site_file: Path | None, as_json: bool)
     Captions, models, files or networks that were changed after the run are shown, and change neither verdict nor exit
     code. The result is kept in the run for `kwrap report`, with the ledger's sha256 and the date.
     """
-    from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.networks import bytes_of_networks
     from kohaku_wrap.training.records.verification import keep_verification, seal_ledger
     from kohaku_wrap.training.supervising.site_places import bytes_to_hash
     from kohaku_wrap.training.supervising.verify import verify_run
 
-    run = find_run(name, runs_folders(site_file))
+    run = open_run(name, site_file)
     total = bytes_to_hash(run, site_file) + bytes_of_networks(run)
     seal = seal_ledger(run)
-    with counting_bytes("comparing models", total, as_json) as count:
+    with counting_bytes("comparing models", total) as count:
         report = verify_run(run, deep_samples, count, site_file)
     try:
         keep_verification(run, seal, describe(report))
     except OSError as error:
         print_note(f"note: the result is not kept for `kwrap report`: {run.folder}: {reason_of(error)}")
-    if as_json:
+    if wants_json():
         print_json("verify", describe(report))
     else:
         print_report(report)
