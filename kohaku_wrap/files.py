@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -89,11 +89,35 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 def open_regular(path: Path) -> IO[bytes]:
     """Open a file to read it; a pipe or a device, which might never end, is refused with OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise not_regular(path) from None
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise not_regular(path)
     return os.fdopen(descriptor, "rb")
+
+
+def not_regular(path: Path) -> OSError:
+    """The error for a pipe, a socket, a device or a folder where a file belongs."""
+    return OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def sort_files(paths: Iterable[Path]) -> list[Path]:
+    """The files among what a pattern found, sorted; folders are left out.
+
+    Raises UsageError for a pipe, a socket, a device or a link to nothing: left out too, the file that belongs there
+    would be missing and nobody would know why.
+    """
+    found = [path for path in sorted(paths) if not path.is_dir()]
+    for path in found:
+        if not path.is_file():
+            what = "not a regular file" if path.exists() else "a link to nothing"
+            raise UsageError(f"{path}: {what}", "Remove it, or put the file there that belongs there.")
+    return found
 
 
 def describe_absence(path: Path, wanted: str = "file") -> str:

@@ -187,6 +187,7 @@ def inspect_tars(folder: Path) -> None:
     described = describe_tars(folder, lambda path: len(list_tar(path).members))
     payload = {"folder": str(folder), "kind": "tars of images", **described}
     layouts = described.pop("layouts")
+    described["not_regular_files"] = ", ".join(described["not_regular_files"]) or None
     rows: list[tuple[str, Any]] = [("kind", "tars of images"), *layouts.items()]
     rows += [
         (name.replace("_", " "), show_bytes(value) if name == "size_bytes" else value)

@@ -18,7 +18,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
 from kohaku_wrap.evaluation.judges import Features, Judge, UnreadablePicture
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, sort_files
 from kohaku_wrap.sampling.compose import words_of_prompt
 from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
 from kohaku_wrap.sampling.pictures import PARAMETERS, NotOurs, read_record, read_texts
@@ -64,11 +64,10 @@ def list_pictures(folder: Path) -> list[Path]:
     """The pictures of a folder by name, contact sheets left out. Raises NoPictures."""
     if not folder.is_dir():
         raise NoPictures(f"{folder}: no such folder", "Give the folder that `kwrap sample --out` wrote.")
-    found = [
-        path for path in sorted(folder.iterdir())
-        if path.suffix.lower() in ENDINGS and path.is_file() and path.name != CONTACT_SHEET
-        and not path.name.startswith(".")
-    ]  # fmt: skip
+    found = sort_files(
+        path for path in folder.iterdir()
+        if path.suffix.lower() in ENDINGS and path.name != CONTACT_SHEET and not path.name.startswith(".")
+    )  # fmt: skip
     if not found:
         raise NoPictures(f"{folder}: no picture in it", "Draw some: `kwrap sample MODEL --prompt TEXT --out DIR`.")
     return found
@@ -76,7 +75,7 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def choose_references(folder: Path) -> list[Path]:
     """Pictures of a folder and of those below it, at most MOST_REFERENCES, drawn by their names. Raises NoPictures."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    found = sort_files(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
     if not found:
         raise NoPictures(f"{folder}: no picture in it or below it", "Give a folder such as the extracted images.")
     keys = np.array([stream_key(path.relative_to(folder).as_posix()) for path in found], dtype=np.uint64)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import socket
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -128,3 +131,35 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "7.txt").write_text("a caption")
     with pytest.raises(NoTars, match="named as any published set"):
         find_tars(tmp_path / "set")
+
+
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))
+
+
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (os.mkfifo, "not a regular file"),
+        (bind_socket, "not a regular file"),
+        (os.mkdir, "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
+    ],
+    ids=["pipe", "socket", "folder", "device", "link to nothing"],
+)
+@pytest.mark.parametrize("name", ["data-0007.tar", "7501000.tar", "7.png"])
+def test_what_is_no_regular_file_is_not_called_absent(
+    name: str, put: Callable[[Path], None], said: str, selection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tars = tmp_path / "set"
+    tars.mkdir()
+    put(tars / name)
+    report = extract_images(selection, tars, tmp_path / "images")
+    reasons = {**dict(report.missing), **dict(report.corrupt)}
+    assert f"{name} cannot be read: {said}" in reasons[7_501_000 if name.startswith("75") else 7]
+    assert report.written == 0 and len(reasons) == len(IDS)
+    shown = CliRunner().invoke(program, ["inspect", str(tars), "--json"], standalone_mode=False)
+    assert json.loads(shown.stdout)["not_regular_files"] == [name]

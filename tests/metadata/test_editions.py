@@ -269,6 +269,14 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
     empty = tmp_path / "empty"
     empty.mkdir()
     os.mkfifo(tmp_path / "pipe.parquet")
+    piped = tmp_path / "piped"
+    piped.mkdir()
+    small(piped / "a-0.parquet")
+    os.mkfifo(piped / "a-1.parquet")
+    cut_off = tmp_path / "cut_off"
+    cut_off.mkdir()
+    small(cut_off / "a-0.parquet")
+    (cut_off / "a-1.parquet").symlink_to("nowhere")
     page = tmp_path / "page.parquet"
     page.write_text("<!doctype html><html>")
     several = tmp_path / "several.db"
@@ -282,6 +290,8 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
         (cut, "cut off or damaged"),
         (mixed, "which other files have"),
         (empty, "no Parquet, CSV or JSON file"),
+        (piped, "a-1.parquet: not a regular file"),
+        (cut_off, "a-1.parquet: a link to nothing"),
         (tmp_path / "pipe.parquet", "not a regular file"),
         (tmp_path / "none.parquet", "no such file"),
         (page, "a web page"),

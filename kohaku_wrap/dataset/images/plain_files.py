@@ -16,7 +16,7 @@ class PlainFiles:
     def __init__(self, files: tuple[Path, ...], wanted: Collection[int]) -> None:
         self.path = files[0].parent
         self.members = [
-            Member(str(path), 0, path.stat().st_size)
+            Member(str(path), 0, path.stat().st_size if path.exists() else 0)
             for path in files
             if (named := read_id(path.name)) is not None and named[0] in wanted
         ]

@@ -113,11 +113,14 @@ def read_id(name: str) -> tuple[int, str] | None:
 
 
 def find_tars(folder: Path) -> TarFolder:
-    """Sort all tars below `folder` by their names; where there are none, images named by their ids. Raises NoTars."""
+    """Sort all tars below `folder` by their names; where there are none, images named by their ids. Raises NoTars.
+
+    What is no regular file stays among them, so that whoever reads it says so.
+    """
     if not folder.is_dir():
         raise NoTars(f"{folder}: no such folder of tars", ADVICE)
     found: dict[str, dict[int, list[Path]]] = {layout.name: {} for layout in (*LAYOUTS, PLAIN)}
-    for path in sorted(path for path in folder.rglob("*.tar") if path.is_file()):
+    for path in sorted(folder.rglob("*.tar")):
         below = path.relative_to(folder.parent).as_posix()
         for layout in LAYOUTS:
             if match := layout.pattern.fullmatch(below):
@@ -145,7 +148,7 @@ def find_plain(folder: Path) -> dict[int, list[Path]]:
     found: dict[int, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         named = read_id(path.name)
-        if named and named[1] in STILL_EXTENSIONS and path.is_file():
+        if named and named[1] in STILL_EXTENSIONS:
             found.setdefault(named[0] % FOLDERS, []).append(path)
     return found
 
@@ -169,6 +172,9 @@ def describe_tars(folder: Path, count_members: Callable[[Path], int]) -> dict[st
     tars = find_tars(folder)
     says = {layout.name: layout.says for layout in (*LAYOUTS, PLAIN)}
     paths = [path for group in (tars.of_shard, tars.of_range, tars.updates) for each in group.values() for path in each]
+    files = [path for each in tars.files.values() for path in each]
+    odd = sorted(path.name for path in (*paths, *files) if not path.is_file())
+    paths = [path for path in paths if path.is_file()]
     indexes = sum(path.with_suffix(".json").is_file() for path in paths)
     sizes = Counter(path.stat().st_size for path in paths)
     return {
@@ -177,5 +183,6 @@ def describe_tars(folder: Path, count_members: Callable[[Path], int]) -> dict[st
         "with_index": indexes,
         "size_bytes": sum(size * count for size, count in sizes.items()),
         "images_in_first_tar": count_members(min(paths)) if paths else None,
-        "files_without_tar": sum(map(len, tars.files.values())),
+        "files_without_tar": len(files),
+        "not_regular_files": odd,
     }

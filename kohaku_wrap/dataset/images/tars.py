@@ -178,7 +178,7 @@ def open_tar(path: Path) -> IO[bytes]:
     try:
         return open_regular(path)
     except OSError as error:
-        raise TarUnreadable(f"{path}: {error.strerror}", "Check the tar, or fetch it again.") from error
+        raise TarUnreadable(f"{path}: cannot be read: {error.strerror}", "Check the tar, or fetch it again.") from error
 
 
 def refuse_disguise(path: Path, descriptor: int) -> None:
