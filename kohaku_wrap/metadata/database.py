@@ -122,16 +122,21 @@ class Database(Source):
             row = connection.execute(query).fetchone()
         return row[0] if row else None
 
+    @property
+    def of_first_rows(self) -> str:
+        """What a condition on rows of `post` needs so that of several of one id only the first is found."""
+        if self.edition.unique_ids or "rowid AS place" not in self.edition.posts:
+            return ""
+        return " AND rowid IN (SELECT min(rowid) FROM post GROUP BY id)"
+
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """The rows of a query with a small result."""
         with self.connect() as connection:
             return connection.execute(query).fetchall()
 
     def count_posts(self) -> int:
-        """The largest rowid, or the number of rows."""
-        if self.edition.has_tag_strings:
-            return int(self.value(f"SELECT max(place) FROM ({self.edition.posts})") or 0)
-        return int(self.value("SELECT max(rowid) FROM post") or 0)
+        """The largest rowid; 0 where there is none."""
+        return int(self.value(f"SELECT max(place) FROM ({self.edition.posts})") or 0)
 
     def digest(self) -> str:
         """A cheap fingerprint of the content: the layout and the ends and sizes of the tables.
@@ -207,7 +212,7 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
             table, some = found
             ask = partial(_first_value, connection)
             name = f"API columns in the table {table}, sqlite"
-            edition = make_edition(name, some, Sqlite(), name_sql(table), "0" if has_views else "rowid", ask, mapping)
+            edition = make_edition(name, some, Sqlite(), name_sql(table), place_sql(connection, table), ask, mapping)
             return Database(
                 path, edition, uri, private_wal_index, Layout.API, columns, frozenset(), 0, has_views, False
             )
@@ -220,10 +225,12 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
             raise ProblemsFound(str(path), as_text, anew)
         indexed = _indexed_columns(connection, columns)
         base = token_base(connection) if layout is Layout.V0 else 0
-        has_row_ids = layout.has_relation and _has_row_ids(connection)
-    has_parents = "parent_id" in columns["post"]
-    name, posts = f"danbooru2023 {layout.value}, sqlite", danbooru_posts_sql(Sqlite(), has_parents)
-    edition = Edition(name, layout.value, posts, has_parents=has_parents)
+        has_row_ids = layout.has_relation and place_sql(connection, "posttagrelation") == "rowid"
+        has_parents = "parent_id" in columns["post"]
+        posts = danbooru_posts_sql(Sqlite(), place_sql(connection, "post"), has_parents)
+        unique = _refuses_second_id(connection)
+    name = f"danbooru2023 {layout.value}, sqlite"
+    edition = Edition(name, layout.value, posts, unique, has_parents=has_parents)
     return Database(path, edition, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
 
 
@@ -329,12 +336,19 @@ def _indexed_columns(connection: sqlite3.Connection, columns: Mapping[str, froze
     return frozenset(found)
 
 
-def _has_row_ids(connection: sqlite3.Connection) -> bool:
-    """Whether `posttagrelation` is a table that has rowids."""
+def place_sql(connection: sqlite3.Connection, table: str) -> str:
+    """SQL for the place of a row in a table: its rowid, or 0 for a view and a table that has none."""
     kind, definition = connection.execute(
-        "SELECT type, sql FROM sqlite_master WHERE lower(name) = 'posttagrelation' AND type IN ('table', 'view')"
+        "SELECT type, sql FROM sqlite_master WHERE lower(name) = ? AND type IN ('table', 'view')", (table.lower(),)
     ).fetchone()
-    return kind == "table" and "WITHOUT ROWID" not in " ".join(definition.upper().split())
+    has_none = kind == "view" or "WITHOUT ROWID" in " ".join(definition.upper().split())
+    return "0" if has_none else "rowid"
+
+
+def _refuses_second_id(connection: sqlite3.Connection) -> bool:
+    """Whether the key of the table `post` is its id alone."""
+    key = connection.execute("SELECT lower(name) FROM pragma_table_info('post') WHERE pk").fetchall()
+    return key == [("id",)]
 
 
 def _decode(text: bytes) -> str:

@@ -172,7 +172,7 @@ class Scanned:
 def _scan_posts(source: Source) -> Scanned:
     """Count posts by CONDITIONS, each post once, in one pass."""
     scanned = Scanned()
-    first_rows = FirstRows() if source.edition.has_tag_strings else None
+    first_rows = None if source.edition.unique_ids else FirstRows()
     days: set[str] = set()
     ids_seen: list[int] = []
     query = f"SELECT id, {bits_sql(tuple(CONDITIONS.values()))} AS bits, coalesce(day, '') AS day, file_ext"

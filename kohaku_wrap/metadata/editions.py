@@ -134,8 +134,11 @@ def posts_sql(
     return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in {**made, **absent}.items()) + f" FROM {table}"
 
 
-def danbooru_posts_sql(dialect: Dialect, has_parents: bool) -> str:
-    """The COLUMNS of the table `post` of danbooru2023; `has_parents`: whether it has the column parent_id."""
+def danbooru_posts_sql(dialect: Dialect, place: str, has_parents: bool) -> str:
+    """The COLUMNS of the table `post` of danbooru2023.
+
+    `place`: SQL for the place of a row in it; `has_parents`: whether it has the column parent_id.
+    """
     date = dialect.text("created_at")
     made = {
         "id": "id" if isinstance(dialect, Sqlite) else dialect.number("id"),
@@ -152,5 +155,6 @@ def danbooru_posts_sql(dialect: Dialect, has_parents: bool) -> str:
         "is_deleted": dialect.flag("is_deleted"),
         "is_banned": dialect.flag("is_banned"),
         "parent_id": dialect.number("parent_id") if has_parents else dialect.absent("parent_id"),
+        "place": place,
     }
     return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in made.items()) + " FROM post"

@@ -90,13 +90,18 @@ def bits_sql(conditions: Sequence[str]) -> str:
     return f"CAST({bits} AS BIGINT)"
 
 
+def order_of_posts(source: Source) -> str:
+    """SQL that sorts by id, of several rows of one the first before the others."""
+    return " ORDER BY id" if source.edition.unique_ids else " ORDER BY id, place"
+
+
 def read_drops(source: Source, filters: Sequence[Filter], on_posts: Progress | None = None) -> PostDrops:
-    """All posts and what drops them. Of several rows of one post the first counts, where an edition has such rows."""
+    """All posts and what drops them. Of several rows of one post the first counts."""
     bits = bits_sql([one.drops for one in filters])
     scanned = [(np.empty(0, dtype=np.int64),) * 2]
     done = 0
     total = source.count_posts() if on_posts else 0
-    order = "" if source.edition.has_tag_strings else " ORDER BY id"
+    order = "" if source.edition.has_tag_strings else order_of_posts(source)
     query = f"SELECT id, {bits} AS drops FROM ({source.edition.posts}) AS post{order}"
     for batch in source.scan(query):
         scanned.append((post_ids(source, batch.column(0)), batch.column(1).to_numpy()))
@@ -107,8 +112,6 @@ def read_drops(source: Source, filters: Sequence[Filter], on_posts: Progress | N
     rows = len(ids)
     in_order = bool((ids[1:] > ids[:-1]).all())
     if not in_order:
-        if not source.edition.has_tag_strings:
-            raise DatabaseDamaged(f"{source.path}: a post id occurs twice", "Download or copy it again.")
         ids, first = np.unique(ids, return_index=True)
         drops = drops[first]
     return PostDrops(ids, drops, rows - len(ids), in_order)
@@ -125,10 +128,8 @@ def read_posts(
         return
     columns = ", ".join(f"{sql} AS {name}" for name, sql, _ in POST_COLUMNS)
     posts = f"({source.edition.posts}) AS post WHERE id BETWEEN {wanted[0]} AND {wanted[-1]}"
-    if not source.edition.has_tag_strings:
-        posts += " ORDER BY id"
-    elif not in_order:
-        posts += " ORDER BY id, place"
+    if not (source.edition.has_tag_strings and in_order):
+        posts += order_of_posts(source)
     done, last = 0, wanted[0] - 1
     for batch in source.scan(f"SELECT {columns} FROM {posts}"):
         ids = batch.column(0).to_numpy()
@@ -182,7 +183,7 @@ def _is_day(text: str) -> bool:
 def count_favourites(source: Source) -> dict[int, tuple[Int64Array, Int64Array]]:
     """For each known rating, the values of `fav_count` over all posts, ascending, and how many posts have each."""
     parts: dict[int, list[tuple[Int64Array, Int64Array]]] = {}
-    first_rows = FirstRows() if source.edition.has_tag_strings else None
+    first_rows = None if source.edition.unique_ids else FirstRows()
     columns = "id, rating, coalesce(fav_count, 0) AS fav_count, CAST(fav_count IS NOT NULL AS BIGINT) AS known"
     for ids, ratings, favourites, known in source.scan_numbers(
         f"SELECT {columns} FROM ({source.edition.posts}) AS post"
@@ -224,7 +225,7 @@ def posts_with_tags(source: Source, tags: TagTable, tag_ids: Sequence[int]) -> d
     elif isinstance(source, Database) and not source.layout.has_relation:
         for tag_id in tag_ids:
             token = f"${np.base_repr(tag_id, source.token_base)}#"
-            query = f"SELECT id FROM post WHERE instr(upper(tag_list), '{token}') > 0 ORDER BY id"
+            query = f"SELECT id FROM post WHERE instr(upper(tag_list), '{token}') > 0{source.of_first_rows} ORDER BY id"
             found[tag_id] = [posts for (posts,) in source.scan_numbers(query)]
     else:
         listed = ", ".join(map(str, tag_ids))

@@ -99,7 +99,7 @@ def _token_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> I
         wanted = post_ids[first:stop]
         query = (
             "SELECT CAST(id AS INTEGER), CAST(coalesce(tag_list, '') AS TEXT) FROM post "
-            f"WHERE id BETWEEN {wanted[0]} AND {wanted[-1]} ORDER BY id"
+            f"WHERE id BETWEEN {wanted[0]} AND {wanted[-1]}{database.of_first_rows} ORDER BY id"
         )
         posts: list[Int32Array] = []
         found: list[Int64Array] = []

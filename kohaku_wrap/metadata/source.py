@@ -39,7 +39,10 @@ class Edition:
     """v0 … v3 of danbooru2023, or API_LAYOUT."""
 
     posts: str
-    """A query of the COLUMNS of every post; with API_LAYOUT of `tags` and `tags_N` too, see `posts_sql`."""
+    """A query of the COLUMNS of every post and its `place`; with API_LAYOUT of `tags` and `tags_N`, see `posts_sql`."""
+
+    unique_ids: bool = False
+    """Whether the table itself lets no id come twice; elsewhere the first row of an id counts."""
 
     typed: tuple[int, ...] = ()
     """With API_LAYOUT: the categories N of tags that have a column `tags_N`."""

@@ -122,6 +122,7 @@ def _recognise(
 ) -> Edition:
     where, kind = str(files.path), files.describe()
     known = {table: frozenset(map(str.lower, some)) for table, some in columns.items()}
+    place = "file_index * 1099511627776 + file_row_number" if files.kind == "parquet" else "row_number() OVER ()"
     if is_danbooru2023(known):
         layout = recognise_layout(known)
         missing = missing_parts(layout, known)
@@ -130,7 +131,7 @@ def _recognise(
         if missing:
             raise ProblemsFound(where, missing, "kwrap reads the tables post, tag and posttagrelation of danbooru2023.")
         has_parents = "parent_id" in known["post"]
-        sql = danbooru_posts_sql(Duck(columns["post"]), has_parents)
+        sql = danbooru_posts_sql(Duck(columns["post"]), place, has_parents)
         return Edition(f"danbooru2023 {layout.value}, {kind}", layout.value, sql, has_parents=has_parents)
     found = find_posts_table({table: list(some) for table, some in columns.items()}, mapping, where)
     if not found:
@@ -140,7 +141,6 @@ def _recognise(
     table, some = found
     _refuse_mixed(files, table, some)
     name = f"API columns, {kind}" if files.tables else f"API columns in the table {table}, {kind}"
-    place = "file_index * 1099511627776 + file_row_number" if files.kind == "parquet" else "row_number() OVER ()"
     return make_edition(name, some, Duck(columns[table]), name_sql(table), place, ask, mapping)
 
 

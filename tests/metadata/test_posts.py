@@ -25,6 +25,7 @@ from kohaku_wrap.metadata.posts import (
     read_drops,
     read_posts,
 )
+from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.tags import UnknownTags, read_tags
 
 
@@ -284,3 +285,43 @@ def test_tags_with_odd_numbers(tmp_path: Path, writer: ModuleType, world: Any) -
     odd = tags.row_of_name["wlop"]
     assert (tags.types[odd], tags.popularity[odd]) == (-1, 0)
     assert describe_database(path).tag_types["unknown"] == 1
+
+
+def read_everything(database: Database, tags: list[int]) -> list[Any]:
+    """All that is read of posts, as plain values."""
+    found = read_drops(database, [filters.flag_filter(name) for name in filters.FLAGS])
+    table = read_tags(database)
+    chunks = map_tag_chunks(database, table, found.ids, lambda one: (one.posts + one.first, one.tags), 1, None)
+    return [
+        (found.ids.tolist(), found.drops.tolist()),
+        [row for batch in read_posts(database, found.ids) for row in batch.to_pylist()],
+        {rating: [column.tolist() for column in some] for rating, some in count_favourites(database).items()},
+        {tag: ids.tolist() for tag, ids in posts_with_tags(database, table, tags).items()},
+        [(posts.tolist(), some.tolist()) for posts, some in chunks],
+    ]
+
+
+@pytest.mark.parametrize("again", [0, 9])
+def test_of_rows_of_one_id_the_first_counts_in_sqlite_too(database: Database, world: Any, again: int) -> None:
+    tags = sorted({tag for _, tag in world.relations})[:20]
+    plain = read_everything(database, tags)
+    with closing(sqlite3.connect(database.path)) as connection, connection:
+        (definition,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'post'").fetchone()
+        connection.execute("ALTER TABLE post RENAME TO old")
+        # Without later rows: a table that keeps ids apart without rowids.
+        connection.execute(definition.replace("PRIMARY KEY", "") if again else f"{definition} WITHOUT ROWID")
+        connection.execute("INSERT INTO post SELECT * FROM old ORDER BY id DESC")
+        connection.execute(
+            f"INSERT INTO post SELECT * FROM old ORDER BY id % 7, id LIMIT {again}",
+        )
+        later = "WHERE rowid IN (SELECT max(rowid) FROM post GROUP BY id HAVING count(*) > 1)" if again else "WHERE 0"
+        connection.execute(f"UPDATE post SET is_deleted = 1 - is_deleted, fav_count = 5555, rating = 3 {later}")
+        if "tag_list" in definition:
+            (longest,) = connection.execute("SELECT max(tag_list) FROM old").fetchone()
+            connection.execute(f"UPDATE post SET tag_list = ? {later}", (longest,))
+        connection.execute("DROP TABLE old")
+    repeated = open_database(database.path)
+    assert read_everything(repeated, tags) == plain
+    assert read_drops(repeated, []).duplicates == again
+    described = describe_database(database.path)
+    assert (described.posts, described.duplicate_ids) == (len(world.posts), again)
