@@ -118,6 +118,9 @@ class LayerReader:
     def read_dataset(self, name: str) -> None:
         """Put the `[dataset_options]` of a dataset recipe, if it has them, over the template's."""
         path = Path(name) if name.endswith(".toml") else shipped_folder("datasets") / f"{name}.toml"
+        if ".." in path.parts:
+            self.problems.append(Problem("kwrap.dataset", f"{name}: climbs out of its folder", "dataset"))
+            return
         if not path.is_file():
             return
         document = load_toml(path)

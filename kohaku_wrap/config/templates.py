@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,17 +53,21 @@ def list_toml(folder: Path) -> list[Path]:
 
 
 def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | None = None) -> Path:
-    """The file that `name` means. `beside`: the folder against which a relative path resolves.
+    """The file that `name` means. `beside`: the folder of the file that names it, below which a path must lie.
 
     A path is what ends in .toml or holds a separator. Raises UnknownTemplate.
     """
     text = str(name)
     if text.endswith(".toml") or "/" in text or "\\" in text:
-        path = expand_user(text)
-        for candidate in [beside / path, path] if beside else [path]:
-            if candidate.is_file():
-                return candidate
         named = ", ".join(list_names(folders))
+        if beside and (text.startswith("~") or not lies_below(beside / text, beside)):
+            raise UnknownTemplate(
+                f"{text}: outside of {beside}: a template reads no file but those below its own folder and named ones",
+                f"Copy it there, or into {user_templates()} to name it; now there are {named}.",
+            )
+        path = beside / text if beside else expand_user(text)
+        if path.is_file():
+            return path
         raise UnknownTemplate(
             f"{text}: {describe_absence(path, f'{kind} file')}", f"Check the path, or give a name: {named}."
         )
@@ -75,6 +80,11 @@ def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | 
         f"no {kind} is called {text}{suggest(text, known) or f'; there are {listed}'}",
         f"Give one of {listed}, or the path of a .toml file.",
     )
+
+
+def lies_below(path: Path, folder: Path) -> bool:
+    """Whether the path stays in the folder by what is written; links are followed by whoever opens it."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def find_template(name: str | Path, beside: Path | None = None) -> Path:

@@ -111,7 +111,7 @@ def test_a_templates_steps_win_over_its_bases_epochs(tmp_path: Path) -> None:
     base = write(tmp_path / "base.toml", 'extends = "epsilon"\nmax_train_steps = 17000\n')
     effective = resolve_template(base)
     assert effective.get("max_train_steps") == 17000 and not effective.is_set("max_train_epochs")
-    effective = resolve_template(write(tmp_path / "mine.toml", f'extends = "{base}"\nmax_train_epochs = 3\n'))
+    effective = resolve_template(write(tmp_path / "mine.toml", f'extends = "{base.name}"\nmax_train_epochs = 3\n'))
     assert effective.get("max_train_epochs") == 3 and not effective.is_set("max_train_steps")
 
 
@@ -120,6 +120,25 @@ def test_a_circle_is_named(tmp_path: Path) -> None:
     write(tmp_path / "two.toml", 'extends = "one"\n')
     with pytest.raises(ProblemsFound, match="one → two → one"):
         load_layers(tmp_path / "one.toml")
+
+
+def test_a_template_reads_only_files_below_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    outside = write(tmp_path / "outside.toml", 'extends = "demo"\n[dataset_options]\nflip_aug = true\n')
+    (tmp_path / "theirs" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for base in (str(outside), "../outside.toml", "deep/../../outside.toml", "~/outside.toml", "outside.toml"):
+        for mine in ("theirs/mine.toml", str(tmp_path / "theirs" / "mine.toml")):
+            write(Path(mine), f'extends = "{base}"\n')
+            with pytest.raises(UnknownTemplate, match="outside of|no such template"):
+                load_layers(Path(mine))
+    with pytest.raises(ProblemsFound, match="climbs out"):
+        resolve_template(write(Path("theirs/mine.toml"), '[kwrap]\ndataset = "deep/../../outside.toml"\n'))
+    for base in ("deep/base.toml", "./deep/../deep/base.toml"):
+        write(Path("theirs/deep/base.toml"), 'extends = "demo"\nmax_train_steps = 3\n')
+        assert resolve_template(write(Path("theirs/mine.toml"), f'extends = "{base}"\n')).get("max_train_steps") == 3
 
 
 def test_unknown_template_suggests() -> None:
