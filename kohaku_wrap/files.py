@@ -265,6 +265,24 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
 
 
+def write_new_text(path: Path, text: str) -> None:
+    """Write `text` to a name that nothing has, whole or not at all.
+
+    Raises FileExistsError, also where another process was first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with making_folder(path.parent, f".{path.name}.") as folder:
+        part = folder / path.name
+        write_text(part, text)
+        try:
+            os.link(part, path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or os.path.lexists(path):
+                raise
+            part.rename(path)  # A disk without hard links.
+    fsync_folder(path.parent)
+
+
 def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """The file's sha256 in hex; `on_bytes` is told the size of each block read."""
     digest = hashlib.sha256()

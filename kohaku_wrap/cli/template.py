@@ -326,7 +326,7 @@ def copy_command(name: str, destination: str, force: bool) -> None:
     the copy holds only the differences. A preset belongs into a folder presets/ beside the template that names it.
     """
     from kohaku_wrap.config.templates import find_source, user_templates
-    from kohaku_wrap.files import expand_user, write_text
+    from kohaku_wrap.files import expand_user, write_new_text, write_text
 
     source = find_source(name)
     kind = source.parent.name
@@ -338,9 +338,16 @@ def copy_command(name: str, destination: str, force: bool) -> None:
         own = user_templates() / kind if kind in ("presets", "styles") else user_templates()
         own = Path() if kind == "merges" else own
         target = own / f"{destination}.toml" if "/" not in destination else Path(f"{destination}.toml")
-    if target.exists() and not force:
-        raise TemplateExists(f"{target}: already there", "Choose another name, or add --force.")
-    write_text(target, source.read_text(encoding="utf-8"))
+    text = source.read_text(encoding="utf-8")
+    if force:
+        write_text(target, text)
+    else:
+        try:
+            write_new_text(target, text)
+        except FileExistsError:
+            if not os.path.lexists(target):
+                raise  # Of its folder, where a file lies.
+            raise TemplateExists(f"{target}: already there", "Choose another name, or add --force.") from None
     following = {
         "presets": f'name it in a template: preset = "{target.stem}"',
         "merges": command_line("merge", target, "--dry-run") + " with -m NAME=FILE for each of its models",
