@@ -24,7 +24,7 @@ from kohaku_wrap.config.schema import (
     UPLOADING_LOGS,
 )
 from kohaku_wrap.config.site import Site, find_path
-from kohaku_wrap.config.templates import find_preset
+from kohaku_wrap.config.templates import climbs_out, find_preset
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.toml_files import load_toml
@@ -118,7 +118,7 @@ class LayerReader:
     def read_dataset(self, name: str) -> None:
         """Put the `[dataset_options]` of a dataset recipe, if it has them, over the template's."""
         path = Path(name) if name.endswith(".toml") else shipped_folder("datasets") / f"{name}.toml"
-        if ".." in path.parts:
+        if climbs_out(name):
             self.problems.append(Problem("kwrap.dataset", f"{name}: climbs out of its folder", "dataset"))
             return
         if not path.is_file():

@@ -60,7 +60,7 @@ def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | 
     text = str(name)
     if text.endswith(".toml") or "/" in text or "\\" in text:
         named = ", ".join(list_names(folders))
-        if beside and (text.startswith("~") or not lies_below(beside / text, beside)):
+        if beside and climbs_out(text):
             raise UnknownTemplate(
                 f"{text}: outside of {beside}: a template reads no file but those below its own folder and named ones",
                 f"Copy it there, or into {user_templates()} to name it; now there are {named}.",
@@ -82,9 +82,9 @@ def find_named(name: str | Path, kind: str, folders: list[Path], beside: Path | 
     )
 
 
-def lies_below(path: Path, folder: Path) -> bool:
-    """Whether the path stays in the folder by what is written; links are followed by whoever opens it."""
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+def climbs_out(path: str) -> bool:
+    """Whether the path, as it is written, is not one below the folder that it begins at; links are not followed."""
+    return path.startswith(("~", "/")) or Path(os.path.normpath(path)).parts[:1] == ("..",)
 
 
 def find_template(name: str | Path, beside: Path | None = None) -> Path:

@@ -132,7 +132,7 @@ def test_a_template_reads_only_files_below_its_folder(
     for base in (str(outside), "../outside.toml", "deep/../../outside.toml", "~/outside.toml", "outside.toml"):
         for mine in ("theirs/mine.toml", str(tmp_path / "theirs" / "mine.toml")):
             write(Path(mine), f'extends = "{base}"\n')
-            with pytest.raises(UnknownTemplate, match="outside of|no such template"):
+            with pytest.raises(UnknownTemplate, match=r"outside of|no such template"):
                 load_layers(Path(mine))
     with pytest.raises(ProblemsFound, match="climbs out"):
         resolve_template(write(Path("theirs/mine.toml"), '[kwrap]\ndataset = "deep/../../outside.toml"\n'))
