@@ -188,7 +188,7 @@ def advice_for_os_error(error: OSError) -> tuple[str, str]:
         return f"{where}the disk is full", "Free some space and run the same command again; nothing is half-written."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{where}{error.strerror}", "Choose a path that you may write to, or fix its permissions."
-    if error.errno == errno.EEXIST and Path(name).is_file():
+    if error.errno == errno.EEXIST and not Path(name).is_dir():
         return f"{where}a file, not a folder", "Choose another path."
     return f"{where}{error.strerror or error}", "Check the path and run the same command again."
 

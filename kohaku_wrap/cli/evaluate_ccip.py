@@ -179,6 +179,7 @@ def list_characters(
     """The characters of an index, of a list, or all of the database."""
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.evaluation.characters import BadCharacters, find_characters, read_index, read_names
+    from kohaku_wrap.files import describe_absence
     from kohaku_wrap.metadata.columns import DANBOORU
     from kohaku_wrap.metadata.parallel import usable_threads
 
@@ -186,7 +187,9 @@ def list_characters(
     if characters != FROM_DATABASE and path.is_dir():
         return read_index(path)
     if characters != FROM_DATABASE and not path.is_file():
-        raise BadCharacters(f"{path}: no such file or folder", "Give a list of tags, an index's folder, or `db`.")
+        raise BadCharacters(
+            f"{path}: {describe_absence(path, 'file or folder')}", "Give a list of tags, an index's folder, or `db`."
+        )
     names = None if characters == FROM_DATABASE else read_names(path)
     paths = load_site(site).paths if site else read_site_paths(Path())
     db = db or (paths.db if paths else None)

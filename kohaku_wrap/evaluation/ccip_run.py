@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 
 import kohaku_wrap
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, reason_of
 from kohaku_wrap.evaluation.ccip import (
     Score,
     compare_models,
@@ -233,7 +233,9 @@ def read_result(path: Path) -> dict[str, Any]:
         if document["format"] != FORMAT or document["measure"] != "ccip" or not document["models"]:
             raise ValueError("another form")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OtherResult(f"{path}: no result of `kwrap evaluate ccip` ({error})", "Give its ccip.json.") from None
+        raise OtherResult(
+            f"{path}: no result of `kwrap evaluate ccip` ({reason_of(error)})", "Give its ccip.json."
+        ) from None
     return dict(document)
 
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.words import PEOPLE_TAGS
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, reason_of
 from kohaku_wrap.evaluation.judges import Features
-from kohaku_wrap.files import parse_json, read_regular
+from kohaku_wrap.files import open_regular, parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.columns import TAG_TYPES
@@ -144,11 +144,12 @@ def read_features(path: Path) -> tuple[Features, str]:
     """(references, 768) of an index's file, at most MOST_REFERENCES; none and the reason where it has none."""
     none = np.zeros((0, FEATURE_SIZE), dtype=np.float32)
     try:
-        rows = np.load(path, allow_pickle=False)
+        with open_regular(path) as stream:
+            rows = np.load(stream, allow_pickle=False)
     except FileNotFoundError:
         return none, f"no {path.name} in the index"
     except (OSError, ValueError, EOFError) as error:
-        return none, f"{path.name} cannot be read ({error})"
+        return none, f"{path.name} cannot be read ({reason_of(error)})"
     if rows.ndim != 2 or rows.shape[1] != FEATURE_SIZE or rows.dtype.kind != "f" or not np.isfinite(rows).all():
         return none, f"{path.name} holds {rows.dtype} of shape {rows.shape}, not features of {FEATURE_SIZE}"
     return rows[:MOST_REFERENCES].astype(np.float32), ""

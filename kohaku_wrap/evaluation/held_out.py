@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 import kohaku_wrap
 from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, reason_of
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
 from kohaku_wrap.files import Progress, parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import Columns
@@ -274,7 +274,9 @@ def read_result(path: Path) -> dict[str, Any]:
         if document["format"] != FORMAT or document["measure"] != "loss" or not document["models"]:
             raise ValueError("another form")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OtherResult(f"{path}: no result of `kwrap evaluate loss` ({error})", "Give its loss.json.") from None
+        raise OtherResult(
+            f"{path}: no result of `kwrap evaluate loss` ({reason_of(error)})", "Give its loss.json."
+        ) from None
     return dict(document)
 
 

@@ -243,6 +243,12 @@ def test_a_pipe_in_place_of_captions_is_not_waited_for(name: str, tmp_path: Path
         "merge pipe.toml -o m.safetensors",
         "merge a -m a=pipe.safetensors -o m.safetensors",
         "template cp demo pipe.toml --force",
+        "sample pipe.safetensors --prompt a --out look",
+        "prompt 1girl --dataset pipe.toml",
+        "report pipe.safetensors -o page.html",
+        "report pipe.safetensors -o pipe.toml",
+        "train --locked pipe.toml --run r",
+        "inspect pipe.safetensors",
     ],
 )
 def test_a_pipe_is_not_called_absent_and_not_replaced(words: str, tmp_path: Path) -> None:

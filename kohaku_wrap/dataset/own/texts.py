@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from kohaku_wrap.dataset.captions.text_table import TEXT_COLUMNS
 from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
 from kohaku_wrap.errors import UsageError, reason_of
-from kohaku_wrap.files import parse_json, read_regular
+from kohaku_wrap.files import describe_absence, parse_json, read_regular
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
 TAGS_COLUMN = "tags"
@@ -88,7 +88,8 @@ def find_table(found: Found, name: str) -> Path:
     for path in (found.source.folder / name, Path(name)):
         if path.is_file():
             return path
-    raise NoTable(f"{name}: no such file, here or in {found.source.folder}", "Name .txt, .caption or a file.")
+    what = describe_absence(Path(name))
+    raise NoTable(f"{name}: {what}, here or in {found.source.folder}", "Name .txt, .caption or a file.")
 
 
 def read_neighbours(found: Found, ending: str) -> Texts:
