@@ -29,6 +29,10 @@ def reason_of(error: Exception) -> str:
     """
     if isinstance(error, TypeError | AttributeError):
         return "a value in it is of another kind than it should be"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text"
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0] if error.args else 'a key'}"
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -118,7 +118,7 @@ def read_index(folder: Path) -> list[Character]:
             f"{folder}: no {INDEX_FILE} in it", "Give the folder of deepghs/character_index, a list, or `db`."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadCharacters(f"{path}: cannot be read ({error!r})", "Get the index again.") from None
+        raise BadCharacters(f"{path}: cannot be read ({reason_of(error)})", "Get the index again.") from None
 
 
 def read_entry(folder: Path, entry: Mapping[str, Any]) -> Character:
@@ -160,7 +160,9 @@ def read_names(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in read_regular(path).splitlines()]
     except (OSError, ValueError) as error:
-        raise BadCharacters(f"{path}: cannot be read ({error})", "Give a text file with a tag a line.") from None
+        raise BadCharacters(
+            f"{path}: cannot be read ({reason_of(error)})", "Give a text file with a tag a line."
+        ) from None
     if names := [line.replace(" ", "_") for line in lines if line and not line.startswith("#")]:
         return list(dict.fromkeys(names))
     raise BadCharacters(f"{path}: no tag in it", "Write a character's tag a line, as the site writes it.")

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
 from kohaku_wrap.files import describe_absence, parse_json, read_regular, sha256_of_file
 from kohaku_wrap.toml_files import TableReader, load_toml
 
@@ -256,7 +257,9 @@ def prepare_picture(path: Path, kind: Kind) -> Features:
             method = Image.Resampling.BICUBIC if kind.interpolation == "bicubic" else Image.Resampling.BILINEAR
             pixels = np.asarray(image.resize((kind.size, kind.size), method), dtype=np.float32)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadablePicture(f"{path}: cannot be read ({error})", "Remove it, or draw it again.") from None
+        raise UnreadablePicture(
+            f"{path}: cannot be read ({reason_of(error)})", "Remove it, or draw it again."
+        ) from None
     if kind.channels == "bgr":
         pixels = pixels[:, :, ::-1]
     mean, deviation = (np.array(each, dtype=np.float32) for each in (kind.mean, kind.deviation))
@@ -277,14 +280,16 @@ def open_judge(folder: Path, wanted: Sequence[str] = tuple(KINDS), threads: int 
     """The judge in a folder, of one of these kinds. Raises BadJudge, ProblemsFound for its `judge.toml`."""
     if not folder.is_dir():
         raise BadJudge(f"{folder}: {describe_absence(folder, 'folder')}", list_kinds(wanted))
-    own = read_own(folder) if (folder / OWN_FILE).is_file() else {}
+    own = read_own(folder) if os.path.lexists(folder / OWN_FILE) else {}
     kind = own["kind"] if own else guess_kind(folder, wanted)
     model = str(own.get("model") or kind.files[0])
     files = [model, *kind.files[1:]]
     needed = [name for name in files if name != "meta.json" or not kind.labels]
     if missing := [name for name in needed if not (folder / name).is_file()]:
+        odd = [name for name in missing if os.path.lexists(folder / name)]
+        what = f"{odd[0]} is not a regular file" if odd else f"a judge of kind {kind.name} without {', '.join(missing)}"
         raise BadJudge(
-            f"{folder}: a judge of kind {kind.name} without {', '.join(missing)}",
+            f"{folder}: {what}",
             f"It needs {', '.join(files)}. They are published at {kind.published}.",
         )
     if kind.name not in wanted:
@@ -304,11 +309,11 @@ def list_kinds(wanted: Sequence[str]) -> str:
 
 def guess_kind(folder: Path, wanted: Sequence[str]) -> Kind:
     """The kind of a published layout, by its files. Raises BadJudge."""
-    if (folder / "selected_tags.csv").is_file():
+    if (folder / "selected_tags.csv").exists():
         return KINDS["tagger"]
-    if any((folder / name).is_file() for name in KINDS["ccip"].files):
+    if any((folder / name).exists() for name in KINDS["ccip"].files):
         return KINDS["ccip"]
-    if (folder / "meta.json").is_file():
+    if (folder / "meta.json").exists():
         labels = read_meta(folder)
         return KINDS["corruption" if "corrupted" in labels else "aesthetic"]
     if len(wanted) == 1:
@@ -324,7 +329,7 @@ def read_meta(folder: Path) -> tuple[str, ...]:
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or not labels:
             raise ValueError("labels is no list of words")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadJudge(f"{path}: its labels cannot be read ({error})", "Get the file again.") from None
+        raise BadJudge(f"{path}: its labels cannot be read ({reason_of(error)})", "Get the file again.") from None
     return tuple(labels)
 
 
@@ -339,8 +344,8 @@ def read_labels(folder: Path, kind: Kind) -> tuple[tuple[str, ...], tuple[str, .
         rows = list(csv.DictReader(io.StringIO(read_regular(path))))
         names = tuple(row["name"] for row in rows)
         found = tuple(CATEGORIES.get(int(row["category"]), row["category"]) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadJudge(f"{path}: its tags cannot be read ({error!r})", "Get the file again.") from None
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise BadJudge(f"{path}: its tags cannot be read ({reason_of(error)})", "Get the file again.") from None
     return names, found
 
 
@@ -350,7 +355,7 @@ def read_threshold(folder: Path) -> float:
     try:
         return float(parse_json(read_regular(path))["threshold"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadJudge(f"{path}: no threshold in it ({error!r})", "Get the file again.") from None
+        raise BadJudge(f"{path}: no threshold in it ({reason_of(error)})", "Get the file again.") from None
 
 
 def read_own(folder: Path) -> dict[str, Any]:

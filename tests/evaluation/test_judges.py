@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,3 +116,28 @@ def test_the_kinds_are_listed_with_their_files(tmp_path: Path) -> None:
     made = CliRunner().invoke(program, ["evaluate", "judges", "--small", str(tmp_path / "small")])
     assert made.exit_code == 0
     assert all(open_judge(tmp_path / "small" / kind).look_at(make_picture(tmp_path / "a.png")).size for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "put", "said"),
+    [
+        ("tagger", "judge.toml", os.mkfifo, "judge.toml: not a regular file"),
+        ("tagger", "selected_tags.csv", os.mkfifo, "selected_tags.csv is not a regular file"),
+        ("ccip", "model_feat.onnx", lambda path: path.symlink_to("/dev/zero"), "model_feat.onnx is not a regular file"),
+        ("ccip", "metrics.json", lambda path: path.write_bytes(b"\xff{}"), "no threshold in it (not UTF-8 text)"),
+        ("ccip", "metrics.json", lambda path: path.write_text("{}"), "no threshold in it (it lacks threshold)"),
+        ("tagger", "selected_tags.csv", lambda path: path.write_text("[" * 200_000), "its tags cannot be read"),
+        ("aesthetic", "meta.json", lambda path: path.write_text("[" * 200_000), "(nested too deeply)"),
+    ],
+)
+def test_odd_files_of_a_judge_are_one_message(
+    judges: Path, tmp_path: Path, kind: str, name: str, put: Callable[[Path], Any], said: str
+) -> None:
+    folder = tmp_path / kind
+    shutil.copytree(judges / kind, folder)
+    (folder / "judge.toml").unlink()
+    (folder / name).unlink(missing_ok=True)
+    put(folder / name)
+    with pytest.raises(KwrapError) as caught:
+        open_judge(folder)
+    assert said in caught.value.message and caught.value.next_step
