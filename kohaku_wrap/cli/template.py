@@ -18,18 +18,16 @@ from kohaku_wrap.cli.output import (
     print_answer,
     print_json,
     print_lines,
-    print_note,
     wants_json,
 )
+from kohaku_wrap.cli.template_check import check
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError, command_line
-from kohaku_wrap.wording import count_of, show_path
+from kohaku_wrap.errors import ProblemsFound, UsageError, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from kohaku_wrap.config.effective import Effective
-    from kohaku_wrap.config.site import Site
 
 Path_ = click.Path(path_type=Path)
 LONGEST_VALUE = 48
@@ -91,6 +89,7 @@ def show_command(
     """
     from kohaku_wrap.config.checks import check_effective, describe_notes
     from kohaku_wrap.config.layers import load_layers
+    from kohaku_wrap.config.network import list_preset_factors, list_reached
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.trainer.installed import find_option_table
 
@@ -148,19 +147,10 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool, typed:
         print_lines(f"Next: {command_line('template', 'show', typed, '--why')}")
 
 
-def list_preset_factors(preset: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Names or classes of modules with a factor of their own in a LyCORIS preset, which network_args do not reach."""
-    tables = (preset.get(name, {}) for name in ("name_algo_map", "module_algo_map"))
-    return [
-        (pattern, options["factor"])
-        for table in tables
-        for pattern, options in table.items()
-        if isinstance(options, dict) and "factor" in options
-    ]
-
-
 def print_preset_factors(preset: Mapping[str, Any]) -> None:
     """The preset's factors, and what the factor of network_args still reaches beside them."""
+    from kohaku_wrap.config.network import list_preset_factors, list_reached
+
     factors = list_preset_factors(preset)
     for pattern, factor in factors:
         print_lines(f"  {factor} for {pattern}, by the preset; network_args.factor does not reach these")
@@ -169,13 +159,6 @@ def print_preset_factors(preset: Mapping[str, Any]) -> None:
         print_lines(
             f"  network_args.factor still reaches: {reached}" + ", but for the above" * (reached != "no module")
         )
-
-
-def list_reached(preset: Mapping[str, Any]) -> list[str]:
-    """Classes and names that a LyCORIS preset trains and gives no factor of its own."""
-    own = {pattern for pattern, _ in list_preset_factors(preset)}
-    keys = ("unet_target_module", "unet_target_name", "text_encoder_target_module", "text_encoder_target_name")
-    return [name for key in keys for name in preset.get(key, []) if name not in own]
 
 
 def print_fates(keys: Iterable[str]) -> None:
@@ -210,99 +193,6 @@ def describe_fate(key: str) -> str:
 def table_of(key: str) -> str:
     """The table that a key stands in: `dataset_options`; empty for those at the top."""
     return key.rpartition(".")[0]
-
-
-@command.command("check", epilog="\b\nExamples:\n  kwrap template check mine.toml\n  kwrap template check templates/")
-@click.argument("files", nargs=-1, required=True)
-@click.option("--site", type=Path_, help="Check on this machine, too: does the batch divide?")
-@trust_option
-@click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
-@json_option
-@beyond_output()
-def check_command(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], modules: bool | None) -> None:
-    """Find every fault of template files or folders.
-
-    Names, types, choices and contradictions. Exit code 1 if any has one. A folder means its *.toml files, and its
-    presets/*.toml as presets; a site file is checked as a site. Patterns of a preset of your own are matched against
-    SDXL's modules where torch and LyCORIS are installed; that takes some seconds once.
-    """
-    from importlib.util import find_spec
-
-    from kohaku_wrap.config.base_model import note_other_prediction
-    from kohaku_wrap.config.check_files import check_file, list_files
-    from kohaku_wrap.config.site import load_site
-    from kohaku_wrap.config.training_data import note_whole_captions
-    from kohaku_wrap.trainer.installed import find_option_table
-
-    table = find_option_table()
-    on_site = load_site(site) if site else None
-    reports = [(path, *check_file(path, on_site, table, trust)) for path in list_files(files)]
-    if modules or (modules is None and find_spec("torch") and find_spec("lycoris")):
-        for _, problems, effective in reports:
-            problems += check_modules(effective, on_site)
-    faulty = [(path, problems) for path, problems, _ in reports if problems]
-    notes = {
-        note
-        for _, _, effective in reports
-        if effective
-        for note in (*note_whole_captions(effective), *note_other_prediction(effective))
-    }
-    if wants_json():
-        print_json(
-            "template check",
-            {
-                "options_from": table.source,
-                "checked": [str(path) for path, _, _ in reports],
-                "trust": [
-                    {"file": str(path), **row}
-                    for path, _, effective in reports
-                    if effective
-                    for row in describe_trust(effective)
-                ],
-                "problems": [
-                    {"file": str(path), "where": p.where, "what": p.what, "layer": p.layer}
-                    for path, problems in faulty
-                    for p in problems
-                ],
-                "notes": sorted(notes),
-            },
-        )
-        if faulty:
-            raise click.exceptions.Exit(1)
-        return
-    for note in sorted(notes):
-        print_note(f"note: {note}")
-    for _, _, effective in reports:
-        if effective:
-            print_trust(effective)
-    for path, problems in faulty:
-        print_lines(ProblemsFound(show_path(path), problems).message)
-    if faulty:
-        count = sum(len(problems) for _, problems in faulty)
-        raise FaultyTemplates(
-            f"{count_of(count, 'problem')} in {len(faulty)} of {count_of(len(reports), 'file')}",
-            f"Run `{command_line('template', 'show', faulty[0][0], '--why')}` to see where each value comes from.",
-        )
-    click.echo(f"{count_of(len(reports), 'file')}, no problems (options of {table.source}).")
-    template = files[0] if len(reports) == 1 else "TEMPLATE"
-    print_lines(f"Next: {command_line('plan', template, '--site', site or 'site.toml')}")
-
-
-class FaultyTemplates(KwrapError):
-    """At least one template has a fault."""
-
-
-def check_modules(effective: Effective | None, site: Site | None) -> list[Problem]:
-    """Patterns of a file's preset that match no module; shipped presets on a full SDXL are known to match."""
-    from kohaku_wrap.config.check_files import is_shipped_preset
-    from kohaku_wrap.config.network import find_preset_faults
-    from kohaku_wrap.planning.module_counts import count_network, find_unmatched
-
-    if effective is None or not effective.preset or any(find_preset_faults(effective)):
-        return []
-    if site is None and is_shipped_preset(effective.preset):
-        return []
-    return effective.blame(find_unmatched(count_network(effective)))
 
 
 @command.command(
@@ -396,3 +286,6 @@ def flatten_values(effective: Effective) -> dict[str, Any]:
 
 def show_value(value: Any) -> str:
     return "unset" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+command.add_command(check)

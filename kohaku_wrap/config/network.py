@@ -227,3 +227,21 @@ def find_bad_patterns(preset: Mapping[str, Any]) -> Faults:
         patterns = map(str, value if isinstance(value, (list, dict)) else [])
         for pattern, fault in find_faults(patterns):
             yield f"preset.{key}", f"{shorten(repr(pattern))} {fault}"
+
+
+def list_preset_factors(preset: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Names or classes of modules with a factor of their own in a LyCORIS preset, which network_args do not reach."""
+    tables = (preset.get(name, {}) for name in ("name_algo_map", "module_algo_map"))
+    return [
+        (pattern, options["factor"])
+        for table in tables
+        for pattern, options in table.items()
+        if isinstance(options, dict) and "factor" in options
+    ]
+
+
+def list_reached(preset: Mapping[str, Any]) -> list[str]:
+    """Classes and names that a LyCORIS preset trains and gives no factor of its own."""
+    own = {pattern for pattern, _ in list_preset_factors(preset)}
+    keys = ("unet_target_module", "unet_target_name", "text_encoder_target_module", "text_encoder_target_name")
+    return [name for key in keys for name in preset.get(key, []) if name not in own]

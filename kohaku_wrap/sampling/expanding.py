@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,29 +11,30 @@ from typing import Any
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.formats.predictions import Prediction
-from kohaku_wrap.sampling.cells import Cell, Compute, Hires
+from kohaku_wrap.sampling.cells import Cell, Compute
 from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.compose import place_style
 from kohaku_wrap.sampling.sheets import MOST_CELLS, NO_STYLE, Sheet
 
+SAID_BY_SHEET = ("steps", "sampler", "schedule", "clip_skip", "emphasis", "hires")
+"""Fields of a cell that a sheet may set; where it does not, the cell's own defaults hold."""
+
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where the sheet does not say."""
+    """What a sheet does not say."""
 
     compute: Compute
+    """How the numbers are computed."""
+
     tokenizers: str
-    seeds: tuple[int, ...] = (0,)
-    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
-    guidances: tuple[float, ...] = (5.0,)
-    negative: str = ""
-    steps: int = 24
-    sampler: str = "euler-a"
-    schedule: str = "exponential"
-    clip_skip: int = 2
-    emphasis: str = "no-norm"
-    hires: Hires | None = None
+    """A digest of both."""
+
+    size: tuple[int, int] = (1024, 1024)
+    """Where neither sheet nor prompt says one."""
+
     lenient: bool = False
+    """Whether an open bracket reaches to the end of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,18 @@ def expand_sheet(
         list(enumerate(sheet.prompts, start=1)),
         sheet.styles,
         models,
-        sheet.sizes or defaults.sizes,
-        sheet.guidances or defaults.guidances,
-        sheet.seeds or defaults.seeds,
+        sheet.sizes or (defaults.size,),
+        sheet.guidances or (Cell.guidance,),
+        sheet.seeds or (0,),
     )
-    count = 1
-    for axis in axes:
-        count *= len(axis)
+    count = math.prod(map(len, axes))
     if count > MOST_CELLS:
         raise UsageError(f"the sheet has {count:,} cells; {MOST_CELLS:,} are allowed", "Make several smaller sheets.")
     found: dict[str, PlacedCell] = {}
     titles = name_models([each.model for each in models])
     for (number, prompt), style, known, size, guidance, seed in itertools.product(*axes):
         own = prompt.own
-        negative = prompt.negative if prompt.negative is not None else sheet.negative or defaults.negative
+        negative = prompt.negative if prompt.negative is not None else sheet.negative
         added = style.negative if style else ""
         cell = Cell(
             model=known.identity,
@@ -97,17 +97,12 @@ def expand_sheet(
             width=own.get("width", size[0]),
             height=own.get("height", size[1]),
             tokenizers=defaults.tokenizers,
-            steps=own.get("steps") or sheet.steps or defaults.steps,
             guidance=own.get("guidance", guidance),
-            sampler=sheet.sampler or defaults.sampler,
-            schedule=sheet.schedule or defaults.schedule,
-            clip_skip=sheet.clip_skip or defaults.clip_skip,
-            emphasis=sheet.emphasis or defaults.emphasis,
             lenient=defaults.lenient,
             prediction=known.prediction.kind,
             zero_terminal_snr=known.prediction.zero_terminal_snr,
-            hires=sheet.hires or defaults.hires,
             compute=defaults.compute,
+            **{name: value for name in SAID_BY_SHEET if (value := own.get(name) or getattr(sheet, name))},
         )
         labels: dict[str, Any] = {
             "prompt": prompt.label or f"{number}: {prompt.text}",

@@ -22,7 +22,7 @@ from kohaku_wrap.config.schema import SECRET_OPTIONS
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import ProblemsFound, UsageError
 from kohaku_wrap.formats.safetensors import PickledFile
-from kohaku_wrap.training.records.folder import Lock
+from kohaku_wrap.training.records.lock import Lock
 
 SPY = """import pathlib
 pathlib.Path({marker!r}).write_text("imported")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 from kohaku_wrap.training.supervising.expected_rates import NoExpectedRates, expect_rates, why_not
 
 

@@ -15,6 +15,7 @@ from plain_runs import misbehave, train
 
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import BadRunFolder
 from kohaku_wrap.training.records.manifest import MANIFEST, DamagedState, document_digest, read_manifest
 from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
@@ -107,7 +108,6 @@ def test_a_manifest_with_an_unknown_key_is_named(trained: Run, change: dict[str,
     "line", ["effective_batch = 0", "effective_batch = 9000000000000000000", "batch_per_gpu = 0", "seed = 1.5"]
 )
 def test_a_number_out_of_bounds_in_a_lock_is_named(new_run: NewRun, line: str) -> None:
-    from kohaku_wrap.training.records.folder import BadRunFolder
 
     run = new_run()
     key = line.split()[0]
@@ -119,7 +119,6 @@ def test_a_number_out_of_bounds_in_a_lock_is_named(new_run: NewRun, line: str) -
 
 @pytest.mark.parametrize("format_number", ["3", '"2"', "0", "[2]"])
 def test_a_lock_of_another_format_is_refused_with_advice(new_run: NewRun, format_number: str) -> None:
-    from kohaku_wrap.training.records.folder import BadRunFolder
     from kohaku_wrap.training.supervising.other_lock import template_of_lock
 
     run = new_run()

@@ -15,7 +15,8 @@ from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.training.data.latent_store import SAMPLE, LatentStore, Rule
-from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 
 
 class OtherLatents(KwrapError):

@@ -8,7 +8,8 @@ from typing import Any
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options
-from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 
 
 class DatasetChanged(KwrapError):

@@ -27,7 +27,8 @@ from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
 from kohaku_wrap.training.engines.schedule import options_of_cycle
 from kohaku_wrap.training.records.chapters import Cycle, find_cycle
-from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 
 NETWORKS = {"lycoris.kohya": "LycorisNetworkKohya", "networks.lora": "LoRANetwork"}
 """Network modules whose groups are made here, and the class that makes them."""

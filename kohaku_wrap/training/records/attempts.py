@@ -17,8 +17,9 @@ from kohaku_wrap.errors import KwrapError, command_line, reason_of
 from kohaku_wrap.files import parse_json, read_regular, take_lock, write_text
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
-from kohaku_wrap.training.records.folder import Lock, Place, Run
-from kohaku_wrap.training.records.signs import Phase, leave_sign, read_boot_id, send_output_to
+from kohaku_wrap.training.records.folder import Place, Run
+from kohaku_wrap.training.records.lock import Lock
+from kohaku_wrap.training.records.signs import Failure, Heartbeat, Phase, leave_sign, read_boot_id, send_output_to
 
 Outcome = Literal["finished", "stopped"]
 
@@ -41,65 +42,6 @@ KEPT_OTHERWISE = ("run", "differences", "threads")
 
 class BadAttempt(KwrapError):
     """A worker was started without its run, or the attempt's file cannot be read."""
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """The last sign of life of one rank."""
-
-    rank: int
-    """Of the process, from 0."""
-
-    pid: int
-    """The rank's process."""
-
-    phase: Phase
-    """What it is doing; each phase has its own time-out."""
-
-    optimizer_step: int
-    """Optimizer steps done."""
-
-    micro_batch: int
-    """Micro-batches done in this attempt."""
-
-    unix_seconds: float
-    """When it was written."""
-
-    message: str = ""
-    """For people, such as why it pauses."""
-
-    monotonic_seconds: float = 0.0
-    """When, by the clock that nobody sets; means nothing on another boot."""
-
-    boot_id: str = ""
-    """Of the machine's boot that it was written in."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a rank gave up, in its own words."""
-
-    rank: int
-    """Of the process, from 0."""
-
-    kind: str
-    """`non-finite-loss`, `mostly-skipped`, `nan-latents`, `out-of-memory`, `bad-image`, `disk-full`, `bad-state` or
-    `error`."""
-
-    message: str
-    """One line for people."""
-
-    optimizer_step: int
-    """Optimizer steps done when it happened."""
-
-    next_step: str = ""
-    """What to do about it, where the rank knows."""
-
-    unix_seconds: float = 0.0
-    """When it was written; the first failure of an attempt is its cause. 0 in attempts of kwrap 0.1."""
-
-    is_lasting: bool = False
-    """Whether the next attempt would only meet it again."""
 
 
 @dataclass(frozen=True)

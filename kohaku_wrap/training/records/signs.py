@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +22,65 @@ SUPERVISOR_LOG = "supervisor.log"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SIGN_BYTES = 4096
 """Of each sign of life, the same for all, so that one covers the other."""
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """The last sign of life of one rank."""
+
+    rank: int
+    """Of the process, from 0."""
+
+    pid: int
+    """The rank's process."""
+
+    phase: Phase
+    """What it is doing; each phase has its own time-out."""
+
+    optimizer_step: int
+    """Optimizer steps done."""
+
+    micro_batch: int
+    """Micro-batches done in this attempt."""
+
+    unix_seconds: float
+    """When it was written."""
+
+    message: str = ""
+    """For people, such as why it pauses."""
+
+    monotonic_seconds: float = 0.0
+    """When, by the clock that nobody sets; means nothing on another boot."""
+
+    boot_id: str = ""
+    """Of the machine's boot that it was written in."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank gave up, in its own words."""
+
+    rank: int
+    """Of the process, from 0."""
+
+    kind: str
+    """`non-finite-loss`, `mostly-skipped`, `nan-latents`, `out-of-memory`, `bad-image`, `disk-full`, `bad-state` or
+    `error`."""
+
+    message: str
+    """One line for people."""
+
+    optimizer_step: int
+    """Optimizer steps done when it happened."""
+
+    next_step: str = ""
+    """What to do about it, where the rank knows."""
+
+    unix_seconds: float = 0.0
+    """When it was written; the first failure of an attempt is its cause. 0 in attempts of kwrap 0.1."""
+
+    is_lasting: bool = False
+    """Whether the next attempt would only meet it again."""
 
 
 def leave_sign(path: Path, text: str) -> None:

@@ -28,7 +28,8 @@ from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts
-from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state, read_manifest
 from kohaku_wrap.training.records.origin import Origin, name_optimizer, write_origin
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, find_state

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.processes import NoAnswer, ask_python
-from kohaku_wrap.training.records.folder import Lock, Run
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 from kohaku_wrap.training.records.metrics import read_metrics
 
 WORKER = "kohaku_wrap.training.engines.list_rates"

@@ -11,7 +11,7 @@ from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
-from kohaku_wrap.training.records.folder import refuse_later_lock
+from kohaku_wrap.training.records.lock import refuse_later_lock
 
 OF_ONE_RUN = LOCK_PLACES | {"format", "digest", "run.id", "run.options_digest", "inputs.site_sha256"}
 """Entries that say where things are and which run it is, not what is trained."""

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, is_lock_free, list_attempts
+from kohaku_wrap.training.records.attempts import Attempt, is_lock_free, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, number_of, read_metrics
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.samples import TRAINER_FOLDER, list_pictures
-from kohaku_wrap.training.records.signs import read_boot_id
+from kohaku_wrap.training.records.signs import Heartbeat, read_boot_id
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.advice import advice_after
 from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done

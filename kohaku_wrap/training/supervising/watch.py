@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.training.records.attempts import Attempt, Heartbeat, hold_lock
+from kohaku_wrap.training.records.attempts import Attempt, hold_lock
 from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, MetricsTail, number_of
-from kohaku_wrap.training.records.signs import Phase
+from kohaku_wrap.training.records.signs import Heartbeat, Phase
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import (
     KILLED,
