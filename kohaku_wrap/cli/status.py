@@ -39,7 +39,9 @@ Examples:
 @click.option(
     "--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write the metrics that count as a table."
 )
-@click.option("--compare", nargs=2, metavar="A B", help="Two runs: options that differ, losses at equal steps.")
+@click.option(
+    "--compare", nargs=2, metavar="A B", help="Two runs: options that differ, losses at equal steps, time of a step."
+)
 @click.option("--tag", "tags", multiple=True, metavar="NAME", help="How often this tag was trained; repeatable.")
 @click.option("--to", type=(click.Choice(["tensorboard"]), click.Path(path_type=Path)), metavar="tensorboard DIR",
               help="Write the metrics that count to a folder of each run's own in DIR.")  # fmt: skip
@@ -172,9 +174,12 @@ def show_comparison(run: Run, other: Run) -> None:
 
     options = compare_options(run.lock.tables, other.lock.tables)
     losses = compare_losses(run, other)
+    seconds = [find_step_seconds(each) for each in (run, other)]
     described = [{"option": key, "a": one, "b": two} for key, one, two in options]
     steps = [{"optimizer_step": step, "a": one, "b": two} for step, one, two in losses]
-    payload = {"a": run.folder, "b": other.folder, "options": described, "losses": steps}
+    taken = dict(zip("ab", seconds, strict=True))
+    compared = {"options": described, "losses": steps, "seconds_per_step": taken}
+    payload = {"a": run.folder, "b": other.folder, **compared}
     unset = "not set"
     rows: list[tuple[str, Any]] = [
         (key, f"{unset if one is None else one}  |  {unset if two is None else two}") for key, one, two in options
@@ -182,8 +187,20 @@ def show_comparison(run: Run, other: Run) -> None:
     rows += [(f"mean loss by step {step:,}", f"{one:.4f}  |  {two:.4f}") for step, one, two in losses]
     if not losses:
         rows.append(("losses", "no optimizer step that both have"))
+    one, two = ("unknown" if each is None else f"{each:.3g} s" for each in seconds)
+    rows.append(("time of a step", f"{one}  |  {two}"))
     next_step = command_line("status", show_path(other.folder))
     print_answer("status", payload, f"{run.name}  |  {other.name}", rows, next_step)
+
+
+def find_step_seconds(run: Run) -> float | None:
+    """The median seconds of an optimizer step; None where none was measured yet."""
+    from kohaku_wrap.training.records.metrics import NoMeasurement, read_step_seconds
+
+    try:
+        return read_step_seconds(run)
+    except NoMeasurement:
+        return None
 
 
 def one_line(status: RunStatus) -> str:

@@ -132,3 +132,12 @@ def test_two_runs_are_compared(new_run: NewRun) -> None:
     document = json.loads(call("--compare", run.folder, other.folder, "--json").stdout)
     assert document["options"] == [{"option": "unet_lr", "a": None, "b": 0.5}]
     assert document["losses"][-1]["optimizer_step"] == run.lock.total_optimizer_steps
+    assert document["seconds_per_step"]["a"] > 0 and "time of a step" in told
+
+
+def test_a_run_without_a_step_has_no_time_of_one(new_run: NewRun) -> None:
+    run, other = new_run("a"), new_run("b")
+    train(run)
+    document = json.loads(call("--compare", run.folder, other.folder, "--json").stdout)
+    assert document["seconds_per_step"]["a"] > 0
+    assert document["seconds_per_step"]["b"] is None

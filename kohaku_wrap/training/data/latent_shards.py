@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
+import os
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import atomic_write, parse_json, read_regular, sha256_of_file, write_text
+from kohaku_wrap.files import atomic_write, open_regular, parse_json, read_regular, sha256_of_file, write_text
 from kohaku_wrap.formats.safetensors import (
     MalformedFile,
     PickledFile,
@@ -85,12 +86,12 @@ class ShardShape:
     def name(self) -> str:
         return f"{self.number:06d}-{self.width}x{self.height}"
 
-    @property
+    @cached_property
     def record_shape(self) -> tuple[int, int, int]:
         """Channels, rows and columns of one variant of an image."""
         return self.channels, self.height // PIXELS_A_CELL, self.width // PIXELS_A_CELL
 
-    @property
+    @cached_property
     def record_bytes(self) -> int:
         return math.prod(self.record_shape) * DTYPES[self.precision][1].itemsize
 
@@ -187,31 +188,30 @@ def check_shard(folder: Path, shape: ShardShape, thorough: bool = False) -> str:
 
 
 class Shard:
-    """A shard, memory-mapped."""
+    """A shard, open for reading."""
 
     def __init__(self, folder: Path, shape: ShardShape) -> None:
         """Raises DamagedLatents for a file of another layout, and for one that is not there."""
         self.path, self.shape = shape.file_in(folder), shape
         try:
             header = read_header(self.path)
-            with self.path.open("rb") as stream:
-                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = open_regular(self.path)
         except (OSError, ValueError, MalformedFile, PickledFile) as error:
             raise DamagedLatents(self.path, getattr(error, "message", str(error))) from None
         spots = shape.lay_out()
         if header.tensors != spots:
             raise DamagedLatents(self.path, "its header says another shape")
+
         place = {name: header.data_start + spot.begin for name, spot in spots.items()}
         self._latents = place["latents"]
-        self._ids = np.frombuffer(self._map, "<i8", shape.count, place["ids"])
-        self._checksums = np.frombuffer(self._map, "<u4", shape.count * shape.variants, place["crc32"])
+        self._ids = np.fromfile(self._file, "<i8", shape.count, offset=place["ids"])
+        self._file.seek(0)
+        self._checksums = np.fromfile(self._file, "<u4", shape.count * shape.variants, offset=place["crc32"])
 
     def read_into(self, out: Latents, slot: int, image_id: int, variant: int = 0) -> None:
-        """Copy one record, verified by its checksum. Raises DamagedLatents."""
+        """Read one record, verified by its checksum. Raises DamagedLatents."""
         at = slot * self.shape.variants + variant
-        size = self.shape.record_bytes
-        begin = self._latents + at * size
         view = out.data.cast("B")
-        view[:] = memoryview(self._map)[begin : begin + size]
+        os.preadv(self._file.fileno(), [view], self._latents + at * self.shape.record_bytes)
         if zlib.crc32(view) != int(self._checksums[at]) or int(self._ids[slot]) != image_id:
             raise DamagedLatents(self.path, f"the checksum of image {image_id} does not fit its latents")

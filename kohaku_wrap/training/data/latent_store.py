@@ -39,7 +39,7 @@ FORMAT = 1
 METADATA_KEY = b"kwrap"
 SHARD_IMAGES = 1000
 SHARDS_OPEN = 64
-"""Mapped at once by a process; a page of one that is not counts to nobody."""
+"""At once by a process; the page cache keeps what was read of the others."""
 
 MOMENTS, SAMPLE = "moments", "sample"
 
@@ -272,7 +272,7 @@ class LatentStore:
         return {"folder": self.folder, "rule": self.rule}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # opened anew, since mappings are not sent
+        self.__init__(**state)  # type: ignore[misc]  # opened anew, since open files are not sent
 
     def require(self, ids: npt.NDArray[np.int64], check: bool = False) -> str:
         """A digest over the shards that hold these images, each by its sha256.
@@ -308,7 +308,7 @@ class LatentStore:
         return batch
 
     def shard(self, shape: ShardShape) -> Shard:
-        """The shard, mapped; those used last stay so."""
+        """The shard, open; those used last stay so."""
         if shape.number not in self._open:
             if len(self._open) >= SHARDS_OPEN:
                 self._open.popitem(last=False)
