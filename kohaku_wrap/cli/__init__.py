@@ -17,9 +17,17 @@ from typing import Any, NoReturn
 import click
 
 import kohaku_wrap
-from kohaku_wrap.cli.output import print_error
+from kohaku_wrap.cli.output import print_error, print_note
 from kohaku_wrap.cli.usage import describe_usage_error
-from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, KwrapError, MissingExtra, lacks_memory
+from kohaku_wrap.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Interrupted,
+    KwrapError,
+    MissingExtra,
+    lacks_memory,
+)
 from kohaku_wrap.outlets import OutputLost, loss_of_document
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -121,6 +129,10 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except (KeyboardInterrupt, click.Abort):
         return tell_interrupted()
+    except Interrupted as stopped:
+        # Asked for, and so no error.
+        print_note(f"{stopped.message}\n{stopped.next_step}".rstrip())
+        return stopped.exit_code
     except KwrapError as error:
         print_error(error.message, error.next_step)
         return error.exit_code

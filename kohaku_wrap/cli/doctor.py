@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import set_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, wants_json
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, waiting, wants_json
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
 
@@ -88,14 +88,20 @@ def command(
         print_trust(effective)
         if site and effective.batch:
             try:
-                plan = plan_training(effective, read_training_sizes(effective, site.paths.images))
+                with waiting("counting the network's modules"):
+                    plan = plan_training(effective, read_training_sizes(effective, site.paths.images))
             except NoImages as missing:
                 findings.append(
                     Finding("images", "warning", missing.message, "Disk and memory depend on them.", missing.next_step)
                 )
                 print_finding(findings[-1])
     engine = engine or (site.machine.engine if site else None)
-    for finding in examine_machine(engine, effective, plan):
+    looking = examine_machine(engine, effective, plan)
+    while True:
+        with waiting("looking"):
+            finding = next(looking, None)
+        if finding is None:
+            break
         findings.append(finding)
         print_finding(finding)
     broken = [finding.name for finding in findings if finding.status == "broken"]

@@ -10,7 +10,7 @@ import click
 from kohaku_wrap.cli.options import open_run, site_option, threads_option
 from kohaku_wrap.cli.output import json_option, print_answer, print_note, progress_bar
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.wording import count_of, show_path
+from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.evaluation.exposure import Exposure
@@ -60,7 +60,8 @@ def exposure(
     found = find_exposure(name, step, site_file, threads)
     wanted = found.tags.num_rows if everything else least
     rows = [found.find(tag) for tag in tags] if tags else found.least(wanted)
-    table = [*list_facts(found), *((row["tag"], describe_row(row)) for row in rows)]
+    title = "tags" if tags or everything else f"the {len(rows)} least trained"
+    table = [*list_facts(found), *list_counts(title, rows)]
     next_step = "" if tags else next_question(found, rows)
     payload = {**describe(found), "rows": rows}
     print_answer("evaluate exposure", payload, f"Exposure of run {found.run.name}", table, next_step)
@@ -107,12 +108,16 @@ def list_facts(found: Exposure) -> list[tuple[str, Any]]:
     return rows
 
 
-def describe_row(row: dict[str, Any]) -> str:
-    """One tag in words."""
-    return (
-        f"trained {row['trained']:,} times, in {count_of(row['images'], 'image')}; "
-        f"next epoch +{row['next_epoch']:,}, with one repeat more another +{row['one_more_repeat']:,}"
-    )
+def list_counts(title: str, rows: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """Each tag's numbers in columns: how often it was trained, in how many images, and what would come to that."""
+    lines = [(title, ("times", "images", "next epoch", "one repeat more"))]
+    for row in rows:
+        more = f"{row['next_epoch']:+,}", f"{row['one_more_repeat']:+,}"
+        lines.append((row["tag"], (f"{row['trained']:,}", f"{row['images']:,}", *more)))
+    widths = (10, 10, 12, 17)
+    return [
+        (name, "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))) for name, cells in lines
+    ]
 
 
 def next_question(found: Exposure, rows: list[dict[str, Any]]) -> str:

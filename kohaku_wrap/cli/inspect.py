@@ -225,5 +225,5 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) ->
             name, value = "size", f"{show_bytes(value)} ({value:,} bytes)"
         if name != "path" and value not in (None, ""):
             rows.append((name.replace("_", " "), value))
-    next_step = command_line("caption", "--db", file, "--post", described["last_id"] or "ID")
+    next_step = command_line("select", "epsilon", "--db", file, "--out", "epsilon.parquet")
     print_answer("inspect", payload, str(file), rows, next_step)

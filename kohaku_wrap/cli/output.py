@@ -149,7 +149,7 @@ def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") ->
     for (name, text), (_, value) in zip(shown, rows, strict=True):
         if sys.stdout.isatty() and not isinstance(value, Path):
             width = max(shutil.get_terminal_size().columns - column, 20)
-            text = f"\n{' ' * column}".join(textwrap.wrap(text, width, break_on_hyphens=False))
+            text = f"\n{' ' * column}".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))
         click.echo(f"{paint(name.ljust(column), fg='cyan')}{text}".rstrip())
     if next_step:
         click.echo(f"Next: {next_step.translate(ESCAPES)}")
@@ -172,10 +172,25 @@ def progress_bar(description: str, unit: str = "") -> Iterator[Progress]:
         yield lambda done, total: None
     elif sys.stderr.isatty():
         with live_bar(size=unit == "bytes") as bar:
-            task = bar.add_task(description, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            task = bar.add_task(description, total=None, visible=False)
+            yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
     else:
         yield plain_lines(description, unit)
+
+
+@contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Show on a terminal that work goes on which cannot be counted, and for how long."""
+    if wants_json() or not sys.stderr.isatty():
+        yield
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.TimeElapsedColumn())
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task(description, total=None)
+        yield
 
 
 class ByteCount:

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import repeat_option, set_option
-from kohaku_wrap.cli.output import (
-    json_option,
-    print_answer,
-    print_aside,
-    print_note,
-    progress_bar,
-)
+from kohaku_wrap.cli.output import json_option, print_answer, print_aside, print_note, progress_bar, waiting
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
@@ -96,7 +90,8 @@ def command(
     if measured:
         run = find_run(measured, (site.paths.runs,))
         seconds_per_step, drawing_seconds = read_step_seconds(run), read_drawing_seconds(run)
-    plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules, drawing_seconds=drawing_seconds)
+    with waiting("counting the network's modules"):
+        plan = plan_training(effective, sizes, seconds_per_step, with_modules=modules, drawing_seconds=drawing_seconds)
     if sizes.exact:
         keep_summary(site.paths.images)
     notes = describe_notes(effective, plan.steps)
@@ -132,6 +127,7 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
         "data": plan.data,
         "sizes_from": plan.sizes_from,
         "sizes_exact": plan.sizes_exact,
+        "image_files": plan.image_files,
         **counted,
         "effective_batch": steps.effective_batch,
         "images_per_optimizer_step": steps.images_per_optimizer_step,
@@ -200,8 +196,11 @@ def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> N
     largest = sorted(steps.buckets, key=lambda bucket: -bucket.images)
     shown = ", ".join(f"{each.width}x{each.height}: {each.images:,}" for each in largest[:BUCKETS_SHOWN])
     rest = len(largest) - BUCKETS_SHOWN
+    repeated = (
+        "" if steps.images == plan.image_files else f" an epoch, {count_of(plan.image_files, 'file')} with repeats,"
+    )
     rows: list[tuple[str, Any]] = [
-        ("images", f"{steps.images:,} from {plan.sizes_from}"),
+        ("images", f"{steps.images:,}{repeated} from {plan.sizes_from}"),
         ("buckets", f"{len(steps.buckets)}; {shown}" + (f", and {rest} more" if rest > 0 else "")),
         ("batches", f"{steps.batches:,} of {steps.batch_size}, {format_share(steps.bucket_fill)} full"),
         (

@@ -106,7 +106,11 @@ A sheet (sheet.toml) is the product of its lists:
 @click.option("--prompts", "sheet_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, or a sheet.")
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
 @click.option("--queued", is_flag=True, help="With --run: what its [samples] asks for and is not drawn yet.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where pictures go.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where pictures go; with --run usually its samples/.",
+)
 @picture_options
 @drawing_options
 @click.option("--dry-run", is_flag=True, help="List the pictures, draw none.")
@@ -131,6 +135,7 @@ def command(
     """
     from kohaku_wrap.sampling.contact_sheet import choose_axes, write_contact_sheet
     from kohaku_wrap.sampling.running import draw_sheet, find_waiting
+    from kohaku_wrap.training.records.samples import ASKED_FOLDER
 
     if queued:
         given = models or texts or sheet_file or out or any(asked[name] for name in ("networks", "steps", "vae"))
@@ -142,7 +147,9 @@ def command(
         draw_queued(site_file, asked, dry_run)
         return
     if out is None:
-        raise UsageError("--out is missing", "Name the folder where the pictures go: --out DIR.")
+        if asked["run"] is None:
+            raise UsageError("--out is missing", "Name the folder where the pictures go: --out DIR.")
+        out = open_run(asked["run"], site_file).samples / ASKED_FOLDER
     sheet = choose_sheet(sheet_file, texts, asked)
     job = prepare(sheet, list_models(models, asked, site_file), asked, site_file, out)
     choose_axes(job.cells, sheet.rows, sheet.columns)
@@ -203,6 +210,8 @@ def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path
 
 def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, dry_run: bool) -> None:
     """Print what was drawn, or would be."""
+    from kohaku_wrap.training.records.samples import ASKED_FOLDER
+
     new = {each.cell.name for each in waiting}
     pictures = [
         {"file": str(job.out / each.cell.name), "seed": each.cell.seed, "prompt": each.cell.prompt,
@@ -225,5 +234,8 @@ def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, dry_r
         rows += [("picture", job.out / each.cell.name) for each in job.cells]
     else:
         rows.append(("contact sheet", contact))
-    following = "the same command without --dry-run" if dry_run else command_line("inspect", pictures[0]["file"])
-    print_answer("sample", payload, f"Pictures in {job.out}", rows, following)
+    following = command_line("inspect", pictures[0]["file"])
+    if job.out.name == ASKED_FOLDER:
+        following = command_line("report", show_path(job.out.parent.parent))
+    next_step = "the same command without --dry-run" if dry_run else following
+    print_answer("sample", payload, f"Pictures in {job.out}", rows, next_step)

@@ -119,11 +119,11 @@ def command(
 
 def show_tags(run: Run, tags: tuple[str, ...]) -> None:
     """Print how often tags were trained."""
-    from kohaku_wrap.cli.evaluate_exposure import describe, describe_row, find_exposure, list_facts
+    from kohaku_wrap.cli.evaluate_exposure import describe, find_exposure, list_counts, list_facts
 
     found = find_exposure(str(run.folder), None, None, 0)
     rows = [found.find(tag) for tag in tags]
-    shown = [*list_facts(found), *((row["tag"], describe_row(row)) for row in rows)]
+    shown = [*list_facts(found), *list_counts("tags", rows)]
     print_answer("status", {**describe(found), "tags": rows}, f"Run {run.name}", shown)
 
 

@@ -39,6 +39,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
     from kohaku_wrap.config.check_files import check_file, list_files
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import note_whole_captions
+    from kohaku_wrap.planning.training_plan import find_builtin_faults
     from kohaku_wrap.trainer.installed import find_option_table
 
     table = find_option_table()
@@ -47,6 +48,9 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
     if modules or (modules is None and find_spec("torch") and find_spec("lycoris")):
         for _, problems, effective in reports:
             problems += check_modules(effective, on_site)
+    for _, problems, effective in reports:
+        if effective and on_site and on_site.machine.engine == "builtin" and effective.batch:
+            problems += find_builtin_faults(effective)
     faulty = [(path, problems) for path, problems, _ in reports if problems]
     notes = {
         note
@@ -90,7 +94,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
             f"{count_of(count, 'problem')} in {len(faulty)} of {count_of(len(reports), 'file')}",
             f"Run `{command_line('template', 'show', faulty[0][0], '--why')}` to see where each value comes from.",
         )
-    click.echo(f"{count_of(len(reports), 'file')}, no problems (options of {table.source}).")
+    print_lines(f"{count_of(len(reports), 'file')}, no problems (options of {table.source}).")
     template = files[0] if len(reports) == 1 else "TEMPLATE"
     print_lines(f"Next: {command_line('plan', template, '--site', site or 'site.toml')}")
 

@@ -121,6 +121,7 @@ def command(
             click.echo(new.launch.text())
             for absent in list_absent(new):
                 print_note(f"warning: {absent}")
+            print_note(f"Next: {repeat_command(template, site_file, name, engine, overrides, trust)}")
         return
     run = make_run(new, locked)
     with keeping_page(run, has_page):
@@ -160,11 +161,23 @@ def try_run(
         return watch_run(run, lambda: plan_resume(run, step, allow=allow), allow, options)
 
     trial = finish_trial(run, resume_from)
-    following = [*repeat_option("--set", overrides), *repeat_option("--trust", trust)]
-    following += ["--engine", engine] if engine else []
-    following += ["--run", name] if name else []
-    whole = command_line("train", template, "--site", site_file, *following)
+    whole = repeat_command(template, site_file, name, engine, overrides, trust)
     print_trial(trial, plan_whole(effective, trial), whole)
+
+
+def repeat_command(
+    template: str,
+    site_file: Path,
+    name: str | None,
+    engine: str | None,
+    overrides: tuple[str, ...],
+    trust: tuple[str, ...],
+) -> str:
+    """The same training, for real."""
+    words = [*repeat_option("--set", overrides), *repeat_option("--trust", trust)]
+    words += ["--engine", engine] if engine else []
+    words += ["--run", name] if name else []
+    return command_line("train", template, "--site", site_file, *words)
 
 
 def make_run(new: NewRun, locked: Path | None) -> Run:

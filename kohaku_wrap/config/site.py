@@ -39,6 +39,22 @@ SAMPLE_DEVICE = re.compile(r"cpu|after|cuda:[0-9]{1,3}")
 MACHINE_KEYS = (*SMALLEST, "engine", "sample_device", "accelerate")
 
 
+EXAMPLE = """\
+[paths]
+images = "images"                              # what kwrap import or extract wrote
+base_model = "/models/sdxl-base.safetensors"
+tokenizers = "/models/tokenizers"              # of both CLIP text encoders
+runs = "runs"
+
+[machine]
+engine = "sd-scripts"
+gpus = 1
+batch_per_gpu = 2
+workers = 4
+"""
+"""A site for one GPU, as docs/guide.md has it."""
+
+
 class MissingSite(UsageError):
     """The site file is not there."""
 
@@ -148,7 +164,8 @@ def load_site(path: Path | str) -> Site:
     file = expand_user(path).absolute()
     if not file.is_file():
         raise MissingSite(
-            f"{path}: {describe_absence(file, 'site file')}", "`kwrap demo DIR` writes one to look at and to copy."
+            f"{path}: {describe_absence(file, 'site file')}",
+            f"It says what is true of your machine. Write one:\n\n{EXAMPLE}",
         )
     document = load_toml(file)
     problems: list[Problem] = []

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.config.render import compose_trainer
-from kohaku_wrap.errors import KwrapError, ProblemsFound
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.planning.doctor_torch import Finding, find_torch_faults
 from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, total_of
-from kohaku_wrap.planning.training_plan import TrainingPlan
-from kohaku_wrap.trainer.builtin_options import BuiltinOptions
+from kohaku_wrap.planning.training_plan import TrainingPlan, find_builtin_faults
 from kohaku_wrap.trainer.checkout import report_trainer, require_transformers
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, find_version
 from kohaku_wrap.trainer.requirements import SETS, TESTED, find_set, packages_of
@@ -39,6 +37,7 @@ NEWEST_PYTHON = (3, 13)
 OPEN_FILES_NEEDED = 4096
 SLOW_BYTES_PER_SECOND = 50 * MIB
 WRITE_TEST_BYTES = 64 * MIB
+OTHER_ENGINE = 'Change these, or use engine = "sd-scripts".'
 REFUSED = "This engine refuses what it does not do, so that nothing is left out in silence."
 EARLIEST_CLOCK = 1_735_689_600
 """1 January 2025 in Unix seconds: before every release that kwrap needs."""
@@ -180,14 +179,10 @@ def examine_trainer(*, required: bool) -> Finding:
 
 
 def examine_builtin_options(effective: Effective) -> Iterator[Finding]:
-    """The template's options that the builtin engine does not have on this site; `kwrap train` refuses them."""
-    on_cpu = effective.site is not None and effective.site.machine.gpus == 0
-    try:
-        BuiltinOptions.from_config(compose_trainer(effective, Path.cwd(), "doctor"), on_cpu=on_cpu)
-    except ProblemsFound as found:
-        for problem in found.problems:
-            yield Finding("builtin engine", "broken", f"{problem.where}: {problem.what}", REFUSED, found.next_step)
-    else:
+    """Whether the builtin engine has the template's options on this site."""
+    for fault in (faults := find_builtin_faults(effective)):
+        yield Finding("builtin engine", "broken", f"{fault.where}: {fault.what}", REFUSED, OTHER_ENGINE)
+    if not faults:
         yield Finding.ok("builtin engine", f"has every option of {effective.name}")
 
 

@@ -178,7 +178,7 @@ def judge_tokenizers(facts: dict[str, Any]) -> Finding:
             "broken",
             facts["error"],
             "Both are loaded at the start; without the hub they must be there already.",
-            "Set paths.tokenizers in site.toml to a folder that holds both, or load them once with the hub in reach.",
+            "Get both by `hf download`, as docs/guide.md says, and set paths.tokenizers in site.toml to their folder.",
         )
     return Finding.ok("tokenizers", f"both load offline from {facts['folder']}")
 

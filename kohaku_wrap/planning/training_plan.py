@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from kohaku_wrap.config.base_model import (
     BadBaseModel,
@@ -12,7 +13,8 @@ from kohaku_wrap.config.base_model import (
     require_weight_files,
 )
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.errors import Problem
+from kohaku_wrap.config.render import compose_trainer
+from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.formats.caption_rows import ImageSizes
 from kohaku_wrap.formats.safetensors import MalformedFile, PickledFile
 from kohaku_wrap.planning.module_counts import (
@@ -26,6 +28,7 @@ from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, total_of, we
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.planning.validation import ValidationPlan, plan_validation
 from kohaku_wrap.steps import StepPlan
+from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.wording import show_bytes
 
 
@@ -44,6 +47,9 @@ class TrainingPlan:
 
     sizes_from: str
     """Where the image sizes come from."""
+
+    image_files: int
+    """Files, where an image that is repeated counts once."""
 
     sizes_exact: bool
     """Whether they were measured on the images."""
@@ -98,6 +104,8 @@ def plan_training(
     """
     steps = plan_steps(effective, images)
     problems = check_model(effective)
+    if effective.engine == "builtin" and effective.batch:
+        problems += find_builtin_faults(effective)
     counts: tuple[ModuleCounts, ...] = ()
     not_counted = "" if with_modules else "modules, parameters and sizes were not asked for"
     if with_modules and effective.get("network_module") == "lycoris.kohya":
@@ -118,6 +126,7 @@ def plan_training(
         engine=effective.engine,
         data=effective.get("kwrap.data", "kwrap"),
         sizes_from=images.source,
+        image_files=len(images.widths),
         sizes_exact=images.exact,
         steps=steps,
         warmup_optimizer_steps=warmup,
@@ -154,6 +163,18 @@ def check_model(effective: Effective) -> list[Problem]:
         require_weight_files(effective.options, site.path.parent)
     except (BadBaseModel, UnpickledByName, PickledFile, MalformedFile) as fault:
         return [Problem("base_model" if isinstance(fault, BadBaseModel) else "weights", fault.message, str(site.path))]
+    return []
+
+
+def find_builtin_faults(effective: Effective) -> list[Problem]:
+    """Options that the builtin engine does not have on the template's site; `kwrap train` refuses them."""
+    on_cpu = effective.site is not None and effective.site.machine.gpus == 0
+    try:
+        BuiltinOptions.from_config(compose_trainer(effective, Path.cwd(), "plan"), on_cpu=on_cpu)
+    except ProblemsFound as found:
+        faults = ((fault.where, fault.what) for fault in found.problems)
+        # Tokenizers may come later, as the base model may; the doctor looks for them itself.
+        return [fault for fault in effective.blame(faults) if fault.where != "tokenizer_cache_dir"]
     return []
 
 

@@ -140,7 +140,8 @@ def compose_card(facts: CardFacts) -> str:
         ),
         table_of(
             "Dataset",
-            list_values(plan, ("images", "batches", "epochs"))
+            list_values({"images in an epoch, repeats counted": plan.get("images")})
+            + list_values(plan, ("batches", "epochs"))
             + list_values(lock.get("dataset", {}), DATASET_VALUES)
             + list_values(inputs, ("selection_sha256", "captions_digest")),
         ),
@@ -175,7 +176,7 @@ def compose_card(facts: CardFacts) -> str:
 def prompt_text(prompt_format: str) -> str:
     """How to write prompts, as the captions were."""
     if not prompt_format:
-        return "## Prompts\n\nThe run did not record how its captions were made.\n"
+        return "## Prompts\n\nThe captions came with the images, kwrap did not write them: write prompts as they are.\n"
     return f"## Prompts\n\n```\n{prompt_format}\n```\n\n{PROMPT_NOTE}\n"
 
 

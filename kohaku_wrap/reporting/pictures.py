@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from kohaku_wrap.training.records.folder import STATE_NAME, Run
 from kohaku_wrap.training.records.samples import (
+    ASKED_FOLDER,
     CONTACT_SHEET,
     TRAINER_FOLDER,
     TRAINER_PICTURE,
@@ -70,6 +71,12 @@ class Gallery:
 def list_pictures(run: Run) -> Iterator[Picture]:
     """What `kwrap sample` and sd-scripts drew, in `samples/`; of kwrap 0.1 also in `checkpoints/sample/`."""
     prompts = read_prompts(run)
+    asked = run.samples / ASKED_FOLDER
+    told = read_sheet_record(asked).get("pictures", {})
+    for path in list_files(asked):
+        labels = told.get(path.name)
+        if isinstance(labels, dict) and isinstance(step := labels.get("optimizer_step"), int):
+            yield Picture(name_row(path, labels, prompts), step, path)
     for folder in sorted((run.folder / "samples").glob("optimizer-step-*")):
         if not (found := STATE_NAME.fullmatch(folder.name)):
             continue

@@ -130,7 +130,8 @@ def record_sheet(job: DrawingJob) -> None:
     files = {**held.get("files", {}), **{hashes.sha256: str(file.absolute()) for file, hashes in job.hashes.items()}}
     digest = job.cells[0].cell.tokenizers
     tokenizers = {**held.get("tokenizers", {}), digest: [str(folder.absolute()) for folder in job.tokenizers]}
-    pictures = {**held.get("pictures", {}), **{each.cell.name: dict(each.labels) for each in job.cells}}
+    placed = {each.cell.name: {**each.labels, "optimizer_step": each.model.optimizer_step} for each in job.cells}
+    pictures = {**held.get("pictures", {}), **placed}
     document = {"format": 1, "files": files, "tokenizers": tokenizers, "pictures": pictures}
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     job.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from kohaku_wrap.cli.plan import command
 from kohaku_wrap.cli.template import command as template_command
 from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.site import Site
+from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.templates import find_preset
 from kohaku_wrap.planning import training_plan
 from kohaku_wrap.planning.sizes import total_of, weigh_host_memory, weigh_training
@@ -101,6 +101,29 @@ def test_saves_beyond_the_run_are_noted(
     document = json.loads(result.stdout)
     assert not document["problems"]
     assert any("save_every_n_steps" in note for note in document["notes"]), document["notes"]
+
+
+def test_what_the_builtin_engine_lacks_is_refused_by_plan_and_check(make_site: MakeSite) -> None:
+    site = make_site('engine = "builtin"\ngpus = 0\nbatch_per_gpu = 2', 'mixed_precision = "fp16"')
+    planned = CliRunner().invoke(command, ["demo", "--site", str(site.path), "--images", "8", "--no-modules", "--json"])
+    [problem] = json.loads(planned.stdout)["problems"]
+    assert problem["where"] == "mixed_precision" and "needs a GPU" in problem["what"]
+    assert problem["layer"].startswith("site")
+    checked = CliRunner().invoke(
+        template_command, ["check", "demo", "--site", str(site.path), "--no-modules", "--json"]
+    )
+    assert checked.exit_code == 1
+    assert "mixed_precision" in {each["where"] for each in json.loads(checked.stdout)["problems"]}
+
+
+def test_a_missing_site_file_is_answered_with_one_to_write(tmp_path: Path) -> None:
+    done = CliRunner().invoke(command, ["demo", "--site", str(tmp_path / "site.toml")])
+    _, _, example = done.exception.next_step.partition("\n\n")  # type: ignore[union-attr]
+    (tmp_path / "site.toml").write_text(example, encoding="utf-8")
+    site = load_site(tmp_path / "site.toml")
+    assert site.machine.gpus == 1 and site.paths.images == tmp_path / "images"
+    guide = Path(__file__).parents[2] / "docs" / "guide.md"
+    assert example in guide.read_text(encoding="utf-8")
 
 
 def test_copied_pages_count_and_memory_is_refused(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,8 @@ def test_the_way_through_and_every_page_run(tmp_path: Path) -> None:
         done = subprocess.run(line.text, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert (tmp_path / "world" / "baked.safetensors").is_file()
+    page = (tmp_path / "world/runs/first/report.html").read_text(encoding="utf-8")
+    assert 'alt="1: 1girl, solo, masterpiece' in page, "the picture that README draws is on the page"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

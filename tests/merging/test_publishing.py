@@ -153,7 +153,7 @@ def test_a_run_without_a_prompt_format_names_none(tmp_path: Path, run: tuple[Pat
     folder, lock = run
     del lock["inputs"]["prompt_format"]
     card = publish_run(folder, lock, tmp_path / "out", bake=False).card.read_text()
-    assert "did not record how its captions were made" in card and "<general tags>" not in card
+    assert "The captions came with the images" in card and "<general tags>" not in card
 
 
 def test_what_is_not_there_is_told(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:

@@ -152,6 +152,23 @@ def test_pictures_are_found_by_prompt_and_step(new_run: NewRun) -> None:
     )
 
 
+def test_pictures_that_were_asked_for_stand_at_their_steps(new_run: NewRun) -> None:
+    run = new_run("asked")
+    folder = run.samples / "asked"
+    for name in ("a_1.png", "b_1.png", "contact-sheet.png", "unknown.png"):
+        draw(folder, name)
+    labels = {"prompt": "1: hat", "style": "none", "seed": "seed 1"}
+    pictures = {
+        "a_1.png": {**labels, "optimizer_step": 4},
+        "b_1.png": {**labels, "optimizer_step": None},
+        "../../run.lock.toml": {**labels, "optimizer_step": 2},
+        "gone.png": {**labels, "optimizer_step": 2},
+    }
+    document = {"format": 1, "files": {}, "tokenizers": {}, "pictures": pictures}
+    (folder / "sheet.json").write_text(json.dumps(document))
+    assert [(each.step, each.row) for each in list_pictures(run)] == [(4, "1: hat, seed 1")]
+
+
 def test_large_pictures_stay_beside_the_page(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     from urllib.parse import unquote_to_bytes
 

@@ -93,15 +93,15 @@ class ImportReport:
 
     def check(self, max_missing: int) -> None:
         """Raise ImportLacking when more than `max_missing` images are missing or were refused, or all of them."""
-        faults = {name: self.count(name) for name in ("missing", "corrupt", "not_utf8")}
-        lacking = sum(faults.values())
+        kinds = {"missing": "named, but not there", "corrupt": "no whole still image", "not_utf8": "caption not UTF-8"}
+        lacking = sum(map(self.count, kinds))
         if lacking <= max_missing and self.total:
             return
-        first = next(entry for name in faults for entry in self.lists[name])
-        allow = f", or allow them with --max-missing {lacking}" if self.total else ""
+        first = next(entry for name in kinds for entry in self.lists[name])
+        counts = ", ".join(f"{self.count(name):,} {words}" for name, words in kinds.items() if self.count(name))
+        allow = f", or go on without them: --max-missing {lacking}" if self.total else ""
         raise ImportLacking(
-            f"of {self.found:,} images {faults['corrupt']:,} are no whole still image, {faults['not_utf8']:,} have a "
-            f"caption that is not UTF-8, and {faults['missing']:,} more are named and not there; the first is "
+            f"{lacking:,} of {self.found:,} images cannot be used ({counts}); the first is "
             f"{first['image']}: {first['reason']}",
             f"{self.images / REPORT_FILE} lists them all. Fix them and run the same command again{allow}.",
         )

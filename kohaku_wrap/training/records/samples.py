@@ -23,6 +23,9 @@ CONTACT_SHEET = "contact-sheet.png"
 SHEET_RECORD = "sheet.json"
 """Beside the pictures, before the first: where the files lie that draw them, and each picture's place on the sheet."""
 
+ASKED_FOLDER = "asked"
+"""Of a run's samples, where `kwrap sample --run RUN` draws unless it is told where."""
+
 TRAINER_FOLDER = "sample"
 """Of a run's checkpoints, where sd-scripts puts what it draws."""
 
