@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kohaku_wrap.cli.merge_grid import grid_options, run_grid
 from kohaku_wrap.cli.options import note_compiling, threads_option
 from kohaku_wrap.cli.output import (
     beyond_output,
@@ -67,6 +69,16 @@ def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeO
     if options.network and options.dtype in ("fp64", "fp8_e4m3fn", "fp8_e5m2"):
         raise UsageError(f"--dtype {options.dtype} is no type for networks", "Types: fp16, bf16, fp32.")
     return replace(options, dtype=CODES.get(options.dtype, options.dtype))
+
+
+def merge_words(asked: dict[str, Any], bindings: dict[str, Path], more: dict[str, Any]) -> list[str]:
+    """The options of a merge as one types them."""
+    words = [word for name, path in bindings.items() for word in ("-m", f"{name}={path}")]
+    for name, value in {**asked, **more}.items():
+        if value:
+            flag = "--as" if name == "network" else f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [flag, str(value)]
+    return words
 
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
@@ -133,6 +145,8 @@ Examples:
       -m tuned=a.safetensors -m base=b.safetensors -o lora.safetensors
   kwrap merge "net(a) + 0.5 * net(b)" --as lora \\
       -m a=a.safetensors -m b=b.safetensors -o lora.safetensors
+  kwrap merge --grid "a + A*(b - a)" A=0.5:1.25:0.25 --sheet sheet.toml \\
+      --evaluate "judge --judge DIR" -m a=a.safetensors -m b=b.safetensors -o tried
 
 \b
 Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
@@ -157,6 +171,7 @@ A formula that begins with - goes last, after --.
 """
 )
 @click.argument("formula_or_recipe")
+@click.argument("letters", nargs=-1, metavar="[A=NUMBERS]...")
 @click.option("-m", "--model", "models", multiple=True, metavar="NAME=PATH", help="A file for a name of the formula.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
 @click.option("--dry-run", is_flag=True, help="Read the headers only and print what would be computed.")
@@ -187,11 +202,13 @@ A formula that begins with - goes last, after --.
 @choice("--non-finite", ("fail", "keep"), "An input is infinite or NaN.")
 @choice("--overflow", ("fail", "keep"), "A result is too large for its type: keep the infinity.")
 @click.option("--title", default="", help="modelspec.title of the file; else the recipe's, or the formula.")
+@grid_options
 @click.option("--date", default="", help="modelspec.date; without it equal merges are equal files.")
 @json_option
 @beyond_output("dry_run")
 def command(
     formula_or_recipe: str,
+    letters: tuple[str, ...],
     models: tuple[str, ...],
     output: Path | None,
     dry_run: bool,
@@ -199,6 +216,11 @@ def command(
     threads: int,
     title: str,
     date: str,
+    grid: bool,
+    sheet: Path | None,
+    sample_words: str,
+    evaluations: tuple[str, ...],
+    keep: str | None,
     **asked: Any,
 ) -> None:
     """Merge checkpoints by a formula and bake networks in, exactly.
@@ -212,6 +234,17 @@ def command(
 
     recipe = find_recipe(formula_or_recipe)
     bindings = read_bindings(models)
+    of_grid = {"sheet": sheet, "sample_words": sample_words, "evaluations": evaluations, "keep": keep}
+    if grid:
+        words = merge_words(asked, bindings, {"title": title, "date": date, "threads": threads, "verify": verify})
+        options = choose_options(asked, recipe.options)
+        if options.network:
+            raise UsageError("--grid makes checkpoints, not networks", "Leave out --as.")
+        plan_of = partial(plan_merge, paths=bindings, options=options)
+        run_grid(recipe.formula, letters, bindings, output, plan_of, words, of_grid, dry_run)
+        return
+    if given := [*letters, *(name for name, value in of_grid.items() if value)]:
+        raise UsageError(f"{given[0]} means nothing without --grid", "Add --grid, or leave it out.")
     plan = plan_merge(recipe.formula, bindings, choose_options(asked, recipe.options))
     described = describe_plan(plan)
     if dry_run:
