@@ -17,12 +17,13 @@ from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
     print_answer,
+    print_aside,
     print_note,
     progress_bar,
 )
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence
-from kohaku_wrap.wording import count_of, show_bytes, show_path
+from kohaku_wrap.wording import count_of, format_share, show_bytes, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.merging.plan import MergeOptions, MergePlan
@@ -32,6 +33,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 DTYPES = ("fp16", "bf16", "fp32", "fp64", "fp8_e4m3fn", "fp8_e5m2")
 VERIFY_ELEMENTS = 10_000
 WORST_SHOWN = 5
+MUCH_LOST = 0.5
+"""Relative error of a network above which it is warned of."""
 
 
 def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
@@ -316,6 +319,9 @@ def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threa
     worst = sorted(fits, key=lambda fit: -fit["error"])[:WORST_SHOWN]
     rows += [("worst" if not place else "", f"{fit['error']:.2e}  {fit['module']} ({fit['kind']})")
              for place, fit in enumerate(worst)]  # fmt: skip
+    if result.error > MUCH_LOST:
+        lost = format_share(result.error)
+        print_aside(f"warning: the file lacks {lost} of the change; a higher --rank, or --energy, keeps more of it")
     print_answer("merge", payload, "Network", rows, command_line("inspect", output))
 
 

@@ -35,7 +35,8 @@ Examples:
   kwrap plan epsilon --site site.toml --measured first --json""",
 )
 @click.argument("template")
-@click.option("--site", "site_file", type=Path_, required=True, help="The machine: paths, GPUs, batch per GPU.")
+@click.option("--site", "site_file", type=Path_, default=Path("site.toml"), show_default=True,
+              help="The machine: paths, GPUs, batch per GPU.")  # fmt: skip
 @set_option
 @trust_option
 @click.option("--selection", type=Path_, help="Count the database's sizes in SEL.parquet, before any image is there.")
@@ -71,7 +72,7 @@ def command(
     from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import read_training_sizes
-    from kohaku_wrap.planning.step_plan import other_dataset, read_selection_sizes, suppose_sizes
+    from kohaku_wrap.planning.step_plan import note_other_dataset, read_selection_sizes, suppose_sizes
     from kohaku_wrap.planning.training_plan import plan_training
     from kohaku_wrap.trainer.installed import find_option_table
     from kohaku_wrap.training.records.folder import find_run
@@ -97,8 +98,8 @@ def command(
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:
         notes.append(f"Counted from {sizes.source}.")
-    elif effective.get("kwrap.data") == "kwrap" and (captioned := other_dataset(effective, site.paths.images)):
-        notes.append(captioned)
+    else:
+        notes += note_other_dataset(effective, site.paths.images)
     payload = {**describe_plan(plan, notes), "trust": describe_trust(effective)}
     print_trust(effective)
     following = [*repeat_option("--set", overrides), *repeat_option("--trust", trust), "--dry-run"]

@@ -82,6 +82,7 @@ def command(
     trainer failed.
     """
     from kohaku_wrap.config.base_model import note_other_prediction
+    from kohaku_wrap.planning.step_plan import note_other_dataset
     from kohaku_wrap.training.supervising.create import check_parent, list_absent, plan_new_run
     from kohaku_wrap.training.supervising.differences import refuse_unknown
 
@@ -103,7 +104,7 @@ def command(
     new = plan_new_run(template, site_file, name, engine, overrides, trust)
     print_trust(new.effective)
     print_aside(f"engine: {new.engine} ({new.engine_origin})")
-    for note in note_other_prediction(new.effective):
+    for note in (*note_other_prediction(new.effective), *note_other_dataset(new.effective, new.site.paths.images)):
         print_aside(f"warning: {note}")
     if dry_run:
         check_parent(new)

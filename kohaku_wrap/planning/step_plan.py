@@ -84,12 +84,18 @@ def plan_steps(effective: Effective, sizes: ImageSizes) -> StepPlan:
     )
 
 
-def other_dataset(effective: Effective, images: Path) -> str:
-    """A note where the images were captioned for another dataset than the template's; empty where not."""
-    captioned, named = read_captions_metadata(images).get("dataset", ""), effective.get("kwrap.dataset", "")
-    if not captioned or not named or Path(captioned).stem == Path(named).stem:
-        return ""
-    return f"The captions are of the dataset {captioned}; the template names {named} ([kwrap] dataset)."
+def note_other_dataset(effective: Effective, images: Path) -> list[str]:
+    """A sentence where the images were captioned for another dataset than the template's."""
+    named = effective.get("kwrap.dataset", "")
+    if effective.get("kwrap.data") != "kwrap" or not named:
+        return []
+    try:
+        captioned = read_captions_metadata(images).get("dataset", "")
+    except NoImages:
+        return []
+    if not captioned or Path(captioned).stem == Path(named).stem:
+        return []
+    return [f"the captions are of the dataset {captioned}; the template names {named} ([kwrap] dataset)"]
 
 
 def read_selection_sizes(selection: Path) -> ImageSizes:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,13 @@ from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.dataset.selection_file import BadSelection
 from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, read_captions_metadata, read_folder_sizes
 from kohaku_wrap.metadata.posts import POST_SCHEMA
-from kohaku_wrap.planning.step_plan import count_steps, other_dataset, plan_steps, read_selection_sizes, suppose_sizes
+from kohaku_wrap.planning.step_plan import (
+    count_steps,
+    note_other_dataset,
+    plan_steps,
+    read_selection_sizes,
+    suppose_sizes,
+)
 from kohaku_wrap.steps import Bucket
 from kohaku_wrap.training.data.order import BatchOrder
 
@@ -127,18 +134,23 @@ def test_repeats_and_steps_come_from_the_template(tmp_path: Path, make_site: Mak
     assert plan_steps(effective, suppose_sizes(10, effective)).images == 10
 
 
+def template_of(dataset: str) -> Any:
+    return SimpleNamespace(get={"kwrap.dataset": dataset, "kwrap.data": "kwrap"}.get)
+
+
 def test_captions_of_another_dataset_are_told(
     tmp_path: Path, write_captions: Callable[[Path, Sequence[tuple[int, int]]], None]
 ) -> None:
     write_captions(tmp_path, [(128, 128)])  # of the dataset "demo"
     for named, told in (("demo", False), ("folder/demo.toml", False), ("epsilon", True), ("a", True), ("", False)):
-        note = other_dataset(SimpleNamespace(get={"kwrap.dataset": named}.get), tmp_path)  # type: ignore[arg-type]
-        assert bool(note) is told
-        assert not told or ("the dataset demo" in note and named in note)
+        found = note_other_dataset(template_of(named), tmp_path)
+        assert bool(found) is told
+        assert not told or ("the dataset demo" in found[0] and named in found[0])
     with pa.OSFile(str(tmp_path / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([])):
         pass
     assert read_captions_metadata(tmp_path) == {}
-    assert other_dataset(SimpleNamespace(get={"kwrap.dataset": "demo"}.get), tmp_path) == ""  # type: ignore[arg-type]
+    assert note_other_dataset(template_of("demo"), tmp_path) == []
+    assert note_other_dataset(template_of("epsilon"), tmp_path / "no-images") == []
 
 
 def test_a_folder_without_an_image(

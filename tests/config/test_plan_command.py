@@ -181,7 +181,7 @@ def test_captions_of_another_dataset_are_noted(
         for dataset in ("demo", "delta")
     }
     assert not any("the template names" in note for note in notes["demo"])
-    assert "The captions are of the dataset demo; the template names delta ([kwrap] dataset)." in notes["delta"]
+    assert "the captions are of the dataset demo; the template names delta ([kwrap] dataset)" in notes["delta"]
 
 
 def test_measured_step_time(tmp_path: Path) -> None:

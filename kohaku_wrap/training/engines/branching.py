@@ -79,7 +79,8 @@ def take_moments(
             merged["state"] |= {at: each for at, each in zip(group["params"], moments, strict=True) if each}
             group.update({key: candidate[key] for key in counters if key in candidate})
             told = sum(bool(each) for each in moments)
-            taken.append(f"{name}: moments of {told:,} of {len(moments):,} parameters")
+            rest_words = "" if told == len(moments) else "; the others never had a gradient, and so none"
+            taken.append(f"{name}: moments of {told:,} of {len(moments):,} parameters{rest_words}")
             break
         else:
             left.append(f"{name}: moments: {why}")
