@@ -31,6 +31,7 @@ RESULT = "loss.json"
     epilog="""
 \b
 Examples:
+  kwrap evaluate loss epsilon
   kwrap evaluate loss epsilon --checkpoints all --images held-out --out losses
   kwrap evaluate loss model.safetensors --network mine.safetensors:0.8 \\
       --images held-out --out losses
@@ -42,10 +43,11 @@ Examples:
 @click.option("--checkpoints", metavar="all|N,M", help="Of a RUN: at these optimizer steps; usually its newest.")
 @click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
 @click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="Usually the run's, or the MODEL's own.")
-@click.option("--images", required=True, type=click.Path(file_okay=False, path_type=Path), help="Posts not trained.")
+@click.option("--images", type=click.Path(file_okay=False, path_type=Path),
+              help="Posts not trained; without it, what the RUN measured by itself.")  # fmt: skip
 @click.option("--posts", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="At most so many.")
 @click.option("--timesteps", type=click.IntRange(1, 1000), default=9, show_default=True, metavar="N", help="Of each.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Where the result goes.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where the result goes.")
 @click.option("--template", metavar="NAME", help="Whose dataset options hold for a MODEL; usually epsilon.")
 @click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the run or the file says.")
 @click.option("--leave-out-trained", is_flag=True, help="Only posts of --images that the run does not train.")
@@ -64,10 +66,10 @@ Examples:
 def loss(
     targets: tuple[str, ...],
     checkpoints: str | None,
-    images: Path,
+    images: Path | None,
     posts: int,
     timesteps: int,
-    out: Path,
+    out: Path | None,
     template: str | None,
     leave_out_trained: bool,
     allow_trained: bool,
@@ -82,7 +84,8 @@ def loss(
 
     The same posts, whole captions, noise and time steps for every model, so that two of them can be compared post by
     post: by time step, rating, year and quality, and as a paired difference with an interval. Posts that a run has
-    trained are refused. The result is the same, bit for bit, with any number of processes and after a kill.
+    trained are refused. The result is the same, bit for bit, with any number of processes and after a kill. Without
+    --images: what a RUN with [validation] measured while it trained.
     """
     from kohaku_wrap.dataset.captions.groups import draw_posts, group_posts
     from kohaku_wrap.dataset.recipe import load_dataset
@@ -99,6 +102,11 @@ def loss(
         run = open_run(targets[0], site_file)
     elif checkpoints:
         raise UsageError("--checkpoints is of a run", "Give one RUN in place of models.")
+    if images is None:
+        show_validation(run, checkpoints, out, against)
+        return
+    if out is None:
+        raise UsageError("--images measures anew, and the result goes to a folder", "Add --out FOLDER.")
     asked |= {"vae_dtype": None, "zero_terminal_snr": None, "template": None if run else template}
     asked |= {"run": str(run.folder) if run else None, "steps": checkpoints}
     models = list_models(() if run else tuple(paths), asked, site_file)
@@ -178,6 +186,42 @@ def prepare(
     )
 
 
+def show_validation(
+    run: Run | None, checkpoints: str | None, out: Path | None, against: tuple[Path, ...]
+) -> None:
+    """What a run measured on its held-out posts while it trained."""
+    from kohaku_wrap.dataset.captions.groups import group_posts
+    from kohaku_wrap.dataset.held_out import find_recipe
+    from kohaku_wrap.evaluation import held_out
+    from kohaku_wrap.evaluation.validated import choose_evaluations, compose_validation
+    from kohaku_wrap.files import write_text
+    from kohaku_wrap.formats.caption_rows import Columns, read_captions_metadata
+
+    if run is None:
+        raise UsageError("a model is measured on posts that it was not trained on", "Give them: --images IMAGES.")
+    chosen = choose_evaluations(run, read_steps(checkpoints))
+    images, digest = run.find_images(), run.lock.dataset_digest
+    columns = Columns.open(images, digest)
+    recipe = find_recipe(str(read_captions_metadata(images, digest).get("dataset", "")))
+    groups = group_posts(columns, columns.ids.searchsorted(chosen[0].posts).tolist(), recipe)
+    result = compose_validation(run, chosen, groups)
+    for path in against:
+        held_out.lay_over(result, path)
+    if out is not None:
+        write_text(out / RESULT, json.dumps(result, ensure_ascii=False) + "\n")
+    show_result(result, out)
+
+
+def read_steps(checkpoints: str | None) -> list[int] | None:
+    """The optimizer steps of `--checkpoints`; None for all. Raises UsageError."""
+    if checkpoints in (None, "all"):
+        return None
+    try:
+        return [int(each) for each in str(checkpoints).split(",")]
+    except ValueError:
+        raise UsageError(f"--checkpoints {checkpoints}: not optimizer steps", "Such as --checkpoints 0,500.") from None
+
+
 def list_versions() -> dict[str, str]:
     """Of the packages that compute, without loading them."""
     from importlib.metadata import version
@@ -206,8 +250,9 @@ def show_plan(job: LossJob, models: int, forwards: int) -> None:
     print_answer("evaluate loss", payload, "Loss", rows, "the same command without --dry-run")
 
 
-def show_result(result: dict[str, Any], out: Path) -> None:
+def show_result(result: dict[str, Any], out: Path | None) -> None:
     """Print what came out."""
+    file = None if out is None else out / RESULT
     rows: list[tuple[str, Any]] = [("held out", result["posts"]["held_out"])]
     rows += [(each["title"], describe_model(each)) for each in result["models"]]
     for pair in result["pairs"]:
@@ -217,10 +262,11 @@ def show_result(result: dict[str, Any], out: Path) -> None:
     if odd := result["posts"]["unreadable"]:
         named: Sequence[str] = [str(each) for each in odd[:5]]
         rows.append(("left out", f"{len(odd):,} posts that cannot be read or give no number: {', '.join(named)}"))
-    rows.append(("result", out / RESULT))
-    next_step = f"{command_line('evaluate', 'loss', 'MODEL', '--against', show_path(out / RESULT))} …"
-    payload = {"dry_run": False, "file": out / RESULT, "result": result}
-    print_answer("evaluate loss", payload, "Loss", rows, next_step)
+    next_step = ""
+    if file is not None:
+        rows.append(("result", file))
+        next_step = f"{command_line('evaluate', 'loss', 'MODEL', '--against', show_path(file))} …"
+    payload = {"dry_run": False, "file": file, "result": result}
 
 
 def describe_model(model: dict[str, Any]) -> str:

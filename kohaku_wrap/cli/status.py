@@ -232,6 +232,8 @@ def print_run(status: RunStatus) -> None:
     if status.loss is not None:
         mean = "" if status.mean_loss is None else f", mean of the last steps {status.mean_loss:.4f}"
         rows.append(("loss", f"{status.loss:.4f}{mean}"))
+    if status.held_out_loss is not None:
+        rows.append(("held-out loss", f"{status.held_out_loss:.5f} after step {status.held_out_optimizer_step:,}"))
     if status.skipped_steps or status.non_finite_steps:
         numbers = f"{status.skipped_steps:,} skipped, {status.non_finite_steps:,} with a loss that is no number"
         latest = f"; the latest {status.bad_steps_in_a_row:,} in a row" if status.bad_steps_in_a_row else ""

@@ -44,7 +44,7 @@ LIMITS: Mapping[str, tuple[int, int | None]] = {
     "samples.every": (1, None),
     "samples.steps": (1, None),
     "validation.posts": (0, None),
-    "validation.every": (1, None),
+    "validation.every": (0, None),
     "validation.timesteps": (1, 1000),
     "validation.batch": (1, 256),
     "save_every_n_steps": (1, None),

@@ -24,6 +24,7 @@ from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.expanding import KnownModel
+from kohaku_wrap.training.records.evaluations import Losses, average
 from kohaku_wrap.training.records.folder import Run
 
 FORMAT = 1
@@ -32,7 +33,8 @@ WATCH_SECONDS = 0.2
 TOLERANCE = 1e-4
 """Relative: what another batch, device or number of threads may change of a mean."""
 
-Losses = npt.NDArray[np.float64]
+MOST_COMPARED = 12
+"""Models that are compared each with each; of more, those of two results at the same optimizer step."""
 
 
 class CannotMeasure(KwrapError):
@@ -190,12 +192,6 @@ def choose_rows(run: Run | None, columns: Columns, leaves_out: bool, allows: boo
     return rows[~trained]
 
 
-def average(losses: Losses) -> float | None:
-    """The mean of all numbers that are finite, summed in order in float64; None for none."""
-    values = losses[np.isfinite(losses)]
-    return float(np.add.accumulate(values)[-1] / len(values)) if len(values) else None
-
-
 def describe_losses(losses: Losses, timesteps: Sequence[int], groups: Grouping) -> dict[str, Any]:
     """The mean, and that of each time step and group with its number of posts."""
     whole = np.isfinite(losses).all(axis=1)
@@ -216,19 +212,25 @@ def describe_losses(losses: Losses, timesteps: Sequence[int], groups: Grouping) 
     }
 
 
+def compare_pair(titles: tuple[str, str], losses: tuple[Losses, Losses]) -> dict[str, Any]:
+    """The paired difference of two models over posts that both have, with a bootstrap interval."""
+    apart = (losses[1] - losses[0]).mean(axis=1)
+    apart = apart[np.isfinite(apart)]
+    interval = bootstrap_mean(apart)
+    return {
+        "from": titles[0], "to": titles[1], "posts": len(apart), "difference": interval.document() if interval else None
+    }  # fmt: skip
+
+
 def compare_losses(titles: Sequence[str], losses: Sequence[Losses]) -> list[dict[str, Any]]:
-    """Each two models: the paired difference over posts that both have, with a bootstrap interval."""
-    found = []
-    for first in range(len(titles)):
-        for second in range(first + 1, len(titles)):
-            apart = (losses[second] - losses[first]).mean(axis=1)
-            apart = apart[np.isfinite(apart)]
-            interval = bootstrap_mean(apart)
-            found.append(
-                {"from": titles[first], "to": titles[second], "posts": len(apart),
-                 "difference": interval.document() if interval else None}
-            )  # fmt: skip
-    return found
+    """Each two models."""
+    places = [(first, second) for first in range(len(titles)) for second in range(first + 1, len(titles))]
+    return [compare_pair((titles[one], titles[two]), (losses[one], losses[two])) for one, two in places]
+
+
+def list_losses(losses: Losses) -> list[list[float | None]]:
+    """As JSON has them: None for what is no number."""
+    return [[None if np.isnan(value) else value for value in row] for row in losses.tolist()]
 
 
 def compose_result(
@@ -259,7 +261,7 @@ def compose_result(
             {
                 "title": title, "identity": known.identity, "optimizer_step": known.model.optimizer_step,
                 "prediction": known.prediction.kind, **describe_losses(each, job.timesteps, groups),
-                "losses": [[None if np.isnan(value) else value for value in row] for row in each.tolist()],
+                "losses": list_losses(each),
             }
             for (known, title), each in zip(models, losses, strict=True)
         ],
@@ -292,7 +294,7 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
     ):
         if one != two:
             raise OtherResult(f"{path}: measured on {what}", "Only results on the same posts compare.")
-    titles = {each["title"] for each in result["models"]}
+    titles, own = {each["title"] for each in result["models"]}, len(result["models"])
     for model in other["models"]:
         title = model["title"] if model["title"] not in titles else f"{path.parent.name}/{model['title']}"
         result["models"].append({**model, "title": title, "from_other_result": True})
@@ -300,4 +302,11 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
     losses = [
         np.array([[np.nan if value is None else value for value in row] for row in each["losses"]]) for each in listed
     ]
-    result["pairs"] = compare_losses([each["title"] for each in listed], losses)
+    names = [each["title"] for each in listed]
+    if len(listed) <= MOST_COMPARED:
+        result["pairs"] = compare_losses(names, losses)
+        return
+    for one in range(own):
+        for two in range(own, len(listed)):
+            if listed[one]["optimizer_step"] == listed[two]["optimizer_step"]:
+                result["pairs"].append(compare_pair((names[one], names[two]), (losses[one], losses[two])))

@@ -27,7 +27,7 @@ class ValidationPlan:
     """Posts that are not trained either, as they are their like."""
 
     evaluations: int
-    """Before the first step, every so many steps, and after the last one."""
+    """Before the first step, every so many steps, and after the last one; none where `every` is 0."""
 
     forwards: int
     """Of the UNet, all evaluations together."""
@@ -50,7 +50,7 @@ def plan_validation(
     rows = int(effective.get("validation.batch"))
     chunks = len(cut_chunks(np.flatnonzero(images.measured), buckets, rows))
     total, every = plan.total_optimizer_steps, int(effective.get("validation.every"))
-    evaluations = len({0, *range(every, total + 1, every), total})
+    evaluations = len({0, *range(every, total + 1, every), total}) if every else 0
     forwards = evaluations * chunks * int(effective.get("validation.timesteps"))
     seconds = None
     if seconds_per_step is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
+from kohaku_wrap.training.records.evaluations import Evaluation
 from kohaku_wrap.training.records.metrics import APART
 
 AXES = {"steps": "optimizer steps", "images": "images seen", "hours": "hours of training, what was repeated too"}
@@ -25,6 +26,7 @@ SMOOTHED_LEAST = 5
 DIGITS = 6
 TITLES = {
     "loss": ("Loss", "mean over neighbouring steps; the band reaches from the lowest to the highest of each spot"),
+    "held_out": ("Held-out loss", "of posts that are not trained, by time step"),
     "rates": ("Learning rates", ""),
     "seconds": ("Seconds a step", "without samples, saving and pauses"),
     "memory_gib": ("Memory", "GiB"),
@@ -208,3 +210,29 @@ def draw_curves(table: Table, run: int, name: Callable[[str], str]) -> dict[str,
         for chart, columns in list_columns(table).items()
         if columns
     }
+
+
+def draw_evaluations(
+    table: Table, evaluations: Sequence[Evaluation], run: int, name: Callable[[str], str]
+) -> dict[str, list[Piece]]:
+    """The held-out loss of one run by time step, and its mean; nothing where none was measured."""
+    if not evaluations:
+        return {}
+    steps = np.array([each.optimizer_step for each in evaluations], dtype=np.float64)
+    order = np.argsort(table.step[table.kept], kind="stable")
+    known = {axis: np.append(0.0, places[table.kept][order]) for axis, places in table.x.items()}
+    x = {axis: shorten(np.interp(steps, known["steps"], known[axis])) for axis in AXES if axis in known}
+    x["steps"] = shorten(steps)
+    means: dict[str, list[float]] = {}
+    for each in evaluations:
+        whole = each.losses[np.isfinite(each.losses).all(axis=1)]
+        by_step = whole.mean(axis=0) if len(whole) else np.full(len(each.timesteps), np.nan)
+        for step, value in zip(each.timesteps, by_step.tolist(), strict=True):
+            means.setdefault(f"time step {step}", []).append(value)
+        means.setdefault("mean", []).append(float(by_step.mean()))
+    pieces = []
+    for label, values in means.items():
+        if len(values) == len(steps) and np.isfinite(values).all():
+            spots = shorten(np.array(values))
+            pieces.append(Piece(name(label), run, 1, True, x, spots, spots, spots))
+    return {"held_out": pieces} if pieces else {}

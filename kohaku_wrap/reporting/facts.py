@@ -14,7 +14,7 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.data_summary import read_summary
 from kohaku_wrap.reporting.charts import Mark
-from kohaku_wrap.reporting.curves import Piece, Table, draw_curves, tabulate
+from kohaku_wrap.reporting.curves import Piece, Table, draw_curves, draw_evaluations, tabulate
 from kohaku_wrap.reporting.evaluations import Evaluation, read_evaluations
 from kohaku_wrap.reporting.pictures import Gallery, make_gallery
 from kohaku_wrap.reporting.story import (
@@ -28,6 +28,7 @@ from kohaku_wrap.reporting.story import (
 )
 from kohaku_wrap.reporting.way import Step, follow_way
 from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.evaluations import read_evaluations as read_validation
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import iterate_lines, keep_lines
 from kohaku_wrap.training.records.verification import Verdict, judge_verification
@@ -181,7 +182,11 @@ def read_facts(run: Run, place: int = 0, several: bool = False, page_folder: Pat
 
 def name_curves(run: Run, place: int, table: Table, several: bool) -> Mapping[str, list[Piece]]:
     """The run's curves, labelled with its name where the page has several runs."""
-    return draw_curves(table, place, lambda label: f"{run.name}: {label}" if several else label)
+
+    def name(label: str) -> str:
+        return f"{run.name}: {label}" if several else label
+
+    return draw_curves(table, place, name) | draw_evaluations(table, list(read_validation(run)), place, name)
 
 
 def list_options(run: Run) -> Iterator[Option]:

@@ -196,7 +196,7 @@ def draw_one(name: str, title: str, axis: str, pieces: Sequence[Piece], marks: S
     """One chart over one axis."""
     lowest, highest = min(min(each.low) for each in pieces), max(max(each.high) for each in pieces)
     told = f"{title} over {AXES[axis]}: from {lowest:.4g} to {highest:.4g}"
-    return draw_chart(pieces, marks, axis, make_visible(told), runs, from_zero=name != "loss")
+    return draw_chart(pieces, marks, axis, make_visible(told), runs, from_zero=name not in ("loss", "held_out"))
 
 
 def list_legend(pieces: Sequence[Piece], runs: int) -> list[tuple[int, str]]:

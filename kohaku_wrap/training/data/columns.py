@@ -100,6 +100,22 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
         if (key.epoch, key.position) < self.start:
             with self._images_loaded_too_early.get_lock():
                 self._images_loaded_too_early.value += len(items)
+        return {
+            **self.make_example(items, images, latents),
+            "kwrap": {
+                "epoch": key.epoch,
+                "position": key.position,
+                "is_fill": key.is_fill,
+                "image_ids": [item.image_id for item in drawn],
+                "content": digest_content(items),
+                "substituted": [old.image_id for old, new in zip(drawn, items, strict=True) if old.row != new.row],
+            },
+        }
+
+    def make_example(
+        self, items: Sequence[Item], images: torch.Tensor | None, latents: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """These items in the form of sd-scripts' examples, with their pixels or cached latents."""
         ids = [self.tokenize(item.caption) for item in items] if self.tokenize else []
         return {
             "custom_attributes": [{} for _ in items],
@@ -113,14 +129,6 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
             **self.size_conditions(items),
             "flippeds": [item.flipped for item in items],
             "network_multipliers": torch.ones(len(items)),
-            "kwrap": {
-                "epoch": key.epoch,
-                "position": key.position,
-                "is_fill": key.is_fill,
-                "image_ids": [item.image_id for item in drawn],
-                "content": digest_content(items),
-                "substituted": [old.image_id for old, new in zip(drawn, items, strict=True) if old.row != new.row],
-            },
         }
 
     def size_conditions(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:

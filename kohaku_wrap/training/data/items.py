@@ -202,13 +202,17 @@ class Items:
         options = self.options_of(row)
         draw = item_generator(self.seed, epoch, int(self.columns.ids[row]), repeat)
         flipped = options.flip_aug and draw.random() < 0.5
-        bucket, resized = self.resolution_of(row), self.buckets.resized_sizes[row]
-        spare = max(int(resized[0]) - bucket[0], 0), max(int(resized[1]) - bucket[1], 0)
+        spare = self.spare_of(row)
         if options.random_crop:
             crop = tuple(draw.randint(0, side) if side else 0 for side in spare)
         else:
             crop = tuple(side // 2 for side in spare)
         return draw, flipped, (crop[0], crop[1])
+
+    def spare_of(self, row: int) -> tuple[int, int]:
+        """Width and height that the row's resized image has beyond its bucket."""
+        bucket, resized = self.resolution_of(row), self.buckets.resized_sizes[row]
+        return max(int(resized[0]) - bucket[0], 0), max(int(resized[1]) - bucket[1], 0)
 
     def draw_tags(self, row: int, epoch: int, repeat: int, draw: random.Random) -> tuple[str, str, str]:
         """What is trained of the tags, of the image's text, or of both; a text is one piece that nothing changes.

@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.columns import content_digest
 from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
 from kohaku_wrap.training.engines.step_sums import StepSums, begin_ledger
+from kohaku_wrap.training.engines.validating import Validation, leaving_no_trace
 from kohaku_wrap.training.records.attempts import Attempt, Outcome
 from kohaku_wrap.training.records.bad_steps import BadSteps
+from kohaku_wrap.training.records.evaluations import write_evaluation
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.networks import note_network
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
@@ -46,9 +50,10 @@ class OutOfOrder(KwrapError):
 class Engine(ABC):
     """One process of one attempt.
 
-    An engine gives the values below and the three abstract methods. In its loop it calls `accept_accelerator` once,
-    `begin_micro_batch` and `record_micro_batch` for each micro-batch, after the last one of an optimizer step
-    `end_step`, `write_metrics` and `save_if_due`, and `save_checkpoint_file` for each checkpoint.
+    An engine gives the values below and the abstract methods. In its loop it calls `accept_accelerator` once,
+    `validate_if_due` before the first micro-batch, `begin_micro_batch` and `record_micro_batch` for each micro-batch,
+    after the last one of an optimizer step `end_step`, `write_metrics`, `validate_if_due` and `save_if_due`, and
+    `save_checkpoint_file` for each checkpoint.
     """
 
     options: Any
@@ -63,6 +68,9 @@ class Engine(ABC):
 
     rate_groups: Mapping[str, int]
     """The optimizer's group behind each name of a rate in the metrics."""
+
+    validation: Validation | None = None
+    """Of held-out posts, where the run has some."""
 
     state_bytes: int = 0
     """Size that the next state will have at least, where the states of the run do not tell."""
@@ -99,6 +107,17 @@ class Engine(ABC):
     @abstractmethod
     def average_loss(self, loss: float) -> float:
         """The moving average of the loss with that of the step in it; called once an optimizer step."""
+
+    @abstractmethod
+    def list_models(self) -> list[torch.nn.Module]:
+        """All modules that take part in a loss."""
+
+    @abstractmethod
+    def measure_posts(self, batch: dict[str, Any], ids: list[int], timesteps: tuple[int, ...]) -> torch.Tensor:
+        """(posts, time steps) on the CPU: the loss of each post without weights, by the conventions of training.
+
+        Noise and the sample of the latents follow from the post alone, see `draw_normals`.
+        """
 
     # What it may call.
 
@@ -223,6 +242,22 @@ class Engine(ABC):
         except KwrapError:
             self.write_metrics()
             raise
+
+    def validate_if_due(self) -> None:
+        """Measure the held-out posts where it is time to, once, and keep what came out; every rank calls it."""
+        validation = self.validation
+        if validation is None or not validation.is_due(self.optimizer_steps, self.is_last_step):
+            return
+        with self.apart("validating"), leaving_no_trace(self.list_models(), validation.device):
+            found = validation.measure(self.optimizer_steps, self.measure_posts, lambda: self.beat("validating"))
+        if self.rank == 0:
+            wait_for_room(
+                self.attempt,
+                lambda: write_evaluation(self.attempt.run, found),
+                self.optimizer_steps,
+                self.micro_batches,
+            )
+            print(f"held-out loss {found.loss} after optimizer step {self.optimizer_steps}", flush=True)
 
     def write_metrics(self) -> None:
         """The step's line of metrics.jsonl, on rank 0; counts of faults stand there only where there are any."""

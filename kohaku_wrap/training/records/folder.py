@@ -74,6 +74,7 @@ class Run:
     states = Place("states")
     checkpoints = Place("checkpoints")
     samples = Place("samples")
+    evaluations = Place("validation")
     logs = Place("logs")
     ledger = Place("ledger")
     abandoned = Place("abandoned")

@@ -25,7 +25,7 @@ STEPS_LOOKED_AT = 500
 BLOCK_BYTES = 1 << 20
 """Of lines that are parsed in one go."""
 
-APART = ("sampling", "saving", "paused")
+APART = ("sampling", "validating", "saving", "paused")
 """What takes time beside the optimizer steps; a line has `KIND_seconds` of it where there was some."""
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.outlets import Outlet
 
-Phase = Literal["start-up", "step", "sampling", "saving", "paused"]
+Phase = Literal["start-up", "step", "sampling", "validating", "saving", "paused"]
 """What a rank is doing; each phase has its own time-out."""
 
 SUPERVISOR_LOG = "supervisor.log"

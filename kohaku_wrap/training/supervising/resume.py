@@ -10,6 +10,7 @@ from typing import Any
 from kohaku_wrap.errors import KwrapError, Problem, command_line
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts, read_attempt, write_attempt
+from kohaku_wrap.training.records.evaluations import list_evaluation_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import recorded_attempts
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
@@ -216,11 +217,12 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
 
 
 def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
-    """Checkpoints of steps and epochs that are to be trained again, the final one, and the pictures of all these."""
+    """Checkpoints of steps and epochs that are to be trained again, the final one, and what was made of all these."""
     # The network of a shorter run stays: it gets the name of its step.
     end = shorter_end(run) or run.lock.total_optimizer_steps + 1
     files = sorted(run.checkpoints.iterdir()) if run.checkpoints.is_dir() else []
     found = [
         path for path in files if not path.is_dir() and (step_of_network(run, path, end) or 0) > optimizer_step
     ]  # fmt: skip
+    found += [path for step, path in list_evaluation_files(run) if step > optimizer_step]
     return found + [path for step, path in list_states(run.samples) if step > optimizer_step]

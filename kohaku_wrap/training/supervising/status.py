@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kohaku_wrap.training.records.attempts import Attempt, is_lock_free, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps
+from kohaku_wrap.training.records.evaluations import read_last_evaluation
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, number_of, read_metrics
@@ -29,6 +30,7 @@ WAITS = {
     "start-up": "the models to load, the first optimizer step and its state",
     "paused": "room on the disk, then a state",
     "sampling": "the samples, then a state",
+    "validating": "the held-out posts to be measured, then a state",
     "step": "the optimizer step to end, then a state",
     "saving": "the state to be saved",
 }
@@ -108,6 +110,12 @@ class RunStatus:
 
     mean_loss: float | None
     """Of the last RATE_WINDOW_STEPS optimizer steps."""
+
+    held_out_loss: float | None
+    """Of the last evaluation of held-out posts; None where there is none."""
+
+    held_out_optimizer_step: int | None
+    """After which that was."""
 
     learning_rates: dict[str, float]
     """Of the last optimizer step, by `lr_…`."""
@@ -190,6 +198,7 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
     beats = attempts[-1].heartbeats() if running else []
     failures = [each for each in told if (end := ends[each.number]) and end.is_failure]
     states = tuple(describe_states(run))
+    evaluation = read_last_evaluation(run)
     return RunStatus(
         run=run,
         condition=judge_condition(run, told),
@@ -198,6 +207,8 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
         epoch=run.lock.count.position_of(min(done, total), 1).epoch,
         loss=number_or_none(lines[-1].get("loss")) if lines else None,
         mean_loss=mean_of(recent, "loss"),
+        held_out_loss=evaluation.loss if evaluation else None,
+        held_out_optimizer_step=evaluation.optimizer_step if evaluation else None,
         learning_rates={name: number_of(value) for name, value in lines[-1].items() if name.startswith("lr_")}
         if lines
         else {},

@@ -37,6 +37,7 @@ from kohaku_wrap.training.engines.builtin.state import Trained, read_optimizer
 from kohaku_wrap.training.engines.interface import Engine
 from kohaku_wrap.training.engines.schedule import take_up_schedule
 from kohaku_wrap.training.engines.step_sums import StepSums
+from kohaku_wrap.training.engines.validating import Validation
 from kohaku_wrap.training.records.attempts import Outcome
 from kohaku_wrap.training.records.loss_average import LossAverage
 from kohaku_wrap.training.records.states import check_state_sizes
@@ -82,6 +83,9 @@ class BuiltinRun(Engine):
         self.rate_groups = describe_groups(self.network, optimizer)
         self.take_up_state()
         self.metadata = self.describe_run() if self.rank == 0 else {}
+        self.validation = Validation.of(
+            self.attempt, self.rank, accelerator.device, self.dataset, options.mixed_precision
+        )
 
     def make_deterministic(self) -> None:
         """Ask torch for the same bits each time; on a GPU only as far as its kernels allow."""
@@ -149,6 +153,7 @@ class BuiltinRun(Engine):
         persistent = self.options.persistent_data_loader_workers
         loader = make_loader(self.dataset, sampler, self.attempt.workers, persistent, self.seed)
         epoch = start.epoch
+        self.validate_if_due()
         while self.optimizer_steps < self.total_optimizer_steps:
             sampler.set_epoch(epoch)
             self.network.train()
@@ -196,12 +201,20 @@ class BuiltinRun(Engine):
         self.end_step()
         self.write_metrics()
         self.sums = StepSums()
+        self.validate_if_due()
         options, done = self.options, self.optimizer_steps
         if self.is_checkpoint_due:
             self.save_checkpoint(f"{options.output_name}-step{done:08d}", done)
             self.remove_old_checkpoint("-step{:08d}", done, options.save_every_n_steps, options.save_last_n_steps)
         stops = self.micro_batch_of_epoch > 0 and not self.is_last_step and self.save_if_due()
         return stops
+
+    def list_models(self) -> list[torch.nn.Module]:
+        model = self.loss_of_batch.model
+        return [model.unet, model.vae, *model.text_encoders, self.network]
+
+    def measure_posts(self, batch: dict[str, Any], ids: list[int], timesteps: tuple[int, ...]) -> torch.Tensor:
+        return self.loss_of_batch.measure(batch, ids, timesteps, self.loss_of_batch.scheduler)
 
     def average_loss(self, loss: float) -> float:
         """Over the last epoch's worth of steps, as sd-scripts counts it."""

@@ -5,6 +5,7 @@ The random draws come in sd-scripts' order: the latents' sample, the noise, its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.data.moments import holds_moments, sample_moments
+from kohaku_wrap.training.data.whole_items import LATENT_STREAM, NOISE_STREAM, draw_normals
 from kohaku_wrap.training.engines.builtin.models import BaseModel
 
 VAE_SCALE = 0.13025
@@ -95,6 +97,30 @@ class LossOfBatch:
             weight = torch.minimum(ratio, torch.full_like(ratio, self.options.min_snr_gamma)) / ratio
             loss = loss * weight.float().to(loss.device)
         return BatchLoss(loss.mean(), tuple(timesteps.tolist()), nan_latents)
+
+    @torch.no_grad()
+    def measure(
+        self, batch: Batch, ids: list[int], timesteps: Sequence[int], scheduler: Any, predicts_velocity: bool = False
+    ) -> torch.Tensor:
+        """(posts, time steps) float64 on the CPU: the mean squared error of each post, without weights.
+
+        Sample of the latents and noise are functions of the post, and of the place of the time step.
+        """
+        spread = self.model.vae.encode(batch["images"].to(self.accelerator.device, self.vae_dtype)).latent_dist
+        sample = draw_normals(LATENT_STREAM, ids, 0, spread.mean)
+        latents = (spread.mean + spread.std * sample) * VAE_SCALE
+        with self.accelerator.autocast():
+            text, pooled = self.encode_captions(batch["input_ids_list"])
+        found = []
+        for place, step in enumerate(timesteps):
+            noise = draw_normals(NOISE_STREAM, ids, place, latents)
+            steps = torch.full((len(ids),), step, device=latents.device)
+            noisy = scheduler.add_noise(latents, noise, steps)
+            wanted = scheduler.get_velocity(latents, noise, steps) if predicts_velocity else noise
+            with self.accelerator.autocast():
+                predicted = self.predict_noise(noisy, steps, text, pooled, batch)
+            found.append(((predicted.double() - wanted.double()) ** 2).flatten(1).mean(dim=1).cpu())
+        return torch.stack(found, dim=1)
 
     @torch.no_grad()
     def encode_images(self, batch: Batch) -> tuple[torch.Tensor, int]:

@@ -12,7 +12,9 @@ import torch
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.engines.interface import Engine
+from kohaku_wrap.training.engines.sd_scripts.measuring import Measuring
 from kohaku_wrap.training.engines.step_sums import StepSums
+from kohaku_wrap.training.engines.validating import Validation
 from kohaku_wrap.training.records.attempts import Attempt
 
 LOSSES_FILE = "kwrap_losses.pt"
@@ -80,6 +82,7 @@ class Loop(Engine):
         self.micro_batch: MicroBatch | None = None
         self.step_ended = False
         self.state_after_epoch = False
+        self.measuring: Measuring | None = None
 
     # What the corrected loop calls, see trainer/anchors.py.
 
@@ -130,6 +133,7 @@ class Loop(Engine):
         self.write_metrics()
         self.sums = StepSums()
         self.require_seams()
+        self.validate_if_due()
         if optimizer_steps % self.count.optimizer_steps_per_epoch == 0 or self.is_last_step:
             self.state_after_epoch = True
         else:
@@ -145,6 +149,22 @@ class Loop(Engine):
             raise batch
         self.begin_micro_batch(batch["kwrap"])
         self.micro_batch = MicroBatch(batch["kwrap"])
+
+    def begin_measuring(self, measuring: Measuring) -> None:
+        """Take the models and what else a loss needs, once, and measure what is due before the first micro-batch."""
+        self.measuring = measuring
+        dataset, device = getattr(self.dataset, "batches", None), self.accelerator.device
+        if dataset is not None:
+            dtype = str(self.options.mixed_precision)
+            self.validation = Validation.of(self.attempt, self.rank, device, dataset, dtype)
+        self.validate_if_due()
+
+    def list_models(self) -> list[torch.nn.Module]:
+        return self.measuring.list_models() if self.measuring else []
+
+    def measure_posts(self, batch: dict[str, Any], ids: list[int], timesteps: tuple[int, ...]) -> torch.Tensor:
+        assert self.measuring is not None
+        return self.measuring.measure_posts(batch, ids, timesteps)
 
     def note_latents(self, latents: torch.Tensor) -> None:
         """Count the images whose latents are not numbers; called for each part of the batch (vae_batch_size)."""

@@ -34,6 +34,7 @@ from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_m
 from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop
+from kohaku_wrap.training.engines.sd_scripts.measuring import NOISE_FUNCTION, Measuring
 from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
 from kohaku_wrap.training.records.samples import collect_trainer_pictures
 from kohaku_wrap.training.records.states import check_state_sizes
@@ -55,7 +56,11 @@ def install_seams(loop: Loop, checkout: Checkout) -> None:
     for name, method in methods.items():
         setattr(trainer, name, method)
     replace_object(Accelerator, make_accelerator_class(leave_frozen_modules(Accelerator), loop))
-    for name, make in (("LossRecorder", make_recorder_class), ("get_scheduler_fix", schedule_for_one_process)):
+    for name, make in (
+        ("LossRecorder", make_recorder_class),
+        ("get_scheduler_fix", schedule_for_one_process),
+        (NOISE_FUNCTION, noise_of_posts),
+    ):
         replace_object(find_object(name), make(find_object(name), loop))
     # kwrap writes its own states, sealed, at the end of the micro-batch.
     for name in ("save_and_remove_state_stepwise", "save_and_remove_state_on_epoch_end", "save_state_on_train_end"):
@@ -83,6 +88,18 @@ def schedule_for_one_process(make_schedule: Callable[..., Any], loop: Loop) -> C
         return make_schedule(**given | {"num_processes": 1, "args": args})
 
     return make
+
+
+def noise_of_posts(draw_noise: Callable[..., Any], loop: Loop) -> Callable[..., Any]:
+    """The trainer's draw of noise and time steps, or, while posts are measured, what is fixed for them."""
+
+    def draw(*arguments: Any, **keywords: Any) -> Any:
+        if loop.measuring is None or loop.measuring.fixed is None:
+            return draw_noise(*arguments, **keywords)
+        given, (noise, timesteps) = named(draw_noise, arguments, keywords), loop.measuring.fixed
+        return noise, given["noise_scheduler"].add_noise(given["latents"], noise, timesteps), timesteps
+
+    return draw
 
 
 def make_recorder_class(base: Any, loop: Loop) -> Any:
@@ -248,6 +265,8 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
 
     def process_batch(self, *arguments: Any, **keywords: Any) -> Any:
         given = named(super().process_batch, arguments, keywords)
+        if given["is_train"] and self.loop.measuring is None:
+            self.loop.begin_measuring(Measuring(super().process_batch, given))
         cached = given["batch"].get("latents")
         if cached is not None:
             # They were encoded before the loop, or lie on the disk.
@@ -258,6 +277,12 @@ class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]
         if given["is_train"]:
             self.loop.note_loss(loss)
         return loss
+
+    def post_process_loss(self, *arguments: Any, **keywords: Any) -> Any:
+        """The weights of time steps; of measured posts the losses before them are kept."""
+        if self.loop.measuring is not None and self.loop.measuring.fixed is not None:
+            self.loop.measuring.losses = named(super().post_process_loss, arguments, keywords)["loss"].detach()
+        return super().post_process_loss(*arguments, **keywords)
 
     def sample_images(self, *arguments: Any, **keywords: Any) -> None:
         """Sample as the trainer does, but not "at first" again after a resume; then end the epoch."""
