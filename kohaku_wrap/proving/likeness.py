@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.evaluations import read_evaluations
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_file
 from kohaku_wrap.training.records.metrics import read_metrics
@@ -60,10 +61,15 @@ class Likeness:
     attempts: int
     """Of the interrupted run."""
 
+    evaluations: int
+    """Of held-out posts at optimizer steps at which both were measured."""
+
     def describe(self) -> str:
+        held_out = f", {self.evaluations} evaluations" if self.evaluations else ""
         return (
             f"{self.tensors} tensors in {self.checkpoints} networks, {self.micro_batches} micro-batches "
-            f"({self.repeated} trained again), {self.optimizer_steps} optimizer steps, {self.attempts} attempts"
+            f"({self.repeated} trained again), {self.optimizer_steps} optimizer steps{held_out}, "
+            f"{self.attempts} attempts"
         )
 
 
@@ -83,7 +89,8 @@ def compare_runs(whole: Run, interrupted: Run) -> Likeness:
         )
         for name in names
     )
-    return Likeness(tensors, len(names), len(records), repeated[1], steps, len(list_attempts(interrupted)))
+    measured = compare_evaluations(whole, interrupted)
+    return Likeness(tensors, len(names), len(records), repeated[1], steps, len(list_attempts(interrupted)), measured)
 
 
 def read_positions(run: Run) -> tuple[Records, int]:
@@ -132,6 +139,17 @@ def compare_metrics(whole: Run, interrupted: Run) -> int:
         if other.get("skipped_images_loaded"):
             raise Difference(f"{other['skipped_images_loaded']} images were loaded for positions already trained")
     return len(lines)
+
+
+def compare_evaluations(whole: Run, interrupted: Run) -> int:
+    """How many evaluations of held-out posts both runs have at one optimizer step."""
+    sides = [{each.optimizer_step: each for each in read_evaluations(run)} for run in (whole, interrupted)]
+    common = sides[0].keys() & sides[1].keys()
+    for step in sorted(common):
+        one, other = (side[step] for side in sides)
+        if one.losses.tobytes() != other.losses.tobytes() or one.posts.tobytes() != other.posts.tobytes():
+            raise Difference(f"held-out losses after optimizer step {step}: {one.loss}, {other.loss}")
+    return len(common)
 
 
 def find_parent(run: Run) -> Run | None:

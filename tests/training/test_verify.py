@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toml
 from click.testing import CliRunner
 from plain_runs import misbehave, train, write_captions
-from written_ledgers import Change, expected_records, set_losses, set_record, write_ledger, write_life
+from written_ledgers import Change, expected_records, hold_out, set_losses, set_record, write_ledger, write_life
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.formats.held_out import HELD_OUT_FILE, HeldOut
-from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
@@ -450,16 +447,6 @@ def test_a_state_of_another_run_and_what_was_accepted_are_named(new_run: NewRun)
     notes = " ".join(verify_run(run).notes)
     assert "trained by another run up to optimizer step 3 (--allow other-run): proved from there on" in notes
     assert "attempt 2 accepted other-run: the state was another's" in notes
-
-
-def hold_out(run: Run, *posts: int) -> None:
-    """Give a run's lock a list of held-out posts, and the plan that follows from it."""
-    held_out = HeldOut(np.array(posts), np.empty(0, dtype=np.int64), {}, 0, run.lock.images)
-    tables = parse_toml(run.lock_file.read_text(encoding="utf-8"))
-    tables["files"] = {HELD_OUT_FILE: held_out.text()}
-    tables["plan"]["batches"] = read_order(run.suppose(tables))[0].batches
-    run.lock_file.write_text(toml.dumps(tables), encoding="utf-8")
-    run.forget_lock()
 
 
 def test_that_no_held_out_post_was_trained_is_proved(new_run: NewRun) -> None:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import toml
 
+from kohaku_wrap.formats.held_out import HELD_OUT_FILE, HeldOut
+from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
@@ -125,3 +128,13 @@ def set_losses(loss: float) -> Change:
         return records
 
     return change
+
+
+def hold_out(run: Run, *posts: int) -> None:
+    """Give a run's lock a list of held-out posts, and the plan that follows from it."""
+    held_out = HeldOut(np.array(posts), np.empty(0, dtype=np.int64), {}, 0, run.lock.images)
+    tables = parse_toml(run.lock_file.read_text(encoding="utf-8"))
+    tables["files"] = {HELD_OUT_FILE: held_out.text()}
+    tables["plan"]["batches"] = read_order(run.suppose(tables))[0].batches
+    run.lock_file.write_text(toml.dumps(tables), encoding="utf-8")
+    run.forget_lock()
