@@ -186,9 +186,7 @@ def prepare(
     )
 
 
-def show_validation(
-    run: Run | None, checkpoints: str | None, out: Path | None, against: tuple[Path, ...]
-) -> None:
+def show_validation(run: Run | None, checkpoints: str | None, out: Path | None, against: tuple[Path, ...]) -> None:
     """What a run measured on its held-out posts while it trained."""
     from kohaku_wrap.dataset.captions.groups import group_posts
     from kohaku_wrap.dataset.held_out import find_recipe
@@ -267,6 +265,7 @@ def show_result(result: dict[str, Any], out: Path | None) -> None:
         rows.append(("result", file))
         next_step = f"{command_line('evaluate', 'loss', 'MODEL', '--against', show_path(file))} …"
     payload = {"dry_run": False, "file": file, "result": result}
+    print_answer("evaluate loss", payload, "Loss", rows, next_step)
 
 
 def describe_model(model: dict[str, Any]) -> str:
