@@ -176,7 +176,8 @@ def find_characters(
     A post counts that has `solo` and one character tag. References are at most MOST_REFERENCES, drawn by their ids
     alone. Raises UnknownTags, NoImages.
     """
-    tags, columns = read_tags(database), Columns.open(images)
+    columns = Columns.open(images)
+    tags = read_tags(database, columns.ids, spill_folder)
     if SOLO not in tags.row_of_name:
         raise UsageError(f"{database.path}: no tag {SOLO}", "Give an index of references: --characters FOLDER.")
     wanted = None

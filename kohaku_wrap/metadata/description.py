@@ -16,9 +16,9 @@ from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.editions import find_lacks
 from kohaku_wrap.metadata.filters import FLAG_COLUMNS, FLAGS, NO_OFFSET, RATINGS
 from kohaku_wrap.metadata.opening import open_metadata
+from kohaku_wrap.metadata.places import FirstRows
 from kohaku_wrap.metadata.posts import bits_sql, post_ids
 from kohaku_wrap.metadata.source import Source
-from kohaku_wrap.metadata.strings import FirstRows
 from kohaku_wrap.metadata.tags import read_tags
 
 

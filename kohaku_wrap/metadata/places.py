@@ -1,4 +1,4 @@
-"""Where ids stand among ascending ones, for many at once."""
+"""Where ids stand among ascending ones, and which rows are the first of their id, for many at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ NOWHERE = -1
 
 DENSE_LIMIT = 1 << 26
 """Ids below this are looked up in one array of 4 bytes an id; larger ones by bisection."""
+
+DENSE_IDS = 1 << 27
+"""Ids below this are remembered in an array of a byte each."""
 
 
 def place_finder(ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32]]:
@@ -31,3 +34,29 @@ def place_finder(ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32
         return np.where(ids[places] == asked, places, NOWHERE).astype(np.int32)
 
     return bisect
+
+
+class FirstRows:
+    """Which rows are the first of their id, where a set lists some posts twice."""
+
+    def __init__(self) -> None:
+        self._dense = np.zeros(1 << 16, dtype=bool)
+        self._sparse: set[int] = set()
+
+    def keep(self, ids: Int64Array) -> npt.NDArray[np.bool_]:
+        """(rows,) whether the id was not among earlier rows, here or in earlier calls."""
+        first = np.zeros(len(ids), dtype=bool)
+        first[np.unique(ids, return_index=True)[1]] = True
+        dense = (ids >= 0) & (ids < DENSE_IDS)
+        some = ids[dense]
+        if len(some):
+            if (largest := int(some.max())) >= len(self._dense):
+                grown = np.zeros(min(DENSE_IDS, max(2 * len(self._dense), largest + 1)), dtype=bool)
+                grown[: len(self._dense)] = self._dense
+                self._dense = grown
+            first[dense] &= ~self._dense[some]
+            self._dense[some] = True
+        for place in np.flatnonzero(~dense).tolist():
+            first[place] &= int(ids[place]) not in self._sparse
+            self._sparse.add(int(ids[place]))
+        return first

@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import Filter
+from kohaku_wrap.metadata.places import FirstRows
 from kohaku_wrap.metadata.source import DatabaseDamaged, Source
-from kohaku_wrap.metadata.strings import FirstRows, split_tags
 from kohaku_wrap.metadata.tags import TagTable
+from kohaku_wrap.metadata.words import split_words
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -216,7 +217,7 @@ def posts_with_tags(source: Source, tags: TagTable, tag_ids: Sequence[int]) -> d
         first_rows = FirstRows()
         for batch in source.scan(f"SELECT id, tags FROM ({source.edition.posts}) AS post"):
             ids = batch.column(0).to_numpy()
-            owners, tokens = split_tags(batch.column(1))
+            owners, tokens = split_words(batch.column(1))
             places = pc.fill_null(pc.index_in(tokens, value_set=names), -1).to_numpy()
             places = np.where(first_rows.keep(ids)[owners], places, -1)
             posts = ids[owners]

@@ -19,7 +19,7 @@ from kohaku_wrap.metadata.parallel import map_in_order
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.spill import sorted_pieces
 from kohaku_wrap.metadata.streamed import streamed_pieces, unordered_rows
-from kohaku_wrap.metadata.tags import TagTable
+from kohaku_wrap.metadata.tags import TagTable, read_tags
 from kohaku_wrap.metadata.tokens import parse_tag_lists
 
 Int32Array = npt.NDArray[np.int32]
@@ -60,12 +60,14 @@ def map_tag_chunks(
     """
     if not len(post_ids):
         return
-    if isinstance(source, Database) and source.layout is Layout.V0:
-        pieces: Iterable[Callable[[], TagChunk]] = _token_pieces(source, tags, post_ids)
+    if source.edition.has_tag_strings:
+        whole = tags if tags.pieces is not None else read_tags(source, post_ids, spill_folder)
+        pieces: Iterable[Callable[[], TagChunk]] = whole.pieces or ()
+    elif isinstance(source, Database) and source.layout is Layout.V0:
+        pieces = _token_pieces(source, tags, post_ids)
     elif isinstance(source, Database) and source.layout.has_relation and _lookup_is_cheaper(source, len(post_ids)):
         pieces = _lookup_pieces(source, tags, post_ids)
     elif spill_folder is not None:
-        spill_folder.mkdir(parents=True, exist_ok=True)
         rows, batches = unordered_rows(source, tags, post_ids)
         pieces = sorted_pieces(rows, batches, len(post_ids), spill_folder, threads)
     elif isinstance(source, Database) and source.layout.has_relation:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.parallel import map_in_order
 
-ROWS_A_PARTITION = 1 << 21
+ROWS_A_PARTITION = 1 << 19
 MOST_PARTITIONS = 256
 
 Rows = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
@@ -23,22 +23,26 @@ Rows = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 
 
 def sorted_pieces(
-    rows: int, batches: Iterable[Callable[[], Rows]], posts: int, folder: Path, threads: int
+    rows: int, batches: Iterable[Callable[[], Rows]], posts: int, folder: Path | None, threads: int
 ) -> Iterator[Callable[[], TagChunk]]:
     """Chunks of tags by post out of `batches` of them, which keep their order within a post.
 
     `rows`: about how many there are in all; `posts`: how many posts are wanted. The rows go to files without a name in
     `folder` by stretches of posts, 8 bytes each, that are sorted in memory.
     """
-    partitions = min(max(1, -(-rows // ROWS_A_PARTITION)), MOST_PARTITIONS, posts)
-    posts_a_partition = -(-posts // partitions)
+    partitions = max(1, min(-(-rows // ROWS_A_PARTITION), MOST_PARTITIONS, posts))
+    posts_a_partition = max(1, -(-posts // partitions))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
 
     def find(batch: Callable[[], Rows]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Rows by partition: (rows, 2) of place and tag row, and the partition of each."""
         pairs = np.stack(batch(), axis=1).astype(np.int32, copy=False)
-        partition = pairs[:, 0] // posts_a_partition
-        order = np.argsort(partition.astype(np.uint16), kind="stable")
-        return pairs[order], np.searchsorted(partition[order], np.arange(partitions + 1))
+        partition = (pairs[:, 0] // posts_a_partition).astype(np.uint16)
+        if (partition[1:] < partition[:-1]).any():
+            order = np.argsort(partition, kind="stable")
+            pairs, partition = pairs[order], partition[order]
+        return pairs, np.searchsorted(partition, np.arange(partitions + 1))
 
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(partitions)]
@@ -58,6 +62,8 @@ def _sort_partition(stream: IO[bytes], first: int, stop: int) -> TagChunk:
     with stream:
         stream.seek(0)
         pairs = np.frombuffer(stream.read(), dtype=np.int32).reshape(-1, 2)
+    if (pairs[1:, 0] >= pairs[:-1, 0]).all():
+        return TagChunk(first, stop, pairs[:, 0] - np.int32(first), pairs[:, 1])
     # Sorting (place, row) as one number keeps the table's order within a post and is faster than a stable argsort.
     keys = (pairs[:, 0].astype(np.int64) << 32) | np.arange(len(pairs), dtype=np.int64)
     keys.sort()

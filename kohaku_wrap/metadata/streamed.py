@@ -1,4 +1,4 @@
-"""The tags of posts out of tables that are read once from their beginning to their end."""
+"""The tags of posts out of relations that are read once from their beginning to their end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, relation_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.places import place_finder
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.spill import Rows
-from kohaku_wrap.metadata.strings import find_rows, wanted_texts
-from kohaku_wrap.metadata.tags import NO_TAG, TagTable
+from kohaku_wrap.metadata.tags import TagTable
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -23,18 +21,11 @@ Int64Array = npt.NDArray[np.int64]
 ROWS_A_BATCH = 1 << 18
 """Rows of a relation read at once."""
 
-POSTS_A_PIECE = 1 << 14
-"""Posts whose words are split at once."""
-
-TAGS_A_POST = 40
-"""About, where nothing counts them."""
-
 
 def streamed_pieces(source: Source, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
     """Chunks in the order of a table whose rows ascend by post. Raises RowsOutOfOrder where they do not."""
     first = 0
-    pieces = _string_rows if source.edition.has_tag_strings else _relation_rows
-    for places, find in pieces(source, tags, post_ids):
+    for places, find in _relation_rows(source, tags, post_ids):
         if not len(places):
             continue
         if (places[1:] < places[:-1]).any() or places[0] < first:
@@ -49,9 +40,6 @@ def streamed_pieces(source: Source, tags: TagTable, post_ids: Int64Array) -> Ite
 
 def unordered_rows(source: Source, tags: TagTable, post_ids: Int64Array) -> tuple[int, Iterator[Callable[[], Rows]]]:
     """About how many rows there are, and all of them in the order of the table."""
-    if source.edition.has_tag_strings:
-        pieces = _string_rows(source, tags, post_ids)
-        return TAGS_A_POST * len(post_ids), (find for _, find in pieces)
     if isinstance(source, Database):
         first, last = relation_rows(source) if source.has_row_ids else (0, -1)
         rows = last - first + 1
@@ -64,18 +52,6 @@ def unordered_rows(source: Source, tags: TagTable, post_ids: Int64Array) -> tupl
 def _chunk(find: Callable[[], Rows], first: int, stop: int) -> TagChunk:
     places, tag_rows = find()
     return TagChunk(first, stop, places - np.int32(first), tag_rows)
-
-
-def _string_rows(
-    source: Source, tags: TagTable, post_ids: Int64Array
-) -> Iterator[tuple[Int32Array, Callable[[], Rows]]]:
-    for places, texts in wanted_texts(source, post_ids, POSTS_A_PIECE):
-        yield places, partial(_find_texts, tags, places, texts)
-
-
-def _find_texts(tags: TagTable, places: Int32Array, texts: pa.Array) -> Rows:
-    owners, rows = find_rows(texts, tags.row_of_name, NO_TAG)
-    return places[owners], rows
 
 
 def _relation_rows(

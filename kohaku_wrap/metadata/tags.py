@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.metadata.columns import TAG_TYPES
-from kohaku_wrap.metadata.parallel import map_in_order, usable_threads
+from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.places import NOWHERE, place_finder
 from kohaku_wrap.metadata.source import Source
-from kohaku_wrap.metadata.strings import count_tags
 from kohaku_wrap.metadata.tag_table import read_tag_types
+from kohaku_wrap.metadata.words import read_words
 
 NO_TAG = NOWHERE
 """What `TagTable.rows_of` answers for an id that no tag has."""
@@ -42,6 +42,9 @@ class TagTable:
 
     popularity: npt.NDArray[np.int64]
     """(tags,) how many posts have the tag, by the database's own count; 0 where that is unknown."""
+
+    pieces: Sequence[Callable[[], TagChunk]] | None = None
+    """The tags of wanted posts, where they were read together with the table; each can be read once."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -80,37 +83,21 @@ class TagTable:
         return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def read_tags(source: Source) -> TagTable:
-    """Every tag: of the tag table, or where there is none of the posts' own columns, with its number of posts."""
-    return _count_all(source) if source.edition.has_tag_strings else _read_table(source)
+def read_tags(source: Source, post_ids: npt.NDArray[np.int64] | None = None, folder: Path | None = None) -> TagTable:
+    """Every tag: of the tag table, or where there is none of the posts' own columns, with its number of posts.
 
-
-def _count_all(source: Source) -> TagTable:
-    """The tags of all posts; a tag's type is that of the columns in which it stands most often."""
+    With `post_ids` (ascending) such columns need not be read again for the tags of these posts, which are kept in
+    files in `folder` until `map_tag_chunks` takes them.
+    """
+    if not source.edition.has_tag_strings:
+        return _read_table(source)
     edition = source.edition
-    kinds = list(edition.typed)
-    columns = [f"tags_{kind}" for kind in kinds]
-    if len(kinds) < len(TAG_TYPES):
-        columns.append("tags")
-        kinds.append(-1)
-    uses: dict[str, dict[int, int]] = {}
-    batches = source.scan(f"SELECT {', '.join(columns)} FROM ({edition.posts}) AS post")
-    for counted in map_in_order(lambda batch: list(map(count_tags, batch.columns)), batches, usable_threads()):
-        for kind, (found, counts) in zip(kinds, counted, strict=True):
-            for name, count in zip(found, counts, strict=True):
-                some = uses.setdefault(name, {})
-                some[kind] = some.get(kind, 0) + count
-    names = tuple(sorted(uses))
-    known = read_tag_types(edition.tag_table, edition.categories) if edition.tag_table else {}
-    types, popularity = [], []
-    for name in names:
-        some = uses[name]
-        typed = [(-count, kind) for kind, count in some.items() if kind >= 0]
-        types.append(min(typed)[1] if typed else known.get(name, -1))
-        popularity.append(some.get(-1) or sum(some.values()))
-    return TagTable(
-        np.arange(len(names), dtype=np.int64), names, np.array(types, np.int8), np.array(popularity, np.int64)
-    )
+    wanted = np.empty(0, dtype=np.int64) if post_ids is None else post_ids
+    names, types, uses, pieces = read_words(source, wanted, folder)
+    if edition.tag_table:
+        known = read_tag_types(edition.tag_table, edition.categories)
+        types = np.where(types == -1, np.array([known.get(name, -1) for name in names], dtype=np.int8), types)
+    return TagTable(np.arange(len(names)), names, types, uses, None if post_ids is None else pieces)
 
 
 def _read_table(source: Source) -> TagTable:

@@ -106,7 +106,7 @@ def explain_post(
         extensions=batches[0].column("file_ext").dictionary_encode(),
         about={},
     )
-    tags = read_tags(database)
+    tags = read_tags(database, ids)
     plan = plan_captions(recipe, tags)
     selected = read_selected_posts(selection) if selection else None
     cutoffs = find_cutoffs(plan.recipe.quality, database, selected)

@@ -132,7 +132,7 @@ def measure_captions(
     """Make all captions of the selection without writing them, and count; `texts` go in with tags and text."""
     recipe = recipe.with_text(texts is not None)
     posts = read_selected_posts(selection, "dateutil" if recipe.style == "hakubooru" else "iso")
-    tags = read_tags(database)
+    tags = read_tags(database, posts.ids, spill_folder)
     plan = plan_captions(recipe, tags)
     cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
     tokens_by, count = choose_counter(tokenizer)

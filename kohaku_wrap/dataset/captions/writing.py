@@ -163,7 +163,7 @@ def write_captions(
         images = None
     if posts.about.get("db_digest") not in (None, database.digest()):
         notes.append("the database is not the one that the selection was made from")
-    tags = read_tags(database)
+    tags = read_tags(database, posts.ids, folder)
     plan = plan_captions(recipe, tags)
     notes += [f"the recipe names {name!r}, which fits no tag of the database" for name in plan.unused]
     cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
