@@ -162,7 +162,7 @@ class Trial:
                 self.step(f"compared with {reference.name}", lambda: compare_runs(known, whole).describe())
             except NotProved as found:
                 if not accept_difference or not isinstance(found.__cause__, Difference):
-                    advice = f"What is recorded with --accept-difference: exact here, not equal to {reference.name}."
+                    advice = f"Add --accept-difference to keep it as exact here, not equal to {reference.name}."
                     raise NotProved(found.message, advice) from found
                 difference = found.__cause__.message
                 self.steps.append(Step(f"compared with {reference.name}", f"accepted: {difference}", 0.0))
