@@ -19,6 +19,7 @@ from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch
 from kohaku_wrap.cli.train import make_run, train_run
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.training.supervising.accepting import refuse_unknown
 from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ def command(
     whole without RUN.
     """
     from kohaku_wrap.training.supervising.branch import plan_branch
-    from kohaku_wrap.training.supervising.differences import refuse_unknown
 
     options = watch_options(**watch)
     refuse_unknown(allow)

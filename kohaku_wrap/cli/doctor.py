@@ -11,12 +11,13 @@ from kohaku_wrap.cli.options import set_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, waiting, wants_json
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.proving.gpu_report import JSON_FILE, TABLE_FILE
 
 if TYPE_CHECKING:
     from kohaku_wrap.planning.doctor_torch import Finding
     from kohaku_wrap.proving.gpu_report import Report
 
-JSON_FILE, TABLE_FILE = "gpu-report.json", "gpu-report.md"
+
 COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
 Path_ = click.Path(path_type=Path)
 

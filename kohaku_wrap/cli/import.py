@@ -85,20 +85,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Check and report, write nothing.")
 @json_option
 @beyond_output("dry_run")
-def command(
-    folders: tuple[Path, ...],
-    images: Path,
-    labels: tuple[str, ...],
-    captions: str,
-    text_column: str,
-    plain: bool,
-    copy: bool,
-    dataset: str,
-    resolution: int,
-    jobs: int | None,
-    max_missing: int,
-    dry_run: bool,
-) -> None:
+def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: bool, **asked: Any) -> None:
     """Make a dataset of images and captions that you have.
 
     FOLDER is a folder with images, sub-folders included, or sd-scripts' dataset file (.toml). Captions are files
@@ -111,7 +98,7 @@ def command(
     from kohaku_wrap.dataset.own.report import REPORT_FILE, as_document
 
     leave_pandas_out()
-    options = ImportOptions(labels, captions, text_column, plain, copy, dry_run, dataset, resolution, jobs)
+    options = ImportOptions(dry_run=dry_run, **asked)
     with progress_bar("check", "images") as progress:
         report = import_folders(folders, images, options, progress)
     where = {} if dry_run else {"report": str(images / REPORT_FILE)}

@@ -32,8 +32,8 @@ SECONDS_BETWEEN_LINES = 10.0
 supervisor_options = option_group(
     click.option("--restarts", type=click.IntRange(0), default=0, show_default=True, metavar="N",
                  help="Start again this often after a failure, from the last good state."),
-    click.option("--restart-pause", type=click.FloatRange(0), default=10.0, show_default=True, metavar="SECONDS",
-                 help="Before the first restart; doubles with each."),
+    click.option("--restart-pause", "first_pause_seconds", type=click.FloatRange(0), default=10.0,
+                 show_default=True, metavar="SECONDS", help="Before the first restart; doubles with each."),
     click.option("--timeout", "timeouts", multiple=True, metavar="PHASE=SECONDS",
                  help=f"End an attempt that shows no sign of life for so long. Phases: {', '.join(PHASES)}."),
     click.option("--nan-latents-share", type=click.FloatRange(0, 1), default=0.05, show_default=True,
@@ -49,14 +49,7 @@ supervisor_options = option_group(
 """What `train`, `resume`, `extend` and `branch` share."""
 
 
-def watch_options(
-    restarts: int,
-    restart_pause: float,
-    timeouts: tuple[str, ...],
-    nan_latents_share: float,
-    bad_steps: int | None,
-    hook: str,
-) -> WatchOptions:
+def watch_options(timeouts: tuple[str, ...], **asked: Any) -> WatchOptions:
     """The supervisor's options from those of the command line."""
     from kohaku_wrap.training.supervising.watch import WatchOptions
 
@@ -69,14 +62,7 @@ def watch_options(
             phase = ""
         if phase not in PHASES or by_phase[phase] <= 0:
             raise UsageError(f"--timeout {text}: not PHASE=SECONDS", f"Phases: {', '.join(PHASES)}.")
-    return WatchOptions(
-        restarts=restarts,
-        first_pause_seconds=restart_pause,
-        timeouts_seconds=by_phase,
-        nan_latents_share=nan_latents_share,
-        bad_steps=bad_steps,
-        hook=hook,
-    )
+    return WatchOptions(timeouts_seconds=by_phase, **asked)
 
 
 class EventPrinter:

@@ -86,8 +86,7 @@ class Table:
 
 def read_number(value: Any) -> float:
     """A finite number of a metrics line, else NaN."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else math.nan
 
 
 def read_column(lines: Sequence[Mapping[str, Any]], name: str) -> Numbers:

@@ -37,6 +37,12 @@ TYPE_WORDS = {
     "two_floats": "two numbers",
 }
 
+TYPES: Mapping[str, Any] = {
+    "flag": bool, "bool": bool, "int": int, "float": (int, float), "int_or_float": (int, float), "str": str,
+    "dict": dict,
+}  # fmt: skip
+"""What a TOML value of each kind is."""
+
 
 class UnfitValue(KwrapError):
     """A value that an option cannot take."""
@@ -243,34 +249,14 @@ def fits_unquoted(option: Option, text: str) -> bool:
 
 def fits(kind: str, value: Any) -> bool:
     """Whether a TOML value is of one of the kinds of TYPE_WORDS."""
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    is_number = is_int or isinstance(value, float)
-    match kind:
-        case "flag" | "bool":
-            return isinstance(value, bool)
-        case "int":
-            return is_int
-        case "float" | "int_or_float":
-            return is_number
-        case "str":
-            return isinstance(value, str)
-        case "dict":
-            return isinstance(value, dict)
-        case "two_ints":
-            return isinstance(value, list) and len(value) == 2 and all(fits("int", item) for item in value)
-        case "two_floats":
-            return isinstance(value, list) and len(value) == 2 and all(fits("float", item) for item in value)
-    return False
+    if kind.startswith("two_"):
+        inner = kind.removeprefix("two_").removesuffix("s")
+        return isinstance(value, list) and len(value) == 2 and all(fits(inner, item) for item in value)
+    wanted = TYPES.get(kind, ())
+    return isinstance(value, wanted) and (wanted is bool) == isinstance(value, bool)
 
 
 def kind_of(value: Any) -> str:
     """The kind of a TOML value, in words."""
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int):
-        return "a whole number"
-    if isinstance(value, float):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    return "a table" if isinstance(value, dict) else "a list"
+    kind = next((kind for kind in ("bool", "int", "float", "str", "dict") if fits(kind, value)), "")
+    return TYPE_WORDS.get(kind, "a list")

@@ -21,7 +21,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.trainer import requirements
 from kohaku_wrap.training.supervising import create
 from kohaku_wrap.training.supervising.create import RunRefused, create_run, plan_new_run
-from kohaku_wrap.training.supervising.differences import DifferentRun
+from kohaku_wrap.training.supervising.places import DifferentRun
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 
 SITE = """

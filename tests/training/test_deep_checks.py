@@ -26,7 +26,8 @@ from kohaku_wrap.training.supervising.deep_checks import (
     choose_samples,
 )
 from kohaku_wrap.training.supervising.line_checks import Check
-from kohaku_wrap.training.supervising.verify import VerifyReport, verify_run
+from kohaku_wrap.training.supervising.verify import verify_run
+from kohaku_wrap.training.supervising.verify_report import VerifyReport
 
 NewRun = Callable[..., Run]
 

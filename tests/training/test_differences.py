@@ -24,9 +24,8 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import write_state
 from kohaku_wrap.training.supervising import differences
+from kohaku_wrap.training.supervising.accepting import can_be_accepted, refuse_changes, refuse_unknown
 from kohaku_wrap.training.supervising.differences import (
-    DifferentRun,
-    can_be_accepted,
     check_captions,
     compare_dataset,
     compare_fingerprint,
@@ -36,10 +35,8 @@ from kohaku_wrap.training.supervising.differences import (
     compare_versions,
     list_changes,
     list_notes,
-    refuse_changes,
-    refuse_unknown,
 )
-from kohaku_wrap.training.supervising.places import read_run_file, read_trainer
+from kohaku_wrap.training.supervising.places import DifferentRun, read_run_file, read_trainer
 from kohaku_wrap.training.supervising.site_places import settle_places
 
 NewRun = Callable[..., Run]

@@ -26,7 +26,8 @@ from kohaku_wrap.training.records.networks import (
     step_of_network,
 )
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.supervising.verify import VerifyReport, verify_run
+from kohaku_wrap.training.supervising.verify import verify_run
+from kohaku_wrap.training.supervising.verify_report import VerifyReport
 
 NewRun = Callable[..., Run]
 

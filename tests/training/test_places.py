@@ -23,9 +23,8 @@ from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.supervising.create import RunExists
-from kohaku_wrap.training.supervising.differences import DifferentRun
 from kohaku_wrap.training.supervising.housekeeping import NeededByOthers, plan_removal, remove_run, rename_run
-from kohaku_wrap.training.supervising.places import read_trainer
+from kohaku_wrap.training.supervising.places import DifferentRun, read_trainer
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.status import read_status

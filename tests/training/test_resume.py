@@ -26,7 +26,8 @@ from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, state_folder
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, NoWholeState
-from kohaku_wrap.training.supervising.differences import DifferentRun, list_changes
+from kohaku_wrap.training.supervising.differences import list_changes
+from kohaku_wrap.training.supervising.places import DifferentRun
 from kohaku_wrap.training.supervising.resume import RunFinished, begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.supervise import TrainerFailed, supervise_run
 from kohaku_wrap.training.supervising.verify import verify_run

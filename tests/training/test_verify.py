@@ -35,7 +35,8 @@ from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
 from kohaku_wrap.training.supervising.ledger_files import NoLedger
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
-from kohaku_wrap.training.supervising.verify import VerifyReport, read_order, verify_run
+from kohaku_wrap.training.supervising.verify import read_order, verify_run
+from kohaku_wrap.training.supervising.verify_report import VerifyReport
 
 NewRun = Callable[..., Run]
 

@@ -13,7 +13,8 @@ from kohaku_wrap.training.records.attempts import Attempt, hold_lock, list_attem
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.signs import RunLog
-from kohaku_wrap.training.supervising.differences import list_changes, refuse_changes
+from kohaku_wrap.training.supervising.accepting import refuse_changes
+from kohaku_wrap.training.supervising.differences import list_changes
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, read_end, tail_of
 from kohaku_wrap.training.supervising.launch import Launch, plan_attempt_launch
 from kohaku_wrap.training.supervising.machines import refuse_rank

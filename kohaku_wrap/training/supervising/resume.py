@@ -16,16 +16,9 @@ from kohaku_wrap.training.records.ledger import recorded_attempts
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.networks import is_finished, shorter_end, step_of_network
 from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.supervising.accepting import ACCEPTED_FAULTS, OTHER_RUN, refuse_changes, refuse_unknown
 from kohaku_wrap.training.supervising.choose_state import find_foreign_state, find_state
-from kohaku_wrap.training.supervising.differences import (
-    ACCEPTED_FAULTS,
-    OTHER_RUN,
-    check_captions,
-    list_changes,
-    list_notes,
-    refuse_changes,
-    refuse_unknown,
-)
+from kohaku_wrap.training.supervising.differences import check_captions, list_changes, list_notes
 from kohaku_wrap.training.supervising.launch import (
     Launch,
     note_threads,

@@ -188,7 +188,8 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
     # As `train` counts: the steps of the attempt that runs.
     own = [line for line in lines if line.get("attempt") == attempts[-1].number] if running else lines
     recent = own[-RATE_WINDOW_STEPS:]
-    done = int(lines[-1]["optimizer_step"]) if lines else 0
+    last = lines[-1] if lines else {"optimizer_step": 0}
+    done = int(last["optimizer_step"])
     done = max([done, *(attempt.start_optimizer_step for attempt in attempts[-1:])])
     if told and ends[told[-1].number]:
         # The metrics may be damaged or gone.
@@ -205,13 +206,11 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
         optimizer_step=done,
         total_optimizer_steps=total,
         epoch=run.lock.count.position_of(min(done, total), 1).epoch,
-        loss=number_or_none(lines[-1].get("loss")) if lines else None,
+        loss=number_or_none(last.get("loss")),
         mean_loss=mean_of(recent, "loss"),
         held_out_loss=evaluation.loss if evaluation else None,
         held_out_optimizer_step=evaluation.optimizer_step if evaluation else None,
-        learning_rates={name: number_of(value) for name, value in lines[-1].items() if name.startswith("lr_")}
-        if lines
-        else {},
+        learning_rates={name: number_of(value) for name, value in last.items() if name.startswith("lr_")},
         skipped_steps=bad_steps.skipped,
         non_finite_steps=bad_steps.non_finite,
         bad_steps_in_a_row=bad_steps.in_a_row,
@@ -307,8 +306,7 @@ def count_silence(beats: list[Heartbeat]) -> float | None:
 
 def describe_phase(beats: list[Heartbeat]) -> str:
     """What the ranks do, once where they agree."""
-    phases = list(dict.fromkeys(beat.message or beat.phase for beat in beats))
-    return ", ".join(phases)
+    return ", ".join(dict.fromkeys(beat.message or beat.phase for beat in beats))
 
 
 def describe_wait(beats: list[Heartbeat]) -> str:

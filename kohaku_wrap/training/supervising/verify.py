@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,116 +26,28 @@ from kohaku_wrap.training.records.ledger import (
 )
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.networks import Network, compare_networks, is_finished
+from kohaku_wrap.training.records.networks import compare_networks, is_finished
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
 from kohaku_wrap.training.supervising.deep_checks import check_deep, check_latents
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
 from kohaku_wrap.training.supervising.ledger_checks import (
-    LOSS_TOLERANCE,
     BoolArray,
     Checker,
     Fault,
     Int64Array,
-    Overlaps,
     Records,
 )
 from kohaku_wrap.training.supervising.ledger_files import list_conditions, read_files
 from kohaku_wrap.training.supervising.line_checks import Check, check_steps
 from kohaku_wrap.training.supervising.places import Places
 from kohaku_wrap.training.supervising.site_places import settle_places
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """What an attempt trained that a later one trained again."""
-
-    attempt: int
-    """The attempt whose work was left behind."""
-
-    first_optimizer_step: int
-    """The first step trained again, counted from 1."""
-
-    last_optimizer_step: int
-    """The last one, perhaps in part."""
-
-    records: int
-    """Micro-batches."""
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What the ledger proves."""
-
-    run: Run
-    """The run."""
-
-    attempts: int
-    """Attempts that left records."""
-
-    records: int
-    """Micro-batches recorded, repeats included."""
-
-    optimizer_steps: int
-    """Whole optimizer steps proved, from the first on."""
-
-    total_optimizer_steps: int
-    """Of the run."""
-
-    is_finished: bool
-    """Whether the run has its final network."""
-
-    positions: int
-    """Positions trained exactly once, fills included."""
-
-    fills: int
-    """Of these, the ones that only complete an epoch's last optimizer step."""
-
-    substitutes: int
-    """Batches in which an unreadable image was replaced."""
-
-    in_progress: int
-    """Micro-batches of an optimizer step that is not whole yet."""
-
-    order_checked: bool
-    """Whether the images at each position were recomputed from seed and dataset."""
-
-    compared: int
-    """Positions recorded by more than one attempt, whose digests were compared."""
-
-    skipped_images_loaded: int
-    """Images that resumes opened for positions already trained; 0 when skipping costs nothing."""
-
-    repeats: tuple[Repeat, ...]
-    """What crashes repeated."""
-
-    faults: tuple[Fault, ...]
-    """Empty when all is proved."""
-
-    notes: tuple[str, ...]
-    """What the reader should know."""
-
-    deep_samples: int
-    """Micro-batches recomputed from images and captions."""
-
-    skipped_steps: int
-    """Optimizer steps on the line that the GradScaler skipped."""
-
-    non_finite_steps: int
-    """Optimizer steps on the line whose mean loss was no number."""
-
-    checks: tuple[Check, ...]
-    """What was looked at and what was not: order, losses, options, skipped steps, rates, networks, deep."""
-
-    unverified: tuple[str, ...]
-    """Options of the run that are left to the trainer: it is proved except for these."""
-
-    changed_after: tuple[str, ...]
-    """What is no longer as lock or records say, networks too; the ledger is not held against it."""
-
-    @property
-    def is_proved(self) -> bool:
-        return not self.faults
+from kohaku_wrap.training.supervising.verify_report import (
+    Repeat,
+    VerifyReport,
+    describe_losses,
+    describe_networks,
+)
 
 
 def verify_run(
@@ -313,35 +225,6 @@ def check_held_out(run: Run, checker: Checker, order: Check) -> list[Check]:
     counts = f"{len(held_out.posts):,} measured, {len(held_out.relatives):,} that are their like"
     unknown = f"; of {held_out.unknown:,} posts it is not known which are their like" if held_out.unknown else ""
     return [Check("held out", True, f"none of {len(left_out):,} posts was trained: {counts}{unknown}")]
-
-
-def describe_losses(overlaps: Overlaps) -> Check:
-    """What the comparison of losses came to."""
-    if not overlaps.positions:
-        return Check("losses", True, "no position was trained twice")
-    parts = []
-    if overlaps.exact:
-        parts.append(f"{overlaps.exact:,} compared bit for bit")
-    if overlaps.loose:
-        parts.append(
-            f"{overlaps.loose:,} compared to within {LOSS_TOLERANCE:.0%}, the largest difference {overlaps.largest:.2%}"
-        )
-    if overlaps.left_out:
-        parts.append(f"{overlaps.left_out:,} not, as the attempts have other options by --allow")
-    return Check("losses", overlaps.left_out == 0, "; ".join(parts))
-
-
-def describe_networks(networks: Sequence[Network]) -> Check:
-    """Whether the checkpoints are what the run wrote."""
-    if not networks:
-        return Check("networks", True, "none is there")
-    unknown = [network.path.name for network in networks if not network.written]
-    changed = [network.path.name for network in networks if network.is_changed]
-    same = len(networks) - len(unknown) - len(changed)
-    parts = [f"{same:,} as the run wrote them"] if same else []
-    parts += [f"not what the run wrote: {', '.join(changed)}"] if changed else []
-    parts += [f"{', '.join(unknown)}: the run has no sha256 of what it wrote"] if unknown else []
-    return Check("networks", not unknown, "; ".join(parts))
 
 
 def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:

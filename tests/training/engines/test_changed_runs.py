@@ -32,8 +32,7 @@ from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import state_folder, write_state
 from kohaku_wrap.training.supervising.choose_state import NoSuchState
 from kohaku_wrap.training.supervising.create import create_run, plan_new_run
-from kohaku_wrap.training.supervising.differences import DifferentRun
-from kohaku_wrap.training.supervising.places import read_trainer
+from kohaku_wrap.training.supervising.places import DifferentRun, read_trainer
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.verify import verify_run
 

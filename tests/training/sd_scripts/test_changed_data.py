@@ -13,7 +13,7 @@ import pytest
 
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.create import create_run, plan_new_run
-from kohaku_wrap.training.supervising.differences import DifferentRun
+from kohaku_wrap.training.supervising.places import DifferentRun
 from kohaku_wrap.training.supervising.resume import ResumePlan, plan_resume
 
 pytestmark = [pytest.mark.sd_scripts, pytest.mark.slow, pytest.mark.timeout(600)]
