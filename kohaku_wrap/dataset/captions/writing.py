@@ -6,6 +6,7 @@ import contextlib
 import filecmp
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -17,6 +18,7 @@ import pyarrow as pa
 from kohaku_wrap.dataset.captions import formats as formats_of
 from kohaku_wrap.dataset.captions.earlier import EarlierCaptions
 from kohaku_wrap.dataset.captions.folder import lock_captions
+from kohaku_wrap.dataset.captions.hakubooru import hakubooru_recipe
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, arrange_elements, join_elements
 from kohaku_wrap.dataset.captions.mixing import BOTH, TextMix, put_texts
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
@@ -147,6 +149,7 @@ def write_captions(
     recipe = recipe.with_text(texts is not None)
     if texts and recipe.style == "hakubooru":
         raise NoTexts("the style hakubooru has no place for texts", "Leave --text out, or use --style kohaku.")
+    recipe = hakubooru_recipe() if recipe.style == "hakubooru" else recipe
     posts = read_selected_posts(selection, "dateutil" if recipe.style == "hakubooru" else "iso")
     images = find_images(folder, posts.ids)
     notes = []
@@ -163,10 +166,12 @@ def write_captions(
         images = None
     if posts.about.get("db_digest") not in (None, database.digest()):
         notes.append("the database is not the one that the selection was made from")
-    tags = read_tags(database, posts.ids, folder)
-    plan = plan_captions(recipe, tags)
+    with ThreadPoolExecutor(1) as pool:
+        cutting = pool.submit(find_cutoffs, recipe.quality, database, posts)
+        tags = read_tags(database, posts.ids, folder)
+        plan = plan_captions(recipe, tags)
+        cutoffs = cutting.result()
     notes += [f"the recipe names {name!r}, which fits no tag of the database" for name in plan.unused]
-    cutoffs = find_cutoffs(plan.recipe.quality, database, posts)
     work = Work(database, plan, posts, cutoffs, images, folder, tuple(formats), texts, count_tokens)
     about = {
         "dataset": dataset,
