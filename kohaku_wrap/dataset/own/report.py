@@ -17,6 +17,7 @@ from kohaku_wrap.dataset.own.images import ImportedImage
 from kohaku_wrap.dataset.own.texts import Texts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
+from kohaku_wrap.wording import count_of
 
 REPORT_FILE = "import-report.json"
 LISTS = (
@@ -168,7 +169,7 @@ def describe_sources(
         replaced = len(text.without) + len(text.empty)
         if source.class_text and replaced:
             report.notes.append(
-                f"{source.folder}: {replaced:,} images without a caption are trained with "
+                f"{source.folder}: {count_of(replaced, 'image')} without a caption: trained with "
                 f"{source.class_text!r}, the folder's name, as sd-scripts does it"
             )
         report.notes += [
@@ -185,8 +186,8 @@ def note_whole(subject: str, captions: Sequence[str]) -> list[str]:
     trigger = find_trigger(captions)
     with_it = f", and {trigger!r}, with which they begin, moves and drops out with them" if trigger else ""
     return [
-        f"{subject} {len(captions):,} captions have no {SEPARATOR}: a template that shuffles or drops tags does so "
-        f"with all of theirs{with_it}. dataset_options.keep_tokens = 1 keeps the first tag in its place"
+        f"{subject} {count_of(len(captions), 'caption')} without {SEPARATOR}: a template that shuffles or drops tags "
+        f"does so with all of theirs{with_it}. dataset_options.keep_tokens = 1 keeps the first tag in its place"
     ]
 
 
