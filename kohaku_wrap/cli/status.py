@@ -131,6 +131,7 @@ def write_to(runs: list[Run], tracker: str, folder: Path) -> None:
     """Write the metrics of runs for another tool; steps that are there stay as they are."""
     from kohaku_wrap.training.records.trackers import write_all
 
+    go_on_without_reader(is_document=wants_json())
     written = [(run, *write_all(run, tracker, folder)) for run in runs]
     told = [{"run": run.folder, "folder": own, "written": count, "last_optimizer_step": last}
             for run, own, count, last in written]  # fmt: skip

@@ -27,15 +27,18 @@ SCHEDULE = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
 
 TEXT_BEFORE = 60
 TEXT_AFTER = 50
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 
 
 class PromptError(UsageError):
     """A wrong prompt, shown with a mark under the place."""
 
     def __init__(self, message: str, source: str, place: int, length: int = 1, advice: str = "") -> None:
+        length = min(length, TEXT_AFTER)
         start, stop = max(0, place - TEXT_BEFORE), min(len(source), place + length + TEXT_AFTER)
         before, after = "…" if start else "", "…" if stop < len(source) else ""
-        line = "".join(" " if character.isspace() else character for character in source[start:stop])
+        shown = (" " if each.isspace() else each if each.isprintable() else UNPRINTABLE for each in source[start:stop])
+        line = "".join(shown)
         mark = " " * (len(before) + place - start) + "^" * length
         super().__init__(f"prompt: {message} at character {place + 1}\n    {before}{line}{after}\n    {mark}", advice)
         self.place = place
@@ -172,7 +175,7 @@ class Parser:
     def read_weight(self, text: str, place: int) -> float:
         if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):
             at = self.source.index(text, place)
-            raise PromptError(f"{text} is not a weight", self.source, at, len(text), "Write a decimal, such as 1.1.")
+            raise PromptError(f"{text[:TEXT_AFTER]} is not a weight", self.source, at, len(text), "Write a decimal, such as 1.1.")
         return float(text)
 
     def refuse_odd_weight(self, bracket: Bracket, place: int) -> None:
@@ -182,7 +185,7 @@ class Parser:
         text = self.source[bracket.colons[-1] + 1 : place]
         if LIKE_A_NUMBER.fullmatch(text):
             raise PromptError(
-                f"{text.strip()} is not a plain decimal", self.source, bracket.colons[-1] + 1, len(text),
+                f"{text.strip()[:TEXT_AFTER]} is not a plain decimal", self.source, bracket.colons[-1] + 1, len(text),
                 "Write a weight such as 1.1; write \\( and \\) for brackets that are part of a tag.",
             )  # fmt: skip
 

@@ -189,3 +189,17 @@ def test_any_prompt_comes_back_from_its_text(listed: list[tuple[Piece, ...]]) ->
 
 def test_weights_are_written_as_plain_decimals() -> None:
     assert format_prompt(Prompt(((Piece("a", 1e-7), Piece("b", 1e21)),))) == "(a:0.0000001)(b:1000000000000000000000)"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("\x1b]0;pwn\x07\x1b[2J", "\ufffd]0;pwn\ufffd\ufffd[2J\n             ^"),
+        ("(" * 100_000, f"{'(' * 51}…\n    ^"),
+        (f"(a:{'9' * 5000})", "^" * 50),
+    ],
+)
+def test_the_mark_stands_under_its_place_whatever_is_shown(text: str, line: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        parse_prompt(text)
+    assert caught.value.message.endswith(line) and len(caught.value.message) < 300
