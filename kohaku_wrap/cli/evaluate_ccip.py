@@ -21,6 +21,7 @@ from kohaku_wrap.cli.output import (
 from kohaku_wrap.cli.sample import drawing_options, model_options, prepare
 from kohaku_wrap.cli.sample_inputs import list_models
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.sampling.cells import MOST_STEPS
 from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ Examples:
 @click.option("--negative", default="", metavar="TEXT", help="The negative prompt.")
 @click.option("--size", "sizes", metavar="WxH", help="Usually what the model is for.")
 @click.option("--guidance", type=float, metavar="CFG", help="Usually 5.")
-@click.option("--sampler-steps", type=click.IntRange(1), metavar="N", help="Usually 24.")
+@click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24.")
 @click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says.")
 @click.option("--against", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Another ccip.json.")
 @drawing_options

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.extend import Extension
     from kohaku_wrap.training.supervising.resume import ResumePlan
 
+MOST_MORE = 1_000_000_000
+"""Steps or epochs more, so that their product stays a number of 64 bits."""
+
 
 @click.command(
     epilog="""\b
@@ -40,8 +43,8 @@ Examples:
   kwrap extend epsilon --epochs 2 --schedule again --repeat-warmup"""
 )
 @click.argument("name", metavar="RUN")
-@click.option("--epochs", type=click.IntRange(1), metavar="N", help="So many epochs more.")
-@click.option("--steps", type=click.IntRange(1), metavar="N", help="So many optimizer steps more.")
+@click.option("--epochs", type=click.IntRange(1, MOST_MORE), metavar="N", help="So many epochs more.")
+@click.option("--steps", type=click.IntRange(1, MOST_MORE), metavar="N", help="So many optimizer steps more.")
 @click.option(
     "--schedule",
     type=click.Choice(("stretch", "again")),

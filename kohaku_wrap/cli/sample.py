@@ -18,6 +18,7 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.sampling.cells import MOST_STEPS
 from kohaku_wrap.wording import count_of, show_path
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ picture_options = option_group(
     click.option("--guidance", "guidances", multiple=True, type=float, metavar="CFG", help="Repeatable; usually 5."),
     click.option("--sampler", metavar="NAME", help="euler-a (usual), dpmpp-2m or dpmpp-2m-sde."),
     click.option("--schedule", metavar="NAME", help="exponential (usual), karras or uniform."),
-    click.option("--sampler-steps", type=click.IntRange(1), metavar="N", help="Usually 24."),
+    click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24."),
     click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="Usually 2, as SDXL is trained."),
     click.option("--emphasis", metavar="NAME", help="How weights act: no-norm (usual), original or ignore."),
     click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."),

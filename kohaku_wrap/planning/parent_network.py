@@ -8,12 +8,13 @@ from typing import Any
 
 from kohaku_wrap.config.base_model import require_safetensors
 from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.network import KOHYA_LORA, LYCORIS
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.planning.module_counts import WORKER_SETTINGS, WORKER_TIMEOUT_SECONDS, describe_request
 from kohaku_wrap.processes import NoAnswer, ask_python
+from kohaku_wrap.trainer.installed import find_trainer
 
-LYCORIS = "lycoris.kohya"
 NAMES_SHOWN = 6
 
 FAULTS = {
@@ -36,12 +37,14 @@ def fit_parent(effective: Effective, out: Path) -> bool:
     """
     path = Path(str(effective.get("network_weights")))
     header = require_safetensors(path)
-    if effective.get("network_module") != LYCORIS:
+    module = effective.get("network_module")
+    checkout = find_trainer() if module == KOHYA_LORA else None
+    if module != LYCORIS and not checkout:
         # Only its own code can say what its modules are.
         return False
     by_file = bool(effective.get("dim_from_weights"))
     base_model = effective.site.paths.base_model if effective.site else None
-    request = describe_request(effective, None) | {
+    request = describe_request(effective, checkout) | {
         "network": str(path.absolute()),
         "checkpoint_keys": list(read_header(base_model).tensors) if base_model else [],
         "unet": not effective.get("network_train_text_encoder_only"),

@@ -20,6 +20,8 @@ EMPHASES = ("no-norm", "original", "ignore")
 SLUG_LENGTH = 40
 HASH_DIGITS = 12
 MOST_SEED = (1 << 63) - 1
+MOST_STEPS = 1000
+"""SDXL knows no more time steps."""
 
 
 @dataclass(frozen=True)

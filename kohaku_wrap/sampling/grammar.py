@@ -175,7 +175,9 @@ class Parser:
     def read_weight(self, text: str, place: int) -> float:
         if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):
             at = self.source.index(text, place)
-            raise PromptError(f"{text[:TEXT_AFTER]} is not a weight", self.source, at, len(text), "Write a decimal, such as 1.1.")
+            raise PromptError(
+                f"{text[:TEXT_AFTER]} is not a weight", self.source, at, len(text), "Write a decimal, such as 1.1."
+            )
         return float(text)
 
     def refuse_odd_weight(self, bracket: Bracket, place: int) -> None:

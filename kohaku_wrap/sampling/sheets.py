@@ -10,7 +10,7 @@ from typing import Any
 
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import read_regular
-from kohaku_wrap.sampling.cells import EMPHASES, MOST_SEED, SAMPLERS, SCHEDULES, Hires
+from kohaku_wrap.sampling.cells import EMPHASES, MOST_SEED, MOST_STEPS, SAMPLERS, SCHEDULES, Hires
 from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
 from kohaku_wrap.sampling.styles import Style, find_style
 from kohaku_wrap.toml_files import TableReader, load_toml
@@ -171,6 +171,8 @@ def read_tables(path: Path, lenient: bool) -> Sheet:
         rows=read_axes(reader, "rows"),
         columns=read_axes(reader, "columns"),
     )
+    if (sheet.steps or 1) > MOST_STEPS:
+        reader.fault("steps", f"{sheet.steps} is above {MOST_STEPS:,}")
     check_prompt(SheetPrompt("", negative=sheet.negative), "negative", lenient, problems)
     raise_all(path, problems)
     return sheet
@@ -248,8 +250,8 @@ def check_prompt(prompt: SheetPrompt, where: str, lenient: bool, problems: list[
                 problems.append(Problem(where, f"{name}: {error}"))
     odd = [name for name in ("width", "height") if name in own and (own[name] % 8 or own[name] <= 0)]
     problems += [Problem(where, f"{name} {own[name]} is not a multiple of 8") for name in odd]
-    if own.get("steps", 1) < 1:
-        problems.append(Problem(where, f"steps {own['steps']} is below 1"))
+    if not 1 <= own.get("steps", 1) <= MOST_STEPS:
+        problems.append(Problem(where, f"steps {own['steps']} is not from 1 to {MOST_STEPS:,}"))
 
 
 def raise_all(path: Path, problems: list[Problem]) -> None:

@@ -142,6 +142,8 @@ def test_a_reader_that_goes_away_ends_what_is_only_shown() -> None:
         ("template cp a b c", "kwrap template cp: got unexpected extra argument (c)\n"),
         ("template show epsilon --set", "kwrap template show: option --set requires an argument\n"),
         ("doctor --engine other", "kwrap doctor: --engine: 'other' is not one of 'sd-scripts', 'builtin'\n"),
+        ("extend r --steps 99999999999999999999", "kwrap extend: --steps: 99999999999999999999 is not in the range"),
+        ("sample m --sampler-steps 1001", "kwrap sample: --sampler-steps: 1001 is not in the range 1<=x<=1000\n"),
         ("demo x --posts many", "kwrap demo: --posts: 'many' is not a valid integer\n"),
         ("plan x --site y --selection z --images 3", "kwrap plan: --selection and --images are two sources"),
     ],

@@ -22,11 +22,13 @@ from kohaku_wrap.planning.workers.count_modules import (
     create_network,
     list_modules,
 )
+from kohaku_wrap.planning.workers.list_options import stand_in_for_torchvision
 
 # After count_modules, which settles LyCORIS' variables.
 import torch  # isort: skip
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.network_names import find_targets, table_of_targets
@@ -66,6 +68,22 @@ def pair_names(names: list[str], own: list[str], checkpoint_keys: list[str]) -> 
     return pairs
 
 
+def create_kohya_lora(request: Mapping[str, Any], unet: nn.Module, text_encoders: list[nn.Module], _: Path) -> Any:
+    """sd-scripts' own LoRA network, by the checkout's code, on the meta device."""
+    sys.path.insert(0, request["checkout"])
+    stand_in_for_torchvision()
+    from library.sdxl_original_unet import SdxlUNet2DConditionModel
+    from networks import lora
+
+    # By its class it knows SDXL, and then counts the blocks that have a rank of their own.
+    unet.__class__ = type("NamedUNet", (SdxlUNet2DConditionModel,), {})
+    arguments = dict(item.split("=", 1) for item in request["network_args"])
+    with torch.device("meta"):
+        return lora.create_network(
+            1.0, request["network_dim"], request["network_alpha"], None, text_encoders, unet, **arguments
+        )
+
+
 def fit_network(request: Mapping[str, Any]) -> dict[str, Any]:
     """What fits and what does not."""
     path = Path(request["network"])
@@ -78,7 +96,8 @@ def fit_network(request: Mapping[str, Any]) -> dict[str, Any]:
         own = list_modules(unet, text_encoders)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            network = create_network(request, unet, text_encoders, Path(folder))
+            create = create_kohya_lora if request["checkout"] else create_network
+            network = create(request, unet, text_encoders, Path(folder))
         loras = network.unet_loras * request["unet"] + network.text_encoder_loras * request["text_encoders"]
         wanted = {lora.lora_name: lora for lora in loras}
         own = list(wanted)
@@ -110,7 +129,8 @@ def fit_network(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare(found: Tensors, lora: Any) -> str:
     """How the file's module differs from the template's; empty where it does not."""
-    wanted = {suffix: list(tensor.shape) for suffix, tensor in lora.state_dict().items()}
+    own = lora.state_dict().items()
+    wanted = {suffix: list(tensor.shape) for suffix, tensor in own if not suffix.startswith("org_module.")}
     shapes = {suffix: list(tensor.shape) for suffix, tensor in found.items()}
     lacking, more = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
     if lacking or more:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import toml
+import torch
 from engine_world import CAPTION, write_images
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +116,34 @@ def test_networks_that_do_not_fit_are_named(world: Path) -> None:
     save_file(fewer | {"lora_unet_nothing.lokr_w1": tensors[sorted(tensors)[1]]}, world / "more.safetensors")
     with pytest.raises(ProblemsFound, match="lora_unet_nothing"):
         fit(world / "more.safetensors", *by_file)
+
+
+@pytest.mark.slow
+@pytest.mark.sd_scripts
+def test_a_lora_of_sd_scripts_is_compared_by_its_own_code(world: Path) -> None:
+    (world / "lora.toml").write_text(
+        'extends = "demo"\nnetwork_module = "networks.lora"\nnetwork_dim = 4\nnetwork_alpha = 2\npreset = {}\n'
+        "[captions]\nmax_token_length = 150\n"
+    )
+    site = load_site(world / "site.toml")
+    plain = {"lora_down.weight": torch.zeros(4, 32), "lora_up.weight": torch.zeros(32, 4), "alpha": torch.tensor(2.0)}
+    name = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+
+    def faults(tensors: dict[str, torch.Tensor], *settings: str) -> str:
+        path = world / "lora.safetensors"
+        save_file({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}, path)
+        with pytest.raises(ProblemsFound) as caught:
+            fit_parent(
+                resolve_template(str(world / "lora.toml"), site, [f"network_weights={path}", *settings]), world / "out"
+            )
+        return caught.value.message
+
+    # One module of many: that the others are missing is said, and of this one what is not as it should be.
+    told = faults(plain)
+    assert "missing" in told and name not in told and "unlike" not in told and "extra" not in told, told
+    assert "unlike" in faults(plain, "network_dim=8") and "alpha / dim" in faults(plain, "network_alpha=4.0")
+    assert f"does not train: {name}" in faults(plain, "network_train_unet_only=true")
+    assert "has alpha, lora_down.weight" in faults(plain | {"dora_scale": torch.zeros(32)})
 
 
 @pytest.mark.slow
