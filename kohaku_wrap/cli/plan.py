@@ -98,6 +98,8 @@ def command(
     notes = describe_notes(effective, plan.steps)
     if not sizes.exact:
         notes.append(f"Counted from {sizes.source}.")
+        if effective.get("validation.posts"):
+            notes.append("[validation]: posts that are held out are counted as trained here; captions say which.")
     else:
         notes += note_other_dataset(effective, site.paths.images)
     payload = {**describe_plan(plan, notes), "trust": describe_trust(effective)}

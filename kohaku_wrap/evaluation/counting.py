@@ -33,6 +33,8 @@ from kohaku_wrap.training.data.run_items import open_items
 ROWS_A_BLOCK = 1 << 15
 COLUMNS = ("images", "trained", "next_epoch", "one_more_repeat")
 IMAGES, TRAINED, NEXT_EPOCH, ONE_MORE_REPEAT = range(4)
+NO_SUBSET = -1
+"""Of posts that are held out: they are in no epoch, and their tags count nowhere."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,11 @@ def count_passes(items: Items, passes: Sequence[Pass], sums: Sums, threads: int,
     def split_and_count(piece: tuple[int, Any]) -> tuple[int, list[tuple[Sequence[str], list[tuple[Tally, int]]]]]:
         first, batch = piece
         subsets = items.columns.subsets[first : first + len(batch)]
+        if items.left_out is not None:
+            subsets = np.where(items.left_out[first : first + len(batch)], NO_SUBSET, subsets)
         texts = batch.column("text") if "text" in batch.schema.names else None
         found: list[tuple[Sequence[str], list[tuple[Tally, int]]]] = []
-        for place in np.unique(subsets).tolist():
+        for place in np.unique(subsets[subsets != NO_SUBSET]).tolist():
             inside = np.flatnonzero(subsets == place)
             chosen = pa.array(inside)
             block = split_block(

@@ -29,6 +29,7 @@ from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_f
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from plain_runs import make_run, misbehave, train
+from written_ledgers import hold_out
 
 BUCKETS = {
     "resolution": [64, 64],
@@ -287,3 +288,12 @@ def test_captions_of_the_trainers_own_data_are_not_known(run: Run, capsys: pytes
     run.lock_file.write_text(text.replace('data = "kwrap"', 'data = "sd-scripts"'), encoding="utf-8")
     assert run_program(["evaluate", "exposure", str(run.folder)]) == 1
     assert "are not in its records" in capsys.readouterr().err
+
+
+def test_posts_that_are_held_out_count_nowhere(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs" / "r", images=9)
+    hold_out(run, 3, 10)
+    train(run)
+    tags = {row["tag"]: row for row in measure_exposure(run).tags.to_pylist()}
+    assert "tag 3" not in tags and "tag 10" not in tags
+    assert tags["tag 17"]["next_epoch"] == 1 and tags["1girl"]["images"] == tags["1girl"]["next_epoch"] == 7
