@@ -34,8 +34,9 @@ from kohaku_wrap.training.records.ledger import (
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
 from kohaku_wrap.training.supervising.ledger_files import NoLedger
+from kohaku_wrap.training.supervising.run_order import read_order
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
-from kohaku_wrap.training.supervising.verify import read_order, verify_run
+from kohaku_wrap.training.supervising.verify import verify_run
 from kohaku_wrap.training.supervising.verify_report import VerifyReport
 
 NewRun = Callable[..., Run]

@@ -26,7 +26,7 @@ from kohaku_wrap.training.records.ledger import (
     pack_header,
 )
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
-from kohaku_wrap.training.supervising.verify import read_order
+from kohaku_wrap.training.supervising.run_order import read_order
 
 Change = Callable[[Records], Records]
 

@@ -20,6 +20,7 @@ from kohaku_wrap.config.run_files import (
 )
 from kohaku_wrap.errors import Problem, reason_of
 from kohaku_wrap.files import read_regular
+from kohaku_wrap.formats.held_out import HELD_OUT_FILE
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.launch import BY_LAUNCH, describe_attempt_accelerate
@@ -60,9 +61,9 @@ def compare_files(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, An
             now = with_lengths_of_lock(run, before, now)
         if name == ACCELERATE_FILE:
             yield from compare_accelerate(run, before, now)
-        elif name == PROMPTS_FILE:
+        elif name in (PROMPTS_FILE, HELD_OUT_FILE):
             if before != now:
-                yield Problem(KEY_OF_PLACE[name], f"{name} was changed")
+                yield Problem(KEY_OF_PLACE.get(name, name), f"{name} was changed")
         else:
             yield from compare_values(before, now)
 

@@ -27,10 +27,6 @@ UInt64Array = npt.NDArray[np.uint64]
 BoolArray = npt.NDArray[np.bool_]
 
 
-MOST_NAMED = 256
-"""Batches with other images than they should have, in which a post that is held out is looked for."""
-
-
 @dataclass(frozen=True)
 class Fault:
     """One kind of fault, with its first place."""
@@ -272,33 +268,6 @@ class Checker:
             wrong[here] = digests[records.position[here]] != records.order_digest[here]
         self.report("order", wrong, "other images than seed and dataset put there")
 
-    def check_held_out(
-        self, order: BatchOrder, ids: Int64Array, whole: tuple[BatchOrder, Int64Array], left_out: Int64Array
-    ) -> None:
-        """No record is of a batch with a post that is held out.
-
-        `order`, `ids`: without them, as `check_order` takes them; `whole`: likewise with them. What is found elsewhere
-        has other images than either and is a fault of the order.
-        """
-        records, trained = self.records, np.zeros(len(self.records), dtype=bool)
-        for epoch in np.unique(records.epoch).tolist():
-            here = np.flatnonzero(records.epoch == epoch)
-            for some, of_entry in ((order, ids), whole):
-                laid_out = some.epoch(epoch)
-                inside = here[records.position[here] < len(laid_out)]
-                digests = np.concatenate(list(digest_blocks(laid_out, of_entry, some.batch_size)))
-                same = digests[records.position[inside]] == records.order_digest[inside]
-                if some is order:
-                    here = inside[~same]
-                    for record in here[:MOST_NAMED].tolist():
-                        batch = of_entry[laid_out.images_at(int(records.position[record]))]
-                        trained[record] = len(find_planted(batch, left_out, records.order_digest[record])) > 0
-                else:
-                    for record in inside[same].tolist():
-                        batch = of_entry[laid_out.images_at(int(records.position[record]))]
-                        trained[record] |= bool(np.isin(batch, left_out).any())
-        self.report("held-out", trained, "trained a post that is held out for validation")
-
     def check_content(self, chosen: Int64Array, digests: Sequence[int]) -> None:
         """The recomputed content of some records is what the ledger says."""
         bad = np.zeros(len(self.records), dtype=bool)
@@ -366,13 +335,3 @@ def digest_blocks(order: EpochOrder, ids: Int64Array, batch_size: int) -> Iterat
     for start in range(0, len(places), POSITIONS_A_BLOCK):
         table = order.image_table(places[start : start + POSITIONS_A_BLOCK], batch_size)
         yield order_digests(np.where(table == NO_IMAGE, NO_IMAGE, ids[table]))
-
-
-def find_planted(batch: Int64Array, left_out: Int64Array, digest: np.uint64) -> Int64Array:
-    """The posts of `left_out` that give the digest of a batch in which one of them took the place of an image."""
-    found = [np.empty(0, dtype=np.int64)]
-    for slot in range(len(batch)):
-        table = np.tile(batch, (len(left_out), 1))
-        table[:, slot] = left_out
-        found.append(left_out[order_digests(table) == digest])
-    return np.concatenate(found)

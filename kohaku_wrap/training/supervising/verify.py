@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -12,12 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from kohaku_wrap.config.fates import list_unverified
-from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.config.site import load_site
-from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata, subset_column
-from kohaku_wrap.training.data.order import BatchOrder, Entries
+from kohaku_wrap.formats.caption_rows import read_captions_metadata
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
@@ -31,6 +27,7 @@ from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
 from kohaku_wrap.training.supervising.deep_checks import check_deep, check_latents
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
+from kohaku_wrap.training.supervising.held_out_checks import check_held_out
 from kohaku_wrap.training.supervising.ledger_checks import (
     BoolArray,
     Checker,
@@ -41,6 +38,7 @@ from kohaku_wrap.training.supervising.ledger_checks import (
 from kohaku_wrap.training.supervising.ledger_files import list_conditions, read_files
 from kohaku_wrap.training.supervising.line_checks import Check, check_steps
 from kohaku_wrap.training.supervising.places import Places
+from kohaku_wrap.training.supervising.run_order import read_order
 from kohaku_wrap.training.supervising.site_places import settle_places
 from kohaku_wrap.training.supervising.verify_report import (
     Repeat,
@@ -211,22 +209,6 @@ def check_order(run: Run, checker: Checker, captions_changed: bool) -> Check:
     return Check("order", True, "recomputed from seed and dataset")
 
 
-def check_held_out(run: Run, checker: Checker, order: Check) -> list[Check]:
-    """That no post was trained whose loss is measured, nor one that is its like; nothing where none is held out."""
-    held_out = run.lock.held_out
-    if held_out is None:
-        return []
-    if not order.is_looked_at:
-        return [Check("held out", False, f"not proved that none was trained: {order.detail}")]
-    before, left_out = len(checker.faults), held_out.left_out
-    checker.check_held_out(*read_order(run), read_order(run, with_held_out=True), left_out)
-    if len(checker.faults) > before:
-        return [Check("held out", True, "some were trained")]
-    counts = f"{len(held_out.posts):,} measured, {len(held_out.relatives):,} that are their like"
-    unknown = f"; of {held_out.unknown:,} posts it is not known which are their like" if held_out.unknown else ""
-    return [Check("held out", True, f"none of {len(left_out):,} posts was trained: {counts}{unknown}")]
-
-
 def list_foreign(attempts: list[Attempt], kept: Mapping[int, float]) -> list[Attempt]:
     """The attempts on the line that began from a state of plain sd-scripts or of another run."""
     return [
@@ -242,25 +224,6 @@ def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
         with suppress(DamagedState):
             if step <= kept.get(read_manifest(path).attempt, 0):
                 yield step
-
-
-def read_order(run: Run, with_held_out: bool = False) -> tuple[BatchOrder, Int64Array]:
-    """The order that the run's seed and dataset make, and the post id of each of its entries.
-
-    `with_held_out`: as if no post were held out.
-    """
-    lock = run.lock
-    options: Mapping[str, object] = lock.table("dataset")
-    table = open_captions(run.find_images(), lock.dataset_digest).read_all()
-    buckets = assign_buckets(
-        table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)
-    )
-    subsets = merge_subsets(tomllib.loads(lock.files.get(DATASET_FILE, ""))) or [dict(options)]
-    ids = table["id"].to_numpy().astype(np.int64)
-    left_out = lock.held_out.mark(ids) if lock.held_out and not with_held_out else None
-    entries = Entries(subset_column(table), [int(each.get("num_repeats") or 1) for each in subsets], left_out)
-    order = BatchOrder(entries.of_rows(buckets.bucket_of_image), lock.batch_per_gpu, lock.seed, lock.group)
-    return order, entries.of_rows(ids)
 
 
 def list_repeats(records: Records, kept: BoolArray) -> Iterator[Repeat]:
