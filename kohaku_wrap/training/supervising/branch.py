@@ -35,6 +35,7 @@ from kohaku_wrap.training.records.origin import Origin, name_optimizer, write_or
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, find_state
 from kohaku_wrap.training.supervising.create import NewRun, settle_engine, settle_new_run
 from kohaku_wrap.training.supervising.extend import refuse_old
+from kohaku_wrap.training.supervising.held_out_checks import refuse_trained
 from kohaku_wrap.training.supervising.other_lock import compare_options
 from kohaku_wrap.training.supervising.site_places import OPTIONS, find_site, settle_places
 
@@ -117,6 +118,7 @@ def plan_branch(
     engine, _ = settle_engine(site, lock.engine)
     new = settle_new_run(effective, site, name, engine, f"as run {parent.name}")
     plan = plan_steps(effective, read_training_sizes(effective, site.paths.images))
+    refuse_trained(parent, settle_held_out(effective, site.paths.images))
     anew = tuple(list_order_changes(lock, effective, site, plan))
     origin = Origin(
         run=parent.name,

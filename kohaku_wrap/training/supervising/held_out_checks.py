@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.formats.caption_rows import open_captions
+from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.training.data.order import order_digests
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.ledger_checks import BoolArray, Checker, Int64Array, digest_blocks
@@ -12,6 +15,10 @@ from kohaku_wrap.training.supervising.run_order import read_order
 
 MOST_NAMED = 256
 """Batches with other images than they should have, in which a post that is held out is looked for."""
+
+
+class AlreadyTrained(UsageError):
+    """Posts that a branch would hold out are trained by the run that it begins from."""
 
 
 def check_held_out(run: Run, checker: Checker, order: Check) -> list[Check]:
@@ -35,6 +42,23 @@ def check_held_out(run: Run, checker: Checker, order: Check) -> list[Check]:
     counts = f"{len(held_out.posts):,} measured, {len(held_out.relatives):,} that are their like"
     unknown = f"; of {held_out.unknown:,} posts it is not known which are their like" if held_out.unknown else ""
     return [Check("held out", True, f"none of {len(left_out):,} posts was trained: {counts}{unknown}")]
+
+
+def refuse_trained(parent: Run, held_out: HeldOut | None) -> None:
+    """Raise AlreadyTrained where a branch would measure posts that its parent may have trained."""
+    if held_out is None:
+        return
+    lock = parent.lock
+    ids = open_captions(parent.find_images(), lock.dataset_digest).read_all()["id"].to_numpy()
+    trained = np.setdiff1d(ids, lock.held_out.left_out) if lock.held_out else ids
+    posts = np.intersect1d(held_out.posts, trained)
+    if len(posts):
+        kept = len(lock.held_out.posts) if lock.held_out else 0
+        raise AlreadyTrained(
+            f"{len(posts):,} of the {len(held_out.posts):,} posts that would be held out are trained by run "
+            f"{parent.name}, the first is {posts[0]}: their loss would say how well they are remembered",
+            f"Hold out what it does: --set validation.posts={kept}",
+        )
 
 
 def find_trained(run: Run, checker: Checker, left_out: Int64Array) -> BoolArray:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from kohaku_wrap.training.data.whole_items import LATENT_STREAM, NOISE_STREAM, draw_normals
+from kohaku_wrap.training.engines.sd_scripts.objects import named
 
 NOISE_FUNCTION = "get_noise_noisy_latents_and_timesteps"
 """What the trainer draws noise and time steps with."""
@@ -47,3 +48,16 @@ class Measuring:
         finally:
             self.fixed = self.losses = None
         return torch.stack(found, dim=1)
+
+
+def noise_of_posts(draw_noise: Callable[..., Any], find: Callable[[], Measuring | None]) -> Callable[..., Any]:
+    """The trainer's draw of noise and time steps, or, while posts are measured, what is fixed for them."""
+
+    def draw(*arguments: Any, **keywords: Any) -> Any:
+        measuring = find()
+        if measuring is None or measuring.fixed is None:
+            return draw_noise(*arguments, **keywords)
+        given, (noise, timesteps) = named(draw_noise, arguments, keywords), measuring.fixed
+        return noise, given["noise_scheduler"].add_noise(given["latents"], noise, timesteps), timesteps
+
+    return draw

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,3 +44,10 @@ def replace_object(old: Any, new: Any) -> None:
         raise NoSuchObject(f"no module of sd-scripts holds {old.__name__}", "See what it is: kwrap trainer show")
     for module, name in places:
         setattr(module, name, new)
+
+
+def named(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the function itself gives them, with its defaults."""
+    bound = inspect.signature(function).bind(*arguments, **keywords)
+    bound.apply_defaults()
+    return bound.arguments

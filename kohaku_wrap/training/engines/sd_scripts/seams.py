@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_m
 from kohaku_wrap.training.engines.sd_scripts.dataset import EpochSampler, KwrapDataset, TrainersOwnDataset
 from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop
-from kohaku_wrap.training.engines.sd_scripts.measuring import NOISE_FUNCTION, Measuring
-from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
+from kohaku_wrap.training.engines.sd_scripts.measuring import NOISE_FUNCTION, Measuring, noise_of_posts
+from kohaku_wrap.training.engines.sd_scripts.objects import find_object, named, replace_object
 from kohaku_wrap.training.records.samples import collect_trainer_pictures
 from kohaku_wrap.training.records.states import check_state_sizes
 
@@ -59,19 +58,12 @@ def install_seams(loop: Loop, checkout: Checkout) -> None:
     for name, make in (
         ("LossRecorder", make_recorder_class),
         ("get_scheduler_fix", schedule_for_one_process),
-        (NOISE_FUNCTION, noise_of_posts),
+        (NOISE_FUNCTION, lambda draw_noise, loop: noise_of_posts(draw_noise, lambda: loop.measuring)),
     ):
         replace_object(find_object(name), make(find_object(name), loop))
     # kwrap writes its own states, sealed, at the end of the micro-batch.
     for name in ("save_and_remove_state_stepwise", "save_and_remove_state_on_epoch_end", "save_state_on_train_end"):
         replace_object(find_object(name), write_no_state)
-
-
-def named(function: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that the function itself gives them, with its defaults."""
-    bound = inspect.signature(function).bind(*arguments, **keywords)
-    bound.apply_defaults()
-    return bound.arguments
 
 
 def write_no_state(*_arguments: Any, **_keywords: Any) -> None:
@@ -88,18 +80,6 @@ def schedule_for_one_process(make_schedule: Callable[..., Any], loop: Loop) -> C
         return make_schedule(**given | {"num_processes": 1, "args": args})
 
     return make
-
-
-def noise_of_posts(draw_noise: Callable[..., Any], loop: Loop) -> Callable[..., Any]:
-    """The trainer's draw of noise and time steps, or, while posts are measured, what is fixed for them."""
-
-    def draw(*arguments: Any, **keywords: Any) -> Any:
-        if loop.measuring is None or loop.measuring.fixed is None:
-            return draw_noise(*arguments, **keywords)
-        given, (noise, timesteps) = named(draw_noise, arguments, keywords), loop.measuring.fixed
-        return noise, given["noise_scheduler"].add_noise(given["latents"], noise, timesteps), timesteps
-
-    return draw
 
 
 def make_recorder_class(base: Any, loop: Loop) -> Any:
