@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kohaku_wrap.dataset.captions.groups import draw_from_strata, find_strata
+from kohaku_wrap.dataset.captions.groups import ROWS_A_BLOCK, draw_from_strata, find_strata
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.own.images import IMPORTED_FILE
 from kohaku_wrap.dataset.recipe import load_dataset
@@ -34,7 +34,8 @@ def hold_out(images: Path, digest: str, wanted: int) -> HeldOut:
     def read_blocks() -> Iterator[pa.Array]:
         for batch in read_batches(find_captions(images, digest), "id", "caption"):
             ids.append(batch.column("id").to_numpy())
-            yield batch.column("caption")
+            for start in range(0, len(batch), ROWS_A_BLOCK):
+                yield batch.column("caption").slice(start, ROWS_A_BLOCK)
 
     _, strata = find_strata(read_blocks(), find_recipe(str(about.get("dataset", ""))))
     every = np.concatenate(ids)
