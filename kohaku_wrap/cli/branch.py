@@ -19,7 +19,6 @@ from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch
 from kohaku_wrap.cli.train import make_run, train_run
 from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.training.supervising.accepting import refuse_unknown
 from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
@@ -68,6 +67,7 @@ def command(
     counts from RUN's beginning; otherwise it begins at epoch 0, step 0, and says why. NEW holds the state itself and is
     whole without RUN.
     """
+    from kohaku_wrap.training.supervising.accepting import refuse_unknown
     from kohaku_wrap.training.supervising.branch import plan_branch
 
     options = watch_options(**watch)

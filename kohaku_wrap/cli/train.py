@@ -22,7 +22,6 @@ from kohaku_wrap.cli.output import (
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.training.supervising.accepting import refuse_unknown
 from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
@@ -84,6 +83,7 @@ def command(
     """
     from kohaku_wrap.config.base_model import note_other_prediction
     from kohaku_wrap.planning.step_plan import note_other_dataset
+    from kohaku_wrap.training.supervising.accepting import refuse_unknown
     from kohaku_wrap.training.supervising.create import check_parent, list_absent, plan_new_run
 
     if template is None and locked is not None:

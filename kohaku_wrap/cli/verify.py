@@ -19,13 +19,13 @@ from kohaku_wrap.cli.output import (
     wants_json,
 )
 from kohaku_wrap.errors import EXIT_FAILED, command_line, reason_of
-from kohaku_wrap.training.supervising.verify_report import VerifyReport
 from kohaku_wrap.wording import count_of, show_path
 
 FILLS = "to fill an epoch's last optimizer step with a batch of it"
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.ledger_checks import Fault
+    from kohaku_wrap.training.supervising.verify_report import VerifyReport
 
 
 @click.command(

@@ -72,3 +72,14 @@ def test_windows_itself_is_refused_in_one_message() -> None:
     assert answer.stderr.startswith(
         "error: kwrap does not run on Windows itself\nRun it on Linux, or on Windows inside WSL2"
     )
+
+
+def test_the_commands_load_no_large_library_before_they_run() -> None:
+    program = (
+        "import importlib, sys; from kohaku_wrap.cli import SECTIONS\n"
+        "for names in SECTIONS.values():\n"
+        "    for name in names: importlib.import_module(f'kohaku_wrap.cli.{name}')\n"
+        "print(sorted({'numpy', 'pyarrow', 'duckdb', 'PIL', 'torch', 'rich'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown == "[]\n"

@@ -29,6 +29,9 @@ APART = ("sampling", "validating", "saving", "paused")
 """What takes time beside the optimizer steps; a line has `KIND_seconds` of it where there was some."""
 
 
+STEPS_COMPARED = 8
+"""Of two runs that are held beside each other."""
+
 RATE_WINDOW_STEPS = 20
 """The newest optimizer steps that a rate and a mean loss are of."""
 
@@ -84,9 +87,37 @@ def number_of(value: Any) -> float:
         return math.nan
 
 
+def mean_of(lines: list[dict[str, Any]], name: str) -> float | None:
+    """The mean of a column; None where it has no finite number."""
+    values = [value for line in lines if (value := number_or_none(line.get(name))) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def number_or_none(value: Any) -> float | None:
+    """A number of a metrics line; None for what is not there or not finite."""
+    number = number_of(value)
+    return number if math.isfinite(number) else None
+
+
 def read_metrics(run: Run) -> list[dict[str, Any]]:
     """The lines that count, by optimizer step: what a later attempt trained again is left out."""
     return keep_lines(iterate_lines(run.metrics), list_attempts(run))
+
+
+def compare_losses(run: Run, other: Run) -> list[tuple[int, float, float]]:
+    """Steps that both runs have, STEPS_COMPARED of them spread evenly, with the mean loss of each run up to there."""
+    sides = [{int(line["optimizer_step"]): line for line in read_metrics(each)} for each in (run, other)]
+    common = sorted(sides[0].keys() & sides[1].keys())
+    chosen = sorted(
+        {common[(at + 1) * len(common) // STEPS_COMPARED - 1] for at in range(STEPS_COMPARED)} if common else ()
+    )
+    found = []
+    for step in chosen:
+        within = [at for at in common if step - RATE_WINDOW_STEPS < at <= step]
+        one, two = (mean_of([lines[at] for at in within], "loss") for lines in sides)
+        if one is not None and two is not None:
+            found.append((step, one, two))
+    return found
 
 
 def keep_lines(lines: Iterable[dict[str, Any]], attempts: list[Attempt]) -> list[dict[str, Any]]:

@@ -13,7 +13,14 @@ from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.evaluations import read_last_evaluation
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
-from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, number_of, read_metrics
+from kohaku_wrap.training.records.metrics import (
+    APART,
+    RATE_WINDOW_STEPS,
+    mean_of,
+    number_of,
+    number_or_none,
+    read_metrics,
+)
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.samples import TRAINER_FOLDER, list_pictures
 from kohaku_wrap.training.records.signs import Heartbeat, read_boot_id
@@ -22,9 +29,6 @@ from kohaku_wrap.training.supervising.advice import advice_after
 from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
 
 Condition = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
-
-STEPS_COMPARED = 8
-"""Of two runs that are held beside each other."""
 
 WAITS = {
     "start-up": "the models to load, the first optimizer step and its state",
@@ -322,22 +326,6 @@ def sum_apart(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {kind: seconds for kind, seconds in sums.items() if seconds}
 
 
-def compare_losses(run: Run, other: Run) -> list[tuple[int, float, float]]:
-    """Steps that both runs have, STEPS_COMPARED of them spread evenly, with the mean loss of each run up to there."""
-    sides = [{int(line["optimizer_step"]): line for line in read_metrics(each)} for each in (run, other)]
-    common = sorted(sides[0].keys() & sides[1].keys())
-    chosen = sorted(
-        {common[(at + 1) * len(common) // STEPS_COMPARED - 1] for at in range(STEPS_COMPARED)} if common else ()
-    )
-    found = []
-    for step in chosen:
-        within = [at for at in common if step - RATE_WINDOW_STEPS < at <= step]
-        one, two = (mean_of([lines[at] for at in within], "loss") for lines in sides)
-        if one is not None and two is not None:
-            found.append((step, one, two))
-    return found
-
-
 def checkpoint_bytes(run: Run) -> int:
     """Size of all files in checkpoints/; those that vanish while they are looked at count nothing."""
     total = 0
@@ -347,15 +335,3 @@ def checkpoint_bytes(run: Run) -> int:
         except FileNotFoundError:
             continue
     return total
-
-
-def mean_of(lines: list[dict[str, Any]], name: str) -> float | None:
-    """The mean of a column; None where it has no finite number."""
-    values = [value for line in lines if (value := number_or_none(line.get(name))) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def number_or_none(value: Any) -> float | None:
-    """A number of a metrics line; None for what is not there or not finite."""
-    number = number_of(value)
-    return number if number == number and abs(number) != float("inf") else None
