@@ -1,4 +1,4 @@
-"""Merges measured beside their bars: gamma rev1 against cat + cp and sd-mecha, and baking against copying.
+"""Merges measured beside their bars: gamma rev1 against cat + cp and sd-mecha, baking, functions and networks.
 
 Run: make bench-merge. It takes 25 GB of disk under .bench/ and removes what it made; sd-mecha is installed from PyPI
 into an environment of its own. Every ratio is of figures of one run on one machine; bring it to rest first.
@@ -11,6 +11,7 @@ import filecmp
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,12 @@ def run_measured(command: list[str], folder: Path) -> tuple[float, float]:
             errors.seek(0)
             raise SystemExit(f"{' '.join(command[:4])} failed:\n{errors.read().decode()[-2000:]}")
     return seconds, peak / MIB
+
+
+def processor_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def anonymous_bytes(process: int) -> int:
@@ -316,16 +323,51 @@ def measure_bake(folder: Path, report: Report, times: int, kind: str, base: Path
     remove(output)
 
 
+WIDE = {
+    "the change as a LoRA of rank 32": (["tuned - base", "--as", "lora", "--rank", "32"], 180.0, 1.5e9),
+    "slerp(base, tuned, 0.5)": (["slerp(base, tuned, 0.5)"], math.inf, 400e6),
+    "train_difference of three": (["train_difference(base, tuned, base)"], math.inf, 400e6),
+    "base + ties with k = 0.2": (["base + ties(tuned - base, 0.5 * tuned - 0.5 * base, 0.2)"], math.inf, 400e6),
+    "base + dare of one change": (["base + dare(tuned - base, 0.9, 7)"], math.inf, 400e6),
+}
+"""What is made of two full-size files: words, and bars on processor seconds and bytes of memory."""
+
+
+def measure_wide(folder: Path, report: Report, pool: torch.Tensor, limit_bytes: int) -> None:
+    """A change as a network, and functions: processor time, which other work on the machine changes little."""
+    tensors = list_tensors() if not limit_bytes else list_first(limit_bytes)
+    paths = {name: folder / f"{name}.safetensors" for name in ("base", "tuned")}
+    for seed, path in enumerate(paths.values(), start=1):
+        write_checkpoint(path, tensors, seed, pool)
+    pairs = [word for name, path in paths.items() for word in ("-m", f"{name}={path}")]
+    output = folder / "made.safetensors"
+    run_timed([sys.executable, "-m", "kohaku_wrap", "inspect", *map(str, list(paths.values())[:1])], folder)
+    run_timed([sys.executable, "-m", "kohaku_wrap", "inspect", *map(str, list(paths.values())[1:])], folder)
+    for name, (words, bar_seconds, bar_bytes) in WIDE.items():
+        remove(output)
+        before = processor_seconds()
+        seconds, peak = run_measured(
+            [sys.executable, "-m", "kohaku_wrap", "merge", *words, *pairs, "-o", str(output)], folder
+        )
+        used = processor_seconds() - before
+        bar = f"bar: <= {bar_seconds:g}" if bar_seconds < math.inf else ""
+        report.add(f"{name}, processor time", used, "s", bar, used <= bar_seconds if bar else None)
+        report.add("  by the clock", seconds, "s")
+        report.add("  peak anonymous memory", peak, "MiB", f"bar: <= {bar_bytes / 1e6:g} MB", peak * MIB <= bar_bytes)
+    remove(output, *paths.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=Path, default=Path(".bench") / "merge", help="where files are made and removed"
     )
     parser.add_argument("--times", type=int, default=3, help="repeats; the best counts")
-    parser.add_argument("--only", choices=("gamma", "rival", "bake"), action="append", help="parts to run")
+    parser.add_argument("--only", choices=("gamma", "rival", "bake", "wide"), action="append", help="parts to run")
+    parser.add_argument("--wide-bytes", type=int, default=0, help="size of the files of `wide`; else full SDXL")
     parser.add_argument("--keep", action="store_true", help="leave the files")
     asked = parser.parse_args()
-    parts = asked.only or ["gamma", "rival", "bake"]
+    parts = asked.only or ["gamma", "rival", "bake", "wide"]
     asked.folder.mkdir(parents=True, exist_ok=True)
     folder = asked.folder.resolve()
     torch.set_num_threads(1)
@@ -339,6 +381,8 @@ def main() -> int:
         remove(*(folder / f"{name}.safetensors" for name in (*NAMES, "merged")))
         if "bake" in parts:
             measure_baking(folder, report, asked.times, pool)
+        if "wide" in parts:
+            measure_wide(folder, report, pool, asked.wide_bytes)
     finally:
         if not asked.keep:
             shutil.rmtree(folder, ignore_errors=True)

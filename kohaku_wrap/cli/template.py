@@ -218,6 +218,7 @@ def copy_command(name: str, destination: str, force: bool) -> None:
     """
     from kohaku_wrap.config.templates import find_source, user_templates
     from kohaku_wrap.files import expand_user, write_new_text, write_text
+    from kohaku_wrap.merging.blocks import PRESETS_FILE
 
     source = find_source(name)
     kind = source.parent.name
@@ -239,7 +240,11 @@ def copy_command(name: str, destination: str, force: bool) -> None:
             if not os.path.lexists(target):
                 raise  # Of its folder, where a file lies.
             raise TemplateExists(f"{target}: already there", "Choose another name, or add --force.") from None
+    if source.name == PRESETS_FILE:
+        kind = "blocks"
     following = {
+        "blocks": "paste a line's numbers into a formula, as in 'base + blocks(1,0,…) * net(style)'; blocks(\"NAME\") "
+        "knows kwrap's own presets alone",
         "presets": f'name it in a template: preset = "{target.stem}"',
         "merges": command_line("merge", target, "--dry-run") + " with -m NAME=FILE for each of its models",
         "styles": command_line("prompt", "--style") + " lists them",
