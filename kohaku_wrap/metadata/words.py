@@ -22,6 +22,9 @@ from kohaku_wrap.metadata.spill import Rows, sorted_pieces
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
+POSTS_A_BATCH = 1 << 15
+"""Posts whose words are in memory at once, a few of such batches: some 40 MB of text each, and their words."""
+
 TAGS_A_POST = 40
 """About, where nothing counts them."""
 
@@ -116,7 +119,7 @@ def read_words(
     counts, first_rows, place_of = WordCounts(kinds), FirstRows(), place_finder(post_ids)
 
     def count_batches() -> Iterator[Callable[[], Rows]]:
-        for batch in source.scan(f"SELECT {', '.join(columns)} FROM ({source.edition.posts}) AS post"):
+        for batch in source.scan(f"SELECT {', '.join(columns)} FROM ({source.edition.posts}) AS post", POSTS_A_BATCH):
             ids = batch.column(0).to_numpy()
             places = np.where(first_rows.keep(ids), place_of(ids), NOWHERE).astype(np.int32)
             yield partial(counts.add, batch, places)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kohaku_wrap.dataset.captions import formats as formats_of
+from kohaku_wrap.dataset.captions.on_disk import CaptionImages
+from kohaku_wrap.dataset.captions.plan import CaptionPlan
+from kohaku_wrap.dataset.captions.quality import NEVER
+from kohaku_wrap.dataset.captions.text_table import TextCounts, TextTable
+from kohaku_wrap.metadata.filters import RATINGS
 
 
 @dataclass(frozen=True)
@@ -73,3 +84,42 @@ class CaptionReport:
             if name in self.formats:
                 return self.formats[name]
         return Changes()
+
+
+def describe_texts(texts: TextTable, counts: TextCounts, posts: int) -> Iterator[str]:
+    """What is worth knowing of natural-language captions."""
+    if not counts.with_text:
+        yield f"{texts.path}: no text of any of the {posts:,} selected posts; are its ids those of posts?"
+        return
+    yield (
+        "tags, text or both: drawn once for each image in .txt, metadata_cache.json and captions.jsonl; anew for each "
+        'epoch and image where kwrap.data = "kwrap"'
+    )
+    if counts.tight_commas:
+        yield (
+            f"{counts.tight_commas:,} texts have a comma without one space after it, where plain sd-scripts writes one "
+            'when it shuffles; kwrap.data = "kwrap" changes no text'
+        )
+    if texts.repeated:
+        yield f"{texts.path}: {texts.repeated:,} rows repeat an id; the first of each counts"
+
+
+def find_stale_files(folder: Path, formats: Sequence[str], images: CaptionImages | None) -> Iterator[str]:
+    """Files of other formats that lie there from an earlier call and were not written now."""
+    if "txt" not in formats and images and images.has_text.any():
+        texts = int(images.has_text.sum())
+        yield f".txt files beside {texts:,} images were not written now; add txt to --format to write them"
+    for name, file in (("cache", formats_of.CACHE_FILE), ("jsonl", formats_of.LINES_FILE)):
+        if name not in formats and (folder / file).exists():
+            yield f"{folder / file} is from an earlier call; add {name} to --format to bring it up to date"
+
+
+def describe_cutoffs(plan: CaptionPlan, cutoffs: npt.NDArray[np.int64]) -> dict[str, dict[str, int | None]]:
+    """The cut-offs by the names of ratings and percentiles."""
+    return {
+        rating: {
+            str(percentile): None if cutoffs[row, column] == NEVER else int(cutoffs[row, column])
+            for column, percentile in enumerate(plan.recipe.quality.percentiles)
+        }
+        for row, rating in enumerate(RATINGS)
+    }

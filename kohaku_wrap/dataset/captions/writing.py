@@ -25,9 +25,15 @@ from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
 from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.post_relations import gather_relations
 from kohaku_wrap.dataset.captions.posts_summary import summarise_posts
-from kohaku_wrap.dataset.captions.quality import NEVER, find_cutoffs
+from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
-from kohaku_wrap.dataset.captions.report import CaptionReport, Changes
+from kohaku_wrap.dataset.captions.report import (
+    CaptionReport,
+    Changes,
+    describe_cutoffs,
+    describe_texts,
+    find_stale_files,
+)
 from kohaku_wrap.dataset.captions.text_table import NoTexts, TextCounts, TextTable
 from kohaku_wrap.dataset.captions.tokens import CountTokens, count_over, estimate_tokens
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
@@ -37,7 +43,6 @@ from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoIma
 from kohaku_wrap.formats.data_summary import write_summary
 from kohaku_wrap.formats.relations import write_relations
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
-from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.parallel import map_in_order
 from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.source import Source
@@ -345,42 +350,3 @@ def remove_text_files(folder: Path, files: Sequence[str]) -> int:
             path.unlink()
             removed += 1
     return removed
-
-
-def describe_texts(texts: TextTable, counts: TextCounts, posts: int) -> Iterator[str]:
-    """What is worth knowing of natural-language captions."""
-    if not counts.with_text:
-        yield f"{texts.path}: no text of any of the {posts:,} selected posts; are its ids those of posts?"
-        return
-    yield (
-        "tags, text or both: drawn once for each image in .txt, metadata_cache.json and captions.jsonl; anew for each "
-        'epoch and image where kwrap.data = "kwrap"'
-    )
-    if counts.tight_commas:
-        yield (
-            f"{counts.tight_commas:,} texts have a comma without one space after it, where plain sd-scripts writes one "
-            'when it shuffles; kwrap.data = "kwrap" changes no text'
-        )
-    if texts.repeated:
-        yield f"{texts.path}: {texts.repeated:,} rows repeat an id; the first of each counts"
-
-
-def find_stale_files(folder: Path, formats: Sequence[str], images: CaptionImages | None) -> Iterator[str]:
-    """Files of other formats that lie there from an earlier call and were not written now."""
-    if "txt" not in formats and images and images.has_text.any():
-        texts = int(images.has_text.sum())
-        yield f".txt files beside {texts:,} images were not written now; add txt to --format to write them"
-    for name, file in (("cache", formats_of.CACHE_FILE), ("jsonl", formats_of.LINES_FILE)):
-        if name not in formats and (folder / file).exists():
-            yield f"{folder / file} is from an earlier call; add {name} to --format to bring it up to date"
-
-
-def describe_cutoffs(plan: CaptionPlan, cutoffs: npt.NDArray[np.int64]) -> dict[str, dict[str, int | None]]:
-    """The cut-offs by the names of ratings and percentiles."""
-    return {
-        rating: {
-            str(percentile): None if cutoffs[row, column] == NEVER else int(cutoffs[row, column])
-            for column, percentile in enumerate(plan.recipe.quality.percentiles)
-        }
-        for row, rating in enumerate(RATINGS)
-    }
