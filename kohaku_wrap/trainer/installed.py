@@ -40,6 +40,7 @@ DECISIVE_PACKAGES = frozenset(
         "accelerate",
         "deepspeed",
         "numpy",
+        "scipy",
         "mkl",
         "tbb",
         # Models, networks, quantisation.
