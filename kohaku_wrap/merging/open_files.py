@@ -85,16 +85,17 @@ def new_file(path: Path, size_bytes: int) -> Iterator[int]:
     try:
         if not take_lock(descriptor, part):
             raise BadOutput(f"{part}: another merge is writing it", "Wait for it, or choose another name.")
-        try:
-            with blamed_on(path, part):
-                os.ftruncate(descriptor, 0)
-                check_space(path.parent, size_bytes)
-                yield descriptor
-                os.fsync(descriptor)
-                part.replace(path)
-        except BaseException:
+        with blamed_on(path, part):
+            os.ftruncate(descriptor, 0)
+            check_space(path.parent, size_bytes)
+            yield descriptor
+            os.fsync(descriptor)
+            part.replace(path)
+    except BaseException:
+        # Asked again, since a signal may come before the first answer: what another merge holds is not ours.
+        if take_lock(descriptor, part):
             part.unlink(missing_ok=True)
-            raise
+        raise
     finally:
         os.close(descriptor)
     fsync_folder(path.parent)
