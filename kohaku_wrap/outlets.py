@@ -137,6 +137,7 @@ def run_as_work(main: Callable[[], int]) -> NoReturn:
     """Be a program of its own, such as `make epsilon`, whose work goes on when nobody reads what it prints."""
     open_outlets()
     go_on_without_reader()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
     except KeyboardInterrupt:

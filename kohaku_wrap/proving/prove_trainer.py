@@ -25,6 +25,7 @@ from typing import Any
 from kohaku_wrap.config.fates import load_fates
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import home_folder, write_text
+from kohaku_wrap.outlets import run_as_work
 from kohaku_wrap.processes import ask_python
 from kohaku_wrap.proving.census import choose_rows, walk
 from kohaku_wrap.proving.census_bench import CensusBench
@@ -343,4 +344,4 @@ def proof_folder(checkout: Checkout) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_as_work(main)
