@@ -16,6 +16,7 @@ from kohaku_wrap.cli.output import (
     json_option,
     paint,
     print_answer,
+    print_aside,
     print_json,
     print_lines,
     wants_json,
@@ -212,11 +213,11 @@ def copy_command(name: str, destination: str, force: bool) -> None:
     """Copy a template to change it.
 
     NAME may also be a preset (kohaku-lokr, small-24gib), a merge recipe (bake-network, gamma-rev1) or a file of styles
-    (kohaku). DESTINATION is a
-    path, or a name in your own folder ($KWRAP_HOME/templates). What a template extends is found by name as before, so
-    the copy holds only the differences. A preset belongs into a folder presets/ beside the template that names it.
+    (kohaku). DESTINATION is a path, or a name in your own folder ($KWRAP_HOME/templates). What a template extends is
+    found by name as before, so the copy holds only the differences. A preset belongs into a folder presets/ beside the
+    template that names it.
     """
-    from kohaku_wrap.config.templates import find_source, user_templates
+    from kohaku_wrap.config.templates import find_source, list_left_behind, user_templates
     from kohaku_wrap.files import expand_user, write_new_text, write_text
     from kohaku_wrap.merging.blocks import PRESETS_FILE
 
@@ -249,6 +250,8 @@ def copy_command(name: str, destination: str, force: bool) -> None:
         "merges": command_line("merge", target, "--dry-run") + " with -m NAME=FILE for each of its models",
         "styles": command_line("prompt", "--style") + " lists them",
     }
+    for lost in list_left_behind(source, target) if kind not in following else ():
+        print_aside(f"warning: the copy names {lost}, which is not found from there: copy that too")
     check = command_line("template", "check", target)
     payload = {"source": str(source), "path": str(target)}
     next_step = f"edit it, then {following.get(kind, check)}"

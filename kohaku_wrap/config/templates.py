@@ -100,6 +100,23 @@ def find_preset(name: str | Path, beside: Path | None = None) -> Path:
     return find_named(name, "preset", [beside / "presets", *folders] if beside else folders, beside)
 
 
+def list_left_behind(source: Path, copy: Path) -> list[str]:
+    """Templates and the preset that a template names, and that are not found from where its copy lies."""
+    try:
+        document = load_toml(source)
+    except (UnreadableToml, OSError):
+        return []
+    bases, preset = document.get("extends", []), document.get("preset", [])
+    lost = []
+    for find, value in ((find_template, bases), (find_preset, preset)):
+        for name in value if isinstance(value, list) else [value]:
+            try:
+                find(str(name), copy.parent)
+            except UnknownTemplate:
+                lost.append(str(name))
+    return lost
+
+
 def find_source(name: str) -> Path:
     """The file to copy under this name: a template, else a preset or a merge recipe."""
     own, shipped = user_templates(), shipped_folder("templates")

@@ -104,6 +104,19 @@ def test_copy_lands_in_the_users_folder_and_is_found_first(tmp_path: Path, monke
     assert again.exit_code != 0
 
 
+def test_a_copy_that_loses_what_lies_beside_it_is_warned_of(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    (folder / "presets").mkdir(parents=True)
+    (folder / "presets" / "near.toml").write_text("")
+    (folder / "base.toml").write_text('extends = "epsilon"\n')
+    (folder / "t.toml").write_text('extends = ["./base.toml", "demo"]\npreset = "near"\n')
+    moved = CliRunner().invoke(command, ["cp", str(folder / "t.toml"), str(tmp_path / "mine.toml")])
+    assert moved.exit_code == 0
+    assert [line.split()[4] for line in moved.stderr.splitlines()] == ["./base.toml,", "near,"]
+    beside = CliRunner().invoke(command, ["cp", str(folder / "t.toml"), str(folder / "mine.toml")])
+    assert (beside.exit_code, beside.stderr) == (0, "")
+
+
 def test_presets_and_merge_recipes_are_copied_by_name(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
