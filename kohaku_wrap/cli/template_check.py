@@ -39,7 +39,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
     from kohaku_wrap.config.check_files import check_file, list_files
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import note_whole_captions
-    from kohaku_wrap.planning.training_plan import find_builtin_faults
+    from kohaku_wrap.planning.training_plan import check_engine
     from kohaku_wrap.trainer.installed import find_option_table
 
     table = find_option_table()
@@ -49,8 +49,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
         for _, problems, effective in reports:
             problems += check_modules(effective, on_site)
     for _, problems, effective in reports:
-        if effective and on_site and on_site.machine.engine == "builtin" and effective.batch:
-            problems += find_builtin_faults(effective)
+        problems += check_engine(effective) if effective and on_site else []
     faulty = [(path, problems) for path, problems, _ in reports if problems]
     notes = {
         note

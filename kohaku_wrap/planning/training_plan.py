@@ -103,9 +103,7 @@ def plan_training(
     `drawing_seconds`: what a run measured, as `plan_pictures` takes it.
     """
     steps = plan_steps(effective, images)
-    problems = check_model(effective)
-    if effective.engine == "builtin" and effective.batch:
-        problems += find_builtin_faults(effective)
+    problems = [*check_model(effective), *check_engine(effective)]
     counts: tuple[ModuleCounts, ...] = ()
     not_counted = "" if with_modules else "modules, parameters and sizes were not asked for"
     if with_modules and effective.get("network_module") == "lycoris.kohya":
@@ -172,10 +170,15 @@ def find_builtin_faults(effective: Effective) -> list[Problem]:
     try:
         BuiltinOptions.from_config(compose_trainer(effective, Path.cwd(), "plan"), on_cpu=on_cpu)
     except ProblemsFound as found:
-        faults = ((fault.where, fault.what) for fault in found.problems)
-        # Tokenizers may come later, as the base model may; the doctor looks for them itself.
-        return [fault for fault in effective.blame(faults) if fault.where != "tokenizer_cache_dir"]
+        return effective.blame((fault.where, fault.what) for fault in found.problems)
     return []
+
+
+def check_engine(effective: Effective) -> list[Problem]:
+    """What the builtin engine lacks, where the site names it; tokenizers may come later, as the base model may."""
+    if effective.engine != "builtin" or not effective.batch:
+        return []
+    return [fault for fault in find_builtin_faults(effective) if fault.where != "tokenizer_cache_dir"]
 
 
 def check_memory(sizes: Sizes) -> list[Problem]:

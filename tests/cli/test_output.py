@@ -55,8 +55,7 @@ def test_a_row_keeps_its_column_on_a_terminal(
         "Title",
         "name  word word word word word word word",
         "      word word word",
-        "hash  " + "f" * 34,
-        "      " + "f" * 30,
+        "hash  " + "f" * 64,
     ]
 
 

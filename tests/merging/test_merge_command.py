@@ -84,6 +84,7 @@ def test_recipes_take_the_words_of_the_options() -> None:
     choices = {
         option.name: tuple(option.type.choices) for option in merge.command.params if isinstance(option.type, Choice)
     }
+    assert choices.pop("keep") == ("files", "recipes"), "of --grid, which no recipe has"
     assert choices == WORDS_OF_OPTION
 
 

@@ -102,8 +102,8 @@ def test_networks_are_told_from_models() -> None:
         ("a + 1e5 * b", "formula: '1e5' is neither a number nor a name\n    a + 1e5 * b\n        ^^^"),
         (
             "exp(a)",
-            "formula: there is no function 'exp'; there are net, blocks, only, unet, te, te1, te2, vae\n"
-            "    exp(a)\n    ^^^",
+            "formula: there is no function 'exp'; there are net, blocks, only, unet, te, te1, te2, vae, "
+            "train_difference, cosine, slerp, dare, ties\n    exp(a)\n    ^^^",
         ),
         ("a $ b", "formula: unexpected character '$'\n    a $ b\n      ^"),
         ("net(0.5)", "formula: expected the network's name in net(…)\n    net(0.5)\n        ^^^"),

@@ -6,16 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.engines.interface import Engine
-from kohaku_wrap.training.engines.sd_scripts.measuring import Measuring
 from kohaku_wrap.training.engines.step_sums import StepSums
 from kohaku_wrap.training.engines.validating import Validation
 from kohaku_wrap.training.records.attempts import Attempt
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.engines.sd_scripts.measuring import Measuring
 
 LOSSES_FILE = "kwrap_losses.pt"
 """The loss average, within a state."""
