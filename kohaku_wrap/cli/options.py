@@ -81,7 +81,10 @@ def open_source(db: Path, mapping: SiteMapping, tag_table: Path | None) -> Sourc
 
     from kohaku_wrap.metadata.opening import open_metadata
 
-    return open_metadata(db, replace(mapping, tag_table=tag_table))
+    source = open_metadata(db, replace(mapping, tag_table=tag_table))
+    if tag_table and not source.edition.has_tag_strings:
+        print_note(f"note: --tags {tag_table} is not read: {db} gives the category of each tag itself")
+    return source
 
 
 class WithoutPandas(MetaPathFinder):

@@ -364,6 +364,13 @@ def test_command_explains_one_post(folder: Folder) -> None:
     ]  # fmt: skip
 
 
+def test_a_tag_table_that_is_not_needed_is_noted(folder: Folder) -> None:
+    words = ["--post", str(folder.ids[0]), "--db", str(folder.database)]
+    plain, given = (CliRunner().invoke(command, [*words, *more]) for more in ([], ["--tags", "tags.csv"]))
+    assert given.stdout == plain.stdout and not plain.stderr
+    assert given.stderr.startswith("note: --tags tags.csv is not read")
+
+
 def test_an_explained_caption_is_the_one_that_is_written(folder: Folder) -> None:
     caption = {"suffix": ["quality"], "quality": {"cutoffs": "selection"}}
     dataset = folder.path / "mine.toml"
