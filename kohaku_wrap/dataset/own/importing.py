@@ -9,9 +9,11 @@ from pathlib import Path
 
 from kohaku_wrap.dataset.captions.folder import lock_captions
 from kohaku_wrap.dataset.captions.summary import summarise_captions
+from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX
 from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE
 from kohaku_wrap.dataset.own.folders import Found, NamesCollide, NothingToImport, find_sources, make_id, normalise, scan
 from kohaku_wrap.dataset.own.images import (
+    JOURNAL_FILE,
     ImageTask,
     ImportedImage,
     Refusal,
@@ -24,7 +26,7 @@ from kohaku_wrap.dataset.own.report import ImportReport, describe_images, descri
 from kohaku_wrap.dataset.own.texts import Texts, read_texts
 from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, clear_leavings
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
 
@@ -91,6 +93,8 @@ def import_folders(
     if options.dry_run:
         return run_import(founds, texts, images, options, on_progress)
     with lock_captions(images):
+        if (images / JOURNAL_FILE).is_file():  # An import was killed.
+            clear_leavings(images, f"**/.*{PART_SUFFIX}")
         report = run_import(founds, texts, images, options, on_progress)
         with suppress(OSError, NoImages):  # what is only shown fails no import
             typed = command_line("import", *(path.absolute() for path in arguments), "--out", images.absolute())
