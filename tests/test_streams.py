@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kohaku_wrap.streams import draws, permutation, seed_of, stream_key
+from kohaku_wrap.streams import draws, permutation, seed_of, seeds_of, stream_key
 
 
 def splitmix64(state: int, count: int) -> list[int]:
@@ -39,6 +39,12 @@ def test_keys_are_pinned() -> None:
     assert (stream_key(), stream_key(-3, "é")) == (0xB4B2797457A0A6E4, 0xDFA633B237246593)
     assert seed_of("a", 1) == 2990713671386263668
     assert permutation(5, 8).tolist() == [3, 4, 2, 5, 0, 7, 1, 6]
+
+
+@given(st.lists(st.integers(0, 1 << 70), max_size=4), *(st.lists(st.text() | st.integers(), max_size=3),) * 2)
+def test_many_seeds_are_the_seeds_of_each(numbers: list[int], before: list[str | int], after: list[str | int]) -> None:
+    expected = [seed_of(*before, number, *after) for number in numbers]
+    assert seeds_of(numbers, *before, None, *after).tolist() == expected
 
 
 def test_keys_beyond_64_bits_and_below_zero_are_cut() -> None:
