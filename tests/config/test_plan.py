@@ -132,6 +132,9 @@ def test_repeats_and_steps_come_from_the_template(tmp_path: Path, make_site: Mak
     assert (plan.images, plan.batches, plan.total_optimizer_steps) == (30, 8, 9)
     effective = resolve_template("epsilon", make_site())
     assert plan_steps(effective, suppose_sizes(10, effective)).images == 10
+    own.write_text("effective_batch = 16\nmax_train_steps = 9\n[dataset_options]\nresolution = [1024, 768]\n")
+    effective, _ = load_layers(str(own), make_site())
+    assert plan_steps(effective, suppose_sizes(10, effective)).images == 10
 
 
 def template_of(dataset: str) -> Any:
@@ -197,6 +200,7 @@ def test_a_batch_needs_a_site_and_a_number(make_site: MakeSite) -> None:
 def test_steps_instead_of_epochs() -> None:
     plan = count_steps([128] * 10, [128] * 10, OPTIONS, 2, 1, 2, max_steps=7)
     assert (plan.optimizer_steps_per_epoch, plan.total_optimizer_steps, plan.epochs) == (3, 7, 3)
+    assert count_steps([128] * 10, [128] * 10, OPTIONS, 2, 1, 2, max_steps=6).epochs == 2
 
 
 def test_no_images() -> None:
