@@ -60,15 +60,13 @@ class BucketOptions:
         if self.enable_bucket and not problems:
             shortest, longest = self.side_limits
             if min(self.resolution) < shortest:
-                problems.append(
-                    Problem(
-                        "min_bucket_reso", f"{shortest} is above the resolution's short side {min(self.resolution)}"
-                    )
-                )
+                short = min(self.resolution)
+                words = f"{shortest} is above the resolution's short side {short}: set {short} or less"
+                problems.append(Problem("min_bucket_reso", words))
             if max(self.resolution) > longest:
-                problems.append(
-                    Problem("max_bucket_reso", f"{longest} is below the resolution's long side {max(self.resolution)}")
-                )
+                long = max(self.resolution)
+                words = f"{longest} is below the resolution's long side {long}: set {long} or more"
+                problems.append(Problem("max_bucket_reso", words))
             if shortest < 1:
                 problems.append(Problem("min_bucket_reso", f"{self.min_bucket_reso} is below bucket_reso_steps"))
         if problems:
