@@ -115,7 +115,7 @@ def ccip(
     if preset not in PRESETS:
         raise UsageError(f"--preset: there is no {preset}", f"There are {', '.join(PRESETS)}.")
     for path in against:
-        ccip_run.read_result(path)
+        ccip_run.read_other(path)
     judge = open_judge(judge_folder, ("ccip",), asked["threads"] or 1)
     listed = list_models(models, asked, site_file)
     found = list_characters(characters, db, tag_table, images, site_file, out)

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.wording import show_path
 
 JUDGED = ".judged"
 
@@ -22,6 +23,8 @@ Examples:
   kwrap evaluate judge look --judge anime_aesthetic/swinv2pv3 --result looks.json
   kwrap evaluate judge look --judge ccip-caformer-24-randaug-pruned \\
       --reference images
+  kwrap evaluate judge other --judge wd-swinv2-tagger-v3 \\
+      --against look/judged-tagger.json
 """
 )
 @click.argument("sheet", metavar="SHEET_DIR", type=click.Path(path_type=Path))
@@ -34,18 +37,29 @@ Examples:
 )
 @click.option("--result", type=click.Path(path_type=Path), metavar="FILE", help="Usually SHEET_DIR/judged-KIND.json.")
 @click.option(
+    "--against", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Another judged-KIND.json."
+)
+@click.option(
     "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="N", help="Of the judge."
 )
 @json_option
 @beyond_output()
-def judge(sheet: Path, judge_folder: Path, reference: Path | None, result: Path | None, threads: int) -> None:
+def judge(
+    sheet: Path,
+    judge_folder: Path,
+    reference: Path | None,
+    result: Path | None,
+    against: tuple[Path, ...],
+    threads: int,
+) -> None:
     """Judge a folder of pictures.
 
     A tagger tells how many of the prompted tags it sees, by tag and model; an aesthetic judge how good the pictures
     look; a corruption judge which are broken; and any of them how far the pictures are from --reference. Each picture
-    is looked at once: what a judge says of it is kept beside the sheet.
+    is looked at once: what a judge says of it is kept beside the sheet. Two models, or two results with --against, are
+    compared over the pictures that both drew from the same prompt, seed, size and sampler.
     """
-    from kohaku_wrap.evaluation.judges import open_judge
+    from kohaku_wrap.evaluation.judges import KINDS, open_judge
     from kohaku_wrap.evaluation.looking import Looker
     from kohaku_wrap.evaluation.sheet_judging import (
         MEASURES,
@@ -54,8 +68,11 @@ def judge(sheet: Path, judge_folder: Path, reference: Path | None, result: Path 
         list_pictures,
         look_at_all,
     )
+    from kohaku_wrap.evaluation.sheet_pairs import lay_over, read_other
     from kohaku_wrap.files import write_text
 
+    for path in against:
+        read_other(path, KINDS)
     opened = open_judge(judge_folder, threads=threads)
     if opened.kind.name not in MEASURES and reference is None:
         raise UsageError(
@@ -70,17 +87,21 @@ def judge(sheet: Path, judge_folder: Path, reference: Path | None, result: Path 
     with progress_bar("reference", "pictures") as report:
         compared, odd = look_at_all(looker, others, report)
     document = compose_result(opened, looked, [*unreadable, *odd], compared)
+    for path in against:
+        lay_over(document, path, KINDS)
     file = result or sheet / f"judged-{opened.kind.name}.json"
     write_text(file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     rows: list[tuple[str, Any]] = [("judge", document["judge"]["title"])]
     rows += [(each["title"], describe(each)) for each in document["models"]]
+    rows += [(f"{pair['from']} → {pair['to']}", describe_pair(pair)) for pair in document["pairs"]]
     if document["all"].get("frechet"):
         rows.append(("weakness", document["all"]["frechet"]["weakness"]))
     rows += [("unreadable", each) for each in document["unreadable"][:5]]
     if len(document["unreadable"]) > 5:
         rows.append(("unreadable", f"{len(document['unreadable']) - 5:,} more, in the file"))
     payload = {"file": file, "result": document}
-    print_answer("evaluate judge", payload, f"Pictures in {sheet}", [*rows, ("result", file)])
+    following = command_line("evaluate", "judge", "OTHER_DIR", "--judge", judge_folder, "--against", show_path(file))
+    print_answer("evaluate judge", payload, f"Pictures in {sheet}", [*rows, ("result", file)], following)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -100,6 +121,17 @@ def describe(found: dict[str, Any]) -> str:
         few = ", from few pictures" if distance["is_few"] else ""
         parts.append(f"Fréchet distance {shown} to {distance['reference_pictures']:,} pictures{few}")
     return "; ".join(parts)
+
+
+def describe_pair(pair: dict[str, Any]) -> str:
+    """What two models differ by, in words."""
+    shown = "no picture of both has the same prompt, seed, size and sampler"
+    if apart := pair["difference"]:
+        ends = f"{apart['low']:+.4f} to {apart['high']:+.4f}"
+        shown = f"{apart['mean']:+.4f} ({ends}), paired over {pair['pictures']:,} pictures"
+    if pair["frechet_difference"] is not None:
+        shown += f"; Fréchet distance {pair['frechet_difference']:+.4g}, without an interval"
+    return shown
 
 
 def spread(interval: dict[str, float], factor: float = 1) -> str:

@@ -95,7 +95,7 @@ def loss(
     from kohaku_wrap.sampling.expanding import KnownModel, name_models
 
     for path in against:
-        held_out.read_result(path)
+        held_out.read_other(path)
     paths = [Path(each) for each in targets]
     run = None
     if len(targets) == 1 and not paths[0].is_file():

@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 
 import kohaku_wrap
-from kohaku_wrap.errors import KwrapError, UsageError, reason_of
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.evaluation.ccip import (
     Score,
     compare_models,
@@ -26,20 +26,16 @@ from kohaku_wrap.evaluation.characters import INFERRED, PRESETS, Character
 from kohaku_wrap.evaluation.exposure import Exposure, NoSuchTag
 from kohaku_wrap.evaluation.judges import Features, UnreadablePicture
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.files import Progress, parse_json, read_regular
+from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, name_apart, read_result
+from kohaku_wrap.files import Progress
 from kohaku_wrap.sampling.expanding import PlacedCell
 
-FORMAT = 1
 LEAST_POSTS = 20
 PICTURES_A_CHARACTER = 4
 
 
 class NoCharacters(KwrapError):
     """No character has references enough."""
-
-
-class OtherResult(UsageError):
-    """A result that cannot be laid over this one."""
 
 
 @dataclass(frozen=True)
@@ -226,22 +222,14 @@ def compose_result(
     }
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_other(path: Path) -> dict[str, Any]:
     """A document that an evaluation wrote. Raises OtherResult."""
-    try:
-        document = parse_json(read_regular(path))
-        if document["format"] != FORMAT or document["measure"] != "ccip" or not document["models"]:
-            raise ValueError("another form")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OtherResult(
-            f"{path}: no result of `kwrap evaluate ccip` ({reason_of(error)})", "Give its ccip.json."
-        ) from None
-    return dict(document)
+    return read_result(path, "ccip", ("ccip",), "ccip.json")
 
 
 def lay_over(result: dict[str, Any], path: Path) -> None:
     """Add the models of another result, with the pairs that they make. Raises OtherResult where they differ."""
-    other = read_result(path)
+    other = read_other(path)
     for what, one, two in (
         ("another judge", result["judge"]["sha256"], other["judge"]["sha256"]),
         ("other prompts", result["prompts"]["template"], other["prompts"]["template"]),
@@ -252,7 +240,7 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
     same = {each["tag"] for each in other["characters"] if own.get(each["tag"]) == each["references_sha256"]}
     titles = {each["title"] for each in result["models"]}
     for model in other["models"]:
-        title = model["title"] if model["title"] not in titles else f"{path.parent.name}/{model['title']}"
+        title = name_apart(model["title"], path, titles)
         scores = {tag: score for tag, score in model["scores"].items() if tag in same}
         result["models"].append({**model, "title": title, "from_other_result": True, "scores": scores})
     listed = result["models"]

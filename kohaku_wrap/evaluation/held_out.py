@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 import kohaku_wrap
 from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
-from kohaku_wrap.errors import KwrapError, UsageError, reason_of
+from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.files import Progress, parse_json, read_regular
+from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, name_apart, read_result
+from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.sampling.cells import Compute
@@ -27,7 +28,6 @@ from kohaku_wrap.sampling.expanding import KnownModel
 from kohaku_wrap.training.records.evaluations import Losses, average
 from kohaku_wrap.training.records.folder import Run
 
-FORMAT = 1
 WORKER = "kohaku_wrap.evaluation.workers.measure_loss"
 WATCH_SECONDS = 0.2
 TOLERANCE = 1e-4
@@ -43,10 +43,6 @@ class CannotMeasure(KwrapError):
 
 class TrainedPosts(UsageError):
     """Posts that the run has trained, which are not held out."""
-
-
-class OtherResult(UsageError):
-    """A result that cannot be compared with this one."""
 
 
 @dataclass(frozen=True)
@@ -269,22 +265,14 @@ def compose_result(
     }  # fmt: skip
 
 
-def read_result(path: Path) -> dict[str, Any]:
+def read_other(path: Path) -> dict[str, Any]:
     """A document that an evaluation wrote. Raises OtherResult."""
-    try:
-        document = parse_json(read_regular(path))
-        if document["format"] != FORMAT or document["measure"] != "loss" or not document["models"]:
-            raise ValueError("another form")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OtherResult(
-            f"{path}: no result of `kwrap evaluate loss` ({reason_of(error)})", "Give its loss.json."
-        ) from None
-    return dict(document)
+    return read_result(path, "loss", ("loss",), "loss.json")
 
 
 def lay_over(result: dict[str, Any], path: Path) -> None:
     """Add the models of another result, and the pairs that they make. Raises OtherResult where they differ."""
-    other = read_result(path)
+    other = read_other(path)
     for what, one, two in (
         ("other posts", result["posts"]["ids_sha256"], other["posts"]["ids_sha256"]),
         ("other captions", result["posts"]["captions_digest"], other["posts"]["captions_digest"]),
@@ -296,7 +284,7 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
             raise OtherResult(f"{path}: measured on {what}", "Only results on the same posts compare.")
     titles, own = {each["title"] for each in result["models"]}, len(result["models"])
     for model in other["models"]:
-        title = model["title"] if model["title"] not in titles else f"{path.parent.name}/{model['title']}"
+        title = name_apart(model["title"], path, titles)
         result["models"].append({**model, "title": title, "from_other_result": True})
     listed = result["models"]
     losses = [

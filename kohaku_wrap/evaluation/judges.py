@@ -152,6 +152,11 @@ class Judge:
     threads: int = 1
     """Of the processor; another number may change last bits."""
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where each label stands in the output, by its name with underscores."""
+        return {label.replace(" ", "_"): number for number, label in enumerate(self.labels)}
+
     @property
     def digest(self) -> str:
         """Of all that decides what it says of a picture."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,8 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
 from kohaku_wrap.evaluation.judges import Features, Judge, UnreadablePicture
 from kohaku_wrap.evaluation.looking import Looker
+from kohaku_wrap.evaluation.other_results import FORMAT
+from kohaku_wrap.evaluation.sheet_pairs import compare_models
 from kohaku_wrap.files import Progress, sort_files
 from kohaku_wrap.sampling.compose import words_of_prompt
 from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
@@ -25,10 +29,18 @@ from kohaku_wrap.sampling.pictures import PARAMETERS, NotOurs, read_record, read
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.records.samples import CONTACT_SHEET, read_sheet_record
 
-FORMAT = 1
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 WORST_TO_BEST = ("worst", "low", "normal", "good", "great", "best", "masterpiece")
 CORRUPTED = "corrupted"
+OF_THE_MODEL = ("model", "prediction", "zero_terminal_snr", "tokenizers", "compute")
+"""Of a cell: what may differ between pictures that are compared."""
+
+OF_THE_DRAWING = (
+    *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Clip skip", "Denoising strength"),
+    "Hires upscale",
+)
+"""Of the webui's text: what must not."""
+
 MOST_REFERENCES = 2000
 FEW_PICTURES = 2048
 """Below it the Fréchet distance is too large by much."""
@@ -58,6 +70,12 @@ class Looked:
 
     model: str
     """Its title on the sheet, or its hash; empty where the file does not say."""
+
+    identity: str = ""
+    """The model's hash as the file says it."""
+
+    drawn_as: str = ""
+    """A digest of prompt, seed, size and sampler: all but the model; empty where the file does not say."""
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -95,65 +113,97 @@ def look_at_all(
         except UnreadablePicture as error:
             unreadable.append(error.message)
         else:
-            prompt, model = read_origin(path) if sheet else (None, "")
+            prompt, model, drawn_as = read_origin(path) if sheet else (None, "", "")
             named = labels.get(path.name, {})
             title = named.get("model", "") if isinstance(named, dict) else ""
-            found.append(Looked(path, row, prompt, str(title or model[:10])))
+            found.append(Looked(path, row, prompt, str(title or model[:10]), model, drawn_as))
         on_progress(done, len(paths))
     return found, unreadable
 
 
-def read_origin(path: Path) -> tuple[str | None, str]:
-    """The prompt and the model's hash of a picture: of kwrap, or in the webui's text."""
+def read_origin(path: Path) -> tuple[str | None, str, str]:
+    """The prompt, the model's hash, and a digest of all else that a picture of kwrap or of the webui says."""
     try:
         cell = read_record(path)[0].cell
-        return cell.prompt, cell.model
     except NotOurs:
         pass
+    else:
+        fields = {name: value for name, value in cell.describe().items() if name not in OF_THE_MODEL}
+        return cell.prompt, cell.model, digest_of(fields)
     try:
         text = read_texts(path)[0][PARAMETERS]
     except (OSError, ValueError, KeyError, SyntaxError):
-        return None, ""
-    model = re.search(r"\bModel hash: ([0-9a-f]+)", text)
-    return re.split(r"\nNegative prompt: |\nSteps: ", text)[0], model[1] if model else ""
+        return None, "", ""
+    words, _, line = text.rpartition("\nSteps: ")
+    settings = dict(re.findall(r"([A-Z][A-Za-z ]+): ([^,]*)", f"Steps: {line}"))
+    fields = {name: settings[name] for name in OF_THE_DRAWING if name in settings}
+    drawn_as = digest_of({"words": re.sub("<lora:[^>]*>", "", words), **fields}) if "Seed" in fields else ""
+    prompt = re.split(r"\nNegative prompt: |\nSteps: ", text)[0]
+    return prompt, settings.get("Model hash", ""), drawn_as
+
+
+def digest_of(fields: Mapping[str, Any]) -> str:
+    """A sha256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def list_asked(judge: Judge, each: Looked) -> tuple[list[str], list[str]]:
+    """The prompted tags that a tagger knows, and those that it does not, each once, with underscores."""
+    try:
+        words = words_of_prompt(parse_prompt(each.prompt or "", lenient=True))
+    except PromptError:
+        words = []
+    known: list[str] = []
+    unknown: list[str] = []
+    for tag in dict.fromkeys(word.replace(" ", "_") for word in words):
+        (known if tag in judge.places else unknown).append(tag)
+    return known, unknown
+
+
+def find_recall(judge: Judge, each: Looked) -> float | None:
+    """The share of the prompted tags that a tagger sees; None where it knows none of them."""
+    known, _ = list_asked(judge, each)
+    seen = [each.row[judge.places[tag]] >= (judge.kind.threshold or 0.0) for tag in known]
+    return float(np.mean(seen)) if seen else None
+
+
+def find_look(judge: Judge, each: Looked) -> float | None:
+    """From 0 (worst) to 6 (masterpiece); None where the labels are others."""
+    if set(judge.labels) != set(WORST_TO_BEST):
+        return None
+    return float(each.row.astype(np.float64) @ [float(WORST_TO_BEST.index(label)) for label in judge.labels])
+
+
+def find_corruption(judge: Judge, each: Looked) -> float:
+    """The share of the label that says broken. Raises KwrapError where no label does."""
+    if CORRUPTED not in judge.labels:
+        raise KwrapError(f"{judge.folder}: no label {CORRUPTED!r} among its labels", "Name them in judge.toml: labels.")
+    return float(each.row[judge.labels.index(CORRUPTED)])
 
 
 def measure_tags(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
     """The recall of prompted tags: of those that the tagger knows, how many it sees, by picture and by tag."""
     limit = judge.kind.threshold or 0.0
-    place = {label.replace(" ", "_"): number for number, label in enumerate(judge.labels)}
-    recalls: list[float] = []
     asked: dict[str, list[float]] = {}
-    unknown: dict[str, int] = {}
-    without = 0
+    strange: dict[str, int] = {}
     for each in looked:
-        try:
-            words = words_of_prompt(parse_prompt(each.prompt or "", lenient=True))
-        except PromptError:
-            words = []
-        tags = list(dict.fromkeys(word.replace(" ", "_") for word in words))
-        known = [tag for tag in tags if tag in place]
-        for tag in tags:
-            if tag not in place:
-                unknown[tag] = unknown.get(tag, 0) + 1
-        if not known:
-            without += 1
-            continue
-        shares = [float(each.row[place[tag]]) for tag in known]
-        for tag, share in zip(known, shares, strict=True):
-            asked.setdefault(tag, []).append(share)
-        recalls.append(sum(share >= limit for share in shares) / len(shares))
+        known, unknown = list_asked(judge, each)
+        for tag in unknown:
+            strange[tag] = strange.get(tag, 0) + 1
+        for tag in known:
+            asked.setdefault(tag, []).append(float(each.row[judge.places[tag]]))
+    recalls = [value for each in looked if (value := find_recall(judge, each)) is not None]
     interval = bootstrap_mean(recalls)
     return {
         "recall": interval.document() if interval else None,
         "threshold": limit,
-        "pictures_without_known_tag": without,
+        "pictures_without_known_tag": len(looked) - len(recalls),
         "tags": [
             {"tag": tag, "pictures": len(shares), "recall": sum(share >= limit for share in shares) / len(shares),
              "mean_share": float(np.mean(shares))}
             for tag, shares in sorted(asked.items())
         ],
-        "unknown_tags": dict(sorted(unknown.items())),
+        "unknown_tags": dict(sorted(strange.items())),
     }  # fmt: skip
 
 
@@ -161,19 +211,15 @@ def measure_looks(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
     """The mean share of each label, and from 0 (worst) to 6 (masterpiece) the mean where the labels are these."""
     rows = np.stack([each.row for each in looked]).astype(np.float64)
     shares = dict(zip(judge.labels, rows.mean(axis=0).tolist(), strict=True))
-    if set(judge.labels) != set(WORST_TO_BEST):
-        return {"shares": shares, "score": None}
-    interval = bootstrap_mean(rows @ [float(WORST_TO_BEST.index(label)) for label in judge.labels])
+    interval = bootstrap_mean([value for each in looked if (value := find_look(judge, each)) is not None])
     return {"shares": shares, "score": interval.document() if interval else None}
 
 
 def measure_corruption(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
     """Which pictures are more likely broken than not. Raises KwrapError where no label says so."""
-    if CORRUPTED not in judge.labels:
-        raise KwrapError(f"{judge.folder}: no label {CORRUPTED!r} among its labels", "Name them in judge.toml: labels.")
-    shares = np.array([each.row[judge.labels.index(CORRUPTED)] for each in looked], dtype=np.float64)
+    shares = [find_corruption(judge, each) for each in looked]
     interval = bootstrap_mean(shares)
-    broken = [each.path.name for each, share in zip(looked, shares.tolist(), strict=True) if share >= 0.5]
+    broken = [each.path.name for each, share in zip(looked, shares, strict=True) if share >= 0.5]
     return {
         "corrupted": len(broken),
         "mean_share": interval.document() if interval else None,
@@ -189,6 +235,7 @@ def measure_distance(looked: Sequence[Looked], reference: Sequence[Looked]) -> d
         "distance": find_frechet_distance(one, other) if few > 1 else None,
         "pictures": len(one),
         "reference_pictures": len(other),
+        "reference_sha256": hashlib.sha256(np.stack([each.row for each in reference]).tobytes()).hexdigest(),
         "weakness": WEAKNESS,
         "is_few": few < FEW_PICTURES,
     }
@@ -209,6 +256,8 @@ def find_frechet_distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.fl
 
 
 MEASURES = {"tagger": measure_tags, "aesthetic": measure_looks, "corruption": measure_corruption}
+VALUES = {"tagger": find_recall, "aesthetic": find_look, "corruption": find_corruption}
+"""What is compared picture by picture."""
 
 
 def compose_result(
@@ -227,6 +276,21 @@ def compose_result(
 
     titles = sorted({each.model for each in looked})
     by_model: Mapping[str, list[Looked]] = {title: [each for each in looked if each.model == title] for title in titles}
+    value_of = VALUES.get(judge.kind.name)
+    models = [
+        {
+            "title": title or "unknown", "identities": sorted({each.identity for each in rows if each.identity}),
+            **describe(rows),
+            "judged": [
+                {
+                    "file": each.path.name, "drawn_as": each.drawn_as,
+                    "value": value_of(judge, each) if value_of else None,
+                }
+                for each in rows
+            ],
+        }
+        for title, rows in by_model.items()
+    ]  # fmt: skip
     return {
         "format": FORMAT,
         "measure": judge.kind.name,
@@ -237,7 +301,9 @@ def compose_result(
             "pillow": PIL.__version__,
         },
         "judge": judge.describe(),
+        "prompts_sha256": digest_of({"prompts": sorted({each.prompt or "" for each in looked})}),
         "all": describe(looked),
-        "models": [{"title": title or "unknown", **describe(rows)} for title, rows in by_model.items()],
+        "models": models,
+        "pairs": compare_models(models),
         "unreadable": sorted(unreadable),
     }

@@ -12,7 +12,8 @@ import numpy as np
 import kohaku_wrap
 from kohaku_wrap.dataset.captions.groups import Grouping
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.evaluation.held_out import FORMAT, TOLERANCE, compare_pair, describe_losses, list_losses
+from kohaku_wrap.evaluation.held_out import TOLERANCE, compare_pair, describe_losses, list_losses
+from kohaku_wrap.evaluation.other_results import FORMAT
 from kohaku_wrap.training.records.evaluations import Evaluation, read_evaluations
 from kohaku_wrap.training.records.folder import Run
 

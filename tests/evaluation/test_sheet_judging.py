@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,65 @@ def test_looks_and_broken_pictures(sheet: Path, judges: Path) -> None:
     found = judge(sheet, judges / "corruption")["all"]
     broken = [name for name in ("1.png", "2.png", "3.png", "4.jpg") if corruption.look_at(sheet / name)[0] >= 0.5]
     assert found["pictures_corrupted"] == broken and found["corrupted"] == len(broken)
+
+
+def draw_sheet(folder: Path, model: str, seeds: Sequence[int], prediction: str = "epsilon", steps: int = 24) -> Path:
+    """A picture a seed, all of one prompt, by one model."""
+    folder.mkdir()
+    for seed in seeds:
+        image, cell = draw(seed + len(model.rstrip("b"))), Cell(
+            model, "1girl, smile", "", seed, 64, 64, "t", steps, prediction=prediction
+        )  # fmt: skip
+        write_picture(
+            folder / f"{seed}.png", image, Record(cell, (ModelFile("m", model, model),), {}, hash_pixels(image))
+        )
+    return folder
+
+
+def test_two_results_are_compared_over_the_pictures_that_both_drew_alike(tmp_path: Path, judges: Path) -> None:
+    first = draw_sheet(tmp_path / "first", "a" * 64, (1, 2, 3))
+    second = draw_sheet(tmp_path / "second", "b" * 64, (2, 3, 4), prediction="v")
+    draw(9).save(second / "without a text.png")
+    judge(first, judges / "aesthetic")
+    found = judge(second, judges / "aesthetic", "--against", first / "judged-aesthetic.json")
+    aesthetic = open_judge(judges / "aesthetic")
+    order = ("worst", "low", "normal", "good", "great", "best", "masterpiece")
+    places = [order.index(label) for label in aesthetic.labels]
+    apart = [
+        float(aesthetic.look_at(first / f"{seed}.png") @ places - aesthetic.look_at(second / f"{seed}.png") @ places)
+        for seed in (2, 3)
+    ]
+    (pair,) = [each for each in found["pairs"] if "unknown" not in each.values()]
+    assert (pair["from"], pair["to"], pair["pictures"]) == ("b" * 10, "a" * 10, 2)
+    difference = pair["difference"]
+    assert difference["mean"] == pytest.approx(np.mean(apart), abs=1e-5)
+    assert [difference["low"], difference["high"]] == pytest.approx(sorted(apart), abs=1e-5)
+    assert [each["title"] for each in found["models"]] == ["unknown", "b" * 10, "a" * 10]
+    assert found["models"][1]["identities"] == ["b" * 64]
+
+
+def test_results_that_do_not_compare_are_refused_with_the_reason(
+    tmp_path: Path, judges: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = draw_sheet(tmp_path / "first", "a" * 64, (1, 2)), draw_sheet(tmp_path / "other", "b" * 64, (3,))
+    longer = draw_sheet(tmp_path / "longer", "c" * 64, (1, 2), steps=30)
+    result = first / "judged-corruption.json"
+    document = judge(first, judges / "corruption")
+    for folder, kind, message in (
+        (other, "corruption", "has prompt, seed, size and sampler of a picture"),
+        (longer, "corruption", "has prompt, seed, size and sampler of a picture"),
+        (other, "aesthetic", "(corruption), not by the same files"),
+    ):
+        assert run_program(["evaluate", "judge", str(folder), "--judge", str(judges / kind), "--against", str(result)])
+        assert message in capsys.readouterr().err
+        assert not (folder / f"judged-{kind}.json").exists()
+    for model in document["models"]:
+        del model["judged"]
+    result.write_text(json.dumps(document), encoding="utf-8")
+    assert run_program(
+        ["evaluate", "judge", str(longer), "--judge", str(judges / "corruption"), "--against", str(result)]
+    )
+    assert "of an earlier kwrap" in capsys.readouterr().err
 
 
 def test_the_distance_names_its_weakness_and_is_0_to_the_same_pictures(sheet: Path, judges: Path) -> None:

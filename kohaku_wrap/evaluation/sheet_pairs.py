@@ -1,0 +1,76 @@
+"""Judged folders compared: each two models over the pictures that both drew from the same prompt and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kohaku_wrap.evaluation.intervals import bootstrap_mean
+from kohaku_wrap.evaluation.other_results import OtherResult, name_apart, read_result
+
+
+def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each two of the models of a result: the paired difference with an interval, and what Fréchet distances differ by.
+
+    A picture that is there twice counts once; one whose file does not say how it was drawn has no pair.
+    """
+    values: list[dict[str, float]] = [
+        {each["drawn_as"]: each["value"] for each in model["judged"] if each["drawn_as"] and each["value"] is not None}
+        for model in models
+    ]
+    found = []
+    for first in range(len(models)):
+        for second in range(first + 1, len(models)):
+            both = sorted(values[first].keys() & values[second].keys())
+            interval = bootstrap_mean([values[second][key] - values[first][key] for key in both])
+            one, two = (models[place].get("frechet") or {} for place in (first, second))
+            fits = one and two and all(one[name] == two[name] for name in ("reference_sha256", "pictures"))
+            fits = fits and one["distance"] is not None
+            found.append(
+                {
+                    "from": models[first]["title"],
+                    "to": models[second]["title"],
+                    "pictures": len(both),
+                    "difference": interval.document() if interval else None,
+                    "frechet_difference": two["distance"] - one["distance"] if fits else None,
+                }
+            )
+    return found
+
+
+def read_other(path: Path, kinds: Collection[str]) -> dict[str, Any]:
+    """A result of `kwrap evaluate judge`. Raises OtherResult."""
+    document = read_result(path, "judge", kinds, "judged-KIND.json")
+    if any("judged" not in model for model in document["models"]):
+        raise OtherResult(
+            f"{path}: of an earlier kwrap, without the value of each picture",
+            f"Judge {path.parent} again: what the judge said is kept, so it takes seconds.",
+        )
+    return document
+
+
+def lay_over(result: dict[str, Any], path: Path, kinds: Collection[str]) -> None:
+    """Add the models of another result, and the pairs that they make. Raises OtherResult where nothing compares."""
+    other = read_other(path, kinds)
+    judges = [[each["judge"][name] for name in ("kind", "sha256", "threshold")] for each in (result, other)]
+    if judges[0] != judges[1]:
+        raise OtherResult(
+            f"{path}: judged by {other['judge']['title']} ({other['judge']['kind']}), "
+            "not by the same files with the same threshold",
+            "Judge both folders with one judge.",
+        )
+    titles = {each["title"] for each in result["models"]}
+    added = [
+        {**model, "title": name_apart(model["title"], path, titles), "from_other_result": True}
+        for model in other["models"]
+    ]
+    result["models"] += added
+    result["pairs"] = compare_models(result["models"])
+    new = {each["title"] for each in added}
+    across = [pair for pair in result["pairs"] if pair["from"] in titles and pair["to"] in new]
+    if not any(pair["pictures"] or pair["frechet_difference"] is not None for pair in across):
+        raise OtherResult(
+            f"{path}: none of its pictures has prompt, seed, size and sampler of a picture judged now",
+            "Draw both folders alike: `kwrap sample MODEL --sheet SHEET.toml --out DIR` with one sheet.",
+        )
