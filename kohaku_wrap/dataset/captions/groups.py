@@ -31,17 +31,22 @@ class Grouping:
     """By group of GROUPS (posts,) the word, or UNKNOWN."""
 
 
+def split_captions(captions: pa.Array) -> tuple[Int64Array, pa.Array]:
+    """What stands between commas and separators, some of it empty: the index of the caption, and the word."""
+    split = pc.split_pattern(pc.replace_substring(captions, SEPARATOR, ","), ",")
+    return pc.list_parent_indices(split).to_numpy(), pc.utf8_trim_whitespace(pc.list_flatten(split))
+
+
 def find_words(captions: pa.Array, listed: Sequence[str]) -> Int64Array:
     """(captions,) the place in `listed` of the last of its words that a caption has; -1 for none.
 
     Explicit posts have two rating words, the stronger one last.
     """
-    split = pc.split_pattern(pc.replace_substring(captions, SEPARATOR, ","), ",")
-    words = pc.utf8_trim_whitespace(pc.list_flatten(split))
+    owners, words = split_captions(captions)
     places = pc.fill_null(pc.index_in(words, value_set=pa.array(listed, words.type)), -1).to_numpy()
     found = np.full(len(captions), -1, dtype=np.int64)
     hits = np.flatnonzero(places >= 0)
-    found[pc.list_parent_indices(split).to_numpy()[hits]] = places[hits]
+    found[owners[hits]] = places[hits]
     return found
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from kohaku_wrap.dataset.captions.groups import split_captions
 from kohaku_wrap.dataset.captions.statistics import LONGEST, choose_counter, quantiles_of
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
+from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches
+from kohaku_wrap.metadata.parallel import map_in_order, usable_threads
 
 CAPTIONS_LOOKED_AT = 100_000
 """Captions whose words are counted, spread evenly over the file; of a smaller one all are."""
@@ -33,39 +38,68 @@ def summarise_captions(
     path = find_captions(images)
     rows = sum(batch.num_rows for batch in read_batches(path, "id"))
     step = max(1, rows // CAPTIONS_LOOKED_AT)
-    uses: Counter[str] = Counter()
-    texts: list[str] = []
-    looked_at = first = 0
-    for batch in read_batches(path, "caption"):
-        places = np.arange(-first % step, batch.num_rows, step)
-        first += batch.num_rows
-        captions = batch.column("caption").take(places).to_pylist()
-        looked_at += len(captions)
-        on_progress(first, rows)
-        texts += captions[: max(0, LENGTHS_LOOKED_AT - len(texts))]
-        for caption in captions:
-            words = (word.strip() for part in caption.split("|||") for word in part.split(","))
-            uses.update({word for word in words if word})
     by, count = choose_counter(None)
-    lengths = np.bincount(
-        np.minimum(count([text.replace("|||", "") for text in texts]), LONGEST), minlength=LONGEST + 1
-    )
-    ranked = sorted(uses.items(), key=lambda each: (-each[1], each[0]))
-    named = {name: set(words) for name, words in groups.items()}
+
+    def take_captions() -> Iterator[tuple[pa.Array, int]]:
+        first = looked_at = 0
+        for batch in read_batches(path, "caption"):
+            captions = batch.column("caption").take(np.arange(-first % step, batch.num_rows, step))
+            first += batch.num_rows
+            on_progress(first, rows)
+            yield captions, max(0, LENGTHS_LOOKED_AT - looked_at)
+            looked_at += len(captions)
+
+    def look_at(captions: tuple[pa.Array, int]) -> tuple[int, pa.Array, npt.NDArray[np.int64]]:
+        texts, measured = captions
+        return len(texts), words_of_captions(texts), count(pc.replace_substring(texts[:measured], SEPARATOR, ""))
+
+    seen = list(map_in_order(look_at, take_captions(), usable_threads()))
+    measured = np.concatenate([np.empty(0, dtype=np.int64), *(lengths for _, _, lengths in seen)])
+    lengths = np.bincount(np.minimum(measured, LONGEST), minlength=LONGEST + 1)
+    uses = count_words([words for _, words, _ in seen])
+    frequent = nsmallest(TAGS_SHOWN, uses.items(), key=by_frequency)
+    others = uses.items() - set(frequent)
+    named = {name: {word: uses[word] for word in words if word in uses} for name, words in groups.items()}
     return {
         "images": rows,
-        "captions_looked_at": looked_at,
-        "distinct_tags": len(ranked),
-        "frequent_tags": ranked[:TAGS_SHOWN],
-        "rare_tags": sorted(ranked[TAGS_SHOWN:], key=lambda each: (each[1], each[0]))[:TAGS_SHOWN],
-        "words": {name: [each for each in ranked if each[0] in words] for name, words in named.items()},
+        "captions_looked_at": sum(some for some, _, _ in seen),
+        "distinct_tags": len(uses),
+        "frequent_tags": frequent,
+        "rare_tags": nsmallest(TAGS_SHOWN, others, key=lambda each: (each[1], each[0])),
+        "words": {name: sorted(words.items(), key=by_frequency) for name, words in named.items()},
         "tokens": {
             "counted_by": by.partition(" ")[0],
-            "captions": len(texts),
+            "captions": len(measured),
             "quantiles": quantiles_of(lengths),
             "longer_than": {str(limit): int(lengths[limit + 1 :].sum()) for limit in TOKEN_LIMITS},
         },
     }
+
+
+def by_frequency(word: tuple[str, int]) -> tuple[int, str]:
+    """The order of words and their numbers: frequent ones first, ties by word."""
+    return -word[1], word[0]
+
+
+def words_of_captions(captions: pa.Array) -> pa.DictionaryArray:
+    """The words of captions, each once a caption."""
+    owners, words = split_captions(captions)
+    encoded = words.dictionary_encode()
+    distinct = max(1, len(encoded.dictionary))
+    pairs = np.sort(owners * distinct + encoded.indices.to_numpy())
+    # Sorted and compared: several times faster than numpy.unique, which hashes.
+    first = np.append(True, pairs[1:] != pairs[:-1])[: len(pairs)]
+    return pa.DictionaryArray.from_arrays((pairs[first] % distinct).astype(np.int32), encoded.dictionary)
+
+
+def count_words(words: Sequence[pa.DictionaryArray]) -> dict[str, int]:
+    """How often each word stands in all of these arrays; what is empty is none."""
+    if not words:
+        return {}
+    unified = pa.chunked_array(words).unify_dictionaries()
+    names = unified.chunk(0).dictionary.to_pylist()
+    counts = np.bincount(np.concatenate([each.indices.to_numpy() for each in unified.chunks]), minlength=len(names))
+    return {name: int(count) for name, count in zip(names, counts, strict=True) if name and count}
 
 
 def count_values(values: npt.NDArray[np.integer[Any]], names: Mapping[int, str]) -> dict[str, int]:
