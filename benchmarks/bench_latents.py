@@ -31,7 +31,7 @@ from kohaku_wrap.training.data.latent_rules import make_rule
 from kohaku_wrap.training.data.latent_shards import write_shard
 from kohaku_wrap.training.data.latent_store import LatentStore, Wanted, extend_index
 from kohaku_wrap.training.engines.encode_latents import ShardMaker
-from kohaku_wrap.training.supervising.caching import compose_job, open_cache
+from kohaku_wrap.training.supervising.caching import compose_job, open_caches
 
 RULE = make_rule({"keep": "moments", "precision": "fp16"}, {}, [{"resolution": 1024}], "0" * 64, 1)
 SIZES = np.array([(1024, 1024), (832, 1216), (1216, 832), (896, 1152)], np.int32)
@@ -138,7 +138,7 @@ def measure_writing(folder: Path, words: tuple[str, ...], rounds: int) -> float:
     """What the worker takes, against the VAE on pixels in memory and one bare write; the median of pairs in turn."""
     site = load_site(Path(words[2]))
     effective = resolve_template(words[0], site, (*words[4::2], "cache.latents=true"))
-    cache = open_cache(effective, site)
+    [cache] = open_caches(effective, site)
     extend_index(cache.folder, cache.rule, cache.wanted)
     maker = ShardMaker(compose_job(cache, 0), lambda **_: None)
     encoder = maker.encoder

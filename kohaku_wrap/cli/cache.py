@@ -1,4 +1,4 @@
-"""`kwrap cache`: latents of all images, encoded once."""
+"""`kwrap cache`: latents of all images, and outputs of text encoders, encoded once."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import format_duration, show_bytes
 
 if TYPE_CHECKING:
+    from kohaku_wrap.config.effective import Effective
+    from kohaku_wrap.config.site import Site
     from kohaku_wrap.training.supervising.caching import Cache
 
 
@@ -54,46 +56,64 @@ def command(
 
     For a template with [cache] latents = true: shards of 1,000 images of one size, with checksums, beside the images or
     in the site's paths.latents. It can be stopped and started again, also several times at once; new images are
-    added. A shard that is damaged is named and made again.
+    added. A shard that is damaged is named and made again. With text_encoders = true the outputs of the text encoders
+    are cached likewise, for captions that are the same each time.
     """
     from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.site import load_site
-    from kohaku_wrap.files import keeps_sha256
-    from kohaku_wrap.training.supervising.caching import find_damaged, make_latents, open_cache, require_room
+    from kohaku_wrap.training.supervising.caching import find_damaged, make_shards, require_room
 
     site = load_site(site_file)
     effective = resolve_template(template, site, overrides, trust=trust)
-    model = site.paths.vae or site.paths.base_model
-    unread = model.stat().st_size if model.is_file() and not keeps_sha256(model) else 0
-    with counting_bytes("hashing the VAE", unread) as count:
-        cache = open_cache(effective, site, count)
-    damaged = []
-    with progress_bar("checking", "shards") as report:
-        for shape, fault in find_damaged(cache, check, report, remove=not dry_run):
-            damaged.append(shape.name)
-            print_aside(f"damaged: {shape.file_in(cache.folder)}: {fault}; it is made again")
-    free = require_room(cache)
-    payload = describe(cache, damaged, free)
-    if not dry_run:
-        with progress_bar("encoding", "images") as report:
-            payload["images_encoded"] = make_latents(cache, report)
-        payload["nan_images"] = cache.list_nan_images()
-    print_answer("cache", payload, f"Latents of {effective.name}", show(payload, dry_run))
+    caches = open_with_bar(effective, site)
+    payload = {}
+    for cache in caches:
+        damaged = []
+        with progress_bar("checking", "shards") as report:
+            for shape, fault in find_damaged(cache, check, report, remove=not dry_run):
+                damaged.append(shape.name)
+                print_aside(f"damaged: {shape.file_in(cache.folder)}: {fault}; it is made again")
+        payload[cache.name] = describe(cache, damaged)
+    free = require_room(caches)
+    for cache in caches:
+        about = payload[cache.name]
+        about["bytes_free"] = free
+        if not dry_run:
+            with progress_bar("encoding", "images") as report:
+                about["images_encoded"] = make_shards(cache, report)
+            about["nan_images"] = cache.list_nan_images()
+    # Of the latents at the top, of the text encoders in a table of their own.
+    document = payload.pop("latents", {}) | payload
+    rows = [row for about in (document, *payload.values()) if "folder" in about for row in show(about, dry_run)]
+    print_answer("cache", document, f"Latents of {effective.name}", rows)
     if not dry_run and not wants_json():
-        for image in payload["nan_images"]:
-            print_note(f"warning: image {image}: the VAE gave numbers that are none; zeros are trained for it")
+        for cache in caches:
+            for image in cache.list_nan_images():
+                print_note(f"warning: image {image}: some of its {cache.rule.what} are not numbers")
         again = repeat_option("--set", overrides)
         click.echo(f"Next: {command_line('train', template, '--site', site_file, *again)}")
 
 
-def describe(cache: Cache, damaged: list[str], free: int) -> dict[str, Any]:
+def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> list[Cache]:
+    """What a template caches, with a bar while models are hashed. Raises what `open_caches` does."""
+    from kohaku_wrap.files import keeps_sha256
+    from kohaku_wrap.training.supervising.caching import open_caches
+
+    models = {site.paths.vae or site.paths.base_model} if effective.get("cache.latents") else set()
+    models |= {site.paths.base_model} if effective.get("cache.text_encoders") else set()
+    unread = sum(path.stat().st_size for path in models if path.is_file() and not keeps_sha256(path))
+    with counting_bytes("hashing the models", unread) as count:
+        return open_caches(effective, site, count, all_files)
+
+
+def describe(cache: Cache, damaged: list[str]) -> dict[str, Any]:
     """What is there and what is to be made."""
     unmade = cache.list_unmade()
     images, rate = sum(shape.count for shape in unmade), cache.measure_rate()
     return {
         "folder": cache.folder,
         "fingerprint": cache.rule.fingerprint,
-        "keep": cache.rule.keep,
+        "keep": cache.kept,
         "precision": cache.rule.precision,
         "variants": cache.rule.variants,
         "images": len(cache.wanted.ids),
@@ -103,7 +123,6 @@ def describe(cache: Cache, damaged: list[str], free: int) -> dict[str, Any]:
         "damaged": damaged,
         "bytes_total": sum(shape.size_bytes for shape in cache.shards),
         "bytes_to_write": sum(shape.size_bytes for shape in unmade),
-        "bytes_free": free,
         "images_per_second": rate,
         "seconds": images / rate / max(cache.site.machine.processes_here, 1) if rate else None,
     }
@@ -123,8 +142,12 @@ def show(payload: dict[str, Any], dry_run: bool) -> list[tuple[str, Any]]:
                  f"{'to write' if dry_run else 'written now'}; {show_bytes(payload['bytes_free'])} were free"),
     ]  # fmt: skip
     if dry_run:
-        rows.append(("time", "unknown until the first shard is made"))
-        if payload["seconds"] is not None:
-            rate = f"{payload['images_per_second']:.3g} images a second and process"
-            rows[-1] = ("time", f"{format_duration(payload['seconds'])} at {rate}")
+        rows.append(("time", show_time(payload)))
     return rows
+
+
+def show_time(payload: dict[str, Any]) -> str:
+    """How long the rest takes."""
+    if payload["seconds"] is None:
+        return "unknown until the first shard is made"
+    return f"{format_duration(payload['seconds'])} at {payload['images_per_second']:.3g} images a second and process"

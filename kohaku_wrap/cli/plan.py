@@ -16,6 +16,8 @@ from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line,
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
 
 if TYPE_CHECKING:
+    from kohaku_wrap.config.effective import Effective
+    from kohaku_wrap.config.site import Site
     from kohaku_wrap.planning.pictures import PicturesPlan
     from kohaku_wrap.planning.training_plan import TrainingPlan
     from kohaku_wrap.planning.validation import ValidationPlan
@@ -102,7 +104,8 @@ def command(
             notes.append("[validation]: posts that are held out are counted as trained here; captions say which.")
     else:
         notes += note_other_dataset(effective, site.paths.images)
-    payload = {**describe_plan(plan, notes), "trust": describe_trust(effective)}
+    payload = {**describe_plan(plan, notes), "caching": plan_caching(effective, site, sizes.exact)}
+    payload["trust"] = describe_trust(effective)
     print_trust(effective)
     following = [*repeat_option("--set", overrides), *repeat_option("--trust", trust), "--dry-run"]
     print_plan(plan, payload, command_line("train", template, "--site", site_file, *following))
@@ -168,6 +171,19 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
     return document
 
 
+def plan_caching(effective: Effective, site: Site, sizes_exact: bool) -> dict[str, Any]:
+    """What `kwrap cache` has still to do, by kind; nothing where images or models are not there yet."""
+    from kohaku_wrap.cli.cache import describe, open_with_bar
+
+    if not sizes_exact or not (effective.get("cache.latents") or effective.get("cache.text_encoders")):
+        return {}
+    try:
+        return {cache.name: describe(cache, []) for cache in open_with_bar(effective, site, all_files=False)}
+    except KwrapError as error:
+        print_note(f"note: what is to be cached is unknown: {error.message}")
+        return {}
+
+
 def keep_summary(images: Path) -> None:
     """Write the captions' summary for `kwrap report` where there is none of them; without it nothing else is less."""
     from kohaku_wrap.dataset.captions.recipe import words_of_recipe
@@ -193,6 +209,7 @@ def keep_summary(images: Path) -> None:
 
 def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> None:
     """The plan for people; `next_step` is not for one that cannot work."""
+    from kohaku_wrap.cli.cache import show_time
     from kohaku_wrap.planning.sizes import total_of
 
     steps = plan.steps
@@ -242,6 +259,13 @@ def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> N
         rows.append(("time", f"{format_duration(plan.eta_seconds)} at {plan.seconds_per_step:.3g} s a step"))
     else:
         rows.append(("time", "unknown; add --seconds-per-step S, or --measured RUN"))
+    for kind, cache in payload["caching"].items():
+        left, title = cache["images_to_encode"], f"to cache, {kind.replace('_', ' ')}"
+        if left:
+            to_write = f"{count_of(left, 'image')}, {show_bytes(cache['bytes_to_write'])} to write"
+            rows += [(title, to_write), ("time to cache", show_time(cache))]
+        else:
+            rows.append((title, f"nothing: all {cache['images']:,} images are there"))
     if plan.pictures:
         rows += list_picture_rows(plan.pictures)
     if plan.validation:

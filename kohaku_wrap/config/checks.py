@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from kohaku_wrap.config.base_model import note_other_prediction
+from kohaku_wrap.config.caching import (
+    note_cache,
+    refuse_cached_captions,
+    refuse_cached_items,
+    refuse_cached_latents,
+)
 from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batch
 from kohaku_wrap.config.needs import describe_idle, find_lacks
 from kohaku_wrap.config.network import LYCORIS, find_network_faults
@@ -134,68 +140,6 @@ def dataset(effective: Effective, name: str) -> object:
     return effective.get(f"dataset_options.{name}")
 
 
-def refuse_cached_latents(effective: Effective) -> Faults:
-    """Cached latents are those of one crop and one colour."""
-    for key in ("cache_latents", "cache_latents_to_disk"):
-        for name in ("random_crop", "color_aug"):
-            if effective.get(key) and dataset(effective, name):
-                origin = effective.origin(f"dataset_options.{name}")
-                yield key, f"cannot go with {name} ({origin}): cached latents never change"
-
-
-def refuse_cached_items(effective: Effective) -> Faults:
-    """What `[cache]` cannot keep, and what it says for nothing."""
-    key = "cache.latents"
-    if effective.get("cache.text_encoders"):
-        yield "cache.text_encoders", say_why_not_text_encoders(effective)
-    if not effective.get(key):
-        for name in ("cache.keep", "cache.precision"):
-            if effective.is_set(name):
-                yield name, "does nothing without latents = true in [cache]"
-        return
-    if effective.get("kwrap.data") == "sd-scripts":
-        origin = effective.origin("kwrap.data")
-        yield key, f'works only with data = "kwrap" in [kwrap] ({origin}); sd-scripts has cache_latents of its own'
-    for name in ("random_crop", "color_aug"):
-        if dataset(effective, name):
-            origin = effective.origin(f"dataset_options.{name}")
-            yield key, f"cannot go with {name} ({origin}): each time the image is another one"
-
-
-def say_why_not_text_encoders(effective: Effective) -> str:
-    """Why the outputs of text encoders are not cached for a template."""
-    for name in CHANGING_CAPTIONS:
-        if dataset(effective, name):
-            origin = effective.origin(f"dataset_options.{name}")
-            return f"cannot go with {name} ({origin}): the text of an image is another one each time"
-    if not effective.get("network_train_unet_only"):
-        return "cannot go with text encoder training (network_train_unet_only is not set): their outputs change"
-    return "is not there yet: kwrap caches latents alone"
-
-
-def note_cache(effective: Effective) -> list[str]:
-    """What the cache holds twice, and what it does not hold."""
-    if not effective.get("cache.latents"):
-        return []
-    notes = [f"[cache]: caching the text encoders' outputs {say_why_not_text_encoders(effective)}."]
-    if dataset(effective, "flip_aug"):
-        notes.append("flip_aug: each image is cached as it is and mirrored, which takes twice the disk and time.")
-    return notes
-
-
-def refuse_cached_captions(effective: Effective) -> Faults:
-    """Cached outputs of the text encoders are those of one caption and of weights that stay."""
-    key = "cache_text_encoder_outputs"
-    if not effective.get(key):
-        return
-    for name in CHANGING_CAPTIONS:
-        if dataset(effective, name):
-            origin = effective.origin(f"dataset_options.{name}")
-            yield key, f"cannot go with {name} ({origin}): cached captions never change"
-    if not effective.get("network_train_unet_only"):
-        yield key, "cannot go with text encoder training: set network_train_unet_only = true, or leave it out"
-
-
 def refuse_idle_separator(effective: Effective) -> Faults:
     """sd-scripts removes the separator only where it has work to do on the caption."""
     working = ("shuffle_caption", "caption_tag_dropout_rate")
@@ -296,9 +240,6 @@ def refuse_missing_seed(effective: Effective) -> Faults:
     if is_complete(effective) and effective.get("seed") is None:
         yield "seed", "is not set: order, captions and noise follow from it, and a resume needs it"
 
-
-CHANGING_CAPTIONS = ("shuffle_caption", "caption_dropout_rate", "caption_tag_dropout_rate")
-"""Dataset options that make another text of a caption each time."""
 
 RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_cached_latents,

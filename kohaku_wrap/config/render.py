@@ -240,7 +240,7 @@ def compose_lock(
         if who_draws(effective) == KWRAP
         else drop_unset(effective.subtable("samples")),
     }
-    if effective.get("cache.latents"):
+    if effective.get("cache.latents") or effective.get("cache.text_encoders"):
         lock["cache"] = effective.subtable("cache", with_defaults=True)
     for name in ARGUMENT_TABLES:
         lock[name] = effective.subtable(name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from kohaku_wrap.config.caching import LATENTS_KEY, TEXTS_KEY, find_origin, measure_text_outputs
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets, parse_resolution
 from kohaku_wrap.formats.caption_rows import ImageSizes
@@ -117,7 +119,7 @@ def weigh_training(
     return Sizes(
         checkpoint_bytes=checkpoint,
         state_bytes=state,
-        disk=(*weigh_disk(effective, plan, checkpoint, state), *weigh_latents(effective, images)),
+        disk=(*weigh_disk(effective, plan, checkpoint, state), *weigh_caches(effective, images)),
         host_memory=weigh_host_memory(effective, plan, images, sum(base_parameters), weight_bytes),
         gpu_memory=weigh_gpu_memory(effective, plan, base_parameters, weight_bytes, optimizer),
     )
@@ -147,17 +149,21 @@ def weigh_disk(effective: Effective, plan: StepPlan, checkpoint: int, state: int
     )
 
 
-def weigh_latents(effective: Effective, images: ImageSizes) -> tuple[Part, ...]:
-    """What `kwrap cache` writes for a template that trains from cached latents; its dry run says the time."""
-    if not effective.get("cache.latents"):
-        return ()
+def weigh_caches(effective: Effective, images: ImageSizes) -> Iterator[Part]:
+    """What `kwrap cache` writes for a template that trains from cached latents or outputs of text encoders."""
     options = effective.subtable("dataset_options", with_defaults=True)
-    buckets = assign_buckets(images.widths, images.heights, BucketOptions.from_dataset_options(options))
-    cells = (buckets.resolutions.astype(np.int64) // 8).prod(axis=1) @ buckets.images_of_bucket
-    channels = 8 if effective.get("cache.keep") == "moments" else 4
-    number_bytes = 2 if effective.get("cache.precision") == "fp16" else 4
-    variants = 2 if options.get("flip_aug") else 1
-    return (Part("cached latents, once for all runs", int(cells) * channels * number_bytes * variants),)
+    if effective.get(LATENTS_KEY):
+        buckets = assign_buckets(images.widths, images.heights, BucketOptions.from_dataset_options(options))
+        cells = (buckets.resolutions.astype(np.int64) // 8).prod(axis=1) @ buckets.images_of_bucket
+        channels = 8 if effective.get("cache.keep") == "moments" else 4
+        number_bytes = 2 if effective.get("cache.precision") == "fp16" else 4
+        variants = 2 if find_origin(effective, "flip_aug") else 1
+        yield Part("cached latents, once for all runs", int(cells) * channels * number_bytes * variants)
+    if effective.get(TEXTS_KEY):
+        tokens, first, second, pooled = measure_text_outputs(effective)
+        number_bytes = 2 if effective.get("mixed_precision") in ("fp16", "bf16") else 4
+        numbers = tokens * (first + second) + pooled
+        yield Part("cached outputs of text encoders, once for all runs", len(images.widths) * numbers * number_bytes)
 
 
 def weigh_host_memory(

@@ -56,6 +56,9 @@ class Configuration:
     accumulation: int = 2
     """Micro-batches of each process in an optimizer step."""
 
+    batch: int = BATCH_PER_PROCESS
+    """Images of each process in a micro-batch."""
+
     trainer: str = ""
     """The sd-scripts checkout; empty for the one that a training would use."""
 
@@ -69,8 +72,9 @@ class Configuration:
     def name(self) -> str:
         commit = f"-{Path(self.trainer).name[:7]}" if self.trainer else ""
         own = "-own-data" if self.data != "kwrap" else ""
+        size = f"b{self.batch}" if self.batch != BATCH_PER_PROCESS else ""
         both = "".join(f"-{each.partition('=')[0]}" for each in self.both)
-        return f"p{self.processes}a{self.accumulation}{commit}{own}{both}"
+        return f"p{self.processes}a{self.accumulation}{size}{commit}{own}{both}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -122,7 +126,7 @@ def read_cases() -> tuple[Case, ...]:
             kills=tuple(Kill(**kill) for kill in case["kills"]),
             workers=tuple(case.get("workers", [0])),
             configuration=Configuration(
-                **{key: case[key] for key in ("processes", "accumulation", "data") if key in case},
+                **{key: case[key] for key in ("processes", "accumulation", "batch", "data") if key in case},
                 both=tuple(case.get("both", [])),
             ),
             settings=tuple(case.get("settings", [])),
@@ -171,7 +175,7 @@ class Bench:
 
     def write_site(self, case: str, configuration: Configuration, workers: int) -> Path:
         """The world's site with the processes and workers of a case."""
-        machine = {"processes": configuration.processes, "batch_per_gpu": BATCH_PER_PROCESS, "workers": workers}
+        machine = {"processes": configuration.processes, "batch_per_gpu": configuration.batch, "workers": workers}
         path = self.folder / "sites" / f"{self.engine}-{case}.toml"
         paths = {"runs": self.runs, "latents": self.latents / case}
         return write_site_of(self.world, path, paths, {"engine": self.engine, **machine})
@@ -179,7 +183,7 @@ class Bench:
     def train(self, case: Case) -> Run:
         """The case's run, trained to its end through all kills."""
         configuration = case.configuration
-        effective_batch = configuration.processes * configuration.accumulation * BATCH_PER_PROCESS
+        effective_batch = configuration.processes * configuration.accumulation * configuration.batch
         site = self.write_site(case.name, configuration, case.workers[0])
         settings = [
             f"effective_batch={effective_batch}",

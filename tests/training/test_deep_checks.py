@@ -20,9 +20,9 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import SUBSTITUTE
 from kohaku_wrap.training.supervising import deep_checks
 from kohaku_wrap.training.supervising.deep_checks import (
-    LATENT_TOLERANCE,
+    TOLERANCE,
     CannotRecompute,
-    check_latents,
+    check_caches,
     choose_samples,
 )
 from kohaku_wrap.training.supervising.line_checks import Check
@@ -148,15 +148,21 @@ def test_latents_are_encoded_again_as_they_were(new_run: NewRun, monkeypatch: py
     encoding = Encoding(0.0)
     monkeypatch.setattr(deep_checks, "ask_python", encoding)
     said = "5 images encoded again, bit for bit the same"
-    assert check_latents(run, 5) == ([Check("latents", True, said)], [])
+    assert check_caches(run, 5) == ([Check("latents", True, said)], [])
     [asked] = encoding.asked
     assert asked["module"] == "kohaku_wrap.training.engines.encode_latents"
     assert asked["words"] == (run.folder, run.find_images()) and asked["folder"] == run.folder
     assert asked["added"] == {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": ""}
     ids = asked["request"].pop("ids")
     assert len(set(ids)) == 5 and set(ids) <= {7 * each + 3 for each in range(45)}
-    assert asked["request"] == {"engine": "builtin", "base_model": "base.safetensors", "vae": "other.safetensors"}
-    [check], _ = check_latents(run, 1000)
+    assert asked["request"] == {
+        "kind": "latents",
+        "engine": "builtin",
+        "base_model": "base.safetensors",
+        "vae": "other.safetensors",
+        "tokenizers": None,
+    }
+    [check], _ = check_caches(run, 1000)
     assert check.detail.startswith("45 images"), "there are no more"
     assert encoding.asked[1]["request"]["ids"] == [7 * each + 3 for each in range(45)]
 
@@ -164,8 +170,8 @@ def test_latents_are_encoded_again_as_they_were(new_run: NewRun, monkeypatch: py
 def test_latents_of_a_run_on_a_gpu_are_encoded_on_one(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     encoding = Encoding(0.0)
     monkeypatch.setattr(deep_checks, "ask_python", encoding)
-    check_latents(cached_run(new_run, gpus=1, threads=(None,)), 1)
-    check_latents(cached_run(new_run, "of-no-attempt", threads=()), 1)
+    check_caches(cached_run(new_run, gpus=1, threads=(None,)), 1)
+    check_caches(cached_run(new_run, "of-no-attempt", threads=()), 1)
     assert [asked["added"] for asked in encoding.asked] == [
         {"OMP_NUM_THREADS": "1"},
         {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -174,14 +180,14 @@ def test_latents_of_a_run_on_a_gpu_are_encoded_on_one(new_run: NewRun, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("difference", "is_changed"), [(1e-6, False), (LATENT_TOLERANCE, False), (0.0501, True), (float("inf"), True)]
+    ("difference", "is_changed"), [(1e-6, False), (TOLERANCE, False), (0.0501, True), (float("inf"), True)]
 )
 def test_latents_that_are_far_from_what_they_were_are_told(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch, difference: float, is_changed: bool
 ) -> None:
     monkeypatch.setattr(deep_checks, "ask_python", Encoding(difference))
     said = f"4 images encoded again, the largest difference {difference:.3g}"
-    checks, changed = check_latents(cached_run(new_run), 4)
+    checks, changed = check_caches(cached_run(new_run), 4)
     assert checks == [Check("latents", True, said)]
     assert changed == ([f"latents: {said}, of image 10"] if is_changed else [])
 
@@ -189,9 +195,9 @@ def test_latents_that_are_far_from_what_they_were_are_told(
 def test_latents_that_cannot_be_encoded_again_are_said(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = cached_run(new_run)
     monkeypatch.setattr(deep_checks, "ask_python", Encoding(NoAnswer("the VAE is gone", "Bring it back.")))
-    assert check_latents(run, 4) == ([Check("latents", False, "not possible: the VAE is gone")], [])
+    assert check_caches(run, 4) == ([Check("latents", False, "not possible: the VAE is gone")], [])
     run.trainer_config.write_text("[training]\n")
-    [check], changed = check_latents(run, 4)
+    [check], changed = check_caches(run, 4)
     assert not check.is_looked_at and not changed
 
 
@@ -199,5 +205,5 @@ def test_nothing_is_said_of_latents_without_deep_or_without_any(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deep_checks, "ask_python", lambda *words, **settings: pytest.fail("nothing is to be asked"))
-    assert check_latents(cached_run(new_run), 0) == ([], [])
-    assert check_latents(new_run("plain"), 3) == ([], [])
+    assert check_caches(cached_run(new_run), 0) == ([], [])
+    assert check_caches(new_run("plain"), 3) == ([], [])

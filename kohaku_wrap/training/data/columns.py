@@ -21,7 +21,9 @@ from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.training.data.images import UnreadableImage
 from kohaku_wrap.training.data.items import BatchKey, Item, ItemOptions, Items
+from kohaku_wrap.training.data.latent_shards import Latents
 from kohaku_wrap.training.data.latent_store import MOMENTS, LatentStore
+from kohaku_wrap.training.data.text_store import TextStore
 
 Tokenize = Callable[[str], Sequence[torch.Tensor]]
 """A caption's token ids, one tensor a text encoder."""
@@ -42,15 +44,16 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
         start: tuple[int, int] = (0, 0),
         latents: LatentStore | None = None,
         held_out: HeldOut | None = None,
+        texts: TextStore | None = None,
     ) -> None:
         """`group`: batches in one optimizer step. `start`: epoch and global position of this attempt's first batch,
         before which no image should be loaded. Without `tokenize` the examples carry no token ids. With `latents` no
-        image is opened."""
+        image is opened, with `texts` no caption is tokenised but of posts whose loss is measured."""
         super().__init__(columns, options, batch_size, seed, group, held_out)
         self.tokenize = tokenize
         self.substitute_bad_images = substitute_bad_images
         self.start = start
-        self.latents = latents
+        self.latents, self.texts = latents, texts
         # Shared with the loader workers, which only add to it.
         self._images_loaded_too_early = multiprocessing.Value("q", 0)
 
@@ -91,7 +94,8 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
 
         `images` (n, 3, height, width) float32, or cached mean and deviation of latents, (n, 8, height / 8, width / 8);
         `latents` (n, 4, height / 8, width / 8) where samples are cached, without images; `input_ids_list` one
-        (n, chunks, 77) int64 a text encoder;
+        (n, chunks, 77) int64 a text encoder, or None beside `text_encoder_outputs_list`, what is cached of both: states
+        (n, tokens, width) and pooled (n, width);
         `original_sizes_hw`, `crop_top_lefts`, `target_sizes_hw` (n, 2) int64; `kwrap` the ledger's facts.
         """
         key = BatchKey(*key)
@@ -101,7 +105,7 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
             with self._images_loaded_too_early.get_lock():
                 self._images_loaded_too_early.value += len(items)
         return {
-            **self.make_example(items, images, latents),
+            **self.make_example(items, images, latents, self.texts),
             "kwrap": {
                 "epoch": key.epoch,
                 "position": key.position,
@@ -113,14 +117,20 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
         }
 
     def make_example(
-        self, items: Sequence[Item], images: torch.Tensor | None, latents: torch.Tensor | None
+        self,
+        items: Sequence[Item],
+        images: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        texts: TextStore | None = None,
     ) -> dict[str, Any]:
-        """These items in the form of sd-scripts' examples, with their pixels or cached latents."""
-        ids = [self.tokenize(item.caption) for item in items] if self.tokenize else []
+        """These items in the form of sd-scripts' examples, with their pixels or cached latents, and cached outputs."""
+        ids = [self.tokenize(item.caption) for item in items] if self.tokenize and texts is None else []
         return {
             "custom_attributes": [{} for _ in items],
             "loss_weights": torch.ones(len(items)),
-            "text_encoder_outputs_list": None,
+            "text_encoder_outputs_list": [as_tensor(each) for each in texts.read_captions(items)]
+            if texts is not None
+            else None,
             "input_ids_list": [torch.stack(list(each)) for each in zip(*ids, strict=True)] or None,
             "alpha_masks": None,
             "images": images,
@@ -144,6 +154,12 @@ class ColumnsDataset(Items, Dataset[dict[str, Any]]):
             "crop_top_lefts": torch.from_numpy(crops),
             "target_sizes_hw": torch.from_numpy(targets[:, ::-1].astype(np.int64)),
         }
+
+
+def as_tensor(stored: Latents) -> torch.Tensor:
+    """A record as it was before it was stored; numpy has the bits of bf16 alone."""
+    tensor = torch.from_numpy(stored)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def digest_content(items: Sequence[Item]) -> str:

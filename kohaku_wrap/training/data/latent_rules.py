@@ -1,4 +1,4 @@
-"""Which rule of cached latents a training has, from its options or from the lock of its run."""
+"""Which rules of cached latents and outputs a training has, from its options or from the lock of its run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ import numpy.typing as npt
 from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
-from kohaku_wrap.training.data.latent_store import SAMPLE, LatentStore, Rule
+from kohaku_wrap.training.data.latent_store import SAMPLE, LatentStore, RecordStore, Rule, StoreRule
+from kohaku_wrap.training.data.text_store import TextRule, TextStore
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
 
+LATENTS, TEXTS = "latents", "text_encoders"
+"""What keys of the lock's [inputs] about what is cached begin with."""
+
 
 class OtherLatents(KwrapError):
-    """The cached latents are not those that a run was made with."""
+    """What is cached is not what a run was made with."""
 
 
 def make_rule(
@@ -42,7 +46,7 @@ def make_rule(
     ]
     if problems:
         raise ProblemsFound("[cache]", problems, "Leave these options out, or [cache] latents.")
-    weights = {"fp16": "fp16", "bf16": "bf16"}.get(str(values.get("mixed_precision")), "fp32")
+    weights = precision_of(values)
     interpolations = [str(each.get("resize_interpolation") or "") for each in subsets]
     return Rule(
         vae_sha256=vae_sha256,
@@ -56,33 +60,73 @@ def make_rule(
     )
 
 
+def precision_of(values: Mapping[str, Any]) -> str:
+    """What frozen weights are in, and what the UNet reads, by the trainer's options."""
+    return {"fp16": "fp16", "bf16": "bf16"}.get(str(values.get("mixed_precision")), "fp32")
+
+
+def make_text_rule(
+    values: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Sequence[int], engine: str, on_cpu: bool
+) -> TextRule:
+    """The rule of a training's text encoders. `inputs`: of the lock, of which the sha256 of model and tokenizers are
+    read; `outputs`: see `TextRule`."""
+    tokens, first, second, pooled = outputs
+    return TextRule(
+        base_model_sha256=str(inputs.get("base_model_sha256", "")),
+        tokenizers_sha256=str(inputs.get("tokenizers_sha256", "")),
+        # The builtin engine keeps them in fp32 on the CPU.
+        computed_in="fp32" if engine == "builtin" and on_cpu else precision_of(values),
+        precision=precision_of(values),
+        outputs=(tokens, first, second, pooled),
+    )
+
+
+def text_rule_of_lock(lock: Lock) -> TextRule:
+    """The rule of text encoders' outputs that a run was made with."""
+    inputs = lock.table("inputs")
+    return make_text_rule(lock.values, inputs, inputs[f"{TEXTS}_outputs"], lock.engine, lock.is_on_cpu)
+
+
 def rule_of_lock(lock: Lock) -> Rule:
-    """The rule that a run was made with."""
+    """The rule of latents that a run was made with."""
     inputs = lock.table("inputs")
     vae = str(inputs.get("vae_sha256") or inputs.get("base_model_sha256", ""))
     subsets = merge_subsets(tomllib.loads(lock.files[DATASET_FILE]))
     return make_rule(lock.table("cache"), lock.values, subsets, vae, lock.seed)
 
 
-def find_latents(run: Run) -> Path:
-    """The folder of the run's cached latents: where the lock says, else beside its images where those lie now."""
+def find_folder(run: Run, rule: StoreRule) -> Path:
+    """Where a run has what is cached by a rule: as the lock says, else beside its images where those lie now."""
     own, images = Path(str(run.lock.table("inputs").get("latents", ""))), run.find_images()
-    name = rule_of_lock(run.lock).folder_in(own).name
     places = (own, images.with_name(f"{images.name}-latents"))
-    return next((place / name for place in places if (place / name).is_dir()), own / name)
+    found = (rule.folder_in(place) for place in places)
+    return next((folder for folder in found if folder.is_dir()), rule.folder_in(own))
 
 
 def open_latents(run: Run) -> LatentStore | None:
     """The cached latents that a run trains from; None for one that encodes its images. Raises NoLatents, BadIndex."""
     if not run.lock.table("cache").get("latents"):
         return None
-    return LatentStore(find_latents(run), rule_of_lock(run.lock))
+    rule = rule_of_lock(run.lock)
+    return LatentStore(find_folder(run, rule), rule)
 
 
-def require_same(store: LatentStore, ids: npt.NDArray[np.int64], lock: Lock, check: bool = False) -> None:
+def open_texts(run: Run) -> TextStore | None:
+    """The cached outputs of text encoders that a run trains from; None for one that encodes its captions.
+
+    Raises NoLatents, BadIndex.
+    """
+    if not run.lock.table("cache").get("text_encoders"):
+        return None
+    rule = text_rule_of_lock(run.lock)
+    return TextStore(find_folder(run, rule), rule)
+
+
+def require_same(store: RecordStore, ids: npt.NDArray[np.int64], lock: Lock, check: bool = False) -> None:
     """Raise OtherLatents unless the shards of these images are those of the lock, and what `require` raises."""
-    if store.require(ids, check) != (locked := str(lock.table("inputs").get("latents_digest", ""))):
+    name = TEXTS if isinstance(store, TextStore) else LATENTS
+    if store.require(ids, check) != (locked := str(lock.table("inputs").get(f"{name}_digest", ""))):
         raise OtherLatents(
-            f"{store.folder}: the cached latents are not those that the run was made with ({locked[:12]}…)",
+            f"{store.folder}: the cached {store.rule.what} are not those that the run was made with ({locked[:12]}…)",
             "Restore the shards from a backup, or start a new run.",
         )

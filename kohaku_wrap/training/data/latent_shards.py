@@ -35,8 +35,12 @@ CHANNELS = 4
 PIXELS_A_CELL = 8
 """Of SDXL's latents: channels, and pixels of a side behind one number of them."""
 
-DTYPES: Mapping[str, tuple[str, np.dtype[Any]]] = {"fp16": ("F16", np.dtype("<f2")), "fp32": ("F32", np.dtype("<f4"))}
-"""safetensors' and numpy's names of what may be stored."""
+DTYPES: Mapping[str, tuple[str, np.dtype[Any]]] = {
+    "fp16": ("F16", np.dtype("<f2")),
+    "fp32": ("F32", np.dtype("<f4")),
+    "bf16": ("BF16", np.dtype("<u2")),
+}
+"""safetensors' and numpy's names of what may be stored; of bf16, which numpy lacks, the bits."""
 
 Latents = npt.NDArray[Any]
 
@@ -80,7 +84,10 @@ class ShardShape:
     """8 for mean and deviation, 4 for a sample."""
 
     precision: str
-    """fp16 or fp32."""
+    """One of DTYPES."""
+
+    cell: int = PIXELS_A_CELL
+    """Pixels of a side behind one number."""
 
     @property
     def name(self) -> str:
@@ -89,7 +96,7 @@ class ShardShape:
     @cached_property
     def record_shape(self) -> tuple[int, int, int]:
         """Channels, rows and columns of one variant of an image."""
-        return self.channels, self.height // PIXELS_A_CELL, self.width // PIXELS_A_CELL
+        return self.channels, self.height // self.cell, self.width // self.cell
 
     @cached_property
     def record_bytes(self) -> int:
@@ -131,7 +138,6 @@ def write_shard(
     `records`: (variants, channels, height / 8, width / 8) of each image, in the order of `ids`. `about`: how they
     were made.
     """
-    dtype = DTYPES[shape.precision][1]
     checksums = np.zeros((shape.count, shape.variants), dtype="<u4")
     digest = hashlib.sha256()
     path = shape.file_in(folder)
@@ -144,13 +150,20 @@ def write_shard(
         put(encode_header(shape.lay_out(), {"format": "1", "fingerprint": fingerprint}))
         put(np.ascontiguousarray(ids, dtype="<i8").data)
         for slot, record in enumerate(records):
-            stored = np.ascontiguousarray(record, dtype=dtype)
+            stored = round_to(record, shape.precision)
             for variant in range(shape.variants):
                 checksums[slot, variant] = zlib.crc32(stored[variant].data)
             put(stored.data)
         put(checksums.data)
     document = {"sha256": digest.hexdigest(), "checked": stamp_of(path), **about}
     write_text(shape.record_in(folder), json.dumps(document, indent=1) + "\n")
+
+
+def round_to(numbers: Latents, precision: str) -> Latents:
+    """float32 numbers as they are stored; those for bf16 are such already, so that their lower half is empty."""
+    if precision == "bf16":
+        return (np.ascontiguousarray(numbers, "<f4").view("<u4") >> 16).astype("<u2")
+    return np.ascontiguousarray(numbers, dtype=DTYPES[precision][1])
 
 
 def stamp_of(path: Path) -> str:
@@ -214,4 +227,4 @@ class Shard:
         view = out.data.cast("B")
         os.preadv(self._file.fileno(), [view], self._latents + at * self.shape.record_bytes)
         if zlib.crc32(view) != int(self._checksums[at]) or int(self._ids[slot]) != image_id:
-            raise DamagedLatents(self.path, f"the checksum of image {image_id} does not fit its latents")
+            raise DamagedLatents(self.path, f"the checksum of image {image_id} does not fit its numbers")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from kohaku_wrap.files import atomic_write, open_regular, write_text
 from kohaku_wrap.training.data.latent_shards import (
     CHANNELS,
     DTYPES,
+    PIXELS_A_CELL,
     DamagedLatents,
     Latents,
     Shard,
@@ -53,7 +54,7 @@ FIELDS = (
 
 
 class NoLatents(KwrapError):
-    """Latents that a training needs are not cached."""
+    """What a training needs is not cached."""
 
 
 class BadIndex(KwrapError):
@@ -61,7 +62,46 @@ class BadIndex(KwrapError):
 
 
 @dataclass(frozen=True)
-class Rule:
+class StoreRule:
+    """What decides the bits of what is stored for each image, besides the images."""
+
+    precision: str
+    """What is stored: fp16, fp32 or bf16."""
+
+    constants: ClassVar[Mapping[str, Any]] = {}
+    """What of the fingerprint every rule of its kind has."""
+
+    cell: ClassVar[int] = 1
+    """Pixels of a side behind one number."""
+
+    what: ClassVar[str] = "outputs"
+    """What is stored, in words."""
+
+    @property
+    def channels(self) -> int:
+        return 1
+
+    @property
+    def variants(self) -> int:
+        """Records an image."""
+        return 1
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over all of it."""
+        text = json.dumps({"format": FORMAT, **self.constants, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def folder_in(self, root: Path) -> Path:
+        return root / self.fingerprint[:16]
+
+    def shape_of(self, number: int, width: int, height: int, count: int) -> ShardShape:
+        """That of one shard of so many images of one size."""
+        return ShardShape(number, width, height, count, self.variants, self.channels, self.precision, self.cell)
+
+
+@dataclass(frozen=True)
+class Rule(StoreRule):
     """What decides the bits of cached latents, besides the images."""
 
     vae_sha256: str
@@ -72,9 +112,6 @@ class Rule:
 
     keep: str
     """`moments`: mean and deviation, from which each step draws its own sample; `sample`: one sample an image."""
-
-    precision: str
-    """What is stored: fp16 or fp32."""
 
     seed: int
     """Of the samples; 0 with moments."""
@@ -88,11 +125,9 @@ class Rule:
     interpolations: tuple[str, ...]
     """How images are resized, one a subset; empty where that follows from the direction."""
 
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over all of it."""
-        text = json.dumps({"format": FORMAT, "crop": "middle", **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    constants: ClassVar[Mapping[str, Any]] = {"crop": "middle"}
+    cell = PIXELS_A_CELL
+    what = "latents"
 
     @property
     def channels(self) -> int:
@@ -101,9 +136,6 @@ class Rule:
     @property
     def variants(self) -> int:
         return 2 if self.flips else 1
-
-    def folder_in(self, root: Path) -> Path:
-        return root / self.fingerprint[:16]
 
 
 @dataclass(frozen=True)
@@ -132,7 +164,7 @@ class Index:
         return cls(ids, shards, slots, lengths, shapes)
 
     @classmethod
-    def open(cls, folder: Path, rule: Rule) -> Self:
+    def open(cls, folder: Path, rule: StoreRule) -> Self:
         """The index of a folder; one without images where there is none. Raises BadIndex."""
         path = folder / INDEX_FILE
         try:
@@ -141,7 +173,7 @@ class Index:
             about = json.loads(table.schema.metadata[METADATA_KEY])
             if about["format"] != FORMAT or about["fingerprint"] != rule.fingerprint:
                 raise ValueError(f"format {about['format']}, fingerprint {about['fingerprint'][:16]}")
-            shapes = tuple(shape_of(rule, number, *row) for number, row in enumerate(about["shards"]))
+            shapes = tuple(rule.shape_of(number, *row) for number, row in enumerate(about["shards"]))
             return cls.of([table[each.name].combine_chunks().to_numpy(zero_copy_only=False) for each in FIELDS], shapes)
         except FileNotFoundError:
             return cls.of([np.empty(0, each.type.to_pandas_dtype()) for each in FIELDS], ())
@@ -166,7 +198,7 @@ class Index:
         at = np.minimum(np.searchsorted(self.ids, ids), len(self) - 1)
         return np.where(self.ids[at] == ids, at, -1)
 
-    def write(self, folder: Path, rule: Rule) -> None:
+    def write(self, folder: Path, rule: StoreRule) -> None:
         """Write it, whole or not at all."""
         about = {
             "format": FORMAT,
@@ -177,10 +209,6 @@ class Index:
         with atomic_write(folder / INDEX_FILE, "wb") as stream, pa.ipc.new_file(stream, schema) as writer:
             arrays = [pa.array(column, each.type) for column, each in zip(self.columns, FIELDS, strict=True)]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-
-
-def shape_of(rule: Rule, number: int, width: int, height: int, count: int) -> ShardShape:
-    return ShardShape(number, width, height, count, rule.variants, rule.channels, rule.precision)
 
 
 @contextmanager
@@ -219,7 +247,7 @@ class Wanted:
         return np.flatnonzero((at < 0) | ~is_same)
 
 
-def extend_index(folder: Path, rule: Rule, wanted: Wanted) -> Index:
+def extend_index(folder: Path, rule: StoreRule, wanted: Wanted) -> Index:
     """Give every image its place in a shard: those that lack one are cut into new shards, by size and ascending id.
 
     What is in a shard already stays there; an image whose file changed gets a place in a new one. Several processes may
@@ -235,7 +263,7 @@ def extend_index(folder: Path, rule: Rule, wanted: Wanted) -> Index:
         return extended
 
 
-def lay_out(index: Index, rule: Rule, wanted: Wanted) -> Index:
+def lay_out(index: Index, rule: StoreRule, wanted: Wanted) -> Index:
     """The index with new shards for what it lacks; nothing is written."""
     rows = wanted.find_lacking(index)
     if not len(rows):
@@ -248,7 +276,7 @@ def lay_out(index: Index, rule: Rule, wanted: Wanted) -> Index:
         for begin in range(0, len(inside), SHARD_IMAGES):
             chosen = inside[begin : begin + SHARD_IMAGES]
             shards[chosen], slots[chosen] = len(shapes), np.arange(len(chosen))
-            shapes.append(shape_of(rule, len(shapes), width, height, len(chosen)))
+            shapes.append(rule.shape_of(len(shapes), width, height, len(chosen)))
     ids = wanted.ids[rows]
     stays = ~np.isin(index.ids, ids)
     added = zip(index.columns, (ids, shards, slots, wanted.lengths[rows]), strict=True)
@@ -257,16 +285,16 @@ def lay_out(index: Index, rule: Rule, wanted: Wanted) -> Index:
     return Index.of([column[order] for column in columns], tuple(shapes))
 
 
-class LatentStore:
-    """Cached latents as a training reads them; opened anew in each loader worker."""
+class RecordStore:
+    """What is cached as a training reads it; opened anew in each loader worker."""
 
-    def __init__(self, folder: Path, rule: Rule) -> None:
+    def __init__(self, folder: Path, rule: StoreRule) -> None:
         """Raises BadIndex, and NoLatents where there is no index."""
         self.folder, self.rule = folder, rule
         self.index = Index.open(folder, rule)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         if not len(self.index):
-            raise no_latents(folder, "nothing is cached there")
+            raise no_latents(folder, f"no {rule.what} are cached there")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "rule": self.rule}
@@ -282,7 +310,7 @@ class LatentStore:
         """
         at = self.index.find(ids)
         if lacking := int((at < 0).sum()):
-            raise no_latents(self.folder, f"{lacking:,} of {len(ids):,} images have no latents there")
+            raise no_latents(self.folder, f"{lacking:,} of {len(ids):,} images have no {self.rule.what} there")
         used = np.unique(self.index.shards[at])
         records = [(self.index.shapes[number], read_record(self.folder, self.index.shapes[number])) for number in used]
         if unmade := [shape.name for shape, record in records if record is None]:
@@ -300,7 +328,7 @@ class LatentStore:
         """
         at = self.index.find(np.array([image_id for image_id, _ in images], dtype=np.int64))
         if (at < 0).any():
-            raise no_latents(self.folder, f"image {images[int((at < 0).argmax())][0]} has no latents there")
+            raise no_latents(self.folder, f"image {images[int((at < 0).argmax())][0]} has no {self.rule.what} there")
         shapes = [self.index.shapes[int(self.index.shards[place])] for place in at]
         batch = np.empty((len(images), *shapes[0].record_shape), DTYPES[self.rule.precision][1])
         for out, (image_id, is_flipped), shape, place in zip(batch, images, shapes, at, strict=True):
@@ -315,6 +343,12 @@ class LatentStore:
             self._open[shape.number] = Shard(self.folder, shape)
         self._open.move_to_end(shape.number)
         return self._open[shape.number]
+
+
+class LatentStore(RecordStore):
+    """Cached latents."""
+
+    rule: Rule
 
 
 def no_latents(folder: Path, what: str) -> NoLatents:

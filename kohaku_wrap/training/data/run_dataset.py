@@ -10,7 +10,7 @@ from typing import Any
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, Tokenize
 from kohaku_wrap.training.data.items import ItemOptions, read_dataset_options
-from kohaku_wrap.training.data.latent_rules import open_latents, require_same
+from kohaku_wrap.training.data.latent_rules import open_latents, open_texts, require_same
 from kohaku_wrap.training.data.run_items import check_batches
 from kohaku_wrap.training.records.attempts import Attempt
 
@@ -32,9 +32,11 @@ def open_run_dataset(attempt: Attempt, tokenize: Tokenize | None) -> tuple[Colum
         substitute_bad_images="bad-images" in attempt.allow,
         start=(attempt.start.epoch, attempt.start.global_position),
         latents=open_latents(attempt.run),
+        texts=open_texts(attempt.run),
         held_out=lock.held_out,
     )
     check_batches(dataset, lock)
-    if dataset.latents is not None:
-        require_same(dataset.latents, dataset.columns.ids, lock)
+    for store in (dataset.latents, dataset.texts):
+        if store is not None:
+            require_same(store, dataset.columns.ids, lock)
     return dataset, options

@@ -1,16 +1,17 @@
-"""A process that encodes images into shards of cached latents until all are there: it takes one that no other has.
+"""A process that encodes images or captions into shards until all are there: it takes one that no other has.
 
 Started as `python -m kohaku_wrap.processes PID kohaku_wrap.training.engines.encode_latents`, with a request as JSON on
 stdin, whose form is that of `caching.compose_job`. It answers in lines of JSON: how many `images` more are encoded.
-Each image is encoded by itself, with the threads, device and type that a training on this site has.
+Each image or caption is encoded by itself, with the threads, device and type that a training on this site has.
 
-With RUN and IMAGES it encodes the images of the `ids` on stdin once more and tells how far the run's cached latents are
-from that.
+With RUN and IMAGES it encodes those of the `ids` on stdin once more and tells how far what the run has cached is from
+that.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -35,13 +36,15 @@ from kohaku_wrap.formats.sdxl import VAE_PREFIX
 from kohaku_wrap.planning.workers.module_filling import fill_vae
 from kohaku_wrap.processes import answer, answer_in_lines
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.data.columns import ColumnsDataset
+from kohaku_wrap.training.data.columns import ColumnsDataset, as_tensor
 from kohaku_wrap.training.data.items import Item, ItemOptions, read_dataset_options
-from kohaku_wrap.training.data.latent_rules import open_latents
-from kohaku_wrap.training.data.latent_shards import Latents, ShardShape, read_record, write_shard
+from kohaku_wrap.training.data.latent_rules import TEXTS, open_latents, open_texts
+from kohaku_wrap.training.data.latent_shards import Latents, ShardShape, read_record, round_to, write_shard
 from kohaku_wrap.training.data.latent_store import MOMENTS, Index, Rule
 from kohaku_wrap.training.data.moments import moments_of, sample_moments
 from kohaku_wrap.training.data.run_items import read_locked_dataset
+from kohaku_wrap.training.data.text_store import TextRule
+from kohaku_wrap.training.engines.encode_texts import TYPES, CaptionEncoder
 from kohaku_wrap.training.records.folder import Run
 
 WAIT_SECONDS = 0.5
@@ -52,7 +55,6 @@ READING_THREADS = 4
 READ_AHEAD = 8
 """Images that are decoded before they are encoded."""
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NOBODY = -1
 """The id of a place in a shard whose image is in another one by now, or in no dataset."""
 
@@ -115,17 +117,31 @@ class Encoder:
         return found
 
 
+def read_rule(document: dict[str, Any]) -> Rule | TextRule:
+    """The rule of a request."""
+    kind = TextRule if "outputs" in document else Rule
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in document.items()})
+
+
+def load_encoder(
+    rule: Rule | TextRule, dataset: ColumnsDataset, request: dict[str, Any], index: int = 0
+) -> Encoder | CaptionEncoder:
+    """What encodes by a rule, with the models that a request names."""
+    device, base_model = settle(request["engine"], index), Path(request["base_model"])
+    if isinstance(rule, TextRule):
+        return CaptionEncoder(rule, dataset, device, base_model, Path(request["tokenizers"]))
+    return Encoder(rule, dataset, device, base_model, Path(request["vae"]) if request["vae"] else None)
+
+
 class ShardMaker:
     """Makes the shards of one request."""
 
     def __init__(self, request: dict[str, Any], tell: Callable[..., None]) -> None:
         self.tell = tell
         self.folder = Path(request["folder"])
-        rule = Rule(**request["rule"])
         dataset = open_images(Path(request["images"]), request["captions_digest"], request["dataset"])
-        vae = Path(request["vae"]) if request["vae"] else None
-        device = settle(request["engine"], request["index"])
-        self.encoder = Encoder(rule, dataset, device, Path(request["base_model"]), vae)
+        rule = read_rule(request["rule"])
+        self.encoder = load_encoder(rule, dataset, request, request["index"])
         self.index = Index.open(self.folder, rule)
         self.wanted: list[int] = request["shards"]
         self.claims = Claims(self.folder)
@@ -222,21 +238,26 @@ def open_images(folder: Path, captions_digest: str, dataset: dict[str, Any]) -> 
 
 
 def compare_again(run: Run, request: dict[str, Any]) -> dict[str, Any]:
-    """How far cached latents of a run are from the same images encoded now at most, and of which image."""
-    store = open_latents(run)
+    """How far what is cached for a run is from the same encoded now at most, and of which image.
+
+    Beyond 1 the difference is a share of the number itself.
+    """
+    store = open_texts(run) if request["kind"] == TEXTS else open_latents(run)
     assert store is not None
     dataset = open_images(run.find_images(), run.lock.dataset_digest, read_locked_dataset(run))
-    vae = Path(request["vae"]) if request["vae"] else None
-    encoder = Encoder(store.rule, dataset, settle(request["engine"], 0), Path(request["base_model"]), vae)
+    encoder = load_encoder(store.rule, dataset, request)
     rows = np.searchsorted(dataset.columns.ids, request["ids"]).tolist()
     largest, image = 0.0, 0
     for image_id, encoded in zip(request["ids"], encoder.encode(rows), strict=True):
-        for variant, now in enumerate(encoded):
-            held = store.read_batch([(image_id, bool(variant))])[0]
+        for variant, exact in enumerate(encoded):
+            held = as_tensor(store.read_batch([(image_id, bool(variant))])[0]).double()
+            now = as_tensor(round_to(exact, store.rule.precision)).double()
             # NaN, where both have it, is no difference.
-            difference = np.nanmax(np.abs(now.astype(held.dtype).astype(np.float64) - held), initial=0.0)
-            if difference > largest or (np.isnan(now) != np.isnan(held)).any():
-                largest, image = max(float(difference), largest), image_id
+            difference = float(((now - held).abs() / held.abs().clamp(min=1)).nan_to_num(0).max())
+            if bool((now.isnan() != held.isnan()).any()):
+                difference = math.inf
+            if difference > largest:
+                largest, image = difference, image_id
     return {"difference": largest, "image": image}
 
 

@@ -1,10 +1,10 @@
-"""Cached latents made ready for a training: what is there, what is still to be made, and the processes that make it."""
+"""What a training has cached, made ready: what is there, what is still to be made, and the processes that make it."""
 
 from __future__ import annotations
 
 import queue
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kohaku_wrap.config.caching import LATENTS_KEY, TEXTS_KEY, measure_text_outputs
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.kernels import choose_kernels, kernel_settings
-from kohaku_wrap.config.render import MissingInput
+from kohaku_wrap.config.render import MissingInput, hash_named_files
 from kohaku_wrap.config.run_files import merge_subsets
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.training_data import compose_dataset, read_lengths, spread_evenly
@@ -24,9 +25,19 @@ from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import Claims, Progress, clear_leavings, describe_absence, kept_sha256
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import LineHelper, raise_answer
-from kohaku_wrap.training.data.latent_rules import make_rule
+from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options
+from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS, make_rule, make_text_rule
 from kohaku_wrap.training.data.latent_shards import ShardShape, check_shard, read_record
-from kohaku_wrap.training.data.latent_store import Index, LatentStore, NoLatents, Rule, Wanted, extend_index, lay_out
+from kohaku_wrap.training.data.latent_store import (
+    Index,
+    NoLatents,
+    RecordStore,
+    Rule,
+    Wanted,
+    extend_index,
+    lay_out,
+)
+from kohaku_wrap.training.data.text_store import TextRule, stamp_of_caption
 from kohaku_wrap.training.supervising.launch import default_threads
 from kohaku_wrap.wording import show_bytes
 
@@ -35,20 +46,23 @@ WORKER = "kohaku_wrap.training.engines.encode_latents"
 SPARE_BYTES = 1 << 28
 """Left free on the disk."""
 
-LATENTS_OPTION = "cache.latents"
+
+Int64Array = npt.NDArray[np.int64]
+Look = Callable[[Int64Array], Int64Array]
+"""Rows to what stays the same of each as long as it need not be encoded again; -1 for one that is not there."""
 
 
 class NoRoom(KwrapError):
-    """The latents do not fit the disk."""
+    """What is to be cached does not fit the disk."""
 
 
 class CachingFailed(KwrapError):
-    """A process that encodes images ended, and did not say why."""
+    """A process that encodes ended, and did not say why."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The cached latents of a template's images on a site, as far as they are there."""
+    """What is cached of a template's images on a site, latents or outputs of text encoders, as far as it is there."""
 
     effective: Effective
     """The template."""
@@ -56,14 +70,24 @@ class Cache:
     site: Site
     """The machine."""
 
-    rule: Rule
-    """What decides their bits."""
+    rule: Rule | TextRule
+    """What decides its bits."""
 
     columns: Columns
     """The images."""
 
     wanted: Wanted
-    """Their sizes and files."""
+    """Their sizes and files, or captions."""
+
+    @property
+    def name(self) -> str:
+        """What keys of the lock's [inputs] begin with."""
+        return TEXTS if isinstance(self.rule, TextRule) else LATENTS
+
+    @property
+    def kept(self) -> str:
+        """What is kept of each image."""
+        return self.rule.keep if isinstance(self.rule, Rule) else self.rule.what
 
     @property
     def folder(self) -> Path:
@@ -97,59 +121,106 @@ class Cache:
         return sum(int(record.get("images", 0)) for record in records) / seconds if seconds else None
 
 
-def open_cache(
+def open_caches(
     effective: Effective, site: Site, on_bytes: Callable[[int], None] | None = None, all_files: bool = True
-) -> Cache:
-    """The cache of a template on a site; `all_files`: look at the length of every image file, else of some.
+) -> list[Cache]:
+    """What a template caches on a site; `all_files`: look at every image file and caption, else at some.
 
     Raises UsageError where the template caches nothing, MissingInput, NoImages, ProblemsFound, BadIndex.
     """
-    if not effective.get(LATENTS_OPTION):
+    chosen = [make for key, make in MAKERS.items() if effective.get(key)]
+    if not chosen:
         raise UsageError(
             f"{effective.name} caches no latents", "Write latents = true into [cache], or add --set cache.latents=true."
         )
-    images = site.paths.images
-    name, path = ("vae", site.paths.vae) if site.paths.vae else ("base_model", site.paths.base_model)
+    columns, caches = Columns.open(site.paths.images), []
+    for make in chosen:
+        rule, sizes, look = make(effective, site, columns, on_bytes)
+        index = Index.open(rule.folder_in(site.paths.latents), rule)
+        lengths = find_lengths(columns, index, look, all_files)
+        caches.append(Cache(effective, site, rule, columns, Wanted(columns.ids, sizes, lengths)))
+    return caches
+
+
+def hash_input(site: Site, name: str, on_bytes: Callable[[int], None] | None) -> str:
+    """The sha256 of a model of the site. Raises MissingInput."""
+    path = getattr(site.paths, name)
     if not path.is_file():
         raise MissingInput(f"{path}: {describe_absence(path)} ({name})", f"Fix paths.{name} in {site.path}.")
-    subsets = merge_subsets(compose_dataset(effective, images))
+    return kept_sha256(path, on_bytes)
+
+
+def plan_latents(
+    effective: Effective, site: Site, columns: Columns, on_bytes: Callable[[int], None] | None
+) -> tuple[Rule, npt.NDArray[np.int32], Look]:
+    """The rule of a template's latents, (images, 2) the size of each, and how to look at the lengths of files."""
+    vae = hash_input(site, "vae" if site.paths.vae else "base_model", on_bytes)
+    subsets = merge_subsets(compose_dataset(effective, columns.folder))
     cache = effective.subtable("cache", with_defaults=True)
-    vae = kept_sha256(path, on_bytes)
     rule = make_rule(cache, effective.values, subsets, vae, int(effective.get("seed", 0)))
-    columns = Columns.open(images)
     buckets = assign_buckets(columns.widths, columns.heights, BucketOptions.from_dataset_options(subsets[0]))
-    sizes = buckets.resolutions[buckets.bucket_of_image]
-    lengths = find_lengths(columns, Index.open(rule.folder_in(site.paths.latents), rule), all_files)
-    return Cache(effective, site, rule, columns, Wanted(columns.ids, sizes, lengths))
+
+    def look(rows: Int64Array) -> Int64Array:
+        return read_lengths(columns.folder, [columns.files[int(row)] for row in rows])
+
+    return rule, buckets.resolutions[buckets.bucket_of_image], look
 
 
-def find_lengths(columns: Columns, index: Index, all_files: bool) -> npt.NDArray[np.int64]:
-    """(images,) bytes of each file; of those that are not looked at, or not there, as the index has it."""
+def plan_texts(
+    effective: Effective, site: Site, columns: Columns, on_bytes: Callable[[int], None] | None
+) -> tuple[TextRule, npt.NDArray[np.int32], Look]:
+    """Likewise of its text encoders' outputs, and how to look at the captions, which never change."""
+    inputs = {"base_model_sha256": hash_input(site, "base_model", on_bytes), **hash_named_files(effective.options)}
+    outputs = measure_text_outputs(effective)
+    rule = make_text_rule(effective.values, inputs, outputs, effective.engine, site.machine.gpus == 0)
+    options = read_dataset_options(compose_dataset(effective, columns.folder))
+    items = Items(columns, ItemOptions.from_dataset_options(options), 1, 0, 1)
+
+    def look(rows: Int64Array) -> Int64Array:
+        return np.array([stamp_of_caption(items.draw_item(int(row), 0).caption) for row in rows], np.int64)
+
+    return rule, np.tile(np.array([rule.numbers, 1], np.int32), (len(columns), 1)), look
+
+
+MAKERS: Mapping[str, Callable[..., tuple[Rule | TextRule, npt.NDArray[np.int32], Look]]] = {
+    LATENTS_KEY: plan_latents,
+    TEXTS_KEY: plan_texts,
+}
+
+
+def find_lengths(columns: Columns, index: Index, look: Look, all_files: bool) -> Int64Array:
+    """(images,) what `look` finds; of images that are not looked at, or not there, what the index has."""
     at = index.find(columns.ids)
     lengths = np.where(at >= 0, index.lengths[at], -1) if len(index) else np.full(len(at), -1, np.int64)
     looked_at = np.arange(len(columns)) if all_files else spread_evenly(len(columns))
-    found = read_lengths(columns.folder, [columns.files[int(row)] for row in looked_at])
+    found = look(looked_at)
     lengths[looked_at] = np.where(found >= 0, found, lengths[looked_at])
     return lengths
 
 
-def lock_latents(effective: Effective, site: Site) -> dict[str, str]:
-    """What the lock's [inputs] says of the cached latents; nothing where none are used. Raises NoLatents."""
-    if not effective.get(LATENTS_OPTION):
+def lock_caches(effective: Effective, site: Site) -> dict[str, Any]:
+    """What the lock's [inputs] says of what is cached; nothing where nothing is. Raises NoLatents."""
+    if not (effective.get(LATENTS_KEY) or effective.get(TEXTS_KEY)):
         return {}
-    cache = open_cache(effective, site, all_files=False)
+    said: dict[str, Any] = {"latents": str(site.paths.latents)}
+    for cache in open_caches(effective, site, all_files=False):
+        said |= {f"{cache.name}_fingerprint": cache.rule.fingerprint, f"{cache.name}_digest": require_all(cache)}
+        if isinstance(cache.rule, TextRule):
+            said[f"{cache.name}_outputs"] = list(cache.rule.outputs)
+    return said
+
+
+def require_all(cache: Cache) -> str:
+    """The digest over the shards of a template's images. Raises NoLatents where one is not made, DamagedLatents."""
     lacking = len(cache.wanted.find_lacking(Index.open(cache.folder, cache.rule)))
     try:
         if lacking:
-            raise NoLatents(f"{cache.folder}: {lacking:,} of {len(cache.wanted.ids):,} images have no latents there")
-        digest = LatentStore(cache.folder, cache.rule).require(cache.wanted.ids, check=True)
+            images = f"{lacking:,} of {len(cache.wanted.ids):,} images have no {cache.rule.what} there"
+            raise NoLatents(f"{cache.folder}: {images}")
+        return RecordStore(cache.folder, cache.rule).require(cache.wanted.ids, check=True)
     except NoLatents as missing:
-        raise NoLatents(missing.message, f"Make them first: kwrap cache {effective.path} --site {site.path}") from None
-    return {
-        "latents": str(site.paths.latents),
-        "latents_fingerprint": cache.rule.fingerprint,
-        "latents_digest": digest,
-    }
+        again = f"Make them first: kwrap cache {cache.effective.path} --site {cache.site.path}"
+        raise NoLatents(missing.message, again) from None
 
 
 def find_damaged(cache: Cache, thorough: bool, on_progress: Progress, remove: bool) -> Iterator[tuple[ShardShape, str]]:
@@ -166,21 +237,23 @@ def find_damaged(cache: Cache, thorough: bool, on_progress: Progress, remove: bo
         on_progress(done + 1, len(made))
 
 
-def require_room(cache: Cache) -> int:
+def require_room(caches: Sequence[Cache]) -> int:
     """Bytes that are free where the shards go. Raises NoRoom where those to be made do not fit."""
-    place = next(folder for folder in (cache.folder, *cache.folder.parents) if folder.exists())
+    root, site = caches[0].site.paths.latents, caches[0].site.path
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(place).free
-    needed = sum(shape.size_bytes for shape in cache.list_unmade())
+    needed = sum(shape.size_bytes for cache in caches for shape in cache.list_unmade())
     if needed + SPARE_BYTES > free:
+        names = " and the ".join(cache.rule.what for cache in caches)
         raise NoRoom(
-            f"{cache.folder}: the latents take {show_bytes(needed)} more, and {show_bytes(free)} are free",
-            f"Set paths.latents in {cache.site.path} to a larger disk, or write less: --set cache.precision=fp16, "
-            "--set cache.keep=sample.",
+            f"{root}: the {names} take {show_bytes(needed)} more, and {show_bytes(free)} are free",
+            f"Set paths.latents in {site} to a larger disk, or write less: --set cache.precision=fp16, "
+            "--set cache.keep=sample, --set cache.text_encoders=false.",
         )
     return free
 
 
-def make_latents(cache: Cache, on_progress: Progress) -> int:
+def make_shards(cache: Cache, on_progress: Progress) -> int:
     """Make the shards that are not there, by as many processes as the site trains with; how many images it encoded.
 
     `on_progress` is told images. Goes on where another command makes them too, until all are there. Raises what ended a
@@ -235,6 +308,7 @@ def compose_job(cache: Cache, index: int) -> dict[str, Any]:
         "dataset": compose_dataset(cache.effective, paths.images),
         "base_model": str(paths.base_model),
         "vae": str(paths.vae) if paths.vae else None,
+        "tokenizers": str(paths.tokenizers),
         "engine": cache.effective.engine,
         "index": index,
         "shards": [shape.number for shape in cache.shards],

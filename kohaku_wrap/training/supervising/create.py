@@ -37,7 +37,7 @@ from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
 from kohaku_wrap.trainer.requirements import require_requirements
 from kohaku_wrap.training.records.folder import Run, is_run
-from kohaku_wrap.training.supervising.caching import lock_latents
+from kohaku_wrap.training.supervising.caching import lock_caches
 from kohaku_wrap.training.supervising.launch import Launch, plan_launch
 from kohaku_wrap.training.supervising.machines import Machines
 from kohaku_wrap.training.supervising.other_lock import refuse_other_lock
@@ -222,7 +222,7 @@ def create_run(
         effective, parent = settle_parent(new, part / PARENT_FILE)
         effective = with_own_prompts(effective, new.site.paths.images)
         inputs = hash_inputs(new.effective, new.site, on_bytes=on_bytes) | hash_named_files(parent) | dict(new.inputs)
-        inputs |= lock_latents(effective, new.site)
+        inputs |= lock_caches(effective, new.site)
         run_id = secrets.token_hex(16)
         rendered = compose_run(effective, new.site, new.folder, new.name, plan, inputs, run_id, new.beginning)
         if locked is not None:

@@ -8,6 +8,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import open_captions
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.streams import draws, stream_key
+from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import SUBSTITUTE
@@ -18,9 +19,9 @@ from kohaku_wrap.training.supervising.places import read_trainer
 RECOMPUTE_WORKER = "kohaku_wrap.training.engines.recompute"
 ENCODE_WORKER = "kohaku_wrap.training.engines.encode_latents"
 
-LATENT_TOLERANCE = 0.05
-"""Of mean, deviation or sample, whose sizes are around 1: another device or version stays far below, another image or
-VAE far above."""
+TOLERANCE = 0.05
+"""Of a number, or of its size where it is beyond 1: another device or version stays far below, another image, caption
+or model far above."""
 
 
 class CannotRecompute(KwrapError):
@@ -49,11 +50,20 @@ def check_deep(
     return [Check("deep", True, f"micro-batches recomputed: {len(chosen):,}")], len(chosen)
 
 
-def check_latents(run: Run, samples: int) -> tuple[list[Check], list[str]]:
-    """Encode some images again, on the kind of device that the run has, and compare the cached latents; what is not as
-    it was."""
-    if not samples or not run.lock.table("cache").get("latents"):
-        return [], []
+def check_caches(run: Run, samples: int) -> tuple[list[Check], list[str]]:
+    """Encode some images and captions again, on the kind of device that the run has, and compare what is cached; what
+    is not as it was."""
+    cache, checks, changed = run.lock.table("cache"), [], []
+    for kind, what in ((LATENTS, "images"), (TEXTS, "captions")):
+        if samples and cache.get(kind):
+            check, change = check_cache(run, kind, what, samples)
+            checks.append(check)
+            changed += change
+    return checks, changed
+
+
+def check_cache(run: Run, kind: str, what: str, samples: int) -> tuple[Check, list[str]]:
+    """Likewise of one kind."""
     settings = {"OMP_NUM_THREADS": str(max((each.threads or 1 for each in list_attempts(run)), default=1))}
     settings |= {"CUDA_VISIBLE_DEVICES": ""} if run.lock.is_on_cpu else {}
     try:
@@ -61,22 +71,23 @@ def check_latents(run: Run, samples: int) -> tuple[list[Check], list[str]]:
         chosen = ids[choose_samples(np.arange(len(ids)), min(samples, len(ids)))].tolist()
         trainer = read_trainer(run.trainer_config)
         request = {
+            "kind": kind,
             "engine": run.lock.engine,
             "base_model": trainer["pretrained_model_name_or_path"],
             "vae": trainer.get("vae"),
+            "tokenizers": trainer.get("tokenizer_cache_dir"),
             "ids": chosen,
         }
         answer = ask_python(
             ENCODE_WORKER, run.folder, run.find_images(), request=request, added=settings, folder=run.folder
         )
     except (KwrapError, KeyError) as failed:
-        return [Check("latents", False, f"not possible: {str(failed).splitlines()[0]}")], []
+        return Check(kind, False, f"not possible: {str(failed).splitlines()[0]}"), []
     largest = float(answer["difference"])
-    what = f"{len(chosen):,} images encoded again, " + (
-        f"the largest difference {largest:.3g}" if largest else "bit for bit the same"
-    )
-    changed = [f"latents: {what}, of image {answer['image']}"] if largest > LATENT_TOLERANCE else []
-    return [Check("latents", True, what)], changed
+    found = f"the largest difference {largest:.3g}" if largest else "bit for bit the same"
+    said = f"{len(chosen):,} {what} encoded again, {found}"
+    changed = [f"{kind}: {said}, of image {answer['image']}"] if largest > TOLERANCE else []
+    return Check(kind, True, said), changed
 
 
 def choose_samples(candidates: Int64Array, samples: int) -> Int64Array:

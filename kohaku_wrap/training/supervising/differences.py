@@ -32,7 +32,7 @@ from kohaku_wrap.trainer.installed import (
     plain_name,
     read_trainer_commit,
 )
-from kohaku_wrap.training.data.latent_rules import open_latents, require_same
+from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS, open_latents, open_texts, require_same
 from kohaku_wrap.training.records.attempts import attempt_numbers
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import recorded_attempts
@@ -70,7 +70,7 @@ def list_changes(
         *compare_files(run, places.options, places.dataset_options),
         *compare_models(run, places.options, on_bytes),
         *compare_dataset(run, places),
-        *compare_latents(run, places),
+        *compare_caches(run, places),
         *compare_trainer(run),
         *compare_versions(run),
     ]
@@ -173,19 +173,18 @@ def compare_dataset(run: Run, places: Places) -> Iterator[Problem]:
         yield Problem("image_files", "image files were replaced or removed: their lengths in bytes are others")
 
 
-def compare_latents(run: Run, places: Places) -> Iterator[Problem]:
-    """The cached latents that would be trained, against the lock's digest; a shard that changed is read in full."""
-    if not run.lock.table("cache").get("latents"):
-        return
-    try:
-        ids = open_captions(places.images, run.lock.dataset_digest).read_all()["id"].to_numpy()
-        store = open_latents(replace(run, images_now=places.images))
-        if store is not None:
-            require_same(store, ids, run.lock, check=True)
-    except NoImages:
-        return  # told by compare_dataset
-    except KwrapError as error:
-        yield Problem("latents", f"{error.message}. {error.next_step}")
+def compare_caches(run: Run, places: Places) -> Iterator[Problem]:
+    """What is cached and would be trained, against the lock's digests; a shard that changed is read in full."""
+    for name, open_store in ((LATENTS, open_latents), (TEXTS, open_texts)):
+        try:
+            store = open_store(replace(run, images_now=places.images))
+            if store is not None:
+                ids = open_captions(places.images, run.lock.dataset_digest).read_all()["id"].to_numpy()
+                require_same(store, ids, run.lock, check=True)
+        except NoImages:
+            return  # told by compare_dataset
+        except KwrapError as error:
+            yield Problem(name, f"{error.message}. {error.next_step}")
 
 
 def check_captions(run: Run, images: Path) -> None:

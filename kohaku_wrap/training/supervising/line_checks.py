@@ -25,7 +25,7 @@ class Check:
 
     name: str
     """`order`, `losses`, `options`, `skipped steps`, `rates`, `chapters`, `networks`, `held out`,
-    `deep` or `latents`."""
+    `deep`, `latents` or `text_encoders`."""
 
     is_looked_at: bool
     """Whether all of it could be looked at."""

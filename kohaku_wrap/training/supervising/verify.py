@@ -25,7 +25,7 @@ from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.networks import compare_networks, is_finished
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
-from kohaku_wrap.training.supervising.deep_checks import check_deep, check_latents
+from kohaku_wrap.training.supervising.deep_checks import check_caches, check_deep
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
 from kohaku_wrap.training.supervising.held_out_checks import check_held_out
 from kohaku_wrap.training.supervising.ledger_checks import (
@@ -102,7 +102,7 @@ def verify_run(
     line = check_steps(run, files, kept_until, steps, steps_due, foreign)
     on_line = kept & (records.optimizer_step <= steps)
     ancestry, ancestry_faults = check_ancestry(run, on_bytes)
-    latents, latents_changed = check_latents(run, deep_samples)
+    latents, latents_changed = check_caches(run, deep_samples)
     deep, deep_samples = check_deep(run, checker, np.flatnonzero(on_line), deep_samples, captions_changed)
     if not order.is_looked_at:
         notes.append(f"order: {order.detail}")

@@ -17,14 +17,12 @@ from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.data.moments import holds_moments, sample_moments
 from kohaku_wrap.training.data.whole_items import LATENT_STREAM, NOISE_STREAM, draw_normals
 from kohaku_wrap.training.engines.builtin.models import BaseModel
+from kohaku_wrap.training.engines.builtin.texts import encode_tokens
 
 VAE_SCALE = 0.13025
 """SDXL's factor from the VAE's latents to those of the UNet."""
 
 TRAIN_TIMESTEPS = 1000
-FIRST_ENCODER_LAYER = 11
-"""The hidden states of text encoder 1 that SDXL reads: after eleven of its twelve layers."""
-
 Batch = dict[str, Any]
 
 
@@ -84,7 +82,7 @@ class LossOfBatch:
         """The loss of one batch under the generators as they stand."""
         latents, nan_latents = self.encode_images(batch)
         with torch.set_grad_enabled(self.trains_text), self.accelerator.autocast():
-            text, pooled = self.encode_captions(batch["input_ids_list"])
+            text, pooled = self.encode_captions(batch)
         noise = self.draw_noise(latents)
         timesteps = self.draw_timesteps(len(latents))
         noisy = self.scheduler.add_noise(latents, noise, timesteps.to(latents.device))
@@ -110,7 +108,7 @@ class LossOfBatch:
         sample = draw_normals(LATENT_STREAM, ids, 0, spread.mean)
         latents = (spread.mean + spread.std * sample) * VAE_SCALE
         with self.accelerator.autocast():
-            text, pooled = self.encode_captions(batch["input_ids_list"])
+            text, pooled = self.encode_captions(batch)
         found = []
         for place, step in enumerate(timesteps):
             noise = draw_normals(NOISE_STREAM, ids, place, latents)
@@ -140,27 +138,15 @@ class LossOfBatch:
         """A sample for each image; `part` holds pixels, or mean and deviation."""
         return sample_moments(part) if holds_moments(part) else self.model.vae.encode(part).latent_dist.sample()
 
-    def encode_captions(self, input_ids_list: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, tokens, both widths) hidden states and (n, width) pooled state.
-
-        `input_ids_list`: for each encoder (n, chunks, 77). Chunks are encoded apart and joined with one start and
-        one end token.
-        """
-        first, second = self.model.text_encoders
-        ids = [each.to(self.accelerator.device) for each in input_ids_list]
-        images, chunks = ids[0].shape[:2]
-        flat = [each.reshape(images * chunks, -1) for each in ids]
-        states1 = first(flat[0], output_hidden_states=True).hidden_states[FIRST_ENCODER_LAYER]
-        output = second(flat[1], output_hidden_states=True)
-        states2 = output.hidden_states[-2]
-        # The first end token, by its id: transformers would take the highest id, which added tokens may have.
-        ends = (flat[1] == self.end_token_id).int().argmax(dim=1)
-        last = output.last_hidden_state
-        pooled = last[torch.arange(len(last), device=last.device), ends]
-        projection = second.text_projection
-        pooled = projection(pooled.to(projection.weight.dtype)).to(last.dtype)
-        joined = [join_chunks(states.reshape(images, chunks, *states.shape[1:])) for states in (states1, states2)]
-        return torch.cat(joined, dim=2), pooled[::chunks]
+    def encode_captions(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, tokens, both widths) hidden states and (n, width) pooled state, encoded now or cached."""
+        device = self.accelerator.device
+        if (cached := batch.get("text_encoder_outputs_list")) is not None:
+            first, second, pooled = (each.to(device) for each in cached)
+        else:
+            encoders, ids = self.model.text_encoders, batch["input_ids_list"]
+            first, second, pooled = encode_tokens(encoders, ids, device, self.end_token_id)
+        return torch.cat([first, second], dim=2), pooled
 
     def draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
         """Normal noise of the latents' shape, with a constant offset for each image and channel."""
@@ -193,10 +179,3 @@ class LossOfBatch:
             return_dict=False,
         )[0]
         return prediction
-
-
-def join_chunks(states: torch.Tensor) -> torch.Tensor:
-    """(n, chunks, 77, width) to (n, 75 * chunks + 2, width): the first start, every middle, the last end."""
-    if states.shape[1] == 1:
-        return states[:, 0]
-    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)

@@ -51,21 +51,31 @@ def load_base_model(path: Path, vae_path: Path | None, tensors: Tensors | None =
     converted = convert(path, "the UNet", single_file_utils.convert_ldm_unet_checkpoint, unet_tensors, unet.config)
     fill_module(unet, converted, path, "the UNet")
 
+    encoders = load_text_encoders(path, tensors)
     with init_empty_weights(include_buffers=False):
-        first = CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"]))
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes["text_encoder_2"]))
         vae = AutoencoderKL(**sizes["vae"])
-    first_tensors = {n: t for n, t in tensors.items() if n.startswith(TEXT_ENCODER_PREFIX)}
-    fill_module(first, single_file_utils.convert_ldm_clip_checkpoint(first_tensors), path, "text encoder 1")
-    fill_module(second, convert_second_encoder(second, tensors, path), path, "text encoder 2")
-
     fill_vae(vae, read_tensors(vae_path) if vae_path else tensors, vae_path or path)
 
-    for module in (unet, first, second, vae):
+    for module in (unet, vae):
         module.requires_grad_(False)
         module.eval()
     view = build_named_view(unet, pair_names(unet_tensors, converted))
-    return BaseModel(unet, vae, (first, second), view)
+    return BaseModel(unet, vae, encoders, view)
+
+
+def load_text_encoders(path: Path, tensors: Tensors) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Both text encoders of a single file, frozen; `tensors`: theirs, or all of the file. Raises BadBaseModel."""
+    sizes = read_sizes(path)
+    with init_empty_weights(include_buffers=False):
+        first = CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"]))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes["text_encoder_2"]))
+    first_tensors = {n: t for n, t in tensors.items() if n.startswith(TEXT_ENCODER_PREFIX)}
+    fill_module(first, single_file_utils.convert_ldm_clip_checkpoint(first_tensors), path, "text encoder 1")
+    fill_module(second, convert_second_encoder(second, tensors, path), path, "text encoder 2")
+    for module in (first, second):
+        module.requires_grad_(False)
+        module.eval()
+    return first, second
 
 
 def read_tensors(path: Path) -> Tensors:
