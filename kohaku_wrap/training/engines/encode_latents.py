@@ -119,8 +119,8 @@ class Encoder:
 
 def read_rule(document: dict[str, Any]) -> Rule | TextRule:
     """The rule of a request."""
-    kind = TextRule if "outputs" in document else Rule
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in document.items()})
+    values: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in document.items()}
+    return TextRule(**values) if "outputs" in values else Rule(**values)
 
 
 def load_encoder(
