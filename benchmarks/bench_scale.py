@@ -2,6 +2,7 @@
 
     python benchmarks/bench_scale.py            # make bench-scale
     python benchmarks/bench_scale.py --images 500000
+    python benchmarks/bench_scale.py --only exposure --folder SCRATCH
 
 Memory is the proportional set size, so pages shared by ranks and workers count once. sd-scripts' dataset is
 measured at a size that fits and extrapolated, where a checkout is installed.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from epsilon_run import EPSILON_IMAGES, make_run
+from epsilon_run import EPSILON_IMAGES, EPSILON_STEP, make_run
 
 from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
 from kohaku_wrap.training.records.states import list_states
@@ -30,6 +32,9 @@ BARS = {
     "memory of a rank, MB": 1500.0,
     "growth of a loader worker, MB": 200.0,
     "resume --dry-run, seconds": 10.0,
+    "exposure of all tags, seconds": 150.0,
+    "its peak memory, MiB": 1024.0,
+    "asked again, seconds": 2.0,
 }
 UPSTREAM_ENTRIES = 200_000
 
@@ -159,6 +164,33 @@ def time_resume(run_folder: Path) -> float:
     return time.monotonic() - started
 
 
+def make_trained_run(folder: Path, images: int) -> None:
+    """A run whose ledger says that it trained up to Epsilon's published step, with 40 tags a caption."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "training"))
+    from written_ledgers import write_life
+
+    run = make_run(folder, images, draws_tags=True)
+    run.ledger.mkdir(exist_ok=True)
+    write_life(run, 1, 4, 0, min(EPSILON_STEP, run.lock.total_optimizer_steps - 1))
+
+
+def measure_exposure(run_folder: Path) -> dict[str, float]:
+    """Seconds and peak memory of `kwrap evaluate exposure`, whole process, and seconds of the next call."""
+    command = [sys.executable, "-m", "kohaku_wrap", "evaluate", "exposure", str(run_folder), "--threads", "2"]
+    figures: dict[str, float] = {}
+    for name in ("exposure of all tags, seconds", "asked again, seconds"):
+        started = time.monotonic()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(f"exposure ended with code {child.returncode}")
+        figures[name] = time.monotonic() - started
+        figures.setdefault("its peak memory, MiB", usage.ru_maxrss / 1024)
+        figures[f"{name.split(',')[0]}, seconds of processor time"] = usage.ru_utime + usage.ru_stime
+    return figures
+
+
 def show(images: int, figures: dict[str, float]) -> None:
     """Print each figure beside its bar."""
     print(f"\n{images:,} images")
@@ -187,10 +219,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=EPSILON_IMAGES)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="keep the made-up run here, and use it if it is there")
-    parser.add_argument("--task", choices=["rank", "upstream"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=["exposure"], help="measure that alone, on captions of its own")
+    parser.add_argument("--task", choices=["rank", "upstream", "trained"], help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.task == "trained":
+        make_trained_run(arguments.run, arguments.number)
+        print("{}")
+        return
     if arguments.task:
         measure = measure_rank if arguments.task == "rank" else measure_upstream
         print(json.dumps(measure(arguments.run, arguments.number)))
@@ -198,6 +235,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or Path(scratch)
         run_folder = folder / "runs" / "epsilon"
+        if arguments.only:
+            # By another process: the peak of a child's memory begins with what its parent has.
+            if not run_folder.is_dir():
+                in_own_process("trained", folder, arguments.images)
+            show(arguments.images, measure_exposure(run_folder))
+            return
         if not run_folder.is_dir():
             print(f"making {arguments.images:,} captions …", flush=True)
             make_run(folder, arguments.images)

@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.render import compose_run
@@ -34,6 +37,10 @@ SIDES = np.array([640, 700, 768, 850, 900, 1000, 1024, 1200, 1280, 1448, 1600, 1
 CAPTION = "1girl, some character, some series, an artist ||| {tags} ||| great quality, newest, safe"
 TAGS = ("long hair, blue eyes, smile, school uniform, standing, outdoors, sky, cloud, looking at viewer, {}",) * 3
 
+DIFFERENT_TAGS = 400_000
+PARTS = ((5, DIFFERENT_TAGS), (32, 30_000), (3, 20))
+"""Before, between and after the separators: tags of each caption, 40 in all, and of how many different ones."""
+
 SITE = """
 [paths]
 images = "images"
@@ -48,8 +55,21 @@ workers = 8
 """
 
 
-def write_captions(folder: Path, images: int, seed: int = 0) -> None:
+def draw_captions(ids: npt.NDArray[np.int64], names: pa.Array, seed: int) -> pa.Array:
+    """(ids,) captions of 40 tags of `names`, each as often as its place from the first is near (Zipf's law)."""
+    parts = []
+    for place, (count, different) in enumerate(PARTS):
+        counters = (ids[:, None] * count + np.arange(count)).ravel().astype(np.uint64)
+        shares = draws(stream_key("bench-tags", seed, place), counters).astype(np.float64) / 2.0**64
+        chosen = names.take(pa.array((different**shares - 1).astype(np.int64)))
+        starts = pa.array(np.arange(len(ids) + 1, dtype=np.int32) * count)
+        parts.append(pc.binary_join(pa.ListArray.from_arrays(starts, chosen), ", "))
+    return pc.binary_join_element_wise(*parts, " ||| ").cast(pa.large_string())
+
+
+def write_captions(folder: Path, images: int, seed: int = 0, draws_tags: bool = False) -> None:
     """Write `captions.arrow` with made-up sizes and captions of the real length, block by block."""
+    names = pa.array([f"tag no. {number}" for number in range(DIFFERENT_TAGS)])
     schema = pa.schema(
         [
             ("id", pa.int64()),
@@ -69,7 +89,9 @@ def write_captions(folder: Path, images: int, seed: int = 0) -> None:
             drawn = draws(key, ids)
             widths = SIDES[(drawn % np.uint64(len(SIDES))).astype(np.int64)]
             heights = SIDES[(drawn // np.uint64(1000) % np.uint64(len(SIDES))).astype(np.int64)]
-            captions = [CAPTION.format(tags=", ".join(tag.format(post) for tag in TAGS)) for post in ids.tolist()]
+            captions: Any = draw_captions(ids, names, seed) if draws_tags else [
+                CAPTION.format(tags=", ".join(tag.format(post) for tag in TAGS)) for post in ids.tolist()
+            ]  # fmt: skip
             files = [f"{post % 1000:04d}/{post}.webp" for post in ids.tolist()]
             writer.write_batch(pa.record_batch([ids, files, widths, heights, captions], schema=schema))
 
@@ -79,12 +101,14 @@ def fill_state(folder: Path) -> None:
     (folder / "weights.bin").write_bytes(os.urandom(1 << 20))
 
 
-def make_run(folder: Path, images: int, engine: str = "sd-scripts", template: str = "epsilon") -> Run:
+def make_run(
+    folder: Path, images: int, engine: str = "sd-scripts", template: str = "epsilon", draws_tags: bool = False
+) -> Run:
     """The folder of a run of that many images, with one sealed state at Epsilon's published step."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "site.toml", SITE.format(engine=engine))
     (folder / "images").mkdir(exist_ok=True)
-    write_captions(folder / "images", images)
+    write_captions(folder / "images", images, draws_tags=draws_tags)
     write_text(folder / "base" / "model.safetensors", "stands for a base model; nothing here is trained")
     site = load_site(folder / "site.toml")
     effective = resolve_template(template, site, [])

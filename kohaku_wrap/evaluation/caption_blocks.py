@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,8 @@ COMMA = ","
 MARK = "\0"
 """Stands for keep_tokens_separator while captions are split."""
 
+NO_TAGS = {"": EMPTY, MARK: BOUNDARY}
+
 FIRST_WORDS = begin_words()
 
 
@@ -41,11 +44,11 @@ class Block:
     rows: Int64Array
     """(rows,) in the columns."""
 
-    names: list[str]
-    """Every tag of the rows once."""
+    places: Int64Array
+    """(tags,) every tag of the rows once, by its place among those of all rows."""
 
     tags: npt.NDArray[np.int32]
-    """Places in `names`, BOUNDARY or EMPTY, of all rows one after another."""
+    """Where in `places`, BOUNDARY or EMPTY, of all rows one after another."""
 
     starts: Int64Array
     """(rows + 1,) where in `tags` each row begins."""
@@ -54,7 +57,23 @@ class Block:
     """(rows,) captions that only the trainer's own rules can take apart; their tags are none here."""
 
 
-def split_block(rows: Int64Array, captions: pa.Array, texts: pa.Array | None, options: CaptionOptions) -> Block:
+class Names:
+    """Every tag once, by the place where it is counted; threads may ask at once."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def place(self, names: Iterable[str]) -> Int64Array:
+        """Where these are counted."""
+        places = self.places
+        with self._lock:
+            return np.array([places.setdefault(name, len(places)) for name in names], dtype=np.int64)
+
+
+def split_block(
+    rows: Int64Array, captions: pa.Array, texts: pa.Array | None, options: CaptionOptions, names: Names
+) -> Block:
     """Take the captions of some rows apart; `captions`, `texts`: (rows,)."""
     whole = captions
     if options.caption_prefix:
@@ -80,13 +99,13 @@ def split_block(rows: Int64Array, captions: pa.Array, texts: pa.Array | None, op
     pieces = pc.split_pattern(whole, COMMA)
     encoded = pieces.flatten().dictionary_encode()
     stripped = [piece.strip() for piece in encoded.dictionary.to_pylist()]
-    names = list(dict.fromkeys(stripped))
-    names = [name for name in names if name not in ("", MARK)]
-    numbers = {**dict(zip(names, range(len(names)), strict=True)), "": EMPTY, MARK: BOUNDARY}
-    codes = np.array([numbers[piece] for piece in stripped], dtype=np.int32)
-    tags = codes[encoded.indices.to_numpy()]
+    found = np.array([NO_TAGS.get(name, 0) for name in stripped], dtype=np.int64)
+    found[found == 0] = names.place(name for name in stripped if name not in NO_TAGS)
+    places, codes = np.unique(found, return_inverse=True)
+    no_tags = int((places < 0).sum())
+    codes = np.where(found < 0, found, codes - no_tags).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(pc.list_value_length(pieces).to_numpy())]).astype(np.int64)
-    return Block(rows, names, tags, starts, odd)
+    return Block(rows, places[no_tags:], codes[encoded.indices.to_numpy()], starts, odd)
 
 
 def large(text: str) -> pa.Scalar:
@@ -104,7 +123,7 @@ class Tally:
     """Counts of one block's tags in captions as drawn."""
 
     counts: Int64Array
-    """(names,) captions with the tag."""
+    """(places,) captions with the tag."""
 
     odd_counts: dict[str, int]
     """The same for tags of odd rows."""
@@ -117,7 +136,7 @@ class Tally:
 
     @classmethod
     def of_block(cls, block: Block) -> Tally:
-        return cls(np.zeros(len(block.names), dtype=np.int64), {})
+        return cls(np.zeros(len(block.places), dtype=np.int64), {})
 
     def add_odd(self, tags: Sequence[str] | set[str], weight: int) -> None:
         for tag in tags:

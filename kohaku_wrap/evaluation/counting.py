@@ -15,6 +15,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.evaluation.caption_blocks import (
     Block,
     Int64Array,
+    Names,
     Tally,
     count_block,
     count_odd,
@@ -23,14 +24,13 @@ from kohaku_wrap.evaluation.caption_blocks import (
 )
 from kohaku_wrap.evaluation.trained_line import Line, TrainedBatches, find_line, read_batches_of
 from kohaku_wrap.files import Progress
-from kohaku_wrap.formats.caption_rows import find_captions, read_batches
 from kohaku_wrap.metadata.parallel import map_in_order
 from kohaku_wrap.training.data.images import UnreadableImage, load_pixels
 from kohaku_wrap.training.data.items import BatchKey, Item, Items
 from kohaku_wrap.training.data.order import NO_IMAGE
 from kohaku_wrap.training.data.run_items import open_items
 
-ROWS_A_BLOCK = 1 << 15
+ROWS_A_BLOCK = 1 << 14
 COLUMNS = ("images", "trained", "next_epoch", "one_more_repeat")
 IMAGES, TRAINED, NEXT_EPOCH, ONE_MORE_REPEAT = range(4)
 NO_SUBSET = -1
@@ -58,34 +58,27 @@ class Sums:
     """Counts by tag over all blocks."""
 
     def __init__(self) -> None:
-        self.places: dict[str, int] = {}
+        self.names = Names()
         self.counts = np.zeros((len(COLUMNS), 1 << 12), dtype=np.int64)
         self.bare = Counter[int]()
         self.texts = Counter[int]()
 
-    def place(self, names: Sequence[str]) -> Int64Array:
-        """Where the counts of these names are."""
-        places = self.places
-        found = np.array([places.setdefault(name, len(places)) for name in names], dtype=np.int64)
-        while len(places) > self.counts.shape[1]:
-            self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)], axis=1)
-        return found
-
-    def add(self, names: Sequence[str], tallies: Sequence[tuple[Tally, int]]) -> None:
-        """Add what the passes over one block came to, each with its column."""
-        places = self.place(names)
+    def add(self, places: Int64Array, tallies: Sequence[tuple[Tally, int]]) -> None:
+        """Add what the passes over one block came to, each with its column; `places`: of the block."""
         for tally, column in tallies:
+            odd = self.names.place(tally.odd_counts)
+            while len(self.names.places) > self.counts.shape[1]:
+                self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)], axis=1)
             self.counts[column, places] += tally.counts
             if tally.odd_counts:
-                odd = self.place(list(tally.odd_counts))
                 self.counts[column, odd] += np.array(list(tally.odd_counts.values()), dtype=np.int64)
             self.bare[column] += tally.bare
             self.texts[column] += tally.texts
 
     def table(self) -> pa.Table:
         """`tag` and COLUMNS, by tag."""
-        counts = self.counts[:, : len(self.places)]
-        table = pa.table({"tag": list(self.places), **dict(zip(COLUMNS, counts, strict=True))})
+        counts = self.counts[:, : len(self.names.places)]
+        table = pa.table({"tag": list(self.names.places), **dict(zip(COLUMNS, counts, strict=True))})
         return table.sort_by("tag")
 
 
@@ -187,43 +180,34 @@ def count_passes(items: Items, passes: Sequence[Pass], sums: Sums, threads: int,
                 found.append((count_block(items, block, place, each.epoch, each.repeat, weights), each.column))
         return found
 
-    def split_and_count(piece: tuple[int, Any]) -> tuple[int, list[tuple[Sequence[str], list[tuple[Tally, int]]]]]:
-        first, batch = piece
-        subsets = items.columns.subsets[first : first + len(batch)]
+    columns = items.columns
+
+    def split_and_count(first: int) -> tuple[int, list[tuple[Int64Array, list[tuple[Tally, int]]]]]:
+        last = min(first + ROWS_A_BLOCK, len(columns))
+        subsets = columns.subsets[first:last]
         if items.left_out is not None:
-            subsets = np.where(items.left_out[first : first + len(batch)], NO_SUBSET, subsets)
-        texts = batch.column("text") if "text" in batch.schema.names else None
-        found: list[tuple[Sequence[str], list[tuple[Tally, int]]]] = []
+            subsets = np.where(items.left_out[first:last], NO_SUBSET, subsets)
+        captions = columns.captions.read(first, last)
+        texts = columns.texts.read(first, last) if columns.texts else None
+        found: list[tuple[Int64Array, list[tuple[Tally, int]]]] = []
         for place in np.unique(subsets[subsets != NO_SUBSET]).tolist():
             inside = np.flatnonzero(subsets == place)
             chosen = pa.array(inside)
             block = split_block(
                 first + inside,
-                batch.column("caption").take(chosen),
+                captions.take(chosen),
                 None if texts is None else texts.take(chosen),
                 items.options.of_subset(place).captions,
+                sums.names,
             )
-            found.append((block.names, count(block)))
-        return len(batch), found
+            found.append((block.places, count(block)))
+        return last, found
 
-    done = 0
-    for rows, found in map_in_order(split_and_count, list_pieces(items), threads):
+    for done, found in map_in_order(split_and_count, range(0, len(columns), ROWS_A_BLOCK), threads):
         for each in found:
             sums.add(*each)
-        done += rows
         if on_progress:
-            on_progress(done, len(items.columns))
-
-
-def list_pieces(items: Items) -> Iterator[tuple[int, Any]]:
-    """The captions in blocks of rows, each with its first row."""
-    first = 0
-    path = find_captions(items.columns.folder, items.columns.digest)
-    for batch in read_batches(path, "caption", "text"):
-        for start in range(0, len(batch), ROWS_A_BLOCK):
-            piece = batch.slice(start, ROWS_A_BLOCK)
-            yield first, piece
-            first += len(piece)
+            on_progress(done, len(columns))
 
 
 def count_substitutes(items: Items, batches: TrainedBatches, sums: Sums) -> int:
@@ -246,5 +230,5 @@ def count_substitutes(items: Items, batches: TrainedBatches, sums: Sums) -> int:
                 repeat, row = 0, items.find_substitute(drawn, key, slot, look)[0].row
             count_odd(items, tally, row, epoch, repeat, 1)
             images += 1
-    sums.add([], [(tally, TRAINED)])
+    sums.add(np.zeros(0, dtype=np.int64), [(tally, TRAINED)])
     return images

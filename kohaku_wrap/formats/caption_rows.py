@@ -261,6 +261,19 @@ class TextColumn:
         begin, end = self.offsets[chunk][row - self.chunk_rows[chunk] :][:2].tolist()
         return os.pread(self.stream.fileno(), end - begin, int(self.chunk_places[chunk]) + begin).decode()
 
+    def read(self, first: int, last: int) -> Any:
+        """(last - first,) the texts of some rows as one pyarrow array of large_string."""
+        pieces = []
+        for chunk, begin in enumerate(self.chunk_rows[:-1].tolist()):
+            start, stop = max(first, begin) - begin, min(last, int(self.chunk_rows[chunk + 1])) - begin
+            if start < stop:
+                ends = self.offsets[chunk][start : stop + 1].astype(np.int64)
+                place = int(self.chunk_places[chunk]) + int(ends[0])
+                texts = os.pread(self.stream.fileno(), int(ends[-1] - ends[0]), place)
+                buffers = [None, pa.py_buffer(ends - ends[0]), pa.py_buffer(texts)]
+                pieces.append(pa.Array.from_buffers(pa.large_string(), stop - start, buffers))
+        return pa.concat_arrays(pieces)
+
 
 @dataclass(frozen=True)
 class Columns:

@@ -34,7 +34,7 @@ Change = Callable[[Records], Records]
 def expected_records(run: Run, attempt: int, rank: int, processes: int, first_step: int, last_step: int) -> Records:
     """What a rank must record for the steps from `first_step` to `last_step`, counted from 1."""
     order, ids = read_order(run)
-    count = run.lock.count
+    count, batch = run.lock.count, run.lock.batch_per_gpu
     group = count.group
     places = np.arange((first_step - 1) * group, last_step * group)
     places = places[places % count.positions_per_epoch % processes == rank]
@@ -42,7 +42,7 @@ def expected_records(run: Run, attempt: int, rank: int, processes: int, first_st
     records["attempt"], records["rank"] = attempt, rank
     records["epoch"], records["position"] = np.divmod(places, count.positions_per_epoch)
     records["optimizer_step"] = places // group + 1
-    digests = [np.concatenate(list(digest_blocks(order.epoch(epoch), ids, 2))) for epoch in range(2)]
+    digests = [np.concatenate(list(digest_blocks(order.epoch(epoch), ids, batch))) for epoch in range(2)]
     records["order_digest"] = np.stack(digests)[records["epoch"], records["position"]]
     records["content_digest"] = places * 17
     records["learning_rate"] = 1e-4
@@ -73,7 +73,8 @@ def write_ledger(
 ) -> None:
     """A rank's file: each step's record, as `change` falsifies it, after the last micro-batch of the step."""
     named = {"run_id": run.lock.run_id, "options_digest": run.lock.options_digest, "is_deterministic": True, **header}
-    start = LedgerHeader(attempt, rank, processes, run.lock.group // processes, 2, run.lock.seed, **named)
+    lock = run.lock
+    start = LedgerHeader(attempt, rank, processes, lock.group // processes, lock.batch_per_gpu, lock.seed, **named)
     records["checksum"] = compute_checksums(records)
     steps = expected_steps(records) if start.version > 2 else np.zeros(0, dtype=STEP_RECORD)
     steps = change(steps) if change else steps
