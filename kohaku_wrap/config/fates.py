@@ -113,6 +113,11 @@ def parse_fates(text: str) -> dict[tuple[str, str], Fate]:
     return rows
 
 
+def rows_of(place: Place) -> dict[str, Fate]:
+    """The rows of one place, by name."""
+    return {name: fate for (other, name), fate in load_fates().items() if other == place}
+
+
 def fate_of(place: Place, name: str) -> Fate:
     """The fate of an option; `unverified` for one that no row names.
 

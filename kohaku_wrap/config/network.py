@@ -6,105 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from kohaku_wrap.config.effective import Effective, Faults
-from kohaku_wrap.config.fates import fate_of
+from kohaku_wrap.config.fates import Fate, fate_of, rows_of
 from kohaku_wrap.config.needs import does_something, list_lacking, rank, say_lacking
 from kohaku_wrap.config.patterns import find_faults
-from kohaku_wrap.trainer.options import fits, parse_literal, shorten, suggest
+from kohaku_wrap.trainer.options import TYPE_WORDS, fits, parse_literal, shorten, suggest
 
 LYCORIS = "lycoris.kohya"
 
 KOHYA_LORA = "networks.lora"
 
-KOHYA_LORA_ARGS = (
-    "block_alphas",
-    "block_dims",
-    "block_lr_zero_threshold",
-    "conv_alpha",
-    "conv_block_alphas",
-    "conv_block_dims",
-    "conv_dim",
-    "down_lr_weight",
-    "loraplus_lr_ratio",
-    "loraplus_text_encoder_lr_ratio",
-    "loraplus_unet_lr_ratio",
-    "mid_lr_weight",
-    "module_dropout",
-    "rank_dropout",
-    "up_lr_weight",
-)
-"""What the trainer's own LoRA reads."""
-
-NETWORK_ARGS: Mapping[str, str] = {
-    "algo": "str",
-    "block_size": "int",
-    "bypass_mode": "bool",
-    "constraint": "float",
-    "conv_alpha": "float",
-    "conv_dim": "int",
-    "decompose_both": "bool",
-    "dora_wd": "bool",
-    "dropout": "float",
-    "factor": "int",
-    "full_matrix": "bool",
-    "loraplus_lr_ratio": "float",
-    "loraplus_text_encoder_lr_ratio": "float",
-    "loraplus_unet_lr_ratio": "float",
-    "module_dropout": "float",
-    "rank_dropout": "float",
-    "rescaled": "bool",
-    "rs_lora": "bool",
-    "train_norm": "bool",
-    "unbalanced_factorization": "bool",
-    "use_scalar": "bool",
-    "use_tucker": "bool",
-    "wd_on_output": "bool",
-}
-"""What `create_network` of lycoris-lora 4.1.3 looks at, and the kind of each."""
+SHARED_ARGS = (
+    "conv_alpha", "conv_dim", "module_dropout", "rank_dropout",
+    "loraplus_lr_ratio", "loraplus_text_encoder_lr_ratio", "loraplus_unet_lr_ratio",
+)  # fmt: skip
+"""What the trainer's own LoRA reads beside the arguments that the table of fates gives it alone."""
 
 ALGORITHMS = ("lora", "locon", "loha", "lokr", "dylora", "glora", "full", "diag-oft", "boft", "ia3", "tlora")
 
-PRESET_KEYS: Mapping[str, type] = {
-    "enable_conv": bool,
-    "exclude_name": list,
-    "module_algo_map": dict,
-    "name_algo_map": dict,
-    "text_encoder_target_module": list,
-    "text_encoder_target_name": list,
-    "unet_target_module": list,
-    "unet_target_name": list,
-    "use_fnmatch": bool,
-}
-"""What a preset of lycoris-lora 4.1.3 may hold for a kohya network."""
-
-MODULE_ARGS = (
-    "algo",
-    "alpha",
-    "block_size",
-    "bypass_mode",
-    "constraint",
-    "decompose_both",
-    "dim",
-    "dropout",
-    "factor",
-    "full_matrix",
-    "module_dropout",
-    "rank_dropout",
-    "rescaled",
-    "rs_lora",
-    "unbalanced_factorization",
-    "use_scalar",
-    "use_tucker",
-    "wd_on_out",
-    "wd_on_output",
-    "weight_decompose",
-)
-"""What a preset may say of single classes or names."""
-
 LARGEST_FP16 = 65504
-KIND_WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
 
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+
+
+def is_of_kohya(fate: Fate) -> bool:
+    """Whether the trainer's own LoRA alone reads an argument."""
+    return any(way.get("network_module") == [KOHYA_LORA] for way in fate.ways())
 
 
 def find_network_faults(effective: Effective) -> Faults:
@@ -129,24 +56,27 @@ def find_lost_dropouts(effective: Effective) -> Faults:
 
 def find_kohya_faults(effective: Effective) -> Faults:
     """Arguments that the trainer's own LoRA would not look at."""
+    known = [*SHARED_ARGS, *(name for name, fate in rows_of("network_args").items() if is_of_kohya(fate))]
     for name in effective.subtable("network_args"):
         key = f"network_args.{name}"
         # A template that takes another module leaves the arguments of its base's behind.
         is_own = rank(effective, key) >= rank(effective, "network_module")
-        if name not in KOHYA_LORA_ARGS and fate_of("network_args", name).kind != "refused" and is_own:
-            yield key, f"{KOHYA_LORA} ignores it in silence{suggest(name, KOHYA_LORA_ARGS)}"
+        if name not in known and fate_of("network_args", name).kind != "refused" and is_own:
+            yield key, f"{KOHYA_LORA} ignores it in silence{suggest(name, known)}"
 
 
 def find_argument_faults(effective: Effective) -> Faults:
-    """Arguments that LyCORIS does not know, or whose value it cannot read."""
+    """Arguments that LyCORIS does not know, or whose value it cannot read; the census tries one of the right kind."""
+    rows = {name: fate for name, fate in rows_of("network_args").items() if fate.kind != "refused"}
+    kinds = {name: type(fate.other).__name__ for name, fate in rows.items() if not is_of_kohya(fate)}
     for name, value in effective.subtable("network_args").items():
         key = f"network_args.{name}"
-        if name not in NETWORK_ARGS:
-            yield key, f"unknown; LyCORIS would ignore it in silence{suggest(name, NETWORK_ARGS)}"
-        elif not fits(NETWORK_ARGS[name], parse_literal(value.lower()) if isinstance(value, str) else value) and not (
-            NETWORK_ARGS[name] == "str" and isinstance(value, str)
+        if name not in kinds:
+            yield key, f"unknown; LyCORIS would ignore it in silence{suggest(name, kinds)}"
+        elif not fits(kinds[name], parse_literal(value.lower()) if isinstance(value, str) else value) and not (
+            kinds[name] == "str" and isinstance(value, str)
         ):
-            yield key, f"{value!r} is not {KIND_WORDS[NETWORK_ARGS[name]]}"
+            yield key, f"{value!r} is not {TYPE_WORDS[kinds[name]]}"
         elif name == "algo" and str(value).lower() not in ALGORITHMS:
             yield key, refuse_algorithm(value)
 
@@ -169,13 +99,13 @@ def find_large_alphas(effective: Effective) -> Faults:
 
 def find_preset_faults(effective: Effective) -> Faults:
     """Keys of the preset that LyCORIS refuses or drops, and patterns that are none."""
+    kinds = {name: type(fate.other) for name, fate in rows_of("preset").items() if not name.startswith("map.")}
     for key, value in effective.preset.items():
         where = f"preset.{key}"
-        if key not in PRESET_KEYS:
-            yield where, f"unknown preset key{suggest(key, PRESET_KEYS)}"
-        elif not isinstance(value, PRESET_KEYS[key]):
-            wanted = {bool: "true or false", list: "a list", dict: "a table"}[PRESET_KEYS[key]]
-            yield where, f"must be {wanted}"
+        if key not in kinds:
+            yield where, f"unknown preset key{suggest(key, kinds)}"
+        elif not isinstance(value, kinds[key]):
+            yield where, f"must be {TYPE_WORDS.get(kinds[key].__name__, 'a list')}"
         elif key in ("module_algo_map", "name_algo_map"):
             yield from find_map_faults(effective, where, value)
         yield from find_lone_settings(effective, "preset", {key: value}, {})
@@ -202,14 +132,15 @@ def find_lone_settings(
 
 def find_map_faults(effective: Effective, key: str, table: Any) -> Faults:
     """Faults of `module_algo_map` or `name_algo_map`."""
+    known = [name.removeprefix("map.") for name in rows_of("preset") if name.startswith("map.")]
     for target, settings in table.items():
         where = f"{key}.{target}"
         if not isinstance(settings, dict):
             yield where, 'must be a table, such as {algo = "lokr", factor = 4}'
             continue
         for name in settings:
-            if name not in MODULE_ARGS:
-                yield f"{where}.{name}", f"unknown{suggest(name, MODULE_ARGS)}"
+            if name not in known:
+                yield f"{where}.{name}", f"unknown{suggest(name, known)}"
         for name in settings:
             if (fate := fate_of("preset", f"map.{name}")).kind == "refused":
                 yield f"{where}.{name}", fate.reason

@@ -6,36 +6,21 @@ from collections.abc import Callable, Mapping
 
 from kohaku_wrap.config.code_names import find_known, find_unknown, is_trusted, load_signatures
 from kohaku_wrap.config.effective import Effective, Faults
-from kohaku_wrap.config.fates import load_fates
+from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import rank
+from kohaku_wrap.config.schedules import DEPENDS_ON_LENGTH
 from kohaku_wrap.trainer.options import suggest
 
-SCHEDULES: Mapping[str, tuple[str, ...]] = {
-    "constant": (),
-    "constant_with_warmup": (),
-    "cosine": ("num_cycles",),
-    "cosine_with_min_lr": ("min_lr",),
-    "cosine_with_restarts": (),
-    "inverse_sqrt": (),
-    "linear": (),
-    "piecewise_constant": ("step_rules",),
-    "polynomial": ("lr_end",),
-    "warmup_stable_decay": ("decay_type", "warmup_type"),
-}
-"""`lr_scheduler` values that sd-scripts can make, and the `lr_scheduler_args` of each that it does not pass itself.
+ADAFACTOR = "adafactor"
 
-`adafactor:RATE` besides, for that optimizer alone.
-"""
-
-SCHEDULERS = tuple(SCHEDULES)
+SCHEDULERS = tuple(name for name in DEPENDS_ON_LENGTH if name != ADAFACTOR)
+"""`lr_scheduler` values that sd-scripts can make; `adafactor:RATE` besides, for that optimizer alone."""
 
 NEEDED_BY_SCHEDULE: Mapping[str, tuple[str, ...]] = {
     "cosine_with_min_lr": ("lr_scheduler_min_lr_ratio", "lr_scheduler_args.min_lr"),
     "piecewise_constant": ("lr_scheduler_args.step_rules",),
 }
 """What a schedule fails without; any one of them will do."""
-
-ADAFACTOR = "adafactor"
 
 RATES_AND_SCHEDULE = ("unet_lr", "text_encoder_lr", "lr_scheduler", "lr_scheduler_type")
 """What Adafactor's own rates take the place of; `learning_rate` is the first of them."""
@@ -129,10 +114,11 @@ def find_schedule_faults(effective: Effective) -> Faults:
     needed = NEEDED_BY_SCHEDULE.get(chosen, ())
     if needed and all(effective.get(key) is None for key in needed):
         yield "lr_scheduler", f'"{chosen}" fails without {" or ".join(needed)}'
-    allowed = SCHEDULES.get(chosen, ())
+    known = rows_of("lr_scheduler_args")
+    allowed = [name for name, fate in known.items() if any(chosen in way["lr_scheduler"] for way in fate.ways())]
     for argument in effective.subtable("lr_scheduler_args"):
         # Those that the table of fates knows are refused with what they need.
-        if argument not in allowed and ("lr_scheduler_args", argument) not in load_fates():
+        if argument not in known:
             yield f"lr_scheduler_args.{argument}", f"{chosen} takes no such argument{suggest(argument, allowed)}"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.config.optimizers import SCHEDULES
+from kohaku_wrap.config.optimizers import SCHEDULERS
 from kohaku_wrap.config.schedules import (
     DEPENDS_ON_LENGTH,
     TORCH_DEPENDS_ON_LENGTH,
@@ -51,7 +51,7 @@ def list_rates(name: str, steps: int) -> list[float]:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_table_says_what_the_schedules_do(name: str) -> None:
     shorter, longer = (list_rates(name, steps) for steps in LENGTHS)
     assert (shorter != longer) == DEPENDS_ON_LENGTH[name]

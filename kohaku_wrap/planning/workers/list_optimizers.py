@@ -1,6 +1,7 @@
 """The arguments of the optimizers that the trainer knows, from their real signatures, printed as one JSON document.
 
 Run as `python -m kohaku_wrap.planning.workers.list_optimizers [module.Class …]`; with names, only those are read.
+What sd-scripts calls each and the class behind it, at 48d368f, stand in `config/options_optimizers.json` itself.
 """
 
 from __future__ import annotations
@@ -10,35 +11,9 @@ import inspect
 import sys
 from typing import Any
 
+from kohaku_wrap.config.code_names import load_signatures
 from kohaku_wrap.processes import answer
 from kohaku_wrap.trainer.installed import find_version, plain_name
-
-CLASSES = {
-    "Adafactor": "transformers.optimization.Adafactor",
-    "AdamW": "torch.optim.AdamW",
-    "AdamW8bit": "bitsandbytes.optim.AdamW8bit",
-    "AdamWScheduleFree": "schedulefree.AdamWScheduleFree",
-    "DAdaptAdaGrad": "dadaptation.DAdaptAdaGrad",
-    "DAdaptAdam": "dadaptation.DAdaptAdam",
-    "DAdaptAdamPreprint": "dadaptation.experimental.DAdaptAdamPreprint",
-    "DAdaptAdan": "dadaptation.DAdaptAdan",
-    "DAdaptAdanIP": "dadaptation.experimental.DAdaptAdanIP",
-    "DAdaptation": "dadaptation.experimental.DAdaptAdamPreprint",
-    "DAdaptLion": "dadaptation.DAdaptLion",
-    "DAdaptSGD": "dadaptation.DAdaptSGD",
-    "Lion": "lion_pytorch.Lion",
-    "Lion8bit": "bitsandbytes.optim.Lion8bit",
-    "PagedAdamW": "bitsandbytes.optim.PagedAdamW",
-    "PagedAdamW32bit": "bitsandbytes.optim.PagedAdamW32bit",
-    "PagedAdamW8bit": "bitsandbytes.optim.PagedAdamW8bit",
-    "PagedLion8bit": "bitsandbytes.optim.PagedLion8bit",
-    "Prodigy": "prodigyopt.Prodigy",
-    "RAdamScheduleFree": "schedulefree.RAdamScheduleFree",
-    "SGDNesterov": "torch.optim.SGD",
-    "SGDNesterov8bit": "bitsandbytes.optim.SGD8bit",
-    "SGDScheduleFree": "schedulefree.SGDScheduleFree",
-}
-"""sd-scripts' name of each optimizer and the class behind it, at 48d368f."""
 
 NOT_ARGUMENTS = ("self", "params", "lr")
 """What the trainer passes itself."""
@@ -59,7 +34,9 @@ def list_arguments(path: str) -> list[str] | None:
 
 def list_optimizers() -> dict[str, Any]:
     """Class, version and arguments of each optimizer by its name."""
-    wanted = {path: path for path in sys.argv[1:]} or CLASSES
+    wanted = {path: path for path in sys.argv[1:]} or {
+        entry["name"]: entry["class"] for entry in load_signatures().values()
+    }
     return {
         name: {
             "class": path,
