@@ -162,13 +162,18 @@ class LineHelper:
 
     def stop(self) -> None:
         """End the process where it still runs."""
-        if self.child.poll() is None:
-            self.child.terminate()
-            try:
-                self.child.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.child.kill()
-                self.child.wait()
+        end_child(self.child)
+
+
+def end_child(child: subprocess.Popen[Any], seconds: float = STOP_SECONDS) -> None:
+    """End a process where it still runs: by SIGTERM, after so long by force."""
+    if child.poll() is None:
+        child.terminate()
+        try:
+            child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
 
 
 def answer_in_lines(work: Callable[[Any, Callable[..., None]], None]) -> int:

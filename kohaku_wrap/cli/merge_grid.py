@@ -20,7 +20,7 @@ from kohaku_wrap.cli.options import option_group
 from kohaku_wrap.cli.output import print_answer, progress_bar
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, write_text
-from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.processes import end_child, python_command, safe_environment
 from kohaku_wrap.wording import show_bytes
 
 if TYPE_CHECKING:
@@ -196,11 +196,7 @@ def run_child(words: Sequence[str], log: Path) -> str:
         try:
             printed = child.communicate()[0]
         except BaseException:
-            child.terminate()
-            try:
-                child.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                child.kill()
+            end_child(child, STOP_SECONDS)
             raise
     if child.returncode:
         said = log.read_bytes()[before:].decode("utf-8", "replace").splitlines()

@@ -8,8 +8,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+
+import psutil
 
 PROGRESS = re.compile(rb"(\d+)/\d+ \[\d")
 """tqdm's count of steps."""
@@ -89,9 +92,6 @@ def host_bytes(processes: list[int]) -> int:
     """Memory of these processes together, pages that several share counted once."""
     total = 0
     for process in processes:
-        try:
-            rollup = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+        with suppress(psutil.Error):
+            total += psutil.Process(process).memory_full_info().pss
     return total

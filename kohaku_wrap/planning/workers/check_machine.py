@@ -111,24 +111,21 @@ def load_tokenizers(request: Facts) -> Facts:
 def encode_with_vae(request: Facts) -> Facts:
     """One small image through the VAE in the precision of the training."""
     from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     from safetensors import safe_open
 
     from kohaku_wrap.config.base_model import read_sizes
     from kohaku_wrap.files import open_regular
     from kohaku_wrap.formats.sdxl import VAE_PREFIX
+    from kohaku_wrap.planning.workers.module_filling import fill_vae
 
     path = Path(request["vae"] or request["base_model"])
     open_regular(path).close()
     with safe_open(str(path), framework="pt") as file:
-        names = list(file.keys())
-        wanted = [name for name in names if name.startswith(VAE_PREFIX) or request["vae"]]
+        wanted = [name for name in file.keys() if name.startswith(VAE_PREFIX) or request["vae"]]  # noqa: SIM118
         tensors = {name: file.get_tensor(name) for name in wanted}
     with torch.device("meta"):
         vae = AutoencoderKL(**read_sizes(Path(request["base_model"]))["vae"])
-    if not any(name.startswith("encoder.down_blocks.") for name in tensors):
-        tensors = convert_ldm_vae_checkpoint(tensors, dict(vae.config))
-    vae.load_state_dict(tensors, assign=True)
+    fill_vae(vae, tensors, path)
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = torch.float32 if request.get("no_half_vae") else dtypes.get(str(request["mixed_precision"]), torch.float32)
     device = "cuda" if torch.cuda.is_available() and request.get("gpus", 0) else "cpu"

@@ -15,7 +15,7 @@ import psutil
 
 from kohaku_wrap.config.site import AFTER, load_site
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.processes import end_child, python_command, safe_environment
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.remembered import read_remembered
 from kohaku_wrap.training.records.samples import Pictures, list_pictures
@@ -115,15 +115,9 @@ class PictureMaker:
 
     def stop(self) -> None:
         """End the process where it still runs; what it has drawn is kept."""
-        if self.child is None:
-            return
-        self.child.terminate()
-        try:
-            self.child.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            self.child.wait()
-        self.child = None
+        if self.child is not None:
+            end_child(self.child, END_SECONDS)
+            self.child = None
 
 
 def find_device(run: Run) -> tuple[str, bool]:
