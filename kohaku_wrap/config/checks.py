@@ -66,11 +66,7 @@ def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> li
     """
     faults = [fault for rule in RULES for fault in rule(effective)]
     faults += [*find_optimizer_faults(effective, ask), *find_lacks(effective), *find_bucket_faults(effective)]
-    problems = effective.blame(faults)
-    if is_complete(effective) and dataset(effective, "resolution") is None:
-        what = "is not set: the trainer has no default"
-        problems.append(Problem("dataset_options.resolution", what, str(effective.path)))
-    return problems + effective.blame(find_batch_faults(effective))
+    return effective.blame((*faults, *find_batch_faults(effective)))
 
 
 def note_rare_saves(effective: Effective, steps: int) -> list[str]:
@@ -163,10 +159,19 @@ def refuse_bucket_steps(effective: Effective) -> Faults:
         yield "dataset_options.bucket_reso_steps", f"{steps} is no multiple of 32, which SDXL needs"
 
 
-def refuse_short_captions(effective: Effective) -> Faults:
-    """What is too long loses its end, and the end is the rating and quality tags."""
-    if is_complete(effective) and effective.get("max_token_length") is None:
-        yield "max_token_length", "is not set, which means 75 tokens: longer captions lose their end. Write 150 or 225"
+NEEDED: Mapping[str, str] = {
+    "seed": "is not set: order, captions and noise follow from it, and a resume needs it",
+    # What is too long loses its end, and the end is the rating and quality tags.
+    "max_token_length": "is not set, which means 75 tokens: longer captions lose their end. Write 150 or 225",
+    "dataset_options.resolution": "is not set: the trainer has no default",
+}
+"""Options that a template to train with must set, and why."""
+
+
+def refuse_missing(effective: Effective) -> Faults:
+    """What a template to train with must set."""
+    if is_complete(effective):
+        yield from ((key, why) for key, why in NEEDED.items() if effective.get(key) is None)
 
 
 def refuse_two_lengths(effective: Effective) -> Faults:
@@ -236,11 +241,6 @@ def refuse_out_of_range(effective: Effective) -> Faults:
                 yield key, f"{one} is out of range: it must be {wanted}"
 
 
-def refuse_missing_seed(effective: Effective) -> Faults:
-    if is_complete(effective) and effective.get("seed") is None:
-        yield "seed", "is not set: order, captions and noise follow from it, and a resume needs it"
-
-
 RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_cached_latents,
     refuse_cached_items,
@@ -248,7 +248,7 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_idle_separator,
     refuse_half_vae,
     refuse_bucket_steps,
-    refuse_short_captions,
+    refuse_missing,
     refuse_two_lengths,
     refuse_lost_updates,
     refuse_full_precision,
@@ -256,7 +256,6 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_two_network_parts,
     find_sample_faults,
     find_validation_faults,
-    refuse_missing_seed,
     refuse_out_of_range,
     find_network_faults,
     find_unknown_code,
