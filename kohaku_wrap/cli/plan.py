@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.config.site import Site
     from kohaku_wrap.planning.pictures import PicturesPlan
-    from kohaku_wrap.planning.training_plan import TrainingPlan
-    from kohaku_wrap.planning.validation import ValidationPlan
+    from kohaku_wrap.planning.training_plan import TrainingPlan, ValidationPlan
     from kohaku_wrap.steps import StepPlan
 
 BUCKETS_SHOWN = 8

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from types import FrameType
 from typing import Any
 
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import Fate, fate_of, rows_of
 from kohaku_wrap.config.needs import does_something, list_lacking, rank, say_lacking
-from kohaku_wrap.config.patterns import find_faults
+from kohaku_wrap.formats.sdxl import SDXL_SIZES, UNET_PREFIX, list_tensor_names
 from kohaku_wrap.trainer.options import TYPE_WORDS, fits, parse_literal, shorten, suggest
 
 LYCORIS = "lycoris.kohya"
@@ -156,8 +162,63 @@ def find_bad_patterns(preset: Mapping[str, Any]) -> Faults:
     for key in ("unet_target_name", "text_encoder_target_name", "exclude_name", "name_algo_map"):
         value = preset.get(key, [])
         patterns = map(str, value if isinstance(value, (list, dict)) else [])
-        for pattern, fault in find_faults(patterns):
+        for pattern, fault in find_pattern_faults(patterns):
             yield f"preset.{key}", f"{shorten(repr(pattern))} {fault}"
+
+
+LIMIT_SECONDS = 1.0
+"""Processor time for one pattern on all names; one that fits takes some milliseconds."""
+
+
+class TooSlow(Exception):
+    """A pattern took longer than the limit."""
+
+
+@contextmanager
+def limit_seconds(seconds: float) -> Iterator[None]:
+    """Raise TooSlow after so much processor time; outside of the main thread, which alone gets signals, never.
+
+    Python's matcher looks for signals while it backtracks.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@cache
+def module_names() -> tuple[str, ...]:
+    """The dotted names of a full SDXL's modules as patterns meet them, each with one that just fails to match."""
+    tensors = [name for part in list_tensor_names(SDXL_SIZES).values() for name in part]
+    modules = dict.fromkeys(name.removeprefix(UNET_PREFIX).rpartition(".")[0] for name in tensors)
+    longest = sorted(modules, key=len)[-8:]
+    return (*modules, *(f"{name}\n!" for name in longest))
+
+
+def find_pattern_faults(patterns: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each regular expression that cannot be used, and what is wrong with it; none is tried after one too slow."""
+    for pattern in patterns:
+        try:
+            with limit_seconds(LIMIT_SECONDS):
+                compiled = re.compile(pattern)
+                for name in module_names():
+                    compiled.match(name)
+        except TooSlow:
+            what = f"takes more than {LIMIT_SECONDS:g} s on SDXL's names: write it without a repeat inside a repeat"
+            yield pattern, what
+            return
+        except (re.error, RecursionError, OverflowError) as error:
+            yield pattern, f"is no regular expression: {error}"
 
 
 def list_preset_factors(preset: Mapping[str, Any]) -> list[tuple[str, Any]]:

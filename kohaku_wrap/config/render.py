@@ -13,8 +13,8 @@ from typing import Any
 import kohaku_wrap
 from kohaku_wrap.config.code_names import list_trusted
 from kohaku_wrap.config.effective import Effective, shape_batch
+from kohaku_wrap.config.fates import digest_options
 from kohaku_wrap.config.kernels import choose_kernels
-from kohaku_wrap.config.options_digest import digest_options
 from kohaku_wrap.config.run_files import (
     ACCELERATE_FILE,
     DATASET_FILE,

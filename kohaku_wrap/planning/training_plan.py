@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from kohaku_wrap.config.base_model import (
     BadBaseModel,
     UnpickledByName,
@@ -14,6 +16,8 @@ from kohaku_wrap.config.base_model import (
 )
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.render import compose_trainer
+from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.dataset.fixed_chunks import cut_chunks
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.formats.caption_rows import ImageSizes
 from kohaku_wrap.formats.safetensors import MalformedFile, PickledFile
@@ -26,10 +30,56 @@ from kohaku_wrap.planning.module_counts import (
 from kohaku_wrap.planning.pictures import PicturesPlan, plan_pictures
 from kohaku_wrap.planning.sizes import Sizes, machine_memory_bytes, total_of, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps
-from kohaku_wrap.planning.validation import ValidationPlan, plan_validation
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.wording import show_bytes
+
+FORWARDS_A_TRAINED_ROW = 3
+"""A forward and a backward of two, of the network alone: what a measured row is a part of."""
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """What `[validation]` makes of a training."""
+
+    posts: int
+    """Posts whose loss is measured."""
+
+    relatives: int
+    """Posts that are not trained either, as they are their like."""
+
+    evaluations: int
+    """Before the first step, every so many steps, and after the last one; none where `every` is 0."""
+
+    forwards: int
+    """Of the UNet, all evaluations together."""
+
+    rows: int
+    """Images of each forward."""
+
+    seconds: float | None
+    """Of all evaluations, where a step's time is known: a row as a third of a trained one."""
+
+
+def plan_validation(
+    effective: Effective, plan: StepPlan, images: ImageSizes, seconds_per_step: float | None
+) -> ValidationPlan | None:
+    """The evaluations of a training; None where none are asked for, or it is not known of which posts."""
+    if images.measured is None:
+        return None
+    options = BucketOptions.from_dataset_options(effective.subtable("dataset_options", with_defaults=True))
+    buckets = assign_buckets(images.widths, images.heights, options)
+    rows = int(effective.get("validation.batch"))
+    chunks = len(cut_chunks(np.flatnonzero(images.measured), buckets, rows))
+    total, every = plan.total_optimizer_steps, int(effective.get("validation.every"))
+    evaluations = len({0, *range(every, total + 1, every), total}) if every else 0
+    forwards = evaluations * chunks * int(effective.get("validation.timesteps"))
+    seconds = None
+    if seconds_per_step is not None:
+        seconds = seconds_per_step * forwards * rows / (plan.effective_batch * FORWARDS_A_TRAINED_ROW)
+    posts = int(images.measured.sum())
+    relatives = int((np.broadcast_to(images.repeats, images.measured.shape) == 0).sum()) - posts
+    return ValidationPlan(posts, relatives, evaluations, forwards, rows, seconds)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from kohaku_wrap.cli.plan import command
-from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.locked import vary_lock
+from kohaku_wrap.config.layers import resolve_template, vary_lock
 from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.run_files import digest_lock
 from kohaku_wrap.config.site import Site

@@ -14,8 +14,7 @@ from click.testing import CliRunner, Result
 from plain_runs import misbehave, train
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.config.machines import check_accelerate
-from kohaku_wrap.config.site import load_site
+from kohaku_wrap.config.site import check_accelerate, load_site
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
 from kohaku_wrap.training.records.attempts import Attempt, read_attempt
 from kohaku_wrap.training.records.folder import Run

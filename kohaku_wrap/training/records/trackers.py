@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from kohaku_wrap.config.fates import list_decisive
 from kohaku_wrap.config.needs import list_trackers
-from kohaku_wrap.config.options_digest import list_decisive
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import read_regular, write_text
 from kohaku_wrap.toml_files import parse_toml

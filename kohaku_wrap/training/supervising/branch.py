@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.effective import Effective, shape_batch
-from kohaku_wrap.config.layers import resolve_template
-from kohaku_wrap.config.locked import vary_lock
+from kohaku_wrap.config.layers import resolve_template, vary_lock
 from kohaku_wrap.config.reading import LENGTHS, PARENT_OPTION
 from kohaku_wrap.config.render import compose_run
 from kohaku_wrap.config.run_files import DATASET_FILE, flatten_dataset, merge_subsets
