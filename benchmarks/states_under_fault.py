@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint
-from kohaku_wrap.training.records.retention import remove_old_states
-from kohaku_wrap.training.records.states import DiskFull, list_states, verify_state, write_state
+from kohaku_wrap.training.records.states import DiskFull, list_states, remove_old_states, verify_state, write_state
 
 Failure = Literal[
     "killed before", "killed after", "input/output error", "disk full", "power cut before", "power cut after"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import open_run, repeat_option
+from kohaku_wrap.cli.options import open_run, print_trust, repeat_option, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -17,7 +17,6 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch_options
 from kohaku_wrap.cli.train import make_run, train_run
-from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_path
 

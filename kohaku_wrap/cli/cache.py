@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import repeat_option, set_option
+from kohaku_wrap.cli.options import machine_option, repeat_option, set_option, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -18,7 +18,6 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     wants_json,
 )
-from kohaku_wrap.cli.trust import trust_option
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import format_duration, show_bytes
 
@@ -36,8 +35,7 @@ Examples:
   kwrap cache mine.toml --site site.toml --check"""
 )
 @click.argument("template")
-@click.option("--site", "site_file", type=click.Path(path_type=Path), default=Path("site.toml"), show_default=True,
-              help="What is true of this machine.")  # fmt: skip
+@machine_option
 @set_option
 @trust_option
 @click.option("--check", is_flag=True, help="Read every shard in full; one that is damaged is made again.")

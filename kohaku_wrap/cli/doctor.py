@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kohaku_wrap.cli.options import set_option
+from kohaku_wrap.cli.options import print_trust, set_option, trust_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, waiting, wants_json
-from kohaku_wrap.cli.trust import print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.proving.gpu_report import JSON_FILE, TABLE_FILE
 

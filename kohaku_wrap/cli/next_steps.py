@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from kohaku_wrap.config.site import SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.wording import show_path
-
-if TYPE_CHECKING:
-    from kohaku_wrap.config.site import SitePaths
 
 
 def find_site(near: Path) -> Path | None:
@@ -19,8 +16,6 @@ def find_site(near: Path) -> Path | None:
 
 def read_site_paths(near: Path) -> SitePaths | None:
     """The paths of the site file near this folder; None where there is none, or one with faults."""
-    from kohaku_wrap.config.site import load_site
-
     file = find_site(near)
     try:
         return load_site(file).paths if file else None

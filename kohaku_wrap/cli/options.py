@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kohaku_wrap.cli.output import print_note
+from kohaku_wrap.cli.output import print_aside, print_note
+from kohaku_wrap.config.code_names import check_trust, list_trusted
+from kohaku_wrap.config.site import load_site
 
 if TYPE_CHECKING:
+    from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.metadata.columns import SiteMapping
     from kohaku_wrap.metadata.source import Source
     from kohaku_wrap.training.records.folder import Run
@@ -46,6 +49,16 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A value above all layers; repeatable."
 )
 
+trust_option = click.option(
+    "--trust", multiple=True, metavar="MODULE", callback=lambda _context, _parameter, modules: check_trust(modules),
+    help="Run code of this Python module where the template names it; again for more.",
+)  # fmt: skip
+
+machine_option = click.option(
+    "--site", "site_file", type=click.Path(path_type=Path), default=DEFAULT_SITE, show_default=True,
+    help="What is true of this machine.",
+)  # fmt: skip
+
 workers_option = click.option("--workers", type=click.IntRange(0), metavar="N", help="Loader workers of each process.")
 
 threads_option = click.option(
@@ -60,8 +73,6 @@ def repeat_option(flag: str, values: Iterable[str]) -> list[str]:
 
 def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
     """Where runs are looked for: the site's folder, and `runs` here."""
-    from kohaku_wrap.config.site import load_site
-
     folders = [Path("runs")]
     if site_file is not None or DEFAULT_SITE.is_file():
         folders.insert(0, load_site(site_file or DEFAULT_SITE).paths.runs)
@@ -103,6 +114,18 @@ def leave_pandas_out() -> None:
     sys.meta_path.insert(0, WithoutPandas)
     pa.array([])  # it looks once, and remembers that there is none
     sys.meta_path.remove(WithoutPandas)
+
+
+def describe_trust(effective: Effective) -> list[dict[str, str]]:
+    """For `--json`: what runs only as it is trusted."""
+    rows = list_trusted(effective.values, effective.trust)
+    return [{"option": option, "value": value, "module": module} for option, value, module in rows]
+
+
+def print_trust(effective: Effective) -> None:
+    """Say what runs only as it is trusted, on stderr; nothing with `--json`."""
+    for row in describe_trust(effective):
+        print_aside(f'trusted: {row["option"]} = "{row["value"]}" runs code of {row["module"]}')
 
 
 def note_compiling() -> None:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import repeat_option, set_option
+from kohaku_wrap.cli.options import describe_trust, print_trust, repeat_option, set_option, trust_option
 from kohaku_wrap.cli.output import json_option, print_answer, print_aside, print_note, progress_bar, waiting
-from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import set_option
+from kohaku_wrap.cli.options import describe_trust, print_trust, set_option, trust_option
 from kohaku_wrap.cli.output import (
     ESCAPES,
     beyond_output,
@@ -22,7 +22,6 @@ from kohaku_wrap.cli.output import (
     wants_json,
 )
 from kohaku_wrap.cli.template_check import check
-from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import ProblemsFound, UsageError, command_line
 
 if TYPE_CHECKING:

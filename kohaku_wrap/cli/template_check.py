@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kohaku_wrap.cli.options import describe_trust, print_trust, trust_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, print_note, wants_json
-from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 from kohaku_wrap.wording import count_of, show_path
 

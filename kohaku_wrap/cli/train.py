@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.live_page import keeping_page
-from kohaku_wrap.cli.options import repeat_option
+from kohaku_wrap.cli.options import describe_trust, machine_option, print_trust, repeat_option, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
     json_option,
+    print_answer,
     print_aside,
     print_json,
     print_note,
     wants_json,
 )
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
-from kohaku_wrap.cli.trust import describe_trust, print_trust, trust_option
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.wording import show_path
+from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
 if TYPE_CHECKING:
+    from kohaku_wrap.planning.training_plan import TrainingPlan
+    from kohaku_wrap.proving.trial import Trial
     from kohaku_wrap.training.records.folder import Run
     from kohaku_wrap.training.supervising.create import NewRun
     from kohaku_wrap.training.supervising.supervise import RunReport
@@ -42,8 +44,7 @@ Examples:
   kwrap train --locked runs/epsilon/run.lock.toml --site site.toml --run again"""
 )
 @click.argument("template", required=False)
-@click.option("--site", "site_file", type=click.Path(path_type=Path), default=Path("site.toml"), show_default=True,
-              help="What is true of this machine.")  # fmt: skip
+@machine_option
 @click.option("--run", "name", metavar="NAME", help="The run's name; the template's where it is not given.")
 @click.option("--engine", metavar="ENGINE", help="sd-scripts or builtin, in place of the site's.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value; again for more.")
@@ -141,9 +142,10 @@ def try_run(
     options: WatchOptions,
 ) -> None:
     """Train two steps, resume the second, and say what the whole run will need."""
-    from kohaku_wrap.cli.trial import plan_whole, print_trial
     from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.site import load_site
+    from kohaku_wrap.config.training_data import read_training_sizes
+    from kohaku_wrap.planning.training_plan import plan_training
     from kohaku_wrap.proving.trial import SETTINGS, SUFFIX, clear_earlier, finish_trial
     from kohaku_wrap.training.supervising.create import plan_new_run
     from kohaku_wrap.training.supervising.resume import plan_resume
@@ -162,8 +164,37 @@ def try_run(
         return watch_run(run, lambda: plan_resume(run, step, allow=allow), allow, options)
 
     trial = finish_trial(run, resume_from)
-    whole = repeat_command(template, site_file, name, engine, overrides, trust)
-    print_trial(trial, plan_whole(effective, trial), whole)
+    plan = plan_training(effective, read_training_sizes(effective, site.paths.images), trial.seconds_per_step)
+    print_trial(trial, plan, repeat_command(template, site_file, name, engine, overrides, trust))
+
+
+def print_trial(trial: Trial, plan: TrainingPlan, next_command: str) -> None:
+    """The closing table of a trial."""
+    from kohaku_wrap.planning.sizes import total_of
+
+    disk_bytes = None if plan.sizes is None else total_of(plan.sizes.disk)
+    payload = {
+        "trial": {
+            "seconds_per_step": trial.seconds_per_step,
+            "state_bytes": trial.state_bytes,
+            "network_bytes": trial.network_bytes,
+            "resume_is_identical": not trial.difference,
+            "difference": trial.difference or None,
+        },
+        "optimizer_steps": plan.steps.total_optimizer_steps,
+        "eta_seconds": plan.eta_seconds,
+        "disk_bytes": disk_bytes,
+    }
+    rows: list[tuple[str, Any]] = [
+        ("trained", "2 optimizer steps, a checkpoint and a state after each"),
+        ("resumed from step 1", trial.difference or "the same network, bit for bit"),
+        ("a step", f"{trial.seconds_per_step:.2f} s; the first ones of a run are slower than later ones"),
+        ("a state, a checkpoint", f"{show_bytes(trial.state_bytes)}, {show_bytes(trial.network_bytes)}"),
+        ("the whole run", f"{plan.steps.total_optimizer_steps:,} optimizer steps"),
+        ("at this rate", format_duration(plan.eta_seconds or 0.0)),
+        *([("disk", show_bytes(disk_bytes))] if disk_bytes is not None else []),
+    ]
+    print_answer("train", payload, f"Tried {plan.template}; nothing of the trial is kept", rows, next_command)
 
 
 def repeat_command(

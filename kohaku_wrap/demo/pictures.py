@@ -8,8 +8,7 @@ import zipfile
 import numpy as np
 from PIL import Image, ImageDraw
 
-from kohaku_wrap.demo.posts import DemoPost
-from kohaku_wrap.demo.rolls import Rolls
+from kohaku_wrap.demo.posts import DemoPost, Rolls
 
 GIF_FRAMES = 3
 

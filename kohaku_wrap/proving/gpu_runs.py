@@ -7,15 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
-from kohaku_wrap.processes import accelerate_command
+from kohaku_wrap.formats.sdxl import SDXL_SIZES
+from kohaku_wrap.formats.untrained import write_untrained
+from kohaku_wrap.processes import accelerate_command, ask_python
 from kohaku_wrap.proving.killing import PLAIN_WORKER, Kill, ProcessFailed, run_logged, train_with_kills
 from kohaku_wrap.proving.prove import Bench, write_site_of
-from kohaku_wrap.proving.random_sdxl import write_random_sdxl
 from kohaku_wrap.proving.step_clock import StepClock
+from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.processes import list_processes
@@ -165,3 +171,22 @@ def environment_of(run: Run) -> dict[str, str]:
     """What the first attempt of a run was started with."""
     environment: dict[str, str] = read_json_files(run.attempts / "1", "attempt.json")[0]["environment"]
     return environment
+
+
+SHAPES_WORKER = "kohaku_wrap.planning.workers.list_sgm_tensors"
+
+
+def write_random_sdxl(path: Path, sizes: Any = SDXL_SIZES) -> None:
+    """Write the fp16 checkpoint, 6.9 GB in SDXL's sizes, a tensor at a time; what is there is kept.
+
+    Raises NoAnswer where the shapes cannot be had (torch, diffusers or transformers are missing).
+    """
+    if path.is_file():
+        return
+    shapes: dict[str, list[int]] = ask_python(SHAPES_WORKER, request=sizes)
+    write_untrained(path, shapes, {"format": "pt", "modelspec.title": "random weights of full size"}, draw)
+
+
+def draw(name: str, count: int) -> npt.NDArray[np.float32]:
+    """The draws of a tensor: the same on every machine with this numpy."""
+    return np.random.default_rng(seed_of("random sdxl", name)).random(count, dtype=np.float32)

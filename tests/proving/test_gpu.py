@@ -16,8 +16,7 @@ from kohaku_wrap.demo.base_model import load_description
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.proving.gpu import list_missing
 from kohaku_wrap.proving.gpu_report import BEGIN, END, Measure, NoPlaceForReport, Report, fill_document
-from kohaku_wrap.proving.gpu_runs import SCALES, Workplace
-from kohaku_wrap.proving.random_sdxl import write_random_sdxl
+from kohaku_wrap.proving.gpu_runs import SCALES, Workplace, write_random_sdxl
 from kohaku_wrap.proving.step_clock import StepClock
 from kohaku_wrap.trainer.installed import find_trainer
 

@@ -21,14 +21,15 @@ from kohaku_wrap.training.records.manifest import (
     document_digest,
     read_manifest,
 )
-from kohaku_wrap.training.records.retention import is_state_there, remove_old_states
 from kohaku_wrap.training.records.states import (
     DiskFull,
     check_space,
     check_state_sizes,
     digest_or_none,
     is_disk_full,
+    is_state_there,
     list_states,
+    remove_old_states,
     remove_state,
     state_folder,
     verify_state,

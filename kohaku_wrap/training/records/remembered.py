@@ -1,12 +1,19 @@
-"""The site file that a run goes by now, and what it took from it: `site.json`, no part of what the run is."""
+"""The site file that a run goes by now, and what it took from it: `site.json`, no part of what the run is.
+
+What `[secrets]` of it says of a run's logs is in no file of the run, and read when it is needed.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.site import load_site
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
@@ -47,3 +54,17 @@ def read_remembered(run: Run) -> Remembered:
 def write_remembered(run: Run, remembered: Remembered) -> None:
     """Keep it, whole or not at all."""
     write_text(run.folder / SITE_FILE, json.dumps(asdict(remembered), indent=2) + "\n")
+
+
+CONFIG = "log_tracker_config"
+
+
+def read_secrets(run: Run) -> Mapping[str, Any]:
+    """The secrets of the site that the run was made on, a relative path as beside that file; none where it is gone."""
+    site = Path(run.lock.secrets_file)
+    with suppress(KwrapError):
+        secrets = dict(load_site(site).secrets) if run.lock.secrets_file else {}
+        if secrets.get(CONFIG):
+            secrets[CONFIG] = str(site.parent / Path(secrets[CONFIG]).expanduser())
+        return secrets
+    return {}

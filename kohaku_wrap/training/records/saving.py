@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import Fingerprint
-from kohaku_wrap.training.records.retention import remove_old_states
 from kohaku_wrap.training.records.signs import Phase
-from kohaku_wrap.training.records.states import DiskFull, is_disk_full, write_state
+from kohaku_wrap.training.records.states import DiskFull, is_disk_full, remove_old_states, write_state
 
 Written = TypeVar("Written")
 

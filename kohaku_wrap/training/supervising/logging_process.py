@@ -11,8 +11,8 @@ from pathlib import Path
 
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import MetricsTail, read_metrics
+from kohaku_wrap.training.records.remembered import read_secrets
 from kohaku_wrap.training.records.trackers import open_tracker, read_logbook, write_lines
-from kohaku_wrap.training.supervising.site_secrets import read_secrets
 
 LOOK_SECONDS = 1.0
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.training.records.attempts import Attempt
+from kohaku_wrap.training.records.remembered import read_secrets
 from kohaku_wrap.training.records.trackers import read_logbook
-from kohaku_wrap.training.supervising.site_secrets import read_secrets
 
 MODULE = "kohaku_wrap.training.supervising.logging_process"
 END_SECONDS = 60.0

@@ -28,9 +28,8 @@ from kohaku_wrap.training.supervising.launch import (
 from kohaku_wrap.training.supervising.length import settle_length
 from kohaku_wrap.training.supervising.machines import refuse_machines
 from kohaku_wrap.training.supervising.moved_images import compare_moved_images
-from kohaku_wrap.training.supervising.places import Places, read_places
+from kohaku_wrap.training.supervising.places import Places, read_places, write_trainer_data
 from kohaku_wrap.training.supervising.site_places import settle_places
-from kohaku_wrap.training.supervising.trainer_data import write_trainer_data
 
 
 class RunFinished(KwrapError):

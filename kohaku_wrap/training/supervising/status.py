@@ -25,8 +25,7 @@ from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.samples import TRAINER_FOLDER, list_pictures
 from kohaku_wrap.training.records.signs import Heartbeat, read_boot_id
 from kohaku_wrap.training.records.states import list_states
-from kohaku_wrap.training.supervising.advice import advice_after
-from kohaku_wrap.training.supervising.ends import AttemptEnd, read_end, steps_done
+from kohaku_wrap.training.supervising.ends import AttemptEnd, advice_after, read_end, steps_done
 
 Condition = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]
 

@@ -13,8 +13,15 @@ from kohaku_wrap.training.records.attempts import Attempt, hold_lock
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.signs import RunLog
 from kohaku_wrap.training.records.states import DiskFull, is_disk_full
-from kohaku_wrap.training.supervising.advice import advice_after
-from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, log_tails, write_end
+from kohaku_wrap.training.supervising.ends import (
+    FINISHED,
+    KILLED,
+    STOPPED,
+    AttemptEnd,
+    advice_after,
+    log_tails,
+    write_end,
+)
 from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.logs import Loggers
