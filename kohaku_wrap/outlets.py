@@ -134,12 +134,18 @@ def go_on_without_reader(is_document: bool = False) -> None:
 
 
 def run_as_work(main: Callable[[], int]) -> NoReturn:
-    """Be a program of its own, such as `make epsilon`, whose work goes on when nobody reads what it prints."""
+    """Be a program of its own, such as `make epsilon`, whose work goes on when nobody reads what it prints.
+
+    A KwrapError is printed, and its exit code that of the program.
+    """
     open_outlets()
     go_on_without_reader()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
+    except KwrapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted; run the same command again", file=sys.stderr)
         code = EXIT_INTERRUPTED

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -172,15 +171,11 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parse_arguments(arguments)
     started = time.monotonic()
     seen: list[Seen] = []
-    try:
-        rows = choose_rows(parse_fates(chosen.fates.read_text(encoding="utf-8")), chosen.row)
-        with CensusBench(chosen.folder.absolute(), chosen.processes, keep=chosen.keep) as bench:
-            for each in walk(bench, rows, chosen.processes):
-                seen.append(each)
-                print(each.line(), flush=True)
-    except KwrapError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    rows = choose_rows(parse_fates(chosen.fates.read_text(encoding="utf-8")), chosen.row)
+    with CensusBench(chosen.folder.absolute(), chosen.processes, keep=chosen.keep) as bench:
+        for each in walk(bench, rows, chosen.processes):
+            seen.append(each)
+            print(each.line(), flush=True)
     wrong = [each for each in seen if each.is_wrong]
     results = Counter(each.result.partition(" network")[0].partition(" ledger")[0] for each in seen)
     print(", ".join(f"{count} {result}" for result, count in results.most_common()))

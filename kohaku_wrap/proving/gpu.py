@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -240,15 +239,11 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
     engine = chosen.engine or ("sd-scripts" if find_trainer() else "builtin")
-    try:
-        report = measure_machine(
-            chosen.folder, engine, chosen.scale, lambda measure: print(show_measure(measure), flush=True)
-        )
-        if chosen.document and report.scale == "full":
-            fill_document(chosen.document, report)
-    except KwrapError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    report = measure_machine(
+        chosen.folder, engine, chosen.scale, lambda measure: print(show_measure(measure), flush=True)
+    )
+    if chosen.document and report.scale == "full":
+        fill_document(chosen.document, report)
     print(f"in {time.monotonic() - started:.0f} s; the report: {chosen.folder / 'gpu-report.md'} and gpu-report.json")
     if report.not_measured:
         print(f"Not measured: {'; '.join(each.name for each in report.not_measured)}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -263,21 +262,17 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parse_arguments(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
-    try:
-        cases = choose_cases(chosen.engine, chosen.case)
-        bench = Bench(chosen.folder.absolute(), chosen.engine)
-        bench.make_world()
-        if chosen.upstream:
-            from kohaku_wrap.proving.prove_upstream import prove_upstream
+    cases = choose_cases(chosen.engine, chosen.case)
+    bench = Bench(chosen.folder.absolute(), chosen.engine)
+    bench.make_world()
+    if chosen.upstream:
+        from kohaku_wrap.proving.prove_upstream import prove_upstream
 
-            total, identical = prove_upstream(bench.world, bench.folder / "runs" / "upstream")
-        else:
-            shutil.rmtree(bench.runs, ignore_errors=True)
-            print(f"{len(cases)} cases with the {bench.engine} engine; each is trained, killed and resumed", flush=True)
-            total, identical = len(cases), prove(bench, cases)
-    except KwrapError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        total, identical = prove_upstream(bench.world, bench.folder / "runs" / "upstream")
+    else:
+        shutil.rmtree(bench.runs, ignore_errors=True)
+        print(f"{len(cases)} cases with the {bench.engine} engine; each is trained, killed and resumed", flush=True)
+        total, identical = len(cases), prove(bench, cases)
     print(f"in {time.monotonic() - started:.0f} s, runs in {bench.runs}")
     print(f"{total} cases, {identical} identical")
     return 0 if identical == total else 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -303,20 +302,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("prove/trainer"), help="where to work")
     parser.add_argument("--list", type=Path, default=Path("docs/proved.md"), help="the list of proved releases")
     chosen = parser.parse_args(arguments)
-    try:
-        known = find_commit(chosen.commit)
-        checkout = find_checkout(known.commit if known else chosen.commit)
-        if known and checkout.commit != known.commit:
-            raise NotProved(
-                f"{CHECKOUT_VARIABLE} points at {checkout.path}, which is not at {known.name} but at {checkout.name}",
-                f"Unset {CHECKOUT_VARIABLE}, or prove that checkout by: kwrap trainer prove",
-            )
-        shutil.rmtree(chosen.folder, ignore_errors=True)
-        # That of a supported commit is for the list alone.
-        proof = prove_checkout(checkout, chosen.folder, keep=not checkout.is_supported, on_note=print)
-    except KwrapError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    known = find_commit(chosen.commit)
+    checkout = find_checkout(known.commit if known else chosen.commit)
+    if known and checkout.commit != known.commit:
+        raise NotProved(
+            f"{CHECKOUT_VARIABLE} points at {checkout.path}, which is not at {known.name} but at {checkout.name}",
+            f"Unset {CHECKOUT_VARIABLE}, or prove that checkout by: kwrap trainer prove",
+        )
+    shutil.rmtree(chosen.folder, ignore_errors=True)
+    # That of a supported commit is for the list alone.
+    proof = prove_checkout(checkout, chosen.folder, keep=not checkout.is_supported, on_note=print)
     write_list(proof, chosen.list)
     return 0
 
