@@ -109,7 +109,7 @@ def command(
     if wants_json():
         print_json("prompt", document)
     else:
-        show(document)
+        show(document, lenient)
 
 
 def read_known(
@@ -209,8 +209,8 @@ def describe(
     }
 
 
-def show(document: dict[str, Any]) -> None:
-    """Print pieces, chunks and findings, and the prompt last, to copy."""
+def show(document: dict[str, Any], lenient: bool) -> None:
+    """Print pieces, chunks and findings, and the prompt last, to copy; what was left open is closed."""
     rows: list[tuple[str, Any]] = []
     for group, words in (document["groups"] or {}).items():
         rows.append((group, ", ".join(words) or "(none)"))
@@ -229,7 +229,7 @@ def show(document: dict[str, Any]) -> None:
     print_table("Prompt", rows)
     if findings := [(each["kind"], f"{each['word']}: {each['what']}".lstrip(": ")) for each in document["findings"]]:
         print_table("To look at", findings)
-    print_lines(document["prompt"])
+    print_lines(document["written" if lenient else "prompt"])
 
 
 def show_styles() -> None:

@@ -154,14 +154,25 @@ def merge_in_memory(plan: MergePlan, threads: int = 0) -> NDArray[np.uint8]:
         os.ftruncate(descriptor, plan.data_bytes)
         workers = make_workers(plan, files, faults, threads, len(pieces))
         Pool(list_tasks(pieces)).run(workers, descriptor, 0, plan.data_bytes, lambda done, total: None)
-        raise_faults(plan, faults)
+        raise_faults(
+            plan,
+            faults,
+            f"{' + '.join(header.path.name for header in files.headers.values())} is not finite",
+            "Draw with one network at a time to find the file at fault, or give it a smaller weight.",
+        )
         return np.frombuffer(mmap.mmap(descriptor, plan.data_bytes), dtype=np.uint8)
     finally:
         files.close()
         os.close(descriptor)
 
 
-def raise_faults(plan: MergePlan, faults: Faults) -> None:
+def raise_faults(
+    plan: MergePlan,
+    faults: Faults,
+    headline: str = "the merge is not finite; nothing was written",
+    next_step: str = "`--non-finite keep` and `--overflow keep` write them as they are; `--dtype fp32` holds larger "
+    "numbers.",
+) -> None:
     """Raise ProblemsFound for what the options do not allow."""
     problems = []
     if plan.options.non_finite == "fail":
@@ -173,5 +184,4 @@ def raise_faults(plan: MergePlan, faults: Faults) -> None:
             Problem(key, f"{count} results are too large for the output's type")
             for key, count in faults.overflows.items()
         ]
-    options = "`--non-finite keep` and `--overflow keep` write them as they are; `--dtype fp32` holds larger numbers."
-    raise_problems("the merge is not finite; nothing was written", problems, options)
+    raise_problems(headline, problems, next_step)

@@ -27,6 +27,10 @@ class DrawingFailed(KwrapError):
     """A process that draws ended, and did not say why."""
 
 
+class TooLittleMemory(KwrapError):
+    """Cells that no process has the memory for; all others are drawn."""
+
+
 @dataclass(frozen=True)
 class DrawingJob:
     """What is drawn, and by whom."""
@@ -90,7 +94,8 @@ def find_waiting(job: DrawingJob) -> list[PlacedCell]:
 def draw_sheet(job: DrawingJob, waiting: Sequence[PlacedCell], on_progress: Progress) -> None:
     """Draw the cells that wait; `on_progress` is told cells.
 
-    Raises what ended a process: KwrapError, OSError, MemoryError; the other processes are stopped then.
+    Raises what ended a process: KwrapError, OSError; the other processes are stopped then. Raises TooLittleMemory when
+    all other cells are drawn.
     """
     record_sheet(job)
     if not waiting:
@@ -101,6 +106,7 @@ def draw_sheet(job: DrawingJob, waiting: Sequence[PlacedCell], on_progress: Prog
         for index in range(min(job.processes, len(waiting)))
     ]
     drawn: set[str] = set()
+    too_large: dict[str, str] = {}
     on_progress(0, len(waiting))
     try:
         left = len(running)
@@ -115,12 +121,20 @@ def draw_sheet(job: DrawingJob, waiting: Sequence[PlacedCell], on_progress: Prog
             elif "drawn" in answer:
                 drawn.add(answer["drawn"])
                 on_progress(len(drawn), len(waiting))
+            elif "too_large" in answer:
+                too_large.update(dict.fromkeys(answer["too_large"], answer["what"]))
             else:
                 raise_answer(answer)
     finally:
         for process in running:
             process.stop()
     clear_leavings(job.out, f".{SHEET_RECORD}.*.part", ".contact-sheet.png.*.part")
+    if missing := [each.cell.name for each in find_waiting(job) if each.cell.name in too_large]:
+        more = f" (and for {len(missing) - 1:,} more of the sheet)" if missing[1:] else ""
+        raise TooLittleMemory(
+            f"{missing[0]}: {too_large[missing[0]]}{more}",
+            "Draw with a smaller --batch, --offload, --dtype fp16 or a smaller size; all that fits is drawn and kept.",
+        )
 
 
 def record_sheet(job: DrawingJob) -> None:

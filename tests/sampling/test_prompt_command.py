@@ -176,6 +176,11 @@ def test_the_seven_published_styles_are_shipped_and_read() -> None:
     assert "kohaku-3" in run("--style").output
 
 
+def test_a_prompt_that_was_read_leniently_is_written_closed() -> None:
+    line = run("a (b, [c", "--lenient").output.splitlines()[-1]
+    assert ask(line)["pieces"] == ask("a (b, [c", "--lenient")["pieces"]
+
+
 def test_own_styles_come_first_and_faults_are_named(tmp_path: Path, home: Path) -> None:
     own = home / "templates" / "styles"
     own.mkdir(parents=True)

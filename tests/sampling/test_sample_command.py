@@ -135,7 +135,7 @@ def test_bad_input_is_one_message(world: Path, tmp_path: Path, words: list[str],
 
 def test_files_that_are_no_model_of_this_kind_are_named(world: Path, network: Path, tmp_path: Path) -> None:
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     base, tokenizers = world / "base" / "model.safetensors", world / "base" / "tokenizers"
     rest = ["--prompt", "a", "--out", tmp_path / "out", "--tokenizers", tokenizers]
@@ -144,6 +144,13 @@ def test_files_that_are_no_model_of_this_kind_are_named(world: Path, network: Pa
     said = message_of(run("sample", base, "--network", tmp_path / "foreign.safetensors", *rest))
     assert "does not fit the checkpoint" in said and "lora_unet_nothing_here" in said
     assert "kwrap merge --unmatched skip" in said
+    weight = "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight"
+    size = load_file(base)[weight].shape[0]
+    save_file(
+        {"lora_te1_text_model_final_layer_norm.w_norm": torch.full((size,), torch.nan)}, tmp_path / "nan.safetensors"
+    )
+    said = message_of(run("sample", base, "--network", tmp_path / "nan.safetensors", *rest))
+    assert "model.safetensors + nan.safetensors is not finite" in said and "--overflow" not in said
     save_file({"a": torch.ones(3)}, tmp_path / "none.safetensors")
     assert "not a whole SDXL" in message_of(run("sample", tmp_path / "none.safetensors", *rest))
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x02" + b"x" * 50)
@@ -198,3 +205,18 @@ def test_a_full_disk_and_too_little_memory_are_one_message(world: Path, tmp_path
     done = subprocess.run(["bash", "-c", limit, "x", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and "memory" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_memory_runs_out_at_is_named_and_the_rest_of_the_sheet_is_drawn(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "sheet.toml").write_text("prompts = ['a', 'b']\nsizes = ['32768x32768', '64x64']\nsteps = 1\n")
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "kohaku_wrap", "sample", world / "base" / "model.safetensors", "--prompts",
+             tmp_path / "sheet.toml", "--tokenizers", world / "base" / "tokenizers", "--threads", 1,
+             "--out", out]  # fmt: skip
+    limited = ["bash", "-c", 'ulimit -v 2500000; exec "$@"', "x", *map(str, words)]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert re.search(r"^error: \S+\.png: too little memory .*32768x32768.* 1 more of", done.stderr, re.MULTILINE)
+    sizes = [Image.open(path).size for path in out.glob("*.png")]
+    assert sizes == [(64, 64)] * 2 and not list(out.rglob("*.part"))

@@ -42,10 +42,6 @@ VERSIONS = {
 }
 
 
-class TooLittleMemory(KwrapError):
-    """A batch does not fit the device."""
-
-
 class SheetWorker:
     """One process's share of a sheet."""
 
@@ -121,17 +117,12 @@ class SheetWorker:
 
     def draw(self, number: int, cells: list[Cell]) -> None:
         """Draw one batch and write its pictures."""
-        artist = self.load(number)
         try:
-            pictures = artist.draw(cells)
+            pictures = self.load(number).draw(cells)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, torch.OutOfMemoryError) or lacks_memory(error):
-                first = cells[0]
-                raise TooLittleMemory(
-                    f"{self.device}: too little memory for a batch of {self.compute.batch} at "
-                    f"{first.width}x{first.height} in {self.compute.dtype}",
-                    "Draw with a smaller --batch, --offload, --dtype fp16 or a smaller size; what is drawn is kept.",
-                ) from None
+                self.give_up(number, cells[0])
+                return
             raise
         described = self.described[number]
         files = tuple(ModelFile(**each) for each in described["files"])
@@ -143,6 +134,14 @@ class SheetWorker:
             write_picture(self.out / cell.name, picture, record)
             self.done.add(cell.name)
             self.tell(drawn=cell.name)
+
+    def give_up(self, number: int, cell: Cell) -> None:
+        """Leave to other processes what memory ran out at: a cell, and those of the model that need as much."""
+        alike = [each.name for each in self.list_waiting(number) if each.group == cell.group]
+        self.done.update(alike)
+        self.artist = None
+        batch = f"a batch of {cell.compute.batch} at {cell.width}x{cell.height} in {cell.compute.dtype}"
+        self.tell(too_large=alike, what=f"too little memory on {self.device} for {batch}")
 
     def load(self, number: int) -> Artist:
         """The model, loaded where it is not the last one used."""
