@@ -27,9 +27,10 @@ from PIL import Image
 
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
+from kohaku_wrap.training.data.latent_index import Wanted, extend_index
 from kohaku_wrap.training.data.latent_rules import make_rule
 from kohaku_wrap.training.data.latent_shards import write_shard
-from kohaku_wrap.training.data.latent_store import LatentStore, Wanted, extend_index
+from kohaku_wrap.training.data.latent_store import LatentStore
 from kohaku_wrap.training.engines.encode_latents import ShardMaker
 from kohaku_wrap.training.supervising.caching import compose_job, open_caches
 

@@ -7,9 +7,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from safetensors.numpy import load_file
 
+from kohaku_wrap.training.data.latent_index import (
+    COPY_FILE,
+    INDEX_FILE,
+    SHARD_IMAGES,
+    BadIndex,
+    Index,
+    Wanted,
+    extend_index,
+)
 from kohaku_wrap.training.data.latent_rules import make_rule
 from kohaku_wrap.training.data.latent_shards import (
     DamagedLatents,
@@ -19,16 +29,7 @@ from kohaku_wrap.training.data.latent_shards import (
     stamp_of,
     write_shard,
 )
-from kohaku_wrap.training.data.latent_store import (
-    SHARD_IMAGES,
-    BadIndex,
-    Index,
-    LatentStore,
-    NoLatents,
-    Rule,
-    Wanted,
-    extend_index,
-)
+from kohaku_wrap.training.data.latent_store import LatentStore, NoLatents, Rule
 
 RULE = make_rule({"keep": "moments", "precision": "fp32"}, {}, [{"resolution": 64}], "0" * 64, 7)
 
@@ -158,7 +159,8 @@ def test_what_lacks_a_shard_or_its_record_is_said_before_a_training(folder: Path
 def test_an_index_of_another_rule_or_of_noise_is_refused(folder: Path) -> None:
     with pytest.raises(BadIndex, match="fingerprint"):
         Index.open(folder, dataclasses.replace(RULE, precision="fp16"))
-    (folder / "index.arrow").write_bytes(b"noise")
+    for name in (INDEX_FILE, COPY_FILE):
+        (folder / name).write_bytes(b"noise")
     with pytest.raises(BadIndex, match="not an index"):
         Index.open(folder, RULE)
 
@@ -177,3 +179,46 @@ def test_every_part_of_a_rule_has_a_folder_of_its_own() -> None:
     assert {each for rule in others for each in rule} == {field.name for field in dataclasses.fields(Rule)}
     folders = {dataclasses.replace(RULE, **each).folder_in(Path()) for each in others}
     assert len(folders | {RULE.folder_in(Path())}) == len(others) + 1
+
+
+def test_a_flipped_bit_of_an_index_is_found_wherever_it_is(folder: Path) -> None:
+    whole, path = Index.open(folder, RULE), folder / INDEX_FILE
+    data, found = path.read_bytes(), 0
+    for place in range(0, len(data), 5):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            index = Index.read(path, RULE)
+        except BadIndex:
+            found += 1
+        else:
+            # Between the columns nothing is said.
+            assert index.shapes == whole.shapes
+            assert all(np.array_equal(*pair) for pair in zip(index.columns, whole.columns, strict=True))
+    assert found > len(data) / 5 / 3
+
+
+def test_a_damaged_index_is_read_from_its_copy_and_written_again(folder: Path) -> None:
+    path = folder / INDEX_FILE
+    data = path.read_bytes()
+    path.write_bytes(data[:-100])
+    store = LatentStore(folder, RULE)
+    assert np.array_equal(store.read_batch([(5, False)])[0], record_of(store.index.shapes[0], 5)[0])
+    assert path.read_bytes() != data
+    extend_index(folder, RULE, wanted([3, 5, 9]))
+    assert path.read_bytes() == data
+    path.unlink()
+    assert Index.open(folder, RULE).ids.tolist() == [3, 5, 9]
+
+
+def test_an_index_of_an_earlier_kwrap_has_no_checksum_and_no_copy(folder: Path) -> None:
+    (folder / COPY_FILE).unlink()
+    with pa.ipc.open_file(str(folder / INDEX_FILE)) as reader:
+        table = reader.read_all()
+    about = json.loads(table.schema.metadata[b"kwrap"])
+    del about["crc32"]
+    schema = table.schema.with_metadata({b"kwrap": json.dumps(about).encode()})
+    with pa.ipc.new_file(str(folder / INDEX_FILE), schema) as writer:
+        writer.write_table(table.cast(schema))
+    assert Index.open(folder, RULE).ids.tolist() == [3, 5, 9]

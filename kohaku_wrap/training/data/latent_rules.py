@@ -14,7 +14,8 @@ import numpy.typing as npt
 from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
-from kohaku_wrap.training.data.latent_store import SAMPLE, LatentStore, RecordStore, Rule, StoreRule
+from kohaku_wrap.training.data.latent_index import StoreRule
+from kohaku_wrap.training.data.latent_store import SAMPLE, LatentStore, RecordStore, Rule
 from kohaku_wrap.training.data.text_store import TextRule, TextStore
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock

@@ -11,8 +11,9 @@ import numpy as np
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.items import Item
+from kohaku_wrap.training.data.latent_index import StoreRule
 from kohaku_wrap.training.data.latent_shards import Latents
-from kohaku_wrap.training.data.latent_store import RecordStore, StoreRule
+from kohaku_wrap.training.data.latent_store import RecordStore
 
 
 class OtherCaption(KwrapError):

@@ -38,9 +38,10 @@ from kohaku_wrap.processes import answer, answer_in_lines
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.columns import ColumnsDataset, as_tensor
 from kohaku_wrap.training.data.items import Item, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.latent_index import Index
 from kohaku_wrap.training.data.latent_rules import TEXTS, open_latents, open_texts
 from kohaku_wrap.training.data.latent_shards import Latents, ShardShape, read_record, round_to, write_shard
-from kohaku_wrap.training.data.latent_store import MOMENTS, Index, Rule
+from kohaku_wrap.training.data.latent_store import MOMENTS, Rule
 from kohaku_wrap.training.data.moments import moments_of, sample_moments
 from kohaku_wrap.training.data.run_items import read_locked_dataset
 from kohaku_wrap.training.data.text_store import TextRule

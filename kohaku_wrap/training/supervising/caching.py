@@ -26,17 +26,10 @@ from kohaku_wrap.files import Claims, Progress, clear_leavings, describe_absence
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import LineHelper, raise_answer
 from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options
+from kohaku_wrap.training.data.latent_index import Index, Wanted, extend_index, lay_out
 from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS, make_rule, make_text_rule
 from kohaku_wrap.training.data.latent_shards import ShardShape, check_shard, read_record
-from kohaku_wrap.training.data.latent_store import (
-    Index,
-    NoLatents,
-    RecordStore,
-    Rule,
-    Wanted,
-    extend_index,
-    lay_out,
-)
+from kohaku_wrap.training.data.latent_store import NoLatents, RecordStore, Rule
 from kohaku_wrap.training.data.text_store import TextRule, stamp_of_caption
 from kohaku_wrap.training.supervising.launch import default_threads
 from kohaku_wrap.wording import show_bytes
@@ -244,11 +237,13 @@ def require_room(caches: Sequence[Cache]) -> int:
     free = shutil.disk_usage(place).free
     needed = sum(shape.size_bytes for cache in caches for shape in cache.list_unmade())
     if needed + SPARE_BYTES > free:
-        names = " and the ".join(cache.rule.what for cache in caches)
+        names, get = " and the ".join(cache.rule.what for cache in caches), caches[0].effective.get
+        smaller = {"cache.precision": "fp16", "cache.keep": "sample"} if get(LATENTS_KEY) else {}
+        less = [f"--set {key}={value}" for key, value in smaller.items() if get(key) != value]
+        less += [f"--set {TEXTS_KEY}=false"] if len(caches) > 1 else []
         raise NoRoom(
             f"{root}: the {names} take {show_bytes(needed)} more, and {show_bytes(free)} are free",
-            f"Set paths.latents in {site} to a larger disk, or write less: --set cache.precision=fp16, "
-            "--set cache.keep=sample, --set cache.text_encoders=false.",
+            f"Set paths.latents in {site} to a larger disk{', or write less: ' * bool(less)}{', '.join(less)}.",
         )
     return free
 

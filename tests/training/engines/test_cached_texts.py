@@ -22,9 +22,10 @@ from kohaku_wrap.proving.killing import Kill, train_with_kills
 from kohaku_wrap.proving.likeness import compare_runs
 from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.items import BatchKey, Item, ItemOptions
+from kohaku_wrap.training.data.latent_index import Wanted, extend_index
 from kohaku_wrap.training.data.latent_rules import make_text_rule
 from kohaku_wrap.training.data.latent_shards import DamagedLatents, write_shard
-from kohaku_wrap.training.data.latent_store import NoLatents, Wanted, extend_index
+from kohaku_wrap.training.data.latent_store import NoLatents
 from kohaku_wrap.training.data.text_store import OtherCaption, TextStore, stamp_of_caption
 from kohaku_wrap.training.data.tokens import CaptionTokenizer
 from kohaku_wrap.training.engines.builtin.loss import LossOfBatch
