@@ -126,7 +126,7 @@ class RecordStore:
         numbers, slots = self.index.shards[at].tolist(), self.index.slots[at].tolist()
         shape = self.index.shapes[numbers[0]]
         batch = np.empty((len(ids), *shape.record_shape), DTYPES[self.rule.precision][1])
-        view, begin = memoryview(batch).cast("B"), 0
+        view, begin = batch.data.cast("B"), 0
         for (image_id, is_flipped), number, slot in zip(images, numbers, slots, strict=True):
             end = begin + shape.record_bytes
             self.shard(number).read_into(view[begin:end], slot, image_id, is_flipped)
