@@ -14,8 +14,8 @@ from kohaku_wrap.reporting.pictures import list_files, name_row, place_of_row, r
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.samples import CONTACT_SHEET, read_sheet_record
 
-LEFT_OUT = ("pictures", "pictures_without_known_tag", "unknown_tags", "threshold", "reference_pictures")
-"""Of a score, what says nothing of how good the model is, by the first or last part of its name."""
+LEFT_OUT = ("scores", "pictures", "pictures_without_known_tag", "unknown_tags", "threshold", "reference_pictures")
+"""Of a score, what says nothing of how good the model is in all, by a part of its name."""
 
 
 @dataclass(frozen=True)
