@@ -63,7 +63,8 @@ def check_coverage(
         what = f"{name} ({layout.header.path}) seems to be: {describe_file(layout)}"
         if not held:
             raise UnfitInputs(
-                f"{what}. It shares no tensor with {anchor} that the formula uses", advise_none(name, layout)
+                f"{what}. It shares no tensor with {anchor} that the formula uses",
+                advise_none(name, layout, anchor, layouts[anchor]),
             )
         call = "te" if set(held) == {"te1", "te2"} else next((part for part in held if part), "")
         raise UnfitInputs(
@@ -74,8 +75,14 @@ def check_coverage(
         )
 
 
-def advise_none(name: str, layout: Layout) -> str:
-    """What to do with a file that has no tensor of the checkpoint."""
+def advise_none(name: str, layout: Layout, anchor: str, whole: Layout) -> str:
+    """What to do with a file that has no tensor of the checkpoint `whole` that the formula uses."""
+    if shared := [part for part in layout.parts if part in whole.parts]:
+        part = shared[0]
+        return (
+            f"Both have {WORDS_OF_PART[part]}, which the formula leaves as it is: write {part}({name}), as in "
+            f"`{anchor} + 0.5 * ({part}({name}) - {part}({anchor}))`."
+        )
     if layout.parts:
         words = " and ".join(WORDS_OF_PART[part] for part in layout.parts)
         return f"It has {words}: choose a first model (or --like) of the same kind that has these tensors too."

@@ -117,7 +117,7 @@ def plan_branch(
     engine, _ = settle_engine(site, lock.engine)
     new = settle_new_run(effective, site, name, engine, f"as run {parent.name}")
     plan = plan_steps(effective, read_training_sizes(effective, site.paths.images))
-    refuse_trained(parent, settle_held_out(effective, site.paths.images))
+    notes += refuse_trained(parent, settle_held_out(effective, site.paths.images))
     anew = tuple(list_order_changes(lock, effective, site, plan))
     origin = Origin(
         run=parent.name,
