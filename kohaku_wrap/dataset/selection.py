@@ -277,18 +277,16 @@ def stratum_bounds(ids: Int64Array, stratum: Stratum) -> tuple[int, int]:
 
 
 def sample_stratum(ids: Int64Array, candidates: Int64Array, sample: int | None, seed: int, number: int) -> Int64Array:
-    """The `sample` candidates (places in `ids`) with the smallest draws of the stratum's stream, ties by id.
+    """The `sample` candidates (places in `ids`) with the smallest draws of the stratum's stream.
 
     All of them when `sample` is None or not below their number. The draw of a post depends on the seed, the
-    stratum's number and the post's id alone, so other posts of the database never change it.
+    stratum's number and the post's id alone, so other posts of the database never change it; no two ids of a stream
+    draw the same number.
     """
     if sample is None or sample >= len(candidates):
         return candidates
     numbers = draws(stream_key("select", seed, number), ids[candidates])
-    last = np.partition(numbers, sample - 1)[sample - 1]
-    below = np.flatnonzero(numbers < last)
-    tied = np.flatnonzero(numbers == last)[: sample - len(below)]
-    taken: Int64Array = candidates[np.sort(np.concatenate([below, tied]))]
+    taken: Int64Array = candidates[np.sort(np.argpartition(numbers, sample - 1)[:sample])]
     return taken
 
 

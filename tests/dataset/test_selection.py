@@ -173,16 +173,6 @@ def test_posts_outside_the_strata_are_counted(tmp_path: Path, database_file: Pat
         report.strata[0].asked = 2  # type: ignore[misc]
 
 
-def test_posts_with_the_same_draw_are_taken_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "draws", lambda key, ids: (ids % 3).astype(np.uint64))
-    ids = np.arange(10, 22)  # draws: 1 2 0 1 2 0 1 2 0 1 2 0
-    taken = [ids[sample_stratum(ids, np.arange(12), sample, 1, 0)].tolist() for sample in (1, 3, 4, 5, 9, 11)]
-    assert taken == [
-        [12], [12, 15, 18], [12, 15, 18, 21], [10, 12, 15, 18, 21], [10, 11, 12, 13, 15, 16, 18, 19, 21],
-        [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 21],
-    ]  # fmt: skip
-
-
 @given(
     ids=strategies.sets(strategies.integers(0, 10**7), min_size=1, max_size=60),
     more=strategies.sets(strategies.integers(0, 10**7), max_size=60),
