@@ -143,7 +143,8 @@ def test_only_counts_of_people_stand_in_front(maker: Maker) -> None:
 @pytest.mark.parametrize(
     ("year", "word"),
     [(2004, ""), (2005, "old"), (2010, "old"), (2011, "early"), (2014, "early"), (2015, "mid"), (2017, "mid"),
-     (2018, "recent"), (2020, "recent"), (2021, "newest"), (2024, "newest"), (2025, ""), (2999, ""), (3000, ""), (9998, "")],
+     (2018, "recent"), (2020, "recent"), (2021, "newest"), (2024, "newest"), (2025, ""),
+     (2999, ""), (3000, ""), (9998, "")],
 )  # fmt: skip
 def test_years(maker: Maker, year: int, word: str) -> None:
     # The local year counts: in UTC this is the next one already.
