@@ -66,7 +66,7 @@ def command(selection: Path, tars: Path, images: Path, jobs: int | None, max_mis
     there and verified is kept.
     """
     from kohaku_wrap.dataset.images.extract import extract_images
-    from kohaku_wrap.dataset.images.extract_report import REPORT_FILE
+    from kohaku_wrap.dataset.images.extracted import REPORT_FILE
 
     leave_pandas_out()
     with progress_bar("images", "posts") as report_progress:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages
 from kohaku_wrap.dataset.captions.plan import CaptionPlan
 from kohaku_wrap.dataset.captions.summary import count_values, describe_scores, summarise_captions
-from kohaku_wrap.dataset.images.extract_report import REPORT_FILE
+from kohaku_wrap.dataset.images.extracted import REPORT_FILE
 from kohaku_wrap.dataset.selection_file import SelectedPosts, open_selection
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
 from kohaku_wrap.errors import command_line

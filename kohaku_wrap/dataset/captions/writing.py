@@ -50,6 +50,7 @@ from kohaku_wrap.metadata.tags import read_tags
 
 FORMATS = ("txt", "cache", "jsonl")
 NEED_IMAGES = ("txt", "cache")
+WITHOUT = ("none of the selected images is in", "nothing was extracted into")
 
 
 @dataclass(frozen=True)
@@ -156,26 +157,27 @@ def write_captions(
         raise NoTexts("the style hakubooru has no place for texts", "Leave --text out, or use --style kohaku.")
     recipe = hakubooru_recipe() if recipe.style == "hakubooru" else recipe
     posts = read_selected_posts(selection, "dateutil" if recipe.style == "hakubooru" else "iso")
-    images = find_images(folder, posts.ids)
     notes = []
-    if not images:
-        without = "nothing was extracted into" if images is None else "none of the selected images is in"
-        if not set(formats) - set(NEED_IMAGES):
+    with ThreadPoolExecutor(2) as pool:
+        finding = pool.submit(find_images, folder, posts.ids)
+        if set(formats) <= set(NEED_IMAGES) and not finding.result():
             extract = command_line("extract", selection, "--tars", "TARS", "--out", folder)
             raise NoImages(
-                f"{folder}: {without} this folder, and {' and '.join(formats)} list images on disk",
+                f"{folder}: {WITHOUT[finding.result() is None]} this folder, and {' and '.join(formats)} list images "
+                "on disk",
                 f"Run `{extract}` first, or ask for --format jsonl.",
             )
-        notes.append(f"{without} {folder}: only captions.jsonl was written; run `kwrap extract`, then this again")
+        cutting = pool.submit(find_cutoffs, recipe.quality, database, posts)
+        tags = read_tags(database, posts.ids, folder)
+        plan = plan_captions(recipe, tags)
+        cutoffs, images = cutting.result(), finding.result()
+    if not images:
+        without = f"{WITHOUT[images is None]} {folder}"
+        notes.append(f"{without}: only captions.jsonl was written; run `kwrap extract`, then this again")
         formats = [name for name in formats if name not in NEED_IMAGES]
         images = None
     if posts.about.get("db_digest") not in (None, database.digest()):
         notes.append("the database is not the one that the selection was made from")
-    with ThreadPoolExecutor(1) as pool:
-        cutting = pool.submit(find_cutoffs, recipe.quality, database, posts)
-        tags = read_tags(database, posts.ids, folder)
-        plan = plan_captions(recipe, tags)
-        cutoffs = cutting.result()
     notes += [f"the recipe names {name!r}, which fits no tag of the database" for name in plan.unused]
     work = Work(database, plan, posts, cutoffs, images, folder, tuple(formats), texts, count_tokens)
     about = {

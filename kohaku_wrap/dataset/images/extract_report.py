@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.dataset.images.extract_shard import ShardResult
+from kohaku_wrap.dataset.images.extracted import REPORT_FILE
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import atomic_write
-
-REPORT_FILE = "extract-report.json"
 
 
 class ImagesMissing(KwrapError):

@@ -19,6 +19,7 @@ from kohaku_wrap.errors import KwrapError, reason_of
 from kohaku_wrap.files import atomic_write, has_size, take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
+REPORT_FILE = "extract-report.json"
 JOURNAL_FOLDER = ".extracting"
 SCHEMA = pa.schema(
     [
