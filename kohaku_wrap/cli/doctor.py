@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from kohaku_wrap.cli.options import print_trust, set_option, trust_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, waiting, wants_json
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.proving.gpu_report import JSON_FILE, TABLE_FILE
-
-if TYPE_CHECKING:
-    from kohaku_wrap.planning.doctor_torch import Finding
-    from kohaku_wrap.proving.gpu_report import Report
-
+from kohaku_wrap.planning.doctor_torch import Finding
+from kohaku_wrap.proving.gpu_report import JSON_FILE, TABLE_FILE, Report
 
 COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
 Path_ = click.Path(path_type=Path)
@@ -72,7 +67,6 @@ def command(
     from kohaku_wrap.config.training_data import read_training_sizes
     from kohaku_wrap.formats.caption_rows import NoImages
     from kohaku_wrap.planning.doctor import examine_machine
-    from kohaku_wrap.planning.doctor_torch import Finding
     from kohaku_wrap.planning.training_plan import TrainingPlan, plan_training
 
     site = load_site(site_file) if site_file else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -22,12 +23,11 @@ from kohaku_wrap.cli.output import (
     wants_json,
 )
 from kohaku_wrap.cli.template_check import check
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.fates import fate_of_key
+from kohaku_wrap.config.network import list_preset_factors, list_reached
+from kohaku_wrap.config.templates import find_source, list_left_behind, list_templates, user_templates
 from kohaku_wrap.errors import ProblemsFound, UsageError, command_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from kohaku_wrap.config.effective import Effective
 
 Path_ = click.Path(path_type=Path)
 LONGEST_VALUE = 48
@@ -55,7 +55,6 @@ def command() -> None:
 @json_option
 def list_command() -> None:
     """List the templates that have a name, yours first."""
-    from kohaku_wrap.config.templates import list_templates, user_templates
 
     templates = list_templates()
     payload = {"templates": [vars(each) for each in templates], "user_folder": user_templates()}
@@ -89,7 +88,6 @@ def show_command(
     """
     from kohaku_wrap.config.checks import check_effective, describe_notes
     from kohaku_wrap.config.layers import load_layers
-    from kohaku_wrap.config.network import list_preset_factors, list_reached
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.trainer.installed import find_option_table
 
@@ -149,7 +147,6 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool, typed:
 
 def print_preset_factors(preset: Mapping[str, Any]) -> None:
     """The preset's factors, and what the factor of network_args still reaches beside them."""
-    from kohaku_wrap.config.network import list_preset_factors, list_reached
 
     factors = list_preset_factors(preset)
     for pattern, factor in factors:
@@ -163,7 +160,6 @@ def print_preset_factors(preset: Mapping[str, Any]) -> None:
 
 def print_fates(keys: Iterable[str]) -> None:
     """What the options decide, by kind; those that are not named decide the weights."""
-    from kohaku_wrap.config.fates import fate_of_key
 
     named: dict[str, list[str]] = {}
     for key in sorted(keys):
@@ -184,7 +180,6 @@ def print_fates(keys: Iterable[str]) -> None:
 
 def describe_fate(key: str) -> str:
     """What a key decides, in words; empty for what is kwrap's own."""
-    from kohaku_wrap.config.fates import fate_of_key
 
     fate = fate_of_key(key)
     return fate.describe() if fate else ""
@@ -216,7 +211,6 @@ def copy_command(name: str, destination: str, force: bool) -> None:
     found by name as before, so the copy holds only the differences. A preset belongs into a folder presets/ beside the
     template that names it.
     """
-    from kohaku_wrap.config.templates import find_source, list_left_behind, user_templates
     from kohaku_wrap.files import expand_user, write_new_text, write_text
     from kohaku_wrap.merging.blocks import PRESETS_FILE
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from kohaku_wrap.cli.options import describe_trust, print_trust, trust_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, print_note, wants_json
+from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 from kohaku_wrap.wording import count_of, show_path
-
-if TYPE_CHECKING:
-    from kohaku_wrap.config.effective import Effective
-    from kohaku_wrap.config.site import Site
 
 Path_ = click.Path(path_type=Path)
 
@@ -37,7 +34,6 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
 
     from kohaku_wrap.config.base_model import note_other_prediction
     from kohaku_wrap.config.check_files import check_file, list_files
-    from kohaku_wrap.config.site import load_site
     from kohaku_wrap.config.training_data import note_whole_captions
     from kohaku_wrap.planning.training_plan import check_engine
     from kohaku_wrap.trainer.installed import find_option_table

@@ -14,12 +14,20 @@ from kohaku_wrap.cli.output import (
     print_table,
     wants_json,
 )
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.trainer.checkout import (
+    Checkout,
+    TrainerReport,
+    find_checkout,
+    install_checkout,
+    list_installed,
+    list_later,
+    report_trainer,
+)
+from kohaku_wrap.trainer.requirements import Requirement, RequirementState, install_requirements
 
 if TYPE_CHECKING:
     from kohaku_wrap.proving.prove_trainer import Proof
-    from kohaku_wrap.trainer.checkout import Checkout, TrainerReport
-    from kohaku_wrap.trainer.requirements import Requirement, RequirementState
 
 
 @click.group(epilog="Start with `kwrap trainer install`; `kwrap trainer show` tells what is there.")
@@ -69,9 +77,6 @@ def install(
     seen by the trainer's process alone; torch is never replaced. Another commit than the supported ones is installed
     with --prove, if it trains and resumes exactly here, and trains the networks of a supported one.
     """
-    from kohaku_wrap.errors import UsageError
-    from kohaku_wrap.trainer.checkout import find_checkout, install_checkout
-    from kohaku_wrap.trainer.requirements import install_requirements
 
     if no_requirements and requirements_only:
         raise UsageError("--no-requirements and --requirements-only leave nothing to do", "Give one of them.")
@@ -109,7 +114,6 @@ def prove(source: str, accept_difference: bool) -> None:
     from the checkout's own history, where none is installed); all must be equal. It takes some minutes. From then on
     the checkout is taken like a supported one; lock and card say what was proved.
     """
-    from kohaku_wrap.trainer.checkout import find_checkout
 
     proof = run_proof(find_checkout(), source, accept_difference)
     rows = [(step.tried, f"{step.result} ({step.seconds:.0f} s)") for step in proof.steps]
@@ -132,11 +136,9 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool) -> 
     be the fork's own commit. What changes in its options is shown first. One that is older than what is installed is
     installed only by --commit. Runs go on with the commit of their lock.
     """
-    from kohaku_wrap.trainer.checkout import install_checkout, list_installed, list_later
     from kohaku_wrap.trainer.cloning import NEWEST
     from kohaku_wrap.trainer.installed import ask_trainer, find_option_table
     from kohaku_wrap.trainer.options import compare_tables, parse_table
-    from kohaku_wrap.trainer.requirements import install_requirements
 
     before = [each.name for each in list_installed()]
     changes: list[str] = []
@@ -197,7 +199,6 @@ def run_proof(checkout: Checkout, source: str, accept_difference: bool) -> Proof
 @json_option
 def show() -> None:
     """Show the sd-scripts in use, and what kwrap corrects in it."""
-    from kohaku_wrap.trainer.checkout import report_trainer
     from kohaku_wrap.trainer.commits import SUPPORTED
 
     report = report_trainer()
