@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 EXIT_FAILED = 1
@@ -33,7 +34,7 @@ def reason_of(error: Exception) -> str:
         return "not UTF-8 text"
     if isinstance(error, KeyError):
         return f"it lacks {error.args[0] if error.args else 'a key'}"
-    return getattr(error, "strerror", None) or str(error)
+    return error.message if isinstance(error, KwrapError) else getattr(error, "strerror", None) or str(error)
 
 
 def command_line(*words: object) -> str:
@@ -62,6 +63,23 @@ class KwrapError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.next_step}" if self.next_step else self.message
+
+
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+@contextmanager
+def refusing(kind: type[KwrapError], message: str, next_step: str, *also: type[Exception]) -> Iterator[None]:
+    """Refuse what cannot be read inside; its message ends with the reason, in brackets or after a colon.
+
+    Caught is what is raised where a file is damaged or not what it should be, and what is named `also`.
+    """
+    try:
+        yield
+    except DAMAGE + also as error:
+        reason = reason_of(error)
+        told = f"{message} {reason}" if message.endswith(":") else f"{message} ({reason})"
+        raise kind(told, next_step) from error
 
 
 class UsageError(KwrapError):

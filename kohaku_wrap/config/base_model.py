@@ -11,7 +11,7 @@ from typing import Any
 
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.predictions import find_prediction
 from kohaku_wrap.formats.safetensors import Header, MalformedFile, read_header
@@ -39,13 +39,9 @@ def read_sizes(path: Path) -> Mapping[str, Mapping[str, Any]]:
     config = path.with_name("config.json")
     if not config.is_file():
         return SDXL_SIZES
-    try:
+    with refusing(BadBaseModel, f"{config}: not the sizes of an SDXL", "Restore it, or remove it for a full SDXL."):
         document = parse_json(read_regular(config))
         return {part: dict(document[part]) for part in SDXL_SIZES}
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadBaseModel(
-            f"{config}: not the sizes of an SDXL ({error!r})", "Restore it, or remove it for a full SDXL."
-        ) from error
 
 
 def check_base_model(path: Path, with_vae: bool = True, sizes_of: Path | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
-from kohaku_wrap.errors import KwrapError, MissingExtra
+from kohaku_wrap.errors import KwrapError, MissingExtra, refusing
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.options import flatten_sections
 
@@ -79,7 +79,7 @@ def read_run_text(name: str, text: str) -> dict[str, Any]:
     Keys: `learning_rate`, `network_args.factor`, `preset.target_module`, `accelerate.mixed_precision`, an option of
     the dataset file by its name alone, or `datasets.1.NAME` beyond the first dataset.
     """
-    try:
+    with refusing(UnreadableRunFile, f"{name}: cannot be read", "Restore the run's own files."):
         if name == TRAINER_FILE:
             return flatten_trainer(parse_toml(text))
         if name == DATASET_FILE:
@@ -88,8 +88,6 @@ def read_run_text(name: str, text: str) -> dict[str, Any]:
             return dict(flatten(parse_toml(text), "preset."))
         if name == ACCELERATE_FILE:
             return dict(flatten(read_yaml(text), "accelerate."))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UnreadableRunFile(f"{name}: cannot be read ({error})", "Restore the run's own files.") from None
     return {name: text}
 
 

@@ -18,7 +18,7 @@ from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
 from kohaku_wrap.config.validation import settle_held_out
 from kohaku_wrap.dataset.own.report import note_whole
-from kohaku_wrap.errors import reason_of
+from kohaku_wrap.errors import refusing
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import (
     OWN_STYLE,
@@ -322,13 +322,9 @@ def read_size(image: str) -> tuple[int, int]:
     """Width and height from the image's header. Raises NoImages for a broken one."""
     from PIL import Image
 
-    try:
-        with Image.open(image) as opened:
-            return opened.size
-    except (OSError, ValueError) as error:
-        raise NoImages(
-            f"{image}: its size cannot be read ({reason_of(error)})", "Fix the image, or move it away."
-        ) from None
+    fix = "Fix the image, or move it away."
+    with refusing(NoImages, f"{image}: its size cannot be read", fix), Image.open(image) as opened:
+        return opened.size
 
 
 def relative_to(path: str, folder: Path) -> str:

@@ -21,7 +21,7 @@ from kohaku_wrap.demo.posts import DemoPost, Rolls, make_posts
 from kohaku_wrap.demo.shards import write_shards
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.demo.vocabulary import list_tags
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import Progress, fsync_folder, has_size, parse_json, take_lock
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.metadata.new_database import write_new_database
@@ -144,11 +144,9 @@ def find_world(folder: Path, posts: int, seed: int) -> World | None:
     if not record.is_file():
         return None
     remove = "Choose another folder, or remove this one first."
-    try:
+    with refusing(WorldInTheWay, f"{record} is not the record of an embedded world", remove):
         found = parse_json(record.read_text(encoding="utf-8"))
         world, sizes = World(**{**found["world"], "folder": folder, "kept": True}), dict(found["size_bytes"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise WorldInTheWay(f"{record} is not the record of an embedded world", remove) from error
     if (world.posts, world.seed) != (posts, seed):
         raise WorldInTheWay(f"{folder} is a world of {world.posts} posts and seed {world.seed}", remove)
     for name, size_bytes in sizes.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, refusing
 
 HELD_OUT_FILE = "held-out.json"
 FORMAT = 1
@@ -67,15 +67,14 @@ class HeldOut:
     @classmethod
     def parse(cls, text: str) -> HeldOut:
         """From the file's text. Raises BadHeldOut."""
-        try:
+        with refusing(
+            BadHeldOut,
+            f"{HELD_OUT_FILE}: not a list of held-out posts",
+            "Restore it: the run's lock holds its text under [files].",
+        ):
             document: dict[str, Any] = json.loads(text)
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']}, and this kwrap reads {FORMAT}")
             posts, relatives = (np.array(document[name], dtype=np.int64) for name in ("posts", "relatives"))
             return cls(posts, relatives, dict(document["by_kind"]), int(document["unknown"]),
                        int(document["images"]))  # fmt: skip
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise BadHeldOut(
-                f"{HELD_OUT_FILE}: not a list of held-out posts ({error})",
-                "Restore it: the run's lock holds its text under [files].",
-            ) from None

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kohaku_wrap.errors import KwrapError, reason_of
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write
 
 RELATIONS_FILE = "relations.parquet"
@@ -71,15 +71,15 @@ def read_relations(images: Path) -> Relations | None:
     path = images / RELATIONS_FILE
     if not path.is_file():
         return None
-    try:
+    with refusing(
+        BadRelations,
+        f"{path}: cannot be read",
+        "Run `kwrap caption` again: it writes the file anew.",
+        pa.ArrowException,
+    ):
         table = pq.read_table(path)
         about = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
         if about.get("format") != FORMAT:
             raise ValueError(f"format {about.get('format')}, and this kwrap reads {FORMAT}")
         parents = table["parent"].fill_null(-1).to_numpy()
         return Relations(table["id"].to_numpy(), parents, table["content"].combine_chunks())
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise BadRelations(
-            f"{path}: cannot be read ({reason_of(error) if isinstance(error, OSError) else error})",
-            "Run `kwrap caption` again: it writes the file anew.",
-        ) from None

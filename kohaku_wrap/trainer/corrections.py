@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
 from kohaku_wrap.trainer.anchors import ANCHORS, LOOP, LOOP_ANCHORS, TRAINER, Anchor
 from kohaku_wrap.trainer.commits import TRAINING_SCRIPTS
 
@@ -94,18 +94,14 @@ def where_looked(match: AnchorMatch) -> str:
 
 def read_source(path: Path) -> str:
     """The text of one file; raises SourceUnreadable."""
-    try:
+    with refusing(SourceUnreadable, f"{path}:", FRESH_CHECKOUT):
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceUnreadable(f"{path}: {reason_of(error)}", FRESH_CHECKOUT) from error
 
 
 def parse_source(text: str, path: Path) -> ast.Module:
     """The syntax tree of that file's text; raises SourceUnreadable."""
-    try:
+    with refusing(SourceUnreadable, f"{path}:", FRESH_CHECKOUT, SyntaxError):
         return ast.parse(text, filename=str(path))
-    except SyntaxError as error:
-        raise SourceUnreadable(f"{path}: {reason_of(error)}", FRESH_CHECKOUT) from error
 
 
 @cache

@@ -10,6 +10,7 @@ from diffusers.loaders import single_file_utils
 from torch import nn
 
 from kohaku_wrap.config.base_model import BadBaseModel
+from kohaku_wrap.errors import refusing
 from kohaku_wrap.formats.sdxl import VAE_PREFIX
 
 Tensors = dict[str, torch.Tensor]
@@ -19,12 +20,10 @@ KEYS_SHOWN = 5
 
 def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: Any) -> Tensors:
     """diffusers' conversion of one part; it fails on absent keys with their name alone, which is told in full here."""
-    try:
+    with refusing(
+        BadBaseModel, f"{path}: {part} is not there or incomplete", "Set `base_model` in site.toml to a whole SDXL."
+    ):
         converted: Tensors = conversion(dict(tensors), dict(config))
-    except (KeyError, IndexError, AttributeError) as error:
-        raise BadBaseModel(
-            f"{path}: {part} is not there or incomplete (at {error})", "Set `base_model` in site.toml to a whole SDXL."
-        ) from error
     return converted
 
 

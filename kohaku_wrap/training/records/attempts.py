@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.errors import KwrapError, command_line, reason_of
+from kohaku_wrap.errors import KwrapError, command_line, refusing
 from kohaku_wrap.files import parse_json, read_regular, take_lock, write_text
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
@@ -267,7 +267,7 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
 def read_attempt(run: Run, number: int) -> Attempt:
     """One attempt of a run; raises BadAttempt when its file is missing, not what it should be, or of a later kwrap."""
     path = run.attempts / str(number) / "attempt.json"
-    try:
+    with refusing(BadAttempt, f"{path}: cannot be read", "Restore the run's folder, or start a new run."):
         document = parse_json(read_regular(path))
         if document.get("format", 1) not in range(1, FORMAT + 1):
             raise BadAttempt(
@@ -294,10 +294,6 @@ def read_attempt(run: Run, number: int) -> Attempt:
             address=dict(document.get("address", {})),
             threads=int(threads) if threads.isascii() and threads.isdecimal() else None,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise BadAttempt(
-            f"{path}: cannot be read ({reason_of(error)})", "Restore the run's folder, or start a new run."
-        ) from error
 
 
 def attempt_numbers(run: Run) -> list[int]:

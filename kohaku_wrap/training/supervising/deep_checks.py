@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.formats.caption_rows import open_captions
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.streams import draws, stream_key
@@ -103,12 +103,10 @@ def recompute_content(run: Run, records: Records, chosen: Int64Array) -> list[in
     substituted = (records.flags & SUBSTITUTE) > 0
     samples = [[int(records.epoch[each]), int(records.position[each]), int(substituted[each])] for each in chosen]
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    try:
+    with refusing(
+        CannotRecompute, "the samples cannot be recomputed:", "Verify without --deep, or fix that.", NoAnswer
+    ):
         digests: list[int | str] = ask_python(
             RECOMPUTE_WORKER, run.folder, run.find_images(), request=samples, added=settings, folder=run.folder
         )
-    except NoAnswer as failed:
-        raise CannotRecompute(
-            f"the samples cannot be recomputed: {failed.message}", "Verify without --deep, or fix that."
-        ) from None
     return digests

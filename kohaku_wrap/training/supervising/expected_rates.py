@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
@@ -69,7 +69,7 @@ def preview_rates(run: Run, updates: int) -> dict[int, list[float]]:
 def ask_rates(run: Run, groups: int, names: Sequence[str]) -> list[list[float]]:
     """(updates, groups) from the worker. Raises NoExpectedRates."""
     chapters = [chapter.document() for chapter in run.lock.chapters]
-    try:
+    with refusing(NoExpectedRates, "the schedule cannot be followed here:", "", NoAnswer):
         rates: list[list[float]] = ask_python(
             WORKER,
             run.folder,
@@ -77,8 +77,6 @@ def ask_rates(run: Run, groups: int, names: Sequence[str]) -> list[list[float]]:
             added={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             folder=run.folder,
         )
-    except NoAnswer as error:
-        raise NoExpectedRates(f"the schedule cannot be followed here: {error.message}") from None
     return rates
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from kohaku_wrap.config.run_files import LOCK_PLACES, flatten
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.lock import refuse_later_lock
@@ -57,10 +57,8 @@ def refuse_other_lock(path: Path, new: Mapping[str, Any]) -> None:
 
 def read_lock(path: Path) -> dict[str, Any]:
     """The tables of a lock file."""
-    try:
+    with refusing(KwrapError, f"{path}: not a lock", "Give the run.lock.toml of a run."):
         tables = parse_toml(read_regular(path))
-    except (OSError, ValueError) as error:
-        raise KwrapError(f"{path}: not a lock ({reason_of(error)})", "Give the run.lock.toml of a run.") from error
     refuse_later_lock(path, tables)
     return tables
 
