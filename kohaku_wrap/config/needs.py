@@ -57,7 +57,10 @@ def find_lack(effective: Effective, key: str) -> str:
     value = effective.get(key)
     if fate is None or not does_something(fate, value) or value == effective.defaults.get(key):
         return ""
-    ways = [{resolve_key(effective, name): wanted for name, wanted in way.items()} for way in fate.ways()]
+    inside = effective.table.dataset_options
+    ways = [
+        {f"dataset_options.{key}" if key in inside else key: each for key, each in way.items()} for way in fate.ways()
+    ]
     lacking = list_lacking(ways, effective.get)
     if all(name != OWN_DATA and rank(effective, name) > rank(effective, key) for name, _ in lacking):
         return ""
@@ -93,11 +96,6 @@ def say(name: str, wanted: Any) -> str:
     """A partner in words."""
     options = [item for item in wanted if isinstance(item, str)] if isinstance(wanted, list) else []
     return f"{name} = {', '.join(options)}" if options else name
-
-
-def resolve_key(effective: Effective, name: str) -> str:
-    """The key of a partner as a template's entries have it."""
-    return f"dataset_options.{name}" if name in effective.table.dataset_options else name
 
 
 def rank(effective: Effective, key: str) -> tuple[int, int]:

@@ -212,15 +212,10 @@ def measure_machine(
             first_line = (measuring.__doc__ or measuring.__name__).splitlines()[0]
             measures.append(Measure(first_line, "failed", fault.message.splitlines()[0]))
             on_measure(measures[-1])
-    versions = environment_versions()
+    versions = {name: find_version(name) for name in (*TESTED_ALONE, "accelerate", "diffusers")}
     report = Report(place.scale.name, engine, {"gpus": found, "versions": versions}, tuple(measures))
     report.write(place.folder)
     return report
-
-
-def environment_versions() -> dict[str, str]:
-    """The packages that decide speed and bits."""
-    return {name: find_version(name) for name in (*TESTED_ALONE, "accelerate", "diffusers")}
 
 
 def show_measure(measure: Measure) -> str:

@@ -232,7 +232,8 @@ def check_single(option: Option, value: Any) -> Any:
         return float(value) if option.types == ("float",) else value
     shown = shorten(json.dumps(value, ensure_ascii=False, default=str))
     if not fitting:
-        hint = " (without the quotes)" if isinstance(value, str) and value and fits_unquoted(option, value) else ""
+        bare = parse_literal(value) if isinstance(value, str) and value else None
+        hint = " (without the quotes)" if any(fits(kind, bare) for kind in option.types if kind != "str") else ""
         raise UnfitValue(f"{shown} is {kind_of(value)}, not {option.describe()}{hint}")
     allowed = [str(choice) for choice in option.choices or () if choice is not None]
     raise UnfitValue(f"{shown} is not one of {', '.join(allowed)}{suggest(str(value), allowed)}")
@@ -241,10 +242,6 @@ def check_single(option: Option, value: Any) -> Any:
 def shorten(text: str) -> str:
     """The text, or its beginning where it would fill a terminal."""
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
-
-
-def fits_unquoted(option: Option, text: str) -> bool:
-    return any(fits(kind, parse_literal(text)) for kind in option.types if kind != "str")
 
 
 def fits(kind: str, value: Any) -> bool:

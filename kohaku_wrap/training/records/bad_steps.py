@@ -94,7 +94,8 @@ class BadSteps:
 
     def check_step(self, attempt: Attempt, optimizer_step: int, loss: float, is_skipped: bool) -> None:
         """Raise TooManyBadSteps at the limit, NonFiniteLoss for a loss that is no number in a step that was made."""
-        limit = limit_at(optimizer_step) if attempt.bad_steps is None else attempt.bad_steps
+        usual = LIMIT_AT_FIRST if optimizer_step <= FIRST_STEPS else LIMIT_LATER
+        limit = usual if attempt.bad_steps is None else attempt.bad_steps
         if limit and self.in_a_row >= limit:
             first = optimizer_step - self.in_a_row + 1
             raise TooManyBadSteps(
@@ -117,11 +118,6 @@ class BadSteps:
                 "the network was hardly trained",
                 "Start a new run with lower rates, or with bf16 in place of fp16.",
             )
-
-
-def limit_at(optimizer_step: int) -> int:
-    """Bad steps in a row that end an attempt at this optimizer step (from 1), unless the person says otherwise."""
-    return LIMIT_AT_FIRST if optimizer_step <= FIRST_STEPS else LIMIT_LATER
 
 
 def is_mostly_skipped(skipped: int, optimizer_steps: int) -> bool:

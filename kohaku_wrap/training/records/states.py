@@ -103,7 +103,8 @@ def seal_files(folder: Path) -> dict[str, SealedFile]:
     """Make the files of a state durable; size and sha256 of each by its name."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        return dict(zip((relative_name(path, folder) for path in paths), threads.map(seal_file, paths), strict=True))
+        names = (path.relative_to(folder).as_posix() for path in paths)
+        return dict(zip(names, threads.map(seal_file, paths), strict=True))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -122,10 +123,6 @@ def seal_file(path: Path) -> SealedFile:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
     return SealedFile(path.stat().st_size, sha256_of_file(path))
-
-
-def relative_name(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
 
 
 def verify_state(state: Path, on_bytes: Callable[[int], None] | None = None) -> Manifest:

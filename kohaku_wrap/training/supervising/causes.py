@@ -89,7 +89,9 @@ class ReportedProcess:
 def find_first_cause(attempt: Attempt, optimizer_step: int) -> Cause | None:
     """What ended the attempt first; None where no rank, machine or report tells of anything."""
     reported = read_reports(attempt)
-    causes = [*failure_causes(attempt), *death_causes(attempt, reported, optimizer_step), *left_causes(attempt)]
+    causes = [*failure_causes(attempt), *death_causes(attempt, reported, optimizer_step)]
+    for why, seconds in attempt.machines_left():
+        causes.append(Cause("crash", why, seconds, depth=1 if "ended with exit code" in why else 0))
     if causes and all(cause.depth == 2 for cause in causes):
         causes += silent_causes(attempt, reported)
     first = min(causes, key=lambda cause: (cause.depth, cause.unix_seconds), default=None)
@@ -132,14 +134,6 @@ def death_causes(attempt: Attempt, reported: list[ReportedProcess], optimizer_st
             depth = 2 if -process.exit_code == signal.SIGABRT else 0
             causes.append(Cause("crash", message, process.unix_seconds, process.rank, depth))
     return causes
-
-
-def left_causes(attempt: Attempt) -> list[Cause]:
-    """Machines that left the attempt."""
-    return [
-        Cause("crash", why, seconds, depth=1 if "ended with exit code" in why else 0)
-        for why, seconds in attempt.machines_left()
-    ]
 
 
 def silent_causes(attempt: Attempt, reported: list[ReportedProcess]) -> list[Cause]:

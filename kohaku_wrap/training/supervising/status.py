@@ -219,7 +219,7 @@ def read_status(run: Run, lines: list[dict[str, Any]] | None = None) -> RunStatu
         bad_steps_in_a_row=bad_steps.in_a_row,
         seconds_per_step=seconds,
         eta_seconds=(total - done) * seconds if running and seconds is not None else None,
-        phase=describe_phase(beats),
+        phase=", ".join(dict.fromkeys(beat.message or beat.phase for beat in beats)),
         stop_waits_for=describe_wait(beats) if running and attempts[-1].stop_file.exists() else "",
         apart_seconds=sum_apart(lines),
         silent_seconds=count_silence(beats),
@@ -305,11 +305,6 @@ def count_silence(beats: list[Heartbeat]) -> float | None:
     """Seconds since the last sign of life; None where it was left on another boot, whose clock is not ours."""
     here = [beat.monotonic_seconds for beat in beats if beat.boot_id and beat.boot_id == read_boot_id()]
     return max(0.0, time.monotonic() - max(here)) if here else None
-
-
-def describe_phase(beats: list[Heartbeat]) -> str:
-    """What the ranks do, once where they agree."""
-    return ", ".join(dict.fromkeys(beat.message or beat.phase for beat in beats))
 
 
 def describe_wait(beats: list[Heartbeat]) -> str:
