@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.live_page import keeping_page
 from kohaku_wrap.cli.options import describe_trust, machine_option, print_trust, repeat_option, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
@@ -22,6 +25,7 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
 if TYPE_CHECKING:
@@ -245,3 +249,46 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunRep
                 "\n".join([*told[:1], "Nothing of the run is kept: fix this and give the same command again."]),
             ) from None
         raise
+
+
+if TYPE_CHECKING:
+    from kohaku_wrap.training.records.folder import Run
+
+EVERY_SECONDS = 20.0
+TIMEOUT_SECONDS = 120.0
+
+
+@contextmanager
+def keeping_page(run: Run, is_wanted: bool) -> Iterator[None]:
+    """Have `kwrap report RUN` write the page again and again within the block, and once after it."""
+    if not is_wanted:
+        yield
+        return
+    is_over = threading.Event()
+
+    def write() -> None:
+        with suppress(OSError, subprocess.SubprocessError):
+            subprocess.run(
+                python_command("-m", "kohaku_wrap", "report", run.folder, "--live"),
+                env=safe_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=TIMEOUT_SECONDS,
+                start_new_session=True,
+                check=False,
+            )
+
+    def go_on() -> None:
+        while not is_over.is_set():
+            write()
+            is_over.wait(EVERY_SECONDS)
+
+    writer = threading.Thread(target=go_on, daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        writer.join()
+        write()

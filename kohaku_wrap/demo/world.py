@@ -16,9 +16,8 @@ from typing import Any
 
 import kohaku_wrap
 from kohaku_wrap.demo.base_model import write_base_model
-from kohaku_wrap.demo.pictures import encode_file
+from kohaku_wrap.demo.pictures import encode_file, write_shards
 from kohaku_wrap.demo.posts import DemoPost, Rolls, make_posts
-from kohaku_wrap.demo.shards import write_shards
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.demo.vocabulary import list_tags
 from kohaku_wrap.errors import UsageError, refusing

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from plain_runs import train
 from reading_pages import Page
 
-from kohaku_wrap.cli.live_page import keeping_page
+from kohaku_wrap.cli.train import keeping_page
 from kohaku_wrap.training.records.folder import Run
 
 
