@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -336,6 +337,17 @@ def test_a_moved_folder_keeps_its_ids(mine: Path, out: Path) -> None:
     run(mine.parent / "new place" / "mine", "--out", out)
     assert {row["id"] for row in rows_of(out).values()} == before
     assert all((out / file).is_file() for file in rows_of(out))
+
+
+def test_a_file_that_may_hold_the_captions_is_named(tmp_path: Path, out: Path) -> None:
+    place = paint(tmp_path / "mine" / "a b.png")
+    table = tmp_path / "mine" / "my list.json"
+    table.write_text(json.dumps({str(place): {"caption": "1girl, hat"}}))
+    report = run(tmp_path / "mine", "--out", out)
+    assert report["without_caption"] == 1
+    typed = report["notes"][0].partition("run this again with ")[2]
+    assert run(tmp_path / "mine", "--out", out, *shlex.split(typed))["without_caption"] == 0
+    assert captions_of(out) == {"a b.png": "1girl, hat"}
 
 
 def test_a_moved_image_folder_gets_its_caches_from_another_import(mine: Path, out: Path) -> None:

@@ -20,6 +20,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 
 TEXT_ENDINGS = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TABLE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 """Hugging Face's names of a folder's captions."""
 
 CACHE_NAME = "metadata_cache.json"
@@ -112,7 +113,10 @@ class Found:
     """Caption files, likewise."""
 
     tables: list[Path] = field(default_factory=list)
-    """Files that may hold captions of many images."""
+    """Files that hold captions of many images, by their names."""
+
+    unread: list[Path] = field(default_factory=list)
+    """Files of such a format with other names."""
 
     others: Counter[str] = field(default_factory=Counter)
     """Endings of files that are neither, with their numbers."""
@@ -313,6 +317,7 @@ def scan(source: Source) -> Found:
                 found.tables.append(Path(parent, name))
             else:
                 found.others[ending or "no ending"] += 1
+                found.unread += [Path(parent, name)] * (ending in TABLE_ENDINGS)
     return found
 
 

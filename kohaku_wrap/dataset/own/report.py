@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,6 +167,11 @@ def describe_sources(
             }
         )
         report.notes += note_whole(f"{source.folder}:", [each for each in own if each and SEPARATOR not in each])
+        if own and not any(own) and len(found.unread) == 1:
+            report.notes.append(
+                f"{source.folder}: no image has a caption. If they are in {found.unread[0].name}, run this again with "
+                f"{shlex.join(('--captions', str(found.unread[0])))}"
+            )
         replaced = len(text.without) + len(text.empty)
         if source.class_text and replaced:
             report.notes.append(
