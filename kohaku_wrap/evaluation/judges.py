@@ -199,17 +199,23 @@ class Judge:
         """That of the model that looks at pictures. Raises BadJudge where it takes another input."""
         session = self.open_session(self.model)
         inputs, side, kind = session.get_inputs(), self.kind.size, self.kind
-        shape = [None, 3, side, side] if kind.layout == "nchw" else [None, side, side, 3]
+        shape = [1, 3, side, side] if kind.layout == "nchw" else [1, side, side, 3]
         has = list(inputs[0].shape)
         fits = len(inputs) == 1 and len(has) == 4 and all(
-            not isinstance(one, int) or other is None or one == other for one, other in zip(has, shape, strict=True)
+            not isinstance(one, int) or one == other for one, other in zip(has, shape, strict=True)
         )  # fmt: skip
         if not fits:
             needs = f"[N, {', '.join(map(str, shape[1:]))}]"
             raise BadJudge(
                 f"{self.folder / self.model}: {len(inputs)} inputs, the first of shape {has}; "
                 f"a judge of kind {kind.name} takes one of {needs}",
-                f'Say what it takes in {self.folder / OWN_FILE}: size = N, layout = "nchw" or "nhwc".',
+                f'Say what it takes in {self.folder / OWN_FILE}: size = N, layout = "nchw" or "nhwc". '
+                "One picture is given at a time: its number must be 1 or left open in the file.",
+            )
+        if inputs[0].type != "tensor(float)":
+            raise BadJudge(
+                f"{self.folder / self.model}: takes {inputs[0].type}; a judge takes tensor(float), 32-bit numbers",
+                "Export the model with an input of that type.",
             )
         names = [output.name for output in session.get_outputs()]
         if kind.output and kind.output not in names:
@@ -219,12 +225,22 @@ class Judge:
             )
         return session
 
+    def run(self, file: str, session: Any, output: str, values: Features) -> Features:
+        """One output of a file for its one input. Raises BadJudge where it cannot be computed."""
+        try:
+            (found,) = session.run([output], {session.get_inputs()[0].name: values})
+            return np.asarray(found, dtype=np.float32)
+        except Exception as error:  # onnxruntime's own classes have no common one
+            why = " ".join(str(error).split())[:200]
+            raise BadJudge(
+                f"{self.folder / file}: computes nothing from {list(values.shape)} ({why})", "Get the file again."
+            ) from None
+
     def look_at(self, path: Path) -> Features:
         """(outputs,) what the model says of one picture, looked at alone. Raises UnreadablePicture, BadJudge."""
         pixels = prepare_picture(path, self.kind)[None]
         name = self.kind.output or self.session.get_outputs()[0].name
-        (found,) = self.session.run([name], {self.session.get_inputs()[0].name: pixels})
-        row = np.asarray(found, dtype=np.float32).reshape(-1)
+        row = self.run(self.model, self.session, name, pixels).reshape(-1)
         if self.labels and len(row) != len(self.labels):
             raise BadJudge(
                 f"{self.folder / self.model}: {len(row):,} outputs for {len(self.labels):,} labels",
@@ -239,11 +255,11 @@ class Judge:
 
     def compare(self, features: Features) -> Features:
         """(pictures, pictures) differences of their features, from 0 on; of kind ccip."""
-        (found,) = self.metric.run(None, {self.metric.get_inputs()[0].name: features})[:1]
-        differences = np.asarray(found, dtype=np.float32)
+        file = "model_metrics.onnx"
+        differences = self.run(file, self.metric, self.metric.get_outputs()[0].name, features)
         if differences.shape != (len(features), len(features)):
             raise BadJudge(
-                f"{self.folder / 'model_metrics.onnx'}: {differences.shape} differences of {len(features)} pictures",
+                f"{self.folder / file}: {differences.shape} differences of {len(features)} pictures",
                 "Get the file again.",
             )
         return differences

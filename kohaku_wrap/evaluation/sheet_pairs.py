@@ -70,6 +70,11 @@ def lay_over(result: dict[str, Any], path: Path, kinds: Collection[str]) -> None
     new = {each["title"] for each in added}
     across = [pair for pair in result["pairs"] if pair["from"] in titles and pair["to"] in new]
     if not any(pair["pictures"] or pair["frechet_difference"] is not None for pair in across):
+        if not any(each["value"] is not None for model in added for each in model["judged"]):
+            raise OtherResult(
+                f"{path}: {other['judge']['title']} gives no single number of a picture that could be compared",
+                "Its Fréchet distances compare: judge both folders with the same --reference DIR.",
+            )
         raise OtherResult(
             f"{path}: none of its pictures has prompt, seed, size and sampler of a picture judged now",
             "Draw both folders alike: `kwrap sample MODEL --sheet SHEET.toml --out DIR` with one sheet.",

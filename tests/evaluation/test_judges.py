@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -17,6 +18,8 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.evaluation.judges import KINDS, BadJudge, UnreadablePicture, open_judge, prepare_picture
 from kohaku_wrap.evaluation.looking import Looker
+
+FLOAT16, UINT8 = onnx.TensorProto.FLOAT16, onnx.TensorProto.UINT8
 
 
 def make_picture(path: Path, size: tuple[int, int] = (80, 50), mode: str = "RGB") -> Path:
@@ -76,6 +79,28 @@ def test_each_picture_is_looked_at_once(judges: Path, tmp_path: Path) -> None:
     assert not np.array_equal(again.look_at(path), row)
 
 
+def write_model(folder: Path, shape: list[int | None], number: int = onnx.TensorProto.FLOAT) -> None:
+    """A judge of seven outputs for an input of this shape and type, in place of the one that is there."""
+    picture = onnx.helper.make_tensor_value_info("input", number, shape)
+    row = onnx.helper.make_tensor_value_info("output", onnx.TensorProto.FLOAT, [None, 7])
+    weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [3, 7], [1 / 21] * 21)
+    nodes = [
+        onnx.helper.make_node("Cast", ["input"], ["numbers"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("ReduceMean", ["numbers"], ["means"], axes=[2, 3], keepdims=0),
+        onnx.helper.make_node("MatMul", ["means", "w"], ["output"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "judge", [picture], [row], [weights])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def test_a_model_of_another_layout_that_fits_is_a_judge(judges: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "judge"
+    shutil.copytree(judges / "aesthetic", folder)
+    write_model(folder, [1, 3, 448, 448])
+    assert open_judge(folder).look_at(make_picture(tmp_path / "a.png")).shape == (7,)
+
+
 @pytest.mark.parametrize(
     ("kind", "spoil", "message"),
     [
@@ -87,6 +112,9 @@ def test_each_picture_is_looked_at_once(judges: Path, tmp_path: Path) -> None:
         ("ccip", lambda folder: (folder / "judge.toml").write_text('kind = "ccip"\noutput = "x"\n'), "no output 'x'"),
         ("ccip", lambda folder: (folder / "judge.toml").write_text('kind = "cip"\nsise = 2\n'), "did you mean size?"),
         ("aesthetic", lambda folder: (folder / "meta.json").write_text('{"labels": ["a"]}'), "7 outputs for 1 labels"),
+        ("aesthetic", lambda folder: write_model(folder, [4, 3, 448, 448]), "the first of shape [4, 3, 448, 448]"),
+        ("aesthetic", lambda folder: write_model(folder, [None, 3, 448, 448], FLOAT16), "takes tensor(float16)"),
+        ("aesthetic", lambda folder: write_model(folder, [None, 3, None, 448], UINT8), "takes tensor(uint8)"),
     ],
 )  # fmt: skip
 def test_a_bad_folder_is_one_message(kind: str, spoil: object, message: str, judges: Path, tmp_path: Path) -> None:
