@@ -74,7 +74,7 @@ def command(
     It goes on from its newest state, at the end or in the middle. The lock gets a new chapter. A run whose rates do not
     depend on its length (constant, or a warm-up in steps) comes out bit for bit as one that was planned so long from
     the start. For others (cosine, linear, polynomial, a warm-up given as a share) --schedule says how the rates go on;
-    the ledger records it.
+    the ledger records it. Images and models that were moved are taken from --site, as `kwrap resume` does.
     """
     from kohaku_wrap.training.supervising.extend import plan_extension
 
@@ -84,8 +84,9 @@ def command(
     def plan() -> Extension:
         with counting_bytes("verifying state and models", 0) as count:
             return plan_extension(
-                run, epochs, steps, schedule or "", repeats_warmup, count, workers=workers, allow=allow
-            )
+                run, epochs, steps, schedule or "", repeats_warmup, count,
+                workers=workers, allow=allow, site_file=site_file,
+            )  # fmt: skip
 
     def begin() -> ResumePlan:
         extension = plan()

@@ -89,7 +89,10 @@ class Places:
         if not missing:
             return ""
         again = command_line("resume", self.run.folder, "--site", self.remembered.site or "site.toml")
-        return f"If {missing[0]} was moved, write its new place into a site file, and: {again}\n"
+        return (
+            f"If {missing[0]} was moved, write its new place into a site file, and: {again}\n"
+            "`kwrap extend` and `kwrap verify` take the same --site.\n"
+        )
 
     def move(self, option: str, value: Any) -> Places:
         """The same with another place for an option of trainer.toml."""

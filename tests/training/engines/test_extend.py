@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from engine_world import World
 from test_builtin_run import kwrap, train_arguments
 
 from kohaku_wrap.config.reading import LENGTHS
+from kohaku_wrap.config.site import load_site
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.supervising.extend import plan_extension
@@ -93,6 +95,23 @@ def test_a_rule_that_would_do_nothing_is_refused(world: World) -> None:
         assert refused.returncode == 2 and words in refused.stderr, refused.stderr
     told = kwrap("resume", folder)
     assert told.returncode == 1 and "kwrap extend" in told.stderr
+
+
+@pytest.mark.slow
+def test_a_finished_run_whose_images_were_moved_is_extended_from_where_they_lie_now(world: World) -> None:
+    assert kwrap(*train_arguments(world.site, "moved", "max_train_epochs=0", "max_train_steps=1")).returncode == 0
+    longer = ("extend", str(world.folder / "runs" / "moved"), "--steps", "1", "--dry-run")
+    images = load_site(world.site).paths.images
+    now, site = world.folder / "images-now", world.folder / "moved.toml"
+    site.write_text(re.sub(r"(?m)^images = .*$", f'images = "{now}"', world.site.read_text()))
+    images.rename(now)
+    try:
+        refused = kwrap(*longer)
+        assert refused.returncode == 1 and "`kwrap extend` and `kwrap verify` take the same --site" in refused.stderr
+        found = kwrap(*longer, "--site", str(site))
+        assert found.returncode == 0, found.stderr
+    finally:
+        now.rename(images)
 
 
 def test_only_the_length_of_the_trainers_file_changes(tmp_path: Path) -> None:
