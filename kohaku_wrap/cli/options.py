@@ -80,10 +80,17 @@ def runs_folders(site_file: Path | None) -> tuple[Path, ...]:
 
 
 def open_run(name: str, site_file: Path | None) -> Run:
-    """The run of this name, or at this path. Raises what finding it and reading the site raise."""
+    """The run of this name, or at this path; its images may lie where the site says.
+
+    Raises what finding it and reading the site raise.
+    """
+    from dataclasses import replace
+
     from kohaku_wrap.training.records.folder import find_run
 
-    return find_run(name, runs_folders(site_file))
+    run = find_run(name, runs_folders(site_file))
+    images = load_site(site_file).paths.images if site_file is not None else None
+    return replace(run, images_now=images) if images else run
 
 
 def open_source(db: Path, mapping: SiteMapping, tag_table: Path | None) -> Source:

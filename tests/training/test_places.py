@@ -16,6 +16,7 @@ import pytest
 import toml
 from plain_runs import misbehave, train, write_base_model, write_captions
 
+from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import kept_sha256
 from kohaku_wrap.formats.caption_rows import open_captions
@@ -134,6 +135,20 @@ def test_images_and_base_model_are_found_by_a_site_and_remembered(new_run: NewRu
     assert not later.differences and not [note for note in later.notes if note.startswith("taken")]
     train(run)
     assert is_finished(run) and verify_run(run).order_checked
+
+
+def test_a_site_says_to_every_command_where_the_images_lie_now(new_run: NewRun, tmp_path: Path) -> None:
+    run = new_run()
+    before = run.find_images()
+    now = before.rename(tmp_path / "images now")
+    site = tmp_path / "site.toml"
+    site.write_text(f'[paths]\nimages = "{now}"\nbase_model = "m.safetensors"\nruns = "runs"\n', encoding="utf-8")
+    assert open_run(str(run.folder), site).find_images() == now
+    assert open_run(str(run.folder), None).find_images() == before
+    other = tmp_path / "other"
+    other.mkdir()
+    site.write_text(site.read_text(encoding="utf-8").replace(str(now), str(other)), encoding="utf-8")
+    assert open_run(str(run.folder), site).find_images() == before, "other images are none of the run's"
 
 
 def test_other_images_and_models_are_not_taken(new_run: NewRun, tmp_path: Path) -> None:
