@@ -188,8 +188,7 @@ def write(
     jobs: int | None,
 ) -> None:
     """Write captions and print the report."""
-    from kohaku_wrap.dataset.captions.statistics import choose_counter
-    from kohaku_wrap.dataset.captions.tokens import estimate_tokens
+    from kohaku_wrap.dataset.captions.tokens import choose_counter, estimate_tokens
     from kohaku_wrap.dataset.captions.writing import FORMATS, write_captions
     from kohaku_wrap.metadata.parallel import usable_threads
 

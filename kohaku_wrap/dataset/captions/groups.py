@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, words_of_recipe
-from kohaku_wrap.dataset.captions.words import SEPARATOR
+from kohaku_wrap.dataset.captions.tokens import split_captions
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.streams import draws, stream_key
 
@@ -29,12 +29,6 @@ class Grouping:
 
     words: Mapping[str, tuple[str, ...]]
     """By group of GROUPS (posts,) the word, or UNKNOWN."""
-
-
-def split_captions(captions: pa.Array) -> tuple[Int64Array, pa.Array]:
-    """What stands between commas and separators, some of it empty: the index of the caption, and the word."""
-    split = pc.split_pattern(pc.replace_substring(captions, SEPARATOR, ","), ",")
-    return pc.list_parent_indices(split).to_numpy(), pc.utf8_trim_whitespace(pc.list_flatten(split))
 
 
 def find_words(captions: pa.Array, listed: Sequence[str]) -> Int64Array:

@@ -17,13 +17,7 @@ from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, CaptionPlan
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.text_table import TextTable
-from kohaku_wrap.dataset.captions.tokens import (
-    TOKEN_LIMITS,
-    CountTokens,
-    estimate_tokens,
-    find_tokenizer,
-    load_counter,
-)
+from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, CountTokens, choose_counter, quantiles_of
 from kohaku_wrap.dataset.selection_file import read_selected_posts
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
@@ -31,9 +25,7 @@ from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import read_tags
 
-LONGEST = 2000
 POPULARITIES = (100, 1000)
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -175,18 +167,6 @@ def measure_captions(
     )
 
 
-def choose_counter(tokenizer: Path | None) -> tuple[str, CountTokens]:
-    """The CLIP tokenizer in the folder or the hub's cache, else the estimate; and its name."""
-    folder = find_tokenizer(tokenizer)
-    if folder is not None:
-        try:
-            return f"tokenizer {folder}", load_counter(folder)
-        except ModuleNotFoundError:
-            if tokenizer is not None:
-                raise
-    return "estimate", estimate_tokens
-
-
 def most_frequent_words(
     plan: CaptionPlan, uses: npt.NDArray[np.int64], most: int
 ) -> dict[str, tuple[tuple[str, int], ...]]:
@@ -213,10 +193,3 @@ def rare_words(plan: CaptionPlan, uses: npt.NDArray[np.int64], below: int) -> tu
         if place not in plan.separators:
             found[plan.texts[place].as_py()] += int(uses[place])
     return tuple(sorted(((w, n) for w, n in found.items() if n < below), key=lambda word: (word[1], word[0])))
-
-
-def quantiles_of(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Nearest-rank quantiles of a histogram, and the maximum."""
-    up_to = np.cumsum(lengths)
-    found = {f"{quantile:.0%}": int(np.searchsorted(up_to, quantile * up_to[-1])) for quantile in QUANTILES}
-    return {**found, "maximum": int(np.flatnonzero(lengths)[-1]) if up_to[-1] else 0}

@@ -12,9 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_wrap.dataset.captions.groups import split_captions
-from kohaku_wrap.dataset.captions.statistics import LONGEST, choose_counter, quantiles_of
-from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
+from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, choose_counter, quantiles_of, split_captions
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches

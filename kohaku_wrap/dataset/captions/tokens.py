@@ -31,6 +31,12 @@ ESTIMATED_BY_ARROW = r"\p{L}{1,5}|\p{N}|_|[^\s\p{L}\p{N}_]+"
 """One for each digit and each run of signs, one for every five letters begun; the same as Arrow writes it."""
 
 
+LONGEST = 2000
+"""Longer captions count as this long."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
+
 class NoTokenizer(UsageError):
     """The folder given for the tokenizer holds none."""
 
@@ -126,3 +132,28 @@ def join_parts(captions: pa.StringArray) -> pa.StringArray:
     """Captions without their separators, as the trainer joins the parts."""
     joined = pc.replace_substring_regex(captions, rf"\s*\|{{{len(SEPARATOR)}}}\s*", ", ")
     return pc.utf8_trim(pc.replace_substring_regex(joined, "(, )+", ", "), ", ")
+
+
+def choose_counter(tokenizer: Path | None) -> tuple[str, CountTokens]:
+    """The CLIP tokenizer in the folder or the hub's cache, else the estimate; and its name."""
+    folder = find_tokenizer(tokenizer)
+    if folder is not None:
+        try:
+            return f"tokenizer {folder}", load_counter(folder)
+        except ModuleNotFoundError:
+            if tokenizer is not None:
+                raise
+    return "estimate", estimate_tokens
+
+
+def quantiles_of(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
+    """Nearest-rank quantiles of a histogram, and the maximum."""
+    up_to = np.cumsum(lengths)
+    found = {f"{quantile:.0%}": int(np.searchsorted(up_to, quantile * up_to[-1])) for quantile in QUANTILES}
+    return {**found, "maximum": int(np.flatnonzero(lengths)[-1]) if up_to[-1] else 0}
+
+
+def split_captions(captions: pa.Array) -> tuple[npt.NDArray[np.int64], pa.Array]:
+    """What stands between commas and separators, some of it empty: the index of the caption, and the word."""
+    split = pc.split_pattern(pc.replace_substring(captions, SEPARATOR, ","), ",")
+    return pc.list_parent_indices(split).to_numpy(), pc.utf8_trim_whitespace(pc.list_flatten(split))

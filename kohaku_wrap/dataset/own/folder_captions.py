@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from kohaku_wrap.dataset.captions.mixing import BOTH, put_text, put_texts
-from kohaku_wrap.dataset.captions.statistics import LONGEST, choose_counter, quantiles_of
-from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS, join_parts
+from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, choose_counter, join_parts, quantiles_of
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.dataset.own.report import REPORT_FILE

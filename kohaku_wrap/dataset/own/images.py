@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -118,7 +118,7 @@ def write_imported(images: Path, rows: Iterable[ImportedImage]) -> None:
     schema = pa.schema([(name, kinds[str(kind)]) for name, kind in ImportedImage.__annotations__.items()])
     schema = schema.with_metadata({b"kwrap": json.dumps({"format": FORMAT}).encode()})
     with atomic_write(images / IMPORTED_FILE, "wb") as stream:
-        pq.write_table(pa.Table.from_pylist([asdict(row) for row in columns], schema=schema), stream)
+        pq.write_table(pa.Table.from_pylist([vars(row) for row in columns], schema=schema), stream)
     (images / JOURNAL_FILE).unlink(missing_ok=True)
 
 
@@ -161,7 +161,7 @@ def check_images(
     with journal.open("a", encoding="utf-8") as stream:
         for done, result in enumerate(results, 1):
             if isinstance(result, ImportedImage):
-                stream.write(json.dumps(asdict(result)) + "\n")
+                stream.write(json.dumps(vars(result)) + "\n")
                 stream.flush()
             if on_progress:
                 on_progress(done, len(tasks))
