@@ -135,11 +135,12 @@ class Index:
             if "crc32" in about and about["crc32"] != checksum(columns, about):
                 raise ValueError("its checksum does not fit")
             if about["format"] != FORMAT or about["fingerprint"] != rule.fingerprint:
-                raise ValueError(f"format {about['format']}, fingerprint {about['fingerprint'][:16]}")
+                made = f"format {about['format']} and the fingerprint {about['fingerprint'][:16]}…"
+                raise ValueError(f"it has {made}, not {FORMAT} and {rule.fingerprint[:16]}…")
             shapes = tuple(rule.shape_of(number, *row) for number, row in enumerate(about["shards"]))
             del columns
             return cls.of(map_columns(path)[1], shapes)
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise BadIndex(
@@ -182,7 +183,8 @@ def map_columns(path: Path) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     table.validate()
     about: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
-    return about, [table[each.name].combine_chunks().to_numpy(zero_copy_only=False) for each in FIELDS]
+    # To combine chunks would copy them; there is one.
+    return about, [table[each.name].chunk(0).to_numpy() for each in FIELDS]
 
 
 def checksum(columns: Sequence[npt.NDArray[Any]], about: Mapping[str, Any]) -> int:
