@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.years import read_years
-from kohaku_wrap.errors import KwrapError, reason_of
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write, describe_absence
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import POST_SCHEMA, UNKNOWN_NUMBER
@@ -95,10 +95,8 @@ def open_selection(path: Path, needed: Sequence[str] = POST_SCHEMA.names) -> pq.
             f"{path}: {describe_absence(path)}",
             "Make a selection with `kwrap select DATASET --db DB --out SEL.parquet`.",
         )
-    try:
+    with refusing(BadSelection, f"{path}: not a selection:", AGAIN, pa.ArrowException):
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise BadSelection(f"{path}: not a selection: {reason_of(error)}", AGAIN) from error
     missing = [name for name in needed if name not in file.schema_arrow.names]
     if missing:
         file.close()
@@ -113,10 +111,8 @@ def take_numbers(path: Path, name: str, column: pa.Array | pa.ChunkedArray, leas
         raise BadSelection(f"{path}: the column {name} holds {column.type}, not whole numbers", AGAIN)
     if column.null_count:
         raise BadSelection(f"{path}: the column {name} holds {column.null_count:,} NULL", AGAIN)
-    try:
+    with refusing(BadSelection, f"{path}: the column {name}:", AGAIN, pa.ArrowException):
         numbers: npt.NDArray[Any] = column.cast(kind).to_numpy()
-    except pa.ArrowException as error:
-        raise BadSelection(f"{path}: the column {name}: {error}", AGAIN) from error
     most = len(RATINGS) - 1 if name == "rating" else None
     if len(numbers) and (numbers.min() < least or (most is not None and numbers.max() > most)):
         wrong = numbers.min() if numbers.min() < least else numbers.max()
@@ -141,16 +137,13 @@ def read_selected_posts(path: Path, date_parser: str = "iso") -> SelectedPosts:
     _, about = read_about(path)
     columns = ["id", "rating", "fav_count", "created_at", "file_ext"]
     ids, ratings, favourites, years, extensions = [], [], [], [], []
-    with open_selection(path) as file:
-        try:
-            for batch in file.iter_batches(batch_size=1 << 17, columns=columns):
-                ids.append(take_numbers(path, "id", batch.column("id"), least=0))
-                ratings.append(take_numbers(path, "rating", batch.column("rating"), least=-1))
-                favourites.append(take_numbers(path, "fav_count", batch.column("fav_count"), UNKNOWN_NUMBER))
-                years.append(read_years(take_texts(path, "created_at", batch.column("created_at")), date_parser))
-                extensions.append(take_texts(path, "file_ext", batch.column("file_ext")).dictionary_encode())
-        except (pa.ArrowException, OSError) as error:
-            raise BadSelection(f"{path}: damaged: {reason_of(error)}", AGAIN) from error
+    with open_selection(path) as file, refusing(BadSelection, f"{path}: damaged:", AGAIN, pa.ArrowException):
+        for batch in file.iter_batches(batch_size=1 << 17, columns=columns):
+            ids.append(take_numbers(path, "id", batch.column("id"), least=0))
+            ratings.append(take_numbers(path, "rating", batch.column("rating"), least=-1))
+            favourites.append(take_numbers(path, "fav_count", batch.column("fav_count"), UNKNOWN_NUMBER))
+            years.append(read_years(take_texts(path, "created_at", batch.column("created_at")), date_parser))
+            extensions.append(take_texts(path, "file_ext", batch.column("file_ext")).dictionary_encode())
     all_ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
     if not len(all_ids) or (all_ids[1:] <= all_ids[:-1]).any():
         raise BadSelection(f"{path}: {'not by ascending id' if len(all_ids) else 'no posts in it'}", AGAIN)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.words import PEOPLE_TAGS
-from kohaku_wrap.errors import KwrapError, UsageError, reason_of
+from kohaku_wrap.errors import KwrapError, UsageError, reason_of, refusing
 from kohaku_wrap.evaluation.judges import Features
 from kohaku_wrap.files import open_regular, parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import Columns
@@ -157,12 +157,8 @@ def read_features(path: Path) -> tuple[Features, str]:
 
 def read_names(path: Path) -> list[str]:
     """The tags of a list, one a line; lines that begin with # are notes. Raises BadCharacters."""
-    try:
+    with refusing(BadCharacters, f"{path}: cannot be read", "Give a text file with a tag a line."):
         lines = [line.strip() for line in read_regular(path).splitlines()]
-    except (OSError, ValueError) as error:
-        raise BadCharacters(
-            f"{path}: cannot be read ({reason_of(error)})", "Give a text file with a tag a line."
-        ) from None
     if names := [line.replace(" ", "_") for line in lines if line and not line.startswith("#")]:
         return list(dict.fromkeys(names))
     raise BadCharacters(f"{path}: no tag in it", "Write a character's tag a line, as the site writes it.")

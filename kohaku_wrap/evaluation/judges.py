@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, reason_of
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
 from kohaku_wrap.files import describe_absence, parse_json, read_regular, sha256_of_file
 from kohaku_wrap.toml_files import TableReader, load_toml
 
@@ -267,20 +267,17 @@ class Judge:
 
 def prepare_picture(path: Path, kind: Kind) -> Features:
     """The picture as a judge of this kind takes it: on white, resized, scaled. Raises UnreadablePicture."""
-    try:
-        with Image.open(path) as opened:
-            image = flatten_on_white(opened)
-            if kind.resize == "pad":
-                side = max(image.size)
-                square = Image.new("RGB", (side, side), (255, 255, 255))
-                square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-                image = square
-            method = Image.Resampling.BICUBIC if kind.interpolation == "bicubic" else Image.Resampling.BILINEAR
-            pixels = np.asarray(image.resize((kind.size, kind.size), method), dtype=np.float32)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadablePicture(
-            f"{path}: cannot be read ({reason_of(error)})", "Remove it, or draw it again."
-        ) from None
+    again = "Remove it, or draw it again."
+    damaged = refusing(UnreadablePicture, f"{path}: cannot be read", again, SyntaxError, Image.DecompressionBombError)
+    with damaged, Image.open(path) as opened:
+        image = flatten_on_white(opened)
+        if kind.resize == "pad":
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), (255, 255, 255))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        method = Image.Resampling.BICUBIC if kind.interpolation == "bicubic" else Image.Resampling.BILINEAR
+        pixels = np.asarray(image.resize((kind.size, kind.size), method), dtype=np.float32)
     if kind.channels == "bgr":
         pixels = pixels[:, :, ::-1]
     mean, deviation = (np.array(each, dtype=np.float32) for each in (kind.mean, kind.deviation))
@@ -345,12 +342,10 @@ def guess_kind(folder: Path, wanted: Sequence[str]) -> Kind:
 def read_meta(folder: Path) -> tuple[str, ...]:
     """The labels of `meta.json`. Raises BadJudge."""
     path = folder / "meta.json"
-    try:
+    with refusing(BadJudge, f"{path}: its labels cannot be read", "Get the file again."):
         labels = parse_json(read_regular(path))["labels"]
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or not labels:
             raise ValueError("labels is no list of words")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadJudge(f"{path}: its labels cannot be read ({reason_of(error)})", "Get the file again.") from None
     return tuple(labels)
 
 
@@ -361,22 +356,18 @@ def read_labels(folder: Path, kind: Kind) -> tuple[tuple[str, ...], tuple[str, .
     if kind.name != "tagger":
         return kind.labels or read_meta(folder), ()
     path = folder / "selected_tags.csv"
-    try:
+    with refusing(BadJudge, f"{path}: its tags cannot be read", "Get the file again.", csv.Error):
         rows = list(csv.DictReader(io.StringIO(read_regular(path))))
         names = tuple(row["name"] for row in rows)
         found = tuple(CATEGORIES.get(int(row["category"]), row["category"]) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise BadJudge(f"{path}: its tags cannot be read ({reason_of(error)})", "Get the file again.") from None
     return names, found
 
 
 def read_threshold(folder: Path) -> float:
     """The largest difference of one character, of `metrics.json`. Raises BadJudge."""
     path = folder / "metrics.json"
-    try:
+    with refusing(BadJudge, f"{path}: no threshold in it", "Get the file again."):
         return float(parse_json(read_regular(path))["threshold"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadJudge(f"{path}: no threshold in it ({reason_of(error)})", "Get the file again.") from None
 
 
 def read_own(folder: Path) -> dict[str, Any]:

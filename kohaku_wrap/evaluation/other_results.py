@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import UsageError, reason_of
+from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import parse_json, read_regular
 
 FORMAT = 1
@@ -19,15 +19,10 @@ class OtherResult(UsageError):
 
 def read_result(path: Path, command: str, measures: Collection[str], usual_name: str) -> dict[str, Any]:
     """A document that `kwrap evaluate COMMAND` wrote. Raises OtherResult."""
-    try:
+    with refusing(OtherResult, f"{path}: no result of `kwrap evaluate {command}`", f"Give its {usual_name}."):
         document = parse_json(read_regular(path))
         if document["format"] != FORMAT or document["measure"] not in measures or not document["models"]:
             raise ValueError("another form")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = reason_of(error)
-        raise OtherResult(
-            f"{path}: no result of `kwrap evaluate {command}` ({why})", f"Give its {usual_name}."
-        ) from None
     return dict(document)
 
 

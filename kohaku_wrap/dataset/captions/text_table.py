@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
-from kohaku_wrap.errors import UsageError, reason_of
+from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import open_regular
 from kohaku_wrap.formats.caption_rows import bytes_of
 
@@ -160,17 +160,15 @@ def read_text_table(path: Path, column: str, folder: Path) -> TextTable:
 
 def read_batches(path: Path, column: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
     """Ids and texts of the rows that have both. Raises NoTexts."""
-    try:
+    with refusing(
+        NoTexts, f"{path}: cannot be read", "Give a Parquet file with whole-number ids and texts.", pa.ArrowException
+    ):
         file = pq.ParquetFile(open_regular(path))
         names = file.schema_arrow.names
         id_name, text_name = find_column(path, names, ID_COLUMNS, ""), find_column(path, names, TEXT_COLUMNS, column)
         for batch in file.iter_batches(ROWS_A_BATCH, columns=[id_name, text_name]):
             both = batch.filter(pc.and_(pc.is_valid(batch[id_name]), pc.is_valid(batch[text_name])))
             yield both[id_name].cast(pa.int64()).to_numpy(), both[text_name].cast(pa.string())
-    except (OSError, pa.ArrowException) as error:
-        raise NoTexts(
-            f"{path}: cannot be read ({reason_of(error)})", "Give a Parquet file with whole-number ids and texts."
-        ) from None
 
 
 def find_column(path: Path, names: list[str], known: tuple[str, ...], wanted: str) -> str:

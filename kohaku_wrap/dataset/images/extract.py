@@ -37,7 +37,7 @@ from kohaku_wrap.dataset.images.extracted import (
 )
 from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, TarFolder, find_tars
 from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
-from kohaku_wrap.errors import KwrapError, reason_of
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress
 from kohaku_wrap.processes import safe_children
 
@@ -65,13 +65,11 @@ class SelectedImages:
 
 def read_selected_images(path: Path) -> SelectedImages:
     """Ids and original sizes of the selection at `path`. Raises BadSelection."""
-    try:
-        with open_selection(path, ("id",)) as file:
-            names = set(file.schema_arrow.names)
-            columns = [name for name in ("id", "image_width", "image_height") if name in names]
-            table = file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise BadSelection(f"{path}: not a selection: {reason_of(error)}", AGAIN) from error
+    damaged = refusing(BadSelection, f"{path}: not a selection:", AGAIN, pa.ArrowException)
+    with damaged, open_selection(path, ("id",)) as file:
+        names = set(file.schema_arrow.names)
+        columns = [name for name in ("id", "image_width", "image_height") if name in names]
+        table = file.read(columns=columns)
     if not table.num_rows:
         raise BadSelection(f"{path}: no posts in it", AGAIN)
     ids = take_numbers(path, "id", table["id"], least=0)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from kohaku_wrap.errors import KwrapError, reason_of
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write, has_size, take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
@@ -99,14 +99,10 @@ def read_extracted(images: Path, columns: Sequence[str] = SCHEMA.names) -> pa.Ta
     path = images / EXTRACTED_FILE
     if not path.is_file():
         return SCHEMA.empty_table()
-    try:
-        with pq.ParquetFile(path) as file:
-            return fit_schema(file.read(list(columns)), columns)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise ExtractedUnreadable(
-            f"{path}: {reason_of(error)}",
-            "Remove it and run `kwrap extract` again; it checks all images from the tars.",
-        ) from error
+    again = "Remove it and run `kwrap extract` again; it checks all images from the tars."
+    damaged = refusing(ExtractedUnreadable, f"{path}:", again, pa.ArrowException)
+    with damaged, pq.ParquetFile(path) as file:
+        return fit_schema(file.read(list(columns)), columns)
 
 
 def fit_schema(table: pa.Table, columns: Sequence[str] = SCHEMA.names) -> pa.Table:

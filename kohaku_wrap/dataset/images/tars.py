@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import open_regular
 from kohaku_wrap.formats.disguises import START_BYTES, name_disguise
 
@@ -175,10 +175,8 @@ def list_tar(path: Path, use_index: bool = True) -> TarListing:
 
 def open_tar(path: Path) -> IO[bytes]:
     """The tar; a pipe or a device would be read without end. Raises TarUnreadable."""
-    try:
+    with refusing(TarUnreadable, f"{path}: cannot be read:", "Check the tar, or fetch it again."):
         return open_regular(path)
-    except OSError as error:
-        raise TarUnreadable(f"{path}: cannot be read: {error.strerror}", "Check the tar, or fetch it again.") from error
 
 
 def refuse_disguise(path: Path, descriptor: int) -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.captions.text_table import TEXT_COLUMNS
 from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
-from kohaku_wrap.errors import UsageError, reason_of
+from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import describe_absence, parse_json, read_regular
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
@@ -161,7 +161,8 @@ def name_ways(found: Found, table: Path, key: str) -> Iterator[str]:
 
 def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None]]:
     """Path and caption of each entry of a table. Raises NoTable."""
-    try:
+    kinds = "Give .jsonl, .json, .csv or .parquet in UTF-8."
+    with refusing(NoTable, f"{path}: cannot be read", kinds, csv.Error, pa.ArrowException):
         for number, (key, row) in enumerate(read_rows(path), 1):
             if key is None:
                 column = next((name for name in PATH_COLUMNS if isinstance(row.get(name), str)), None)
@@ -172,10 +173,6 @@ def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None
                     )
                 key = row[column]
             yield key, find_text(path, row, text_column)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, csv.Error, pa.ArrowException) as error:
-        raise NoTable(
-            f"{path}: cannot be read ({reason_of(error)})", "Give .jsonl, .json, .csv or .parquet in UTF-8."
-        ) from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.errors import KwrapError, reason_of
+from kohaku_wrap.errors import KwrapError, refusing
 
 CONFIG_FILE = "config.json"
 SDXL_TEXT_WIDTHS = {768: "text_encoder", 1280: "text_encoder_2"}
@@ -38,14 +38,10 @@ def read_sizes(base_model: Path) -> Mapping[str, Any] | None:
     path = base_model.with_name(CONFIG_FILE)
     if not path.is_file():
         return None
-    try:
+    with refusing(BadModelConfig, f"{path}:", "Make the demo again, or remove the file if the model is SDXL."):
         sizes = json.loads(path.read_text(encoding="utf-8"))
         if all(name in sizes for name in ("sgm", "text_encoder", "text_encoder_2", "vae")):
             return dict(sizes)
-    except (OSError, ValueError) as error:
-        raise BadModelConfig(
-            f"{path}: {reason_of(error)}", "Make the demo again, or remove the file if the model is SDXL."
-        ) from error
     # A diffusers folder has a config.json of its own.
     return None
 
