@@ -20,7 +20,8 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.sample import drawing_options, model_options, prepare
 from kohaku_wrap.cli.sample_inputs import list_models
-from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
+from kohaku_wrap.files import describe_absence, write_text
 from kohaku_wrap.sampling.cells import MOST_STEPS
 from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
@@ -180,7 +181,6 @@ def list_characters(
     """The characters of an index, of a list, or all of the database."""
     from kohaku_wrap.config.site import load_site
     from kohaku_wrap.evaluation.characters import BadCharacters, find_characters, read_index, read_names
-    from kohaku_wrap.files import describe_absence
     from kohaku_wrap.metadata.columns import DANBOORU
     from kohaku_wrap.metadata.parallel import usable_threads
 
@@ -206,7 +206,6 @@ def list_characters(
 def find_exposures(run: str | None, steps: Sequence[int | None], site: Path | None) -> list[Exposure | None]:
     """What each network of a run was trained on; None where it is of no run, or where that is not known."""
     from kohaku_wrap.cli.evaluate_exposure import find_exposure
-    from kohaku_wrap.errors import KwrapError
 
     found: list[Exposure | None] = []
     for step in steps:
@@ -223,7 +222,6 @@ def find_exposures(run: str | None, steps: Sequence[int | None], site: Path | No
 def write_result(out: Path, result: dict[str, Any]) -> None:
     """The document and its curve, beside the pictures."""
     from kohaku_wrap.evaluation.curve import draw_curves
-    from kohaku_wrap.files import write_text
 
     write_text(out / RESULT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     curves = [(each["title"], each["curve"]) for each in result["models"]]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -19,10 +19,8 @@ from kohaku_wrap.cli.output import (
     wants_json,
 )
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.merging.inspecting import FileReport, describe_report, inspect_file, recorded_hashes, short_metadata
 from kohaku_wrap.wording import count_of, show_bytes
-
-if TYPE_CHECKING:
-    from kohaku_wrap.merging.inspecting import FileReport
 
 
 def rows_of_recipe(report: FileReport) -> list[tuple[str, Any]]:
@@ -76,7 +74,6 @@ def tell_origin(origin: Mapping[str, Any]) -> str:
 
 def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
     from kohaku_wrap.merging.hashes import find_auto_v1
-    from kohaku_wrap.merging.inspecting import describe_report, recorded_hashes, short_metadata
 
     header = report.header
     rows: list[tuple[str, Any]] = [
@@ -131,7 +128,6 @@ def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bo
     again.
     """
     from kohaku_wrap.dataset.images.tar_layouts import holds_images
-    from kohaku_wrap.merging.inspecting import inspect_file
     from kohaku_wrap.metadata.opening import is_metadata
     from kohaku_wrap.sampling.pictures import is_png
 
@@ -200,7 +196,6 @@ def inspect_tars(folder: Path) -> None:
 
 def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) -> None:
     """Show a metadata database."""
-    from dataclasses import replace
 
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.metadata.columns import DANBOORU

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -23,10 +23,10 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence
+from kohaku_wrap.merging.plan import MergeOptions, MergePlan, estimate_formats, read_bytes_of
+from kohaku_wrap.merging.recipes import DTYPES as CODES
+from kohaku_wrap.merging.recipes import build_metadata, describe_sums, find_recipe, join_licenses
 from kohaku_wrap.wording import count_of, format_share, show_bytes, show_path
-
-if TYPE_CHECKING:
-    from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -61,8 +61,6 @@ def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
 
 def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeOptions:
     """The options of the command line over those of the recipe."""
-    from kohaku_wrap.merging.plan import MergeOptions
-    from kohaku_wrap.merging.recipes import DTYPES as CODES
 
     given = {name: value for name, value in asked.items() if value}
     options = replace(MergeOptions(), **{**from_recipe, **given})
@@ -87,8 +85,6 @@ def merge_words(asked: dict[str, Any], bindings: dict[str, Path], more: dict[str
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
     """What `--dry-run --json` shows."""
     from kohaku_wrap.merging.formula import format_formula
-    from kohaku_wrap.merging.plan import estimate_formats, read_bytes_of
-    from kohaku_wrap.merging.recipes import describe_sums, join_licenses
 
     rights = join_licenses({**plan.files, **plan.networks})
     return {
@@ -233,7 +229,6 @@ def command(
     """
     from kohaku_wrap.merging.network_metadata import build_network_metadata
     from kohaku_wrap.merging.planning import plan_merge
-    from kohaku_wrap.merging.recipes import build_metadata, find_recipe
 
     recipe = find_recipe(formula_or_recipe)
     bindings = read_bindings(models)

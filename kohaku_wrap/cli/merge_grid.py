@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,12 +20,10 @@ from kohaku_wrap.cli.options import option_group
 from kohaku_wrap.cli.output import print_answer, progress_bar
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, write_text
+from kohaku_wrap.merging.grids import Point, list_points, read_axis
+from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.processes import end_child, python_command, safe_environment
 from kohaku_wrap.wording import show_bytes
-
-if TYPE_CHECKING:
-    from kohaku_wrap.merging.grids import Point
-    from kohaku_wrap.merging.plan import MergePlan
 
 FORMAT = 1
 POINT_FILE = "point.json"
@@ -261,7 +259,6 @@ def run_grid(
     `plan_of`: the plan of a formula. `merge_words`: options of the merge as typed. `asked`: sheet, sample_words,
     evaluations and keep. All points are planned first, so that a fault of one is found before anything is written.
     """
-    from kohaku_wrap.merging.grids import list_points, read_axis
     from kohaku_wrap.merging.hashes import hash_files
     from kohaku_wrap.reporting.grid import GridPoint, write_grid_page
 

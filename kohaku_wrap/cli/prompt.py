@@ -10,6 +10,8 @@ import click
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.output import json_option, print_answer, print_json, print_lines, print_table, wants_json
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.sampling.grammar import Prompt, format_prompt, parse_prompt
+from kohaku_wrap.sampling.styles import find_style, list_styles
 from kohaku_wrap.wording import count_of
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from kohaku_wrap.metadata.tags import TagTable
     from kohaku_wrap.sampling.chunks import Chunk, Tokenizer
     from kohaku_wrap.sampling.compose import ComposedPrompt
-    from kohaku_wrap.sampling.grammar import Prompt
     from kohaku_wrap.sampling.lint import Finding
 
 ALL_STYLES = "?"
@@ -80,8 +81,6 @@ def command(
     """
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.sampling.compose import place_style
-    from kohaku_wrap.sampling.grammar import parse_prompt
-    from kohaku_wrap.sampling.styles import find_style
 
     given = [name for name, value in (("TEXT", text), ("--post", post_id), ("--tags", tags)) if value is not None]
     if len(given) > 1:
@@ -186,7 +185,6 @@ def describe(
     findings: list[Finding],
 ) -> dict[str, Any]:
     """What `--json` prints."""
-    from kohaku_wrap.sampling.grammar import format_prompt
 
     return {
         "prompt": source,
@@ -234,7 +232,6 @@ def show(document: dict[str, Any], lenient: bool) -> None:
 
 def show_styles() -> None:
     """List all styles."""
-    from kohaku_wrap.sampling.styles import list_styles
 
     styles = list_styles()
     rows = [(name, style.prompt) for name, style in styles.items()]
