@@ -6,8 +6,7 @@ import click
 
 from kohaku_wrap.cli.evaluate_ccip import ccip
 from kohaku_wrap.cli.evaluate_exposure import exposure
-from kohaku_wrap.cli.evaluate_judge import judge
-from kohaku_wrap.cli.evaluate_judges import judges
+from kohaku_wrap.cli.evaluate_judge import judge, judges
 from kohaku_wrap.cli.evaluate_loss import loss
 
 

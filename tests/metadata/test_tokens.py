@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, strategies
 
-from kohaku_wrap.metadata.tokens import TagListUnreadable, parse_tag_lists
+from kohaku_wrap.metadata.relations import TagListUnreadable, parse_tag_lists
 
 LISTS = strategies.lists(strategies.lists(strategies.integers(0, 36**6), max_size=8), max_size=12)
 

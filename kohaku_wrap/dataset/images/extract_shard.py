@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
@@ -24,10 +24,9 @@ from kohaku_wrap.dataset.images.checking import (
     ImageRefused,
     check_image,
 )
-from kohaku_wrap.dataset.images.plain_files import PlainFiles
 from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, read_id
 from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
-from kohaku_wrap.files import blamed_on, has_size
+from kohaku_wrap.files import blamed_on, has_size, open_regular
 from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
 
 Int64Array = npt.NDArray[np.int64]
@@ -291,3 +290,20 @@ def extract_in_process(task: ShardTask) -> ShardResult:
 
 
 _writer: ShardWriter | None = None
+
+
+class PlainFiles:
+    """Files of some posts, in the place of an open tar."""
+
+    def __init__(self, files: tuple[Path, ...], wanted: Collection[int]) -> None:
+        self.path = files[0].parent
+        self.members = [
+            Member(str(path), 0, path.stat().st_size if path.exists() else 0)
+            for path in files
+            if (named := read_id(path.name)) is not None and named[0] in wanted
+        ]
+
+    def read(self, member: Member) -> bytes:
+        """The file's bytes. Raises OSError."""
+        with open_regular(Path(member.name)) as stream:
+            return bytes(stream.read())
