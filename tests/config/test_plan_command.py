@@ -48,6 +48,19 @@ def test_epsilon_as_published(make_site: MakeSite, home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algo", ["lokr", "loha", "lokr dora_wd", "full"])
+def test_a_network_of_low_rank_is_counted(algo: str) -> None:
+    from kohaku_wrap.planning.module_counts import count_network
+
+    name, *more = algo.split()
+    settings = [f"network_args.algo={name}", "network_dim=4", "network_args.conv_dim=4"]
+    counts = count_network(
+        resolve_template("epsilon", None, [*settings, *(f"network_args.{key}=true" for key in more)])
+    )
+    assert counts.unet_modules > 700 and counts.unet_parameters > counts.unet_modules
+
+
+@pytest.mark.slow
 def test_pattern_without_a_module_is_told_by_check(tmp_path: Path) -> None:
     template = tmp_path / "own.toml"
     preset = load_toml(find_preset("small-24gib"))

@@ -20,6 +20,7 @@ os.environ.setdefault("LYCORIS_KERNEL_TUNE", "off")
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, name_unet
@@ -69,6 +70,21 @@ def count_parameters(modules: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
+class ValuesOnCpu(TorchFunctionMode):
+    """Within the meta device, keep what is made of numbers on the CPU: LyCORIS reads the size of a kernel from it.
+
+    Where it copies a weight to the CPU (DoRA, full differences), that stays as it is: only its shape is of interest.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor:
+            kwargs.setdefault("device", "cpu")
+        if func is torch.Tensor.cpu and args[0].is_meta:
+            return args[0]
+        return func(*args, **kwargs)
+
+
 def create_network(request: Mapping[str, Any], unet: nn.Module, text_encoders: list[nn.Module], folder: Path) -> Any:
     """The network as sd-scripts creates it, on the meta device."""
     from lycoris import kohya
@@ -83,7 +99,7 @@ def create_network(request: Mapping[str, Any], unet: nn.Module, text_encoders: l
         preset.write_text(toml_text(request["preset"]), encoding="utf-8")
         arguments["preset"] = str(preset)
     arguments.setdefault("dropout", None)
-    with torch.device("meta"):
+    with torch.device("meta"), ValuesOnCpu():
         return kohya.create_network(
             1.0, request["network_dim"], request["network_alpha"], None, text_encoders, unet, **arguments
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.planning.workers.count_modules import (
+    ValuesOnCpu,
     build_diffusers_unet,
     build_text_encoders,
     create_network,
@@ -78,7 +79,7 @@ def create_kohya_lora(request: Mapping[str, Any], unet: nn.Module, text_encoders
     # By its class it knows SDXL, and then counts the blocks that have a rank of their own.
     unet.__class__ = type("NamedUNet", (SdxlUNet2DConditionModel,), {})
     arguments = dict(item.split("=", 1) for item in request["network_args"])
-    with torch.device("meta"):
+    with torch.device("meta"), ValuesOnCpu():
         return lora.create_network(
             1.0, request["network_dim"], request["network_alpha"], None, text_encoders, unet, **arguments
         )

@@ -118,6 +118,14 @@ def test_networks_that_do_not_fit_are_named(world: Path) -> None:
         fit(world / "more.safetensors", *by_file)
 
 
+def test_a_network_of_low_rank_is_compared_too(world: Path) -> None:
+    site, network = load_site(world / "site.toml"), network_of(world, "first")
+    for settings in (["network_args.algo=lokr"], ["network_args.algo=loha"], ["network_args.dora_wd=true"]):
+        low = [f"network_weights={network}", "network_dim=4", "network_args.conv_dim=4", *settings]
+        with pytest.raises(ProblemsFound, match=r"modules of another form: lora_.*the template's"):
+            fit_parent(resolve_template(str(world / "mine.toml"), site, low), world / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.sd_scripts
 @pytest.mark.usefixtures("use_trainer")
