@@ -48,7 +48,7 @@ def test_epsilon_as_published(make_site: MakeSite, home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["lokr", "loha", "lokr dora_wd", "full"])
+@pytest.mark.parametrize("algo", ["lokr dora_wd", "full"])
 def test_a_network_of_low_rank_is_counted(algo: str) -> None:
     from kohaku_wrap.planning.module_counts import count_network
 
