@@ -157,7 +157,12 @@ def find_columns(available: Collection[str], mapping: SiteMapping, where: str) -
         if name.lower() not in known
     ]
     if problems:
-        raise ProblemsFound(where, problems, f"Its columns: {', '.join(sorted(available)[:60])}.")
+        raise ProblemsFound(
+            where,
+            problems,
+            'Name its own ones in a copy of the dataset file, or "" for what it does not have. '
+            f"Its columns: {', '.join(sorted(available)[:60])}.",
+        )
 
     def find(key: str, names: Sequence[str]) -> tuple[str, ...]:
         if key in mapping.columns:
