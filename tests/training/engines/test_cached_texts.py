@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,15 +151,15 @@ def test_a_run_from_cached_outputs_is_the_one_that_encodes(single: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     train_with_kills(run, train_arguments(single, "cached", *TEXTS), (Kill(0.7),), (0, 1), tmp_path)
     assert compare_runs(whole, run).attempts == 2
-    verified = json.loads(kwrap("verify", str(run.folder), "--deep", "4", "--json").stdout)
-    assert verified["faults"] == []
-    assert "4 captions encoded again, bit for bit the same" in str(verified)
+    verified = kwrap("verify", str(run.folder), "--deep", "4")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "4 captions encoded again, bit for bit the same" in " ".join(verified.stdout.split())
 
     before, [shard] = hashes(made), Path(made["folder"]).glob("*.safetensors")
     flip_byte(shard, shard.stat().st_size // 2)
     refused = kwrap(*train_arguments(single, "other", *TEXTS))
     assert refused.returncode == 1 and f"{shard}: damaged" in refused.stderr
-    assert f"{shard}: damaged" in kwrap("verify", str(run.folder)).stdout
+    assert "changed after the run: text_encoders: " in kwrap("verify", str(run.folder)).stderr
     again = cache(single, *TEXTS)["text_encoders"]
     assert again["damaged"] == [shard.stem] and hashes(again) == before
 
