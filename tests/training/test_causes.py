@@ -40,6 +40,7 @@ def train_two(run: Run) -> AttemptEnd:
     return end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "rank", "kind", "words"),
     [

@@ -118,6 +118,7 @@ def test_networks_that_do_not_fit_are_named(world: Path) -> None:
         fit(world / "more.safetensors", *by_file)
 
 
+@pytest.mark.slow
 def test_a_network_of_low_rank_is_compared_too(world: Path) -> None:
     site, network = load_site(world / "site.toml"), network_of(world, "first")
     for settings in (["network_args.algo=lokr"], ["network_args.algo=loha"], ["network_args.dora_wd=true"]):

@@ -233,11 +233,11 @@ def test_the_matrix_of_commits_and_transformers(use_trainer: object, monkeypatch
 
 
 def test_a_commit_is_not_proved_by_another_checkout(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_proof(proved(checkout), {})
     monkeypatch.setenv("KWRAP_SD_SCRIPTS", str(checkout))
     listed = tmp_path / "proved.md"
-    assert prove_trainer.main(["--commit", "v0.11.1", "--folder", str(tmp_path / "work"), "--list", str(listed)]) == 1
-    assert f"{checkout}, which is not at v0.11.1 but at new" in capsys.readouterr().err
+    with pytest.raises(prove_trainer.NotProved, match=f"{checkout}, which is not at v0.11.1 but at new"):
+        prove_trainer.main(["--commit", "v0.11.1", "--folder", str(tmp_path / "work"), "--list", str(listed)])
     assert not listed.exists()
