@@ -160,7 +160,7 @@ class WeightsAndBiases(MarkedLine):
         super().__init__(book, "wandb")
         import wandb
 
-        settings = wandb.Settings(console="off", disable_git=True, disable_code=True, x_disable_stats=True)
+        settings = wandb.Settings(console="off", quiet=True, disable_git=True, disable_code=True, x_disable_stats=True)
         chosen = {
             "project": book.project,
             "name": book.name,
@@ -174,7 +174,7 @@ class WeightsAndBiases(MarkedLine):
         self.last_step = step
 
     def close(self) -> None:
-        self.line.finish(quiet=True)
+        self.line.finish()
 
 
 class Trackio:
