@@ -162,6 +162,8 @@ def count_modules(request: Mapping[str, Any]) -> dict[str, Any]:
     classes: dict[str, int] = {}
     for module in network.loras:
         classes[type(module).__name__] = classes.get(type(module).__name__, 0) + 1
+    with ValuesOnCpu():
+        tensors = sum(len(module.state_dict()) for module in network.loras)
     return {
         "counted_on": "sd-scripts" if checkout else "diffusers",
         "unet_modules": len(network.unet_loras),
@@ -169,7 +171,7 @@ def count_modules(request: Mapping[str, Any]) -> dict[str, Any]:
         "unet_parameters": count_parameters(network.unet_loras),
         "text_encoder_parameters": count_parameters(network.text_encoder_loras),
         "module_kinds": classes,
-        "tensors": sum(len(module.state_dict()) for module in network.loras),
+        "tensors": tensors,
         "unmatched": find_unmatched(request["preset"], network, unet, text_encoders),
         "base_unet_parameters": count_parameters([model]),
         "base_text_encoder_parameters": count_parameters(text_encoders),
