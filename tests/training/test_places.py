@@ -273,6 +273,22 @@ def test_rename_keeps_checkpoints_and_refuses_names_that_are_taken(new_run: NewR
     assert [path.name for path in moved.networks] == ["first.safetensors"] and other.folder.is_dir()
 
 
+def test_a_signal_in_the_middle_of_a_removal_leaves_nothing(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, real, calls = new_run("epsilon"), shutil.rmtree, []
+
+    def cut_short(path: Path, **options: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        remove_run(plan_removal(run, with_checkpoints=True))
+    assert not run.folder.exists()
+    assert not list(run.folder.parent.glob(".*.removed"))
+
+
 def test_remove_keeps_networks_and_what_others_came_from(new_run: NewRun) -> None:
     run = make(new_run)
     train(run)

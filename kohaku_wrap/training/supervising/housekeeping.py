@@ -110,5 +110,8 @@ def remove_run(removal: Removal) -> None:
             (away / LOCK_FILE).rename(away / run.checkpoints.name / f"{run.output_name}.lock.toml")
             (away / run.checkpoints.name).rename(run.checkpoints)
             fsync_folder(run.folder)
-        fsync_folder(run.folder.parent)
-        shutil.rmtree(away, ignore_errors=True)
+        try:
+            fsync_folder(run.folder.parent)
+            shutil.rmtree(away, ignore_errors=True)
+        finally:  # a signal in the middle of it leaves nothing either
+            shutil.rmtree(away, ignore_errors=True)
