@@ -1,6 +1,6 @@
 """Make the pictures of the page that README shows, from a run of the embedded world that crashes and goes on.
 
-python docs/make_pictures.py [FOLDER]   (needs playwright and Chromium; a minute or two)
+python docs/make_pictures.py [FOLDER]   (needs playwright and Chromium; some minutes)
 """
 
 from __future__ import annotations
