@@ -13,6 +13,8 @@ from kohaku_wrap.merging.networks import Change
 from kohaku_wrap.merging.plan import MergePlan, TensorPlan
 
 CHUNK_ELEMENTS = 1 << 18
+TERMS_CHUNK_ELEMENTS = 1 << 15
+"""Where there are functions, whose float64 arrays then stay in a core's cache."""
 RAW = "U8"
 
 
@@ -181,7 +183,7 @@ def list_tasks(pieces: list[Piece]) -> Iterator[Task]:
 
 def list_chunks(piece: Piece) -> Iterator[tuple[int, int]]:
     """A piece cut at fixed places: whole rows where it has a shape."""
-    length = CHUNK_ELEMENTS * 4 if piece.to == RAW else CHUNK_ELEMENTS
+    length = CHUNK_ELEMENTS * 4 if piece.to == RAW else TERMS_CHUNK_ELEMENTS if piece.terms else CHUNK_ELEMENTS
     if piece.shape and piece.elements:
         length = max(1, length // piece.row_elements) * piece.row_elements
     for first in range(0, piece.elements, length):
