@@ -37,6 +37,12 @@ METADATA_KEY = b"kwrap"
 NO_DIGEST = "0" * 64
 """Stands in the file until all rows are written; the digest has the same length and takes its place."""
 
+FILE_END_BYTES = 10
+"""Of an Arrow file, behind its footer: the footer's length and six letters."""
+
+HEAD_BYTES = 1 << 16
+"""Of a captions file, within which the digest stands: it comes first in the schema's metadata."""
+
 FIELDS = (
     pa.field("id", pa.int64(), nullable=False),
     pa.field("file", pa.string(), nullable=False),
@@ -433,14 +439,13 @@ class ColumnsWriter:
     def _write_digest(self) -> None:
         """Put the digest where its place was kept: in the schema at the head and in the footer."""
         self._stream.flush()
-        end = self._stream.seek(0, 2)
-        for start in (0, max(0, end - (1 << 20))):
+        end = self._stream.seek(-FILE_END_BYTES, 2)
+        footer = end - int.from_bytes(self._stream.read(FILE_END_BYTES)[:4], "little")
+        for start, length in ((0, HEAD_BYTES), (footer, -1)):
             self._stream.seek(start)
-            piece = self._stream.read(1 << 20)
-            place = piece.find(NO_DIGEST.encode())
-            if place >= 0:
-                self._stream.seek(start + place)
-                self._stream.write(self.digest.encode())
+            place = self._stream.read(length).find(NO_DIGEST.encode())
+            self._stream.seek(start + place)
+            self._stream.write(self.digest.encode())
         self._stream.seek(0, 2)
 
 
