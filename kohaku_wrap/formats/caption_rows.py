@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Self
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_wrap.errors import KwrapError, reason_of
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import open_regular
 
 CAPTIONS_FILE = "captions.arrow"
@@ -90,11 +90,6 @@ class Subset:
 class DamagedCaptions(KwrapError):
     """The rows of a captions file are not those that were written."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(
-            f"{path}: damaged: {what}", "Make it again with `kwrap caption`: the same rows have the same digest."
-        )
-
 
 @dataclass(frozen=True)
 class ImageSizes:
@@ -161,33 +156,30 @@ def find_captions(images: Path, digest: str = "") -> Path:
 
 def map_captions(path: Path) -> Any:
     """A pyarrow buffer that maps a captions file. Raises NoImages."""
-    try:
+    with reading_captions(path):
+        if not path.exists():
+            raise NoImages(
+                f"{path}: not there, so the images' sizes are not known",
+                "Run `kwrap extract` and `kwrap caption` first, or `kwrap import FOLDER` for images of your own; or "
+                "count with `kwrap plan --selection SEL.parquet`.",
+            )
         open_regular(path).close()
         return pa.memory_map(str(path)).read_buffer()
-    except FileNotFoundError:
-        raise NoImages(
-            f"{path}: not there, so the images' sizes are not known",
-            "Run `kwrap extract` and `kwrap caption` first, or `kwrap import FOLDER` for images of your own; or count "
-            "with `kwrap plan --selection SEL.parquet`.",
-        ) from None
-    except (pa.ArrowException, OSError) as error:
-        raise not_captions(path, error) from None
 
 
-def not_captions(path: Path, error: Exception) -> NoImages:
-    """What is said of a file that `kwrap caption` did not write."""
-    return NoImages(f"{path}: not a captions file ({reason_of(error)})", "Run `kwrap caption` again.")
+def reading_captions(path: Path) -> AbstractContextManager[None]:
+    """Refuse, as NoImages, what `kwrap caption` did not write."""
+    return refusing(NoImages, f"{path}: not a captions file", "Run `kwrap caption` again.", pa.ArrowException)
 
 
 def open_captions(images: Path, digest: str = "") -> Any:
     """The memory-mapped reader of the folder's captions, see `find_captions`. Raises NoImages, NewerCaptions."""
     path = find_captions(images, digest)
-    try:
-        reader = pa.ipc.open_file(pa.BufferReader(map_captions(path)))
-    except pa.ArrowInvalid as error:
-        raise not_captions(path, error) from None
-    refuse_newer(path, read_about(reader.schema))
-    return reader
+    mapped = map_captions(path)
+    with reading_captions(path):
+        reader = pa.ipc.open_file(pa.BufferReader(mapped))
+        refuse_newer(path, read_about(reader.schema))
+        return reader
 
 
 def read_about(schema: Any) -> dict[str, Any]:
@@ -217,17 +209,20 @@ def read_captions_metadata(images: Path, digest: str = "") -> dict[str, Any]:
 
 def read_folder_sizes(images: Path) -> ImageSizes:
     """The measured sizes of the images that extract and caption made ready. Raises NoImages."""
-    table = open_captions(images).read_all()
-    if not len(table):
-        raise NoImages(f"{images / CAPTIONS_FILE}: lists no image", "Run `kwrap extract` and `kwrap caption` again.")
-    captions = [table[name] for name in ("caption", "text") if name in table.column_names]
-    return ImageSizes(
-        widths=table["width"].to_numpy().astype(np.int64),
-        heights=table["height"].to_numpy().astype(np.int64),
-        source=f"the images in {images}",
-        caption_bytes=sum(chunk.nbytes for column in captions for chunk in column.chunks),
-        repeats=table["repeats"].to_numpy().astype(np.int64) if "repeats" in table.column_names else 1,
-    )
+    with reading_captions(images / CAPTIONS_FILE):
+        table = open_captions(images).read_all()
+        if not len(table):
+            raise NoImages(
+                f"{images / CAPTIONS_FILE}: lists no image", "Run `kwrap extract` and `kwrap caption` again."
+            )
+        captions = [table[name] for name in ("caption", "text") if name in table.column_names]
+        return ImageSizes(
+            widths=table["width"].to_numpy().astype(np.int64),
+            heights=table["height"].to_numpy().astype(np.int64),
+            source=f"the images in {images}",
+            caption_bytes=sum(chunk.nbytes for column in captions for chunk in column.chunks),
+            repeats=table["repeats"].to_numpy().astype(np.int64) if "repeats" in table.column_names else 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -326,7 +321,7 @@ class Columns:
         """
         path = find_captions(folder, digest)
         mapped = map_captions(path)
-        try:
+        with reading_captions(path):
             table = pa.ipc.open_file(pa.BufferReader(mapped)).read_all()
             refuse_newer(path, read_about(table.schema))
             stream = path.open("rb")
@@ -344,8 +339,6 @@ class Columns:
                 text_places=np.array(table["text_at"] if has_texts else (), dtype=np.int32),
                 text_shares=read_about(table.schema).get("text", {}),
             )
-        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-            raise not_captions(path, error) from error
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -470,7 +463,12 @@ def check_columns(path: Path) -> None:
     By the digest over the rows, 4 s for 5.2 million; a file that records none is only read.
     """
     digest, recorded = None, ""
-    try:
+    with refusing(
+        DamagedCaptions,
+        f"{path}: damaged:",
+        "Make it again with `kwrap caption`: the same rows have the same digest.",
+        pa.ArrowException,
+    ):
         for batch in read_batches(path):
             if digest is None:
                 about = read_about(batch.schema)
@@ -480,9 +478,5 @@ def check_columns(path: Path) -> None:
             ids, files, widths, heights, captions = (batch.column(each.name) for each in FIELDS)
             others = [batch.column(name) for name in batch.schema.names[len(FIELDS) :]]
             digest.update(digest_rows(ids, files, widths, heights, captions.cast(pa.string()), *others))
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-        raise DamagedCaptions(path, str(error)) from error
-    if digest and recorded and recorded != digest.hexdigest():
-        raise DamagedCaptions(path, f"its rows have the digest {digest.hexdigest()[:12]}…, not {recorded[:12]}…")
+        if digest and recorded and recorded != digest.hexdigest():
+            raise ValueError(f"its rows have the digest {digest.hexdigest()[:12]}…, not {recorded[:12]}…")
