@@ -60,7 +60,9 @@ def test_a_letter_is_a_word_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("formula", "letters", "what"),
     [
-        ("a + B*b", ["A=1"], "A does not stand in the formula"),
+        ("a + B*b", ["A=1"], "A stands for no number in the formula"),
+        ("b + dare(a - b, 0.9, seed=7)", ["seed=1,2"], "seed stands for no number in the formula"),
+        ("a + blocks(MID=0.5) * (b - a)", ["MID=1,2"], "MID stands for no number in the formula"),
         ("a + A*b", ["A=1", "A=2"], "A= is given twice"),
         ("a + A*b + B*c + C*a", ["A=0:9:1", "B=0:9:1", "C=0:10:1"], "1,100 merges; 1,000 are allowed"),
         ("net(x) + slerp(a, b, 0.5)", ["slerp=1"], "slerp is a letter of the grid, and no function"),

@@ -121,7 +121,7 @@ def test_a_step_that_fails_is_told_once_with_its_command(world: Path, tmp_path: 
         (["--evaluate", "judge 'x"], "No closing quotation"),
         (["--sheet", "/nowhere.toml"], "no such file"),
         (["--as", "lora"], "makes checkpoints, not networks"),
-        (["B=1"], "B does not stand in the formula"),
+        (["B=1"], "B stands for no number in the formula"),
         (["-o", "x.safetensors"], "writes into a folder"),
     ],
 )
