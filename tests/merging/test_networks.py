@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.formats.network_names import checkpoint_name, find_targets, table_of_targets
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.merging.networks import NotANetwork, match_modules
@@ -216,6 +216,12 @@ def test_wrong_shapes_and_unknown_algorithms_are_errors(write_model: WriteModel,
         {"lokr_w1": (2, 2, 3), "lokr_w2": (32, 16)},
         {"lokr_w1": (2, 2), "lokr_w2": (32, 16), "dora_scale": (5,)},
         {"lokr_w1": (2, 2), "lokr_w2": (32, 16), "dora_scale": (64, 32)},
+        {"lora_up.weight": (0, 4), "lora_down.weight": (4, 32)},
+        {"oft_blocks": (16, 4, 4), "alpha": (2,)},
+        {"weight": (64,), "on_input": (2,)},
+        {"a1.weight": (), "a2.weight": (4, 32), "b1.weight": (64, 4), "b2.weight": (4, 32)},
+        {"a1.weight": (32, 4), "a2.weight": (4, 32), "b1.weight": (64, 4), "b2.weight": (4, 77)},
+        {"a1.weight": (32, 4), "a2.weight": (4, 32), "b1.weight": (64, 4), "b2.weight": (4, 32), "bm.weight": (3, 4)},
     ],
     ids=lambda shapes: " ".join(f"{name}{list(shape)}" for name, shape in shapes.items()),
 )
@@ -223,8 +229,11 @@ def test_factors_that_do_not_fit_together_are_refused_from_the_header(
     write_model: WriteModel, write_network: WriteNetwork, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     network = write_network("n", {f"{NAME_OF_LINEAR}.{name}": torch.ones(shape) for name, shape in shapes.items()})
-    with pytest.raises(ProblemsFound, match=r"do not make a whole delta|its alpha has 2|its dora_scale"):
+    said = r"do not make a whole delta|do not fit|its (alpha|on_input) has 2|its dora_scale|its delta has 0 rows"
+    with pytest.raises(ProblemsFound, match=said):
         plan_merge("base + net(n)", {"base": write_model("base"), "n": network})
+    with pytest.raises(KwrapError, match=f"{said}|no sum|no tensor of the output would be made"):
+        plan_merge("net(n)", {"n": network}, MergeOptions(network="lora"))
 
 
 def test_an_alpha_of_whole_numbers_and_flat_norms(

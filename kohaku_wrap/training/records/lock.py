@@ -24,10 +24,10 @@ class BadRunFolder(KwrapError):
 
 
 class Number:
-    """A whole number of the lock, from `at_least` on."""
+    """A whole number of the lock, from `at_least` on; `default` where it may be missing."""
 
-    def __init__(self, table: str, key: str, at_least: int = 0) -> None:
-        self.entry = table, key, at_least
+    def __init__(self, table: str, key: str, at_least: int = 0, default: int | None = None) -> None:
+        self.entry = table, key, at_least, default
 
     def __get__(self, lock: Lock, kind: type) -> int:
         return lock.number(*self.entry)
@@ -44,8 +44,11 @@ class Lock:
     """Where it was read, for messages."""
 
     def table(self, name: str) -> Mapping[str, Any]:
-        """One table of the document: `inputs`, `machine`, …; empty for one that it lacks."""
-        return dict(self.tables.get(name, {}))
+        """One table of the document: `inputs`, `machine`, …; empty for one that it lacks. Raises BadRunFolder."""
+        table = self.tables.get(name, {})
+        if not isinstance(table, Mapping):
+            raise self.damaged(f"[{name}] is {str(table)[:40]}, not a table")
+        return dict(table)
 
     def entry(self, table: str, key: str) -> Any:
         """One value; raises BadRunFolder that names it when it is missing."""
@@ -78,9 +81,9 @@ class Lock:
         """The text of each of the run's files as it was written; empty for a run of kwrap 0.1."""
         return self.table("files")
 
-    def number(self, table: str, key: str, at_least: int = 0) -> int:
-        """A whole number; raises BadRunFolder where it is none, or out of all bounds."""
-        value = self.entry(table, key)
+    def number(self, table: str, key: str, at_least: int = 0, default: int | None = None) -> int:
+        """A whole number; raises BadRunFolder where it is none, out of all bounds, or missing without a default."""
+        value = self.entry(table, key) if default is None else self.table(table).get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value < LARGEST_NUMBER:
             raise self.damaged(f"[{table}] {key} is {str(value)[:40]}, not a whole number from {at_least} on")
         return value
@@ -115,18 +118,20 @@ class Lock:
     @property
     def processes(self) -> int:
         """The processes that the site gave when the run was made."""
-        machine = self.table("machine")
-        return int(machine.get("processes", max(int(machine.get("gpus", 1)), 1)))
+        return self.number("machine", "processes", 1, max(self.gpus, 1))
 
     @property
     def workers(self) -> int:
         """The loader workers that the site or the template gave when the run was made."""
-        return int(self.table("machine").get("workers", self.values.get("max_data_loader_n_workers", 0)) or 0)
+        return self.number("machine", "workers", 0, self.values.get("max_data_loader_n_workers") or 0)
+
+    gpus = Number("machine", "gpus", default=1)
+    """Of each machine of the run's site."""
 
     @property
     def is_on_cpu(self) -> bool:
         """Whether the run's site has no GPU."""
-        return int(self.table("machine").get("gpus", 1)) == 0
+        return self.gpus == 0
 
     @cached_property
     def held_out(self) -> HeldOut | None:
@@ -168,14 +173,9 @@ class Lock:
     def count(self) -> StepCount:
         return StepCount(batches=self.batches, group=self.group)
 
-    @property
-    def states_kept(self) -> int:
-        return int(self.table("states").get("keep", 3))
-
-    @property
-    def milestone_every(self) -> int:
-        """Optimizer steps between the states that retention never removes; 0 for none."""
-        return int(self.table("states").get("every", 0))
+    states_kept = Number("states", "keep", default=3)
+    milestone_every = Number("states", "every", default=0)
+    """Optimizer steps between the states that retention never removes; 0 for none."""
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -204,7 +204,7 @@ class Lock:
     @property
     def joins_by_separator(self) -> bool:
         """Whether shuffled tags are joined by caption_separator, as the run's commit of sd-scripts does."""
-        return bool(self.tables.get("trainer", {}).get("joins_by_separator", False))
+        return bool(self.table("trainer").get("joins_by_separator", False))
 
     @property
     def trust(self) -> tuple[str, ...]:
