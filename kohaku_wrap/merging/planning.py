@@ -12,7 +12,7 @@ from pathlib import Path
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.formats.layouts import Layout, read_layout
 from kohaku_wrap.formats.network_names import Target, table_of_targets
-from kohaku_wrap.formats.predictions import MARKS, find_prediction
+from kohaku_wrap.formats.predictions import MARKS
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
 from kohaku_wrap.merging.binding import bind_names, choose_file, split_parts
 from kohaku_wrap.merging.blocks import is_in_part, is_vae
@@ -24,7 +24,7 @@ from kohaku_wrap.merging.networks import Change, is_network, match_modules, rais
 from kohaku_wrap.merging.notes import LIKE, VAE, Notes
 from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan
-from kohaku_wrap.merging.predictions import mark_prediction
+from kohaku_wrap.merging.predictions import mark_change, mark_prediction
 from kohaku_wrap.merging.shapes import shapes_of_networks
 
 
@@ -119,9 +119,10 @@ class Planner:
         raise_problems("the files do not fit the formula", self.problems, self.advice())
         check_contribution(self.formula, drafts, {name: self.layouts[name] for name in self.models}, self.networks)
         if self.options.network:
-            return self.finish(
-                [draft for draft in drafts if draft.stored], find_prediction(self.files[self.anchor]).kind
-            )
+            kind, warnings = mark_change({**self.files, **self.networks}, self.options.prediction)
+            for line in warnings:
+                self.notes.add(line, "")
+            return self.finish([draft for draft in drafts if draft.stored], kind)
         marked = mark_prediction(drafts, self.files, self.networks, self.anchor, self.options.prediction)
         for note in marked.notes:
             self.notes.add(*note)

@@ -62,6 +62,31 @@ def describe_kinds(kinds: Mapping[str, list[str]], said: Mapping[str, Prediction
     )
 
 
+def decide_kind(
+    kinds: Mapping[str, list[str]], said: Mapping[str, Prediction], first: str, asked: str
+) -> tuple[str, list[str]]:
+    """What is predicted: as `asked`, as the files of one kind do, or as `first` where they differ; and a warning."""
+    usual = next(iter(kinds)) if len(kinds) == 1 else said[first].kind
+    kind = WORDS[asked] if asked else usual
+    if asked and set(kinds) - {kind}:
+        return kind, [f"warning: marked as --prediction {asked} asks: {describe_kinds(kinds, said)}"]
+    if len(kinds) > 1 and not asked:
+        line = f"warning: prediction types are mixed: {describe_kinds(kinds, said)}. The output is marked as {kind}, "
+        return kind, [f"{line}as {first} is; --prediction eps or --prediction v decides"]
+    return kind, []
+
+
+def mark_change(headers: Mapping[str, Header], asked: str) -> tuple[str, list[str]]:
+    """As decide_kind, for a change that becomes a network: of all its files that say it; empty where none does."""
+    said = {name: found for name, header in headers.items() if (found := find_prediction(header)).source}
+    if not said:
+        return WORDS.get(asked, ""), []
+    kinds: defaultdict[str, list[str]] = defaultdict(list)
+    for name, each in said.items():
+        kinds[each.kind].append(name)
+    return decide_kind(kinds, said, next(iter(said)), asked)
+
+
 def mark_prediction(
     drafts: list[TensorPlan], files: Mapping[str, Header], networks: Mapping[str, Header], anchor: str, asked: str
 ) -> MergedPrediction:
@@ -70,15 +95,9 @@ def mark_prediction(
     kinds = find_kinds(drafts, said)
     if not (kinds or asked):
         return MergedPrediction(said[anchor].kind if said[anchor].source else "", drafts, [])
-    usual = next(iter(kinds)) if len(kinds) == 1 else said[anchor].kind
-    kind = WORDS[asked] if asked else usual
+    kind, warnings = decide_kind(kinds, said, anchor, asked)
     told = {each.kind for each in said.values() if each.source}
-    notes = []
-    if asked and set(kinds) - {kind}:
-        notes.append((f"warning: marked as --prediction {asked} asks: {describe_kinds(kinds, said)}", ""))
-    elif len(kinds) > 1 and not asked:
-        line = f"warning: prediction types are mixed: {describe_kinds(kinds, said)}. The output is marked as {kind}, "
-        notes.append((f"{line}as {anchor} is; --prediction eps or --prediction v decides", ""))
+    notes = [(line, "") for line in warnings]
     givers = [files[name] for name in files if name == anchor or name in kinds.get("v", [])]
     marks = [mark for mark in MARKS if any(mark in header.tensors for header in givers)] if kind == "v" else []
     if kind == "v" and asked and "v_pred" not in marks:

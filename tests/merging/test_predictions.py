@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.formats.predictions import MARKS
+from kohaku_wrap.merging.plan import MergeOptions
+from kohaku_wrap.merging.planning import plan_merge
 
 from .conftest import Tensors, WriteModel
 from .test_foreign_keys import LORA
@@ -111,3 +113,33 @@ def test_a_network_that_says_v_on_a_model_that_says_epsilon(tmp_path: Path, writ
     marks, stated, said = merge(tmp_path, "e + 1.0 * net(n)", *words)
     assert (marks, stated) == ([], "epsilon")
     assert "warning: prediction types are mixed" in said and "n predicts v" in said
+
+
+@pytest.mark.parametrize(
+    ("formula", "kinds", "asked", "stated", "warned"),
+    [
+        ("net(a) + 0.5 * net(b)", "vv", "", "v", False),
+        ("net(a) + 0.5 * net(b)", "-v", "", "v", False),
+        ("net(a) + 0.5 * net(b)", "--", "", "", False),
+        ("net(a) + 0.5 * net(b)", "--", "v", "v", False),
+        ("net(a) + 0.5 * net(b)", "ev", "", "epsilon", True),
+        ("net(a) + 0.5 * net(b)", "ev", "v", "v", True),
+        ("a - b", "-v", "", "v", False),
+        ("a - b", "--", "", "", False),
+        ("a - b", "ve", "", "v", True),
+    ],
+)
+def test_a_network_of_a_change_says_what_its_files_say(
+    tmp_path: Path, write_model: WriteModel, formula: str, kinds: str, asked: str, stated: str, warned: bool
+) -> None:
+    words = {"v": STATED_V, "e": EPSILON, "-": ""}
+    paths = {}
+    for place, (name, kind) in enumerate(zip("ab", kinds, strict=True)):
+        said = write_kinds(write_model, **{name: words[kind]})[1].partition("=")[2]
+        paths[name] = Path(said)
+        if "net" in formula:
+            metadata = {} if kind == "-" else {"modelspec.prediction_type": {"v": "v", "e": "epsilon"}[kind]}
+            save_file({key: tensor + place for key, tensor in LORA.items()}, said, metadata=metadata)
+    plan = plan_merge(formula, paths, MergeOptions(network="lora", prediction=asked))
+    assert plan.prediction == stated
+    assert any(line.startswith("warning: ") for line in plan.decisions) == warned
