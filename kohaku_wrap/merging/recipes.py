@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -51,6 +52,9 @@ WORDS_OF_OPTION = {
     "rest": ("keep", "skip"),
 }
 """What an option of a recipe may say, where there is a choice; the same words as on the command line."""
+
+RANGE_OF_OPTION = {"rank": (0, math.inf), "energy": (0, 1), "factor": (-1, math.inf)}
+"""The least and the largest number that an option may be; 0 for what is usual."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,12 @@ def problems_of_options(options: Mapping[str, Any]) -> list[Problem]:
             what = f"unknown; there are {', '.join(sorted(types))}"
         elif words and value not in words:
             what = f"{json.dumps(value, default=str)} is not one of {', '.join(words)}"
-        elif type(value) is not types[name]:
-            what = {bool: "is not true or false", str: "is not text"}.get(types[name], "is not a number")
+        elif type(value) not in (types[name], *([int] if types[name] is float else [])):
+            kinds = {bool: "is not true or false", str: "is not text", int: "is not a whole number"}
+            what = kinds.get(types[name], "is not a number")
+        elif name in RANGE_OF_OPTION and not RANGE_OF_OPTION[name][0] <= value <= RANGE_OF_OPTION[name][1]:
+            least, most = RANGE_OF_OPTION[name]
+            what = f"{value} is not from {least} {'on' if most == math.inf else f'to {most}'}"
         else:
             continue
         problems.append(Problem(f"options.{name}", what))

@@ -74,6 +74,11 @@ def test_a_word_is_a_recipe_or_a_formula(tmp_path: Path) -> None:
         ("sums = true", "sums +true is not one of"),
         ('merge_vae = "yes"', "merge_vae +is not true or false"),
         ("like = 5", "like +is not text"),
+        ("rank = 4.0", "rank +is not a whole number"),
+        ("rank = -5", "rank +-5 is not from 0 on"),
+        ("energy = 2", "energy +2 is not from 0 to 1"),
+        ("energy = nan", "energy +nan is not from 0 to 1"),
+        ("factor = -2", "factor +-2 is not from -1 on"),
     ],
 )
 def test_options_of_a_recipe_are_checked(tmp_path: Path, option: str, fault: str) -> None:
