@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from kohaku_wrap.files import (
     HASH_BLOCK_BYTES,
     Progress,
     atomic_write,
+    clear_leavings,
     describe_absence,
     kept_sha256,
     sha256_of_file,
@@ -149,6 +151,7 @@ def publish_run(
     out.mkdir(parents=True, exist_ok=True)
     baked = f"{network.stem}-baked.safetensors"
     ours = {network.name, baked, f"{baked}.part", CARD_NAME, SUMS_NAME, PAGE_FILE}
+    clear_leavings(out, *(f".{glob.escape(file)}.*.part" for file in ours))
     foreign = [path.name for path in out.iterdir() if path.name not in ours]
     others = [name for name in foreign if name.endswith(".safetensors")]
     if foreign and not (out / SUMS_NAME).is_file():

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,18 @@ def test_the_end_without_baking_and_again(tmp_path: Path, run: tuple[Path, dict[
     with pytest.raises(CannotPublish, match=r"epsilon-baked\.safetensors of an earlier call"):
         publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
     assert (tmp_path / "out" / "SHA256SUMS").read_text() == sums
+
+
+def test_what_a_killed_call_left_is_taken_away(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
+    folder, lock = run
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("epsilon.safetensors", "README.md"):
+        (out / f".{name}.{gone.pid}.part").write_bytes(b"half")
+    publish_run(folder, lock, out, bake=False)
+    assert not list(out.glob(".*"))
 
 
 def test_a_run_without_a_prompt_format_names_none(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
