@@ -26,7 +26,7 @@ from kohaku_wrap.evaluation.characters import INFERRED, PRESETS, Character
 from kohaku_wrap.evaluation.exposure import Exposure, NoSuchTag
 from kohaku_wrap.evaluation.judges import Features, UnreadablePicture
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, name_apart, read_result
+from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, read_result
 from kohaku_wrap.files import Progress
 from kohaku_wrap.sampling.expanding import PlacedCell
 
@@ -232,16 +232,15 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
     other = read_other(path)
     for what, one, two in (
         ("another judge", result["judge"]["sha256"], other["judge"]["sha256"]),
+        ("another threshold", result["judge"]["threshold"], other["judge"]["threshold"]),
         ("other prompts", result["prompts"]["template"], other["prompts"]["template"]),
     ):
         if one != two:
             raise OtherResult(f"{path}: made with {what}", "Only results of the same judge and prompts compare.")
     own = {each["tag"]: each["references_sha256"] for each in result["characters"]}
     same = {each["tag"] for each in other["characters"] if own.get(each["tag"]) == each["references_sha256"]}
-    titles = {each["title"] for each in result["models"]}
     for model in other["models"]:
-        title = name_apart(model["title"], path, titles)
-        scores = {tag: score for tag, score in model["scores"].items() if tag in same}
-        result["models"].append({**model, "title": title, "from_other_result": True, "scores": scores})
+        model["scores"] = {tag: score for tag, score in model["scores"].items() if tag in same}
+    add_models(result, other["models"], path)
     listed = result["models"]
     result["pairs"] = compare_models([each["title"] for each in listed], [each["scores"] for each in listed])

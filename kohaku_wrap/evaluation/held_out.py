@@ -19,7 +19,7 @@ import kohaku_wrap
 from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, name_apart, read_result
+from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, read_result
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import NoAnswer, ask_python
@@ -282,10 +282,8 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
     ):
         if one != two:
             raise OtherResult(f"{path}: measured on {what}", "Only results on the same posts compare.")
-    titles, own = {each["title"] for each in result["models"]}, len(result["models"])
-    for model in other["models"]:
-        title = name_apart(model["title"], path, titles)
-        result["models"].append({**model, "title": title, "from_other_result": True})
+    own = len(result["models"])
+    add_models(result, other["models"], path)
     listed = result["models"]
     losses = [
         np.array([[np.nan if value is None else value for value in row] for row in each["losses"]]) for each in listed

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import parse_json, read_regular
+from kohaku_wrap.wording import name_apart
 
 FORMAT = 1
 """Of `ccip.json`, `loss.json` and `judged-KIND.json`."""
@@ -26,6 +27,12 @@ def read_result(path: Path, command: str, measures: Collection[str], usual_name:
     return dict(document)
 
 
-def name_apart(title: str, path: Path, titles: Collection[str]) -> str:
-    """What a model of another result is called beside these."""
-    return title if title not in titles else f"{path.parent.name}/{title}"
+def add_models(result: dict[str, Any], models: Iterable[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Add models of the result at `path`, each with a title of its own; they as they were added."""
+    added = []
+    for model in models:
+        titles = {each["title"] for each in result["models"]}
+        title = model["title"] if model["title"] not in titles else f"{path.absolute().parent.name}/{model['title']}"
+        added.append({**model, "title": name_apart(title, titles), "from_other_result": True})
+        result["models"].append(added[-1])
+    return added

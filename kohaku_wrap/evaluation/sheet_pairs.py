@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import OtherResult, name_apart, read_result
+from kohaku_wrap.evaluation.other_results import OtherResult, add_models, read_result
 
 
 def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -60,15 +60,10 @@ def lay_over(result: dict[str, Any], path: Path, kinds: Collection[str]) -> None
             "not by the same files with the same threshold",
             "Judge both folders with one judge.",
         )
-    titles = {each["title"] for each in result["models"]}
-    added = [
-        {**model, "title": name_apart(model["title"], path, titles), "from_other_result": True}
-        for model in other["models"]
-    ]
-    result["models"] += added
+    added = add_models(result, other["models"], path)
     result["pairs"] = compare_models(result["models"])
     new = {each["title"] for each in added}
-    across = [pair for pair in result["pairs"] if pair["from"] in titles and pair["to"] in new]
+    across = [pair for pair in result["pairs"] if pair["from"] not in new and pair["to"] in new]
     if not any(pair["pictures"] or pair["frechet_difference"] is not None for pair in across):
         if not any(each["value"] is not None for model in added for each in model["judged"]):
             raise OtherResult(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from kohaku_wrap.sampling.cells import Cell, Compute
 from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.compose import place_style
 from kohaku_wrap.sampling.sheets import MOST_CELLS, NO_STYLE, Sheet
+from kohaku_wrap.wording import name_apart
 
 SAID_BY_SHEET = ("steps", "sampler", "schedule", "clip_skip", "emphasis", "hires")
 """Fields of a cell that a sheet may set; where it does not, the cell's own defaults hold."""
@@ -117,9 +119,10 @@ def expand_sheet(
 
 
 def name_models(models: Sequence[Model]) -> dict[Model, str]:
-    """A title each; two of the same get their folders."""
-    titles = {model: model.title for model in models}
-    for model, title in list(titles.items()):
-        if sum(other == title for other in titles.values()) > 1:
-            titles[model] = f"{model.path.parent.name}/{title}"
+    """A title each; those of the same get their folders, and where these are the same too, a number."""
+    usual = Counter(model.title for model in dict.fromkeys(models))
+    titles: dict[Model, str] = {}
+    for model in dict.fromkeys(models):
+        title = model.title if usual[model.title] == 1 else f"{model.path.parent.name}/{model.title}"
+        titles[model] = name_apart(title, titles.values())
     return titles
