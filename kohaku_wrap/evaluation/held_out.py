@@ -166,7 +166,9 @@ def measure_losses(job: LossJob, known: KnownModel, processes: int, on_progress:
     place = {row: number for number, row in enumerate(job.rows)}
     losses = np.full((len(job.rows), len(job.timesteps)), np.nan)
     for path, rows in zip(files, job.chunks, strict=True):
-        losses[[place[row] for row in rows]] = np.load(path, allow_pickle=False)
+        losses[[place[row] for row in rows]] = found = np.load(path, allow_pickle=False)
+        if np.isnan(found).any():  # measured again next time: the picture may be put right until then
+            path.unlink()
     return losses
 
 

@@ -153,10 +153,12 @@ def test_an_unreadable_picture_is_no_number_and_changes_no_other(job: LossJob, k
     path = job.columns.path_of(3)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    broken = measure_losses(replace(job, out=job.out.with_name("broken")), known, 1, lambda done, total: None)
+    elsewhere = replace(job, out=job.out.with_name("broken"))
+    broken = measure_losses(elsewhere, known, 1, lambda done, total: None)
     path.write_bytes(whole)
     assert np.isnan(broken[3]).all()
     assert np.array_equal(np.delete(broken, 3, axis=0), np.delete(losses, 3, axis=0))
+    assert np.array_equal(measure_losses(elsewhere, known, 1, lambda done, total: None), losses), "put right, it counts"
 
 
 def start(*words: object) -> subprocess.Popen[bytes]:
