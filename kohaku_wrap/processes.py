@@ -34,6 +34,11 @@ class NoAnswer(KwrapError):
     """A helper process failed, gave no answer in time, or one that is no JSON."""
 
 
+def count_cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def python_command(*words: object) -> list[str]:
     """This Python with these words, such as `-m` and a module; the current folder is not on its import path."""
     return [sys.executable, "-P", *map(str, words)]

@@ -34,8 +34,8 @@ from kohaku_wrap.merging.networks import raise_problems
 from kohaku_wrap.merging.open_files import Files, check_output, new_file, write_at
 from kohaku_wrap.merging.pieces import KeyFinder
 from kohaku_wrap.merging.plan import DEFAULT_RANK, MergePlan
-from kohaku_wrap.merging.running import count_threads
 from kohaku_wrap.merging.worker import Faults, Worker
+from kohaku_wrap.processes import count_cores
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 HEADER_RESERVE_BYTES = 4096
@@ -137,7 +137,7 @@ class FitPool:
     """Threads that fit tensors, a few ahead; what they give comes in the order of the plan."""
 
     def __init__(self, plan: MergePlan, files: Files, faults: Faults, threads: int) -> None:
-        self.plan, self.files, self.faults, self.threads = plan, files, faults, threads or count_threads()
+        self.plan, self.files, self.faults, self.threads = plan, files, faults, threads or count_cores()
         self.lock, self.finder, self.local = threading.Lock(), KeyFinder(plan), threading.local()
 
     def fit(self, layers: list[Layer]) -> list[LayerFit]:

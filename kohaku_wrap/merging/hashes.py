@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from threading import Lock
 
 from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, keep_hashes, key_of_file, load_hashes
 from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.processes import count_cores
 
 AUTO_V2_DIGITS = 10
 AUTO_V3_DIGITS = 12
@@ -106,7 +106,7 @@ def hash_files(
     wanted = {key: path for key, path in zip(keys, paths, strict=True) if key not in held}
     if wanted:
         counter = HashCounter(sum(path.stat().st_size for path in wanted.values()), on_progress)
-        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(threads or count_cores()) as pool:
             try:
                 found = list(pool.map(lambda path: hash_file(path, counter), wanted.values()))
             except BaseException:

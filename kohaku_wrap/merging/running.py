@@ -22,6 +22,7 @@ from kohaku_wrap.merging.pieces import KeyFinder, Task, cut_pieces, list_tasks
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.verifying import verify_elements_of
 from kohaku_wrap.merging.worker import Faults, Worker
+from kohaku_wrap.processes import count_cores
 
 POLL_SECONDS = 0.1
 write_out = getattr(os, "fdatasync", os.fsync)
@@ -86,11 +87,6 @@ class MergeResult:
     """Elements drawn for that, but set by DoRA or by functions, which are not rational arithmetic."""
 
 
-def count_threads() -> int:
-    """As many threads as processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_merge(
     plan: MergePlan,
     output: Path,
@@ -138,7 +134,7 @@ def run_merge(
 def make_workers(plan: MergePlan, files: Files, faults: Faults, threads: int, pieces: int) -> list[Worker]:
     """As many as there are threads, or as there is work for."""
     lock, finder = threading.Lock(), KeyFinder(plan)
-    count = min(threads or count_threads(), max(1, pieces * 64))
+    count = min(threads or count_cores(), max(1, pieces * 64))
     return [Worker(plan, files, finder, faults, lock) for _ in range(count)]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from kohaku_wrap.processes import count_cores
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -14,11 +15,7 @@ Result = TypeVar("Result")
 
 def usable_threads() -> int:
     """How many processor cores this process may use, at most four: more only wait for the disk."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS or Windows
-        cores = os.cpu_count() or 1
-    return max(1, min(cores, 4))
+    return min(count_cores(), 4)
 
 
 def map_in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], threads: int) -> Iterator[Result]:

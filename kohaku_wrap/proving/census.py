@@ -8,7 +8,6 @@ must change the network or the ledger; one that decides files must not; one that
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ from kohaku_wrap.config.check_files import check_files
 from kohaku_wrap.config.fates import FATES_FILE, Fate, parse_fates
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.outlets import run_as_work
+from kohaku_wrap.processes import count_cores
 from kohaku_wrap.proving.census_bench import CaseFailed, CensusBench, Settings, write_template
 from kohaku_wrap.trainer.installed import find_option_table
 
@@ -152,7 +152,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("census"), help="where to work (default: census)")
     parser.add_argument("--fates", type=Path, default=FATES_FILE, help="another table than kwrap's own")
     parser.add_argument("--row", action="append", metavar="PLACE.NAME", help="only this row; again for more")
-    parser.add_argument("--processes", type=int, default=min(2, len(os.sched_getaffinity(0))), help="at once")
+    parser.add_argument("--processes", type=int, default=min(2, count_cores()), help="at once")
     parser.add_argument("--keep", action="store_true", help="keep every run's folder")
     return parser.parse_args(arguments)
 

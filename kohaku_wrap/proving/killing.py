@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from typing import IO, Any
 import psutil
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.processes import count_cores, python_command, safe_environment
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.processes import end_processes, send_signal
@@ -86,7 +85,7 @@ CHILDREN = Children()
 def training_threads() -> Iterator[ThreadPoolExecutor]:
     """Threads that start trainings, one a core; what ends the block early ends these trainings too."""
     CHILDREN.ended = False
-    with ThreadPoolExecutor(max_workers=max(len(os.sched_getaffinity(0)), 1)) as pool:
+    with ThreadPoolExecutor(max_workers=count_cores()) as pool:
         try:
             yield pool
         except BaseException:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.processes import count_cores
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.sizes import find_sizes
 
@@ -38,7 +39,7 @@ def count_threads() -> int:
     said = os.environ.get("OMP_NUM_THREADS", "")
     if said.isdecimal() and int(said):
         return int(said)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return count_cores()
 
 
 def usual_size(models: Sequence[Path]) -> tuple[int, int]:

@@ -39,7 +39,7 @@ from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, TarFolder, find_tars
 from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress
-from kohaku_wrap.processes import safe_children
+from kohaku_wrap.processes import count_cores, safe_children
 
 IMAGES_A_PROCESS = 400
 """Below this, another process takes longer to start than it saves."""
@@ -107,7 +107,7 @@ def extract_images(
         if any(journals.path.glob("*.csv")):
             remove_parts(images)
         tasks = make_tasks(selected, folder, known, max_pixels)
-        processes = min(jobs or len(os.sched_getaffinity(0)), -(-len(selected.ids) // IMAGES_A_PROCESS))
+        processes = min(jobs or count_cores(), -(-len(selected.ids) // IMAGES_A_PROCESS))
         work = Extraction(images, journals.next_stem(), max_pixels, len(selected.ids), on_progress)
         report = ExtractReport(images=images, selected=len(selected.ids))
         for result in work.run_here(tasks) if processes == 1 else work.run_in_pool(tasks, processes):

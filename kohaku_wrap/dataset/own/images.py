@@ -22,7 +22,7 @@ from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
 from kohaku_wrap.dataset.images.extract import IMAGES_A_PROCESS, WorkerDied
 from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX, exit_after
 from kohaku_wrap.files import Progress, atomic_write, open_regular
-from kohaku_wrap.processes import safe_children
+from kohaku_wrap.processes import count_cores, safe_children
 
 IMPORTED_FILE = "imported.parquet"
 JOURNAL_FILE = ".importing.jsonl"
@@ -151,7 +151,7 @@ def check_images(
     """
     settings = (images, copy, dry_run)
     pieces = (tasks[start : start + IMAGES_A_TASK] for start in range(0, len(tasks), IMAGES_A_TASK))
-    processes = min(jobs or len(os.sched_getaffinity(0)), -(-len(tasks) // IMAGES_A_PROCESS))
+    processes = min(jobs or count_cores(), -(-len(tasks) // IMAGES_A_PROCESS))
     results = (
         (take_image(task, *settings) for piece in pieces for task in piece)
         if processes <= 1

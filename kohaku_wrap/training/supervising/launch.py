@@ -13,7 +13,7 @@ from kohaku_wrap.config.kernels import dropped_variables, kernel_settings
 from kohaku_wrap.config.run_files import ACCELERATE_FILE, read_yaml
 from kohaku_wrap.config.trainer_arguments import MACHINES_IN_FILE, describe_accelerate, render_yaml
 from kohaku_wrap.files import expand_user, write_text
-from kohaku_wrap.processes import accelerate_command, safe_settings
+from kohaku_wrap.processes import accelerate_command, count_cores, safe_settings
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.supervising.machines import ONE_MACHINE, Machines
@@ -156,8 +156,7 @@ def default_threads(processes: int, on_cpu: bool) -> int:
         return int(given)
     if on_cpu:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_THREADS, cores // processes))
+    return max(1, min(MOST_THREADS, count_cores() // processes))
 
 
 def describe_attempt_accelerate(attempt: Attempt) -> dict[str, Any]:
