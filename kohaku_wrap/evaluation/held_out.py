@@ -118,6 +118,7 @@ class LossJob:
             "timesteps": list(self.timesteps),
             "batch": self.compute.batch,
             "device": self.compute.device,
+            "index": index,
             "dtype": {"fp32": "no"}.get(self.compute.dtype, self.compute.dtype),
             "threads": self.compute.threads,
             "chunks": [
@@ -143,9 +144,8 @@ def measure_losses(job: LossJob, known: KnownModel, processes: int, on_progress:
         failures: list[Exception] = []
 
         def ask(index: int) -> None:
-            own = {"CUDA_VISIBLE_DEVICES": str(index)} if job.compute.device == "cuda" and count > 1 else {}
             try:
-                ask_python(WORKER, request=job.describe(known, files, index, count), added=settings | own)
+                ask_python(WORKER, request=job.describe(known, files, index, count), added=settings)
             except (NoAnswer, OSError, MemoryError) as error:
                 failures.append(error)
 

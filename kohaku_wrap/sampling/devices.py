@@ -19,7 +19,12 @@ GPU_BATCH = 4
 
 def has_gpu() -> bool:
     """Whether an NVIDIA GPU is there and not hidden from this process."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/dev/nvidiactl").exists()
+    return not hides_gpus(os.environ.get("CUDA_VISIBLE_DEVICES")) and Path("/dev/nvidiactl").exists()
+
+
+def hides_gpus(visible: str | None) -> bool:
+    """Whether CUDA_VISIBLE_DEVICES, None where it is not set, names no GPU: what stands behind a -1 does not count."""
+    return visible is not None and visible.split(",")[0].strip() in ("", "-1")
 
 
 def choose_compute(

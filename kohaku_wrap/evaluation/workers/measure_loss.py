@@ -21,7 +21,7 @@ from kohaku_wrap.files import atomic_write
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import answer
 from kohaku_wrap.sampling.checkpoints import AddedNetwork, Model
-from kohaku_wrap.sampling.drawing.models import read_model
+from kohaku_wrap.sampling.drawing.models import choose_device, read_model
 from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.items import ItemOptions
 from kohaku_wrap.training.data.tokens import CaptionTokenizer
@@ -34,7 +34,7 @@ class LossMeter:
     """A model on a device, and its losses."""
 
     def __init__(self, job: dict[str, Any], tokenizer: CaptionTokenizer) -> None:
-        self.device = torch.device(job["device"])
+        self.device = choose_device(job["device"], job["index"])
         described = job["model"]
         networks = tuple(AddedNetwork(Path(path), weight) for path, weight in described["networks"])
         vae = Path(described["vae"]) if described["vae"] else None

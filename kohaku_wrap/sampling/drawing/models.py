@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
 from kohaku_wrap.merging.plan import MergePlan
@@ -54,6 +55,15 @@ class Drawer:
 
     scaling: float
     """Of the latents."""
+
+
+def choose_device(kind: str, index: int) -> torch.device:
+    """The CPU, or a GPU for the process with this index: each the next of those that it may use. Raises KwrapError."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise KwrapError("torch finds no GPU here", "Install torch for your GPU, or choose --device cpu.")
+    return torch.device("cuda", index % torch.cuda.device_count())
 
 
 def read_model(model: Model, threads: int) -> Tensors:

@@ -19,14 +19,14 @@ import torch
 import transformers
 
 import kohaku_wrap
-from kohaku_wrap.errors import KwrapError, lacks_memory
+from kohaku_wrap.errors import lacks_memory
 from kohaku_wrap.files import Claims
 from kohaku_wrap.processes import answer_in_lines
 from kohaku_wrap.sampling.cells import Cell, Compute, read_cell
 from kohaku_wrap.sampling.checkpoints import AddedNetwork, Model
 from kohaku_wrap.sampling.chunks import cut_chunks, read_tokenizer
 from kohaku_wrap.sampling.drawing.drawing import Artist
-from kohaku_wrap.sampling.drawing.models import load_drawer
+from kohaku_wrap.sampling.drawing.models import choose_device, load_drawer
 from kohaku_wrap.sampling.grammar import parse_prompt
 from kohaku_wrap.sampling.pictures import ModelFile, Record, hash_pixels, is_drawn, write_picture
 
@@ -60,7 +60,7 @@ class SheetWorker:
         self.done: set[str] = set()
         self.artist: tuple[int, Artist] | None = None
         self.compute = next(cell.compute for cells in self.cells for cell in cells)
-        self.device = choose_device(self.compute, self.index)
+        self.device = choose_device(self.compute.device, self.index)
 
     def run(self) -> None:
         """Draw until every cell is drawn, by this process or by another; each begins with another model."""
@@ -156,15 +156,6 @@ def read_job_model(document: dict[str, Any]) -> Model:
     """The model of a job."""
     networks = tuple(AddedNetwork(Path(path), weight) for path, weight in document["networks"])
     return Model(Path(document["path"]), networks, vae=Path(document["vae"]) if document["vae"] else None)
-
-
-def choose_device(compute: Compute, index: int) -> torch.device:
-    """The device of the process with this index: each next GPU."""
-    if compute.device == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise KwrapError("torch finds no GPU here", "Install torch for your GPU, or draw with --device cpu.")
-    return torch.device("cuda", index % torch.cuda.device_count())
 
 
 def name_device(device: torch.device) -> str:
