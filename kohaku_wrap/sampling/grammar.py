@@ -20,6 +20,7 @@ BREAK_WEIGHT = -1.0
 TOKEN = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 WORDS_THAT_ACT = re.compile(r"\b(?:(BRE)(AK)|(A)(ND))\b")
+NO_TEXT = re.compile(r"[\ud800-\udfff]")
 COMPOSITION = re.compile(r"\bAND\b")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 LIKE_A_NUMBER = re.compile(r"\s*[+-]?(?:[0-9][0-9.,]*(?:e[+-]?[0-9]+)?%?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
@@ -103,6 +104,8 @@ class Parser:
         self.square: list[Bracket] = []
 
     def parse(self) -> Prompt:
+        if odd := NO_TEXT.search(self.source):
+            raise PromptError("a byte that is no UTF-8", self.source, odd.start(), 1, "Write it anew, as UTF-8.")
         if composition := COMPOSITION.search(self.source):
             raise PromptError(
                 "AND (several prompts composed) is not read", self.source, composition.start(), 3,

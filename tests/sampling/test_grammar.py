@@ -95,6 +95,7 @@ def test_break_cuts_and_takes_the_spaces_around_it() -> None:
         ("[a (b:1.2):c: 5 ]", "schedules", 0),
         ("[cow|horse]", "alternations", 0),
         ("a cat AND a dog", "AND", 6),
+        ("1girl, \udcff", "no UTF-8", 7),
         ("(x:1,2)", "1,2 is not a plain decimal", 3),
         ("(x:1e3)", "1e3 is not a plain decimal", 3),
         ("(x:nan)", "nan is not a plain decimal", 3),
