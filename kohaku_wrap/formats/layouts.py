@@ -208,7 +208,10 @@ def form_of(key: str, path: str) -> str:
 def part_of_clip(tensors: Mapping[str, TensorSpot]) -> str:
     """Which text encoder the tensors of a CLIP without prefix are, by its width, else by its projection."""
     widths = {
-        spot.shape[-1] for key, spot in tensors.items() if key.endswith(("self_attn.q_proj.weight", "norm.weight"))
+        size
+        for key, spot in tensors.items()
+        if key.endswith(("self_attn.q_proj.weight", "norm.weight"))
+        for size in spot.shape[-1:]
     }
     if WIDTH_OF_TEXT_ENCODER_1 in widths:
         return "te1"

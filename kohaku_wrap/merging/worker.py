@@ -173,7 +173,7 @@ class Worker:
         delta = Delta(change.module.algorithm, change.kind, arrays)
         if not change.target.is_transposed:
             return delta
-        norms = {name: arrays[name].T for name in ("dora_scale",) if name in arrays}
+        norms = {name: np.atleast_2d(arrays[name].T) for name in ("dora_scale",) if name in arrays}
         return Delta("full", "weight", {"diff": delta.compute_rows(0, delta.shape[0]).T, **norms})
 
     def compute_whole(self, piece: Piece) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -22,7 +22,7 @@ NO_STYLE = "none"
 MOST_CELLS = 100_000
 SIZE = re.compile(r"\s*([0-9]{1,5})\s*[x×]\s*([0-9]{1,5})\s*")
 HIRES = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?::\s*([0-9]*\.?[0-9]+))?\s*")
-LINE_OPTION = re.compile(r"\s--(\w+)\s+")
+LINE_OPTION = re.compile(r"\s--(\w+)(?:\s+|$)")
 LINE_OPTIONS = {"n": "negative", "w": "width", "h": "height", "s": "steps", "l": "guidance", "d": "seed"}
 """Options of a line as sd-scripts has them."""
 
@@ -133,7 +133,7 @@ def read_line(line: str, where: str, problems: list[Problem]) -> SheetPrompt:
         try:
             own[name] = value.strip() if name == "negative" else float(value) if name == "guidance" else int(value)
         except ValueError:
-            problems.append(Problem(where, f"--{letter} {value.strip()}: not a number"))
+            problems.append(Problem(where, f"--{letter} {value or 'with nothing'}: not a number"))
     negative = own.pop("negative", None)
     return SheetPrompt(text, negative=negative, own=own)
 
@@ -155,6 +155,9 @@ def read_tables(path: Path, lenient: bool) -> Sheet:
             styles.append(None if name == NO_STYLE else find_style(name))
         except UsageError as error:
             reader.fault("styles", error.message)
+    hires = read_each(reader, "hires", read_hires)
+    if len(hires) > 1:
+        reader.fault("hires", f"is one value, and no axis of the sheet; here are {len(hires)}")
     sheet = Sheet(
         prompts=tuple(prompts),
         styles=tuple(styles),
@@ -167,7 +170,7 @@ def read_tables(path: Path, lenient: bool) -> Sheet:
         schedule=reader.choice("schedule", tuple(SCHEDULES)) if "schedule" in reader.table_values else "",
         clip_skip=reader.integer("clip_skip", 1),
         emphasis=reader.choice("emphasis", EMPHASES) if "emphasis" in reader.table_values else "",
-        hires=next(iter(read_each(reader, "hires", read_hires)), None),
+        hires=next(iter(hires), None),
         rows=read_axes(reader, "rows"),
         columns=read_axes(reader, "columns"),
     )

@@ -100,6 +100,11 @@ def test_models_are_called_what_they_are(key: str, kind: str, architecture: str)
     assert (layout.kind, layout.architecture) == (kind, architecture)
 
 
+def test_a_single_number_tells_no_width() -> None:
+    layout = read_layout(header_of({"text_model.norm.weight": (), "text_model.a.norm.weight": (1280,)}))
+    assert layout.parts == ("te2",)
+
+
 def test_two_tensors_for_one_name_are_refused() -> None:
     header = header_of({"input_blocks.0.0.bias": (1,), "model.diffusion_model.input_blocks.0.0.bias": (1,)})
     with pytest.raises(MalformedFile, match="another tensor that stands for"):

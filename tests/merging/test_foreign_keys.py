@@ -52,6 +52,22 @@ def test_the_text_projection_is_changed_as_the_linear_layer_that_was_trained(
     assert all(torch.equal(baked[key], base[key]) for key in base if key != PROJECTION)
 
 
+def test_flat_norms_of_a_square_projection_are_those_of_its_outputs(
+    tmp_path: Path, write_model: WriteModel, write_network: WriteNetwork
+) -> None:
+    def add_square(tensors: Tensors) -> None:
+        tensors[PROJECTION] = torch.randn(32, 32, generator=torch.manual_seed(5))
+
+    base, name = write_model("base", 1, torch.float32, change=add_square), "lora_te2_text_projection"
+    lora = {f"{name}.lora_up.weight": torch.randn(32, 4), f"{name}.lora_down.weight": torch.randn(4, 32)}
+    norms = torch.rand(32) + 0.5
+    flat, upright = (
+        bake(tmp_path, base, write_network("n", {**lora, f"{name}.dora_scale": each}))[PROJECTION]
+        for each in (norms, norms[:, None])
+    )
+    assert torch.equal(flat, upright)
+
+
 def test_a_projection_of_another_size_is_refused(
     tmp_path: Path, write_model: WriteModel, write_network: WriteNetwork
 ) -> None:

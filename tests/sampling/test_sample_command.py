@@ -167,6 +167,7 @@ def test_files_that_are_no_model_of_this_kind_are_named(world: Path, network: Pa
         ("prompts = ['a']\nrows = ['seeds']", "rows"),
         ("[[prompts]]\nprompt = 'a'\nnegativ = 'b'", "did you mean negative"),
         ("prompts = ['a']\nhires = 'big'", "not a scale"),
+        ("prompts = ['a']\nhires = ['1.5', '2']", "no axis of the sheet; here are 2"),
     ],
 )
 def test_an_unreadable_sheet_is_one_message(world: Path, tmp_path: Path, text: str, said: str) -> None:
@@ -186,9 +187,10 @@ def test_a_file_of_prompts_takes_the_options_of_sd_scripts(world: Path, tmp_path
         5,
         128,
     )
-    (tmp_path / "p.txt").write_text("1girl --x 3\nhat --w wide\n(open\n")
+    (tmp_path / "p.txt").write_text("1girl --x 3\nhat --w wide\n(open\nhat --d\n")
     said = message_of(run(*words_of(world, tmp_path / "out", "--prompts", tmp_path / "p.txt")))
-    assert "3 problems" in said and "--x is none of" in said and "never closed" in said
+    assert "4 problems" in said and "--x is none of" in said and "never closed" in said
+    assert "--d with nothing: not a number" in said
 
 
 @pytest.mark.slow
