@@ -18,7 +18,7 @@ THUMB_PIXELS = 256
 """The longer side of a picture on the sheet, unless it is smaller itself or the sheet would be too large."""
 
 MOST_PIXELS = 16_000
-"""Of a side of the sheet."""
+"""Of a side of the sheet, up to some seven hundred rows: a row is never lower than a line of its label."""
 
 FONT_PIXELS = 13
 GAP = 6
@@ -62,14 +62,15 @@ def write_contact_sheet(
     side = max(16, min(THUMB_PIXELS, largest, (MOST_PIXELS - LABEL_WIDTH) // most - GAP))
     font = ImageFont.load_default(FONT_PIXELS)
     line = FONT_PIXELS + 3
+    room = (MOST_PIXELS - LABEL_WIDTH) // len(row_labels) - GAP
+    step = max(side, min(LABEL_LINES * line, room)) + GAP
     left = LABEL_WIDTH if any(row_labels[0]) or len(row_labels) > 1 else GAP
     top = GAP + LABEL_LINES * line if any(column_labels[0]) or len(column_labels) > 1 else GAP
-    width, height = left + len(column_labels) * (side + GAP), top + len(row_labels) * (max(side, 4 * line) + GAP)
-    step = max(side, 4 * line) + GAP
+    width, height = left + len(column_labels) * (side + GAP), top + len(row_labels) * step
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, label in enumerate(row_labels):
-        write_label(pen, font, label, (GAP, top + number * step), left - 2 * GAP)
+        write_label(pen, font, label, (GAP, top + number * step), left - 2 * GAP, min(LABEL_LINES, step // line))
     for number, label in enumerate(column_labels):
         write_label(pen, font, label, (left + number * (side + GAP), GAP), side)
     for cell in cells:
@@ -87,14 +88,14 @@ def write_contact_sheet(
 
 def write_label(
     pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, label: Sequence[str],
-    place: tuple[int, int], width: int,
+    place: tuple[int, int], width: int, most: int = LABEL_LINES,
 ) -> None:  # fmt: skip
-    """Write the parts of a label below each other, broken to the width; what is too long ends in dots."""
+    """Write the parts of a label below each other, broken to the width, in `most` lines; the rest is three dots."""
     lines: list[str] = []
     for part in label:
         lines += break_text(pen, font, " ".join(part.split()), width)
-    if len(lines) > LABEL_LINES:
-        lines = [*lines[: LABEL_LINES - 1], f"{lines[LABEL_LINES - 1][:-1]}…"]
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1][:-1]}…"]
     for number, text in enumerate(lines):
         pen.text((place[0], place[1] + number * (FONT_PIXELS + 3)), text, fill=INK, font=font)
 
