@@ -243,7 +243,10 @@ def command(
         return
     if given := [*letters, *(name for name, value in of_grid.items() if value)]:
         raise UsageError(f"{given[0]} means nothing without --grid", "Add --grid, or leave it out.")
-    plan = plan_merge(recipe.formula, bindings, choose_options(asked, recipe.options))
+    options = choose_options(asked, recipe.options)
+    if verify and options.network:
+        raise UsageError("--verify means nothing with --as", "Leave it out: the error of a network is always measured.")
+    plan = plan_merge(recipe.formula, bindings, options)
     described = describe_plan(plan)
     if dry_run:
         print_plan(

@@ -8,6 +8,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout, part_of_key
 from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.networks import describe_network, is_network
+from kohaku_wrap.merging.notes import VAE
 from kohaku_wrap.merging.plan import TensorPlan
 
 QUANTISED = (".scale_weight", ".weight_scale", ".scale_input", ".absmax", ".SCB", ".comfy_quant")
@@ -28,9 +29,10 @@ def refuse_unusable(layouts: Mapping[str, Layout], anchor: str) -> None:
     for name, layout in layouts.items():
         header = layout.header
         if is_network(header) and not is_network(layouts[anchor].header):
+            advice = f"Write net({name}) where {name} stands in the formula."
             raise UnfitInputs(
                 f"{name} ({header.path}) is no checkpoint but a network: {describe_file(layout)}",
-                f"Write net({name}) where {name} stands in the formula.",
+                "Give --vae-from a checkpoint or a VAE." if name == VAE else advice,
             )
         scaled = [key for key in header.tensors if key.endswith(QUANTISED) or key == "scaled_fp8"]
         if scaled:

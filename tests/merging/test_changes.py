@@ -276,6 +276,7 @@ def test_what_is_no_change_is_refused(tmp_path: Path, write_model: WriteModel, w
     assert "changes nothing" in refusal("a - b", output, "--as", "lora", a=a, b=a)
     assert "--as lora" in refusal("net(n)", output, n=n)
     assert "--rank means nothing" in refusal("a - b", output, "--rank", "4", a=a, b=b)
+    assert "--verify means nothing with --as" in refusal("a - b", output, "--as", "lora", "--verify", a=a, b=b)
     assert "no type for networks" in refusal("a - b", output, "--as", "lora", "--dtype", "fp64", a=a, b=b)
     dora = {f"{LINEAR}.dora_scale": torch.ones(64, 1), **lora(1, 4, 4.0)}
     assert "DoRA" in refusal("net(n)", output, "--as", "lora", n=write_network("d", dora))

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.merging import open_files, pieces, worker
 from kohaku_wrap.merging.binding import UnboundName
+from kohaku_wrap.merging.coverage import UnfitInputs
 from kohaku_wrap.merging.open_files import BadOutput, new_file
 from kohaku_wrap.merging.pieces import cut_pieces
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
@@ -177,6 +178,10 @@ def test_the_vae_is_the_anchors_unless_asked(tmp_path: Path, write_model: WriteM
     with pytest.raises(ProblemsFound, match="whose VAE was asked for, lacks it") as caught:
         plan_merge(half, paths, MergeOptions(vae_from=str(bare)))
     assert "--missing" not in caught.value.next_step
+    network = {"lora_unet_a.lora_up.weight": torch.ones(4, 2), "lora_unet_a.lora_down.weight": torch.ones(2, 4)}
+    save_file(network, tmp_path / "n.safetensors")
+    with pytest.raises(UnfitInputs, match="Give --vae-from a checkpoint"):
+        plan_merge(half, paths, MergeOptions(vae_from=str(tmp_path / "n.safetensors")))
     assert torch.equal(merge(plan_merge(half, paths, MergeOptions(merge_vae=True)), output)[VAE_KEY], average)
     named = "a + blocks(VAE=0.5) * (b - a)"
     assert torch.equal(merge(plan_merge(named, paths), output)[VAE_KEY], average)
