@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.formats.layouts import part_of_key
-from kohaku_wrap.formats.sdxl import UNET_PREFIX, VAE_PREFIX
+from kohaku_wrap.formats.sdxl import UNET_PREFIX
 from kohaku_wrap.toml_files import load_toml
 
 PRESETS_FILE = "blocks.toml"
@@ -85,18 +85,14 @@ def is_block(name: str) -> bool:
     return name in NAMED_BLOCKS or BLOCK_NAME.fullmatch(name) is not None
 
 
-def is_vae(key: str) -> bool:
-    """Whether a tensor belongs to the image encoder or decoder."""
-    return key.startswith(VAE_PREFIX)
-
-
 def blocks_of_key(key: str) -> tuple[str, ...]:
     """The blocks that cover a checkpoint's key, the nearest first; the last is always BASE.
 
     As in sd-webui-supermerger, `out.` goes with the last output block of SDXL, and the embeddings of time
     and label with BASE. The text encoders are TE1 and TE2, both TE; the VAE is VAE.
     """
-    if key.startswith(UNET_PREFIX):
+    part = part_of_key(key)
+    if part == "unet":
         found = UNET_BLOCK.match(key)
         if found and found.group(1) == "middle_block":
             return "MID", "BASE"
@@ -106,10 +102,4 @@ def blocks_of_key(key: str) -> tuple[str, ...]:
         if key.startswith(f"{UNET_PREFIX}out."):
             return f"OUT{OUTPUT_BLOCK_BEFORE_OUT:02d}", "BASE"
         return ("BASE",)
-    if is_vae(key):
-        return "VAE", "BASE"
-    if key.startswith(("conditioner.embedders.0.", "cond_stage_model.")):
-        return "TE1", "TE", "BASE"
-    if key.startswith("conditioner.embedders.1."):
-        return "TE2", "TE", "BASE"
-    return ("BASE",)
+    return {"vae": ("VAE", "BASE"), "te1": ("TE1", "TE", "BASE"), "te2": ("TE2", "TE", "BASE")}.get(part, ("BASE",))

@@ -88,13 +88,11 @@ class Fitter:
             outer = self.outer_of(layer)
             fit = fit_kronecker(delta, outer, dtype) if squares else no_kronecker(delta, outer, dtype)
             return LayerFit(layer, "LoKr", 0, squares, squares_lost(split_kronecker(delta, outer), fit), fit.factors)
-        fit = self.join_networks(layer, dtype) or self.fit_lora(layer, delta, squares, dtype)
+        rank = self.options.rank or DEFAULT_RANK
+        joined = self.join_networks(layer, dtype)
+        fit = joined or fit_low_rank(delta, rank, self.options.energy, squares, layer.name, dtype)
         lost = squares_lost(delta.reshape(delta.shape[0], -1), fit)
         return LayerFit(layer, "LoRA", fit.rank, squares, lost, fit.factors)
-
-    def fit_lora(self, layer: Layer, delta: torch.Tensor, squares: float, dtype: torch.dtype) -> Fit:
-        rank = self.options.rank or DEFAULT_RANK
-        return fit_low_rank(delta, rank, self.options.energy, squares, layer.name, dtype)
 
     def outer_of(self, layer: Layer) -> tuple[int, int]:
         """The shape of LoKr's first matrix: as asked, else as in the networks that are added, else LyCORIS' for 8."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from functools import cache
 from typing import TypeVar
@@ -119,17 +119,13 @@ class Formula:
     def error(self, message: str, span: Span) -> FormulaError:
         return FormulaError(message, self.source, span)
 
-    def matches(self, key: str, pattern: str) -> bool:
-        """Whether a pattern of only(…) takes a key; upper and lower case differ."""
-        return fnmatch.fnmatchcase(key, pattern)
-
     def reduce_for_key(self, key: str, lacking: frozenset[str] = NONE_LACKING) -> Reduction:
         """The coefficients at `key`, when the checkpoints named in `lacking` do not have it.
 
         A difference (a bracket, or a side of only(…), whose coefficients sum to 0) with a member in `lacking`
         counts as 0; other members of `lacking` keep their coefficient, and the caller decides.
         """
-        matching = frozenset(pattern for pattern in self.patterns if self.matches(key, pattern))
+        matching = frozenset(pattern for pattern in self.patterns if fnmatchcase(key, pattern))
         parts = frozenset(part for part in self.parts if is_in_part(key, part))
         return self.reduce_case(Case(blocks_of_key(key), matching, lacking, parts))
 

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kohaku_wrap.formats.layouts import read_layout
-from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.merging.plan import DEFAULT_FACTOR, DEFAULT_RANK, MergePlan
-from kohaku_wrap.merging.recipes import (
-    MODELSPEC_VERSION,
-    Recipe,
-    describe_making,
-    dump_json,
-    join_licenses,
-    name_of_file,
-)
+from kohaku_wrap.merging.recipes import Recipe, compose_metadata, dump_json, name_of_file
 
 BASE_VERSIONS = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v1": "sd_v1"}
 """ss_base_model_version, as sd-scripts writes it, by modelspec.architecture."""
@@ -31,7 +23,6 @@ def build_network_metadata(
     (steps, tags) has no meaning here.
     """
     headers = {**plan.files, **plan.networks}
-    rights = join_licenses(headers)
     kind, rank = plan.options.network, plan.options.rank or (DEFAULT_RANK if plan.files else 0)
     parents = [header.metadata for header in headers.values()]
     architectures = {architecture_of_parent(header) for header in headers.values()} - {""}
@@ -44,15 +35,8 @@ def build_network_metadata(
     arguments = {"algo": kind, "factor": plan.options.factor or DEFAULT_FACTOR} if kind == "lokr" else {"algo": kind}
     if kind == "lora":
         arguments = {"conv_dim": dimension, "conv_alpha": dimension}
-    metadata = {
-        "modelspec.sai_model_spec": MODELSPEC_VERSION,
+    own = {
         "modelspec.architecture": f"{architecture}/lora" if architecture else "",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title or (recipe.title if recipe else "") or plan.formula.source,
-        "modelspec.merged_from": ", ".join(name_of_file(header.path) for header in headers.values()),
-        "modelspec.prediction_type": plan.prediction,
-        "modelspec.license": rights.text,
-        "modelspec.date": date,
         "ss_network_module": "networks.lora" if kind == "lora" else "lycoris.kohya",
         "ss_network_args": dump_json(arguments),
         "ss_network_dim": dimension if kind == "lora" else "",
@@ -60,8 +44,7 @@ def build_network_metadata(
         "ss_base_model_version": BASE_VERSIONS.get(architecture, ""),
         "ss_sd_model_name": bases.pop() if len(bases) == 1 else "",
     }
-    metadata |= describe_making(plan, hashes, recipe)
-    return without_paths({key: text for key, text in metadata.items() if text})
+    return compose_metadata(plan, hashes, own, title, date, recipe)
 
 
 def architecture_of_parent(header: Header) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,22 +207,15 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
 
 def problems_of_fused(changes: Iterable[Change]) -> list[Problem]:
     """Fused tensors of which other parts are covered than of their like in other layers."""
-    covered: dict[tuple[str, str], set[int]] = {}
+    covered: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    elsewhere: defaultdict[str, set[int]] = defaultdict(set)
     for change in changes:
         if change.target.parts > 1:
-            covered.setdefault((change.kind, change.target.key), set()).add(change.target.part)
-    problems = []
-    for kind in ("weight", "bias"):
-        of_kind = {key: parts for (its_kind, key), parts in covered.items() if its_kind == kind}
-        if not of_kind:
-            continue
-        union = set().union(*of_kind.values())
-        problems += [
-            Problem(
-                key,
-                f"only {len(parts)} of the {len(union)} parts (query, key, value) that the network trains elsewhere",
-            )
-            for key, parts in of_kind.items()
-            if parts != union
-        ]
-    return problems
+            covered[change.kind, change.target.key].add(change.target.part)
+            elsewhere[change.kind].add(change.target.part)
+    what = "only {} of the {} parts (query, key, value) that the network trains elsewhere"
+    return [
+        Problem(key, what.format(len(parts), len(elsewhere[kind])))
+        for (kind, key), parts in covered.items()
+        if parts != elsewhere[kind]
+    ]

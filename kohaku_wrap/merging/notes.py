@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout
 from kohaku_wrap.formats.predictions import MARKS
@@ -12,6 +13,7 @@ from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.formula import Blocks, Only, walk_formula
 from kohaku_wrap.merging.networks import Change, is_network
 from kohaku_wrap.merging.plan import TensorPlan
+from kohaku_wrap.wording import count_of
 
 LIKE = "(like)"
 VAE = "(vae)"
@@ -35,8 +37,7 @@ class Notes:
         lines = []
         for line, keys in self.noted.items():
             shown = ", ".join(keys[:KEYS_SHOWN]) + (", …" if len(keys) > KEYS_SHOWN else "")
-            tensors = f"{len(keys)} tensor" + ("" if len(keys) == 1 else "s")
-            lines.append(f"{line}: {tensors} ({shown})" if any(keys) else line)
+            lines.append(f"{line}: {count_of(len(keys), 'tensor')} ({shown})" if any(keys) else line)
         return lines
 
     def shown(self, name: str) -> str:
@@ -47,7 +48,7 @@ class Notes:
         keys = self.files[self.anchor].tensors
         present = {block for key in keys for block in blocks_of_key(key)}
         for part in walk_formula(self.formula.tree):
-            if isinstance(part, Only) and not any(self.formula.matches(key, part.pattern) for key in keys):
+            if isinstance(part, Only) and not any(fnmatchcase(key, part.pattern) for key in keys):
                 raise self.formula.error(f"no key of {self.shown(self.anchor)} matches the pattern", part.span)
             if isinstance(part, Blocks):
                 for weight in part.weights:

@@ -93,7 +93,8 @@ def read_atom(reader: Reader) -> Node:
         reader.expect(")", f"to close the bracket at character {token.span.start + 1}")
         return Brackets(inside, span=reader.span_from(token.span))
     if token.kind != "name":
-        raise reader.error(f"expected a model name{after_words(reader)}")
+        after = f" after '{reader.tokens[reader.place - 1].text}'" if reader.place else ""
+        raise reader.error(f"expected a model name{after}")
     reader.take()
     if token.text == "blocks":
         return read_blocks(reader, token.span)
@@ -117,13 +118,6 @@ def read_atom(reader: Reader) -> Node:
         functions = ", ".join(["net", "blocks", "only", *PARTS, *SIGNATURES])
         raise reader.error(f"there is no function '{token.text}'; there are {functions}", token.span)
     return Model(token.text, span=token.span)
-
-
-def after_words(reader: Reader) -> str:
-    """` after '*'`: what stands before the place reached."""
-    if reader.place == 0:
-        return ""
-    return f" after '{reader.tokens[reader.place - 1].text}'"
 
 
 def read_number(reader: Reader) -> Fraction:

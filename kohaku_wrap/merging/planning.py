@@ -15,7 +15,7 @@ from kohaku_wrap.formats.network_names import Target, table_of_targets
 from kohaku_wrap.formats.predictions import MARKS
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
 from kohaku_wrap.merging.binding import bind_names, choose_file, split_parts
-from kohaku_wrap.merging.blocks import is_in_part, is_vae
+from kohaku_wrap.merging.blocks import is_in_part
 from kohaku_wrap.merging.calls import WeightedSum
 from kohaku_wrap.merging.coefficients import Formula, Reduction
 from kohaku_wrap.merging.coverage import UnfitInputs, check_contribution, check_coverage, refuse_unusable
@@ -167,7 +167,7 @@ class Planner:
 
     def takes_vae_whole(self, key: str) -> bool:
         """Whether a key is of the VAE, and that is copied as one."""
-        return is_vae(key) and bool(self.options.vae_from or not (self.options.merge_vae or self.vae_named))
+        return is_in_part(key, "vae") and bool(self.options.vae_from or not (self.options.merge_vae or self.vae_named))
 
     def is_asked_for(self, key: str) -> bool:
         """Whether --parts leaves a key to the formula."""

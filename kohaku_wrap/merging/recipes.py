@@ -30,7 +30,6 @@ RECIPE_KEYS = ("title", "formula", "models", "notes", "options")
 NESTED_VALUE_LIMIT = 16_384
 NESTING_LIMIT = 64
 NESTED_PREFIXES = ("ss_", "sshs_", "modelspec.")
-MODELSPEC_VERSION = "1.0.1"
 RECIPE_TYPE = "kwrap"
 
 DTYPES = {
@@ -252,25 +251,30 @@ def build_metadata(
     `hashes`: of every file of the plan, by name. Source: Stability's model metadata standard 1.0.1 and the
     `sd_merge_recipe` and `sd_merge_models` that webui writes.
     """
+    anchor = plan.files[plan.anchor]
+    kept = ("modelspec.architecture", "modelspec.implementation", "modelspec.resolution")
+    own = {"modelspec.architecture": read_layout(anchor).architecture}
+    own |= {key: text for key in kept if (text := anchor.metadata.get(key))}
+    return compose_metadata(plan, hashes, own, title, date, recipe)
+
+
+def compose_metadata(
+    plan: MergePlan, hashes: Mapping[str, FileHashes], own: Mapping[str, str], title: str, date: str,
+    recipe: Recipe | None,
+) -> dict[str, str]:  # fmt: skip
+    """What any output of a plan says, with what is its `own`; nothing that is empty, and no path of this machine."""
     headers = {**plan.files, **plan.networks}
-    rights = join_licenses(headers)
-    anchor = plan.files[plan.anchor].metadata
     metadata = {
-        "modelspec.sai_model_spec": MODELSPEC_VERSION,
-        "modelspec.architecture": anchor.get("modelspec.architecture")
-        or read_layout(plan.files[plan.anchor]).architecture,
-        "modelspec.implementation": anchor.get("modelspec.implementation")
-        or "https://github.com/Stability-AI/generative-models",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title or (recipe.title if recipe else "") or plan.formula.source,
         "modelspec.merged_from": ", ".join(name_of_file(header.path) for header in headers.values()),
+        "modelspec.prediction_type": plan.prediction,
+        "modelspec.license": join_licenses(headers).text,
+        "modelspec.date": date,
+        **own,
+        **describe_making(plan, hashes, recipe),
     }
-    metadata["modelspec.resolution"] = anchor.get("modelspec.resolution", "")
-    metadata["modelspec.prediction_type"] = plan.prediction
-    if rights.text:
-        metadata["modelspec.license"] = rights.text
-    if date:
-        metadata["modelspec.date"] = date
-    metadata |= describe_making(plan, hashes, recipe)
     return without_paths({key: text for key, text in metadata.items() if text})
 
 

@@ -96,7 +96,5 @@ def read_number(worker: Worker, piece: Piece, source: Source, element: int) -> f
 
 def deltas_at(worker: Worker, piece: Piece, elements: Sequence[int]) -> list[list[float]]:
     """For each element, what each network adds there before its coefficient."""
-    columns = []
-    for name, _, change in piece.deltas:
-        columns.append(worker.open_delta(name, change).at(np.array(elements)).tolist())
+    columns = [worker.open_delta(name, each).at(np.array(elements)).tolist() for name, _, each in piece.deltas]
     return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in elements]
