@@ -5,6 +5,7 @@ Source: sdeval 0.0.4 (a difference strictly below the threshold) and dghs-imguti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,22 +94,21 @@ def summarise(scores: Mapping[str, Score]) -> dict[str, Any]:
 def compare_models(titles: Sequence[str], scores: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Each two models over the characters that both have: wins, losses, and the paired difference with an interval."""
     found = []
-    for first in range(len(titles)):
-        for second in range(first + 1, len(titles)):
-            tags = sorted(set(scores[first]) & set(scores[second]))
-            apart = np.array([scores[second][tag]["score"] - scores[first][tag]["score"] for tag in tags])
-            interval = bootstrap_mean(apart)
-            found.append(
-                {
-                    "from": titles[first],
-                    "to": titles[second],
-                    "characters": len(tags),
-                    "wins": int((apart > 0).sum()),
-                    "losses": int((apart < 0).sum()),
-                    "ties": int((apart == 0).sum()),
-                    "difference": interval.document() if interval else None,
-                }
-            )
+    for (title, one), (other_title, two) in itertools.combinations(zip(titles, scores, strict=True), 2):
+        tags = sorted(set(one) & set(two))
+        apart = np.array([two[tag]["score"] - one[tag]["score"] for tag in tags])
+        interval = bootstrap_mean(apart)
+        found.append(
+            {
+                "from": title,
+                "to": other_title,
+                "characters": len(tags),
+                "wins": int((apart > 0).sum()),
+                "losses": int((apart < 0).sum()),
+                "ties": int((apart == 0).sum()),
+                "difference": interval.document() if interval else None,
+            }
+        )
     return found
 
 
@@ -126,11 +126,10 @@ def group_by_exposure(seen: npt.NDArray[np.int64], scores: npt.NDArray[np.float6
 def correlate_ranks(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float | None:
     """Spearman's correlation; None where one of them never changes."""
     ranks = [rank(np.asarray(each, dtype=np.float64)) for each in (one, other)]
-    spreads = [float(each.std()) if len(each) else 0.0 for each in ranks]
-    if not all(spreads):
+    if any(len(set(each.tolist())) < 2 for each in ranks):
         return None
-    apart = (ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())
-    return float(apart.mean() / (spreads[0] * spreads[1]))
+    correlations: Any = np.corrcoef(ranks)
+    return float(correlations[0, 1])
 
 
 def rank(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

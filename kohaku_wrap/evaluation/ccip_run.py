@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 
-import kohaku_wrap
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.evaluation.ccip import (
     Score,
@@ -24,9 +22,9 @@ from kohaku_wrap.evaluation.ccip import (
 )
 from kohaku_wrap.evaluation.characters import INFERRED, PRESETS, Character
 from kohaku_wrap.evaluation.exposure import Exposure, NoSuchTag
-from kohaku_wrap.evaluation.judges import Features, UnreadablePicture
+from kohaku_wrap.evaluation.judges import Features
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, read_result
+from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, list_versions, read_result
 from kohaku_wrap.files import Progress
 from kohaku_wrap.sampling.expanding import PlacedCell
 
@@ -75,20 +73,12 @@ def look_at_references(
     features: dict[str, Features] = {}
     left: list[dict[str, str]] = []
     unreadable: list[str] = []
-    total = sum(len(each.references) for each in characters)
-    done = 0
+    total, done = sum(len(each.references) for each in characters), itertools.count(1)
     for character in characters:
         if character.features is not None:
             features[character.tag] = character.features
             continue
-        rows = []
-        for path in character.references:
-            try:
-                rows.append(looker.look_at(path))
-            except UnreadablePicture as error:
-                unreadable.append(error.message)
-            done += 1
-            on_progress(done, total)
+        rows = looker.look_at_each(character.references, unreadable, lambda: on_progress(next(done), total))
         if rows and character.posts - (len(character.references) - len(rows)) >= least:
             features[character.tag] = np.stack(rows)
         else:
@@ -107,18 +97,13 @@ def score_models(
     `pictures`: by model, then by character.
     """
     total = sum(len(paths) for of_model in pictures.values() for paths in of_model.values())
-    scores, unreadable, done = [], [], 0
+    scores: list[dict[str, Score]] = []
+    unreadable: list[str] = []
+    done = itertools.count(1)
     for of_model in pictures.values():
         found: dict[str, Score] = {}
         for tag in sorted(set(of_model) & set(references)):
-            rows = []
-            for path in of_model[tag]:
-                try:
-                    rows.append(looker.look_at(path))
-                except UnreadablePicture as error:
-                    unreadable.append(error.message)
-                done += 1
-                on_progress(done, total)
+            rows = looker.look_at_each(of_model[tag], unreadable, lambda: on_progress(next(done), total))
             if rows:
                 found[tag] = score_pictures(looker.judge, references[tag], np.stack(rows))
         scores.append(found)
@@ -186,12 +171,7 @@ def compose_result(
     return {
         "format": FORMAT,
         "measure": "ccip",
-        "versions": {
-            "kwrap": kohaku_wrap.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": list_versions(),
         "judge": looker.judge.describe(),
         "rule": "score: share of references whose difference is below the threshold (sdeval); "
         "score_or_equal: below or equal (imgutils)",

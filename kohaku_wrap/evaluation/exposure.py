@@ -55,10 +55,6 @@ class Exposure:
     not_kept: str = ""
     """Why it could not be kept; empty where it is."""
 
-    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
-        """Rows of the table as documents."""
-        return list(table.to_pylist())
-
     def find(self, name: str) -> dict[str, Any]:
         """The row of a tag, written as in captions or as on the site: `hatsune_miku`, `ask \\(askzy\\)`.
 
@@ -77,7 +73,7 @@ class Exposure:
     def least(self, count: int) -> list[dict[str, Any]]:
         """The tags that were trained least often, ties by name."""
         ordered = self.tags.sort_by([("trained", "ascending"), ("tag", "ascending")])
-        return self.rows(ordered.slice(0, count))
+        return list(ordered.slice(0, count).to_pylist())
 
 
 def exposure_file(run: Run, optimizer_step: int) -> Path:

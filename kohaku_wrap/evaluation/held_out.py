@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import platform
 import threading
@@ -100,13 +101,8 @@ class LossJob:
 
     def describe(self, known: KnownModel, files: Sequence[Path], index: int, processes: int) -> dict[str, Any]:
         """The part of one process as JSON."""
-        model = known.model
         return {
-            "model": {
-                "path": str(model.path),
-                "networks": [[str(each.path), each.weight] for each in model.networks],
-                "vae": str(model.vae) if model.vae else None,
-            },
+            "model": known.model.describe(),
             "prediction": known.prediction.kind,
             "zero_terminal_snr": known.prediction.zero_terminal_snr,
             "images": str(self.columns.folder),
@@ -222,8 +218,10 @@ def compare_pair(titles: tuple[str, str], losses: tuple[Losses, Losses]) -> dict
 
 def compare_losses(titles: Sequence[str], losses: Sequence[Losses]) -> list[dict[str, Any]]:
     """Each two models."""
-    places = [(first, second) for first in range(len(titles)) for second in range(first + 1, len(titles))]
-    return [compare_pair((titles[one], titles[two]), (losses[one], losses[two])) for one, two in places]
+    return [
+        compare_pair(names, pair)
+        for names, pair in zip(itertools.combinations(titles, 2), itertools.combinations(losses, 2), strict=True)
+    ]
 
 
 def list_losses(losses: Losses) -> list[list[float | None]]:

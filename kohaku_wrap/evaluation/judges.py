@@ -32,6 +32,9 @@ HALVES = (0.5, 0.5, 0.5)
 CATEGORIES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 9: "rating"}
 """Of `selected_tags.csv`."""
 
+WORST_TO_BEST = ("worst", "low", "normal", "good", "great", "best", "masterpiece")
+"""Labels of an aesthetic judge."""
+
 Features = npt.NDArray[np.float32]
 
 

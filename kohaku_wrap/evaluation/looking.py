@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from kohaku_wrap.evaluation.judges import Features, Judge
+from kohaku_wrap.evaluation.judges import Features, Judge, UnreadablePicture
 from kohaku_wrap.files import atomic_write, sha256_of_file
 
 DIGITS = 32
@@ -38,3 +39,14 @@ class Looker:
         with atomic_write(kept, "wb") as stream:
             np.save(stream, row, allow_pickle=False)
         return row
+
+    def look_at_each(self, paths: Iterable[Path], unreadable: list[str], on_look: Callable[[], None]) -> list[Features]:
+        """The same of all that can be read; why others cannot is added to `unreadable`."""
+        rows = []
+        for path in paths:
+            try:
+                rows.append(self.look_at(path))
+            except UnreadablePicture as error:
+                unreadable.append(error.message)
+            on_look()
+        return rows

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
+
+import kohaku_wrap
 from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.wording import name_apart
 
 FORMAT = 1
 """Of `ccip.json`, `loss.json` and `judged-KIND.json`."""
+
+
+def list_versions() -> dict[str, str]:
+    """Of what looks at pictures."""
+    return {
+        "kwrap": kohaku_wrap.__version__, "python": platform.python_version(), "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }  # fmt: skip
 
 
 class OtherResult(UsageError):

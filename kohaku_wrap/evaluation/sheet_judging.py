@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import PIL
 
-import kohaku_wrap
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.judges import Features, Judge, UnreadablePicture
+from kohaku_wrap.evaluation.judges import WORST_TO_BEST, Features, Judge, UnreadablePicture
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.evaluation.other_results import FORMAT
+from kohaku_wrap.evaluation.other_results import FORMAT, list_versions
 from kohaku_wrap.evaluation.sheet_pairs import compare_models
 from kohaku_wrap.files import Progress, sort_files
 from kohaku_wrap.sampling.compose import words_of_prompt
@@ -30,7 +27,6 @@ from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.records.samples import CONTACT_SHEET, read_sheet_record
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
-WORST_TO_BEST = ("worst", "low", "normal", "good", "great", "best", "masterpiece")
 CORRUPTED = "corrupted"
 OF_THE_MODEL = ("model", "prediction", "zero_terminal_snr", "tokenizers", "compute")
 """Of a cell: what may differ between pictures that are compared."""
@@ -294,12 +290,7 @@ def compose_result(
     return {
         "format": FORMAT,
         "measure": judge.kind.name,
-        "versions": {
-            "kwrap": kohaku_wrap.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": list_versions(),
         "judge": judge.describe(),
         "prompts_sha256": digest_of({"prompts": sorted({each.prompt or "" for each in looked})}),
         "all": describe(looked),

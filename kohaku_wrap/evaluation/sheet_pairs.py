@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,20 @@ def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for model in models
     ]
     found = []
-    for first in range(len(models)):
-        for second in range(first + 1, len(models)):
-            both = sorted(values[first].keys() & values[second].keys())
-            interval = bootstrap_mean([values[second][key] - values[first][key] for key in both])
-            one, two = (models[place].get("frechet") or {} for place in (first, second))
-            fits = one and two and all(one[name] == two[name] for name in ("reference_sha256", "pictures"))
-            fits = fits and one["distance"] is not None
-            found.append(
-                {
-                    "from": models[first]["title"],
-                    "to": models[second]["title"],
-                    "pictures": len(both),
-                    "difference": interval.document() if interval else None,
-                    "frechet_difference": two["distance"] - one["distance"] if fits else None,
-                }
-            )
+    for (one, here), (two, there) in itertools.combinations(zip(models, values, strict=True), 2):
+        interval = bootstrap_mean([there[key] - here[key] for key in sorted(here.keys() & there.keys())])
+        near, far = (model.get("frechet") or {} for model in (one, two))
+        fits = near and far and all(near[name] == far[name] for name in ("reference_sha256", "pictures"))
+        fits = fits and near["distance"] is not None
+        found.append(
+            {
+                "from": one["title"],
+                "to": two["title"],
+                "pictures": len(here.keys() & there.keys()),
+                "difference": interval.document() if interval else None,
+                "frechet_difference": far["distance"] - near["distance"] if fits else None,
+            }
+        )
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kohaku_wrap.evaluation.judges import KINDS, OWN_FILE, Kind
+from kohaku_wrap.evaluation.judges import KINDS, OWN_FILE, WORST_TO_BEST, Kind
 from kohaku_wrap.files import atomic_write, write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.streams import draws, stream_key
@@ -20,7 +20,6 @@ CELLS = 16
 """Of a picture, a side: what is seen of it are the means of these."""
 
 THRESHOLD = 0.5
-AESTHETIC = ("worst", "low", "normal", "good", "great", "best", "masterpiece")
 TITLE = "small {kind} judge, built for tests: its scores say nothing of pictures"
 
 
@@ -30,7 +29,9 @@ def build_small_judges(folder: Path, tags: Sequence[str]) -> list[Path]:
     for name, kind in KINDS.items():
         out = folder / name
         out.mkdir(parents=True, exist_ok=True)
-        labels = {"tagger": tuple(tags), "aesthetic": AESTHETIC, "corruption": ("corrupted", "normal")}.get(name, ())
+        labels = {"tagger": tuple(tags), "aesthetic": WORST_TO_BEST, "corruption": ("corrupted", "normal")}.get(
+            name, ()
+        )
         save(out / kind.files[0], build_looker(kind, len(labels)))
         if name == "ccip":
             save(out / "model_metrics.onnx", build_metric())
@@ -103,17 +104,13 @@ def build_metric() -> Any:
         helper.make_node("Mul", ["apart", "half"], ["halved"]),
         helper.make_node("Clip", ["halved", "zero", "one"], ["output"]),
     ]
-    numbers = {"least": [1e-12], "half": [0.5]}
-    scalars = {"one": 1.0, "zero": 0.0}
+    numbers: dict[str, Any] = {"least": [1e-12], "half": [0.5], "one": 1.0, "zero": 0.0}
     graph = helper.make_graph(
         nodes,
         "small-metric",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", FEATURES])],
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", "batch"])],
-        [
-            *(numpy_helper.from_array(np.array(value, dtype=np.float32), name) for name, value in numbers.items()),
-            *(numpy_helper.from_array(np.array(value, dtype=np.float32), name) for name, value in scalars.items()),
-        ],
+        [numpy_helper.from_array(np.array(value, dtype=np.float32), name) for name, value in numbers.items()],
     )
     return finish(onnx, helper, graph)
 

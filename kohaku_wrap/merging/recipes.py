@@ -230,10 +230,10 @@ def parse_json(text: str | None) -> Any:
         dump_json(value).encode("utf-8")  # escapes can hold halves of characters
     except (ValueError, RecursionError):
         return text
-    return value if is_shallow(value) else text
+    return value if is_shallow(value, NESTING_LIMIT) else text
 
 
-def is_shallow(value: Any, levels: int = NESTING_LIMIT) -> bool:
+def is_shallow(value: Any, levels: int) -> bool:
     """Whether JSON is nested at most so many levels deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return levels > 0 and all(is_shallow(item, levels - 1) for item in inner)

@@ -9,7 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kohaku_wrap.reporting.charts import draw_chart
+from kohaku_wrap.merging.recipes import is_shallow
+from kohaku_wrap.reporting.charts import COLOURS, draw_chart
 from kohaku_wrap.reporting.curves import BINS, Piece
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
@@ -81,18 +82,12 @@ def read_evaluations(run: Run) -> Iterator[Evaluation]:
     found = (*folder.glob("*.json"), *folder.glob("*/*.json")) if folder.is_dir() else ()
     for path in sorted(found):
         document = next(iter(read_json_files(path.parent, escape_pattern(path))), {})
-        yield Evaluation(str(path.relative_to(folder)), document if is_shallow(document) else {})
+        yield Evaluation(str(path.relative_to(folder)), document if is_shallow(document, DEEPEST) else {})
 
 
 def escape_pattern(path: Path) -> str:
     """The file's name as a pattern that fits it alone."""
     return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in path.name)
-
-
-def is_shallow(value: Any, deepest: int = DEEPEST) -> bool:
-    """Whether nothing in it lies deeper than so many tables and lists."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return deepest > 0 and all(is_shallow(each, deepest - 1) for each in inner)
 
 
 def is_single(value: Any) -> bool:
@@ -148,4 +143,4 @@ def draw_sorted(
         pieces.append(Piece(name, number, 1, True, {AXIS: [place + 1 for place in places]}, chosen, chosen, chosen))
     told = f"{title}: sorted scores of {', '.join(name for name, _ in curves)}"
     drawing = draw_chart(pieces, (), AXIS, told, len(pieces) + 1, from_zero=True)
-    return [(number % 8, name) for number, (name, _) in enumerate(curves)], drawing
+    return [(number % COLOURS, name) for number, (name, _) in enumerate(curves)], drawing

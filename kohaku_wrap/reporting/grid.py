@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.files import write_text
-from kohaku_wrap.reporting.evaluations import is_shallow, list_single
+from kohaku_wrap.merging.recipes import is_shallow
+from kohaku_wrap.reporting.evaluations import DEEPEST, list_single
 from kohaku_wrap.reporting.page import SCHEMA_VERSION, render
 from kohaku_wrap.reporting.pictures import list_files, name_row, place_of_row, refer
 from kohaku_wrap.training.records.documents import read_json_files
@@ -46,7 +47,7 @@ def read_scores(point: GridPoint) -> dict[str, float]:
     found: dict[str, float] = {}
     for path in point.scores:
         document: Any = next(iter(read_json_files(path.parent, path.name)), {})
-        models = document.get("models") if is_shallow(document) else None
+        models = document.get("models") if is_shallow(document, DEEPEST) else None
         first = models[0] if isinstance(models, list) and models and isinstance(models[0], dict) else {}
         measure = str(document.get("measure") or path.parent.name)
         for name, value in list_single("", first):

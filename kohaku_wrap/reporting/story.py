@@ -201,12 +201,10 @@ def list_attention(
     damaged = [f"{state.optimizer_step:,}" for state in status.states if not state.is_sealed]
     if damaged:
         yield f"damaged states: optimizer step {', '.join(damaged)}"
-    for name, words in (("substitutes", "image"), ("nan_latents", "image")):
+    for name, what in (
+        ("substitutes", "missing or unreadable, another one was trained in its place"),
+        ("nan_latents", "with latents that are no numbers"),
+    ):
         found = sum(line[name] for line in lines if name in line and is_whole(line[name]))
         if found:
-            what = (
-                "missing or unreadable, another one was trained in its place"
-                if name == "substitutes"
-                else ("with latents that are no numbers")
-            )
-            yield f"{count_of(found, words)} {what}"
+            yield f"{count_of(found, 'image')} {what}"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kohaku_wrap.config.base_model import BadBaseModel, check_base_model, read_sizes
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
@@ -61,6 +62,17 @@ class Model:
         """Its label, or the names of its files."""
         added = [f"{each.path.stem}:{each.weight}" if each.weight != "1" else each.path.stem for each in self.networks]
         return self.label or " + ".join([self.path.stem, *added])
+
+    def describe(self) -> dict[str, Any]:
+        """Its files, for a process that computes with it."""
+        networks = [[str(each.path), each.weight] for each in self.networks]
+        return {"path": str(self.path), "networks": networks, "vae": str(self.vae) if self.vae else None}
+
+    @classmethod
+    def of_files(cls, document: Mapping[str, Any]) -> Model:
+        """The model of a description."""
+        networks = tuple(AddedNetwork(Path(path), weight) for path, weight in document["networks"])
+        return cls(Path(document["path"]), networks, vae=Path(document["vae"]) if document["vae"] else None)
 
     def plan(self) -> MergePlan:
         """The merge that adds the networks. Raises what `plan_merge` raises."""

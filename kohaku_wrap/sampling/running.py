@@ -73,9 +73,7 @@ class DrawingJob:
         model = known.model
         weights = [("", ""), *(("", each.weight) for each in model.networks), (VAE, "")]
         return {
-            "path": str(model.path),
-            "networks": [[str(each.path), each.weight] for each in model.networks],
-            "vae": str(model.vae) if model.vae else None,
+            **model.describe(),
             "files": [
                 {"name": path.name, "sha256": self.hashes[path].sha256, "data_sha256": self.hashes[path].data_sha256,
                  "weight": weight, "part": part}

@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 from kohaku_wrap.files import atomic_write
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import answer
-from kohaku_wrap.sampling.checkpoints import AddedNetwork, Model
+from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.drawing.models import choose_device, read_model
 from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.items import ItemOptions
@@ -35,17 +35,14 @@ class LossMeter:
 
     def __init__(self, job: dict[str, Any], tokenizer: CaptionTokenizer) -> None:
         self.device = choose_device(job["device"], job["index"])
-        described = job["model"]
-        networks = tuple(AddedNetwork(Path(path), weight) for path, weight in described["networks"])
-        vae = Path(described["vae"]) if described["vae"] else None
-        model = Model(Path(described["path"]), networks, vae=vae)
-        tensors = read_model(model, job["threads"]) if networks else None
+        model = Model.of_files(job["model"])
+        tensors = read_model(model, job["threads"]) if model.networks else None
         options: Any = SimpleNamespace(
             mixed_precision=job["dtype"], no_half_vae=True, network_train_unet_only=True, gradient_checkpointing=False,
             vae_batch_size=None,
         )  # fmt: skip
         accelerator = SimpleNamespace(device=self.device, autocast=nullcontext)
-        self.loss_of_batch = LossOfBatch(load_base_model(model.path, vae, tensors), options, accelerator,
+        self.loss_of_batch = LossOfBatch(load_base_model(model.path, model.vae, tensors), options, accelerator,
                                          tokenizer.end_token_id)  # fmt: skip
         self.loss_of_batch.place_model()
         self.predicts_velocity = job["prediction"] == "v"

@@ -23,7 +23,7 @@ from kohaku_wrap.errors import lacks_memory
 from kohaku_wrap.files import Claims
 from kohaku_wrap.processes import answer_in_lines
 from kohaku_wrap.sampling.cells import Cell, Compute, read_cell
-from kohaku_wrap.sampling.checkpoints import AddedNetwork, Model
+from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.chunks import cut_chunks, read_tokenizer
 from kohaku_wrap.sampling.drawing.drawing import Artist
 from kohaku_wrap.sampling.drawing.models import choose_device, load_drawer
@@ -51,7 +51,7 @@ class SheetWorker:
         self.out = Path(job["out"])
         self.index, self.offload = int(job["index"]), bool(job["offload"])
         self.tokenizers = (read_tokenizer(Path(job["tokenizers"][0])), read_tokenizer(Path(job["tokenizers"][1])))
-        self.models = [read_job_model(each) for each in job["models"]]
+        self.models = [Model.of_files(each) for each in job["models"]]
         self.described = job["models"]
         self.cells: list[list[Cell]] = [[] for _ in self.models]
         for number, document in job["cells"]:
@@ -150,12 +150,6 @@ class SheetWorker:
             drawer = load_drawer(self.models[number], self.compute)
             self.artist = number, Artist(drawer, self.tokenizers, self.device, self.offload)
         return self.artist[1]
-
-
-def read_job_model(document: dict[str, Any]) -> Model:
-    """The model of a job."""
-    networks = tuple(AddedNetwork(Path(path), weight) for path, weight in document["networks"])
-    return Model(Path(document["path"]), networks, vae=Path(document["vae"]) if document["vae"] else None)
 
 
 def name_device(device: torch.device) -> str:
