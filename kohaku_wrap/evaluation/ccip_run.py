@@ -28,9 +28,6 @@ from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models
 from kohaku_wrap.files import Progress
 from kohaku_wrap.sampling.expanding import PlacedCell
 
-LEAST_POSTS = 20
-PICTURES_A_CHARACTER = 4
-
 
 class NoCharacters(KwrapError):
     """No character has references enough."""

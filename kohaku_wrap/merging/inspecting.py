@@ -16,6 +16,9 @@ from kohaku_wrap.merging.modules import algorithm_of
 from kohaku_wrap.merging.networks import describe_network, group_modules, is_network
 from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 
+SHOWN = 200
+"""Characters of a value of the metadata."""
+
 
 @dataclass(frozen=True)
 class FileReport:
@@ -111,7 +114,7 @@ def describe_report(report: FileReport) -> dict[str, Any]:
         "merge_recipe": report.recipe,
         "merge_models": report.parents,
         "replay": report.replay,
-        "keys": keys_of_header(header),
+        "keys": [{"key": key, "dtype": spot.dtype, "shape": list(spot.shape)} for key, spot in header.tensors.items()],
     }
 
 
@@ -126,15 +129,11 @@ def recorded_hashes(report: FileReport) -> dict[str, str]:
     return words
 
 
-def keys_of_header(header: Header) -> list[dict[str, Any]]:
-    return [{"key": key, "dtype": spot.dtype, "shape": list(spot.shape)} for key, spot in header.tensors.items()]
-
-
-def short_metadata(metadata: Mapping[str, str], limit: int = 200) -> dict[str, str]:
+def short_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata for a table: without the merge's own entries, long values cut."""
     own = ("sd_merge_recipe", "sd_merge_models", "sshs_model_hash", "sshs_legacy_hash")
     return {
-        key: value if len(value) <= limit else f"{value[:limit]}… ({len(value):,} characters)"
+        key: value if len(value) <= SHOWN else f"{value[:SHOWN]}… ({len(value):,} characters)"
         for key, value in metadata.items()
         if key not in own
     }

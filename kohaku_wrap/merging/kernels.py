@@ -99,10 +99,6 @@ def as_bits(numbers: NDArray[Any], kind: FloatFormat) -> Bits:
     return numbers.view(np.uint32)
 
 
-def magnitude_mask(kind: FloatFormat) -> int:
-    return (1 << (8 * kind.size_bytes - 1)) - 1
-
-
 def infinity_bits(kind: FloatFormat) -> int:
     """The bits of +infinity; magnitudes from here on are not finite."""
     return {
@@ -245,7 +241,8 @@ class Kernel:
 
     def find_not_finite(self, output: Bits) -> NDArray[Any]:
         """Places of infinities and NaN among bits of the output's type."""
-        return np.flatnonzero((output & output.dtype.type(magnitude_mask(self.to))) >= infinity_bits(self.to))
+        magnitudes = output & output.dtype.type((1 << (8 * self.to.size_bytes - 1)) - 1)
+        return np.flatnonzero(magnitudes >= infinity_bits(self.to))
 
     def find_faults(self, inputs: Inputs, output: Bits) -> tuple[NDArray[Any], NDArray[Any]]:
         """Places of non-finite inputs and of overflow, read off the output; doubtful overflow is settled first."""

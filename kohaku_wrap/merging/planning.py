@@ -263,7 +263,8 @@ class Planner:
         if not weighted:
             self.problems.append(Problem(key, "the formula gives it no checkpoint; add `else=…` to only(…)"))
             return self.copy(key, self.anchor, spot)
-        plan = self.draft(key, self.retyped(spot), weighted, reduction, changes)
+        typed = TensorSpot(self.options.dtype or spot.dtype, spot.shape, spot.begin, spot.end)
+        plan = self.draft(key, typed, weighted, reduction, changes)
         total = plan.sum.total
         if reduction.outside and total != 1:
             names = ", ".join(reduction.outside)
@@ -333,6 +334,3 @@ class Planner:
         wanted = self.options.dtype or self.files[self.anchor].tensors[key].dtype
         typed = TensorSpot(wanted if wanted in FLOAT_DTYPES else spot.dtype, spot.shape, spot.begin, spot.end)
         return TensorPlan(key, typed, (source,), (Fraction(1),))
-
-    def retyped(self, spot: TensorSpot) -> TensorSpot:
-        return TensorSpot(self.options.dtype or spot.dtype, spot.shape, spot.begin, spot.end)

@@ -166,7 +166,7 @@ def list_columns(table: Table) -> dict[str, list[tuple[str, str]]]:
     return {chart: [each for each in columns if each[0] in known] for chart, columns in charts.items()}
 
 
-def cut_pieces(table: Table, column: str, label: str, run: int, bins: int = BINS) -> list[Piece]:
+def cut_pieces(table: Table, column: str, label: str, run: int) -> list[Piece]:
     """One column as pieces, thinned to so many spots over the whole run."""
     values = table.columns[column]
     mean = smooth_losses(table) if column == "loss" else values
@@ -177,7 +177,7 @@ def cut_pieces(table: Table, column: str, label: str, run: int, bins: int = BINS
             rows = np.flatnonzero((table.attempt == number) & (table.kept == kept) & ~np.isnan(values))
             if not len(rows):
                 continue
-            spot = np.floor((table.step[rows] - 1) * bins / last) if last > bins else table.step[rows]
+            spot = np.floor((table.step[rows] - 1) * BINS / last) if last > BINS else table.step[rows]
             begin = np.flatnonzero(np.diff(spot, prepend=-1.0))
             sizes = np.diff(np.append(begin, len(rows)))
             # The last step of each spot, so that a curve ends where its attempt does.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -81,23 +81,14 @@ def read_evaluations(run: Run) -> Iterator[Evaluation]:
     folder = run.folder / FOLDER
     found = (*folder.glob("*.json"), *folder.glob("*/*.json")) if folder.is_dir() else ()
     for path in sorted(found):
-        document = next(iter(read_json_files(path.parent, escape_pattern(path))), {})
+        document = next(iter(read_json_files(path.parent, glob.escape(path.name))), {})
         yield Evaluation(str(path.relative_to(folder)), document if is_shallow(document, DEEPEST) else {})
-
-
-def escape_pattern(path: Path) -> str:
-    """The file's name as a pattern that fits it alone."""
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in path.name)
-
-
-def is_single(value: Any) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def list_single(start: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Each single value of a table and of the tables in it, with its path."""
     for name, value in table.items():
-        if is_single(value):
+        if isinstance(value, str | int | float):
             yield f"{start}{name}", value
         elif isinstance(value, dict):
             yield from list_single(f"{start}{name}: ", value)

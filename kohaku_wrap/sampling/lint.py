@@ -107,7 +107,7 @@ def find_oddities(
 ) -> list[Finding]:
     """What is odd about a prompt, in its order. `source`: its text; `tokens`: its length, of `most_tokens` trained."""
     findings = list(find_brackets(source, vocabulary))
-    bracketed = {without_brackets(finding.word) for finding in findings}
+    bracketed = {" ".join(re.sub("[()]", "", finding.word).split()) for finding in findings}
     own = words_of_recipe(recipe)
     for word in dict.fromkeys(words_of_prompt(prompt)):
         if word in own or word in bracketed:
@@ -156,7 +156,3 @@ def find_brackets(source: str, vocabulary: Vocabulary | None) -> Iterator[Findin
             continue
         right = plain.replace("(", "\\(").replace(")", "\\)")
         yield Finding(plain, f"its brackets are read as emphasis; write {right}", "brackets")
-
-
-def without_brackets(word: str) -> str:
-    return " ".join(word.replace("(", "").replace(")", "").split())

@@ -34,15 +34,10 @@ class Style:
     """Where it stands."""
 
 
-def style_folders() -> list[Path]:
-    """A person's own styles, then those that came with kwrap."""
-    return [user_templates() / "styles", shipped_folder("templates") / "styles"]
-
-
 def list_styles() -> dict[str, Style]:
     """All styles by name; a person's own hide shipped ones. Raises ProblemsFound."""
     found: dict[str, Style] = {}
-    for folder in style_folders():
+    for folder in (user_templates() / "styles", shipped_folder("templates") / "styles"):
         for name in list_names([folder]):
             found = {**{style.name: style for style in read_styles(folder / f"{name}.toml")}, **found}
     return found

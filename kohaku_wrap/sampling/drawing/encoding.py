@@ -52,12 +52,9 @@ def encode_prompt(
         columns.append(torch.cat(states, dim=1))
     assert pooled is not None
     longest = max(column.shape[1] for column in columns)
-    return Encoded(torch.cat([lengthen(column, longest) for column in columns], dim=-1), pooled)
-
-
-def lengthen(states: torch.Tensor, length: int) -> torch.Tensor:
-    """The states with zeros behind them: two tokenizers may cut into other numbers of chunks."""
-    return torch.nn.functional.pad(states, (0, 0, 0, length - states.shape[1]))
+    # Two tokenizers may cut into other numbers of chunks.
+    filled = [torch.nn.functional.pad(column, (0, 0, 0, longest - column.shape[1])) for column in columns]
+    return Encoded(torch.cat(filled, dim=-1), pooled)
 
 
 def weigh(states: torch.Tensor, weights: torch.Tensor, emphasis: str) -> torch.Tensor:
