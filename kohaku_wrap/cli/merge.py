@@ -22,7 +22,7 @@ from kohaku_wrap.cli.output import (
     progress_bar,
 )
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.files import describe_absence
+from kohaku_wrap.files import describe_absence, expand_user
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, estimate_formats, read_bytes_of
 from kohaku_wrap.merging.recipes import DTYPES as CODES
 from kohaku_wrap.merging.recipes import build_metadata, describe_sums, find_recipe, join_licenses
@@ -48,22 +48,21 @@ def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
     """Names and paths from `-m NAME=PATH`."""
     bindings: dict[str, Path] = {}
     for pair in pairs:
-        name, sign, path = pair.partition("=")
-        if not sign or not name or not path:
+        name, sign, text = pair.partition("=")
+        if not sign or not name or not text:
             raise UsageError(f"-m {pair}: expected NAME=PATH", "For example: -m base=model.safetensors")
         if name in bindings:
             raise UsageError(f"-m {name} is given twice", "Give each name one file.")
-        if not Path(path).is_file():
-            raise UsageError(f"-m {name}: {path}: {describe_absence(Path(path))}", "Check the path.")
-        bindings[name] = Path(path)
+        path = expand_user(text)  # which shells leave as it is behind a =
+        if not path.is_file():
+            raise UsageError(f"-m {name}: {path}: {describe_absence(path)}", "Check the path.")
+        bindings[name] = path
     return bindings
 
 
-def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeOptions:
-    """The options of the command line over those of the recipe."""
-
-    given = {name: value for name, value in asked.items() if value}
-    options = replace(MergeOptions(), **{**from_recipe, **given})
+def choose_options(given: dict[str, Any]) -> MergeOptions:
+    """The options of a recipe and of the command line. Raises UsageError where one means nothing."""
+    options = replace(MergeOptions(), **given)
     for name, kinds in {"rank": ("lora",), "energy": ("lora",), "factor": ("lokr",), "rest": ("lora", "lokr")}.items():
         if getattr(options, name) not in (0, "keep") and options.network not in kinds:
             raise UsageError(f"--{name} means nothing without --as {' or '.join(kinds)}", "Leave it out, or add that.")
@@ -72,10 +71,10 @@ def choose_options(asked: dict[str, Any], from_recipe: dict[str, Any]) -> MergeO
     return replace(options, dtype=CODES.get(options.dtype, options.dtype))
 
 
-def merge_words(asked: dict[str, Any], bindings: dict[str, Path], more: dict[str, Any]) -> list[str]:
+def merge_words(given: dict[str, Any], bindings: dict[str, Path], more: dict[str, Any]) -> list[str]:
     """The options of a merge as one types them."""
     words = [word for name, path in bindings.items() for word in ("-m", f"{name}={path}")]
-    for name, value in {**asked, **more}.items():
+    for name, value in {**given, **more}.items():
         if value:
             flag = "--as" if name == "network" else f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
@@ -232,18 +231,18 @@ def command(
 
     recipe = find_recipe(formula_or_recipe)
     bindings = read_bindings(models)
+    given = recipe.options | {name: value for name, value in asked.items() if value}
+    options = choose_options(given)
     of_grid = {"sheet": sheet, "sample_words": sample_words, "evaluations": evaluations, "keep": keep}
     if grid:
-        words = merge_words(asked, bindings, {"title": title, "date": date, "threads": threads, "verify": verify})
-        options = choose_options(asked, recipe.options)
+        words = merge_words(given, bindings, {"title": title, "date": date, "threads": threads, "verify": verify})
         if options.network:
             raise UsageError("--grid makes checkpoints, not networks", "Leave out --as.")
         plan_of = partial(plan_merge, paths=bindings, options=options)
         run_grid(recipe.formula, letters, bindings, output, plan_of, words, of_grid, dry_run)
         return
-    if given := [*letters, *(name for name, value in of_grid.items() if value)]:
-        raise UsageError(f"{given[0]} means nothing without --grid", "Add --grid, or leave it out.")
-    options = choose_options(asked, recipe.options)
+    if odd := [*letters, *(name for name, value in of_grid.items() if value)]:
+        raise UsageError(f"{odd[0]} means nothing without --grid", "Add --grid, or leave it out.")
     if verify and options.network:
         raise UsageError("--verify means nothing with --as", "Leave it out: the error of a network is always measured.")
     plan = plan_merge(recipe.formula, bindings, options)

@@ -329,7 +329,7 @@ class Planner:
 
     def copy_float(self, key: str, source: str, spot: TensorSpot) -> TensorPlan:
         """The numbers as they are, in the output's type."""
-        if spot.dtype not in FLOAT_DTYPES or not spot.elements:
+        if spot.dtype not in FLOAT_DTYPES or not spot.elements or key.endswith("position_ids"):
             return self.copy(key, source, spot)
         wanted = self.options.dtype or self.files[self.anchor].tensors[key].dtype
         typed = TensorSpot(wanted if wanted in FLOAT_DTYPES else spot.dtype, spot.shape, spot.begin, spot.end)

@@ -72,6 +72,7 @@ def test_errors_are_messages_with_exit_codes(
         (["merge", "beta7", "-m", "beta7", "-o", output], 2, "expected NAME=PATH"),
         (["merge", "beta7", "-m", base, "-m", base, "-o", output], 2, "is given twice"),
         (["merge", "beta7", "-m", f"beta7={tmp_path}/none", "-o", output], 2, "none: no such file"),
+        (["merge", "beta7", "-m", "beta7=~no.such.user/x", "-o", output], 2, "~no.such.user is no user of this machine"),
         (["merge", "beta7 + x", "-m", base, "-o", output], 2, "no file is given for x"),
         (["merge", "beta7", "-m", base, "-o", str(four_models["beta7"])], 1, "is the input beta7"),
     ]

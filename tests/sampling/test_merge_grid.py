@@ -113,6 +113,19 @@ def test_a_step_that_fails_is_told_once_with_its_command(world: Path, tmp_path: 
     assert json.loads((out / "A0.25" / "point.json").read_text())["done"].keys() == {"merge"}
 
 
+def test_a_recipes_options_hold_for_every_merge(world: Path, tmp_path: Path, capsys: Printed) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('formula = "a + A*(b - a)"\n[options]\ndtype = "fp32"\nmerge_vae = true\n')
+    words = [str(recipe) if word == "slerp(a, b, A)" else word for word in words_of(world, tmp_path / "grid")]
+    code, _, errors = run(words, capsys)
+    assert code == 0, errors
+    for point in ("A0.25", "A0.75"):
+        header = read_header(tmp_path / "grid" / point / f"{point}.safetensors")
+        assert {spot.dtype for spot in header.tensors.values()} <= {"F32", "I64"}
+        recorded = json.loads(header.metadata["sd_merge_recipe"])["options"]
+        assert recorded == {"dtype": "F32", "merge_vae": True}
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [
