@@ -24,24 +24,30 @@ from kohaku_wrap.cli.output import (
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence, expand_user
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, estimate_formats, read_bytes_of
-from kohaku_wrap.merging.recipes import DTYPES as CODES
-from kohaku_wrap.merging.recipes import build_metadata, describe_sums, find_recipe, join_licenses
+from kohaku_wrap.merging.recipes import (
+    DTYPES,
+    WORDS_OF_OPTION,
+    build_metadata,
+    describe_sums,
+    find_recipe,
+    join_licenses,
+)
 from kohaku_wrap.wording import count_of, format_share, show_bytes, show_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-DTYPES = ("fp16", "bf16", "fp32", "fp64", "fp8_e4m3fn", "fp8_e5m2")
 VERIFY_ELEMENTS = 10_000
 WORST_SHOWN = 5
 MUCH_LOST = 0.5
 """Relative error of a network above which it is warned of."""
 
 
-def choice(flag: str, words: tuple[str, ...], text: str) -> Callable[[Function], Function]:
+def choice(flag: str, text: str) -> Callable[[Function], Function]:
     """An option with a few words to choose from; without a default, so that a recipe may say it."""
+    name = "network" if flag == "--as" else flag.lstrip("-").replace("-", "_")
+    words = WORDS_OF_OPTION[name]
     usual = "" if flag in ("--dtype", "--prediction", "--as") else f" Usually {words[0]}."
-    names = (flag, "network") if flag == "--as" else (flag,)
-    return click.option(*names, type=click.Choice(words), help=text + usual)
+    return click.option(flag, name, type=click.Choice(words), help=text + usual)
 
 
 def read_bindings(pairs: tuple[str, ...]) -> dict[str, Path]:
@@ -68,7 +74,7 @@ def choose_options(given: dict[str, Any]) -> MergeOptions:
             raise UsageError(f"--{name} means nothing without --as {' or '.join(kinds)}", "Leave it out, or add that.")
     if options.network and options.dtype in ("fp64", "fp8_e4m3fn", "fp8_e5m2"):
         raise UsageError(f"--dtype {options.dtype} is no type for networks", "Types: fp16, bf16, fp32.")
-    return replace(options, dtype=CODES.get(options.dtype, options.dtype))
+    return replace(options, dtype=DTYPES.get(options.dtype, options.dtype))
 
 
 def merge_words(given: dict[str, Any], bindings: dict[str, Path], more: dict[str, Any]) -> list[str]:
@@ -179,8 +185,8 @@ A formula that begins with - goes last, after --.
 @click.option("--vae-from", default="", metavar="NAME|PATH", help="The model whose VAE is taken; else the anchor.")
 @click.option("--merge-vae", is_flag=True, help="Apply the formula to the VAE too, which often blends badly.")
 @click.option("--parts", default="", metavar="PART,…", help="Merge these parts alone: unet, te, te1, te2, vae.")
-@choice("--layout", ("sdxl", "sd15"), "What a list of numbers in blocks(…) is of.")
-@choice("--as", ("lora", "lokr", "full"), "Write a change (`tuned - base`, `net(x)`) as a network of this kind.")
+@choice("--layout", "What a list of numbers in blocks(…) is of.")
+@choice("--as", "Write a change (`tuned - base`, `net(x)`) as a network of this kind.")
 @click.option("--rank", type=click.IntRange(min=1), help="Of LoRA, at most; else 32, or as joined.")
 @click.option(
     "--energy",
@@ -188,17 +194,15 @@ A formula that begins with - goes last, after --.
     help="Of LoRA: the least rank that holds this share of squares.",
 )
 @click.option("--factor", type=click.IntRange(min=-1), help="Of LoKr, as LyCORIS counts; else the networks' own, or 8.")
-@choice("--rest", ("keep", "skip"), "Norms and biases, which LoRA and LoKr cannot hold: keep them whole.")
-@choice("--dtype", DTYPES, "One type for all floating tensors; else the anchor's types.")
-@choice("--prediction", ("eps", "v"), "What the file is marked to predict; else what its models do.")
-@choice("--missing", ("fail", "anchor", "zero"), "A model with weight lacks a key: the anchor's tensor, or count as 0.")
-@choice("--shapes", ("fail", "anchor"), "Shapes differ: copy the anchor's tensor.")
-@choice(
-    "--unmatched", ("fail", "skip"), "A network has keys that the checkpoint or kwrap does not know: leave them out."
-)
-@choice("--sums", ("warn", "fail"), "The coefficients of a tensor do not sum to 1.")
-@choice("--non-finite", ("fail", "keep"), "An input is infinite or NaN.")
-@choice("--overflow", ("fail", "keep"), "A result is too large for its type: keep the infinity.")
+@choice("--rest", "Norms and biases, which LoRA and LoKr cannot hold: keep them whole.")
+@choice("--dtype", "One type for all floating tensors; else the anchor's types.")
+@choice("--prediction", "What the file is marked to predict; else what its models do.")
+@choice("--missing", "A model with weight lacks a key: the anchor's tensor, or count as 0.")
+@choice("--shapes", "Shapes differ: copy the anchor's tensor.")
+@choice("--unmatched", "A network has keys that the checkpoint or kwrap does not know: leave them out.")
+@choice("--sums", "The coefficients of a tensor do not sum to 1.")
+@choice("--non-finite", "An input is infinite or NaN.")
+@choice("--overflow", "A result is too large for its type: keep the infinity.")
 @click.option("--title", default="", help="modelspec.title of the file; else the recipe's, or the formula.")
 @grid_options
 @click.option("--date", default="", help="modelspec.date; without it equal merges are equal files.")

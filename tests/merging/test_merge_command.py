@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from click import Choice
 from click.testing import CliRunner, Result
 
-from kohaku_wrap.cli import merge, program, run_program
+from kohaku_wrap.cli import program, run_program
 from kohaku_wrap.merging import kernels
-from kohaku_wrap.merging.recipes import WORDS_OF_OPTION
 
 from .conftest import WriteModel
 
@@ -72,21 +70,17 @@ def test_errors_are_messages_with_exit_codes(
         (["merge", "beta7", "-m", "beta7", "-o", output], 2, "expected NAME=PATH"),
         (["merge", "beta7", "-m", base, "-m", base, "-o", output], 2, "is given twice"),
         (["merge", "beta7", "-m", f"beta7={tmp_path}/none", "-o", output], 2, "none: no such file"),
-        (["merge", "beta7", "-m", "beta7=~no.such.user/x", "-o", output], 2, "~no.such.user is no user of this machine"),
+        (
+            ["merge", "beta7", "-m", "beta7=~no.such.user/x", "-o", output],
+            2,
+            "~no.such.user is no user of this machine",
+        ),
         (["merge", "beta7 + x", "-m", base, "-o", output], 2, "no file is given for x"),
         (["merge", "beta7", "-m", base, "-o", str(four_models["beta7"])], 1, "is the input beta7"),
     ]
     for arguments, code, text in cases:
         assert run_program(arguments) == code, arguments
         assert text in capsys.readouterr().err
-
-
-def test_recipes_take_the_words_of_the_options() -> None:
-    choices = {
-        option.name: tuple(option.type.choices) for option in merge.command.params if isinstance(option.type, Choice)
-    }
-    assert choices.pop("keep") == ("files", "recipes"), "of --grid, which no recipe has"
-    assert choices == WORDS_OF_OPTION
 
 
 def test_a_file_name_that_is_no_text(tmp_path: Path, write_model: WriteModel) -> None:
