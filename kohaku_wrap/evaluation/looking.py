@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +29,13 @@ class Looker:
             kept = self.folder / f"{sha256_of_file(path)[:DIGITS]}.npy"
         except OSError:
             return self.judge.look_at(path)
-        try:
+        with suppress(OSError, ValueError, EOFError):
             row = np.load(io.BytesIO(kept.read_bytes()), allow_pickle=False)
             if row.ndim == 1 and row.dtype == np.float32:
                 return np.asarray(row, dtype=np.float32)
-        except (OSError, ValueError, EOFError):
-            pass
         row = self.judge.look_at(path)
         self.looked_at += 1
-        with atomic_write(kept, "wb") as stream:
+        with suppress(OSError), atomic_write(kept, "wb") as stream:  # of a folder that nobody may write to
             np.save(stream, row, allow_pickle=False)
         return row
 

@@ -75,6 +75,8 @@ def test_each_picture_is_looked_at_once(judges: Path, tmp_path: Path) -> None:
     (kept,) = (tmp_path / "kept").rglob("*.npy")
     kept.write_bytes(kept.read_bytes()[:100])
     assert np.array_equal(Looker(judge, tmp_path / "kept").look_at(path), row)
+    (tmp_path / "file").write_text("no folder")
+    assert np.array_equal(Looker(judge, tmp_path / "file").look_at(path), row), "what cannot be kept is no failure"
     make_picture(path, (81, 50))
     assert not np.array_equal(again.look_at(path), row)
 
