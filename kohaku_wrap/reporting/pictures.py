@@ -123,7 +123,9 @@ def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
     if inside or page_folder is not None:
         for each, _ in pictures:
             address = embed(each.path) if inside else refer(each.path, page_folder or run.folder)
-            rows.setdefault(each.row, {})[each.step] = address
+            # What labels do not tell, such as the sampler, makes a row; of a step trained again the newest counts.
+            is_another = each.path.parent.name == ASKED_FOLDER and each.step in rows.get(each.row, {})
+            rows.setdefault(f"{each.row}, {each.path.stem}" if is_another else each.row, {})[each.step] = address
     sheets = sorted((run.folder / "samples").glob(f"optimizer-step-*/{CONTACT_SHEET}")) if page_folder else []
     return Gallery(
         steps=tuple(sorted({step for cells in rows.values() for step in cells})),

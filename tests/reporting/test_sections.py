@@ -24,7 +24,7 @@ from kohaku_wrap.formats.data_summary import SUMMARY_FILE, read_summary
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.reporting import pictures
 from kohaku_wrap.reporting.page import compose_page, write_page
-from kohaku_wrap.reporting.pictures import list_pictures
+from kohaku_wrap.reporting.pictures import list_pictures, make_gallery
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.run_data import keep_run_data
 
@@ -155,18 +155,21 @@ def test_pictures_are_found_by_prompt_and_step(new_run: NewRun) -> None:
 def test_pictures_that_were_asked_for_stand_at_their_steps(new_run: NewRun) -> None:
     run = new_run("asked")
     folder = run.samples / "asked"
-    for name in ("a_1.png", "b_1.png", "contact-sheet.png", "unknown.png"):
+    for name in ("a_1.png", "b_1.png", "c_1.png", "contact-sheet.png", "unknown.png"):
         draw(folder, name)
     labels = {"prompt": "1: hat", "style": "none", "seed": "seed 1"}
     pictures = {
         "a_1.png": {**labels, "optimizer_step": 4},
         "b_1.png": {**labels, "optimizer_step": None},
+        "c_1.png": {**labels, "optimizer_step": 4},
         "../../run.lock.toml": {**labels, "optimizer_step": 2},
         "gone.png": {**labels, "optimizer_step": 2},
     }
     document = {"format": 1, "files": {}, "tokenizers": {}, "pictures": pictures}
     (folder / "sheet.json").write_text(json.dumps(document))
-    assert [(each.step, each.row) for each in list_pictures(run)] == [(4, "1: hat, seed 1")]
+    assert [(each.step, each.row) for each in list_pictures(run)] == [(4, "1: hat, seed 1")] * 2
+    shown = make_gallery(run, None).rows
+    assert [(row, list(cells)) for row, cells in shown] == [("1: hat, seed 1", [4]), ("1: hat, seed 1, c_1", [4])]
 
 
 def test_large_pictures_stay_beside_the_page(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
