@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.metadata.database import Database
+from kohaku_wrap.metadata.source import Source
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -31,6 +32,14 @@ class TagChunk:
 
     tags: Int32Array
     """(rows,) row of each tag in the TagTable, NO_TAG where it has none; in the database's own order within a post."""
+
+
+def relation_columns(source: Source) -> tuple[str, str]:
+    """SQL for the ids of post and tag in the relation; plain names in sqlite, whose indexes are of these."""
+    if isinstance(source, Database):
+        return "post_id", "tag_id"
+    dialect = source.dialect("posttagrelation")
+    return dialect.number("post_id"), dialect.number("tag_id")
 
 
 def relation_rows(database: Database) -> tuple[int, int]:

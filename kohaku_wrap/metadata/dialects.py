@@ -14,9 +14,9 @@ LOCAL_TIME = "%Y-%m-%dT%H:%M:%S.%g"
 """How DuckDB writes what has a type of dates; texts stay as they are."""
 
 
-def name_sql(column: str) -> str:
-    """A column's name, or the way into a structure such as `file.md5`, as an identifier of SQL."""
-    return ".".join('"' + part.replace('"', '""') + '"' for part in column.split("."))
+def name_sql(name: str) -> str:
+    """The name of a table or column as an identifier of SQL."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def truth_of(number: str) -> str:
@@ -101,7 +101,7 @@ class Sqlite(Dialect):
     """sqlite, where each value has a type of its own."""
 
     def column(self, name: str) -> str:
-        return '"' + name.replace('"', '""') + '"'
+        return name_sql(name)
 
     def number(self, column: str) -> str:
         text = self._trimmed(column)
@@ -141,11 +141,12 @@ class Sqlite(Dialect):
 class Duck(Dialect):
     """DuckDB, where each column has a type."""
 
-    def __init__(self, types: Mapping[str, pa.DataType]) -> None:
-        self._types = types
+    def __init__(self, columns: Mapping[str, tuple[str, pa.DataType]]) -> None:
+        """`columns`: by name, the SQL for the column, such as the way into a structure, and its type."""
+        self._columns = columns
 
     def number(self, column: str) -> str:
-        kind, name = self._types[column], name_sql(column)
+        name, kind = self._columns[column]
         if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
             return f"TRY_CAST({name} AS BIGINT)"
         if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
@@ -159,7 +160,7 @@ class Duck(Dialect):
         return "CAST(NULL AS BIGINT)"
 
     def flag(self, column: str) -> str:
-        kind, name = self._types[column], name_sql(column)
+        name, kind = self._columns[column]
         if not _is_text(kind):
             return truth_of(self.number(column))
         word = f"lower({self._trimmed(name)})"
@@ -170,7 +171,7 @@ class Duck(Dialect):
         )
 
     def text(self, column: str) -> str:
-        kind, name = self._types[column], name_sql(column)
+        name, kind = self._columns[column]
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             name = f"array_to_string(list_transform({name}, lambda one: replace(one, ' ', '_')), ' ')"
         elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -180,7 +181,7 @@ class Duck(Dialect):
         return f"coalesce({name}, '')"
 
     def date(self, column: str) -> str:
-        kind, name = self._types[column], name_sql(column)
+        name, kind = self._columns[column]
         if pa.types.is_integer(kind):
             # Some sites count seconds since 1970, some milliseconds.
             name = f"to_timestamp(CASE WHEN abs({name}) > 100000000000 THEN {name} / 1000 ELSE {name} END)"

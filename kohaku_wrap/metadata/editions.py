@@ -99,7 +99,7 @@ def _are_by_commas(found: FoundColumns, dialect: Dialect, table: str, ask: Calla
     columns = found.whole or next(iter(found.typed.values()))
     text = dialect.text(dialect.column(columns[0]))
     some = f"SELECT {text} AS t FROM {table} WHERE {text} <> '' LIMIT {SAMPLED_POSTS}"
-    return bool(ask(f"SELECT 2 * sum(CASE WHEN instr(t, ', ') > 0 THEN 1 ELSE 0 END) > count(*) FROM ({some}) AS s"))
+    return bool(ask(f"SELECT 2 * sum(CASE WHEN instr(t, ',') > 0 THEN 1 ELSE 0 END) > count(*) FROM ({some}) AS s"))
 
 
 def posts_sql(
@@ -120,7 +120,7 @@ def posts_sql(
         "id": dialect.number(columns["id"]),
         "created_at": date,
         "day": dialect.day(date),
-        "file_ext": f"lower({extension})",
+        "file_ext": f"lower(ltrim({extension}, '.'))",
         "rating": dialect.rating(columns["rating"], words) if "rating" in columns else "-1",
         **{name: dialect.text(columns[name]) for name in ("md5", "file_url") if name in columns},
         **{name: dialect.number(columns[name]) for name in ("score", "fav_count", "parent_id") if name in columns},

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.files import Progress
+from kohaku_wrap.metadata.chunks import relation_columns
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import Filter
 from kohaku_wrap.metadata.places import FirstRows
@@ -230,8 +231,9 @@ def posts_with_tags(source: Source, tags: TagTable, tag_ids: Sequence[int]) -> d
             found[tag_id] = [posts for (posts,) in source.scan_numbers(query)]
     else:
         listed = ", ".join(map(str, tag_ids))
-        query = f"SELECT post_id, tag_id FROM posttagrelation WHERE tag_id IN ({listed}) AND post_id IS NOT NULL"
-        for posts, some in source.scan_numbers(query):
+        post, tag = relation_columns(source)
+        query = f"SELECT {post} AS post_id, {tag} AS tag_id FROM posttagrelation"
+        for posts, some in source.scan_numbers(f"{query} WHERE {tag} IN ({listed}) AND post_id IS NOT NULL"):
             for tag_id in tag_ids:
                 found[tag_id].append(posts[some == tag_id])
     return {tag_id: np.unique(np.concatenate([empty, *parts])) for tag_id, parts in found.items()}

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, relation_rows
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, relation_columns, relation_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.places import place_finder
 from kohaku_wrap.metadata.source import Source
@@ -87,8 +87,7 @@ def _find_wanted(
 
 def _scan_relation(source: Source) -> Iterator[tuple[Int64Array, ...]]:
     """Post and tag ids of every row of the relation in the order of the table."""
-    dialect = source.dialect("posttagrelation")
-    post, tag = ("post_id", "tag_id") if isinstance(source, Database) else map(dialect.number, ("post_id", "tag_id"))
+    post, tag = relation_columns(source)
     order = " ORDER BY rowid" if isinstance(source, Database) and source.has_row_ids else ""
     return source.scan_numbers(
         f"SELECT {post} AS post_id, {tag} AS tag_id FROM posttagrelation "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,13 +129,14 @@ def _find_in_folder(folder: Path) -> TableFiles:
 
 
 def _stem(path: Path) -> str:
-    return path.name.split(".parquet")[0].split(".csv")[0]
+    name = path.name.lower()
+    return name.removesuffix(next(ending for some in SUFFIXES.values() for ending in some if name.endswith(ending)))
 
 
 def _table_of(path: Path) -> str:
-    """The name that a file shares with the other shards of its table."""
+    """The name that a file shares with the other shards of its table, in small letters."""
     shard = SHARD.match(_stem(path))
-    return ((shard["name"] if shard else _stem(path)) or "posts").lower()
+    return (shard["name"] if shard else _stem(path)) or "posts"
 
 
 def _refuse_gaps(folder: Path, files: Sequence[Path]) -> None:
@@ -142,15 +144,16 @@ def _refuse_gaps(folder: Path, files: Sequence[Path]) -> None:
     shards = [shard for path in files if (shard := SHARD.match(_stem(path)))]
     numbers = {int(shard["number"]) for shard in shards}
     counts = {int(shard["all"]) for shard in shards if shard["all"]}
+    first, stop = min(numbers, default=0), max(numbers, default=-1) + 1
     if counts:
         first = 1 if max(counts) in numbers else 0
-        missing = sorted(set(range(first, first + max(counts))) - numbers)
-    else:
-        missing = sorted(set(range(min(numbers, default=0), max(numbers, default=-1) + 1)) - numbers) if numbers else []
-        # Numbers with wide gaps count something else than shards, such as the first id.
-        missing = missing if len(missing) <= len(numbers) // 2 else []
-    if missing:
-        what = f"{len(missing)} of {len(missing) + len(numbers)} files: {', '.join(map(str, missing[:10]))}"
+        stop = first + max(counts)
+    elif stop - first - len(numbers) > len(numbers) // 2:
+        # Numbers with wide gaps count something else than shards, such as the first id or a time.
+        return
+    if missing := stop - first - sum(first <= number < stop for number in numbers):
+        some = itertools.islice((number for number in range(first, stop) if number not in numbers), 10)
+        what = f"{missing:,} of {stop - first:,} files: {', '.join(map(str, some))}"
         name = _table_of(files[0])
         raise ProblemsFound(str(folder), [Problem(name, f"missing {what}")], "Download the missing files too.")
 

@@ -34,8 +34,9 @@ PLACE_COLUMNS = ("file_index", "file_row_number")
 
 _TEXT_TYPES = re.compile(r"\b(TIMESTAMP( WITH TIME ZONE|_[A-Z]+)?|DATE|TIME|UUID)\b(?!\")")
 
-Columns = Mapping[str, Mapping[str, pa.DataType]]
-"""By table, its columns of one value or a list of texts a row, and their types; `a.b` is b in the structure a."""
+Columns = Mapping[str, Mapping[str, tuple[str, pa.DataType]]]
+"""By table, its columns of one value or a list of texts a row, each with its SQL and type; `a.b` may be b in the
+structure a, or a column of that name."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +173,20 @@ def _reader(connection: duckdb.DuckDBPyConnection, files: TableFiles, paths: Seq
     return f"* FROM {reader}, columns = {{{written}}})"
 
 
-def _columns_of(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str, pa.DataType]:
+def _columns_of(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str, tuple[str, pa.DataType]]:
     schema = connection.sql(f"SELECT * FROM {name_sql(table)} LIMIT 0").to_arrow_reader(1).schema
-    return {name: kind for name, kind in _leaves(schema).items() if name not in PLACE_COLUMNS}
+    return {name: column for name, column in _leaves(schema).items() if name not in PLACE_COLUMNS}
 
 
-def _leaves(fields: Any, prefix: str = "") -> dict[str, pa.DataType]:
-    """All columns with values, those within structures too."""
-    found: dict[str, pa.DataType] = {}
+def _leaves(fields: Any, prefix: str = "", way: str = "") -> dict[str, tuple[str, pa.DataType]]:
+    """All columns with values, those within structures too: by name, SQL and type."""
+    found: dict[str, tuple[str, pa.DataType]] = {}
     for one in fields:
+        sql = way + name_sql(one.name)
         if pa.types.is_struct(one.type):
-            found |= _leaves(one.type, f"{prefix}{one.name}.")
+            found |= _leaves(one.type, f"{prefix}{one.name}.", f"{sql}.")
         elif is_leaf(one.type):
-            found[prefix + one.name] = one.type
+            found[prefix + one.name] = sql, one.type
     return found
 
 

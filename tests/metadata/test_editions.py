@@ -197,9 +197,10 @@ def test_tags_between_commas(tmp_path: Path) -> None:
     place = write_table(
         tmp_path / "a.parquet", id=pa.array([1]), general=pa.array(["1girl, long hair, >_<"]), artist=pa.array(["a b"])
     )
-    assert make(place, tmp_path / "out", read_dataset({"selection": {}}, "all"))[2] == [
-        "1girl, a b ||| long hair, >_< ||| "
-    ]
+    everything = read_dataset({"selection": {}}, "all")
+    assert make(place, tmp_path / "out", everything)[2] == ["1girl, a b ||| long hair, >_< ||| "]
+    tight = write_table(tmp_path / "b.parquet", id=pa.array([1, 2]), general=pa.array(["1girl,long hair", "a b,c"]))
+    assert make(tight, tmp_path / "out-b", everything)[2] == ["1girl ||| long hair ||| ", " ||| a b, c ||| "]
 
 
 @pytest.mark.parametrize("name", ["gelbooru", "e621"])
@@ -306,6 +307,40 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
         describe_database(small(tmp_path / "b.parquet"), replace(DANBOORU, tag_table=tmp_path / "gone.csv"))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("posts-20231001120000.csv", "posts-20241001120000.csv"),
+        ("posts-0000.tsv", "posts-0001.TSV"),
+        ("danbooru.posts-1.CSV", "danbooru.posts-2.csv"),
+    ],
+)
+def test_files_of_any_names_are_one_table(tmp_path: Path, names: tuple[str, str]) -> None:
+    for number, name in enumerate(names):
+        between = "," if name.lower().endswith("csv") else "\t"
+        (tmp_path / name).write_text(f"id{between}tag_string\n{number}{between}solo\n")
+    assert describe_database(tmp_path).posts == 2
+
+
+def test_columns_may_have_dots_in_their_names(tmp_path: Path) -> None:
+    """As pandas flattens JSON; the same names lead into structures elsewhere."""
+    table = tmp_path / "flat.csv"
+    table.write_text('id,tags.general,score.total,file.ext,"a ""b"""\n1,solo,5,.JPG,x\n')
+    described = describe_database(table)
+    assert described.would_drop["no_still_image"] == described.unknown["score"] == 0
+    assert described.tag_types["general"] == 1 and described.columns["score"] == "score.total"
+
+
+def test_a_dump_in_csv_is_filtered_by_tags(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
+    recipe = read_dataset({"selection": {"drop": {"unless": {"tags_any": ["c.c."]}}}}, "some")
+    plain, rows, captions = make(sqlite_of(world), tmp_path / "plain", recipe)
+    (tmp_path / "dump").mkdir()
+    for table in editions.DUMP:
+        world.execute(f"COPY (SELECT * FROM {table} ORDER BY id) TO '{tmp_path}/dump/{table}.csv' (HEADER)")
+    report, others, written = make(tmp_path / "dump", tmp_path / "out", recipe)
+    assert len(others) == len(rows) > 2 and written == captions and report.dropped == plain.dropped
+
+
 def test_inspect_knows_what_is_metadata(tmp_path: Path) -> None:
     assert is_metadata(small(tmp_path / "a.parquet"))
     model = tmp_path / "model.safetensors"
@@ -316,7 +351,7 @@ def test_inspect_knows_what_is_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [pa.float64(), pa.float32()])
 def test_flags_of_a_column_of_fractions(kind: pa.DataType) -> None:
     table = pa.table({"flag": pa.array([0.0, 1.0, float("nan"), None, 2.0, 0.5], kind)})
-    query = f"SELECT {Duck({'flag': kind}).flag('flag')} FROM table"
+    query = f"SELECT {Duck({'flag': ('flag', kind)}).flag('flag')} FROM table"
     with duckdb.connect() as connection:
         connection.register("table", table)
         rows = connection.execute(query.replace("FROM table", 'FROM "table"')).fetchall()
