@@ -201,10 +201,7 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
             f"{given}: {describe_absence(path)}",
             "Give the danbooru2023 sqlite file with --db, or make a small world with `kwrap demo DIR`.",
         )
-    _check_file(path)
-    uri, private_wal_index = _reading_uri(path)
-    with _connected(path, uri, private_wal_index) as connection:
-        columns = _columns_of_tables(connection)
+    with reading_tables(path) as (connection, columns, uri, private_wal_index):
         has_views = _has_views(connection)
         if has_views:
             limit_time(connection)
@@ -232,6 +229,21 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
     name = f"danbooru2023 {layout.value}, sqlite"
     edition = Edition(name, layout.value, posts, unique, has_parents=has_parents)
     return Database(path, edition, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
+
+
+def is_sqlite(path: Path) -> bool:
+    """Whether a file is a sqlite database, by its first bytes."""
+    with path.open("rb") as stream:
+        return stream.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
+
+
+@contextlib.contextmanager
+def reading_tables(path: Path) -> Iterator[tuple[sqlite3.Connection, dict[str, frozenset[str]], str, bool]]:
+    """A connection to any sqlite file and the columns of its tables, in small letters; and how it was opened."""
+    _check_file(path)
+    uri, private_wal_index = _reading_uri(path)
+    with _connected(path, uri, private_wal_index) as connection:
+        yield connection, _columns_of_tables(connection), uri, private_wal_index
 
 
 def _first_value(connection: sqlite3.Connection, query: str) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
-from kohaku_wrap.metadata.database import SQLITE_MAGIC, DatabaseMissing, open_database
+from kohaku_wrap.metadata.database import DatabaseMissing, is_sqlite, open_database
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.table_files import find_table_files, is_table_file
 from kohaku_wrap.metadata.tables import open_tables
@@ -33,6 +33,4 @@ def is_metadata(path: Path) -> bool:
     """Whether a file or folder could be a metadata set, for what shows files of any kind."""
     if not path.is_file():
         return path.is_dir()
-    with path.open("rb") as stream:
-        start = stream.read(len(SQLITE_MAGIC))
-    return start == SQLITE_MAGIC or (not path.name.endswith(".safetensors") and is_table_file(path))
+    return is_sqlite(path) or (not path.name.endswith(".safetensors") and is_table_file(path))

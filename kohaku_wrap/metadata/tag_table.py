@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote as quote_path
 
 from kohaku_wrap.errors import Problem, ProblemsFound
+from kohaku_wrap.files import describe_absence
 from kohaku_wrap.metadata.columns import TAG_TYPES
-from kohaku_wrap.metadata.database import SQLITE_MAGIC, DatabaseMissing
+from kohaku_wrap.metadata.database import DatabaseMissing, is_sqlite, reading_tables
 from kohaku_wrap.metadata.dialects import name_sql
 from kohaku_wrap.metadata.table_files import find_table_files
 from kohaku_wrap.metadata.tables import explained, open_files
@@ -27,8 +25,8 @@ def read_tag_types(path: Path, categories: Mapping[str, int]) -> dict[str, int]:
     `categories`: by what the table calls them, in small letters. A column `type` of whole numbers of which one is 2
     has danbooru2023's own: the site has no category 2. Raises ProblemsFound for a table without names or categories.
     """
-    if not path.exists():
-        raise DatabaseMissing(f"{path}: no such file", "Give a table of tags with --tags: name and category.")
+    if not path.is_file() and not path.is_dir():
+        raise DatabaseMissing(f"{path}: {describe_absence(path)}", "Give a table of tags with --tags: name and category.")
     types: dict[str, int] = {}
     raw: dict[str, str] = {}
     column = ""
@@ -46,13 +44,8 @@ def read_tag_types(path: Path, categories: Mapping[str, int]) -> dict[str, int]:
 
 def _rows(path: Path) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     """The name of the column of categories, with names and categories."""
-    if path.is_file() and path.read_bytes()[: len(SQLITE_MAGIC)] == SQLITE_MAGIC:
-        with closing(sqlite3.connect(f"file:{quote_path(str(path))}?mode=ro", uri=True)) as connection:
-            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            columns = {
-                table: [name for (name,) in connection.execute("SELECT name FROM pragma_table_info(?)", (table,))]
-                for table in tables
-            }
+    if path.is_file() and is_sqlite(path):
+        with reading_tables(path.resolve()) as (connection, columns, *_):
             table, name, kind = _find(path, columns)
             cursor = connection.execute(f"SELECT {name_sql(name)}, {name_sql(kind)} FROM {name_sql(table)}")
             while rows := cursor.fetchmany(ROWS_A_FETCH):
@@ -60,13 +53,13 @@ def _rows(path: Path) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
         return
     duck, found = open_files(find_table_files(path), "UTC")
     with explained(path):
-        table, name, kind = _find(path, {table: list(some) for table, some in found.items()})
+        table, name, kind = _find(path, found)
         result = duck.execute(f"SELECT {name_sql(name)}, {name_sql(kind)} FROM {name_sql(table)}")
         while fetched := result.fetchmany(ROWS_A_FETCH):
             yield kind.lower(), fetched
 
 
-def _find(path: Path, columns: Mapping[str, list[str]]) -> tuple[str, str, str]:
+def _find(path: Path, columns: Mapping[str, Collection[str]]) -> tuple[str, str, str]:
     """The table of tags, and its columns of names and categories."""
     for table in sorted(columns, key=lambda name: name.lower() not in ("tag", "tags")):
         known = {name.lower(): name for name in columns[table]}
@@ -74,5 +67,5 @@ def _find(path: Path, columns: Mapping[str, list[str]]) -> tuple[str, str, str]:
         kind = next((known[one] for one in CATEGORY_COLUMNS if one in known), None)
         if name and kind:
             return table, name, kind
-    problems = [Problem(table, f"columns {', '.join(some[:40])}") for table, some in columns.items()]
+    problems = [Problem(table, f"columns {', '.join(sorted(some)[:40])}") for table, some in columns.items()]
     raise ProblemsFound(str(path), problems, "A table of tags has a column name and a column category (or type).")

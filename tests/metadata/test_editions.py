@@ -303,8 +303,20 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
         with pytest.raises(KwrapError) as caught:
             describe_database(place)
         assert said in str(caught.value) and caught.value.next_step, place
-    with pytest.raises(KwrapError, match="no such file"):
-        describe_database(small(tmp_path / "b.parquet"), replace(DANBOORU, tag_table=tmp_path / "gone.csv"))
+    posts, torn, odd = small(tmp_path / "b.parquet"), tmp_path / "torn.db", tmp_path / "odd.db"
+    torn.write_bytes(sqlite_of(world).read_bytes()[:5000])
+    with closing(sqlite3.connect(odd)) as database, database:
+        database.execute("CREATE TABLE tags (name, category)")
+        database.execute("INSERT INTO tags VALUES (CAST(x'ff61' AS TEXT), 0), ('b', 1)")
+    for table, said in (
+        (tmp_path / "gone.csv", "no such file"),
+        (tmp_path / "pipe.parquet", "not a regular file"),
+        (torn, "cut off"),
+        (page, "a web page"),
+    ):
+        with pytest.raises(KwrapError, match=said):
+            describe_database(posts, replace(DANBOORU, tag_table=table))
+    assert describe_database(posts, replace(DANBOORU, tag_table=odd)).tags == 2
 
 
 @pytest.mark.parametrize(
