@@ -229,9 +229,33 @@ def test_captions_come_from_tables(tmp_path: Path, out: Path, write: Table) -> N
 def test_a_table_that_names_what_is_not_there_is_counted(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "mine" / "a.png")
     lines(tmp_path / "mine", {"a.png": "a", "gone.png": "b"})
-    assert "gone.png" in run(tmp_path / "mine", "--out", out, code=1)
+    assert "1 of 2 images cannot be used" in (said := run(tmp_path / "mine", "--out", out, code=1)) and "gone.png" in said
     report = run(tmp_path / "mine", "--out", out, "--max-missing", 1)
     assert (report["missing"], report["total"]) == (1, 1)
+
+
+def test_what_a_table_says_twice_and_what_is_linked_is_told(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "mine"
+    paint(folder / "a.png")
+    paint(tmp_path / "elsewhere" / "b.png", seed=1)
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "metadata.csv").write_text("file_name,text\na.png,first\na.png,second\n")
+    notes = run(folder, "--out", out)["notes"]
+    assert captions_of(out) == {"a.png": "second"}
+    assert any("1 row of images that have a later row" in note for note in notes)
+    assert any(note.startswith(f"{folder}/link: a link to a folder") for note in notes)
+
+
+def test_a_folder_that_the_trainer_leaves_out_is_named(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "0_cats" / "a.png", text="a")
+    assert "0_ in front" in run(tmp_path / "0_cats", "--out", out, code=2)
+    assert run(tmp_path / "0_cats", "--out", out, "--plain")["total"] == 1
+
+
+@pytest.mark.parametrize("resolution", [64, 100, 127, 700])
+def test_any_resolution_has_buckets(tmp_path: Path, out: Path, resolution: int) -> None:
+    paint(tmp_path / "mine" / "a.png", (64, 48), text="a")
+    assert run(tmp_path / "mine", "--out", out, "--resolution", resolution)["too_small"] == 1
 
 
 def test_a_dataset_file_gives_subsets_with_options(tmp_path: Path, out: Path) -> None:

@@ -121,6 +121,9 @@ class Found:
     others: Counter[str] = field(default_factory=Counter)
     """Endings of files that are neither, with their numbers."""
 
+    links: list[Path] = field(default_factory=list)
+    """Links to folders, which are not followed: they may lead in a circle."""
+
     unnamed: list[str] = field(default_factory=list)
     """Names that are no text, as Python shows them."""
 
@@ -220,6 +223,10 @@ def list_sources(root: Path, label: str, plain: bool) -> list[Source]:
     refuse_regularisation(root)
     repeated = {} if plain else {child: found for child in children if (found := read_repeats(child))}
     own = None if plain else read_repeats(name)
+    if own and own[0] < 1:
+        raise NothingToImport(
+            f"{root}: sd-scripts leaves out a folder with {own[0]}_ in front", "Import it with --plain, or rename it."
+        )
     sources = [
         Source(
             label,
@@ -303,6 +310,7 @@ def scan(source: Source) -> Found:
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and not (not start and name in source.left_out)
         )
+        found.links += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
         for name in sorted(files):
             if name.startswith("."):
                 continue

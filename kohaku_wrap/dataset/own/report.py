@@ -96,14 +96,14 @@ class ImportReport:
     def check(self, max_missing: int) -> None:
         """Raise ImportLacking when more than `max_missing` images are missing or were refused, or all of them."""
         kinds = {"missing": "named, but not there", "corrupt": "no whole still image", "not_utf8": "caption not UTF-8"}
-        lacking = sum(map(self.count, kinds))
+        lacking, wanted = sum(map(self.count, kinds)), self.found + self.count("missing")
         if lacking <= max_missing and self.total:
             return
         first = next(entry for name in kinds for entry in self.lists[name])
         counts = ", ".join(f"{self.count(name):,} {words}" for name, words in kinds.items() if self.count(name))
         allow = f", or go on without them: --max-missing {lacking}" if self.total else ""
         raise ImportLacking(
-            f"{lacking:,} of {self.found:,} images cannot be used ({counts}); the first is "
+            f"{lacking:,} of {wanted:,} images cannot be used ({counts}); the first is "
             f"{first['image']}: {first['reason']}",
             f"{self.images / REPORT_FILE} lists them all. Fix them and run the same command again{allow}.",
         )
@@ -121,7 +121,7 @@ def describe_images(report: ImportReport, now: Mapping[int, ImportedImage], reso
     if rows:
         sizes = np.array([(row.width, row.height) for row in rows])
         side = resolution
-        bucket_options = BucketOptions((side, side), True, min(256, side // 2), side * 2)
+        bucket_options = BucketOptions((side, side), True, max(64, min(256, side // 2)), side * 2)
         resized = assign_buckets(sizes[:, 0], sizes[:, 1], bucket_options).resized_sizes
         for row, wanted in zip(rows, resized.tolist(), strict=True):
             if wanted[0] > row.width or wanted[1] > row.height:
@@ -177,6 +177,13 @@ def describe_sources(
             report.notes.append(
                 f"{source.folder}: {count_of(replaced, 'image')} without a caption: trained with "
                 f"{source.class_text!r}, the folder's name, as sd-scripts does it"
+            )
+        report.notes += [
+            f"{link}: a link to a folder, which is not followed; import it by a path of its own" for link in found.links
+        ]
+        if text.repeated:
+            report.notes.append(
+                f"{text.origin}: {count_of(text.repeated, 'row')} of images that have a later row; the last one counts"
             )
         report.notes += [
             f"{source.folder / name}: sd-scripts leaves out a folder with {read}_ in front, and so does this"

@@ -54,6 +54,9 @@ class Texts:
     shared: list[str] = field(default_factory=list)
     """Images that have one caption file with others of their name."""
 
+    repeated: int = 0
+    """Rows of the table whose image has a later row; they are not used."""
+
     missing: list[str] = field(default_factory=list)
     """Images that the table names and that are not there."""
 
@@ -142,6 +145,7 @@ def read_table(found: Found, tables: list[Path], text_column: str) -> Texts:
             if image is None:
                 texts.missing.append(key)
             else:
+                texts.repeated += image in text_of
                 text_of[image] = text
     for image in found.images:
         take_text(texts, image, text_of.get(image))
