@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.captions.groups import ROWS_A_BLOCK, draw_from_strata, find_strata
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
-from kohaku_wrap.dataset.own.images import IMPORTED_FILE
+from kohaku_wrap.dataset.own.images import AGAIN, IMPORTED_FILE
 from kohaku_wrap.dataset.recipe import load_dataset
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches, read_captions_metadata
 from kohaku_wrap.formats.held_out import KINDS, HeldOut
-from kohaku_wrap.formats.relations import Relations, read_relations
+from kohaku_wrap.formats.relations import BadRelations, Relations, read_relations
 
 USUAL_DATASET = "epsilon"
 """Whose words of rating and year are looked for in captions of a dataset that cannot be read."""
@@ -54,7 +54,8 @@ def find_recipe(dataset: str) -> CaptionRecipe:
 def find_relations(images: Path, ids: Int64Array) -> Relations:
     """What is known of the posts of an image folder: of `kwrap caption`, or of `kwrap import`. Raises BadRelations."""
     if (path := images / IMPORTED_FILE).is_file():
-        table = pq.read_table(path, columns=["id", "sha256"])
+        with refusing(BadRelations, f"{path}: damaged:", AGAIN, pa.ArrowException):
+            table = pq.read_table(path, columns=["id", "sha256"])
         found = Relations(table["id"].to_numpy(), np.zeros(len(table), np.int64), table["sha256"].combine_chunks())
     else:
         found = read_relations(images) or Relations(ids[:0], ids[:0], pa.array([], pa.string()))

@@ -246,6 +246,21 @@ def test_what_a_table_says_twice_and_what_is_linked_is_told(tmp_path: Path, out:
     assert any(note.startswith(f"{folder}/link: a link to a folder") for note in notes)
 
 
+@pytest.mark.parametrize(("name", "text"), [("imported.parquet", "junk"), (".importing.jsonl", '{"x": 1}\n')])
+def test_a_damaged_record_is_named(mine: Path, out: Path, name: str, text: str) -> None:
+    run(mine, "--out", out)
+    before = rows_of(out)
+    (out / name).write_text(text)
+    assert f"{out / name}: damaged" in run(mine, "--out", out, code=1)
+    image = ["caption", "--image", str(out / "mine" / "a.png")]
+    assert f"{name}: damaged" in str(CliRunner().invoke(program, image).exception)
+    (out / name).unlink()
+    run(mine, "--out", out)
+    assert rows_of(out) == before
+    (out / "import-report.json").write_text("{}")
+    assert "caption from" not in CliRunner().invoke(program, image, catch_exceptions=False).stdout
+
+
 def test_a_folder_that_the_trainer_leaves_out_is_named(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "0_cats" / "a.png", text="a")
     assert "0_ in front" in run(tmp_path / "0_cats", "--out", out, code=2)

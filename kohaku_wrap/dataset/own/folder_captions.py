@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, choose_co
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.dataset.own.report import REPORT_FILE
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import DAMAGE, KwrapError
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Columns, Subset, find_captions, read_batches, read_subsets
 
@@ -160,13 +161,12 @@ def explain_image(image: Path, folder: Path | None) -> ImageExplanation:
 
 def find_origin(folder: Path, subset: str, source: str) -> str:
     """What the report of the last import says of an image's caption; empty where it says nothing."""
-    try:
+    with suppress(*DAMAGE):
         report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    if source in (*report["lists"]["without_caption"], *report["lists"]["empty_caption"]):
-        return "none of its own"
-    return next((each["captions"] for each in report["subsets"] if each["name"] == subset), "")
+        if source in (*report["lists"]["without_caption"], *report["lists"]["empty_caption"]):
+            return "none of its own"
+        return next((str(each["captions"]) for each in report["subsets"] if each["name"] == subset), "")
+    return ""
 
 
 def trained_lines(caption: str, options: Mapping[str, Any]) -> tuple[str, ...]:

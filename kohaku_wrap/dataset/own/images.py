@@ -21,12 +21,14 @@ import pyarrow.parquet as pq
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
 from kohaku_wrap.dataset.images.extract import IMAGES_A_PROCESS, WorkerDied
 from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX, exit_after
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress, atomic_write, open_regular
 from kohaku_wrap.processes import count_cores, safe_children
 
 IMPORTED_FILE = "imported.parquet"
 JOURNAL_FILE = ".importing.jsonl"
 IMAGES_A_TASK = 16
+AGAIN = "Remove it and import all its folders again: images are checked anew, ids stay."
 FORMAT = 1
 """Of imported.parquet and the journal."""
 
@@ -96,18 +98,26 @@ class Refusal:
     reason: str
 
 
+class ImportedUnreadable(KwrapError):
+    """The record of the imported images is damaged."""
+
+
 def read_imported(images: Path) -> dict[int, ImportedImage]:
-    """What earlier calls put into the folder, by id: finished ones, and one that was stopped."""
+    """What earlier calls put into the folder, by id: finished ones, and one that was stopped.
+
+    Raises ImportedUnreadable.
+    """
     found: dict[int, ImportedImage] = {}
-    path = images / IMPORTED_FILE
+    path, journal = images / IMPORTED_FILE, images / JOURNAL_FILE
     if path.is_file():
-        found = {row["id"]: ImportedImage(**row) for row in pq.read_table(path).to_pylist()}
-    journal = images / JOURNAL_FILE
+        with refusing(ImportedUnreadable, f"{path}: damaged:", AGAIN, pa.ArrowException):
+            found = {row["id"]: ImportedImage(**row) for row in pq.read_table(path).to_pylist()}
     if journal.is_file():
         text = journal.read_bytes()
-        for line in text[: text.rfind(b"\n") + 1].splitlines():
-            image = ImportedImage(**json.loads(line))
-            found[image.id] = image
+        with refusing(ImportedUnreadable, f"{journal}: damaged:", AGAIN):
+            for line in text[: text.rfind(b"\n") + 1].splitlines():
+                image = ImportedImage(**json.loads(line))
+                found[image.id] = image
     return found
 
 
