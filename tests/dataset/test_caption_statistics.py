@@ -134,6 +134,20 @@ def test_tokenizer_folder_is_found_one_level_down(tokenizer: Path) -> None:
         find_tokenizer(tokenizer.parent / "nothing")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
+def test_a_damaged_tokenizer_is_named_and_one_that_was_only_found_is_left(
+    database: Database, selection: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tokenizer / name).write_text("no tokenizer")
+    with pytest.raises(NoTokenizer, match="a damaged tokenizer: "):
+        measure(database, selection, CaptionRecipe(), tokenizer)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    snapshots = tmp_path / "home/hub/models--openai--clip-vit-large-patch14/snapshots"
+    snapshots.mkdir(parents=True)
+    tokenizer.rename(snapshots / "one")
+    assert measure(database, selection, CaptionRecipe(), None).tokens_by == "estimate"
+
+
 def test_command(database: Database, selection: Path, tokenizer: Path) -> None:
     arguments = [str(selection), "--db", str(database.path), "--stats", "--tokenizer", str(tokenizer)]
     result = CliRunner().invoke(command, arguments)

@@ -337,6 +337,27 @@ def test_only_own_files_are_relocated(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "metadata_cache.json").read_text() == foreign
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.jsonl", b'{"image_path": 5}\n'),
+        ("captions.jsonl", b'{"image_path": "b.jpg"}\n'),
+        ("captions.jsonl", b'{"caption": "a"}\n'),
+        ("captions.jsonl", b"[1]\n"),
+        ("captions.jsonl", b"\xff\n"),
+        ("metadata_cache.json", b'{\n"/a/\xff/b.png": 1\n}\n'),
+        ("metadata_cache.json", b'{\n"b.png": 1\n}\n'),
+    ],
+)
+def test_a_file_of_another_form_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert run_program(["caption", "--relocate", "--out", str(tmp_path)]) == 1
+    assert f"{name}: not in the form that `kwrap caption` writes" in capsys.readouterr().err
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
 def test_command_takes_the_rules_of_the_selection(folder: Folder) -> None:
     folder.extract(folder.selection, folder.images)
     arguments = [str(folder.selection), "--db", str(folder.database), "--out", str(folder.images), "--json"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +45,9 @@ def relocate_captions(folder: Path) -> RelocationReport:
     cache, lines = folder / CACHE_FILE, folder / LINES_FILE
     if cache.is_file():
         kept = 0
-        with atomic_write(cache) as stream:
+        with blaming(cache), atomic_write(cache) as stream:
             for path, entry in read_cache_entries(cache):
-                moved = move_path(path, folder, cache)
+                moved = move_path(path, folder)
                 if not moved.is_file():
                     missing += 1
                     continue
@@ -57,13 +58,10 @@ def relocate_captions(folder: Path) -> RelocationReport:
         files[CACHE_FILE] = kept
     if lines.is_file():
         count = 0
-        with lines.open(encoding="utf-8") as source, atomic_write(lines) as stream:
+        with blaming(lines), lines.open(encoding="utf-8") as source, atomic_write(lines) as stream:
             for line in source:
-                try:
-                    entry = parse_json(line)
-                    entry["image_path"] = move_path(entry["image_path"], folder, lines).as_posix()
-                except (ValueError, KeyError, TypeError) as error:
-                    raise not_ours(lines) from error
+                entry = parse_json(line)
+                entry["image_path"] = move_path(entry["image_path"], folder).as_posix()
                 stream.write(json.dumps(entry) + "\n")
                 count += 1
         files[LINES_FILE] = count
@@ -75,11 +73,11 @@ def relocate_captions(folder: Path) -> RelocationReport:
     return RelocationReport(folder, files, missing)
 
 
-def move_path(path: str, folder: Path, source: Path) -> Path:
-    """The same NNNN/ID.ext below `folder`."""
+def move_path(path: str, folder: Path) -> Path:
+    """The same NNNN/ID.ext below `folder`. Raises ValueError for another path."""
     parts = path.replace("\\", "/").rsplit("/", 2)
     if len(parts) < 2 or not all(parts[-2:]) or ".." in parts[-2:]:
-        raise not_ours(source)
+        raise ValueError(f"{path}: no NNNN/ID.ext")
     return folder / parts[-2] / parts[-1]
 
 
@@ -90,16 +88,16 @@ def read_cache_entries(path: Path) -> Iterator[tuple[str, object]]:
             text = line.strip().rstrip(",")
             if (number == 0 and text == "{") or text in ("}", "{}"):
                 continue
-            try:
-                ((key, value),) = parse_json("{" + text + "}").items()
-            except ValueError as error:
-                raise not_ours(path) from error
-            yield key, value
+            yield from parse_json("{" + text + "}").items()
 
 
-def not_ours(path: Path) -> NotRelocatable:
-    """The error for a file in another form."""
-    return NotRelocatable(
-        f"{path}: not in the form that `kwrap caption` writes",
-        "Write the captions again with `kwrap caption SEL.parquet --db DB --out IMAGES`.",
-    )
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Refuse a file in another form; what the disk says of it stays. Raises NotRelocatable."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise NotRelocatable(
+            f"{path}: not in the form that `kwrap caption` writes",
+            "Write the captions again with `kwrap caption SEL.parquet --db DB --out IMAGES`.",
+        ) from error

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.dataset.captions.words import SEPARATOR
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, refusing
 
 CountTokens = Callable[[Sequence[str] | pa.Array], npt.NDArray[np.int64]]
 
@@ -67,11 +67,16 @@ def _holds_tokenizer(folder: Path) -> bool:
 def load_tokenizer(folder: Path) -> Any:
     """The CLIP tokenizer of a folder, as the package `tokenizers` has it: `encode` gives ids and places in the text.
 
-    Raises ModuleNotFoundError without that package.
+    Raises ModuleNotFoundError without that package, NoTokenizer for damaged files.
     """
     tokenizers: Any = importlib.import_module("tokenizers")
-    regex, normalizers, pre_tokenizers = tokenizers.Regex, tokenizers.normalizers, tokenizers.pre_tokenizers
+    # The package raises plain exceptions.
+    with refusing(NoTokenizer, f"{folder}: a damaged tokenizer:", "Copy a CLIP tokenizer's files again.", Exception):
+        return _read_tokenizer(folder, tokenizers)
 
+
+def _read_tokenizer(folder: Path, tokenizers: Any) -> Any:
+    regex, normalizers, pre_tokenizers = tokenizers.Regex, tokenizers.normalizers, tokenizers.pre_tokenizers
     if (folder / "tokenizer.json").is_file():
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     merges = [
@@ -140,7 +145,7 @@ def choose_counter(tokenizer: Path | None) -> tuple[str, CountTokens]:
     if folder is not None:
         try:
             return f"tokenizer {folder}", load_counter(folder)
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, NoTokenizer):
             if tokenizer is not None:
                 raise
     return "estimate", estimate_tokens
