@@ -48,7 +48,8 @@ def rows_of_explanation(explanation: PostExplanation) -> list[tuple[str, Any]]:
         if tag.fate != "written":
             left_out.setdefault(tag.fate.replace("_", " "), []).append(tag.name or "(no such tag)")
     rows += [(f"left out: {fate}", ", ".join(names)) for fate, names in left_out.items()]
-    cutoffs = ", ".join(f"{percentile} %: > {cutoff}" for percentile, cutoff in explanation.cutoffs.items())
+    known = {percentile: cutoff for percentile, cutoff in explanation.cutoffs.items() if cutoff is not None}
+    cutoffs = ", ".join(f"{percentile} %: > {cutoff}" for percentile, cutoff in known.items())
     favourites = "unknown" if explanation.fav_count is None else f"{explanation.fav_count:,}"
     rows.append(("rating and favourites", f"{explanation.rating}, {favourites}" + (f" ({cutoffs})" if cutoffs else "")))
     rows.append(("uploaded", f"{explanation.created_at or '(no date)'}: {explanation.year or 'unknown year'}"))

@@ -374,6 +374,14 @@ def test_command_takes_the_rules_of_the_selection(folder: Folder) -> None:
     assert all(entry["caption"].count("|||") == 1 for entry in folder.cache().values())
 
 
+def test_a_rating_that_nothing_was_counted_of_has_no_cutoffs(tmp_path: Path) -> None:
+    (tmp_path / "posts.csv").write_text("id,tag_string_general,rating\n1,solo,g\n")
+    arguments = ["--post", "1", "--db", str(tmp_path / "posts.csv")]
+    assert "general, unknown\n" in CliRunner().invoke(command, arguments).stdout
+    document = json.loads(CliRunner().invoke(command, [*arguments, "--json"]).stdout)
+    assert set(document["cutoffs"].values()) == {None}
+
+
 def test_command_explains_one_post(folder: Folder) -> None:
     post = str(folder.ids[0])
     result = CliRunner().invoke(command, ["--post", post, "--db", str(folder.database)])

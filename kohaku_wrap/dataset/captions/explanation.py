@@ -13,6 +13,7 @@ from kohaku_wrap.dataset.captions.mixing import BOTH, put_text
 from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, WRITTEN, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
+from kohaku_wrap.dataset.captions.report import describe_cutoffs
 from kohaku_wrap.dataset.captions.text_table import TextTable
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.dataset.years import read_years
@@ -69,8 +70,8 @@ class PostExplanation:
     fav_count: int | None
     """Favourites."""
 
-    cutoffs: Mapping[str, int]
-    """By percentile, the `fav_count` to exceed within the rating."""
+    cutoffs: Mapping[str, int | None]
+    """By percentile, the `fav_count` to exceed within the rating; None where no post of it was counted."""
 
     created_at: str
     """As the database has it."""
@@ -141,9 +142,7 @@ def explain_post(
         tags=tuple(explained),
         rating="unknown" if rating < 0 else RATINGS[rating],
         fav_count=None if row["fav_count"] == UNKNOWN_FAVOURITES else row["fav_count"],
-        cutoffs={}
-        if rating < 0
-        else dict(zip(map(str, plan.recipe.quality.percentiles), cutoffs[rating].tolist(), strict=True)),
+        cutoffs={} if rating < 0 else describe_cutoffs(plan, cutoffs)[RATINGS[rating]],
         created_at=row["created_at"],
         year=int(posts.years[0]) or None,
     )
