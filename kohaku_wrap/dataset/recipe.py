@@ -128,9 +128,11 @@ def load_dataset(name: str) -> DatasetRecipe:
 def read_dataset(document: Mapping[str, Any], name: str, path: Path | None = None, sha256: str = "") -> DatasetRecipe:
     """Check a dataset's tables. Raises ProblemsFound with every fault."""
     problems: list[Problem] = []
-    top = TableReader("", document, ("title", "notes", "metadata", "selection", "caption"), problems)
+    names = ("title", "notes", "metadata", "selection", "caption", "dataset_options")
+    top = TableReader("", document, names, problems)
     top.text("title")
     top.text("notes")
+    top.table("dataset_options")  # For the template that names the dataset, which checks them.
     metadata_table = top.table("metadata")
     metadata = read_site_mapping(metadata_table, problems)
     selection = read_selection_recipe(top.table("selection"), problems)

@@ -15,6 +15,7 @@ from kohaku_wrap.config.layers import load_layers, resolve_template
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.templates import UnknownTemplate
 from kohaku_wrap.config.trainer_arguments import escape_tags, render_literals
+from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.errors import ProblemsFound
 
 MakeSite = Callable[..., Site]
@@ -41,6 +42,22 @@ def test_later_layers_win_and_are_named(tmp_path: Path, make_site: MakeSite) -> 
     assert (effective.get("max_grad_norm"), effective.origin("max_grad_norm")) == (0.5, "--set")
     assert (effective.get("huber_c"), effective.origin("huber_c")) == (0.1, "default")
     assert effective.values["pretrained_model_name_or_path"] == str(site.paths.base_model)
+
+
+def test_a_dataset_file_has_options_over_the_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.toml", "[dataset_options]\nkeep_tokens = 2\n")
+    assert load_dataset("mine.toml").selection.strata
+    own = 'extends = "sdxl-lokr"\n[kwrap]\ndataset = "mine.toml"\n[dataset_options]\nkeep_tokens = 1\n'
+    effective, problems = load_layers(write(tmp_path / "own.toml", own))
+    assert not problems
+    assert (effective.get("dataset_options.keep_tokens"), effective.origin("dataset_options.keep_tokens")) == (
+        2,
+        "dataset mine.toml",
+    )
+    write(tmp_path / "mine.toml", "dataset_options = 5\n")
+    with pytest.raises(ProblemsFound, match="must be a table"):
+        load_dataset("mine.toml")
 
 
 @pytest.mark.parametrize(
