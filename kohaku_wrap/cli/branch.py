@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import open_run, print_trust, repeat_option, trust_option
+from kohaku_wrap.cli.options import open_run, print_trust, retype, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -75,8 +75,7 @@ def command(
     with counting_bytes("verifying state and models", 0) as count:
         branch = plan_branch(parent, new_name, step, overrides, template, site_file, trust, count)
     if dry_run:
-        again = [*(["--template", template] if template else []), *repeat_option("--set", overrides)]
-        show(branch, [*again, *(["--site", site_file] if site_file else [])])
+        show(branch)
         return
     print_trust(branch.new.effective)
     for damaged in branch.damaged:
@@ -116,7 +115,7 @@ def print_taken(run: Run) -> None:
         print_aside(f"not taken: {words}")
 
 
-def show(branch: Branch, words: list[object]) -> None:
+def show(branch: Branch) -> None:
     """What the new run would be."""
     new, origin, plan = branch.new, branch.origin, branch.plan
     payload = {
@@ -138,5 +137,6 @@ def show(branch: Branch, words: list[object]) -> None:
         *(("note", note) for note in branch.notes),
     ]
     folder = show_path(branch.parent.folder)
-    following = command_line("branch", folder, "--step", origin.optimizer_step, "--run", new.name, *words)
+    words = ["--step", origin.optimizer_step, *retype("step", "dry_run")]
+    following = command_line("branch", folder, *words)
     print_answer("branch", payload, f"Branch {new.name}", rows, following)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import machine_option, repeat_option, set_option, trust_option
+from kohaku_wrap.cli.options import machine_option, retype, set_option, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -88,7 +88,7 @@ def command(
         for cache in caches:
             for image in cache.list_nan_images():
                 print_note(f"warning: image {image}: some of its {cache.rule.what} are not numbers")
-        again = repeat_option("--set", overrides)
+        again = retype(of=("overrides", "trust"))
         click.echo(f"Next: {command_line('train', template, '--site', site_file, *again)}")
 
 

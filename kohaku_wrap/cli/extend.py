@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import open_run, site_option, workers_option
+from kohaku_wrap.cli.options import open_run, retype, site_option, workers_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -147,8 +147,5 @@ def show(extension: Extension) -> None:
         ),
         *([("rates", why_not)] if why_not else []),
     ]
-    more = ["--steps", chapter.total_optimizer_steps - before.total_optimizer_steps]
-    more += ["--schedule", chapter.schedule] if chapter.schedule else []
-    more += ["--repeat-warmup"] if chapter.repeats_warmup else []
-    next_step = command_line("extend", show_path(run.folder), *more)
+    next_step = command_line("extend", show_path(run.folder), *retype("dry_run"))
     print_answer("extend", payload, f"Longer: {run.name}", rows, next_step)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from kohaku_wrap.cli.output import print_aside, print_note
 from kohaku_wrap.config.code_names import check_trust, list_trusted
@@ -66,9 +67,23 @@ threads_option = click.option(
 )
 
 
-def repeat_option(flag: str, values: Iterable[str]) -> list[str]:
-    """The words of an option that was given so often, to type them again."""
-    return [word for value in values for word in (flag, value)]
+def retype(*but: str, of: Container[str] = (), absolute: bool = False) -> list[str]:
+    """The options that the running command was given, to type them again: all `but` these, or those `of` these names.
+
+    Names are those of its parameters. `absolute`: paths from the root on.
+    """
+    context = click.get_current_context()
+    words: list[str] = []
+    for option in context.command.params:
+        name = option.name or ""
+        is_given = name in context.params and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if not isinstance(option, click.Option) or not is_given or name in but or (of and name not in of):
+            continue
+        value = context.params[name]
+        for each in value if option.multiple else [value]:
+            shown = each.absolute() if absolute and isinstance(each, Path) else each
+            words += [max(option.opts, key=len), *([] if option.is_flag else [str(shown)])]
+    return words
 
 
 def runs_folders(site_file: Path | None) -> tuple[Path, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import describe_trust, print_trust, repeat_option, set_option, trust_option
+from kohaku_wrap.cli.options import describe_trust, print_trust, retype, set_option, trust_option
 from kohaku_wrap.cli.output import json_option, print_answer, print_aside, print_note, progress_bar, waiting
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
@@ -105,7 +105,7 @@ def command(
     payload = {**describe_plan(plan, notes), "caching": plan_caching(effective, site, sizes.exact)}
     payload["trust"] = describe_trust(effective)
     print_trust(effective)
-    following = [*repeat_option("--set", overrides), *repeat_option("--trust", trust), "--dry-run"]
+    following = [*retype(of=("overrides", "trust")), "--dry-run"]
     print_plan(plan, payload, command_line("train", template, "--site", site_file, *following))
     if plan.problems:
         raise PlanCannotWork(template, plan.problems)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import describe_trust, machine_option, print_trust, repeat_option, trust_option
+from kohaku_wrap.cli.options import describe_trust, machine_option, print_trust, retype, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -127,7 +127,7 @@ def command(
             click.echo(new.launch.text())
             for absent in list_absent(new):
                 print_note(f"warning: {absent}")
-            print_note(f"Next: {repeat_command(template, site_file, name, engine, overrides, trust)}")
+            print_note(f"Next: {repeat_command(template, site_file)}")
         return
     run = make_run(new, locked)
     with keeping_page(run, has_page):
@@ -169,7 +169,7 @@ def try_run(
 
     trial = finish_trial(run, resume_from)
     plan = plan_training(effective, read_training_sizes(effective, site.paths.images), trial.seconds_per_step)
-    print_trial(trial, plan, repeat_command(template, site_file, name, engine, overrides, trust))
+    print_trial(trial, plan, repeat_command(template, site_file))
 
 
 def print_trial(trial: Trial, plan: TrainingPlan, next_command: str) -> None:
@@ -201,19 +201,9 @@ def print_trial(trial: Trial, plan: TrainingPlan, next_command: str) -> None:
     print_answer("train", payload, f"Tried {plan.template}; nothing of the trial is kept", rows, next_command)
 
 
-def repeat_command(
-    template: str,
-    site_file: Path,
-    name: str | None,
-    engine: str | None,
-    overrides: tuple[str, ...],
-    trust: tuple[str, ...],
-) -> str:
+def repeat_command(template: str, site_file: Path) -> str:
     """The same training, for real."""
-    words = [*repeat_option("--set", overrides), *repeat_option("--trust", trust)]
-    words += ["--engine", engine] if engine else []
-    words += ["--run", name] if name else []
-    return command_line("train", template, "--site", site_file, *words)
+    return command_line("train", template, "--site", site_file, *retype("site_file", "dry_run", "is_trial"))
 
 
 def make_run(new: NewRun, locked: Path | None) -> Run:
@@ -250,9 +240,6 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunRep
             ) from None
         raise
 
-
-if TYPE_CHECKING:
-    from kohaku_wrap.training.records.folder import Run
 
 EVERY_SECONDS = 20.0
 TIMEOUT_SECONDS = 120.0

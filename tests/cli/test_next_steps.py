@@ -41,6 +41,9 @@ def test_a_plan_hands_its_overrides_on(tmp_path: Path, monkeypatch: pytest.Monke
     at_site = ["demo", "--site", "world/site.toml"]
     words = follow(["plan", *at_site, "--images", "64", "--no-modules", "--set", "seed=7"])
     assert words == ["train", *at_site, "--set", "seed=7", "--dry-run"]
+    given = ["--set", "seed=7", "--set", "states.keep=2", "--report", "--restarts", "5"]
+    dry = CliRunner().invoke(program, ["train", *at_site, *given, "--dry-run"], catch_exceptions=False)
+    assert dry.stderr.splitlines()[-1] == f"Next: {command_line('train', *at_site, *given)}"
 
 
 def test_a_copied_template_is_called_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
