@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.caption_shown import print_explanation, print_folder, print_image, print_statistics
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
-from kohaku_wrap.cli.options import leave_pandas_out, open_source, tags_option
+from kohaku_wrap.cli.options import leave_pandas_out, open_source, retype, tags_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
@@ -18,7 +18,7 @@ from kohaku_wrap.cli.output import (
     print_aside,
     progress_bar,
 )
-from kohaku_wrap.errors import UsageError
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
@@ -197,9 +197,11 @@ def write(
     if unknown or not wanted:
         raise UsageError(f"--format: {', '.join(unknown) or 'nothing'} is not among {', '.join(FORMATS)}")
     by, count = choose_counter(tokenizer) if tokenizer else ("estimate", estimate_tokens)
+    typed = retype("db", "out", "jobs", absolute=True)
+    made_by = command_line("caption", selection.absolute(), "--db", database.path, "--out", out.absolute(), *typed)
     with progress_bar("caption", "posts") as progress:
         report = write_captions(
-            database, selection, out, recipe, wanted, name, jobs or usable_threads(), progress, texts, count
+            database, selection, out, recipe, wanted, name, jobs or usable_threads(), progress, texts, count, made_by
         )
     payload = {"out": str(out), **asdict(report.changes), **asdict(report), **({"tokens_by": by} if texts else {})}
     for note in report.notes:

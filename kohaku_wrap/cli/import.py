@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import plan_command
-from kohaku_wrap.cli.options import leave_pandas_out
+from kohaku_wrap.cli.options import leave_pandas_out, retype
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, progress_bar, wants_json
+from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: 
     from kohaku_wrap.dataset.own.report import REPORT_FILE, as_document
 
     leave_pandas_out()
-    options = ImportOptions(dry_run=dry_run, **asked)
+    typed = retype("images", "max_missing", "jobs", absolute=True)
+    places = (*(path.absolute() for path in folders), "--out", images.absolute())
+    options = ImportOptions(dry_run=dry_run, made_by=command_line("import", *places, *typed), **asked)
     with progress_bar("check", "images") as progress:
         report = import_folders(folders, images, options, progress)
     where = {} if dry_run else {"report": str(images / REPORT_FILE)}

@@ -220,5 +220,7 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) ->
             name, value = "size", f"{show_bytes(value)} ({value:,} bytes)"
         if name != "path" and value not in (None, ""):
             rows.append((name.replace("_", " "), value))
-    next_step = command_line("select", "epsilon", "--db", file, "--out", "epsilon.parquet")
+    name = dataset or "epsilon"
+    words = ["--tags", tag_table] if tag_table else []
+    next_step = command_line("select", name, "--db", file, "--out", f"{Path(name).stem}.parquet", *words)
     print_answer("inspect", payload, str(file), rows, next_step)

@@ -46,6 +46,17 @@ def test_a_plan_hands_its_overrides_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert dry.stderr.splitlines()[-1] == f"Next: {command_line('train', *at_site, *given)}"
 
 
+def test_a_metadata_set_is_selected_from_as_it_was_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("posts.csv").write_text("number,tag_string,rating\n1,solo,g\n")
+    Path("tags.csv").write_text("name,category\nsolo,0\n")
+    Path("my set.toml").write_text('[metadata.columns]\nid = "number"\n')
+    given = ["--dataset", "my set.toml", "--tags", "tags.csv"]
+    words = follow(["inspect", "posts.csv", *given])
+    assert words == ["select", "my set.toml", "--db", "posts.csv", "--out", "my set.parquet", "--tags", "tags.csv"]
+    assert follow(words)[0] == "extract"
+
+
 def test_a_copied_template_is_called_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(program, ["template", "cp", "epsilon", "mine.toml"]).exit_code == 0

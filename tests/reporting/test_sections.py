@@ -19,6 +19,7 @@ from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.dataset.captions.summary import summarise_captions
+from kohaku_wrap.errors import command_line
 from kohaku_wrap.formats.caption_rows import Columns, read_captions_metadata
 from kohaku_wrap.formats.data_summary import SUMMARY_FILE, read_summary
 from kohaku_wrap.planning.step_plan import plan_steps
@@ -44,7 +45,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kwrap("select", "demo", "--db", folder / "danbooru.db", "--out", folder / "demo.parquet")
     kwrap("extract", folder / "demo.parquet", "--tars", folder / "tars", "--out", folder / "images", "--jobs", 1)
     (next((folder / "images").glob("0*/*.jpg"), None) or next((folder / "images").glob("0*/*.png"))).unlink()
-    kwrap("caption", folder / "demo.parquet", "--db", folder / "danbooru.db", "--out", folder / "images")
+    words = ("--format", "cache", "--dataset", "demo")
+    kwrap("caption", folder / "demo.parquet", "--db", folder / "danbooru.db", "--out", folder / "images", *words)
     return folder
 
 
@@ -72,6 +74,7 @@ def test_captions_leave_a_summary_that_counts_what_is_there(world: Path) -> None
         kwrap(
             *__import__("shlex").split(found["made_by"][name])[1:], *(("--max-missing", 1) if name == "extract" else ())
         )
+    assert found["made_by"]["caption"].endswith("--dataset demo --format cache")
     assert read_summary(images, "another digest") == {}
 
 
@@ -80,10 +83,13 @@ def test_imported_captions_have_a_summary_too(tmp_path: Path) -> None:
     for name, text in (("one", "1girl, smile"), ("two", "1girl, hat")):
         Image.effect_noise((160, 96), 60).convert("RGB").save(tmp_path / "own" / f"{name}.png")
         (tmp_path / "own" / f"{name}.txt").write_text(text)
-    kwrap("import", tmp_path / "own", "--out", tmp_path / "images")
+    given = ("--label", "a b", "--plain", "--copy")
+    kwrap("import", tmp_path / "own", "--out", tmp_path / "images", *given)
     digest = read_captions_metadata(tmp_path / "images")["digest"]
     found = read_summary(tmp_path / "images", digest)
     assert found["frequent_tags"] == [["1girl", 2], ["hat", 1], ["smile", 1]] and found["images"] == 2
+    words = ("import", tmp_path / "own", "--out", tmp_path / "images", *given)
+    assert found["made_by"] == {"import": command_line(*words)}
 
 
 def test_of_many_captions_an_even_part_is_looked_at(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from kohaku_wrap.dataset.captions.summary import count_values, describe_scores, 
 from kohaku_wrap.dataset.images.extracted import REPORT_FILE
 from kohaku_wrap.dataset.selection_file import SelectedPosts, open_selection
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
-from kohaku_wrap.errors import command_line
+from kohaku_wrap.errors import DAMAGE, command_line
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER
@@ -25,9 +25,15 @@ GROUPS = ("quality", "year", "rating")
 
 
 def summarise_posts(
-    database: Source, plan: CaptionPlan, posts: SelectedPosts, images: CaptionImages, selection: Path, folder: Path
+    database: Source,
+    plan: CaptionPlan,
+    posts: SelectedPosts,
+    images: CaptionImages,
+    selection: Path,
+    folder: Path,
+    made_by: str,
 ) -> dict[str, Any]:
-    """Counts over the posts whose images are there, of captions that were written just now."""
+    """Counts over the posts whose images are there, of captions that the command `made_by` wrote just now."""
     here = images.places
     texts = plan.texts.slice(0, len(plan.slot_of))
     groups = {
@@ -42,7 +48,7 @@ def summarise_posts(
         "db_digest": posts.about.get("db_digest", ""),
         "edition": posts.about.get("edition", {}).get("name", ""),
         "seed": posts.about.get("seed"),
-        "made_by": list_commands(database, posts, selection, folder),
+        "made_by": {**list_commands(database, posts, selection, folder), "caption": made_by},
         "selected": len(posts),
         "missing_images": len(posts) - len(images),
         "dropped": posts.about.get("counts", {}).get("dropped", {}),
@@ -53,11 +59,14 @@ def summarise_posts(
 
 
 def list_commands(database: Source, posts: SelectedPosts, selection: Path, folder: Path) -> dict[str, str]:
-    """The commands of the way here, with the places of now; that of `extract` only where its report is there."""
-    dataset, db = posts.about.get("dataset", ""), database.path.absolute()
+    """The commands that came before, with the places of now; that of `extract` only where its report is there."""
+    dataset, tags = posts.about.get("dataset", ""), database.edition.tag_table
     chosen, out = selection.absolute(), folder.absolute()
-    commands = {"select": command_line("select", dataset, "--db", db, "--out", chosen)}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        tars = Path(parse_json(read_regular(out / REPORT_FILE))["tars"]).absolute()
-        commands["extract"] = command_line("extract", chosen, "--tars", tars, "--out", out)
-    return commands | {"caption": command_line("caption", chosen, "--db", db, "--out", out, "--dataset", dataset)}
+    more = ("--tags", tags.absolute()) if tags else ()
+    commands = {"select": command_line("select", dataset, "--db", database.path, "--out", chosen, *more)}
+    with suppress(*DAMAGE):
+        report = parse_json(read_regular(out / REPORT_FILE))
+        more = ("--max-pixels", limit) if (limit := report.get("max_pixels")) else ()
+        tars = Path(report["tars"]).absolute()
+        commands["extract"] = command_line("extract", chosen, "--tars", tars, "--out", out, *more)
+    return commands

@@ -144,6 +144,7 @@ def write_captions(
     on_progress: Progress | None = None,
     texts: TextTable | None = None,
     count_tokens: CountTokens = estimate_tokens,
+    made_by: str = "",
 ) -> CaptionReport:
     """Write the captions of a selection into the image folder in `formats`, and captions.arrow with them.
 
@@ -151,6 +152,7 @@ def write_captions(
     by one, so an interrupted call can simply be repeated. Raises NoImages when only formats that list images are
     asked for and there are none, CaptionsBusy while another call writes in the folder. `texts`: natural-language
     captions as one more group, whose tokens are counted by `count_tokens`; raises NoTexts where the style has no place.
+    `made_by`: the command, as the page of a run shows it.
     """
     recipe = recipe.with_text(texts is not None)
     if texts and recipe.style == "hakubooru":
@@ -200,7 +202,8 @@ def write_captions(
             sorted_rows = True
     if images and written.digest:
         with contextlib.suppress(OSError):  # what is only shown fails no captions
-            write_summary(folder, written.digest, summarise_posts(database, plan, posts, images, selection, folder))
+            summary = summarise_posts(database, plan, posts, images, selection, folder, made_by)
+            write_summary(folder, written.digest, summary)
         write_relations(folder, gather_relations(database, selection, images.ids))
     counts = written.counts
     if texts:

@@ -120,7 +120,7 @@ def extract_images(
         report.not_looked_at = verified["rewritten"].null_count
         verified = merge_rows(verified, others)
         write_extracted(images, verified, {"images": verified.num_rows, "max_pixels": max_pixels})
-        write_report(report, selection, tars)
+        write_report(report, selection, tars, max_pixels)
         finished = True
     finally:
         journals.close(finished)

@@ -61,11 +61,12 @@ class ExtractReport(ShardResult):
         )
 
 
-def write_report(report: ExtractReport, selection: Path, tars: Path) -> None:
+def write_report(report: ExtractReport, selection: Path, tars: Path, max_pixels: int) -> None:
     """Write all lists of the report, one entry a line, as extract-report.json."""
     counts: dict[str, Any] = {
         "selection": str(selection),
         "tars": str(tars),
+        "max_pixels": max_pixels,
         "selected": report.selected,
         "written": report.written,
         "kept": report.kept,

@@ -25,7 +25,7 @@ from kohaku_wrap.dataset.own.images import (
 from kohaku_wrap.dataset.own.report import ImportReport, describe_images, describe_sources, write_report
 from kohaku_wrap.dataset.own.texts import Texts, read_texts
 from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
-from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import Progress, clear_leavings
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
@@ -70,6 +70,9 @@ class ImportOptions:
     jobs: int | None = None
     """Processes that check images."""
 
+    made_by: str = ""
+    """The command, as the page of a run shows it."""
+
 
 def import_folders(
     arguments: Sequence[Path], images: Path, options: ImportOptions, on_progress: Progress | None = None
@@ -97,8 +100,8 @@ def import_folders(
             clear_leavings(images, f"**/.*{PART_SUFFIX}")
         report = run_import(founds, texts, images, options, on_progress)
         with suppress(OSError, NoImages):  # what is only shown fails no import
-            typed = command_line("import", *(path.absolute() for path in arguments), "--out", images.absolute())
-            write_summary(images, report.digest, {**summarise_captions(images, {}), "made_by": {"import": typed}})
+            made_by = {"import": options.made_by}
+            write_summary(images, report.digest, {**summarise_captions(images, {}), "made_by": made_by})
     return report
 
 
