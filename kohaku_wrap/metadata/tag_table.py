@@ -26,7 +26,8 @@ def read_tag_types(path: Path, categories: Mapping[str, int]) -> dict[str, int]:
     has danbooru2023's own: the site has no category 2. Raises ProblemsFound for a table without names or categories.
     """
     if not path.is_file() and not path.is_dir():
-        raise DatabaseMissing(f"{path}: {describe_absence(path)}", "Give a table of tags with --tags: name and category.")
+        advice = "Give a table of tags with --tags: name and category."
+        raise DatabaseMissing(f"{path}: {describe_absence(path)}", advice)
     types: dict[str, int] = {}
     raw: dict[str, str] = {}
     column = ""

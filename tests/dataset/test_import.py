@@ -229,7 +229,8 @@ def test_captions_come_from_tables(tmp_path: Path, out: Path, write: Table) -> N
 def test_a_table_that_names_what_is_not_there_is_counted(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "mine" / "a.png")
     lines(tmp_path / "mine", {"a.png": "a", "gone.png": "b"})
-    assert "1 of 2 images cannot be used" in (said := run(tmp_path / "mine", "--out", out, code=1)) and "gone.png" in said
+    said = run(tmp_path / "mine", "--out", out, code=1)
+    assert "1 of 2 images cannot be used" in said and "gone.png" in said
     report = run(tmp_path / "mine", "--out", out, "--max-missing", 1)
     assert (report["missing"], report["total"]) == (1, 1)
 
