@@ -17,9 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kohaku_wrap.errors import EXIT_FAILED, LACKS_MEMORY, KwrapError, lacks_memory
 
@@ -146,7 +146,8 @@ class LineHelper:
     def _read(self, index: int, answers: queue.Queue[tuple[int, Any]]) -> None:
         assert self.child.stdout
         for line in self.child.stdout:
-            answers.put((index, json.loads(line)))
+            with suppress(ValueError):  # of a helper that was killed as it wrote
+                answers.put((index, json.loads(line)))
         answers.put((index, None))
 
     def _read_errors(self) -> None:
@@ -181,17 +182,25 @@ def end_child(child: subprocess.Popen[Any], seconds: float = STOP_SECONDS) -> No
             child.wait()
 
 
+@contextmanager
+def keeping_outlet() -> Iterator[IO[str]]:
+    """Standard output for answers alone: what is printed within, by compiled packages too, goes to stderr."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as outlet, redirect_stdout(sys.stderr):
+        os.dup2(2, 1)
+        yield outlet
+
+
 def answer_in_lines(work: Callable[[Any, Callable[..., None]], None]) -> int:
     """Let `work` do the request on stdin; it is given that and what writes one line of the answer, by keywords.
 
-    What packages print meanwhile goes to stderr. Returns the helper's exit code; the last line says why it failed.
+    Returns the helper's exit code; the last line says why it failed.
     """
-    answers = sys.stdout
+    with keeping_outlet() as answers:
 
-    def tell(**words: Any) -> None:
-        print(json.dumps(words), file=answers, flush=True)
+        def tell(**words: Any) -> None:
+            print(json.dumps(words), file=answers, flush=True)
 
-    with redirect_stdout(sys.stderr):
         try:
             work(json.load(sys.stdin), tell)
         except OSError as error:
@@ -212,14 +221,9 @@ def raise_answer(line: Mapping[str, Any]) -> None:
 
 
 def answer(make: Callable[[], Any]) -> None:
-    """Print what a helper module makes as the JSON that `ask_python` reads.
-
-    What packages print meanwhile goes to stderr.
-    """
-    with redirect_stdout(sys.stderr):
-        document = make()
-    json.dump(document, sys.stdout, default=str)
-    sys.stdout.flush()
+    """Print what a helper module makes as the JSON that `ask_python` reads."""
+    with keeping_outlet() as outlet:
+        json.dump(make(), outlet, default=str)
 
 
 def accelerate_command() -> tuple[str, ...]:

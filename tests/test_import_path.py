@@ -7,6 +7,7 @@ folder; one that runs leaves a line in a file, with who ran it.
 from __future__ import annotations
 
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -15,12 +16,21 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kohaku_wrap.demo.world import make_world
 from kohaku_wrap.files import shipped_folder
-from kohaku_wrap.processes import NoAnswer, ask_python, python_command, safe_children, safe_environment, safe_settings
+from kohaku_wrap.processes import (
+    LineHelper,
+    NoAnswer,
+    ask_python,
+    python_command,
+    safe_children,
+    safe_environment,
+    safe_settings,
+)
 
 PACKAGES = ("torch", "numpy", "accelerate", "transformers", "diffusers", "lycoris", "bitsandbytes", "safetensors",
             "networks", "library", "click", "rich", "toml", "PIL", "pyarrow", "polars", "pip", "sitecustomize",
@@ -141,6 +151,24 @@ def test_an_answer_is_json_or_the_last_line_of_what_went_wrong(tmp_path: Path, m
     ):
         with pytest.raises(NoAnswer, match=message):
             ask_python("answering", request=request, timeout_seconds=1 if "sleep" in request else None)
+
+
+def test_what_compiled_packages_print_is_no_part_of_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as NCCL_DEBUG=INFO and ONEDNN_VERBOSE=1, which print to standard output."""
+    (tmp_path / "noisy.py").write_text(
+        "import os, sys\nfrom kohaku_wrap.processes import answer, answer_in_lines\n"
+        "def print_all():\n    print('a package')\n    os.write(1, b'compiled\\n')\n    os.system('echo a child')\n"
+        "def work(request, tell):\n    print_all()\n    tell(images=request)\n    print_all()\n"
+        "def make():\n    print_all()\n    return {'made': 1}\n"
+        "answer(make) if sys.argv[1:] else sys.exit(answer_in_lines(work))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert ask_python("noisy", "once") == {"made": 1}
+    answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+    helper = LineHelper("noisy", 7, {}, 3, answers)
+    assert [answers.get(timeout=60) for _ in range(2)] == [(3, {"images": 7}), (3, None)]
+    assert helper.describe_failure() == ""
+    assert "compiled" in "".join(helper.errors)
 
 
 def test_what_a_helper_refuses_is_told_with_its_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

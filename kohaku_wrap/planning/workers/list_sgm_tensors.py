@@ -22,6 +22,7 @@ from diffusers.loaders.single_file_utils import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, name_text_encoder, name_unet, name_vae
+from kohaku_wrap.processes import answer
 
 Shapes = dict[str, list[int]]
 Converter = Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]]
@@ -104,4 +105,4 @@ def list_sgm_tensors(config: Mapping[str, Mapping[str, Any]]) -> Shapes:
 
 
 if __name__ == "__main__":
-    json.dump(list_sgm_tensors(json.load(sys.stdin)), sys.stdout)
+    answer(lambda: list_sgm_tensors(json.load(sys.stdin)))

@@ -6,8 +6,6 @@ rule the checkout joins shuffled tags, or the first text that kwrap makes otherw
 
 from __future__ import annotations
 
-import contextlib
-import json
 import random
 import sys
 from dataclasses import asdict, replace
@@ -16,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kohaku_wrap.planning.workers.list_options import stand_in_for_torchvision
+from kohaku_wrap.processes import answer
 from kohaku_wrap.training.data.captions import CaptionOptions, process_caption
 
 KEPT = CaptionOptions(shuffle_caption=True, keep_tokens_separator="|||")
@@ -81,16 +80,14 @@ def first_difference(process: Any, joins: bool) -> tuple[int, str] | None:
     return None
 
 
-def main() -> None:
-    # The trainer's modules print at import.
-    with contextlib.redirect_stdout(sys.stderr):
-        stand_in_for_torchvision()
-        sys.path.insert(0, str(Path(sys.argv[1]).resolve()))
-        from kohaku_wrap.training.engines.sd_scripts.objects import find_object
+def compare_checkout() -> dict[str, Any]:
+    """`compare` with the checkout that is named on the command line."""
+    stand_in_for_torchvision()
+    sys.path.insert(0, str(Path(sys.argv[1]).resolve()))
+    from kohaku_wrap.training.engines.sd_scripts.objects import find_object
 
-        answer = compare(find_object("BaseDataset").process_caption)
-    json.dump(answer, sys.stdout)
+    return compare(find_object("BaseDataset").process_caption)
 
 
 if __name__ == "__main__":
-    main()
+    answer(compare_checkout)
