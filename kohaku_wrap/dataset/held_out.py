@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.captions.groups import ROWS_A_BLOCK, draw_from_strata, find_strata
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
-from kohaku_wrap.dataset.own.images import AGAIN, IMPORTED_FILE
+from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
+from kohaku_wrap.dataset.own.images import AGAIN
 from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches, read_captions_metadata

@@ -262,6 +262,22 @@ def test_a_damaged_record_is_named(mine: Path, out: Path, name: str, text: str) 
     assert "caption from" not in CliRunner().invoke(program, image, catch_exceptions=False).stdout
 
 
+def test_posts_do_not_take_the_place_of_own_images(mine: Path, out: Path, tmp_path: Path) -> None:
+    run(mine, "--out", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    posts, database = tmp_path / "posts.parquet", tmp_path / "posts.csv"
+    database.write_text("id,tag_string,file_ext\n1,solo,png\n")
+    (tmp_path / "all.toml").touch()
+    for words in (
+        ("select", tmp_path / "all.toml", "--db", database, "--out", posts),
+        ("extract", posts, "--tars", mine, "--out", out),
+        ("caption", posts, "--db", database, "--out", out),
+    ):
+        said = str(CliRunner().invoke(program, list(map(str, words))).exception)
+        assert words[0] == "select" or said.startswith(f"{out}: holds images of your own"), said
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_a_folder_that_the_trainer_leaves_out_is_named(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "0_cats" / "a.png", text="a")
     assert "0_ in front" in run(tmp_path / "0_cats", "--out", out, code=2)

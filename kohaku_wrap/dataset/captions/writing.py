@@ -36,6 +36,7 @@ from kohaku_wrap.dataset.captions.report import (
 )
 from kohaku_wrap.dataset.captions.text_table import NoTexts, TextCounts, TextTable
 from kohaku_wrap.dataset.captions.tokens import CountTokens, count_over, estimate_tokens
+from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE, refuse_other_kind
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
@@ -150,10 +151,11 @@ def write_captions(
 
     Files that are right already are left alone; the others appear whole or not at all. Text files are finished one
     by one, so an interrupted call can simply be repeated. Raises NoImages when only formats that list images are
-    asked for and there are none, CaptionsBusy while another call writes in the folder. `texts`: natural-language
-    captions as one more group, whose tokens are counted by `count_tokens`; raises NoTexts where the style has no place.
-    `made_by`: the command, as the page of a run shows it.
+    asked for and there are none, OtherKind for a folder of own images, CaptionsBusy while another call writes in it.
+    `texts`: natural-language captions as one more group, whose tokens are counted by `count_tokens`; raises NoTexts
+    where the style has no place. `made_by`: the command, as the page of a run shows it.
     """
+    refuse_other_kind(folder, IMPORTED_FILE)
     recipe = recipe.with_text(texts is not None)
     if texts and recipe.style == "hakubooru":
         raise NoTexts("the style hakubooru has no place for texts", "Leave --text out, or use --style kohaku.")

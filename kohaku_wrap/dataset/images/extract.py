@@ -27,12 +27,14 @@ from kohaku_wrap.dataset.images.extract_shard import (
     start_process,
 )
 from kohaku_wrap.dataset.images.extracted import (
+    IMPORTED_FILE,
     JournalFolder,
     drop_absent_files,
     drop_ids,
     is_in_ids,
     merge_rows,
     read_extracted,
+    refuse_other_kind,
     write_extracted,
 )
 from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, TarFolder, find_tars
@@ -96,8 +98,9 @@ def extract_images(
     `jobs`: processes, by default one a core. `max_pixels`: reduce larger images; 0 keeps all as they are.
     Writes images/NNNN/ID.ext, images/extracted.parquet and images/extract-report.json. Can be stopped at any
     moment: what was written is found again. The caller decides with ExtractReport.check what is too little.
-    Raises BadSelection, NoTars, FolderBusy, ExtractedUnreadable, WorkerDied.
+    Raises BadSelection, NoTars, FolderBusy, ExtractedUnreadable, OtherKind, WorkerDied.
     """
+    refuse_other_kind(images, IMPORTED_FILE)
     selected = read_selected_images(selection)
     folder = find_tars(tars)
     journals = JournalFolder.open(images)

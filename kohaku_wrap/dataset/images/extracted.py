@@ -15,10 +15,13 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from kohaku_wrap.errors import KwrapError, refusing
+from kohaku_wrap.errors import KwrapError, UsageError, refusing
 from kohaku_wrap.files import atomic_write, has_size, take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
+IMPORTED_FILE = "imported.parquet"
+"""In its place where `kwrap import` made the folder."""
+
 REPORT_FILE = "extract-report.json"
 JOURNAL_FOLDER = ".extracting"
 SCHEMA = pa.schema(
@@ -43,6 +46,17 @@ class ExtractedUnreadable(KwrapError):
 
 class FolderBusy(KwrapError):
     """Another extract works in the same folder."""
+
+
+class OtherKind(UsageError):
+    """The folder holds posts where own images belong, or the reverse: captions of one would replace the other's."""
+
+
+def refuse_other_kind(images: Path, file: str) -> None:
+    """Raise OtherKind for a folder with `file`, which is EXTRACTED_FILE or IMPORTED_FILE."""
+    if (images / file).exists():
+        what = "posts of a selection" if file == EXTRACTED_FILE else "images of your own, from `kwrap import`"
+        raise OtherKind(f"{images}: holds {what}", "Give --out a folder of its own.")
 
 
 @dataclass(frozen=True)

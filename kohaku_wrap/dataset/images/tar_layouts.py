@@ -118,7 +118,7 @@ def find_tars(folder: Path) -> TarFolder:
     What is no regular file stays among them, so that whoever reads it says so.
     """
     if not folder.is_dir():
-        raise NoTars(f"{folder}: no such folder of tars", ADVICE)
+        raise NoTars(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder of tars'}", ADVICE)
     found: dict[str, dict[int, list[Path]]] = {layout.name: {} for layout in (*LAYOUTS, PLAIN)}
     for path in sorted(folder.rglob("*.tar")):
         below = path.relative_to(folder.parent).as_posix()

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
 from kohaku_wrap.dataset.images.extract import IMAGES_A_PROCESS, WorkerDied
 from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX, exit_after
+from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress, atomic_write, open_regular
 from kohaku_wrap.processes import count_cores, safe_children
 
-IMPORTED_FILE = "imported.parquet"
 JOURNAL_FILE = ".importing.jsonl"
 IMAGES_A_TASK = 16
 AGAIN = "Remove it and import all its folders again: images are checked anew, ids stay."

@@ -10,7 +10,7 @@ from pathlib import Path
 from kohaku_wrap.dataset.captions.folder import lock_captions
 from kohaku_wrap.dataset.captions.summary import summarise_captions
 from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX
-from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE
+from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE, refuse_other_kind
 from kohaku_wrap.dataset.own.folders import Found, NamesCollide, NothingToImport, find_sources, make_id, normalise, scan
 from kohaku_wrap.dataset.own.images import (
     JOURNAL_FILE,
@@ -25,14 +25,9 @@ from kohaku_wrap.dataset.own.images import (
 from kohaku_wrap.dataset.own.report import ImportReport, describe_images, describe_sources, write_report
 from kohaku_wrap.dataset.own.texts import Texts, read_texts
 from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
-from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import Progress, clear_leavings
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
-
-
-class NotAnImport(UsageError):
-    """The image folder holds posts of a selection."""
 
 
 class OtherFolder(NamesCollide):
@@ -81,10 +76,9 @@ def import_folders(
 
     Writes captions.arrow, metadata_cache.json and import-report.json there. Can be stopped at any moment and called
     again. The caller decides with ImportReport.check what is too little.
-    Raises what `find_sources` and `read_texts` refuse, NotAnImport, OtherFolder, CaptionsBusy, WorkerDied.
+    Raises what `find_sources` and `read_texts` refuse, OtherKind, OtherFolder, CaptionsBusy, WorkerDied.
     """
-    if (images / EXTRACTED_FILE).exists():
-        raise NotAnImport(f"{images}: holds posts of a selection", "Give --out a folder of its own.")
+    refuse_other_kind(images, EXTRACTED_FILE)
     sources = find_sources(arguments, options.labels, options.plain, images)
     founds = [scan(source) for source in sources]
     if not any(found.images for found in founds):
