@@ -259,6 +259,17 @@ def place_folder(part: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
+def link_file(source: Path, place: Path) -> None:
+    """Give a file another name: a hard link, or a flushed copy on another disk and on one without hard links."""
+    try:
+        os.link(source, place)
+    except OSError:
+        with source.open("rb") as reader, place.open("wb") as writer:
+            shutil.copyfileobj(reader, writer)
+            writer.flush()
+            os.fsync(writer.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_write(path) as stream:

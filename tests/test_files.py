@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kohaku_wrap.files import (
     home_folder,
     kept_answer,
     kept_sha256,
+    link_file,
     parse_json,
     sha256_of_file,
     shipped_folder,
@@ -133,3 +135,14 @@ def test_an_answer_is_given_where_it_cannot_be_kept(tmp_path: Path) -> None:
     for place in (tmp_path / "pipe", tmp_path / "file" / "kept.json", None):
         assert kept_answer(place, lambda found: int(found["a"]), lambda: {"a": 3}) == 3
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_second_name_is_a_link_here_and_a_copy_on_another_disk(tmp_path: Path) -> None:
+    source = tmp_path / "a"
+    source.write_bytes(b"rows")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for place in (tmp_path / "b", Path(folder) / "b"):
+            link_file(source, place)
+            assert place.read_bytes() == b"rows"
+            assert place.samefile(source) == (place.stat().st_dev == source.stat().st_dev)
+        assert place.stat().st_dev != source.stat().st_dev

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow as pa
 
 from kohaku_wrap.dataset.captions import formats
 from kohaku_wrap.dataset.own.images import ImportedImage
-from kohaku_wrap.files import atomic_write
+from kohaku_wrap.files import atomic_write, link_file
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     DIGITS_OF_KEPT,
@@ -62,7 +61,7 @@ def write_columns(
         if before and before != columns.digest:
             kept = images / f"captions-{before[:DIGITS_OF_KEPT]}.arrow"
             kept.unlink(missing_ok=True)
-            os.link(path, kept)
+            link_file(path, kept)
     write_caches(images, subsets, files, texts, widths, heights, groups)
     return columns.digest
 

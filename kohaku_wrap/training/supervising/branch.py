@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from kohaku_wrap.config.training_data import compose_dataset, describe_data, rea
 from kohaku_wrap.config.validation import settle_held_out
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import ProblemsFound, UsageError, command_line
-from kohaku_wrap.files import fsync_folder
+from kohaku_wrap.files import fsync_folder, link_file
 from kohaku_wrap.planning.parent_network import fit_parent
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.steps import StepPlan
@@ -286,14 +284,7 @@ def bring_along(folder: Path, state: Path, origin: Origin) -> None:
     for source in sorted(path for path in state.rglob("*") if path.is_file()):
         file = target / source.relative_to(state)
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, file)
-        except OSError:
-            # Another disk, or one without hard links.
-            with source.open("rb") as reader, file.open("wb") as writer:
-                shutil.copyfileobj(reader, writer)
-                writer.flush()
-                os.fsync(writer.fileno())
+        link_file(source, file)
     for each in (target, target.parent):
         fsync_folder(each)
     write_origin(folder / "ledger", origin)
