@@ -107,11 +107,6 @@ class Database(Source):
                 limit_time(connection)
             yield connection
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The one file."""
-        return (self.path,)
-
     def dialect(self, table: str) -> Sqlite:
         """How values are asked for; each has a type of its own."""
         return Sqlite()
@@ -119,8 +114,7 @@ class Database(Source):
     def value(self, query: str) -> Any:
         """The first column of the first row of a small query, None without a row."""
         with self.connect() as connection:
-            row = connection.execute(query).fetchone()
-        return row[0] if row else None
+            return _first_value(connection, query)
 
     @property
     def of_first_rows(self) -> str:
@@ -128,11 +122,6 @@ class Database(Source):
         if self.edition.unique_ids or "rowid AS place" not in self.edition.posts:
             return ""
         return " AND rowid IN (SELECT min(rowid) FROM post GROUP BY id)"
-
-    def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """The rows of a query with a small result."""
-        with self.connect() as connection:
-            return connection.execute(query).fetchall()
 
     def count_posts(self) -> int:
         """The largest rowid; 0 where there is none."""
@@ -211,7 +200,7 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
             name = f"API columns in the table {table}, sqlite"
             edition = make_edition(name, some, Sqlite(), name_sql(table), place_sql(connection, table), ask, mapping)
             return Database(
-                path, edition, uri, private_wal_index, Layout.API, columns, frozenset(), 0, has_views, False
+                path, edition, (path,), uri, private_wal_index, Layout.API, columns, frozenset(), 0, has_views, False
             )
         layout = recognise_layout(columns)
         if missing := missing_parts(layout, columns):
@@ -228,7 +217,8 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
         unique = _refuses_second_id(connection)
     name = f"danbooru2023 {layout.value}, sqlite"
     edition = Edition(name, layout.value, posts, unique, has_parents=has_parents)
-    return Database(path, edition, uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
+    opened = (uri, private_wal_index, layout, columns, indexed, base, has_views, has_row_ids)
+    return Database(path, edition, (path,), *opened)
 
 
 def is_sqlite(path: Path) -> bool:

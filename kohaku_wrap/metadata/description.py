@@ -19,6 +19,7 @@ from kohaku_wrap.metadata.opening import open_metadata
 from kohaku_wrap.metadata.places import FirstRows
 from kohaku_wrap.metadata.posts import bits_sql, post_ids
 from kohaku_wrap.metadata.source import Source
+from kohaku_wrap.metadata.table_files import DUMP_TABLES
 from kohaku_wrap.metadata.tags import read_tags
 
 
@@ -102,8 +103,6 @@ class DatabaseDescription:
 UNKNOWN_COLUMNS = (*FLAG_COLUMNS.values(), "fav_count", "score", "image_width", "image_height")
 """Columns whose unknown values are counted beside those of dates and ratings."""
 
-KNOWN_TABLES = frozenset({"post", "tag", "posttagrelation", "localpost"})
-
 
 def describe_database(path: Path, mapping: SiteMapping = DANBOORU) -> DatabaseDescription:
     """Describe the metadata set at `path`; raises what `open_metadata` raises."""
@@ -141,7 +140,7 @@ def describe_database(path: Path, mapping: SiteMapping = DANBOORU) -> DatabaseDe
         ratings={name: counts[f"rating {name}"] for name in (*RATINGS, "unknown")},
         extensions=dict(sorted(scanned.extensions.items(), key=lambda item: (-item[1], item[0]))),
         tag_types=dict(zip((*TAG_TYPES, "unknown"), [*types[1:], types[0]], strict=True)),
-        unknown_tables=tuple(sorted(name for name in others if name not in KNOWN_TABLES and name[:7] != "sqlite_")),
+        unknown_tables=tuple(sorted(name for name in others if name not in DUMP_TABLES and name[:7] != "sqlite_")),
     )
 
 

@@ -8,25 +8,13 @@ import sqlite3
 from collections.abc import Collection, Mapping
 
 from kohaku_wrap.errors import Problem, ProblemsFound
-from kohaku_wrap.metadata.columns import FoundColumns, SiteMapping, find_columns
+from kohaku_wrap.metadata.columns import TAG_TYPES, FoundColumns, SiteMapping, find_columns
+from kohaku_wrap.metadata.filters import COLUMNS
 from kohaku_wrap.metadata.source import API_LAYOUT
 
 LAYOUT_NAMES = "v0 (tags in post.tag_list), v1, v2, v3 (tags in posttagrelation)"
 
-POST_COLUMNS = (
-    "id",
-    "created_at",
-    "md5",
-    "is_deleted",
-    "is_banned",
-    "image_width",
-    "image_height",
-    "file_ext",
-    "rating",
-    "score",
-    "fav_count",
-    "file_url",
-)
+POST_COLUMNS = tuple(name for name in COLUMNS if name not in ("day", "parent_id"))
 """Columns of `post` that kwrap reads; others are ignored."""
 
 TAG_COLUMNS = ("id", "name", "type", "popularity")
@@ -35,13 +23,7 @@ ID_COLUMNS = {"post": ("id",), "posttagrelation": RELATION_COLUMNS}
 
 TOKEN = re.compile(r"\$([0-9A-Za-z]+)#")
 SAMPLED_POSTS = 20_000
-TYPED_LISTS = {
-    "tag_list_general": 0,
-    "tag_list_artist": 1,
-    "tag_list_character": 2,
-    "tag_list_copyright": 3,
-    "tag_list_meta": 4,
-}
+TYPED_LISTS = {f"tag_list_{kind}": number for number, kind in enumerate(TAG_TYPES)}
 """Layout v0's lists by tag type, and the type of their tags."""
 
 

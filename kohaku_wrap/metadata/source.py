@@ -81,10 +81,8 @@ class Source(ABC):
     edition: Edition
     """What it is."""
 
-    @property
-    @abstractmethod
-    def files(self) -> tuple[Path, ...]:
-        """What it is made of, in order."""
+    files: tuple[Path, ...]
+    """What it is made of, in order."""
 
     @abstractmethod
     def dialect(self, table: str) -> Dialect:
@@ -97,10 +95,6 @@ class Source(ABC):
     @abstractmethod
     def value(self, query: str) -> Any:
         """The first column of the first row of a small query, None without a row."""
-
-    @abstractmethod
-    def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """The rows of a small result."""
 
     @abstractmethod
     def count_posts(self) -> int:

@@ -25,13 +25,13 @@ ROWS_A_BATCH = 1 << 18
 def streamed_pieces(source: Source, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
     """Chunks in the order of a table whose rows ascend by post. Raises RowsOutOfOrder where they do not."""
     first = 0
-    for places, find in _relation_rows(source, tags, post_ids):
+    for places, tag_rows in _relation_rows(source, tags, post_ids):
         if not len(places):
             continue
         if (places[1:] < places[:-1]).any() or places[0] < first:
             raise RowsOutOfOrder
         stop = int(places[-1]) + 1
-        yield partial(_chunk, find, first, stop)
+        yield partial(TagChunk, first, stop, places - np.int32(first), tag_rows)
         first = stop
     if first < len(post_ids):
         nothing = np.empty(0, dtype=np.int32)
@@ -49,14 +49,7 @@ def unordered_rows(source: Source, tags: TagTable, post_ids: Int64Array) -> tupl
     return rows, (partial(_find_wanted, place_of, tags, *some) for some in _scan_relation(source))
 
 
-def _chunk(find: Callable[[], Rows], first: int, stop: int) -> TagChunk:
-    places, tag_rows = find()
-    return TagChunk(first, stop, places - np.int32(first), tag_rows)
-
-
-def _relation_rows(
-    source: Source, tags: TagTable, post_ids: Int64Array
-) -> Iterator[tuple[Int32Array, Callable[[], Rows]]]:
+def _relation_rows(source: Source, tags: TagTable, post_ids: Int64Array) -> Iterator[Rows]:
     """The rows of whole posts: those of a batch's last post are kept for the next one."""
     place_of = place_finder(post_ids)
     kept: tuple[Int64Array, ...] = (np.empty(0, np.int64),) * 2
@@ -66,14 +59,8 @@ def _relation_rows(
             raise RowsOutOfOrder
         cut = int(np.searchsorted(posts, posts[-1])) if len(posts) else 0
         kept = posts[cut:], tag_ids[cut:]
-        rows = _find_wanted(place_of, tags, posts[:cut], tag_ids[:cut])
-        yield rows[0], partial(_same, rows)
-    rows = _find_wanted(place_of, tags, *kept)
-    yield rows[0], partial(_same, rows)
-
-
-def _same(rows: Rows) -> Rows:
-    return rows
+        yield _find_wanted(place_of, tags, posts[:cut], tag_ids[:cut])
+    yield _find_wanted(place_of, tags, *kept)
 
 
 def _find_wanted(

@@ -48,11 +48,6 @@ class TableFiles:
     """Files by table, in order; empty for a DuckDB database, which has tables of its own."""
 
     @property
-    def size_bytes(self) -> int:
-        """Of all files."""
-        return sum(path.stat().st_size for path in self.every)
-
-    @property
     def every(self) -> tuple[Path, ...]:
         """All files."""
         return tuple(path for paths in self.tables.values() for path in paths) or (self.path,)
@@ -62,10 +57,6 @@ class TableFiles:
         files = sum(map(len, self.tables.values()))
         name = NAMES_OF_KINDS[self.kind]
         return name if files <= 1 else f"{files:,} {name} files"
-
-    def schema_of(self, path: Path) -> pa.Schema:
-        """The columns of a Parquet file."""
-        return read_schema(path)
 
 
 def is_table_file(path: Path) -> bool:

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from kohaku_wrap.metadata.filters import quote
 from kohaku_wrap.metadata.layouts import find_posts_table, is_danbooru2023, missing_parts, recognise_layout
 from kohaku_wrap.metadata.parallel import usable_threads
 from kohaku_wrap.metadata.source import ROWS_A_BATCH, DatabaseDamaged, Edition, Source, digest_of_files
-from kohaku_wrap.metadata.table_files import TableFiles
+from kohaku_wrap.metadata.table_files import TableFiles, read_schema
 
 if TYPE_CHECKING:
     import duckdb
@@ -49,14 +50,6 @@ class Tables(Source):
     columns: Columns
     """What the tables hold."""
 
-    every: tuple[Path, ...]
-    """The files, in order."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files, in order."""
-        return self.every
-
     def dialect(self, table: str) -> Duck:
         """How values of the table are asked for, by the types of its columns."""
         return Duck(self.columns[table])
@@ -68,13 +61,7 @@ class Tables(Source):
 
     def value(self, query: str) -> Any:
         """The first column of the first row of a small query, None without a row."""
-        found = self.rows(query)
-        return found[0][0] if found else None
-
-    def rows(self, query: str) -> list[tuple[Any, ...]]:
-        """The rows of a query with a small result."""
-        with explained(self.path):
-            return self.connection.cursor().execute(query).fetchall()
+        return _first(self.connection, self.path, query)
 
     def count_posts(self) -> int:
         """How many rows of posts there are, by the files' own count where they have one."""
@@ -91,8 +78,8 @@ def open_tables(files: TableFiles, mapping: SiteMapping) -> Tables:
     Raises DatabaseDamaged, DatabaseLocked or DatabaseUnreadable, and ProblemsFound for what is missing.
     """
     connection, columns = open_files(files, mapping.zone)
-    edition = _recognise(files, columns, mapping, lambda query: _first(connection, files.path, query))
-    return Tables(files.path, edition, connection, columns, files.every)
+    edition = _recognise(files, columns, mapping, partial(_first, connection, files.path))
+    return Tables(files.path, edition, files.every, connection, columns)
 
 
 def open_files(files: TableFiles, zone: str) -> tuple[duckdb.DuckDBPyConnection, Columns]:
@@ -150,7 +137,7 @@ def _refuse_mixed(files: TableFiles, table: str, found: FoundColumns) -> None:
     needed = [found.posts["id"], *found.whole, *(name for names in found.typed.values() for name in names)]
     problems = []
     for path in files.tables.get(table, ()) if files.kind == "parquet" else ():
-        has = {name.lower() for name in _leaves(files.schema_of(path))}
+        has = {name.lower() for name in _leaves(read_schema(path))}
         missing = [name for name in needed if name.lower() not in has]
         problems += [Problem(path.name, f"no column {', '.join(missing)}, which other files have")] if missing else []
     if problems:
@@ -192,8 +179,8 @@ def _leaves(fields: Any, prefix: str = "", way: str = "") -> dict[str, tuple[str
 
 def _first(connection: duckdb.DuckDBPyConnection, path: Path, query: str) -> Any:
     with explained(path):
-        rows = connection.cursor().execute(query).fetchall()
-    return rows[0][0] if rows else None
+        row = connection.cursor().execute(query).fetchone()
+    return row[0] if row else None
 
 
 @contextlib.contextmanager
