@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write, describe_absence
+from kohaku_wrap.metadata.dialects import is_text
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import POST_SCHEMA, UNKNOWN_NUMBER
 
@@ -38,7 +39,7 @@ class SelectedPosts:
     """0 … 3, -1 unknown."""
 
     favourites: npt.NDArray[np.int32]
-    """`fav_count`; UNKNOWN_FAVOURITES where there is none."""
+    """`fav_count`; UNKNOWN_NUMBER where there is none."""
 
     years: npt.NDArray[np.int16]
     """Upload year as written; 0 where the date cannot be read."""
@@ -124,7 +125,7 @@ def take_numbers(path: Path, name: str, column: pa.Array | pa.ChunkedArray, leas
 def take_texts(path: Path, name: str, column: pa.Array) -> pa.Array:
     """A column of texts, '' for NULL. Raises BadSelection for anything else."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not is_text(kind):
         raise BadSelection(f"{path}: the column {name} holds {column.type}, not texts", AGAIN)
     return column.cast(pa.string()).fill_null("")
 

@@ -151,7 +151,7 @@ class Duck(Dialect):
             return f"TRY_CAST({name} AS BIGINT)"
         if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
             return f"CASE WHEN {name} = floor({name}) THEN TRY_CAST({name} AS BIGINT) END"
-        if _is_text(kind):
+        if is_text(kind):
             text = self._trimmed(name)
             return (
                 f"CASE WHEN regexp_full_match({text}, '(0|-?[1-9][0-9]*)([.]0)?') "
@@ -161,7 +161,7 @@ class Duck(Dialect):
 
     def flag(self, column: str) -> str:
         name, kind = self._columns[column]
-        if not _is_text(kind):
+        if not is_text(kind):
             return truth_of(self.number(column))
         word = f"lower({self._trimmed(name)})"
         return (
@@ -176,7 +176,7 @@ class Duck(Dialect):
             name = f"array_to_string(list_transform({name}, lambda one: replace(one, ' ', '_')), ' ')"
         elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             name = f"CASE WHEN octet_length({name}) > 0 THEN decode({name}) END"
-        elif not _is_text(kind):
+        elif not is_text(kind):
             name = f"CAST({name} AS VARCHAR)"
         return f"coalesce({name}, '')"
 
@@ -202,12 +202,13 @@ class Duck(Dialect):
         return f"trim({name}, ' ' || chr(9) || chr(10) || chr(13))"
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_leaf(kind: pa.DataType) -> bool:
     """Whether a column of this type holds one value, or one list of texts, a row."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _is_text(kind.value_type)
+        return is_text(kind.value_type)
     return not pa.types.is_nested(kind)

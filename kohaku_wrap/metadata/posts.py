@@ -47,8 +47,6 @@ POST_COLUMNS: tuple[tuple[str, str, pa.DataType], ...] = (
 )
 """Name, SQL and type of what later steps need of a post."""
 
-UNKNOWN_FAVOURITES = UNKNOWN_NUMBER
-
 POST_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, _, kind in POST_COLUMNS])
 
 

@@ -25,7 +25,7 @@ from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERC
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection_file import SelectedPosts
 from kohaku_wrap.metadata.database import open_database
-from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, merge_counts
+from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER, merge_counts
 
 PERCENTILES = (90, 75, 60, 45, 30, 10)
 
@@ -59,7 +59,7 @@ def test_posts_without_rating_favourites_or_age_are_not_graded() -> None:
     cutoffs = np.full((4, 6), 5, dtype=np.int64)
     ids = np.array([1, 2, 3, 10])
     ratings = np.array([0, -1, 0, 0], dtype=np.int8)
-    favourites = np.array([9, 9, UNKNOWN_FAVOURITES, 9], dtype=np.int32)
+    favourites = np.array([9, 9, UNKNOWN_NUMBER, 9], dtype=np.int32)
     assert grade_posts(cutoffs, ids, ratings, favourites, 9).tolist() == [0, UNGRADED, UNGRADED, UNGRADED]
 
 
@@ -105,7 +105,7 @@ def test_cutoffs_come_from_where_the_recipe_says(tmp_path: Path, writer: ModuleT
 
 def test_each_rating_has_its_own_tally() -> None:
     ratings = np.array([0, 1, 2, 3, 3, -1, 1, 2], dtype=np.int8)
-    favourites = np.array([5, 6, -4, 8, 8, 9, UNKNOWN_FAVOURITES, 7], dtype=np.int32)
+    favourites = np.array([5, 6, -4, 8, 8, 9, UNKNOWN_NUMBER, 7], dtype=np.int32)
     tallies = {
         rating: (values.tolist(), counts.tolist())
         for rating, (values, counts) in tally_favourites(ratings, favourites).items()
@@ -129,7 +129,7 @@ def test_grades_by_rating_and_age() -> None:
     found = grade_posts(cutoffs, ids, ratings, favourites, None)
     assert found.tolist() == levels and found.dtype == np.int8
     assert grade_posts(cutoffs, ids, ratings, favourites, 3).tolist() == [*levels[:3], *[UNGRADED] * 5]
-    below = np.full(8, UNKNOWN_FAVOURITES, dtype=np.int32)
+    below = np.full(8, UNKNOWN_NUMBER, dtype=np.int32)
     below[0] = -7
     assert grade_posts(cutoffs, ids, ratings, below, None).tolist() == [3, *[UNGRADED] * 7]
     assert UNGRADED == -1  # caption plans look words up by it

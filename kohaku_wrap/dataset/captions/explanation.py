@@ -10,18 +10,19 @@ import numpy as np
 
 from kohaku_wrap.dataset.captions.making import arrange_elements, join_elements
 from kohaku_wrap.dataset.captions.mixing import BOTH, put_text
-from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, WRITTEN, plan_captions
+from kohaku_wrap.dataset.captions.plan import FATES, WRITTEN, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.report import describe_cutoffs
 from kohaku_wrap.dataset.captions.text_table import TextTable
+from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.columns import TAG_TYPES
 from kohaku_wrap.metadata.filters import RATINGS
-from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, read_posts
+from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER, read_posts
 from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import NO_TAG, read_tags
@@ -138,10 +139,10 @@ def explain_post(
     return PostExplanation(
         id=post_id,
         caption=whole,
-        groups=tuple((slot, ()) if slot == SEPARATOR_SLOT else (slot, words) for slot, words in groups),
+        groups=tuple((slot, ()) if slot == SEPARATOR else (slot, words) for slot, words in groups),
         tags=tuple(explained),
         rating="unknown" if rating < 0 else RATINGS[rating],
-        fav_count=None if row["fav_count"] == UNKNOWN_FAVOURITES else row["fav_count"],
+        fav_count=None if row["fav_count"] == UNKNOWN_NUMBER else row["fav_count"],
         cutoffs={} if rating < 0 else describe_cutoffs(plan, cutoffs)[RATINGS[rating]],
         created_at=row["created_at"],
         year=int(posts.years[0]) or None,

@@ -16,6 +16,8 @@ from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.streams import draws, stream_key
 
 GROUPS = ("rating", "year", "quality")
+"""Of few words, which are counted one by one."""
+
 STRATA = ("rating", "year")
 UNKNOWN = "unknown"
 ROWS_A_BLOCK = 1 << 14

@@ -13,7 +13,7 @@ from kohaku_wrap.dataset.captions.quality import UNGRADED, grade_posts
 from kohaku_wrap.dataset.selection_file import SelectedPosts
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
 from kohaku_wrap.metadata.chunks import TagChunk
-from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES
+from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -169,7 +169,7 @@ def words_of_posts(
     if "year" in plan.slots:
         counts.lacking[2] = int(((years != UNKNOWN_YEAR) & (year_words < 0)).sum())
     counts.lacking[3] = int((ratings < 0).sum())
-    counts.lacking[4] = int((favourites == UNKNOWN_FAVOURITES).sum())
+    counts.lacking[4] = int((favourites == UNKNOWN_NUMBER).sum())
     words = np.concatenate(columns)
     owners = np.tile(np.arange(size, dtype=np.int32), len(columns))
     there = words >= 0

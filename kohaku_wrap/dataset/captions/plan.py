@@ -31,7 +31,6 @@ FATES = (
 """What happens to a tag, by the numbers above."""
 
 GROUP_OF_TYPE = ("general", "artist", "character", "series", "meta")
-SEPARATOR_SLOT = "|||"
 MOST_SLOTS = 16
 
 
@@ -88,10 +87,10 @@ def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:
     haku = recipe.style == "hakubooru"
     effective = hakubooru_recipe() if haku else recipe
     separator = f", {SEPARATOR}" if haku else f" {SEPARATOR} "
-    slots = (*effective.prefix, SEPARATOR_SLOT, *effective.shuffled)
+    slots = (*effective.prefix, SEPARATOR, *effective.shuffled)
     if not haku:
-        slots += (SEPARATOR_SLOT, *effective.suffix)
-    group_slots = {group: place for place, group in enumerate(slots) if group != SEPARATOR_SLOT}
+        slots += (SEPARATOR, *effective.suffix)
+    group_slots = {group: place for place, group in enumerate(slots) if group != SEPARATOR}
     fates, slot_of, texts, element_of_tag, unused = _plan_tags(effective, tags, group_slots, strip=not haku)
 
     def add(group_slot: int | None, text: str) -> int:
@@ -101,7 +100,7 @@ def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:
         slot_of.append(group_slot)
         return len(texts) - 1
 
-    separators = tuple(add(place, separator) for place, slot in enumerate(slots) if slot == SEPARATOR_SLOT)
+    separators = tuple(add(place, separator) for place, slot in enumerate(slots) if slot == SEPARATOR)
     quality = [add(group_slots.get("quality"), word) for word in effective.quality.words]
     years = np.full(3000, -1, dtype=np.int32)
     for entry in effective.years:
@@ -110,7 +109,7 @@ def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:
         add(group_slots.get("rating"), ", ".join(effective.ratings[rating])) if effective.ratings[rating] else -1
         for rating in RATINGS
     ]
-    is_separator = np.array([slot == SEPARATOR_SLOT for slot in slots])
+    is_separator = np.array([slot == SEPARATOR for slot in slots])
     part_of_slot = np.zeros(MOST_SLOTS, dtype=np.int8)
     part_of_slot[: len(slots)] = 2 * np.cumsum(is_separator) - is_separator
     plain = pa.array(texts, type=pa.string())

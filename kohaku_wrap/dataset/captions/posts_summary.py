@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from kohaku_wrap.dataset.captions.groups import GROUPS
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages
 from kohaku_wrap.dataset.captions.plan import CaptionPlan
 from kohaku_wrap.dataset.captions.summary import count_values, describe_scores, summarise_captions
@@ -19,9 +20,6 @@ from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER
 from kohaku_wrap.metadata.source import Source
-
-GROUPS = ("quality", "year", "rating")
-"""Groups of few words, which are counted one by one."""
 
 
 def summarise_posts(

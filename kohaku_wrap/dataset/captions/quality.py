@@ -12,7 +12,7 @@ from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERC
 from kohaku_wrap.dataset.selection_file import SelectedPosts
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.metadata.filters import RATINGS
-from kohaku_wrap.metadata.posts import UNKNOWN_FAVOURITES, count_favourites
+from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER, count_favourites
 from kohaku_wrap.metadata.source import Source
 
 Int64Array = npt.NDArray[np.int64]
@@ -52,7 +52,7 @@ def tally_favourites(
     ratings: npt.NDArray[np.int8], favourites: npt.NDArray[np.int32]
 ) -> dict[int, tuple[Int64Array, Int64Array]]:
     """For each known rating, the values of `fav_count` and how many posts have each."""
-    known = favourites != UNKNOWN_FAVOURITES
+    known = favourites != UNKNOWN_NUMBER
     counts = {}
     for rating in range(len(RATINGS)):
         values, how_many = np.unique(favourites[known & (ratings == rating)], return_counts=True)
@@ -84,7 +84,7 @@ def grade_posts(
     """(posts,) the index of each post's quality word, 0 the best; UNGRADED where a post gets none."""
     exceeded = favourites[:, None] > cutoffs[np.maximum(ratings, 0)]
     levels: npt.NDArray[np.int8] = (cutoffs.shape[1] - exceeded.sum(axis=1)).astype(np.int8)
-    graded = (ratings >= 0) & (favourites != UNKNOWN_FAVOURITES)
+    graded = (ratings >= 0) & (favourites != UNKNOWN_NUMBER)
     if max_id is not None:
         graded &= ids <= max_id
     levels[~graded] = UNGRADED

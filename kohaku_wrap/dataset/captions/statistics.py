@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, Elements, arrange_elements
-from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, CaptionPlan, plan_captions
+from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.text_table import TextTable
 from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, CountTokens, choose_counter, quantiles_of
+from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.selection_file import read_selected_posts
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
@@ -152,7 +153,7 @@ def measure_captions(
         groups={
             slot: tally.texts if slot == "text" else int(tally.uses[plan.slot_of == number].sum())
             for number, slot in enumerate(plan.slots)
-            if slot != SEPARATOR_SLOT
+            if slot != SEPARATOR
         },
         tags=dict(zip(FATES, tally.counts.tags.tolist(), strict=True)),
         lacking=dict(zip(POST_COUNTS, tally.counts.lacking.tolist(), strict=True)),
@@ -173,7 +174,7 @@ def most_frequent_words(
     """For each group its most frequent words and their counts, ties by word."""
     found = {}
     for number, slot in enumerate(plan.slots):
-        if slot == SEPARATOR_SLOT:
+        if slot == SEPARATOR:
             continue
         here = np.flatnonzero((plan.slot_of == number) & (uses > 0))
         if len(here) > most:

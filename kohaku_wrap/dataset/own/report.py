@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.own.folders import Found, Source, make_id
 from kohaku_wrap.dataset.own.images import ImportedImage
 from kohaku_wrap.dataset.own.texts import Texts
@@ -28,7 +29,6 @@ LISTS = (
 """What the report lists, the gravest first."""
 
 
-SEPARATOR = "|||"
 TRIGGER_SHARE = 0.9
 """Of a subset's captions that begin with one tag, from which on it counts as a trigger word."""
 

@@ -16,6 +16,7 @@ from kohaku_wrap.dataset.captions.text_table import TEXT_COLUMNS
 from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
 from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import describe_absence, parse_json, read_regular
+from kohaku_wrap.metadata.dialects import is_text
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
 TAGS_COLUMN = "tags"
@@ -186,7 +187,7 @@ def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
         raise OSError("not a regular file")
     if ending == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches():
-            names = [name for name in batch.schema.names if name == TAGS_COLUMN or is_string(batch, name)]
+            names = [each.name for each in batch.schema if each.name == TAGS_COLUMN or is_text(each.type)]
             yield from ((None, row) for row in batch.select(names).to_pylist())
     elif ending == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -196,12 +197,6 @@ def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
             yield from ((None, parse_json(line)) for line in stream if line.strip())
     else:
         yield from parse_json(path.read_text(encoding="utf-8-sig")).items()
-
-
-def is_string(batch: pa.RecordBatch, name: str) -> bool:
-    """Whether a column holds texts."""
-    kind = batch.schema.field(name).type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def find_text(path: Path, row: Mapping[str, Any], text_column: str) -> str | None:
