@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kohaku_wrap.cli.extract import command
-from kohaku_wrap.dataset.images import extract
+from kohaku_wrap.dataset.images import pool
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
 from kohaku_wrap.dataset.images.extract import BadSelection, extract_images
 from kohaku_wrap.dataset.images.extract_report import ImagesMissing
@@ -355,7 +355,7 @@ def test_several_processes_give_the_same(place, monkeypatch, tmp_path):
     ids = make_many(place, 6, 10)
     alone = place.extract(ids, jobs=1)
     first = list_images(place.images)
-    monkeypatch.setattr(extract, "IMAGES_A_PROCESS", 1)
+    monkeypatch.setattr(pool, "IMAGES_A_PROCESS", 1)
     place.images = tmp_path / "together"
     together = place.extract([*ids, 7], jobs=2)
     assert (alone.written, together.written) == (60, 60)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
@@ -37,21 +36,14 @@ from kohaku_wrap.dataset.images.extracted import (
     refuse_other_kind,
     write_extracted,
 )
+from kohaku_wrap.dataset.images.pool import count_processes, run_in_pool
 from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, TarFolder, find_tars
 from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
-from kohaku_wrap.errors import KwrapError, refusing
+from kohaku_wrap.errors import refusing
 from kohaku_wrap.files import Progress
-from kohaku_wrap.processes import count_cores, safe_children
+from kohaku_wrap.processes import safe_children
 
-IMAGES_A_PROCESS = 400
-"""Below this, another process takes longer to start than it saves."""
-
-POLL_SECONDS = 0.25
 NO_ID = -1
-
-
-class WorkerDied(KwrapError):
-    """A process of the extraction was killed, most often for memory."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,7 @@ def extract_images(
         if any(journals.path.glob("*.csv")):
             remove_parts(images)
         tasks = make_tasks(selected, folder, known, max_pixels)
-        processes = min(jobs or count_cores(), -(-len(selected.ids) // IMAGES_A_PROCESS))
+        processes = count_processes(jobs, len(selected.ids))
         work = Extraction(images, journals.next_stem(), max_pixels, len(selected.ids), on_progress)
         report = ExtractReport(images=images, selected=len(selected.ids))
         for result in work.run_here(tasks) if processes == 1 else work.run_in_pool(tasks, processes):
@@ -201,28 +193,12 @@ class Extraction:
         with safe_children():
             stop, done = context.Event(), context.Value("q", 0)
         settings = (self.images, self.journal_stem, self.max_pixels, stop, done)
-        queue = iter(tasks)
-        running: set[Future[ShardResult]] = set()
-        with safe_children(), ProcessPoolExecutor(processes, context, start_process, settings) as pool:
-            try:
-                while True:
-                    for task in islice(queue, 2 * processes - len(running)):
-                        running.add(pool.submit(extract_in_process, task))
-                    if not running:
-                        return
-                    ended, running = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-                    self.count_done(done.value - self.done)
-                    for future in ended:
-                        yield future.result()
-            except BrokenProcessPool as error:
-                raise WorkerDied(
-                    "a process of the extraction was killed, most often for memory",
-                    "Run the same command again with fewer --jobs; what was written is kept.",
-                ) from error
-            finally:
-                stop.set()
-                for future in running:
-                    future.cancel()
+        count = partial(self._count_up_to, done)
+        return run_in_pool(extract_in_process, tasks, processes, start_process, settings, count, stop.set)
+
+    def _count_up_to(self, done: Synchronized[int]) -> None:
+        """Add what all processes have settled since the last look."""
+        self.count_done(done.value - self.done)
 
 
 def remove_parts(images: Path) -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-import threading
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import parent_process
-from multiprocessing.connection import wait
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
@@ -24,6 +20,7 @@ from kohaku_wrap.dataset.images.checking import (
     ImageRefused,
     check_image,
 )
+from kohaku_wrap.dataset.images.pool import tie_to_parent
 from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, read_id
 from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
 from kohaku_wrap.files import blamed_on, has_size, open_regular
@@ -262,24 +259,15 @@ def explain_missing(task: ShardTask, result: ShardResult) -> str:
 
 
 def start_process(out: Path, journal_stem: Path, max_pixels: int, stop: EventType, done: Synchronized[int]) -> None:
-    """Ready a process of the pool: its own journal, no interrupts of its own, and an end with its parent's."""
+    """Ready a process of the pool, with a journal of its own."""
     global _writer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=exit_after, args=(parent.sentinel,), daemon=True).start()
+    tie_to_parent()
 
     def count_done(posts: int) -> None:
         with done.get_lock():
             done.value += posts
 
     _writer = ShardWriter(out, open_journal(journal_stem), max_pixels, stop.is_set, count_done)
-
-
-def exit_after(sentinel: int) -> None:
-    """End this process when the one behind `sentinel` is gone: nobody would take its results."""
-    wait([sentinel])
-    os._exit(1)
 
 
 def extract_in_process(task: ShardTask) -> ShardResult:

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
-from kohaku_wrap.dataset.images.extract import IMAGES_A_PROCESS, WorkerDied
-from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX, exit_after
+from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
+from kohaku_wrap.dataset.images.pool import count_processes, run_in_pool, tie_to_parent
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress, atomic_write, open_regular
-from kohaku_wrap.processes import count_cores, safe_children
 
 JOURNAL_FILE = ".importing.jsonl"
 IMAGES_A_TASK = 16
@@ -159,56 +154,20 @@ def check_images(
 
     Raises WorkerDied when a process is killed.
     """
-    settings = (images, copy, dry_run)
     pieces = (tasks[start : start + IMAGES_A_TASK] for start in range(0, len(tasks), IMAGES_A_TASK))
-    processes = min(jobs or count_cores(), -(-len(tasks) // IMAGES_A_PROCESS))
-    results = (
-        (take_image(task, *settings) for piece in pieces for task in piece)
-        if processes <= 1
-        else run_in_pool(pieces, processes, settings)
-    )
+    processes = count_processes(jobs, len(tasks))
+    work = partial(take_images, images=images, copy=copy, dry_run=dry_run)
+    alone = (work([task]) for task in tasks)
+    taken = alone if processes <= 1 else run_in_pool(work, pieces, processes, tie_to_parent)
     journal = Path(os.devnull) if dry_run else images / JOURNAL_FILE
     with journal.open("a", encoding="utf-8") as stream:
-        for done, result in enumerate(results, 1):
+        for done, result in enumerate(itertools.chain.from_iterable(taken), 1):
             if isinstance(result, ImportedImage):
                 stream.write(json.dumps(vars(result)) + "\n")
                 stream.flush()
             if on_progress:
                 on_progress(done, len(tasks))
             yield result
-
-
-def run_in_pool(
-    pieces: Iterator[Sequence[ImageTask]], processes: int, settings: tuple[Path, bool, bool]
-) -> Iterator[ImportedImage | Refusal]:
-    """The results of all pieces; an interrupt ends the processes after the pieces at hand."""
-    running: set[Future[list[ImportedImage | Refusal]]] = set()
-    with safe_children(), ProcessPoolExecutor(processes, get_context("spawn"), start_process) as pool:
-        try:
-            while True:
-                for piece in islice(pieces, 3 * processes - len(running)):
-                    running.add(pool.submit(take_images, piece, *settings))
-                if not running:
-                    return
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield from future.result()
-        except BrokenProcessPool as error:
-            raise WorkerDied(
-                "a process that checks images was killed, most often for memory",
-                "Run the same command again with fewer --jobs; what was checked is kept.",
-            ) from error
-        finally:
-            for future in running:
-                future.cancel()
-
-
-def start_process() -> None:
-    """Ready a process of the pool: no interrupts of its own, and an end with its parent's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=exit_after, args=(parent.sentinel,), daemon=True).start()
 
 
 def take_images(tasks: Sequence[ImageTask], images: Path, copy: bool, dry_run: bool) -> list[ImportedImage | Refusal]:
