@@ -156,7 +156,7 @@ def ccip(
     seen = ccip_run.look_up_exposures(exposures, sorted(references))
     first = job.cells[0].cell
     settings = {
-        "images_per_character": images_per_character, "min_posts": min_posts, "characters": characters_name(characters),
+        "images_per_character": images_per_character, "min_posts": min_posts, "characters": Path(characters).name,
         "size": [first.width, first.height], "sampler_steps": first.steps, "guidance": first.guidance,
         "sampler": first.sampler, "schedule": first.schedule, "negative": first.negative,
         "device": first.compute.device, "dtype": first.compute.dtype,
@@ -168,11 +168,6 @@ def ccip(
         ccip_run.lay_over(result, path)
     write_result(out, result)
     show_result(result, out)
-
-
-def characters_name(characters: str) -> str:
-    """Where the characters come from, without the folder."""
-    return characters if characters == FROM_DATABASE else Path(characters).name
 
 
 def list_characters(

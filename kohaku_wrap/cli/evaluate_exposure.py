@@ -62,9 +62,9 @@ def exposure(
     rows = [found.find(tag) for tag in tags] if tags else found.least(wanted)
     title = "tags" if tags or everything else f"the {len(rows)} least trained"
     table = [*list_facts(found), *list_counts(title, rows)]
-    next_step = "" if tags else next_question(found, rows)
+    again = command_line("status", show_path(found.run.folder), "--tag", rows[0]["tag"]) if rows else ""
     payload = {**describe(found), "rows": rows}
-    print_answer("evaluate exposure", payload, f"Exposure of run {found.run.name}", table, next_step)
+    print_answer("evaluate exposure", payload, f"Exposure of run {found.run.name}", table, "" if tags else again)
 
 
 def find_exposure(name: str, step: int | None, site_file: Path | None, threads: int) -> Exposure:
@@ -118,10 +118,3 @@ def list_counts(title: str, rows: list[dict[str, Any]]) -> list[tuple[str, Any]]
     return [
         (name, "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))) for name, cells in lines
     ]
-
-
-def next_question(found: Exposure, rows: list[dict[str, Any]]) -> str:
-    """A command to go on with."""
-    if not rows:
-        return ""
-    return command_line("status", show_path(found.run.folder), "--tag", rows[0]["tag"])

@@ -35,7 +35,6 @@ from kohaku_wrap.wording import show_bytes, show_path
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
     from kohaku_wrap.training.supervising.resume import ResumePlan
-    from kohaku_wrap.training.supervising.supervise import RunReport
 
 JOINING = frozenset({"name", "site_file", "machine_rank", "dry_run", "as_json"})
 """What a machine may say that trains along."""
@@ -121,6 +120,7 @@ def command(
     or `kwrap resume`, joins the next one after a restart, and returns when the run is finished or stopped.
     """
     from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.supervising.join import join_run
     from kohaku_wrap.training.supervising.resume import plan_resume
     from kohaku_wrap.training.supervising.site_places import bytes_to_hash
 
@@ -136,7 +136,9 @@ def command(
         if dry_run:
             show_join(run, machine_rank)
         else:
-            print_finished("resume", join_machine(run, machine_rank))
+            with printing_events() as on_event:
+                report = join_run(run, machine_rank, on_event)
+            print_finished("resume", report)
         return
 
     def plan() -> ResumePlan:
@@ -174,14 +176,6 @@ def refuse_choices_of_machine_0() -> None:
             f"{', '.join(given)}: for machine 0 to say, not for one that trains along",
             "Give it there; leave it out with --machine-rank.",
         )
-
-
-def join_machine(run: Run, machine_rank: int) -> RunReport:
-    """Train along, with a line of progress."""
-    from kohaku_wrap.training.supervising.join import join_run
-
-    with printing_events() as on_event:
-        return join_run(run, machine_rank, on_event)
 
 
 def show_join(run: Run, machine_rank: int) -> None:

@@ -57,6 +57,7 @@ def command(dataset: str, db: Path, out: Path, tag_table: Path | None) -> None:
 
 def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
     """The report as lines of a table."""
+    from kohaku_wrap.dataset.recipe import Stratum
     from kohaku_wrap.metadata.filters import FLAGS
 
     rows: list[tuple[str, Any]] = [("metadata", report.edition)]
@@ -68,12 +69,9 @@ def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
         rows.append(("outside the strata", report.outside_strata))
     rows += [(f"dropped before: {reason}", count) for reason, count in report.dropped_before_sample.items()]
     for stratum in report.strata:
-        first = "first" if stratum.first_id is None else f"{stratum.first_id:,}"
-        last = "last" if stratum.last_id is None else f"{stratum.last_id:,}"
+        title = Stratum(stratum.first_id, stratum.last_id, stratum.asked).title
         asked = "all" if stratum.asked is None else f"{stratum.asked:,}"
-        rows.append(
-            (f"ids {first} to {last}", f"{stratum.sampled:,} sampled of {stratum.available:,} (asked: {asked})")
-        )
+        rows.append((title, f"{stratum.sampled:,} sampled of {stratum.available:,} (asked: {asked})"))
     rows.append(("sampled", report.sampled))
     rows += [(f"dropped: {reason}", count) for reason, count in report.dropped.items()]
     for name, count in report.unknown.items():

@@ -105,7 +105,7 @@ def show_command(
                 "notes": describe_notes(effective),
                 "values": values,
                 "origins": {key: effective.origin(key) for key in values},
-                "fates": {key: describe_fate(key) for key in values},
+                "fates": {key: fate.describe() if (fate := fate_of_key(key)) else "" for key in values},
                 "preset": dict(effective.preset),
                 "preset_factors": dict(list_preset_factors(effective.preset)),
                 "factor_reaches": list_reached(effective.preset),
@@ -176,13 +176,6 @@ def print_fates(keys: Iterable[str]) -> None:
         if kind in named:
             print_lines(f"{words}: {', '.join(named[kind])}")
     print_lines("All others decide the weights; they are in the options digest of a run.")
-
-
-def describe_fate(key: str) -> str:
-    """What a key decides, in words; empty for what is kwrap's own."""
-
-    fate = fate_of_key(key)
-    return fate.describe() if fate else ""
 
 
 def table_of(key: str) -> str:
