@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -139,6 +140,15 @@ def test_what_must_be_shown_otherwise_is_written_anew(tmp_path: Path, out: Path)
         assert image.getpixel((0, 0)) == (255, 127, 127)
     assert (out / "odd" / "named.png.jpg").is_symlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_disk_without_links_is_named(mine: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)  # No such disk is at hand.
+    assert "this disk takes no links" in (said := run(mine, "--out", out, code=1)) and "add --copy" in said
+    assert run(mine, "--out", out, "--copy")["copied"] == 5
 
 
 def test_a_copy_is_no_link(mine: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -91,6 +92,10 @@ class Refusal:
 
     source: str
     reason: str
+
+
+class NoLinks(KwrapError):
+    """The disk of the image folder has no symbolic links, such as exFAT."""
 
 
 class ImportedUnreadable(KwrapError):
@@ -220,8 +225,10 @@ def place_file(place: Path, content: bytes | None, source: Path) -> None:
             part.write_bytes(content)
         part.replace(place)
     except OSError as error:
-        error.filename = error.filename or str(place)
         part.unlink(missing_ok=True)
+        if content is None and error.errno in (errno.EPERM, errno.ENOTSUP):
+            raise NoLinks(f"{place}: this disk takes no links", "Copy the images instead: add --copy.") from error
+        error.filename = error.filename or str(place)
         raise
     except BaseException:
         part.unlink(missing_ok=True)
