@@ -479,6 +479,12 @@ def test_a_killed_import_goes_on(tmp_path: Path, out: Path) -> None:
         ("num_repeats = 0", "0 is below 1"),
         ('num_repeats = "3"', "is not a whole number"),
         ("class_tokens = 3", "3 is not a string"),
+        ('keep_tokens = "two"', "'two' is not a whole number from 0 on"),
+        ("keep_tokens = true", "True is not a whole number from 0 on"),
+        ("keep_tokens = -1", "-1 is not a whole number from 0 on"),
+        ('flip_aug = "yes"', "'yes' is not true or false"),
+        ("caption_dropout_rate = 1.5", "1.5 is not a number from 0 to 1"),
+        ("caption_prefix = 3", "3 is not a text"),
         ("\n[[datasets]]\nsubsets = 3", "is not a list of tables"),
     ],
 )
@@ -487,6 +493,16 @@ def test_odd_values_of_a_dataset_file_are_named(mine: Path, tmp_path: Path, out:
     config.write_text(f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{mine}"\n{line}\n')
     told = run(config, "--out", out, code=1)
     assert said in told and "set.toml: 1 problem" in told and not out.exists()
+
+
+def test_a_dataset_file_takes_no_label(mine: Path, tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "other" / "mine" / "z.png", text="z")
+    config = tmp_path / "set.toml"
+    tables = (f'[[datasets.subsets]]\nimage_dir = "{place}"\n' for place in (mine, tmp_path / "other" / "mine"))
+    config.write_text("[[datasets]]\n" + "".join(tables))
+    assert "Give the folders, each with a label" in run(config, "--out", out, code=1)
+    assert "--label is for folders" in run(config, "--label", "one", "--out", out, code=2)
+    assert run(mine, tmp_path / "other" / "mine", "--label", "a", "--label", "b", "--out", out)["total"] == 6
 
 
 def test_repeats_beyond_counting_are_refused(tmp_path: Path, out: Path) -> None:

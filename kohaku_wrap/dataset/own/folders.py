@@ -35,25 +35,18 @@ REGULARISATION_NAMES = frozenset(
 ) - {"class"}
 """Folders of images that only hold a class in place; they would be trained as if they were wanted."""
 
-SUBSET_OPTIONS = frozenset(
-    {
-        "caption_dropout_every_n_epochs",
-        "caption_dropout_rate",
-        "caption_prefix",
-        "caption_separator",
-        "caption_suffix",
-        "caption_tag_dropout_rate",
-        "enable_wildcard",
-        "flip_aug",
-        "keep_tokens",
-        "keep_tokens_separator",
-        "random_crop",
-        "resize_interpolation",
-        "secondary_separator",
-        "shuffle_caption",
-    }
-)
-"""Dataset options of sd-scripts that a subset may have for itself."""
+SUBSET_OPTIONS: Mapping[type, tuple[str, ...]] = {
+    bool: ("enable_wildcard", "flip_aug", "random_crop", "shuffle_caption"),
+    int: ("caption_dropout_every_n_epochs", "keep_tokens"),
+    float: ("caption_dropout_rate", "caption_tag_dropout_rate"),
+    str: (
+        *("caption_prefix", "caption_separator", "caption_suffix", "keep_tokens_separator"),
+        *("resize_interpolation", "secondary_separator"),
+    ),
+}
+"""Dataset options of sd-scripts that a subset may have for itself, by the type of their values."""
+
+WHAT_THEY_TAKE = {bool: "true or false", int: "a whole number from 0 on", float: "a number from 0 to 1", str: "a text"}
 
 HANDLED_OPTIONS = frozenset(
     {"image_dir", "num_repeats", "class_tokens", "caption_extension", "metadata_file", "cache_info"}
@@ -174,6 +167,8 @@ def find_sources(arguments: Sequence[Path], labels: Sequence[str], plain: bool, 
     for place, path in enumerate(arguments):
         given = labels[place] if labels else ""
         if path.suffix.lower() == ".toml":
+            if given:
+                raise UsageError(f"{path}: --label is for folders", "Leave it out, or give the folders themselves.")
             sources += read_dataset_file(path)
         elif path.is_dir():
             sources += list_sources(path, given, plain)
@@ -210,7 +205,7 @@ def refuse_same_names(sources: Sequence[Source]) -> None:
         if other or name in names:
             raise NamesCollide(
                 f"{source.folder} and {other or names[name]} would both be named {name!r}",
-                "Give each folder a label of its own, in their order: --label NAME --label OTHER.",
+                "Give the folders, each with a label of its own in their order: --label NAME --label OTHER.",
             )
         roots[label], names[name] = source.root, source.folder
 
@@ -284,14 +279,18 @@ def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, An
             f"{folder}: {path.name} says is_reg = true, and kwrap does not train with regularisation images",
             "Take the subset out of the file.",
         )
-    unknown = sorted(key for key in table if key not in SUBSET_OPTIONS | HANDLED_OPTIONS and table[key])
+    kinds = {name: kind for kind, names in SUBSET_OPTIONS.items() for name in names}
+    unknown = sorted(key for key in table if key not in kinds and key not in HANDLED_OPTIONS and table[key])
     if unknown:
         raise UsageError(
             f"{path}: {folder}: {', '.join(unknown)} cannot be kept for one subset", "Take it out of the file."
         )
     both = {**inherited, **table}
-    options = {key: both[key] for key in sorted(SUBSET_OPTIONS & both.keys())}
+    options = {key: both[key] for key in sorted(kinds.keys() & both.keys())}
     reader = TableReader("datasets.subsets", both, tuple(both), problems)
+    for key, value in options.items():
+        if not fits(value, kinds[key]):
+            reader.fault(key, f"{value!r} is not {WHAT_THEY_TAKE[kinds[key]]}")
     repeats = reader.integer("num_repeats", 1) or 1
     if repeats > MOST_REPEATS:
         reader.fault("num_repeats", f"{repeats} is above {MOST_REPEATS:,}")
@@ -299,6 +298,13 @@ def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, An
     captions = str(both.get("metadata_file") or both.get("caption_extension") or "")
     class_text = reader.text("class_tokens") or None
     return Source(label, folder, folder, Subset(label, repeats, options), class_text, captions)
+
+
+def fits(value: Any, kind: type) -> bool:
+    """Whether a value is of a type of SUBSET_OPTIONS, and within its numbers."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    return type(value) is kind and (kind is not int or value >= 0)
 
 
 def scan(source: Source) -> Found:
