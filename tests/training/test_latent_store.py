@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +32,7 @@ from kohaku_wrap.training.data.latent_shards import (
     write_shard,
 )
 from kohaku_wrap.training.data.latent_store import LatentStore, NoLatents, Rule
+from kohaku_wrap.training.supervising.caching import find_damaged
 
 RULE = make_rule({"keep": "moments", "precision": "fp32"}, {}, [{"resolution": 64}], "0" * 64, 7)
 
@@ -134,6 +137,11 @@ def test_a_whole_check_finds_what_left_no_trace_in_the_times_of_a_file(folder: P
     shape.record_in(folder).write_text(json.dumps({**record, "checked": stamp_of(shape.file_in(folder))}))
     assert check_shard(folder, shape) == ""
     assert "sha256" in check_shard(folder, shape, thorough=True)
+    cache: Any = SimpleNamespace(folder=folder, shards=(shape,))
+    for remove in (False, True):
+        [(found, fault)] = find_damaged(cache, True, lambda done, total: None, remove)
+        assert found is shape and "sha256" in fault
+        assert (read_record(folder, shape) is None) == remove
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])

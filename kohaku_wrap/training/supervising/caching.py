@@ -223,7 +223,7 @@ def find_damaged(cache: Cache, thorough: bool, on_progress: Progress, remove: bo
         if fault := check_shard(cache.folder, shape, thorough):
             claims = Claims(cache.folder)
             # Another command may have found it too, and make it again just now.
-            if remove and claims.take(shape.name) and check_shard(cache.folder, shape):
+            if remove and claims.take(shape.name) and check_shard(cache.folder, shape, thorough):
                 shape.record_in(cache.folder).unlink(missing_ok=True)
             claims.release()
             yield shape, fault
