@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from kohaku_wrap.wording import format_duration, show_bytes
 if TYPE_CHECKING:
     from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.config.site import Site
+    from kohaku_wrap.training.data.latent_shards import ShardShape
     from kohaku_wrap.training.supervising.caching import Cache
 
 
@@ -69,8 +71,8 @@ def command(
         damaged = []
         with progress_bar("checking", "shards") as report:
             for shape, fault in find_damaged(cache, check, report, remove=not dry_run):
-                damaged.append(shape.name)
-                print_aside(f"damaged: {shape.file_in(cache.folder)}: {fault}; it is made again")
+                damaged.append(shape)
+                print_aside(f"damaged: {shape.file_in(cache.folder)}: {fault}{'' if dry_run else '; it is made again'}")
         payload[cache.name] = describe(cache, damaged)
     free = require_room(caches)
     for cache in caches:
@@ -104,9 +106,9 @@ def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> l
         return open_caches(effective, site, count, all_files)
 
 
-def describe(cache: Cache, damaged: list[str]) -> dict[str, Any]:
+def describe(cache: Cache, damaged: Sequence[ShardShape]) -> dict[str, Any]:
     """What is there and what is to be made."""
-    unmade = cache.list_unmade()
+    unmade = {shape.name: shape for shape in (*cache.list_unmade(), *damaged)}.values()
     images, rate = sum(shape.count for shape in unmade), cache.measure_rate()
     return {
         "folder": cache.folder,
@@ -118,7 +120,7 @@ def describe(cache: Cache, damaged: list[str]) -> dict[str, Any]:
         "shards": len(cache.shards),
         "shards_made": len(cache.shards) - len(unmade),
         "images_to_encode": images,
-        "damaged": damaged,
+        "damaged": [shape.name for shape in damaged],
         "bytes_total": sum(shape.size_bytes for shape in cache.shards),
         "bytes_to_write": sum(shape.size_bytes for shape in unmade),
         "images_per_second": rate,

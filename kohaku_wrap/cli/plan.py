@@ -176,7 +176,7 @@ def plan_caching(effective: Effective, site: Site, sizes_exact: bool) -> dict[st
     if not sizes_exact or not (effective.get("cache.latents") or effective.get("cache.text_encoders")):
         return {}
     try:
-        return {cache.name: describe(cache, []) for cache in open_with_bar(effective, site, all_files=False)}
+        return {cache.name: describe(cache, ()) for cache in open_with_bar(effective, site, all_files=False)}
     except KwrapError as error:
         print_note(f"note: what is to be cached is unknown: {error.message}")
         return {}

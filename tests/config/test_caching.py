@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from kohaku_wrap.config.site import Site
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.formats.caption_rows import ImageSizes
 from kohaku_wrap.planning.sizes import weigh_caches
+from kohaku_wrap.training.data.latent_store import NoLatents
+from kohaku_wrap.training.supervising.caching import lock_caches
 
 FIXED = (
     "network_train_unet_only=true",
@@ -86,6 +89,22 @@ def test_trained_text_encoders_and_changed_ones_are_refused(site: Site) -> None:
         "network_train_unet_only = true"
         in refused(site, *FIXED, TEXTS, "network_train_unet_only=false")["cache.text_encoders"]
     )
+
+
+def test_a_training_without_its_cache_names_the_command(site: Site, write_captions: Write, tmp_path: Path) -> None:
+    write_captions(site.paths.images, [(128, 128)] * 2)
+    for name in ("0000/0.png", "0000/1.png"):
+        (site.paths.images / name).parent.mkdir(exist_ok=True)
+        (site.paths.images / name).touch()
+    site.paths.base_model.parent.mkdir(parents=True, exist_ok=True)
+    site.paths.base_model.touch()
+    given = ["cache.latents=true", "cache.keep=sample", "training_comment=a b", "seed=7"]
+    effective = resolve_template("demo", site, given)
+    with pytest.raises(NoLatents) as missing:
+        lock_caches(effective, site)
+    words = shlex.split(missing.value.next_step.removeprefix("Make them first: "))
+    assert words[:5] == ["kwrap", "cache", str(effective.path), "--site", str(site.path)]
+    assert sorted(words[6::2]) == sorted(given)
 
 
 def test_a_site_without_tokenizers_cannot_cache_captions(make_site: MakeSite) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from kohaku_wrap.config.run_files import merge_subsets
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.training_data import compose_dataset, read_lengths, spread_evenly
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.errors import KwrapError, UsageError
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import Claims, Progress, clear_leavings, describe_absence, kept_sha256
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.processes import LineHelper, raise_answer
@@ -212,8 +213,11 @@ def require_all(cache: Cache) -> str:
             raise NoLatents(f"{cache.folder}: {images}")
         return RecordStore(cache.folder, cache.rule).require(cache.wanted.ids, check=True)
     except NoLatents as missing:
-        again = f"Make them first: kwrap cache {cache.effective.path} --site {cache.site.path}"
-        raise NoLatents(missing.message, again) from None
+        words: list[object] = ["cache", cache.effective.path, "--site", cache.site.path]
+        for key, entry in cache.effective.entries.items():
+            if entry.layer == "--set":
+                words += ["--set", f"{key}={entry.value if isinstance(entry.value, str) else json.dumps(entry.value)}"]
+        raise NoLatents(missing.message, f"Make them first: {command_line(*words)}") from None
 
 
 def find_damaged(cache: Cache, thorough: bool, on_progress: Progress, remove: bool) -> Iterator[tuple[ShardShape, str]]:
