@@ -105,6 +105,12 @@ def open_selection(path: Path, needed: Sequence[str] = POST_SCHEMA.names) -> pq.
     return file
 
 
+def read_columns(path: Path, *names: str) -> pa.Table:
+    """Columns of a selection, each in one piece. Raises BadSelection."""
+    with refusing(BadSelection, f"{path}: damaged:", AGAIN, pa.ArrowException), open_selection(path) as file:
+        return file.read(columns=list(names)).combine_chunks()
+
+
 def take_numbers(path: Path, name: str, column: pa.Array | pa.ChunkedArray, least: int) -> npt.NDArray[Any]:
     """A column of whole numbers, in the type that POST_SCHEMA gives it. Raises BadSelection for anything else."""
     kind = POST_SCHEMA.field(name).type
@@ -122,7 +128,7 @@ def take_numbers(path: Path, name: str, column: pa.Array | pa.ChunkedArray, leas
     return numbers
 
 
-def take_texts(path: Path, name: str, column: pa.Array) -> pa.Array:
+def take_texts(path: Path, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """A column of texts, '' for NULL. Raises BadSelection for anything else."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not is_text(kind):

@@ -13,9 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.images.extract import read_selected_images
+from kohaku_wrap.dataset.images.extracted import SCHEMA, write_extracted
 from kohaku_wrap.dataset.selection_file import BadSelection, read_about, read_selected_posts
+from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.relations import read_relations
 from kohaku_wrap.metadata.posts import POST_SCHEMA
 
 ABOUT = {"dataset": "demo", "caption": {}}
@@ -89,6 +94,25 @@ def test_other_types_of_the_same_values_are_read(tmp_path: Path) -> None:
     posts = read_selected_posts(path)
     assert posts.ids.tolist() == [3, 6, 9] and posts.years.tolist() == [0, 2019, 0]
     assert posts.extensions.to_pylist() == ["png", "", "jpg"]
+
+
+def test_captions_need_neither_md5_nor_score_nor_what_a_selection_says_of_itself(
+    tmp_path: Path, writer: ModuleType
+) -> None:
+    database = writer.write_layout(tmp_path / "a.db", writer.make_world(20))
+    about = {"dataset": 5, "caption": {}, "edition": "v3", "counts": [], "seed": {}}
+    odd = {"md5": pa.array([None, "0" * 32, ""]), "score": pa.array([None, 1, 2])}
+    path = write(tmp_path / "odd.parquet", json.dumps(about).encode(), **odd)
+    images = tmp_path / "images"
+    (images / "0003").mkdir(parents=True)
+    (images / "0003" / "3.png").touch()
+    row = {"id": 3, "file": "0003/3.png", "width": 40, "height": 40, "size_bytes": 0, "max_pixels": 0, "rewritten": 0}
+    write_extracted(images, pa.Table.from_pylist([row], schema=SCHEMA), {})
+    arguments = ["caption", str(path), "--db", str(database), "--out", str(images)]
+    done = CliRunner().invoke(program, arguments, catch_exceptions=False)
+    assert done.exit_code == 0 and Columns.open(images).files[0] == "0003/3.png"
+    found = read_relations(images)
+    assert found and found.contents.to_pylist() == [""]
 
 
 def test_commands_end_in_one_message(tmp_path: Path, writer: ModuleType) -> None:

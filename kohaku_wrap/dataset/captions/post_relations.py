@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from kohaku_wrap.dataset.selection_file import open_selection
+from kohaku_wrap.dataset.selection_file import read_columns, take_texts
 from kohaku_wrap.formats.relations import Relations
 from kohaku_wrap.metadata.source import Source
 
@@ -17,10 +17,9 @@ Int64Array = npt.NDArray[np.int64]
 
 def gather_relations(database: Source, selection: Path, ids: Int64Array) -> Relations:
     """The parents and md5 of the posts `ids` (ascending), which are in the selection."""
-    with open_selection(selection) as file:
-        table = file.read(columns=["id", "md5"])
+    table = read_columns(selection, "id", "md5")
     places = np.searchsorted(table["id"].to_numpy(), ids)
-    contents = table["md5"].combine_chunks().take(pa.array(places))
+    contents = take_texts(selection, "md5", table["md5"]).take(pa.array(places)).combine_chunks()
     return Relations(ids, read_parents(database, ids), contents)
 
 

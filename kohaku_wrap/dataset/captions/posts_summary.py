@@ -13,7 +13,7 @@ from kohaku_wrap.dataset.captions.on_disk import CaptionImages
 from kohaku_wrap.dataset.captions.plan import CaptionPlan
 from kohaku_wrap.dataset.captions.summary import count_values, describe_scores, summarise_captions
 from kohaku_wrap.dataset.images.extracted import REPORT_FILE
-from kohaku_wrap.dataset.selection_file import SelectedPosts, open_selection
+from kohaku_wrap.dataset.selection_file import SelectedPosts, read_columns, take_numbers
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
 from kohaku_wrap.errors import DAMAGE, command_line
 from kohaku_wrap.files import parse_json, read_regular
@@ -39,8 +39,8 @@ def summarise_posts(
         for number, slot in enumerate(plan.slots)
         if slot in GROUPS
     }
-    with open_selection(selection) as file:
-        scores = file.read(columns=["score"])["score"].to_numpy()[here]
+    column = read_columns(selection, "score")["score"]
+    scores = take_numbers(selection, "score", column, UNKNOWN_NUMBER)[here]
     return {
         **summarise_captions(folder, groups),
         "db_digest": posts.about.get("db_digest", ""),

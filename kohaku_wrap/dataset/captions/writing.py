@@ -38,7 +38,7 @@ from kohaku_wrap.dataset.captions.text_table import NoTexts, TextCounts, TextTab
 from kohaku_wrap.dataset.captions.tokens import CountTokens, count_over, estimate_tokens
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE, refuse_other_kind
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
-from kohaku_wrap.errors import command_line
+from kohaku_wrap.errors import DAMAGE, KwrapError, command_line
 from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoImages, read_batches
 from kohaku_wrap.formats.data_summary import write_summary
@@ -203,7 +203,7 @@ def write_captions(
             written = read_and_write(folder)
             sorted_rows = True
     if images and written.digest:
-        with contextlib.suppress(OSError):  # what is only shown fails no captions
+        with contextlib.suppress(KwrapError, *DAMAGE):  # what is only shown fails no captions
             summary = summarise_posts(database, plan, posts, images, selection, folder, made_by)
             write_summary(folder, written.digest, summary)
         write_relations(folder, gather_relations(database, selection, images.ids))
