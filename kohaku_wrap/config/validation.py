@@ -9,7 +9,7 @@ from typing import Any
 
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.dataset.held_out import hold_out
-from kohaku_wrap.dataset.own.images import IMPORTED_FILE
+from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import NoImages, find_captions
 from kohaku_wrap.formats.held_out import HeldOut

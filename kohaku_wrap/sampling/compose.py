@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kohaku_wrap.dataset.captions.explanation import PostExplanation
-from kohaku_wrap.dataset.captions.plan import FATES, SEPARATOR_SLOT, WRITTEN, plan_captions
+from kohaku_wrap.dataset.captions.plan import FATES, WRITTEN, plan_captions
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, words_of_recipe
+from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.metadata.tags import TagTable
 from kohaku_wrap.sampling.grammar import Piece, Prompt, escape_text, format_piece, parse_prompt
@@ -54,7 +55,7 @@ def compose_post(explanation: PostExplanation, style: str = "", keep_artists: bo
     groups = [
         (name, [escape_text(word) for word in words] if keep_artists or name != "artist" else [])
         for name, words in explanation.groups
-        if name != SEPARATOR_SLOT
+        if name != SEPARATOR
     ]
     return join_groups(groups, style)
 
@@ -76,7 +77,7 @@ def compose_tags(tags: str, recipe: CaptionRecipe, known: TagTable | None, style
         np.zeros(len(named), dtype=np.int64),
     )  # fmt: skip
     plan = plan_captions(recipe, table)
-    slots = [slot for slot in plan.slots if slot != SEPARATOR_SLOT]
+    slots = [slot for slot in plan.slots if slot != SEPARATOR]
     found: dict[str, list[str]] = {slot: [] for slot in slots}
     left_out = []
     for row, name in enumerate(table.names):

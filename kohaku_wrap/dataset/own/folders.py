@@ -304,7 +304,7 @@ def fits(value: Any, kind: type) -> bool:
     """Whether a value is of a type of SUBSET_OPTIONS, and within its numbers."""
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    return type(value) is kind and (kind is not int or value >= 0)
+    return type(value) is kind and not (isinstance(value, int) and value < 0)
 
 
 def scan(source: Source) -> Found:
