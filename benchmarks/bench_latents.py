@@ -38,6 +38,7 @@ RULE = make_rule({"keep": "moments", "precision": "fp16"}, {}, [{"resolution": 1
 SIZES = np.array([(1024, 1024), (832, 1216), (1216, 832), (896, 1152)], np.int32)
 BATCH = 4
 PICTURES, SIDE_PIXELS, EPOCHS = 96, 256, 3
+CACHED = ("cache.latents=true", 'cache.precision="fp32"')
 READING = "reading, share of a bare read with checksum"
 BARS = {
     READING: 0.9,
@@ -130,7 +131,7 @@ def make_world(folder: Path) -> tuple[str, ...]:
     site = toml.loads((folder / "world/site.toml").read_text())
     site["paths"] |= {"images": str(folder / "images"), "runs": str(folder / "runs")}
     (folder / "world/site.toml").write_text(toml.dumps(site))
-    settings = {"dataset_options.resolution": SIDE_PIXELS, "max_train_epochs": EPOCHS, "cache.precision": "fp32"}
+    settings = {"dataset_options.resolution": SIDE_PIXELS, "max_train_epochs": EPOCHS}
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
     return ("demo", "--site", str(folder / "world/site.toml"), *words)
 
@@ -138,7 +139,7 @@ def make_world(folder: Path) -> tuple[str, ...]:
 def measure_writing(folder: Path, words: tuple[str, ...], rounds: int) -> float:
     """What the worker takes, against the VAE on pixels in memory and one bare write; the median of pairs in turn."""
     site = load_site(Path(words[2]))
-    effective = resolve_template(words[0], site, (*words[4::2], "cache.latents=true"))
+    effective = resolve_template(words[0], site, (*words[4::2], *CACHED))
     [cache] = open_caches(effective, site)
     extend_index(cache.folder, cache.rule, cache.wanted)
     maker = ShardMaker(compose_job(cache, 0), lambda **_: None)
@@ -168,9 +169,10 @@ def measure_writing(folder: Path, words: tuple[str, ...], rounds: int) -> float:
 
 def measure_steps(folder: Path, words: tuple[str, ...]) -> float:
     """Seconds of a step from cached latents, as a share of those of one that encodes its images; medians."""
-    kwrap("cache", *words, "--set", "cache.latents=true")
+    cached = [word for setting in CACHED for word in ("--set", setting)]
+    kwrap("cache", *words, *cached)
     medians = []
-    for name, setting in (("encoded", ()), ("cached", ("--set", "cache.latents=true"))):
+    for name, setting in (("encoded", []), ("cached", cached)):
         kwrap("train", *words, *setting, "--run", name)
         lines = (folder / f"runs/{name}/metrics.jsonl").read_text().splitlines()
         medians.append(statistics.median(json.loads(line)["seconds"] for line in lines[2:]))
@@ -182,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=EPSILON_IMAGES)
     parser.add_argument("--records", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs; the median counts")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
