@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,28 +91,36 @@ def count_line(line: Line, threads: int, on_progress: Progress | None) -> tuple[
     items = open_items(line.run)
     batches = read_batches_of(line, items)
     next_epoch = max([*batches.positions, *(epoch for epoch, _ in batches.substituted)], default=-1) + 1
-    trained = list(list_trained_passes(items, batches))
-    later = list(list_later_passes(items, next_epoch))
-    count_passes(items, [*trained, *later], sums, threads, on_progress)
-    images = sum(int(each.weights.sum(dtype=np.int64)) for each in trained)
-    images += count_substitutes(items, batches, sums)
-    unknown = {
-        "batches_with_a_substitute": batches.unknown_batches,
-        "batches_without_a_record": batches.missing_batches,
-        "optimizer_steps_by_another_trainer": line.foreign_steps,
-    }
+    unknown = ("batches_with_a_substitute", "batches_without_a_record", "optimizer_steps_by_another_trainer")
     facts: dict[str, Any] = {
-        "images_trained": images,
-        "captions_without_tags": sums.bare[TRAINED],
-        "captions_with_text": sums.texts[TRAINED],
+        "images_trained": 0,
+        "captions_without_tags": 0,
+        "captions_with_text": 0,
         "different_tags": 0,
         "next_epoch": next_epoch,
-        "unknown": unknown,
+        "unknown": dict.fromkeys(unknown, 0),
         "before": [],
     }
+    later = list_later_passes(items, next_epoch)
+    count_trained(line, items, batches, sums, facts, threads, on_progress, later)
     add_parents(line, sums, facts, threads)
     table = sums.table()
+    facts |= {"captions_without_tags": sums.bare[TRAINED], "captions_with_text": sums.texts[TRAINED]}
     return table, {**facts, "different_tags": len(table)}
+
+
+def count_trained(
+    line: Line, items: Items, batches: TrainedBatches, sums: Sums, facts: dict[str, Any], threads: int,
+    on_progress: Progress | None = None, later: Iterable[Pass] = (),
+) -> None:  # fmt: skip
+    """Add what a line trained, with its `later` passes, to the sums and the facts."""
+    trained = list(list_trained_passes(items, batches))
+    count_passes(items, [*trained, *later], sums, threads, on_progress)
+    facts["images_trained"] += sum(int(each.weights.sum(dtype=np.int64)) for each in trained)
+    facts["images_trained"] += count_substitutes(items, batches, sums)
+    found = (batches.unknown_batches, batches.missing_batches, line.foreign_steps)
+    for name, count in zip(facts["unknown"], found, strict=True):
+        facts["unknown"][name] += count
 
 
 def add_parents(line: Line, sums: Sums, facts: dict[str, Any], threads: int) -> None:
@@ -132,14 +140,7 @@ def add_parents(line: Line, sums: Sums, facts: dict[str, Any], threads: int) -> 
     except KwrapError as error:
         before |= {"counted": False, "why": error.message}
         return
-    passes = list(list_trained_passes(items, batches))
-    count_passes(items, passes, sums, threads, None)
-    facts["images_trained"] += sum(int(each.weights.sum(dtype=np.int64)) for each in passes)
-    facts["images_trained"] += count_substitutes(items, batches, sums)
-    facts["captions_without_tags"], facts["captions_with_text"] = sums.bare[TRAINED], sums.texts[TRAINED]
-    facts["unknown"]["batches_with_a_substitute"] += batches.unknown_batches
-    facts["unknown"]["batches_without_a_record"] += batches.missing_batches
-    facts["unknown"]["optimizer_steps_by_another_trainer"] += parent.foreign_steps
+    count_trained(parent, items, batches, sums, facts, threads)
     add_parents(parent, sums, facts, threads)
 
 

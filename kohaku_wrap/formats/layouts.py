@@ -192,8 +192,7 @@ def place_key(key: str) -> tuple[str, str]:
 def strip_prefix(path: str, part: str) -> str:
     """The name inside its part, where `rename` would put the same prefix before it again."""
     prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, "te1": TEXT_ENCODER_PREFIX, "te2": TEXT_ENCODER_2_PREFIX}
-    prefix = prefixes.get(part, "")
-    return path.removeprefix(prefix) if prefix and path.startswith(prefix) else path
+    return path.removeprefix(prefixes.get(part, ""))
 
 
 def form_of(key: str, path: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE, TensorSpot, encode_header
+from kohaku_wrap.merging.deltas import STORED
 from kohaku_wrap.merging.factors import scale_of
 from kohaku_wrap.merging.fitting import (
     Fit,
@@ -71,17 +72,14 @@ class Fitter:
     def fit_one(self, layer: Layer) -> LayerFit:
         delta = self.compute(layer)
         squares = sum_squares(delta)
-        if not math.isfinite(squares):  # refused at the end, by key
-            return LayerFit(layer, "left out", 0, squares, squares, {})
         is_rest = layer.kind == "bias" or len(layer.shape) < 2
-        if not layer.name or (is_rest and self.options.rest == "skip"):
+        # What is not finite is refused at the end, by key.
+        if not math.isfinite(squares) or not layer.name or (is_rest and self.options.rest == "skip"):
             return LayerFit(layer, "left out", 0, squares, squares, {})
         dtype = TORCH_DTYPES[layer.stored]
         if is_rest or self.options.network == "full":
             stored = delta.to(dtype)
-            suffix = {"bias": "diff_b", "weight": "diff"}[layer.kind]
-            if layer.of_norm:
-                suffix = {"bias": "b_norm", "weight": "w_norm"}[layer.kind]
+            suffix = STORED.get(("norm" if layer.of_norm else "full", layer.kind), "diff_b")
             lost = 0.0 if stored is delta else sum_squares(delta.sub_(stored))
             return LayerFit(layer, "whole", 0, squares, lost, {suffix: stored})
         if self.options.network == "lokr":
