@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,11 @@ def find_characters(
         wanted = np.array([tags.row_of_name[name] for name in names])
     solo = tags.row_of_name[SOLO]
 
-    def collect(chunk: TagChunk) -> tuple[Int64Array, Int64Array, Int64Array]:
-        return find_solo(chunk, tags, solo)
-
+    collect = partial(find_solo, tags=tags, solo=solo)
     parts = list(map_tag_chunks(database, tags, columns.ids, collect, threads, spill_folder))
     none: Int64Array = np.zeros(0, dtype=np.int64)
     posts, rows, pairs = (np.concatenate([none, *(part[place] for part in parts)]) for place in range(3))
-    pairs, counts = merge_counts(pairs)
+    pairs, counts = np.unique(pairs, return_counts=True)
     width = len(tags)
     found = []
     for row in np.unique(rows).tolist() if wanted is None else wanted.tolist():
@@ -214,12 +213,6 @@ def find_solo(chunk: TagChunk, tags: TagTable, solo: int) -> tuple[Int64Array, I
     here = np.flatnonzero(alone)
     inside = alone[posts]
     return here + chunk.first, character[here], character[posts[inside]] * len(tags) + rows[inside]
-
-
-def merge_counts(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Each pair once, ascending, and how often it was there."""
-    found, counts = np.unique(pairs, return_counts=True)
-    return found, counts.astype(np.int64)
 
 
 def describe_character(

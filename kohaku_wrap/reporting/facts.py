@@ -156,7 +156,7 @@ def read_facts(run: Run, place: int = 0, several: bool = False, page_folder: Pat
     status = read_status(run, kept)
     verdict = judge_verification(run, attempts)
     table = tabulate(lines, attempts, run.lock.effective_batch)
-    chapters = tell_attempts(run, attempts, status)
+    chapters = tell_attempts(attempts, status)
     typed = show_path(run.folder)
     data = read_data(run)
     return RunFacts(

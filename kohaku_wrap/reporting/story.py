@@ -114,7 +114,7 @@ def describe_proof(verdict: Verdict, name: str) -> str:
     return f"not verified: {again}"
 
 
-def tell_attempts(run: Run, attempts: Sequence[Attempt], status: RunStatus) -> list[Chapter]:
+def tell_attempts(attempts: Sequence[Attempt], status: RunStatus) -> list[Chapter]:
     """Each attempt: from what it began, how far it counts, how it ended."""
     limits = last_kept_steps(list(attempts))
     told = {each.number: each for each in status.attempts}

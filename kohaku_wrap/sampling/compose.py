@@ -71,7 +71,7 @@ def compose_tags(tags: str, recipe: CaptionRecipe, known: TagTable | None, style
         raise UsageError("--tags names no tag", 'For example: --tags "1girl, solo, smile, masterpiece, newest, safe"')
     words = words_of_recipe(recipe)
     own = {name: words[name] for name in wanted if name in words}
-    named = {site_name(name, recipe, known): name for name in wanted if name not in own}
+    named = {site_name(name, known): name for name in wanted if name not in own}
     table = TagTable(
         np.arange(len(named)), tuple(named), np.array([type_of(name, known) for name in named], dtype=np.int8),
         np.zeros(len(named), dtype=np.int64),
@@ -108,13 +108,12 @@ def read_tag(tag: str) -> tuple[str, float]:
     return ESCAPED.sub(r"\1", text), weight
 
 
-def site_name(text: str, recipe: CaptionRecipe, known: TagTable | None) -> str:
+def site_name(text: str, known: TagTable | None) -> str:
     """The tag as the site writes it."""
     name = text.replace(" ", "_")
-    if known is None or name in known.row_of_name or text not in known.row_of_name:
-        lowered = name.lower()
-        return lowered if known is not None and name not in known.row_of_name and lowered in known.row_of_name else name
-    return text
+    if known is None:
+        return name
+    return next((each for each in (name, text, name.lower()) if each in known.row_of_name), name)
 
 
 def type_of(name: str, known: TagTable | None) -> int:
