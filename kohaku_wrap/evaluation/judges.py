@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -370,7 +371,9 @@ def read_threshold(folder: Path) -> float:
     """The largest difference of one character, of `metrics.json`. Raises BadJudge."""
     path = folder / "metrics.json"
     with refusing(BadJudge, f"{path}: no threshold in it", "Get the file again."):
-        return float(parse_json(read_regular(path))["threshold"])
+        if not 0 < (threshold := float(parse_json(read_regular(path))["threshold"])) < math.inf:
+            raise ValueError(f"{threshold} is none")
+        return threshold
 
 
 def read_own(folder: Path) -> dict[str, Any]:
@@ -412,5 +415,5 @@ def is_numbers(value: Any, count: int) -> bool:
     return (
         isinstance(value, list)
         and len(value) == count
-        and all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+        and all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < math.inf for one in value)
     )

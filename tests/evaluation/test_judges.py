@@ -156,6 +156,18 @@ def test_the_kinds_are_listed_with_their_files(tmp_path: Path) -> None:
         ("ccip", "model_feat.onnx", lambda path: path.symlink_to("/dev/zero"), "model_feat.onnx is not a regular file"),
         ("ccip", "metrics.json", lambda path: path.write_bytes(b"\xff{}"), "no threshold in it (not UTF-8 text)"),
         ("ccip", "metrics.json", lambda path: path.write_text("{}"), "no threshold in it (it lacks threshold)"),
+        (
+            "ccip",
+            "metrics.json",
+            lambda path: path.write_text('{"threshold": NaN}'),
+            "no threshold in it (nan is none)",
+        ),
+        (
+            "ccip",
+            "judge.toml",
+            lambda path: path.write_text('kind = "ccip"\nmean = [0.1, nan, 0.3]'),
+            "not three numbers",
+        ),
         ("tagger", "selected_tags.csv", lambda path: path.write_text("[" * 200_000), "its tags cannot be read"),
         ("aesthetic", "meta.json", lambda path: path.write_text("[" * 200_000), "(nested too deeply)"),
     ],
