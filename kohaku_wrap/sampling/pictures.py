@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -17,7 +17,8 @@ import kohaku_wrap
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import atomic_write, parse_json
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS
-from kohaku_wrap.sampling.cells import SAMPLERS, SCHEDULES, Cell, read_cell
+from kohaku_wrap.sampling.cells import EMPHASES, SAMPLERS, SCHEDULES, Cell, read_cell
+from kohaku_wrap.training.records.documents import fits
 
 CHUNK = "kwrap"
 VAE = "vae"
@@ -184,8 +185,8 @@ def read_record(path: Path) -> tuple[Record, str]:
             read_cell(document["cell"]), files, document["versions"], document["pixels_sha256"],
             document["optimizer_step"], document["prediction_from"], document["device"],
         )  # fmt: skip
-        if not files or not isinstance(record.versions, dict):
-            raise ValueError("no files")
+        if not files or not isinstance(record.versions, dict) or not is_known(record):
+            raise ValueError("its text is of a later kwrap, or was changed")
     except KeyError as error:
         has = "the webui's text" if PARAMETERS in locals().get("texts", {}) else "no text"
         raise NotOurs(
@@ -195,6 +196,18 @@ def read_record(path: Path) -> tuple[Record, str]:
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
         raise NotOurs(f"{path}: not a whole PNG of kwrap ({error})", "Draw it again.") from None
     return record, pixels
+
+
+def is_known(record: Record) -> bool:
+    """Whether every field is of its kind, and sampler, schedule and emphasis are ones that this kwrap has."""
+    cell = record.cell
+    known = cell.sampler in SAMPLERS and cell.schedule in SCHEDULES and cell.emphasis in EMPHASES
+    return known and all(
+        fits(getattr(one, name), hint)
+        for one in (record, cell, cell.compute, *record.files, *([cell.hires] if cell.hires else []))
+        for name, hint in get_type_hints(type(one)).items()
+        if name not in ("files", "versions")
+    )
 
 
 def is_drawn(path: Path, cell: Cell) -> bool:

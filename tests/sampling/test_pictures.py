@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,11 +18,13 @@ from kohaku_wrap.sampling.pictures import (
     NotOurs,
     Record,
     compose_parameters,
+    describe_record,
     hash_pixels,
     is_drawn,
     read_record,
     write_picture,
 )
+from kohaku_wrap.sampling.replaying import describe_picture
 
 FILES = (
     ModelFile("base, v1.safetensors", "a" * 64, "b" * 64),
@@ -109,3 +113,35 @@ def test_other_pictures_are_named_as_such(tmp_path: Path, cell: Cell, kind: str)
     with pytest.raises(NotOurs) as refused:
         read_record(path)
     assert refused.value.message.startswith(str(path)) and refused.value.next_step
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where each value of a document stands."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places_in(inner, (*path, key))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [None, True, -1, "unipc", "", [], {"a": 1}, 10**400, float("nan")],
+    ids=["null", "true", "negative", "a word", "no word", "list", "table", "huge", "nan"],
+)
+def test_a_text_of_a_later_kwrap_or_a_stranger_is_read_or_refused(tmp_path: Path, cell: Cell, odd: object) -> None:
+    path = tmp_path / "a.png"
+    record = draw(path, replace(cell, hires=Hires(1.5)))
+    whole = describe_record(record)
+    for *before, last in places_in(whole):
+        document = json.loads(json.dumps(whole))
+        inner = document
+        for key in before:
+            inner = inner[key]
+        inner[last] = odd
+        text = PngInfo()
+        text.add_itxt("kwrap", json.dumps(document))
+        Image.new("RGB", (4, 4)).save(path, pnginfo=text)
+        try:
+            found = read_record(path)
+        except NotOurs:
+            continue
+        assert describe_picture(path, *found)["replay"].startswith("kwrap sample ")

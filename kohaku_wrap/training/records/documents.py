@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
@@ -51,7 +51,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return is_whole(value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, hint)
 
 
