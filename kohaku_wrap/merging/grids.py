@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -70,15 +71,13 @@ def list_points(formula: str, axes: Sequence[Axis]) -> list[Point]:
 
     Raises UsageError for a letter that is given twice or is not in the formula, and for more than MOST_POINTS.
     """
-    words = {token.text for token in split_tokens(formula) if token.kind == "name"}
+    found = {name for _, _, name in find_letters(formula, [axis.name for axis in axes])}
     for place, axis in enumerate(axes):
-        if axis.name not in words:
-            raise UsageError(f"{axis.name}= is given, and {axis.name} does not stand in the formula", formula)
+        if axis.name not in found:
+            raise UsageError(f"{axis.name}= is given, and {axis.name} stands for no number in the formula", formula)
         if any(axis.name == other.name for other in axes[:place]):
             raise UsageError(f"{axis.name}= is given twice", EXAMPLE)
-    count = 1
-    for axis in axes:
-        count *= len(axis.values)
+    count = math.prod(len(axis.values) for axis in axes)
     if count > MOST_POINTS:
         raise UsageError(f"the grid has {count:,} merges; {MOST_POINTS:,} are allowed", "Take larger steps.")
     names = [axis.name for axis in axes]
@@ -95,10 +94,10 @@ def put_numbers(formula: str, values: dict[str, str]) -> str:
     return "".join([*parts, formula[position:]])
 
 
-def find_letters(formula: str, values: dict[str, str]) -> Iterator[tuple[int, int, str]]:
-    tokens = split_tokens(formula)
-    for token, following in itertools.pairwise(tokens):
-        if token.kind != "name" or token.text not in values or following.text == "=":
+def find_letters(formula: str, names: Collection[str]) -> Iterator[tuple[int, int, str]]:
+    """Where letters of the grid stand as numbers, and not as the name of a number, as in `seed=7`."""
+    for token, following in itertools.pairwise(split_tokens(formula)):
+        if token.kind != "name" or token.text not in names or following.text == "=":
             continue
         if following.text == "(":
             raise FormulaError(f"{token.text} is a letter of the grid, and no function", formula, token.span)

@@ -150,7 +150,10 @@ def describe_shapes(module: Module) -> str:
 
 
 def fits_weight(module: Module, weight: Shape) -> bool:
-    """Whether a module whose change is made of the weight can be put on one of this shape, (out, in, …)."""
+    """Whether a module whose change is made of the weight can be put on one of this shape, (out, in, …).
+
+    Raises IndexError or ValueError where its factors do not fit together.
+    """
     shape = {suffix: spot.shape for suffix, spot in module.tensors.items()}
     rows, columns = weight[0], weight[1] if len(weight) > 1 else 0
     if module.algorithm == "OFT":
@@ -159,9 +162,12 @@ def fits_weight(module: Module, weight: Shape) -> bool:
         return square and math.prod(shape.get("rescale", (rows,))) == rows
     if module.algorithm == "IA3":
         return math.prod(shape["weight"]) in (rows, columns)
-    a1, a2, b1, b2 = (flatten(shape[f"{name}.weight"]) for name in ("a1", "a2", "b1", "b2"))
+    a1, a2, b1 = (flatten(shape[f"{name}.weight"]) for name in ("a1", "a2", "b1"))
+    as_lora = {"b1.weight": "lora_up.weight", "b2.weight": "lora_down.weight", "bm.weight": "lora_mid.weight"}
+    added = shape_of_lora({as_lora[name]: size for name, size in shape.items() if name in as_lora})
     rank = a2[0]
-    return a1 == (columns, rank) and a2 == (rank, columns) and b1 == (rows, rank) and b2[0] == rank
+    alike = a1 == (columns, rank) and a2 == (rank, columns) and b1 == (rows, rank)
+    return alike and flatten(added) == flatten(weight)
 
 
 def is_norm_of(dora: Shape, rows: int, weight: Shape) -> bool:

@@ -26,6 +26,9 @@ FLOATS_SHOWN = ", ".join(FLOAT_DTYPES)
 ALPHA_DTYPES = (*FLOAT_DTYPES, "I64", "I32")
 """An alpha that was never converted is what Python made of a number: sd-scripts saves a whole one as I64."""
 
+NUMBERS = {"alpha", "on_input"}
+"""The tensors of a module that are one number each."""
+
 LeaveOut = Callable[[str, str], None]
 """Is given the reason and a tensor of the network's file."""
 
@@ -101,7 +104,7 @@ def read_modules(header: Header, leave_out: LeaveOut | None = None) -> list[Modu
         odd = [
             suffix
             for suffix, spot in tensors.items()
-            if spot.dtype not in (ALPHA_DTYPES if suffix in ("alpha", "on_input") else FLOAT_DTYPES)
+            if spot.dtype not in (ALPHA_DTYPES if suffix in NUMBERS else FLOAT_DTYPES)
         ]
         if algorithm is None and leave_out:
             for suffix in tensors:
@@ -187,9 +190,13 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
         return "" if delta == elements else f"its bias has {delta} numbers, {target.key} has {elements}"
     if module.algorithm in MADE_OF_WEIGHT and target.is_transposed:
         return f"{module.algorithm} cannot be put on {target.key}, which the checkpoint holds transposed"
-    if module.algorithm in MADE_OF_WEIGHT:
-        return "" if fits_weight(module, (rows, *shape[1:])) else f"its tensors ({describe_shapes(module)}) do not fit"
+    for name in NUMBERS & module.tensors.keys():
+        if module.tensors[name].elements != 1:
+            return f"its {name} has {module.tensors[name].elements} numbers, not one"
     try:
+        if module.algorithm in MADE_OF_WEIGHT:
+            fits = fits_weight(module, (rows, *shape[1:]))
+            return "" if fits else f"its tensors ({describe_shapes(module)}) do not fit"
         delta_rows, delta_elements = module.delta_size()
     except (KeyError, IndexError, ValueError):
         return f"its factors do not make a whole delta ({describe_shapes(module)})"
@@ -197,9 +204,7 @@ def fault_of_change(module: Module, kind: str, target: Target, spot: TensorSpot)
         return (
             f"its delta has {delta_rows} rows and {delta_elements:,} numbers, {target.key} has {rows} and {elements:,}"
         )
-    alpha, dora = module.tensors.get("alpha"), module.tensors.get("dora_scale")
-    if alpha and alpha.elements != 1:
-        return f"its alpha has {alpha.elements} numbers, not one"
+    dora = module.tensors.get("dora_scale")
     if dora and not is_norm_of(dora.shape, rows, shape):
         return f"its dora_scale {list(dora.shape)} is neither one number for each output nor one for each input"
     return ""

@@ -70,7 +70,7 @@ def shapes_of_module(name: str, module: Module) -> Iterator[tuple[str, Shape]]:
             rows, elements = 1, 1  # match_modules says what is wrong with it
         kernel = kernel_of_module(name, module)
         area = kernel[0] * kernel[1] if kernel else 1
-        yield "weight", (rows, elements // rows // area, *kernel)
+        yield "weight", (rows, elements // max(rows, 1) // max(area, 1), *kernel)
 
 
 def kernel_of_module(name: str, module: Module) -> Shape:
