@@ -24,6 +24,11 @@ def truth_of(number: str) -> str:
     return f"CASE ({number}) WHEN 1 THEN CAST(1 AS BIGINT) WHEN 0 THEN CAST(0 AS BIGINT) END"
 
 
+def seconds_of(number: str) -> str:
+    """Seconds since 1970, which some sites count in, and some in milliseconds."""
+    return f"CASE WHEN abs({number}) > 100000000000 THEN {number} / 1000 ELSE {number} END"
+
+
 class Dialect(ABC):
     """Expressions over columns by name; what cannot be read is NULL, or '' for texts."""
 
@@ -125,8 +130,9 @@ class Sqlite(Dialect):
         return f"CAST(coalesce({column}, '') AS TEXT)"
 
     def date(self, column: str) -> str:
-        moment = f"strftime('%Y-%m-%dT%H:%M:%S.000+00:00', {column}, 'unixepoch')"
-        return f"CASE typeof({column}) WHEN 'integer' THEN {moment} ELSE {self.clock_date(self.text(column))} END"
+        moment = f"coalesce(strftime('%Y-%m-%dT%H:%M:%S.000+00:00', {seconds_of(column)}, 'unixepoch'), '')"
+        text = self.clock_date(self.text(column))
+        return f"CASE WHEN typeof({column}) IN ('integer', 'real') THEN {moment} ELSE {text} END"
 
     def day(self, date: str) -> str:
         # sqlite gives NULL for what is no date, and another day for the 31st of June once days are added.
@@ -182,10 +188,10 @@ class Duck(Dialect):
 
     def date(self, column: str) -> str:
         name, kind = self._columns[column]
-        if pa.types.is_integer(kind):
-            # Some sites count seconds since 1970, some milliseconds.
-            name = f"to_timestamp(CASE WHEN abs({name}) > 100000000000 THEN {name} / 1000 ELSE {name} END)"
-        if pa.types.is_integer(kind) or (pa.types.is_timestamp(kind) and kind.tz):
+        is_count = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        if is_count:
+            name = f"TRY(to_timestamp({seconds_of(f'CAST({name} AS DOUBLE)')}))"
+        if is_count or (pa.types.is_timestamp(kind) and kind.tz):
             # A moment, in the site's zone, which is the connection's.
             local = f"strftime({name}, '{LOCAL_TIME}%z')"
             return f"coalesce(CASE WHEN length({local}) = 26 THEN {local} || ':00' ELSE {local} END, '')"

@@ -193,6 +193,28 @@ def test_other_types_of_columns(tmp_path: Path) -> None:
     assert captions[0].startswith("1girl ||| long hair ||| ") and captions[1].startswith(" |||  ||| ")
 
 
+MOMENTS = [1116976570, 1116976570000, -(2**60), 2**60, None]
+
+
+@pytest.mark.parametrize("kind", ["int", "double", "sqlite"])
+def test_moments_are_counted_in_seconds_or_milliseconds(tmp_path: Path, kind: str) -> None:
+    if kind == "sqlite":
+        place = tmp_path / "a.db"
+        with closing(sqlite3.connect(place)) as database, database:
+            database.execute("CREATE TABLE posts (id INTEGER PRIMARY KEY, tag_string, created_at)")
+            times = [*MOMENTS, 1116976570.0]
+            database.executemany("INSERT INTO posts VALUES (?, 'a', ?)", enumerate(times))
+    else:
+        values = pa.array([each if kind == "int" or each is None else float(each) for each in MOMENTS])
+        place = write_table(
+            tmp_path / "a.parquet", id=pa.array(range(5)), tag_string=pa.array(["a"] * 5), created_at=values
+        )
+    _, rows, _ = make(place, tmp_path / "out", read_dataset({"selection": {}}, "all"))
+    moments = [row["created_at"] and datetime.datetime.fromisoformat(row["created_at"]).timestamp() for row in rows]
+    assert moments[:5] == [1116976570, 1116976570, "", "", ""]
+    assert moments[5:] == ([1116976570] if kind == "sqlite" else [])
+
+
 def test_tags_between_commas(tmp_path: Path) -> None:
     place = write_table(
         tmp_path / "a.parquet", id=pa.array([1]), general=pa.array(["1girl, long hair, >_<"]), artist=pa.array(["a b"])
