@@ -156,6 +156,8 @@ def advise(error: Exception) -> tuple[str, str]:
     if isinstance(error, OSError):
         return advice_for_os_error(error)
     if isinstance(error, RuntimeError):
+        if "home directory" in str(error):  # of pathlib and platformdirs
+            return "no home folder is known of this user", "Name one: export HOME=/FOLDER"
         if "Symlink loop" not in str(error):  # of Path.resolve, until Python 3.13
             raise error
         return f"{str(error).split(' from ')[-1]}: a link to itself", "Remove the link, or fix it."

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.cli import advice_for_os_error, program, run_program
+from kohaku_wrap.cli import advice_for_os_error, advise, program, run_program
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 from kohaku_wrap.processes import ask_python
 
@@ -268,6 +268,13 @@ def test_a_link_to_itself_is_one_message(words: str, tmp_path: Path) -> None:
     told = call(*words.split(), folder=tmp_path)
     assert told.returncode in (1, 2) and told.stderr.startswith("error: "), told.stderr
     assert "loop" in told.stderr and "Traceback" not in told.stderr, told.stderr
+
+
+def test_a_user_without_a_home_is_told_how_to_name_one() -> None:
+    """As services and containers have; pathlib says the same of a user that is not there."""
+    with pytest.raises(RuntimeError) as raised:
+        Path("~nobody-of-this-name").expanduser()
+    assert advise(raised.value) == ("no home folder is known of this user", "Name one: export HOME=/FOLDER")
 
 
 def test_all_problems_are_shown_at_once() -> None:
