@@ -84,7 +84,8 @@ def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model
     if folder is None and site:
         folder = load_site(site).paths.tokenizers
     if folder is None:
-        folder = next((each for each in (beside / "tokenizers", beside) if any(each.glob("**/vocab.json"))), None)
+        found_in = (beside / "tokenizers", beside)
+        folder = next((each for each in found_in if any((*each.glob("vocab.json"), *each.glob("*/vocab.json")))), None)
     if found := find_tokenizers(folder):
         return found
     raise UsageError(

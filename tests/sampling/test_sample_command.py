@@ -17,6 +17,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.cli.sample_inputs import choose_tokenizers
+from kohaku_wrap.errors import UsageError
+from kohaku_wrap.sampling.checkpoints import Model
 
 SHEET = """
 prompts = ["1girl, {style}, solo", "(smile:1.2), hat BREAK long hair", "2girls, masterpiece"]
@@ -191,6 +194,22 @@ def test_a_file_of_prompts_takes_the_options_of_sd_scripts(world: Path, tmp_path
     said = message_of(run(*words_of(world, tmp_path / "out", "--prompts", tmp_path / "p.txt")))
     assert "4 problems" in said and "--x is none of" in said and "never closed" in said
     assert "--d with nothing: not a number" in said
+
+
+def test_what_lies_deep_below_the_models_folder_is_no_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    model = Model(tmp_path / "models" / "model.safetensors")
+    deep = tmp_path / "models" / "another" / "program" / "vocab.json"
+    deep.parent.mkdir(parents=True)
+    deep.write_text("{}")
+    with pytest.raises(UsageError, match="no tokenizers are known here"):
+        choose_tokenizers(None, None, [model])
+    (model.path.parent / "vocab.json").write_text("{}")
+    (model.path.parent / "merges.txt").write_text("")
+    assert choose_tokenizers(None, None, [model]) == (model.path.parent,) * 2
 
 
 @pytest.mark.slow
