@@ -240,6 +240,19 @@ def test_base_and_network_draw_what_the_baked_file_draws(
     assert np.array_equal(nothing, plain)
 
 
+def test_a_float8_checkpoint_with_a_network_is_drawn_as_baked(
+    world: Path, network: Path, cell: Cell, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((world / "base" / "config.json").read_bytes())
+    small, baked = tmp_path / "small.safetensors", tmp_path / "baked.safetensors"
+    tensors = load_file(world / "base" / "model.safetensors")
+    unet = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items() if "diffusion_model" in name}
+    save_file(tensors | unet, small)
+    run_merge(plan_merge("base + net(n)", {"base": small, "n": network}), baked, {})
+    added = Model(small, (AddedNetwork(network),))
+    assert np.array_equal(*(draw(make_artist(world, model), cell)[0] for model in (Model(baked), added)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
