@@ -82,16 +82,17 @@ def command(
             with progress_bar("encoding", "images") as report:
                 about["images_encoded"] = make_shards(cache, report)
             about["nan_images"] = cache.list_nan_images()
+    is_left = dry_run and any(about["images_to_encode"] for about in payload.values())
     # Of the latents at the top, of the text encoders in a table of their own.
     document = payload.pop("latents", {}) | payload
     rows = [row for about in (document, *payload.values()) if "folder" in about for row in show(about, dry_run)]
     print_answer("cache", document, f"Latents of {effective.name}", rows)
-    if not dry_run and not wants_json():
+    if not wants_json():
         for cache in caches:
             for image in cache.list_nan_images():
                 print_note(f"warning: image {image}: some of its {cache.rule.what} are not numbers")
         again = retype(of=("overrides", "trust"))
-        click.echo(f"Next: {command_line('train', template, '--site', site_file, *again)}")
+        click.echo(f"Next: {command_line('cache' if is_left else 'train', template, '--site', site_file, *again)}")
 
 
 def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> list[Cache]:

@@ -105,8 +105,10 @@ def command(
     payload = {**describe_plan(plan, notes), "caching": plan_caching(effective, site, sizes.exact)}
     payload["trust"] = describe_trust(effective)
     print_trust(effective)
-    following = [*retype(of=("overrides", "trust")), "--dry-run"]
-    print_plan(plan, payload, command_line("train", template, "--site", site_file, *following))
+    is_cached = not any(cache["images_to_encode"] for cache in payload["caching"].values())
+    following = [template, "--site", site_file, *retype(of=("overrides", "trust"))]
+    next_step = command_line("train", *following, "--dry-run") if is_cached else command_line("cache", *following)
+    print_plan(plan, payload, next_step)
     if plan.problems:
         raise PlanCannotWork(template, plan.problems)
 

@@ -33,6 +33,11 @@ def test_the_way_to_a_plan_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mon
         words = follow(words)
     assert verbs == ["demo", "select", "extract", "caption", "plan"]
     assert words == ["train", "demo", "--site", "my world/site.toml", "--dry-run"]
+    cached = ["demo", "--site", "my world/site.toml", "--set", "cache.latents=true"]
+    assert follow(["plan", *cached, "--no-modules"]) == ["cache", *cached]
+    assert follow(["cache", *cached, "--dry-run"]) == ["cache", *cached]
+    dry = CliRunner().invoke(program, ["train", *cached, "--dry-run"], catch_exceptions=False)
+    assert "32 of 32 images have no latents there. Make them first: kwrap cache" in dry.stderr
 
 
 def test_a_plan_hands_its_overrides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
