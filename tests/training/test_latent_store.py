@@ -137,11 +137,27 @@ def test_a_whole_check_finds_what_left_no_trace_in_the_times_of_a_file(folder: P
     shape.record_in(folder).write_text(json.dumps({**record, "checked": stamp_of(shape.file_in(folder))}))
     assert check_shard(folder, shape) == ""
     assert "sha256" in check_shard(folder, shape, thorough=True)
-    cache: Any = SimpleNamespace(folder=folder, shards=(shape,))
+    cache: Any = SimpleNamespace(folder=folder, shards=(shape,), index=Index.open(folder, RULE))
     for remove in (False, True):
         [(found, fault)] = find_damaged(cache, True, lambda done, total: None, remove)
         assert found is shape and "sha256" in fault
         assert (read_record(folder, shape) is None) == remove
+
+
+@pytest.mark.parametrize("ids", [[3, 6, 9], [3, 9]])
+def test_a_shard_of_another_folder_is_found_by_a_whole_check(folder: Path, ids: list[int]) -> None:
+    """As where a folder was copied while it grew, and others of its images were cached in the copy."""
+    [shape], other = Index.open(folder, RULE).shapes, folder / "other"
+    make(other, RULE, extend_index(other, RULE, wanted(ids)))
+    for path in other.glob("0*"):
+        path.replace(folder / path.name)
+    with pytest.raises(DamagedLatents):
+        LatentStore(folder, RULE).read_batch([(5, False)])
+    cache: Any = SimpleNamespace(folder=folder, shards=(shape,), index=Index.open(folder, RULE))
+    [(found, fault)] = find_damaged(cache, True, lambda done, total: None, remove=True)
+    assert found is shape and fault
+    make(folder, RULE, cache.index)
+    assert list(find_damaged(cache, True, lambda done, total: None, remove=True)) == []
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, -1])
@@ -217,7 +233,11 @@ def test_a_damaged_index_is_read_from_its_copy_and_written_again(folder: Path) -
     extend_index(folder, RULE, wanted([3, 5, 9]))
     assert path.read_bytes() == data
     path.unlink()
+    half = folder / f".{INDEX_FILE}.7.part"
+    half.write_bytes(data[:50])
     assert Index.open(folder, RULE).ids.tolist() == [3, 5, 9]
+    extend_index(folder, RULE, wanted([3, 5, 9]))
+    assert path.read_bytes() == data and not half.exists()
 
 
 def test_an_index_of_an_earlier_kwrap_has_no_checksum_and_no_copy(folder: Path) -> None:

@@ -251,6 +251,8 @@ def extend_index(folder: Path, rule: StoreRule, wanted: Wanted) -> Index:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "index.lock"):
+        for left in folder.glob(".index*.part"):
+            left.unlink(missing_ok=True)
         index = Index.open(folder, rule)
         extended = lay_out(index, rule, wanted)
         if len(extended.shapes) > len(index.shapes) or not is_whole(folder, rule):

@@ -218,7 +218,7 @@ class Shard:
         place = {name: header.data_start + spot.begin for name, spot in spots.items()}
         self._latents, self._bytes, self._descriptor = place["latents"], shape.record_bytes, self._file.fileno()
         # Lists, which are looked up faster than arrays.
-        self._ids = np.fromfile(self._file, "<i8", shape.count, offset=place["ids"]).tolist()
+        self.ids = np.fromfile(self._file, "<i8", shape.count, offset=place["ids"]).tolist()
         self._file.seek(0)
         records = shape.count * shape.variants
         self._checksums = np.fromfile(self._file, "<u4", records, offset=place["crc32"]).tolist()
@@ -227,5 +227,5 @@ class Shard:
         """Read the bytes of one record, verified by its checksum. Raises DamagedLatents."""
         at = slot * self.shape.variants + variant
         os.preadv(self._descriptor, (out,), self._latents + at * self._bytes)
-        if zlib.crc32(out) != self._checksums[at] or self._ids[slot] != image_id:
+        if zlib.crc32(out) != self._checksums[at] or self.ids[slot] != image_id:
             raise DamagedLatents(self.path, f"the checksum of image {image_id} does not fit its numbers")

@@ -24,6 +24,7 @@ from kohaku_wrap.training.data.latent_shards import (
     DamagedLatents,
     Latents,
     Shard,
+    ShardShape,
     check_shard,
     read_record,
 )
@@ -148,6 +149,17 @@ class LatentStore(RecordStore):
     """Cached latents."""
 
     rule: Rule
+
+
+def find_other_images(folder: Path, index: Index, shape: ShardShape) -> str:
+    """Why a whole shard is not the one of the index, as where files of two folders were mixed; empty where it is."""
+    try:
+        held = np.array(Shard(folder, shape).ids)
+    except DamagedLatents as damaged:
+        return damaged.what
+    inside = np.flatnonzero(index.shards == shape.number)
+    is_same = np.array_equal(held[index.slots[inside]], index.ids[inside])
+    return "" if is_same else "it holds other images than the index says"
 
 
 def no_latents(folder: Path, what: str) -> NoLatents:

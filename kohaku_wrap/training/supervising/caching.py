@@ -29,8 +29,8 @@ from kohaku_wrap.processes import LineHelper, raise_answer
 from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options
 from kohaku_wrap.training.data.latent_index import Index, Wanted, extend_index, lay_out
 from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS, make_rule, make_text_rule
-from kohaku_wrap.training.data.latent_shards import ShardShape, check_shard, read_record
-from kohaku_wrap.training.data.latent_store import NoLatents, RecordStore, Rule
+from kohaku_wrap.training.data.latent_shards import DamagedLatents, ShardShape, check_shard, read_record
+from kohaku_wrap.training.data.latent_store import NoLatents, RecordStore, Rule, find_other_images
 from kohaku_wrap.training.data.text_store import TextRule, stamp_of_caption
 from kohaku_wrap.training.supervising.launch import default_threads
 from kohaku_wrap.wording import show_bytes
@@ -92,6 +92,12 @@ class Cache:
     def index(self) -> Index:
         """Where each image is or will be; new shards stand in it, but nothing is written."""
         return lay_out(Index.open(self.folder, self.rule), self.rule, self.wanted)
+
+    def extend(self) -> None:
+        """Write the index, and go by it: other commands may have added shards of other images since it was read."""
+        extend_index(self.folder, self.rule, self.wanted)
+        for name in ("index", "shards"):
+            vars(self).pop(name, None)
 
     @cached_property
     def shards(self) -> tuple[ShardShape, ...]:
@@ -212,22 +218,31 @@ def require_all(cache: Cache) -> str:
             images = f"{lacking:,} of {len(cache.wanted.ids):,} images have no {cache.rule.what} there"
             raise NoLatents(f"{cache.folder}: {images}")
         return RecordStore(cache.folder, cache.rule).require(cache.wanted.ids, check=True)
-    except NoLatents as missing:
+    except (NoLatents, DamagedLatents) as found:
         words: list[object] = ["cache", cache.effective.path, "--site", cache.site.path]
         for key, entry in cache.effective.entries.items():
             if entry.layer == "--set":
                 words += ["--set", f"{key}={entry.value if isinstance(entry.value, str) else json.dumps(entry.value)}"]
-        raise NoLatents(missing.message, f"Make them first: {command_line(*words)}") from None
+        if isinstance(found, DamagedLatents):
+            found.next_step = f"Make it again: {command_line(*words, '--check')}"
+        else:
+            found.next_step = f"Make them first: {command_line(*words)}"
+        raise
 
 
 def find_damaged(cache: Cache, thorough: bool, on_progress: Progress, remove: bool) -> Iterator[tuple[ShardShape, str]]:
     """Shards that were made and are not what was written, with the reason; with `remove` each is to be made again."""
     made = [shape for shape in cache.shards if read_record(cache.folder, shape) is not None]
+
+    def look(shape: ShardShape) -> str:
+        fault = check_shard(cache.folder, shape, thorough)
+        return fault or (find_other_images(cache.folder, cache.index, shape) if thorough else "")
+
     for done, shape in enumerate(made):
-        if fault := check_shard(cache.folder, shape, thorough):
+        if fault := look(shape):
             claims = Claims(cache.folder)
             # Another command may have found it too, and make it again just now.
-            if remove and claims.take(shape.name) and check_shard(cache.folder, shape, thorough):
+            if remove and claims.take(shape.name) and look(shape):
                 shape.record_in(cache.folder).unlink(missing_ok=True)
             claims.release()
             yield shape, fault
@@ -258,7 +273,7 @@ def make_shards(cache: Cache, on_progress: Progress) -> int:
     `on_progress` is told images. Goes on where another command makes them too, until all are there. Raises what ended a
     process, such as an image that cannot be read; the other processes are stopped then.
     """
-    extend_index(cache.folder, cache.rule, cache.wanted)
+    cache.extend()
     unmade = cache.list_unmade()
     total = sum(shape.count for shape in unmade)
     machine = cache.site.machine
@@ -292,7 +307,8 @@ def make_shards(cache: Cache, on_progress: Progress) -> int:
     finally:
         for process in running:
             process.stop()
-        clear_leavings(cache.folder, ".*.part")
+        # Who makes a shard next removes what is half-written: a process of another container may write it just now.
+        clear_leavings(cache.folder)
     return done
 
 

@@ -12,10 +12,13 @@ import toml
 from engine_world import World
 from test_builtin_run import flip_byte, kwrap, train_arguments
 
+from kohaku_wrap.config.layers import resolve_template
+from kohaku_wrap.config.site import load_site
 from kohaku_wrap.processes import python_command
 from kohaku_wrap.proving.killing import Kill, train_with_kills
 from kohaku_wrap.proving.likeness import compare_runs
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.supervising.caching import make_shards, open_caches, require_all
 
 MOMENTS = ("cache.latents=true", "cache.precision=fp32")
 
@@ -72,6 +75,7 @@ def test_a_damaged_shard_is_found_before_it_is_trained_and_made_again(site: Path
     refused = kwrap(*train_arguments(site, "r", *MOMENTS))
     assert refused.returncode == 1
     assert f"{shard}: damaged" in refused.stderr
+    assert "Make it again: kwrap cache" in refused.stderr and "--check" in refused.stderr
     assert not (site.parent / "runs" / "r").exists()
     again = cache(site, *MOMENTS)
     assert again["damaged"] == [shard.stem]
@@ -109,3 +113,25 @@ def test_a_new_image_is_added_and_no_shard_is_made_again(site: Path, world: Worl
     again = cache(site, *MOMENTS)
     assert again["images_encoded"] == 1
     assert hashes(again).items() > before.items()
+
+
+@pytest.mark.slow
+def test_images_that_another_command_added_meanwhile_are_left_where_they_are(site: Path, tmp_path: Path) -> None:
+    """Of another template, or of the same one with fewer images; a shard that is being made elsewhere stays, too."""
+    from engine_world import SIZES, write_images
+
+    write_images(tmp_path / "other", SIZES[:2])
+    chosen = [word for word in cache_arguments(site, *MOMENTS) if "=" in word]
+    loaded = load_site(site)
+    [cache_of_all] = open_caches(resolve_template("demo", loaded, chosen), loaded)
+    assert len(cache_of_all.shards) == 2
+    other = toml.loads(site.read_text(encoding="utf-8"))
+    other["paths"] |= {"images": str(tmp_path / "other"), "latents": str(loaded.paths.latents)}
+    (tmp_path / "other.toml").write_text(toml.dumps(other), encoding="utf-8")
+    made = cache(tmp_path / "other.toml", *MOMENTS)
+    assert made["images_encoded"] == 2
+    half = Path(made["folder"]) / ".000001-64x64.safetensors.999999999.part"
+    half.write_bytes(b"of a process in another container")
+    assert make_shards(cache_of_all, lambda done, total: None) == 5
+    assert require_all(cache_of_all)
+    assert half.exists()
