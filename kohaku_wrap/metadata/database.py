@@ -7,7 +7,7 @@ import hashlib
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,10 +191,11 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
             "Give the danbooru2023 sqlite file with --db, or make a small world with `kwrap demo DIR`.",
         )
     with reading_tables(path) as (connection, columns, uri, private_wal_index):
-        has_views = _has_views(connection)
+        found = None if is_danbooru2023(columns) else find_posts_table(columns, mapping, str(path))
+        has_views = _has_views(connection, (found[0],) if found else READ_TABLES)
         if has_views:
             limit_time(connection)
-        if not is_danbooru2023(columns) and (found := find_posts_table(columns, mapping, str(path))):
+        if found:
             table, some = found
             ask = partial(_first_value, connection)
             name = f"API columns in the table {table}, sqlite"
@@ -306,10 +307,10 @@ def _columns_of_tables(connection: sqlite3.Connection) -> dict[str, frozenset[st
     }
 
 
-def _has_views(connection: sqlite3.Connection) -> bool:
-    """Whether one of READ_TABLES is a view."""
+def _has_views(connection: sqlite3.Connection, tables: Sequence[str]) -> bool:
+    """Whether one of the tables is a view."""
     views = connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'view'").fetchall()
-    return any(name in READ_TABLES for (name,) in views)
+    return any(name in tables for (name,) in views)
 
 
 def limit_time(connection: sqlite3.Connection) -> None:
@@ -394,7 +395,7 @@ def explain_failure(path: Path, message: str) -> KwrapError:
         )
     if said.startswith("interrupted"):
         return EndlessView(
-            f"{path}: a view in it ({', '.join(READ_TABLES)}) gave no end within {view_seconds():g} s",
+            f"{path}: a view in it gave no end within {view_seconds():g} s",
             f"Make a table of it (CREATE TABLE … AS SELECT …), or give it more time with {VIEW_SECONDS_VARIABLE}=600.",
         )
     if "not a database" in said or "encrypted" in said:

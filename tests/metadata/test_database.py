@@ -225,6 +225,16 @@ def test_an_endless_view_ends_in_a_message(tmp_path: Path, writer: ModuleType, n
     assert not selection.exists()
 
 
+def test_an_endless_view_of_posts_with_their_tags_ends_too(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "a.db")) as connection, connection:
+        connection.execute(f"CREATE VIEW posts AS {ENDLESS} x AS id, 'solo' AS tag_string, '{{}}' AS rating FROM n")
+    done = subprocess.run(
+        [sys.executable, "-m", "kohaku_wrap", "inspect", str(tmp_path / "a.db")],
+        env={**os.environ, "KWRAP_VIEW_SECONDS": "0.5"}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "gave no end within 0.5 s" in done.stderr, done
+
+
 def test_views_of_tables_give_the_same(tmp_path: Path, writer: ModuleType) -> None:
     path = writer.write_layout(tmp_path / "a.db", writer.make_world(60))
     recipe = tmp_path / "all.toml"
