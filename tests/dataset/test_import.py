@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.dataset.own.images import ImageTask, check_images, read_imported
 from kohaku_wrap.formats.caption_rows import Columns, check_columns, find_captions, open_captions, read_subsets
 
 
@@ -255,6 +256,15 @@ def test_what_a_table_says_twice_and_what_is_linked_is_told(tmp_path: Path, out:
     assert captions_of(out) == {"a.png": "second"}
     assert any("1 row of images that have a later row" in note for note in notes)
     assert any(note.startswith(f"{folder}/link: a link to a folder") for note in notes)
+
+
+def test_a_journal_that_a_full_disk_cut_goes_on_with_whole_lines(tmp_path: Path, out: Path) -> None:
+    source = paint(tmp_path / "mine" / "a.png")
+    out.mkdir()
+    (out / ".importing.jsonl").write_text('{"id": 1, "lab')
+    task = ImageTask(7, "mine", "a.png", "mine", str(source), "mine/a.png")
+    assert len(list(check_images([task], out, copy=False, dry_run=False, jobs=1, on_progress=None))) == 1
+    assert set(read_imported(out)) == {7}
 
 
 @pytest.mark.parametrize(("name", "text"), [("imported.parquet", "junk"), (".importing.jsonl", '{"x": 1}\n')])

@@ -165,6 +165,8 @@ def check_images(
     alone = (work([task]) for task in tasks)
     taken = alone if processes <= 1 else run_in_pool(work, pieces, processes, tie_to_parent)
     journal = Path(os.devnull) if dry_run else images / JOURNAL_FILE
+    if journal.is_file():  # What a full disk cut would make one line with the next.
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     with journal.open("a", encoding="utf-8") as stream:
         for done, result in enumerate(itertools.chain.from_iterable(taken), 1):
             if isinstance(result, ImportedImage):
