@@ -87,7 +87,8 @@ class Outlet(io.FileIO):
             self.is_purpose = False
             raise OutputLost(self.name_shown, error, self.is_gone)
         if first:
-            tell_loss(self)
+            for listener in _listeners:
+                listener(describe_loss(self))
 
 
 OUTLETS: dict[int, Outlet] = {}
@@ -171,11 +172,6 @@ def telling_losses(listener: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         _listeners.remove(listener)
-
-
-def tell_loss(outlet: Outlet) -> None:
-    for listener in _listeners:
-        listener(describe_loss(outlet))
 
 
 def describe_loss(outlet: Outlet) -> str:

@@ -137,11 +137,6 @@ class FoundColumns:
     typed: Mapping[int, tuple[str, ...]]
     """By index of TAG_TYPES, the columns with the tags of that category."""
 
-    @property
-    def all_typed(self) -> bool:
-        """Whether every category has its column."""
-        return len(self.typed) == len(TAG_TYPES)
-
 
 def find_columns(available: Collection[str], mapping: SiteMapping, where: str) -> FoundColumns | None:
     """The columns that are read of those `available`; None where it is no table of posts, without an id or tags.

@@ -76,8 +76,8 @@ def make_edition(
             lacks["sensitive"] = OLD_RATING
     if not found.whole:
         lacks["order"] = NO_ORDER
-    if found.whole and not found.all_typed and not mapping.tag_table:
-        untyped = [kind for number, kind in enumerate(TAG_TYPES) if number not in found.typed]
+    untyped = [kind for number, kind in enumerate(TAG_TYPES) if number not in found.typed]
+    if found.whole and untyped and not mapping.tag_table:
         lacks["categories"] = NO_CATEGORIES.format(", ".join(untyped))
     tags = {f"{TAG_TYPES[number]} tags": " + ".join(names) for number, names in found.typed.items()}
     return Edition(

@@ -31,9 +31,6 @@ PROMPT_WORDS = {
     **{group: f"{group} tags" for group in ("general", "quality", "year", "meta", "rating")},
 }
 """How a prompt format names the groups, as Epsilon's page does; character and series as they are."""
-PREFIX = ("people", "character", "series", "artist")
-SHUFFLED = ("general",)
-SUFFIX = ("quality", "year", "meta", "rating")
 UNDERSCORE_RULES = ("kaomoji", "short")
 WORD_LISTS = ("prefix", "shuffled", "suffix", "people_tags", "drop_meta", "drop_artist", "drop")
 """Keys of `[caption]` that are lists of words."""
@@ -79,13 +76,13 @@ class CaptionRecipe:
     style: str = "kohaku"
     """`kohaku`, or `hakubooru` for the captions of HakuBooru 0.0.3, which nothing else here changes."""
 
-    prefix: tuple[str, ...] = PREFIX
+    prefix: tuple[str, ...] = ("people", "character", "series", "artist")
     """Groups before the shuffled part, in order."""
 
-    shuffled: tuple[str, ...] = SHUFFLED
+    shuffled: tuple[str, ...] = ("general",)
     """Groups that the trainer shuffles and drops from."""
 
-    suffix: tuple[str, ...] = SUFFIX
+    suffix: tuple[str, ...] = ("quality", "year", "meta", "rating")
     """Groups after the shuffled part, in order."""
 
     people_tags: tuple[str, ...] = PEOPLE_TAGS

@@ -127,12 +127,6 @@ def estimate_tokens(texts: Sequence[str] | pa.Array) -> npt.NDArray[np.int64]:
     return np.asarray(counts.to_numpy(), dtype=np.int64)
 
 
-def count_over(count: CountTokens, captions: pa.StringArray) -> npt.NDArray[np.int64]:
-    """How many captions are longer than each of TOKEN_LIMITS once they are trained, with a comma between the parts."""
-    lengths = count(join_parts(captions))
-    return np.array([(lengths > limit).sum() for limit in TOKEN_LIMITS], dtype=np.int64)
-
-
 def join_parts(captions: pa.StringArray) -> pa.StringArray:
     """Captions without their separators, as the trainer joins the parts."""
     joined = pc.replace_substring_regex(captions, rf"\s*\|{{{len(SEPARATOR)}}}\s*", ", ")

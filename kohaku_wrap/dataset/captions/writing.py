@@ -35,7 +35,7 @@ from kohaku_wrap.dataset.captions.report import (
     find_stale_files,
 )
 from kohaku_wrap.dataset.captions.text_table import NoTexts, TextCounts, TextTable
-from kohaku_wrap.dataset.captions.tokens import CountTokens, count_over, estimate_tokens
+from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS, CountTokens, estimate_tokens, join_parts
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE, refuse_other_kind
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import DAMAGE, KwrapError, command_line
@@ -92,7 +92,8 @@ class Work:
             ids = self.posts.ids[chunk.first : chunk.stop]
             texts, text_counts = self.texts.texts_of(ids)
             both = put_texts(tagged, texts, text_at, np.full(len(ids), BOTH, dtype=np.int8))
-            text_counts.over = count_over(self.count_tokens, both)
+            lengths = self.count_tokens(join_parts(both))
+            text_counts.over = np.array([(lengths > limit).sum() for limit in TOKEN_LIMITS], dtype=np.int64)
             captions = mix_once(self.plan.recipe.text, ids, tagged, texts, text_at)
         here = self.images.slice_of(chunk.first, chunk.stop) if self.images else slice(0, 0)
         with_texts = None

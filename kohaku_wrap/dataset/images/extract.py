@@ -29,11 +29,10 @@ from kohaku_wrap.dataset.images.extracted import (
     IMPORTED_FILE,
     JournalFolder,
     drop_absent_files,
-    drop_ids,
-    is_in_ids,
     merge_rows,
     read_extracted,
     refuse_other_kind,
+    take_ids,
     write_extracted,
 )
 from kohaku_wrap.dataset.images.pool import count_processes, run_in_pool
@@ -109,9 +108,9 @@ def extract_images(
             report.add(result)
         report.sort()
         lacking = np.array([post_id for post_id, _ in (*report.missing, *report.corrupt)], dtype=np.int64)
-        others = drop_absent_files(drop_ids(known, selected.ids), images)
-        verified = merge_rows(known.filter(is_in_ids(known, selected.ids)), journals.read())
-        verified = drop_ids(verified, lacking)
+        others = drop_absent_files(take_ids(known, selected.ids, invert=True), images)
+        verified = merge_rows(take_ids(known, selected.ids), journals.read())
+        verified = take_ids(verified, lacking, invert=True)
         report.not_looked_at = verified["rewritten"].null_count
         verified = merge_rows(verified, others)
         write_extracted(images, verified, {"images": verified.num_rows, "max_pixels": max_pixels})

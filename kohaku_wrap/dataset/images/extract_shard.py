@@ -272,12 +272,10 @@ def start_process(out: Path, journal_stem: Path, max_pixels: int, stop: EventTyp
 
 def extract_in_process(task: ShardTask) -> ShardResult:
     """Extract a task in a process that start_process has readied."""
-    if _writer is None:
-        raise RuntimeError("start_process was not called")
     return extract_shard(task, _writer)
 
 
-_writer: ShardWriter | None = None
+_writer: ShardWriter
 
 
 class PlainFiles:

@@ -137,14 +137,9 @@ def merge_rows(earlier: pa.Table, later: pa.Table) -> pa.Table:
     return table.take(pa.array(order[last]))
 
 
-def is_in_ids(table: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Array:
-    """(rows,) booleans: is the row's id among `ids`."""
-    return pa.array(np.isin(table["id"].to_numpy(), ids))
-
-
-def drop_ids(table: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
-    """The rows of all other ids."""
-    return table.filter(pa.array(np.isin(table["id"].to_numpy(), ids, invert=True)))
+def take_ids(table: pa.Table, ids: npt.NDArray[np.int64], invert: bool = False) -> pa.Table:
+    """The rows of these ids, or of all others."""
+    return table.filter(pa.array(np.isin(table["id"].to_numpy(), ids, invert=invert)))
 
 
 def drop_absent_files(table: pa.Table, images: Path) -> pa.Table:

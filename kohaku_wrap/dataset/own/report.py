@@ -148,13 +148,12 @@ def describe_sources(
     captions: Mapping[int, str],
 ) -> None:
     """What each folder's captions are like, and what a template should know of them."""
-    names = {"without": "without_caption", "empty": "empty_caption", "shared": "shared_text"}
     for found, text in zip(founds, texts, strict=True):
         source = found.source
         ids = [make_id(source.label, found.path_below_root(image)) for image in found.images]
         own = [captions[id] for id in ids if id in now]
-        for name in ("without", "empty", "several_lines", "shared"):
-            report.lists[names.get(name, name)] += [str(source.folder / image) for image in getattr(text, name)]
+        for name in ("without_caption", "empty_caption", "several_lines", "shared_text"):
+            report.lists[name] += [str(source.folder / image) for image in getattr(text, name)]
         report.subsets.append(
             {
                 "name": source.subset.name,
@@ -172,7 +171,7 @@ def describe_sources(
                 f"{source.folder}: no image has a caption. If they are in {found.unread[0].name}, run this again with "
                 f"{shlex.join(('--captions', str(found.unread[0])))}"
             )
-        replaced = len(text.without) + len(text.empty)
+        replaced = len(text.without_caption) + len(text.empty_caption)
         if source.class_text and replaced:
             report.notes.append(
                 f"{source.folder}: {count_of(replaced, 'image')} without a caption: trained with "

@@ -40,10 +40,10 @@ class Texts:
     of_image: dict[str, str] = field(default_factory=dict)
     """By the image's path in the source."""
 
-    without: list[str] = field(default_factory=list)
+    without_caption: list[str] = field(default_factory=list)
     """Images that have none; they are trained with their folder's name, or with nothing."""
 
-    empty: list[str] = field(default_factory=list)
+    empty_caption: list[str] = field(default_factory=list)
     """Images whose caption holds nothing in its first line."""
 
     several_lines: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Texts:
     not_utf8: list[str] = field(default_factory=list)
     """Images whose caption file is no UTF-8; they are not imported."""
 
-    shared: list[str] = field(default_factory=list)
+    shared_text: list[str] = field(default_factory=list)
     """Images that have one caption file with others of their name."""
 
     repeated: int = 0
@@ -112,7 +112,7 @@ def read_neighbours(found: Found, ending: str) -> Texts:
             texts.not_utf8 += images
             continue
         if text is not None and len(images) > 1:
-            texts.shared += images
+            texts.shared_text += images
         for image in images:
             take_text(texts, image, text)
     return texts
@@ -121,12 +121,12 @@ def read_neighbours(found: Found, ending: str) -> Texts:
 def take_text(texts: Texts, image: str, text: str | None) -> None:
     """Note one caption: the first line, then those that are not empty, each without blanks around it."""
     if text is None:
-        texts.without.append(image)
+        texts.without_caption.append(image)
         return
     first, *later = (line.strip() for line in text.removeprefix("\ufeff").replace("\r", "\n").split("\n"))
     later = [line for line in later if line]
     if not first:
-        texts.empty.append(image)
+        texts.empty_caption.append(image)
     if later:
         texts.several_lines.append(image)
     texts.of_image[image] = "\n".join([first, *later]) if first or later else ""
