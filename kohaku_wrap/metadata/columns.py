@@ -89,7 +89,7 @@ def read_site_mapping(table: Mapping[str, Any], problems: list[Problem]) -> Site
     """The `[metadata]` table; faults go to `problems`."""
     reader = TableReader("metadata", table, ("site", "zone", "columns", "ratings", "categories"), problems)
     zone = reader.text("zone", SITE_ZONE)
-    if zone not in available_timezones():
+    if zone != SITE_ZONE and zone not in available_timezones():
         reader.fault("zone", f"{zone!r} is no time zone such as America/New_York or UTC")
         zone = SITE_ZONE
     names = [*NAMES, "tags", *TAG_TYPES]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.chunks import relation_columns
 from kohaku_wrap.metadata.database import Database
@@ -48,6 +49,10 @@ POST_COLUMNS: tuple[tuple[str, str, pa.DataType], ...] = (
 """Name, SQL and type of what later steps need of a post."""
 
 POST_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, _, kind in POST_COLUMNS])
+
+
+class NoZone(KwrapError):
+    """The system lacks the time zone of the site."""
 
 
 class PostDrops(NamedTuple):
@@ -154,7 +159,10 @@ def _as_type(column: pa.Array, kind: pa.DataType) -> pa.Array:
 
 
 def with_offsets(dates: pa.Array, zone: str) -> pa.Array:
-    """The dates, with the zone's offset at that time where they say none; texts that are no dates stay."""
+    """The dates, with the zone's offset at that time where they say none; texts that are no dates stay.
+
+    Raises NoZone.
+    """
     plain = np.flatnonzero(pc.match_substring_regex(dates, LOCAL).to_numpy(zero_copy_only=False))
     if not len(plain):
         return dates
@@ -164,7 +172,9 @@ def with_offsets(dates: pa.Array, zone: str) -> pa.Array:
     if not len(plain):
         return dates
     local = pc.replace_substring(dates.take(plain), " ", "T").cast(pa.timestamp("us")).cast(pa.timestamp("ms"), False)
-    moments = pc.assume_timezone(local, zone, ambiguous="earliest", nonexistent="earliest")
+    advice = "Install your system's table of zones, such as: sudo apt install tzdata"
+    with refusing(NoZone, f"{zone}: this system knows no such time zone", advice):
+        moments = pc.assume_timezone(local, zone, ambiguous="earliest", nonexistent="earliest")
     written = pc.strftime(moments, format="%Y-%m-%dT%H:%M:%S%z")
     parts = pc.utf8_slice_codeunits(written, 0, 26), pc.utf8_slice_codeunits(written, 26)
     mask = np.zeros(len(dates), dtype=bool)

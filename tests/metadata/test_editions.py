@@ -27,6 +27,7 @@ from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
 from kohaku_wrap.metadata.description import describe_database
 from kohaku_wrap.metadata.dialects import Duck
 from kohaku_wrap.metadata.opening import is_metadata, open_metadata
+from kohaku_wrap.metadata.posts import NoZone, with_offsets
 
 POSTS = 240
 RECIPE = {
@@ -213,6 +214,16 @@ def test_moments_are_counted_in_seconds_or_milliseconds(tmp_path: Path, kind: st
     moments = [row["created_at"] and datetime.datetime.fromisoformat(row["created_at"]).timestamp() for row in rows]
     assert moments[:5] == [1116976570, 1116976570, "", "", ""]
     assert moments[5:] == ([1116976570] if kind == "sqlite" else [])
+
+
+def test_a_system_without_the_zone_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NoZone, match="Nowhere/Land: this system knows no such time zone") as raised:
+        with_offsets(pa.array(["2020-01-01 10:00:00"]), "Nowhere/Land")
+    assert "apt install tzdata" in raised.value.next_step
+    monkeypatch.setattr("kohaku_wrap.metadata.columns.available_timezones", set)  # As where Python finds no table.
+    assert read_dataset({}, "any").metadata.zone == "America/New_York"
+    with pytest.raises(ProblemsFound, match="no time zone"):
+        read_dataset({"metadata": {"zone": "Europe/Paris"}}, "any")
 
 
 def test_tags_between_commas(tmp_path: Path) -> None:
