@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 from plain_runs import misbehave, train
 
@@ -83,6 +84,13 @@ def test_a_network_is_of_the_step_or_epoch_in_its_name(new_run: NewRun) -> None:
         "other.safetensors": None,
     }
     assert {name: step_of_network(run, run.checkpoints / name, 77) for name in steps} == steps
+
+
+@pytest.mark.parametrize("name", ["style-241126", "style-step20241126", "v1.5-000001"])
+def test_the_last_network_of_a_run_whose_name_ends_in_digits_is_of_the_end(new_run: NewRun, name: str) -> None:
+    run = new_run(name)
+    steps = {name: 77, f"{name}-step00000004": 4, f"{name}-000002": 2 * run.lock.count.optimizer_steps_per_epoch}
+    assert {each: step_of_network(run, run.checkpoints / f"{each}.safetensors", 77) for each in steps} == steps
 
 
 def test_a_network_that_gets_another_name_keeps_its_sha256(new_run: NewRun) -> None:

@@ -16,8 +16,8 @@ from kohaku_wrap.training.records.folder import Run
 NETWORKS_FILE = "networks.json"
 """Of an attempt: the sha256 of each network that it wrote, by name."""
 
-NETWORK_OF_STEP = re.compile(r"-step(\d{8,})\.\w+$")
-NETWORK_OF_EPOCH = re.compile(r"-(\d{6})\.\w+$")
+OF_STEP, OF_EPOCH = re.compile(r"-step(\d{8,})"), re.compile(r"-(\d{6,})")
+"""What stands between a run's name and the ending, which may be digits like these themselves, such as a date."""
 
 SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
 """Of networks, as `save_model_as` has them."""
@@ -96,9 +96,10 @@ def is_finished(run: Run) -> bool:
 
 def step_of_network(run: Run, path: Path, end: int) -> int | None:
     """The optimizer step that a network is named after; `end` for the run's last one, None for a stranger."""
-    if match := NETWORK_OF_STEP.search(path.name):
+    place = path.stem.removeprefix(run.output_name)
+    if match := OF_STEP.fullmatch(place):
         return int(match.group(1))
-    if match := NETWORK_OF_EPOCH.search(path.name):
+    if match := OF_EPOCH.fullmatch(place):
         return int(match.group(1)) * run.lock.count.optimizer_steps_per_epoch
     return end if path.stem == run.output_name else None
 
