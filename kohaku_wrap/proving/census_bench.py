@@ -22,7 +22,7 @@ from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.proving.killing import ON_THE_CPU
-from kohaku_wrap.proving.likeness import read_positions
+from kohaku_wrap.proving.likeness import read_positions, read_tensors
 from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench, write_site_of
 from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
@@ -175,7 +175,7 @@ class CensusBench:
             raise CaseFailed(f"the training failed: {' '.join(said.split())[:300]} (log {log})")
         result = read_signature(run)
         if settings == {"save_model_as": "safetensors"}:
-            shutil.copy(find_network(run), self.folder / "network.safetensors")
+            shutil.copy(run.networks[0], self.folder / "network.safetensors")
         if not self.keep:
             shutil.rmtree(run.folder)
             shutil.rmtree(self.folder / "images" / name, ignore_errors=True)
@@ -223,23 +223,11 @@ def write_template(path: Path, settings: Settings) -> Path:
     return path
 
 
-def find_network(run: Run) -> Path:
-    """The run's final network, in whichever format."""
-    return run.networks[0]
-
-
 def read_signature(run: Run) -> Signature:
-    """Digests of the final network, tensor by tensor, and of the records."""
-    import torch
-    from safetensors.torch import load_file
-
-    path = find_network(run)
-    tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    """Digests of the final network, in whichever format, tensor by tensor, and of the records."""
     network = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        network.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        network.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, (dtype, shape, data) in sorted(read_tensors(run.networks[0]).items()):
+        network.update(f"{name} {dtype} {shape}\n".encode() + data)
     records, _ = read_positions(run)
     ledger = hashlib.sha256(b"".join(records[field].tobytes() for field in LEDGER_FIELDS))
     return network.hexdigest(), ledger.hexdigest()

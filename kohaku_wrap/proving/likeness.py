@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.evaluations import read_evaluations
 from kohaku_wrap.training.records.folder import Run
@@ -201,10 +202,16 @@ def compare_networks(one: Path, other: Path) -> int:
 
 
 def read_tensors(path: Path) -> Mapping[str, tuple[str, tuple[int, ...], bytes]]:
-    """Each tensor's dtype, shape and bytes."""
-    from safetensors import safe_open
+    """Each tensor's dtype, shape and bytes, in whichever of the trainer's formats; numpy has no bf16."""
+    if path.suffix != ".safetensors":
+        import torch
 
-    with safe_open(path, framework="np") as file:
-        names: list[str] = list(file.keys())
-        arrays = {name: file.get_tensor(name) for name in names}
-    return {name: (array.dtype.name, array.shape, array.tobytes()) for name, array in arrays.items()}
+        tensors: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        flat = {name: tensor.contiguous().reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+        return {name: (str(each.dtype), tuple(each.shape), bytes(flat[name].numpy())) for name, each in tensors.items()}
+    header, data = read_header(path), path.read_bytes()
+    start = header.data_start
+    return {
+        name: (spot.dtype, spot.shape, data[start + spot.begin : start + spot.end])
+        for name, spot in header.tensors.items()
+    }
