@@ -138,6 +138,13 @@ def test_hooks_tell_the_story(new_run: NewRun) -> None:
     assert lines[3] == "start 2" and lines[-1] == "finish 12"
 
 
+def test_a_hook_that_asks_at_the_start_sees_the_run_running(new_run: NewRun) -> None:
+    run = new_run()
+    status = f'"{sys.executable}" -P -m kohaku_wrap status "$KWRAP_RUN_FOLDER" --json > status.json'
+    train(run, hook=f'if [ "$KWRAP_EVENT" = start ]; then {status}; fi')
+    assert json.loads((run.folder / "status.json").read_text())["condition"] == "running"
+
+
 def test_a_broken_hook_stops_nothing(new_run: NewRun) -> None:
     run = new_run()
     _, events = train(run, hook="echo no route >&2; exit 7")

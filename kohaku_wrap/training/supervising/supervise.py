@@ -114,7 +114,6 @@ def supervise_run(
             while True:
                 number += 1
                 attempt, launch = begin(run, first if number == 1 else following)
-                hook.call("start", f"attempt {attempt.number}", attempt.start_optimizer_step)
                 watch = AttemptWatch(attempt, launch, options, stop, on_event)
                 loggers = Loggers(attempt, lambda text: on_event(Event("note", text)))
                 watch.on_look = (pictures.look, loggers.look)

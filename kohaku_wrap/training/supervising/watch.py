@@ -165,6 +165,7 @@ class AttemptWatch:
         lock = hold_lock(self.attempt.supervisor_lock)
         metrics = MetricsTail(self.attempt.run.metrics, self.attempt.number)
         self.tell("start", f"attempt {self.attempt.number} starts after optimizer step {self.done:,}")
+        self.hook.call("start", f"attempt {self.attempt.number}", self.done)
         self.changed_at = time.monotonic()
         process = start_launcher(self.launch, self.attempt.folder / LAUNCHER_LOG)
         try:
