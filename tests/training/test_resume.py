@@ -25,6 +25,7 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, state_folder
+from kohaku_wrap.training.supervising.branch import plan_branch
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, NoWholeState
 from kohaku_wrap.training.supervising.differences import list_changes
 from kohaku_wrap.training.supervising.places import DifferentRun
@@ -138,6 +139,15 @@ def test_a_step_without_a_state_lists_those_there_are(new_run: NewRun) -> None:
     with pytest.raises(NoSuchState) as missing:
         plan_resume(run, step=5)
     assert "no state at optimizer step 5" in missing.value.message and "4, 6" in missing.value.next_step
+
+
+def test_a_branch_from_before_the_first_step_lists_the_states_there_are(new_run: NewRun) -> None:
+    run = new_run(format=2)
+    for advice in ("Train it to its first state.", "States there are: 12."):
+        with pytest.raises(NoSuchState) as missing:
+            plan_branch(run, "other", step=0)
+        assert missing.value.next_step == advice
+        state_folder(run.states, 12).mkdir(exist_ok=True)
 
 
 def test_without_a_state_it_starts_again(new_run: NewRun) -> None:

@@ -29,6 +29,7 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
 from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state, read_manifest
 from kohaku_wrap.training.records.origin import Origin, name_optimizer, write_origin
+from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, find_state
 from kohaku_wrap.training.supervising.create import NewRun, settle_engine, settle_new_run
 from kohaku_wrap.training.supervising.extend import refuse_old
@@ -101,7 +102,9 @@ def plan_branch(
     attempts, damaged = list_attempts(parent), list[DamagedState]()
     state, step = find_state(parent, attempts, step, damaged, on_bytes)
     if state is None:
-        raise NoSuchState(f"run {parent.name}: it has no state to branch from", "Train it to its first state.")
+        there = ", ".join(f"{at:,}" for at, _ in list_states(parent.states))
+        advice = f"States there are: {there}." if there else "Train it to its first state."
+        raise NoSuchState(f"run {parent.name}: no state to branch from", advice)
     site, notes = settle_site(parent, site_file, on_bytes)
     if template is None:
         own = dataclasses.replace(site, trainer={})
