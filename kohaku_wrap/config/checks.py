@@ -15,7 +15,7 @@ from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batc
 from kohaku_wrap.config.needs import describe_idle, find_lacks
 from kohaku_wrap.config.network import LYCORIS, find_network_faults
 from kohaku_wrap.config.optimizers import Signatures, find_optimizer_faults, find_unknown_code
-from kohaku_wrap.config.samples import find_sample_faults, note_shared_gpu
+from kohaku_wrap.config.samples import find_sample_faults, note_ignored_steps, note_shared_gpu
 from kohaku_wrap.config.training_data import note_whole_captions
 from kohaku_wrap.config.validation import find_validation_faults, note_held_out
 from kohaku_wrap.dataset.buckets import BucketOptions
@@ -111,6 +111,7 @@ def describe_notes(effective: Effective, plan: StepPlan | None = None) -> list[s
         *note_cache(effective),
         *note_whole_captions(effective),
         *note_shared_gpu(effective),
+        *note_ignored_steps(effective),
         *note_held_out(effective),
     ]
     notes += note_other_prediction(effective)

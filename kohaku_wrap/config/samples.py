@@ -115,6 +115,17 @@ def note_shared_gpu(effective: Effective) -> list[str]:
     ]
 
 
+def note_ignored_steps(effective: Effective) -> list[str]:
+    """That sd-scripts draws after epochs alone, where both epochs and steps are given."""
+    epochs, by = "sample_every_n_epochs", who_draws(effective)
+    given = [key for key in ("samples.every", "sample_every_n_steps") if effective.get(key)]
+    if by != TRAINER or not given or not effective.get(epochs):
+        return []
+    return [
+        f"{given[0]} does nothing beside {epochs} ({effective.origin(epochs)}): sd-scripts draws after epochs then."
+    ]
+
+
 def find_sample_faults(effective: Effective) -> Faults:
     """Pictures that are never drawn, and options that do nothing for them."""
     by, every, saves = who_draws(effective), effective.get("samples.every"), effective.get("save_every_n_steps")

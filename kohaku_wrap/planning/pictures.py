@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.samples import KWRAP, OWN_PROMPTS, settle_samples
-from kohaku_wrap.planning.sizes import BYTES_OF_PRECISION, CUDA_CONTEXT_BYTES, PROCESS_BYTES, Part
+from kohaku_wrap.planning.sizes import BYTES_OF_PRECISION, CUDA_CONTEXT_BYTES, PROCESS_BYTES, Part, list_due
 from kohaku_wrap.steps import StepPlan
 
 THUMB_BYTES = 3 * 256 * 256
@@ -92,17 +92,13 @@ def plan_pictures(
 
 def count_networks(effective: Effective, plan: StepPlan, by: str) -> int:
     """Of how many optimizer steps pictures are drawn."""
-    total, epoch = plan.total_optimizer_steps, plan.optimizer_steps_per_epoch
-    every = effective.get("samples.every")
-
-    def each(steps: str, epochs: str) -> set[int]:
-        strides = (effective.get(steps) or 0, (effective.get(epochs) or 0) * epoch)
-        return {step for stride in strides if stride for step in range(stride, total + 1, stride)}
-
+    total, every = plan.total_optimizer_steps, effective.get("samples.every")
     if by == KWRAP:
-        saved = each("save_every_n_steps", "save_every_n_epochs")
+        saved = list_due(effective, plan, "save_every_n_steps", "save_every_n_epochs")
         return len({step for step in saved if step % (every or 1) == 0} | {total})
-    drawn = {*range(every, total + 1, every)} if every else each("sample_every_n_steps", "sample_every_n_epochs")
+    # sd-scripts looks at steps only where no epochs are given.
+    steps = "" if effective.get("sample_every_n_epochs") else "samples.every" if every else "sample_every_n_steps"
+    drawn = list_due(effective, plan, steps, "sample_every_n_epochs")
     return len(drawn | ({0} if effective.get("sample_at_first") else set()))
 
 

@@ -56,6 +56,10 @@ COLUMN_IMAGE_BYTES = 60
 CAPTION_BYTES = 330
 """A Kohaku caption's usual length, where the captions are not there yet."""
 
+METRICS_LINE_BYTES = 400
+LEDGER_RECORD_BYTES = 60
+"""One a micro-batch, and one an optimizer step of each process."""
+
 PREFETCHED_BATCHES = 2
 CUDA_CONTEXT_BYTES = 700 * MIB
 ACTIVATION_BYTES = {True: 2500 * MIB, False: 13 * GIB}
@@ -110,7 +114,7 @@ def weigh_training(
     half = bool(effective.get("full_fp16") or effective.get("full_bf16"))
     weight_bytes = trained_parameters * (2 if half else 4)
     save_precision = effective.get("save_precision")
-    saved = BYTES_OF_PRECISION.get(save_precision, 2 if half else 4) if save_precision else (2 if half else 4)
+    saved = BYTES_OF_PRECISION.get(save_precision, 2 if half else 4)
     # A name, dtype, shape and offsets take about this much in a safetensors header.
     checkpoint = trained_parameters * saved + tensors * 140
     optimizer_type = str(effective.get("optimizer_type") or "AdamW").lower()
@@ -125,27 +129,36 @@ def weigh_training(
     )
 
 
+def list_due(effective: Effective, plan: StepPlan, steps: str, epochs: str) -> set[int]:
+    """The optimizer steps, the last one too, after which something is due, by options of steps and of epochs."""
+    strides = (effective.get(steps) or 0, (effective.get(epochs) or 0) * plan.optimizer_steps_per_epoch)
+    return {step for stride in strides if stride for step in range(stride, plan.total_optimizer_steps + 1, stride)}
+
+
 def weigh_disk(effective: Effective, plan: StepPlan, checkpoint: int, state: int) -> tuple[Part, ...]:
     """Checkpoints that stay, states that stay and the one being written, and the text files."""
     steps = plan.total_optimizer_steps
-    every = effective.get("save_every_n_steps")
-    saves = (steps - 1) // every if every else 0
-    if span := effective.get("save_last_n_steps"):
-        kept_checkpoints = min(saves, span // every + 1 if every else 0)
-    else:
-        kept_checkpoints = saves
+    every, epochs = effective.get("save_every_n_steps"), effective.get("save_every_n_epochs")
+    of_steps = (steps - 1) // every if every else 0
+    if every and (span := effective.get("save_last_n_steps")):
+        of_steps = min(of_steps, span // every + 1)
+    of_epochs = (steps - 1) // (epochs * plan.optimizer_steps_per_epoch) if epochs else 0
+    # A checkpoint of a step and one of an epoch are two files, where both come after the same step, too.
+    kept_checkpoints = of_steps + min(of_epochs, effective.get("save_last_n_epochs") or of_epochs)
+    saves = list_due(effective, plan, "save_every_n_steps", "save_every_n_epochs") | {steps}
     keep, milestone = effective.get("states.keep", 3), effective.get("states.every")
-    states_made = saves + 1 if effective.get("save_state") else 0
+    states_made = len(saves) if effective.get("save_state") else int(bool(effective.get("save_state_on_train_end")))
     milestones = steps // milestone if milestone else 0
     kept_states = min(states_made, keep + milestones)
     writing = 1 if states_made else 0
+    records = plan.group + plan.processes
     return (
         Part(f"{kept_checkpoints + 1} checkpoint{'s' * (kept_checkpoints > 0)}", (kept_checkpoints + 1) * checkpoint),
         Part(
             f"{kept_states} state{'s' * (kept_states != 1)} kept, {writing} being written",
             (kept_states + writing) * state,
         ),
-        Part("metrics and ledger", steps * (400 + 16 * plan.group)),
+        Part("metrics and ledger", steps * (METRICS_LINE_BYTES + LEDGER_RECORD_BYTES * records)),
     )
 
 

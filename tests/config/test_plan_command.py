@@ -20,6 +20,7 @@ from kohaku_wrap.planning.sizes import total_of, weigh_host_memory, weigh_traini
 from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
 from kohaku_wrap.toml_files import load_toml
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.ledger import RECORD
 from kohaku_wrap.training.records.metrics import NoMeasurement, read_step_seconds
 
 MakeSite = Callable[..., Site]
@@ -179,6 +180,30 @@ def test_disk_under_the_retention_policy(make_site: MakeSite) -> None:
     few = suppose_sizes(256, effective)
     sizes = weigh_training(effective, plan_steps(effective, few), few, 384_645_360, 3686, EPSILON_BASE)
     assert [part.name for part in sizes.disk[:2]] == ["1 checkpoint", "1 state kept, 1 being written"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (("save_every_n_epochs=1",), ["20 checkpoints", "3 states kept, 1 being written"]),
+        (("save_every_n_epochs=5", "save_last_n_epochs=2"), ["3 checkpoints", "3 states kept, 1 being written"]),
+        (("save_every_n_epochs=5", "save_every_n_steps=50"), ["7 checkpoints", "3 states kept, 1 being written"]),
+        (("save_every_n_epochs=9", "states.keep=9"), ["3 checkpoints", "3 states kept, 1 being written"]),
+        (("save_state=false",), ["1 checkpoint", "0 states kept, 0 being written"]),
+        (("save_state=false", "save_state_on_train_end=true"), ["1 checkpoint", "1 state kept, 1 being written"]),
+    ],
+)
+def test_disk_counts_what_is_saved_after_epochs(
+    make_site: MakeSite, settings: tuple[str, ...], names: list[str]
+) -> None:
+    """Twenty epochs of ten optimizer steps."""
+    effective = resolve_template("own-images", make_site("batch_per_gpu = 2"), ("save_every_n_steps=900", *settings))
+    images = suppose_sizes(40, effective)
+    plan = plan_steps(effective, images)
+    assert (plan.total_optimizer_steps, plan.group) == (200, 2)
+    sizes = weigh_training(effective, plan, images, 384_645_360, 3686, EPSILON_BASE)
+    assert [part.name for part in sizes.disk[:2]] == names
+    assert sizes.disk[2].size_bytes == 200 * (400 + 3 * RECORD.itemsize)
 
 
 def test_captions_of_another_dataset_are_noted(

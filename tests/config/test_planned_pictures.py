@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from kohaku_wrap.cli.plan import command
+from kohaku_wrap.config.checks import describe_notes
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.samples import note_shared_gpu
 from kohaku_wrap.config.site import Site
@@ -59,6 +60,7 @@ def test_kwrap_draws_of_each_network_that_every_divides_and_of_the_last(
         (("samples.every=10",), 5),
         (("samples.every=30", "sample_at_first=true", 'samples.prompts=["a"]'), 2),
         (("sample_every_n_epochs=1", 'samples.prompts=["a"]'), 2),
+        (("sample_every_n_epochs=1", "samples.every=10"), 2),
     ],
 )
 def test_the_trainer_draws_when_its_options_say(
@@ -66,6 +68,14 @@ def test_the_trainer_draws_when_its_options_say(
 ) -> None:
     found = plan(TWO_GPUS.format("after"), *settings)
     assert (found.networks, found.by, found.memory, found.seconds) == (networks, "trainer", (), None)
+
+
+def test_steps_beside_epochs_are_noted_as_the_trainer_ignores_them(make_site: MakeSite) -> None:
+    settings = ["samples.every=10", "sample_every_n_epochs=1"]
+    effective = resolve_template("demo", make_site(TWO_GPUS.format("after")), settings)
+    said = "samples.every does nothing beside sample_every_n_epochs (--set): sd-scripts draws after epochs then."
+    assert said in describe_notes(effective)
+    assert said not in describe_notes(resolve_template("demo", make_site(TWO_GPUS.format("after")), settings[:1]))
 
 
 def test_no_pictures_take_nothing(plan: Callable[..., Any]) -> None:
