@@ -85,6 +85,12 @@ def test_captions_are_whole() -> None:
     assert keep_whole("1girl, a ||| b,  c ||| safe", shuffled) == "1girl, a, b, c, safe"
     assert keep_whole("a ||| b", CaptionOptions()) == "a ||| b"
     assert keep_whole("{a|b}, c\nd", replace(shuffled, enable_wildcard=True, caption_prefix="p,")) == "p, a, c"
+    all_dropped = replace(
+        shuffled, caption_dropout_rate=1.0, caption_dropout_every_n_epochs=1, caption_tag_dropout_rate=1.0
+    )
+    assert keep_whole("1girl, a ||| b,  c ||| safe", all_dropped) == "1girl, a, b, c, safe"
+    braces = CaptionOptions(enable_wildcard=True)
+    assert keep_whole("{{a|b}}, {c|d}", braces) == "{a|b}, c", "as process_caption has it, whatever it draws"
 
 
 def test_posts_that_the_run_trains_are_refused_or_left_out(tmp_path: Path) -> None:

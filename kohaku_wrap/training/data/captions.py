@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 WILDCARD = re.compile(r"\{([^}]+)\}")
 
@@ -86,22 +87,22 @@ def process_caption(caption: str, options: CaptionOptions, epoch: int, draw: ran
     return caption
 
 
+class NoDraw(random.Random):
+    """Draws that leave a caption as it is: nothing is dropped or shuffled, and of several words the first is chosen."""
+
+    def random(self) -> float:
+        return 1.0
+
+    def shuffle(self, x: Any) -> None:
+        return
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
+
+
 def keep_whole(caption: str, options: CaptionOptions) -> str:
     """The caption as it is trained where nothing is shuffled or dropped; of several lines or words the first one."""
-    if options.caption_prefix:
-        caption = f"{options.caption_prefix} {caption}"
-    if options.caption_suffix:
-        caption = f"{caption} {options.caption_suffix}"
-    caption = caption.split("\n")[0]
-    if options.enable_wildcard:
-        caption = WILDCARD.sub(lambda match: match.group(1).split("|")[0], caption)
-    if options.shuffle_caption or options.caption_tag_dropout_rate > 0:
-        head, flexible, tail = split_caption(caption, options)
-        joint = f"{options.caption_separator} " if options.joins_by_separator else ", "
-        caption = joint.join(head + flexible + tail)
-    if options.secondary_separator:
-        caption = caption.replace(options.secondary_separator, options.caption_separator)
-    return caption
+    return process_caption(caption, replace(options, caption_dropout_every_n_epochs=0), 0, NoDraw())
 
 
 def split_caption(caption: str, options: CaptionOptions) -> tuple[list[str], list[str], list[str]]:
