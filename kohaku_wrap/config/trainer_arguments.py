@@ -54,7 +54,10 @@ def escape_tag(tag: str) -> str:
 
 
 def render_prompts(samples: Mapping[str, Any]) -> str:
-    """sd-scripts' prompt file: one line a prompt, with its size, steps, guidance and seed."""
+    """sd-scripts' prompt file: one line a prompt, with its size, steps, guidance and seed.
+
+    A line that begins with # it takes for a comment, and there are such tags.
+    """
     negative = escape_tags(samples.get("negative") or "")
     lines = []
     for index, prompt in enumerate(samples.get("prompts") or ()):
@@ -63,7 +66,7 @@ def render_prompts(samples: Mapping[str, Any]) -> str:
             parts.append(f"--n {negative}")
         parts.append(f"--w {samples['width']} --h {samples['height']}")
         parts.append(f"--s {samples['steps']} --l {samples['guidance']:g} --d {samples['seed'] + index}")
-        lines.append(" ".join(parts))
+        lines.append(" " * parts[0].startswith("#") + " ".join(parts))
     return "\n".join(lines) + "\n"
 
 

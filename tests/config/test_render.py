@@ -154,7 +154,7 @@ def test_tags_are_escaped_and_weights_kept() -> None:
 
 def test_prompt_file_has_one_line_a_prompt() -> None:
     samples = {
-        "prompts": ["1girl", "1boy (x)"],
+        "prompts": ["1girl", "1boy (x)", "#compass, 1girl"],
         "negative": "low quality",
         "width": 832,
         "height": 1216,
@@ -165,6 +165,7 @@ def test_prompt_file_has_one_line_a_prompt() -> None:
     assert render_prompts(samples) == (
         "1girl --n low quality --w 832 --h 1216 --s 28 --l 6.5 --d 3\n"
         "1boy \\(x\\) --n low quality --w 832 --h 1216 --s 28 --l 6.5 --d 4\n"
+        " #compass, 1girl --n low quality --w 832 --h 1216 --s 28 --l 6.5 --d 5\n"
     )
 
 

@@ -289,6 +289,17 @@ def test_a_signal_in_the_middle_of_a_removal_leaves_nothing(new_run: NewRun, mon
     assert not list(run.folder.parent.glob(".*.removed"))
 
 
+def test_a_network_that_another_run_names_by_a_link_is_not_removed(new_run: NewRun, tmp_path: Path) -> None:
+    run = make(new_run)
+    train(run)
+    link = tmp_path / "linked"
+    link.symlink_to(run.folder.parent)
+    network = link / "first" / "checkpoints" / run.networks[0].name
+    make(new_run, "child", trainer={"base_weights": ["elsewhere.safetensors", str(network)]})
+    with pytest.raises(NeededByOthers, match="child"):
+        plan_removal(run, with_checkpoints=True)
+
+
 def test_remove_keeps_networks_and_what_others_came_from(new_run: NewRun) -> None:
     run = make(new_run)
     train(run)

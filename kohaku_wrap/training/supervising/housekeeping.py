@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import KwrapError, command_line
@@ -15,7 +16,7 @@ from kohaku_wrap.files import fsync_folder, read_regular
 from kohaku_wrap.training.records.attempts import hold_lock, list_attempts
 from kohaku_wrap.training.records.folder import Run, list_runs
 from kohaku_wrap.training.supervising.create import check_name, refuse_taken
-from kohaku_wrap.training.supervising.places import read_places
+from kohaku_wrap.training.supervising.places import DifferentRun, read_places, read_trainer
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.supervise import LOCK_FILE as SUPERVISOR_LOCK
 from kohaku_wrap.training.supervising.supervise import RunIsBusy
@@ -87,15 +88,17 @@ def list_descendants(run: Run, with_checkpoints: bool) -> Iterator[Run]:
     for other in list_runs(run.folder.parent):
         if other.folder == run.folder:
             continue
-        texts = []
-        for path in (other.lock_file, other.trainer_config):
-            try:
-                texts.append(read_regular(path))
-            except (OSError, UnicodeDecodeError):
-                texts.append("")
+        text, named = "", list[Any]()
+        with suppress(OSError, UnicodeDecodeError):
+            text = read_regular(other.lock_file)
+        with suppress(DifferentRun):
+            options = read_trainer(other.trainer_config)
+            named = [options.get("network_weights"), *(options.get("base_weights") or [])]
         lineages = [(attempt.lineage or {}).get("run_id") for attempt in list_attempts(other)]
-        came = run.lock.run_id and (run.lock.run_id in texts[0] or run.lock.run_id in lineages)
-        if came or (with_checkpoints and f'"{run.checkpoints}/' in texts[1]):
+        came = run.lock.run_id and (run.lock.run_id in text or run.lock.run_id in lineages)
+        # A path may lead there by another way: the folder of all runs is often a link.
+        networks = [(other.folder / str(each)).resolve() for each in named if each]
+        if came or (with_checkpoints and any(each.is_relative_to(run.checkpoints.resolve()) for each in networks)):
             yield other
 
 
