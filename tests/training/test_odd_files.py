@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import toml
 from plain_runs import misbehave, train
 
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts
@@ -20,6 +21,7 @@ from kohaku_wrap.training.records.manifest import MANIFEST, DamagedState, docume
 from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising import watch
+from kohaku_wrap.training.supervising.resume import plan_resume
 from kohaku_wrap.training.supervising.status import count_silence, read_status
 
 NewRun = Callable[..., Run]
@@ -115,6 +117,16 @@ def test_a_number_out_of_bounds_in_a_lock_is_named(new_run: NewRun, line: str) -
     run.lock_file.write_text("\n".join(line if each.startswith(f"{key} ") else each for each in lines))
     with pytest.raises(BadRunFolder, match=rf"\[run\] {key} is "):
         _ = (run.lock.count, run.lock.seed)
+
+
+@pytest.mark.parametrize("table", ["inputs", "values", "samples", "machine", "states"])
+@pytest.mark.parametrize("value", ["5", '"x"', "[1]"])
+def test_a_table_of_a_lock_that_is_none_is_named(new_run: NewRun, table: str, value: str) -> None:
+    run = new_run()
+    lock = toml.loads(run.lock_file.read_text()) | {table: toml.loads(f"value = {value}")["value"]}
+    run.lock_file.write_text(toml.dumps(lock))
+    with pytest.raises(BadRunFolder, match=rf"\[{table}\] is .*, not a table\n.*restore it"):
+        _ = (plan_resume(run), read_status(run), run.lock.states_kept)
 
 
 @pytest.mark.parametrize("format_number", ["3", '"2"', "0", "[2]"])
