@@ -49,12 +49,21 @@ LIMITS: Mapping[str, tuple[int, int | None]] = {
     "states.every": (1, None),
     "samples.every": (1, None),
     "samples.steps": (1, None),
+    "samples.width": (8, None),
+    "samples.height": (8, None),
     "validation.posts": (0, None),
     "validation.every": (0, None),
     "validation.timesteps": (1, 1000),
     "validation.batch": (1, 256),
     "save_every_n_steps": (1, None),
     "save_every_n_epochs": (1, None),
+    "save_last_n_steps": (0, None),
+    "save_last_n_epochs": (1, None),
+    "max_train_steps": (0, (1 << 32) - 1),
+    "max_train_epochs": (0, 1_000_000),
+    "min_timestep": (0, 999),
+    "max_timestep": (0, 1000),
+    "vae_batch_size": (1, None),
 }
 """The smallest and largest value of numbers that mean nothing beyond; the trainer takes any in silence."""
 
@@ -145,6 +154,8 @@ def refuse_idle_separator(effective: Effective) -> Faults:
             "dataset_options.keep_tokens_separator",
             "reaches the tokenizer as text: it is only removed with shuffle_caption or caption_tag_dropout_rate",
         )
+    if dataset(effective, "caption_separator") == "" and any(dataset(effective, name) for name in working):
+        yield "dataset_options.caption_separator", "is empty: there is nothing to tell tags apart by"
 
 
 def refuse_half_vae(effective: Effective) -> Faults:
@@ -173,6 +184,13 @@ def refuse_missing(effective: Effective) -> Faults:
     """What a template to train with must set."""
     if is_complete(effective):
         yield from ((key, why) for key, why in NEEDED.items() if effective.get(key) is None)
+
+
+def refuse_crossed_timesteps(effective: Effective) -> Faults:
+    """The trainer then takes the upper one for every image."""
+    lowest, highest = effective.get("min_timestep", 0), effective.get("max_timestep", 1000)
+    if lowest > highest >= 0:
+        yield "min_timestep", f"{lowest} is above max_timestep = {highest} ({effective.origin('max_timestep')})"
 
 
 def refuse_two_lengths(effective: Effective) -> Faults:
@@ -250,6 +268,7 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_half_vae,
     refuse_bucket_steps,
     refuse_missing,
+    refuse_crossed_timesteps,
     refuse_two_lengths,
     refuse_lost_updates,
     refuse_full_precision,

@@ -25,9 +25,11 @@ from kohaku_wrap.config.schema import (
 )
 from kohaku_wrap.config.site import Site, find_path
 from kohaku_wrap.config.templates import climbs_out, find_preset
+from kohaku_wrap.config.trainer_arguments import render_literal
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.toml_files import load_toml
+from kohaku_wrap.trainer.builtin_options import is_literal
 from kohaku_wrap.trainer.options import (
     Option,
     OptionTable,
@@ -273,6 +275,8 @@ def check_setting(setting: Setting, table: OptionTable, folder: Path | None) -> 
     if prefix in ARGUMENT_TABLES:
         if not name:
             raise UnfitValue(f"must be a table: [{prefix}]")
+        if not is_literal(render_literal(value)):
+            raise UnfitValue(f"{value} cannot be written as the trainer reads it: give numbers, texts, true or false")
         return value
     option = find_option(key, table)
     if option is None:

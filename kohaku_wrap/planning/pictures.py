@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.samples import KWRAP, OWN_PROMPTS, settle_samples
-from kohaku_wrap.planning.sizes import BYTES_OF_PRECISION, CUDA_CONTEXT_BYTES, PROCESS_BYTES, Part, list_due
+from kohaku_wrap.planning.sizes import BYTES_OF_PRECISION, CUDA_CONTEXT_BYTES, PROCESS_BYTES, Part, count_due
 from kohaku_wrap.steps import StepPlan
 
 THUMB_BYTES = 3 * 256 * 256
@@ -94,12 +94,11 @@ def count_networks(effective: Effective, plan: StepPlan, by: str) -> int:
     """Of how many optimizer steps pictures are drawn."""
     total, every = plan.total_optimizer_steps, effective.get("samples.every")
     if by == KWRAP:
-        saved = list_due(effective, plan, "save_every_n_steps", "save_every_n_epochs")
-        return len({step for step in saved if step % (every or 1) == 0} | {total})
+        return count_due(effective, plan, "save_every_n_steps", "save_every_n_epochs", total - 1, every or 1) + 1
     # sd-scripts looks at steps only where no epochs are given.
     steps = "" if effective.get("sample_every_n_epochs") else "samples.every" if every else "sample_every_n_steps"
-    drawn = list_due(effective, plan, steps, "sample_every_n_epochs")
-    return len(drawn | ({0} if effective.get("sample_at_first") else set()))
+    at_first = bool(effective.get("sample_at_first"))
+    return count_due(effective, plan, steps, "sample_every_n_epochs", total) + at_first
 
 
 def weigh_drawing(base_parameters: int, *, on_gpu: bool) -> tuple[Part, ...]:

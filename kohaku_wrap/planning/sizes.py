@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,10 +130,14 @@ def weigh_training(
     )
 
 
-def list_due(effective: Effective, plan: StepPlan, steps: str, epochs: str) -> set[int]:
-    """The optimizer steps, the last one too, after which something is due, by options of steps and of epochs."""
+def count_due(effective: Effective, plan: StepPlan, steps: str, epochs: str, until: int, of: int = 1) -> int:
+    """After how many of the first `until` optimizer steps something is due, by options of steps and of epochs.
+
+    `of`: only those that it divides.
+    """
     strides = (effective.get(steps) or 0, (effective.get(epochs) or 0) * plan.optimizer_steps_per_epoch)
-    return {step for stride in strides if stride for step in range(stride, plan.total_optimizer_steps + 1, stride)}
+    each = [math.lcm(of, stride) for stride in strides if stride]
+    return sum(until // stride for stride in each) - (until // math.lcm(*each) if len(each) == 2 else 0)
 
 
 def weigh_disk(effective: Effective, plan: StepPlan, checkpoint: int, state: int) -> tuple[Part, ...]:
@@ -145,9 +150,9 @@ def weigh_disk(effective: Effective, plan: StepPlan, checkpoint: int, state: int
     of_epochs = (steps - 1) // (epochs * plan.optimizer_steps_per_epoch) if epochs else 0
     # A checkpoint of a step and one of an epoch are two files, where both come after the same step, too.
     kept_checkpoints = of_steps + min(of_epochs, effective.get("save_last_n_epochs") or of_epochs)
-    saves = list_due(effective, plan, "save_every_n_steps", "save_every_n_epochs") | {steps}
+    saves = count_due(effective, plan, "save_every_n_steps", "save_every_n_epochs", steps - 1) + 1
     keep, milestone = effective.get("states.keep", 3), effective.get("states.every")
-    states_made = len(saves) if effective.get("save_state") else int(bool(effective.get("save_state_on_train_end")))
+    states_made = saves if effective.get("save_state") else int(bool(effective.get("save_state_on_train_end")))
     milestones = steps // milestone if milestone else 0
     kept_states = min(states_made, keep + milestones)
     writing = 1 if states_made else 0

@@ -72,7 +72,7 @@ def plan_validation(
     rows = int(effective.get("validation.batch"))
     chunks = len(cut_chunks(np.flatnonzero(images.measured), buckets, rows))
     total, every = plan.total_optimizer_steps, int(effective.get("validation.every"))
-    evaluations = len({0, *range(every, total + 1, every), total}) if every else 0
+    evaluations = 2 + (total - 1) // every if every else 0
     forwards = evaluations * chunks * int(effective.get("validation.timesteps"))
     seconds = None
     if seconds_per_step is not None:

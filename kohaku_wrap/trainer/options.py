@@ -174,7 +174,8 @@ def load_option_table(commit: str | None = None) -> OptionTable:
 def parse_literal(text: str) -> Any:
     """The TOML value that `text` spells, or the text itself: 2, 0.5, true, [1, 2], {a = 1}, word."""
     try:
-        return parse_toml(f"value = {text}")["value"]
+        [value] = parse_toml(f"value = {text}").values()  # a line break in the text may begin another
+        return value
     except ValueError:
         return text
 
@@ -256,4 +257,4 @@ def fits(kind: str, value: Any) -> bool:
 def kind_of(value: Any) -> str:
     """The kind of a TOML value, in words."""
     kind = next((kind for kind in ("bool", "int", "float", "str", "dict") if fits(kind, value)), "")
-    return TYPE_WORDS.get(kind, "a list")
+    return TYPE_WORDS.get(kind, "a list" if isinstance(value, list) else "a date or a time")

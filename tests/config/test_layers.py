@@ -102,6 +102,9 @@ def test_set_is_typed_as_the_option_is(text: str, key: str, value: object) -> No
         ("train_batch_size=4", "train_batch_size", "batch_per_gpu"),
         ("output_name=x", "output_name", "the run's name"),
         ("preset=nothing", "preset", "no preset is called nothing"),
+        ("seed=2024-11-26", "seed", '"2024-11-26" is a date or a time, not a whole number'),
+        ("seed=7\nunet_lr = 1", "seed", "is text, not a whole number"),
+        ("optimizer_args.betas=[0.9, 2024-11-26]", "optimizer_args.betas", "cannot be written as the trainer reads it"),
     ],
 )
 def test_faults_of_set_name_it(text: str, where: str, what: str) -> None:

@@ -20,6 +20,7 @@ from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
 
 MakeSite = Callable[..., Site]
 ON_CPU = 'engine = "builtin"\ngpus = 0\nbatch_per_gpu = 2'
+ENDLESS = ("max_train_epochs=0", "max_train_steps=4000000000")
 TWO_GPUS = 'engine = "sd-scripts"\ngpus = 2\nbatch_per_gpu = 2\nsample_device = "{}"'
 
 
@@ -42,6 +43,7 @@ def plan(make_site: MakeSite) -> Callable[..., Any]:
         (("samples.by=kwrap", "save_every_n_steps=7"), 8),
         (("samples.by=kwrap", "save_every_n_steps=90", "save_every_n_epochs=1"), 2),
         (("samples.by=kwrap", "save_every_n_steps=90"), 1),
+        ((*ENDLESS, "samples.every=14", "save_every_n_steps=7"), 285_714_286),
     ],
 )
 def test_kwrap_draws_of_each_network_that_every_divides_and_of_the_last(
@@ -61,6 +63,7 @@ def test_kwrap_draws_of_each_network_that_every_divides_and_of_the_last(
         (("samples.every=30", "sample_at_first=true", 'samples.prompts=["a"]'), 2),
         (("sample_every_n_epochs=1", 'samples.prompts=["a"]'), 2),
         (("sample_every_n_epochs=1", "samples.every=10"), 2),
+        ((*ENDLESS, "samples.every=1"), 4_000_000_000),
     ],
 )
 def test_the_trainer_draws_when_its_options_say(
