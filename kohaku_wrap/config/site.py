@@ -301,8 +301,9 @@ def find_misfits(table: Mapping[str, Any], launcher: Mapping[str, Any]) -> Itera
 def find_contradictions(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What machines could not find each other with."""
     machines = table.get("num_machines", 1)
-    if machines < 1:
-        yield "num_machines", f"{machines} is below 1"
+    if not isinstance(machines, int) or machines < 1:
+        yield "num_machines", f"{machines!r} is not a whole number from 1"
+        return
     if machines > 1 and not table.get("main_process_ip"):
         yield "main_process_ip", "is not set: the address of machine 0, as the other machines reach it"
     if machines > 1 and table.get("main_process_port") == 0:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from plain_runs import misbehave, train
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.config.site import check_accelerate, load_site
+from kohaku_wrap.config.site import check_accelerate, find_contradictions, load_site
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
 from kohaku_wrap.training.records.attempts import Attempt, read_attempt
 from kohaku_wrap.training.records.folder import Run
@@ -63,6 +63,11 @@ def test_options_are_checked_against_accelerates_own(table: dict[str, Any], wher
     problems = check_accelerate(table)
     assert [problem.where for problem in problems] == [f"machine.accelerate.{where}"]
     assert words in problems[0].what
+
+
+@pytest.mark.parametrize("machines", ["two", "2", 0, 1.5, [2]])
+def test_a_number_of_machines_that_is_none_is_named_without_accelerate_too(machines: object) -> None:
+    assert [name for name, _ in find_contradictions({"num_machines": machines})] == ["num_machines"]
 
 
 def test_each_machine_starts_its_share(new_run: NewRun) -> None:
