@@ -205,8 +205,14 @@ def read_trust(value: Any, problems: list[Problem]) -> tuple[str, ...]:
 def check_secrets(reader: TableReader) -> None:
     """Note the faults of `[secrets]`; no message holds a value."""
     for name, kind in SECRET_OPTIONS.items():
-        if not isinstance(reader.table_values.get(name, kind()), kind):
+        value = reader.table_values.get(name, kind())
+        if not isinstance(value, kind):
             reader.fault(name, "must be true or false" if kind is bool else "must be text")
+        elif name == "log_tracker_config" and value.startswith("~"):
+            try:
+                expand_user(value)
+            except UsageError:
+                reader.fault(name, "begins with no user of this machine; write ./~name for a folder of that name")
 
 
 def resolve_paths(reader: TableReader, folder: Path) -> SitePaths:

@@ -15,6 +15,7 @@ from kohaku_wrap.config.base_model import (
     require_weight_files,
 )
 from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.network import LYCORIS
 from kohaku_wrap.config.render import compose_trainer
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.dataset.fixed_chunks import cut_chunks
@@ -155,8 +156,12 @@ def plan_training(
     steps = plan_steps(effective, images)
     problems = [*check_model(effective), *check_engine(effective)]
     counts: tuple[ModuleCounts, ...] = ()
-    not_counted = "" if with_modules else "modules, parameters and sizes were not asked for"
-    if with_modules and effective.get("network_module") == "lycoris.kohya":
+    module = effective.get("network_module")
+    not_counted = f"modules, parameters and sizes of {module} are not known: only those of {LYCORIS} are counted"
+    if not with_modules:
+        not_counted = "modules, parameters and sizes were not asked for"
+    elif module == LYCORIS:
+        not_counted = ""
         try:
             counts = tuple(count_network_everywhere(effective))
         except NotCounted as fault:

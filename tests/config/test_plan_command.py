@@ -130,6 +130,16 @@ def test_what_the_builtin_engine_lacks_is_refused_by_plan_and_check(make_site: M
     assert "mixed_precision" in {each["where"] for each in json.loads(checked.stdout)["problems"]}
 
 
+def test_why_a_network_is_not_counted_is_said(make_site: MakeSite) -> None:
+    site = make_site('engine = "sd-scripts"\ngpus = 1\nbatch_per_gpu = 2')
+    settings = ["network_module=networks.lora", "network_dim=8", "network_alpha=4"]
+    effective = resolve_template("epsilon", site, settings)
+    plan = training_plan.plan_training(effective, suppose_sizes(256, effective))
+    assert plan.not_counted == (
+        "modules, parameters and sizes of networks.lora are not known: only those of lycoris.kohya are counted"
+    )
+
+
 def test_a_missing_site_file_is_answered_with_one_to_write(tmp_path: Path) -> None:
     done = CliRunner().invoke(command, ["demo", "--site", str(tmp_path / "site.toml")])
     _, _, example = done.exception.next_step.partition("\n\n")  # type: ignore[union-attr]

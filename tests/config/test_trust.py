@@ -174,6 +174,15 @@ def test_tokens_and_uploads_of_a_template_are_named_and_not_shown(option: str, t
         assert "SECRET-VALUE" not in repr(effective.site)
 
 
+def test_a_file_of_a_user_that_is_not_there_is_named_in_the_site(tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('[secrets]\nlog_tracker_config = "~nobody-here/t.toml"\n')
+    with pytest.raises(ProblemsFound, match="log_tracker_config  begins with no user of this machine"):
+        load_site(site)
+    site.write_text('[secrets]\nlog_tracker_config = "~/t.toml"\n')
+    assert load_site(site).secrets
+
+
 def test_weights_that_would_be_unpickled_are_refused_wherever_they_are_named(tmp_path: Path) -> None:
     for name in ("net.safetensors", "net.ckpt", "net.pt", "net.bin", "net"):
         (tmp_path / name).write_bytes(pickle.dumps({}, protocol=2) + bytes(40))
