@@ -347,7 +347,7 @@ def load_hashes() -> dict[str, list[str]]:
 def find_by_hash(sha256: str) -> Path | None:
     """A file that still is what its kept hash says; None where no such file is known."""
     for key, hashes in load_hashes().items():
-        path = Path(key.split("|")[0])
+        path = Path(key.rsplit("|", 4)[0])
         if hashes[0] == sha256 and path.is_file() and key_of_file(path) == key:
             return path
     return None

@@ -15,6 +15,7 @@ import pytest
 
 from kohaku_wrap.files import (
     atomic_write,
+    find_by_hash,
     home_folder,
     kept_answer,
     kept_sha256,
@@ -146,3 +147,11 @@ def test_a_second_name_is_a_link_here_and_a_copy_on_another_disk(tmp_path: Path)
             assert place.read_bytes() == b"rows"
             assert place.samefile(source) == (place.stat().st_dev == source.stat().st_dev)
         assert place.stat().st_dev != source.stat().st_dev
+
+
+def test_a_file_is_found_by_its_kept_hash_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "style|v2|fp16.safetensors"
+    path.write_bytes(b"network")
+    assert find_by_hash(kept_sha256(path)) == path.resolve()
+    path.write_bytes(b"another")
+    assert find_by_hash(sha256_of_file(path)) is None
