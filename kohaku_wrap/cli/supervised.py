@@ -60,7 +60,7 @@ def watch_options(timeouts: tuple[str, ...], **asked: Any) -> WatchOptions:
             by_phase[phase] = float(seconds)
         except ValueError:
             phase = ""
-        if phase not in PHASES or by_phase[phase] <= 0:
+        if phase not in PHASES or not by_phase[phase] > 0:
             raise UsageError(f"--timeout {text}: not PHASE=SECONDS", f"Phases: {', '.join(PHASES)}.")
     return WatchOptions(timeouts_seconds=by_phase, **asked)
 

@@ -230,7 +230,7 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunRep
     try:
         return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options)
     except TrainerFailed as failed:
-        if failed.end.kind == "refused" and failed.end.optimizer_step == 0:
+        if failed.end.kind == "refused" and failed.end.optimizer_step == run.first_optimizer_step:
             cause = find_first_cause(failed.attempt, failed.end.optimizer_step)
             told = [cause.next_step] if cause is not None and cause.next_step else []
             take_back_run(run)

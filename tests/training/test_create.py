@@ -247,7 +247,7 @@ def test_a_model_that_is_none_is_refused_and_the_name_stays_free(site: Path) -> 
     assert not list((site.parent / "runs").iterdir())
 
 
-@pytest.mark.parametrize("text", ["step", "step=0", "walking=5", "step=x"])
+@pytest.mark.parametrize("text", ["step", "step=0", "walking=5", "step=x", "step=nan"])
 def test_time_outs_are_checked(site: Path, text: str) -> None:
     result = call("train", "demo", "--site", site, "--timeout", text, "--dry-run")
     assert isinstance(result.exception, KwrapError) and "--timeout" in result.exception.message

@@ -165,6 +165,16 @@ def test_a_branch_that_cannot_be_is_refused(parent: Run, arguments: tuple[str, .
     assert not (parent.folder.parent / "other").exists()
 
 
+@pytest.mark.slow
+def test_a_branch_refused_at_its_start_is_taken_back(parent: Run, world: World) -> None:
+    (world.folder / "nothing").mkdir()
+    elsewhere = world.folder / "without_tokenizers.toml"
+    elsewhere.write_text(world.site.read_text().replace("base/tokenizers", "nothing"))
+    refused = kwrap("branch", str(parent.folder), "--run", "blank", "--step", "2", "--site", str(elsewhere))
+    assert refused.returncode == 1 and "was refused before its first step" in refused.stderr, refused.stderr
+    assert not (parent.folder.parent / "blank").exists()
+
+
 def train_one(kind: type, **options: Any) -> tuple[Any, torch.nn.Parameter]:
     parameter = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = kind([{"params": [parameter], "lr": 0.5}], **options)
