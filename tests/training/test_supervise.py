@@ -24,6 +24,7 @@ from kohaku_wrap.training.records.bad_steps import BadSteps, NonFiniteLoss, TooM
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.states import DiskFull, list_states
 from kohaku_wrap.training.supervising.ends import read_end
+from kohaku_wrap.training.supervising.hooks import Hook
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
@@ -150,6 +151,18 @@ def test_a_broken_hook_stops_nothing(new_run: NewRun) -> None:
     _, events = train(run, hook="echo no route >&2; exit 7")
     assert any(event.kind == "note" and "exit code 7" in event.message for event in events)
     assert ends(run) == ["finished"]
+
+
+def test_no_word_of_a_hook_and_no_loss_of_its_folder_stops_a_run(new_run: NewRun) -> None:
+    run, troubles = new_run(), list[str]()
+    Hook("printf 'kein Z\\374ri' >&2; exit 7", run, troubles.append).call("start", "", 0)
+    Hook("true", Run(run.folder / "gone"), troubles.append).call("crash", "", 3)
+    Hook("true", run, troubles.append).call("crash", "the header is \0", 3)
+    assert [text.split(":")[0] for text in troubles] == [
+        "the hook command ended with exit code 7 on start",
+        "the hook command could not be started on crash",
+        "the hook command could not be started on crash",
+    ]
 
 
 def start_supervisor(run: Run) -> subprocess.Popen[bytes]:

@@ -52,12 +52,16 @@ class Hook:
                 cwd=self.run.folder,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=HOOK_TIMEOUT_SECONDS,
                 check=False,
             )
         except subprocess.TimeoutExpired:
             self.on_trouble(f"the hook command did not end within {HOOK_TIMEOUT_SECONDS} s of {event}")
+            return
+        except (OSError, ValueError) as error:
+            self.on_trouble(f"the hook command could not be started on {event}: {error}")
             return
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [""])[-1]

@@ -102,7 +102,6 @@ def supervise_run(
         raise RunIsBusy(f"{run.name}: another kwrap is training it", f"See `{command_line('status', run.folder)}`.")
     log = RunLog(run.folder)
     on_event = log_events(log, on_event)
-    hook = Hook(options.hook, run, lambda trouble: on_event(Event("note", trouble)))
     failures_at: Counter[int] = Counter()
     pictures = PictureMaker(run, lambda text: on_event(Event("note", text)))
     stop = StopSignals()
@@ -122,7 +121,7 @@ def supervise_run(
                     end = watch.run()
                 finally:
                     loggers.finish(lambda: stop.count > 1)
-                tell_end(attempt, end, hook, on_event)
+                tell_end(attempt, end, watch.hook, on_event)
                 if end.kind == FINISHED:
                     pictures.finish(lambda: stop.count > 0)
                     return RunReport(run, number, end.optimizer_step)
