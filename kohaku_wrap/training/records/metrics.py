@@ -182,12 +182,11 @@ def is_line(line: Any) -> bool:
     return isinstance(line, dict) and is_whole(line.get("optimizer_step")) and is_whole(line.get("attempt", 0))
 
 
-def parse_line(text: str) -> dict[str, Any] | None:
+def parse_line(text: str) -> Any:
     try:
-        line = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return line if is_line(line) else None
 
 
 class MetricsTail:
@@ -209,5 +208,4 @@ class MetricsTail:
             return []
         self._offset += len(data)
         *whole, self._rest = (self._rest + data).split(b"\n")
-        lines = [parse_line(text.decode("utf-8", "replace")) for text in whole]
-        return [line for line in lines if line is not None and line.get("attempt") == self.attempt]
+        return [line for line in parse_lines(whole) if line.get("attempt") == self.attempt]

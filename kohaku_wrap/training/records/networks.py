@@ -74,13 +74,15 @@ def list_written(run: Run) -> dict[str, str]:
     return written
 
 
+def finished_step(run: Run) -> int | None:
+    """The optimizer step at which the newest attempt finished; None where it did not."""
+    result = next((attempt.result() for attempt in reversed(list_attempts(run))), None)
+    return int(result["optimizer_step"]) if result is not None and result["outcome"] == "finished" else None
+
+
 def shorter_end(run: Run) -> int:
     """The optimizer step at which the newest attempt finished a shorter chapter of the run; 0 where it did not."""
-    attempts = list_attempts(run)
-    result = attempts[-1].result() if attempts else None
-    if result is None or result["outcome"] != "finished":
-        return 0
-    step = int(result["optimizer_step"])
+    step = finished_step(run) or 0
     return step if step < run.lock.total_optimizer_steps else 0
 
 
@@ -89,9 +91,7 @@ def is_finished(run: Run) -> bool:
 
     The network alone proves nothing: a crash may have cut it while it was written.
     """
-    attempts = list_attempts(run)
-    result = attempts[-1].result() if attempts else None
-    return bool(run.networks) and result is not None and result["outcome"] == "finished" and not shorter_end(run)
+    return bool(run.networks) and finished_step(run) is not None and not shorter_end(run)
 
 
 def step_of_network(run: Run, path: Path, end: int) -> int | None:
@@ -121,9 +121,8 @@ def compare_networks(run: Run, on_bytes: Callable[[int], None] | None = None) ->
     for path in files:
         sha256 = written.get(path.name, "")
         yield Network(path, sha256, kept_sha256(path, on_bytes) if sha256 else "")
-    result = next((attempt.result() for attempt in reversed(list_attempts(run))), None) or {}
     for name in sorted(written.keys() - {path.name for path in files}):
-        if result.get("outcome") == "finished" and Path(name).stem == run.output_name:
+        if Path(name).stem == run.output_name and finished_step(run) is not None:
             yield Network(run.checkpoints / name, written[name], "")
 
 
