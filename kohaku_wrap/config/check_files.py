@@ -45,11 +45,9 @@ def list_files(names: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def check_files(
-    names: Sequence[str], site: Site | None, table: OptionTable, trust: Sequence[str] = ()
-) -> list[tuple[Path, list[Problem]]]:
+def check_files(names: Sequence[str], site: Site | None, table: OptionTable) -> list[tuple[Path, list[Problem]]]:
     """Every file and its faults, in order."""
-    return [(path, check_file(path, site, table, trust)[0]) for path in list_files(names)]
+    return [(path, check_file(path, site, table)[0]) for path in list_files(names)]
 
 
 def check_file(

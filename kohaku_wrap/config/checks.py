@@ -14,14 +14,13 @@ from kohaku_wrap.config.caching import (
 from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batch
 from kohaku_wrap.config.needs import describe_idle, find_lacks
 from kohaku_wrap.config.network import LYCORIS, find_network_faults
-from kohaku_wrap.config.optimizers import Signatures, find_optimizer_faults, find_unknown_code
+from kohaku_wrap.config.optimizers import find_optimizer_faults, find_unknown_code
 from kohaku_wrap.config.samples import find_sample_faults, note_ignored_steps, note_shared_gpu
 from kohaku_wrap.config.training_data import note_whole_captions
 from kohaku_wrap.config.validation import find_validation_faults, note_held_out
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.steps import StepPlan
-from kohaku_wrap.trainer.installed import ask_optimizer
 
 TYPICAL_WEIGHT = 0.02
 """The size of a typical weight of SDXL and of a LoKr factor."""
@@ -68,13 +67,10 @@ LIMITS: Mapping[str, tuple[int, int | None]] = {
 """The smallest and largest value of numbers that mean nothing beyond; the trainer takes any in silence."""
 
 
-def check_effective(effective: Effective, ask: Signatures = ask_optimizer) -> list[Problem]:
-    """Every contradiction of a template, on its site where one is given.
-
-    `ask` reads the signature of an optimizer that is not recorded.
-    """
+def check_effective(effective: Effective) -> list[Problem]:
+    """Every contradiction of a template, on its site where one is given."""
     faults = [fault for rule in RULES for fault in rule(effective)]
-    faults += [*find_optimizer_faults(effective, ask), *find_lacks(effective), *find_bucket_faults(effective)]
+    faults += [*find_optimizer_faults(effective), *find_lacks(effective), *find_bucket_faults(effective)]
     return effective.blame((*faults, *find_batch_faults(effective)))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from kohaku_wrap.config.code_names import find_known, find_unknown, is_trusted, load_signatures
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import rank
 from kohaku_wrap.config.schedules import DEPENDS_ON_LENGTH
+from kohaku_wrap.trainer.installed import ask_optimizer
 from kohaku_wrap.trainer.options import suggest
 
 ADAFACTOR = "adafactor"
@@ -35,23 +36,20 @@ LOST_ARGUMENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Arguments in an optimizer's signature that it does nothing with, or fails with as the trainer makes it."""
 
-Signatures = Callable[[str], list[str] | None]
-"""Asks for the arguments of a class `module.Class`; None where they are not known."""
-
 
 def find_unknown_code(effective: Effective) -> Faults:
     """Optimizers, schedules and network modules that are neither known nor trusted; nothing is imported for it."""
     yield from find_unknown(effective.values, effective.trust)
 
 
-def find_optimizer_faults(effective: Effective, ask: Signatures) -> Faults:
-    """Faults of the optimizer, its arguments and the schedule. `ask` reads signatures that are not recorded."""
+def find_optimizer_faults(effective: Effective) -> Faults:
+    """Faults of the optimizer, its arguments and the schedule."""
     yield from find_schedule_faults(effective)
     chosen = effective.get("optimizer_type") or "AdamW"
     recorded = load_signatures().get(chosen.lower())
     arguments: list[str] | None = recorded["arguments"] if recorded else None
     if not arguments and (path := find_known("optimizer_type", chosen) or trusted_path(effective, chosen)):
-        arguments = ask(path)
+        arguments = ask_optimizer(path)
     if arguments is None:
         return
     lost = LOST_ARGUMENTS.get(chosen.lower(), ())

@@ -116,9 +116,9 @@ class Workplace:
         site = str(self.write_site(processes))
         return ("train", self.scale.template, "--site", site, "--run", name, *settings)
 
-    def effective(self, processes: int = 1) -> Effective:
+    def effective(self) -> Effective:
         """The recipe as the runs train it."""
-        return resolve_template(self.scale.template, load_site(self.write_site(processes)), self.settings(processes))
+        return resolve_template(self.scale.template, load_site(self.write_site()), self.settings())
 
     def train(
         self,

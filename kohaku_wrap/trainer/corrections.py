@@ -72,11 +72,11 @@ def may_hold(text: str, anchor: Anchor) -> bool:
     return f"def {name}(" in text or f"class {name}" in text
 
 
-def require_anchors(checkout: Path, commit: str, supported: str, anchors: Sequence[Anchor] = ANCHORS) -> None:
+def require_anchors(checkout: Path, commit: str, supported: str) -> None:
     """Raise AnchorsMissing, naming the commit, each anchor and the supported commits, unless each stands once."""
     problems = [
         Problem(match.anchor.name, f"found {match.count} times in {where_looked(match)}, must be 1")
-        for match in match_anchors(checkout, anchors)
+        for match in match_anchors(checkout)
         if match.count != 1
     ]
     if problems:

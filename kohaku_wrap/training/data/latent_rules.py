@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.latent_index import StoreRule
 from kohaku_wrap.training.data.latent_store import SAMPLE, LatentStore, RecordStore, Rule
 from kohaku_wrap.training.data.text_store import TextRule, TextStore
@@ -36,17 +36,7 @@ def make_rule(
     seed: int,
 ) -> Rule:
     """The rule of a training. `cache`: its table `[cache]`; `values`: the trainer's options; `subsets`: the dataset's
-    options of each.
-
-    Raises ProblemsFound where the images of a training are not the same each time.
-    """
-    problems = [
-        Problem(name, "cannot go with [cache] latents: each time the image is another one")
-        for name in ("random_crop", "color_aug")
-        if any(each.get(name) for each in subsets)
-    ]
-    if problems:
-        raise ProblemsFound("[cache]", problems, "Leave these options out, or [cache] latents.")
+    options of each."""
     weights = precision_of(values)
     interpolations = [str(each.get("resize_interpolation") or "") for each in subsets]
     return Rule(

@@ -262,13 +262,8 @@ def compare_again(run: Run, request: dict[str, Any]) -> dict[str, Any]:
     return {"difference": largest, "image": image}
 
 
-def make_shards(request: dict[str, Any], tell: Callable[..., None]) -> None:
-    """Do a request of `kwrap cache`."""
-    ShardMaker(request, tell).run()
-
-
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         answer(lambda: compare_again(Run(Path(sys.argv[1]), Path(sys.argv[2])), json.load(sys.stdin)))
     else:
-        sys.exit(answer_in_lines(make_shards))
+        sys.exit(answer_in_lines(lambda request, tell: ShardMaker(request, tell).run()))

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -192,17 +193,12 @@ def swap_loader(loader: Any, loop: Loop) -> DataLoader[Any]:
         DeliveredErrors(dataset),
         batch_size=1,
         sampler=sampler,
-        collate_fn=take_only,
+        collate_fn=itemgetter(0),
         num_workers=loader.num_workers,
         persistent_workers=loader.persistent_workers,
         worker_init_fn=quieten_worker,
         generator=torch.Generator().manual_seed(seed_of("loader", loop.seed)),
     )
-
-
-def take_only(examples: list[Any]) -> Any:
-    """The one batch that a key names."""
-    return examples[0]
 
 
 class KwrapTrainer(sdxl_train_network.SdxlNetworkTrainer):  # type: ignore[misc]  # sd-scripts has no type information
