@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -146,3 +147,17 @@ def test_an_attempt_of_the_first_kwrap_has_what_held_then(attempt: Attempt) -> N
     later = ("format", "machines", "foreign", "bad_steps", "accepted_differences", "lineage")
     path.write_text(json.dumps({key: value for key, value in document.items() if key not in later}))
     assert read_attempt(attempt.run, 1) == attempt
+
+
+def test_who_may_only_read_a_run_sees_that_its_lock_is_free() -> None:
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        lock = Path(name) / "supervisor.lock"
+        lock.touch(0o444)
+        user = os.geteuid()
+        try:
+            # Root may write everywhere.
+            os.seteuid(user or 65534)
+            assert is_lock_free(lock)
+        finally:
+            os.seteuid(user)

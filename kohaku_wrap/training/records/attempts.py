@@ -330,7 +330,7 @@ def hold_lock(path: Path) -> int | None:
 def is_lock_free(path: Path) -> bool:
     """Whether the lock file exists and nobody holds it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
