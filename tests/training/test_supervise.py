@@ -19,10 +19,11 @@ from plain_runs import make_run, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import EXIT_TRAINER_FAILED
-from kohaku_wrap.training.records.attempts import Attempt, list_attempts
+from kohaku_wrap.training.records.attempts import Attempt, hold_lock, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps, NonFiniteLoss, TooManyBadSteps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.states import DiskFull, list_states
+from kohaku_wrap.training.supervising import watch
 from kohaku_wrap.training.supervising.ends import read_end
 from kohaku_wrap.training.supervising.hooks import Hook
 from kohaku_wrap.training.supervising.launch import Launch
@@ -60,6 +61,18 @@ def test_trains_to_the_end(new_run: NewRun, whole: bytes) -> None:
     assert ends(run) == ["finished"] and weights(run) == whole
     assert [step for step, _ in list_states(run.states)] == [6, 10, 12]
     assert verify_run(run).is_proved
+
+
+def test_a_look_whether_the_lock_is_free_stops_nothing(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, looks = new_run(), ["a status that holds it for a moment"]
+
+    def hold(path: Path) -> int | None:
+        path.touch()
+        return None if looks and looks.pop() else hold_lock(path)
+
+    monkeypatch.setattr(watch, "hold_lock", hold)
+    report, _ = train(run)
+    assert not looks and report.optimizer_step == run.lock.total_optimizer_steps
 
 
 @pytest.mark.parametrize(

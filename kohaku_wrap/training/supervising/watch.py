@@ -162,7 +162,9 @@ class AttemptWatch:
             end = AttemptEnd(STOPPED, "stopped before its first step", self.done, None, time.time())
             write_end(self.attempt, end)
             return end
-        lock = hold_lock(self.attempt.supervisor_lock)
+        while (lock := hold_lock(self.attempt.supervisor_lock)) is None:
+            # Whoever looks whether it is free holds it for a moment; without it the workers would take us for gone.
+            time.sleep(self.options.poll_seconds)
         metrics = MetricsTail(self.attempt.run.metrics, self.attempt.number)
         self.tell("start", f"attempt {self.attempt.number} starts after optimizer step {self.done:,}")
         self.hook.call("start", f"attempt {self.attempt.number}", self.done)
@@ -173,8 +175,7 @@ class AttemptWatch:
         finally:
             end_processes(self.attempt.run, self.attempt.number, 0)
             process.wait()
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
         self.look_for_states()
         write_end(self.attempt, end)
         return end
