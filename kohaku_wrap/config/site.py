@@ -208,9 +208,9 @@ def check_secrets(reader: TableReader) -> None:
         value = reader.table_values.get(name, kind())
         if not isinstance(value, kind):
             reader.fault(name, "must be true or false" if kind is bool else "must be text")
-        elif name == "log_tracker_config" and value.startswith("~"):
+        elif name == "log_tracker_config" and str(value).startswith("~"):
             try:
-                expand_user(value)
+                expand_user(str(value))
             except UsageError:
                 reader.fault(name, "begins with no user of this machine; write ./~name for a folder of that name")
 
