@@ -28,6 +28,8 @@ def refuse_unusable(layouts: Mapping[str, Layout], anchor: str) -> None:
     """Raise UnfitInputs for a network without net(…) among checkpoints, and for quantised weights."""
     for name, layout in layouts.items():
         header = layout.header
+        if not header.tensors:
+            raise UnfitInputs(f"{name} ({header.path}) holds no tensor", "Fetch the file again, or choose another.")
         if is_network(header) and not is_network(layouts[anchor].header):
             advice = f"Write net({name}) where {name} stands in the formula."
             raise UnfitInputs(
@@ -105,8 +107,12 @@ def check_contribution(
     idle = [name for name in layouts if name in weighted - used]
     idle += [f"net({name})" for name in networks if f"net({name})" in weighted and name not in added]
     if idle:
-        raise UnfitInputs(
-            f"{', '.join(idle)}: has weight in the formula, but no tensor of the output would be made from it",
+        advice = (
             "See what it holds with `kwrap inspect FILE`, and what is computed with --dry-run; leave it out of the "
-            "formula if that is meant.",
+            "formula if that is meant."
+        )
+        if any(name in layouts and layouts[name].parts == ("vae",) for name in idle):
+            advice = "Add --merge-vae: without it the VAE of the first model is copied."
+        raise UnfitInputs(
+            f"{', '.join(idle)}: has weight in the formula, but no tensor of the output would be made from it", advice
         )

@@ -84,6 +84,23 @@ def test_the_refusal_says_what_the_file_is_and_lacks(
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("formula", ["a", "a + 0.5 * (b - a)", "b + 0.5 * (a - b)"])
+def test_a_file_without_tensors_is_refused(tmp_path: Path, write_model: WriteModel, formula: str) -> None:
+    paths = {"a": write(tmp_path, "a", {}), "b": write_model("b", 1)}
+    with pytest.raises(UnfitInputs, match=r"a \(\S+\) holds no tensor"):
+        plan_merge(formula, {name: path for name, path in paths.items() if name in formula})
+
+
+def test_two_vaes_are_averaged_where_that_is_asked_for(tmp_path: Path) -> None:
+    key = "first_stage_model.encoder.conv_in.weight"
+    paths = {
+        name: write(tmp_path, name, {key: torch.full((16, 3, 3, 3), value)}) for name, value in (("a", 1.0), ("b", 3.0))
+    }
+    with pytest.raises(UnfitInputs, match="Add --merge-vae"):
+        plan_merge("0.5 * a + 0.5 * b", paths)
+    assert (merge(tmp_path, "0.5 * a + 0.5 * b", MergeOptions(merge_vae=True), **paths)[key] == 2).all()
+
+
 @pytest.mark.parametrize("prefix", [UNET, "", "_orig_mod.", "model.model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize("way", ["unet(x)", "--parts"])
 def test_a_unet_alone_is_merged_where_the_formula_says_so(
