@@ -175,7 +175,7 @@ def choose_rows(run: Run | None, columns: Columns, leaves_out: bool, allows: boo
         return rows
     own = Columns.open(run.find_images(), run.lock.dataset_digest).ids
     trained = np.isin(columns.ids, own[~run.lock.held_out.mark(own)] if run.lock.held_out else own)
-    if trained.all() or (trained.any() and not leaves_out):
+    if trained.any() and (trained.all() or not leaves_out):
         first = columns.ids[trained][0]
         left = "" if trained.all() else "--leave-out-trained takes the others, or "
         raise TrainedPosts(

@@ -101,6 +101,7 @@ def test_posts_that_the_run_trains_are_refused_or_left_out(tmp_path: Path) -> No
         choose_rows(run, both, False, False)
     assert both.ids[choose_rows(run, both, True, False)].tolist() == [each for each in both.ids if each not in ids]
     assert len(choose_rows(run, both, False, True)) == len(choose_rows(None, both, False, False)) == 8
+    assert not len(choose_rows(run, write_columns(tmp_path / "none", []), False, False))
     with pytest.raises(TrainedPosts, match="4 of 4"):
         choose_rows(run, Columns.open(run.find_images()), True, False)
 
