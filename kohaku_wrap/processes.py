@@ -94,6 +94,7 @@ def ask_python(
             input="" if request is None else json.dumps(request),
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             env=safe_environment(added),
             cwd=folder,
@@ -123,7 +124,7 @@ class LineHelper:
         """`added`: variables over the caller's."""
         self.child = subprocess.Popen(
             python_command("-m", "kohaku_wrap.processes", os.getpid(), module),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
             env=safe_environment(added), start_new_session=True,
         )  # fmt: skip
         self.errors: list[str] = []

@@ -157,7 +157,8 @@ def test_what_compiled_packages_print_is_no_part_of_an_answer(tmp_path: Path, mo
     """Such as NCCL_DEBUG=INFO and ONEDNN_VERBOSE=1, which print to standard output."""
     (tmp_path / "noisy.py").write_text(
         "import os, sys\nfrom kohaku_wrap.processes import answer, answer_in_lines\n"
-        "def print_all():\n    print('a package')\n    os.write(1, b'compiled\\n')\n    os.system('echo a child')\n"
+        "def print_all():\n    os.write(2, b'a file called \\xff\\n' * 9000)\n"
+        "    print('a package')\n    os.write(1, b'compiled\\n')\n    os.system('echo a child')\n"
         "def work(request, tell):\n    print_all()\n    tell(images=request)\n    print_all()\n"
         "def make():\n    print_all()\n    return {'made': 1}\n"
         "answer(make) if sys.argv[1:] else sys.exit(answer_in_lines(work))\n"

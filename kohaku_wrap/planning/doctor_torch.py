@@ -215,6 +215,7 @@ def count_processes(effective: Effective) -> dict[str, Any]:
                 command,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 check=False,
                 env=environment,
                 timeout=WORKER_TIMEOUT_SECONDS,

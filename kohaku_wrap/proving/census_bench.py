@@ -61,6 +61,7 @@ class ForkServer:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
+                errors="replace",
                 env=safe_environment(ON_THE_CPU),
             )
         self.log = log

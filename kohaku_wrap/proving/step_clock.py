@@ -82,7 +82,7 @@ def gpu_bytes() -> int:
     """Memory that processes take of the fullest GPU, by the driver; 0 where it does not tell."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=10).stdout
+        told = subprocess.run(query, capture_output=True, text=True, errors="replace", check=False, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return max((int(line) * MIB for line in told.split() if line.isdigit()), default=0)

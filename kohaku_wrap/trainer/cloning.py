@@ -112,7 +112,13 @@ def run_git(arguments: Sequence[str], folder: Path) -> str:
     """What git prints, in `folder`; raises InstallFailed with git's own words."""
     try:
         result = subprocess.run(
-            ["git", *arguments], cwd=folder, env=git_environment(), capture_output=True, text=True, check=False
+            ["git", *arguments],
+            cwd=folder,
+            env=git_environment(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
     except FileNotFoundError as error:
         raise InstallFailed("git is not installed", "Install git and run the same command again.") from error

@@ -112,6 +112,7 @@ def read_commit(folder: Path) -> str:
             env=git_environment(),
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
             timeout=20,
         )

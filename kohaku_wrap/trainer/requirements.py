@@ -189,7 +189,9 @@ def install_package(requirement: Requirement) -> None:
     final, pinned = packages_folder(requirement), requirement.pinned
     with making_folder(final.parent, ".part-") as part:
         command = python_command("-m", "pip", "install", "--quiet", "--no-deps", "--target", part / "packages", pinned)
-        result = subprocess.run(command, env=safe_environment(), capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            command, env=safe_environment(), capture_output=True, text=True, errors="replace", check=False
+        )
         if result.returncode:
             words = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
             raise InstallFailed(
