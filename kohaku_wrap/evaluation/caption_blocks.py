@@ -31,8 +31,8 @@ FIRST_WORDS = begin_words()
 
 
 def split_tags(caption: str, options: CaptionOptions) -> set[str]:
-    """The tags of a trained caption: what stands between commas and the separators of the dataset's options."""
-    boundaries = {COMMA, SEPARATOR, options.caption_separator, options.keep_tokens_separator} - {""}
+    """The tags of a caption: what stands between commas, line ends and the separators of the dataset's options."""
+    boundaries = {COMMA, "\n", SEPARATOR, options.caption_separator, options.keep_tokens_separator} - {""}
     pieces = re.split("|".join(map(re.escape, sorted(boundaries, key=len, reverse=True))), caption)
     return {piece.strip() for piece in pieces} - {""}
 
@@ -148,7 +148,9 @@ def count_stock(block: Block, captions: Sequence[str], options: CaptionOptions) 
     tally = Tally.of_block(block)
     count_written(block.tags, block.starts, tally.counts)
     for caption in captions:
-        tally.add_odd(split_tags(caption, options), 1)
+        whole = " ".join([options.caption_prefix, caption, options.caption_suffix])
+        # Without wildcards no line but the first is ever trained.
+        tally.add_odd(split_tags(whole if options.enable_wildcard else whole.partition("\n")[0], options), 1)
     return tally
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, words_of_recipe
-from kohaku_wrap.dataset.captions.words import SEPARATOR
+from kohaku_wrap.dataset.captions.tokens import first_lines, split_captions
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, open_captions, read_batches
 from kohaku_wrap.metadata.tags import TagTable
 from kohaku_wrap.sampling.compose import words_of_prompt
@@ -91,8 +91,7 @@ def vocabulary_of_captions(images: Path) -> Vocabulary:
     open_captions(images)
     counts: Counter[str] = Counter()
     for batch in read_batches(images / CAPTIONS_FILE, "caption"):
-        texts = pc.replace_substring(batch.column(0), SEPARATOR, ",")
-        words = pc.value_counts(pc.utf8_trim_whitespace(pc.list_flatten(pc.split_pattern(texts, ","))))
+        words = pc.value_counts(split_captions(first_lines(batch.column(0)))[1])
         counts.update(dict(zip(words.field(0).to_pylist(), words.field(1).to_pylist(), strict=True)))
     counts.pop("", None)
     return Vocabulary(str(images), "captions", counts.get, lambda word: nearest(word.lower(), list(counts)))

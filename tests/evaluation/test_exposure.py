@@ -22,6 +22,7 @@ from kohaku_wrap.evaluation.counting import COLUMNS, IMAGES, TRAINED, Pass, Sums
 from kohaku_wrap.evaluation.exposure import exposure_file, measure_exposure
 from kohaku_wrap.formats.caption_rows import Columns, ColumnsWriter, Subset
 from kohaku_wrap.streams import seed_of, seeds_of
+from kohaku_wrap.training.data.captions import keep_whole
 from kohaku_wrap.training.data.items import ItemOptions, Items
 from kohaku_wrap.training.data.run_items import open_items
 from kohaku_wrap.training.records.folder import Run
@@ -160,15 +161,18 @@ def test_subsets_have_options_and_repeats_of_their_own(tmp_path: Path) -> None:
     assert counts["b"][COLUMNS.index("next_epoch")] == 3 * counts["b"][COLUMNS.index("one_more_repeat")] == 3 * 75
 
 
-def test_images_are_counted_by_their_captions_as_written(tmp_path: Path) -> None:
-    items = Items(write_captions(tmp_path / "images", False), ItemOptions.from_dataset_options(BUCKETS), 4, 9, 2)
+@pytest.mark.parametrize("affixes", [{}, {"caption_prefix": "pre,", "caption_suffix": ", post"}], ids=["", "affixes"])
+def test_images_are_counted_by_their_captions_as_written(tmp_path: Path, affixes: dict[str, Any]) -> None:
+    options = ItemOptions.from_dataset_options({**BUCKETS, **affixes})
+    items = Items(write_captions(tmp_path / "images", False), options, 4, 9, 2)
     sums = Sums()
     count_passes(items, list(list_later_passes(items, 0)), sums, 1, None)
     written = Counter(
         tag
         for row in range(len(items.columns))
-        for tag in split_tags(items.columns.caption_of(row), items.options.captions)
+        for tag in split_tags(keep_whole(items.columns.caption_of(row), options.captions), options.captions)
     )
+    assert not any("\n" in tag for tag in written)
     assert {row["tag"]: row[COLUMNS[IMAGES]] for row in sums.table().to_pylist()} == written
 
 

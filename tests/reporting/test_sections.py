@@ -26,6 +26,7 @@ from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.reporting import pictures
 from kohaku_wrap.reporting.page import compose_page, write_page
 from kohaku_wrap.reporting.pictures import list_pictures, make_gallery
+from kohaku_wrap.sampling.lint import vocabulary_of_captions
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.run_data import keep_run_data
 
@@ -90,6 +91,22 @@ def test_imported_captions_have_a_summary_too(tmp_path: Path) -> None:
     assert found["frequent_tags"] == [["1girl", 2], ["hat", 1], ["smile", 1]] and found["images"] == 2
     words = ("import", tmp_path / "own", "--out", tmp_path / "images", *given)
     assert found["made_by"] == {"import": command_line(*words)}
+
+
+def test_of_captions_of_several_lines_the_first_is_shown_and_counted(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    Image.effect_noise((160, 96), 60).convert("RGB").save(tmp_path / "own" / "one.png")
+    (tmp_path / "own" / "one.txt").write_text("mydog, smile\nnever trained, words " + "word " * 90)
+    kwrap("import", tmp_path / "own", "--out", tmp_path / "images")
+    found = summarise_captions(tmp_path / "images", {})
+    assert found["frequent_tags"] == [("mydog", 1), ("smile", 1)]
+    assert found["tokens"]["longer_than"]["75"] == 0
+    assert vocabulary_of_captions(tmp_path / "images").count("never trained") is None
+    effective = resolve_template("demo", load_site(world / "site.toml"), ())
+    plan = plan_steps(effective, read_training_sizes(effective, tmp_path / "images"))
+    keep_run_data(tmp_path, effective, tmp_path / "images", plan)
+    digest = read_captions_metadata(tmp_path / "images")["digest"]
+    assert [each["caption"] for each in read_summary(tmp_path, digest)["examples"]] == ["mydog, smile"]
 
 
 def test_of_many_captions_an_even_part_is_looked_at(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

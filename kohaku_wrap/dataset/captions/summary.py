@@ -12,7 +12,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, choose_counter, quantiles_of, split_captions
+from kohaku_wrap.dataset.captions.tokens import (
+    LONGEST,
+    TOKEN_LIMITS,
+    choose_counter,
+    first_lines,
+    quantiles_of,
+    split_captions,
+)
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches
@@ -48,7 +55,7 @@ def summarise_captions(
             looked_at += len(captions)
 
     def look_at(captions: tuple[pa.Array, int]) -> tuple[int, pa.Array, npt.NDArray[np.int64]]:
-        texts, measured = captions
+        texts, measured = first_lines(captions[0]), captions[1]
         return len(texts), words_of_captions(texts), count(pc.replace_substring(texts[:measured], SEPARATOR, ""))
 
     seen = list(map_in_order(look_at, take_captions(), usable_threads()))

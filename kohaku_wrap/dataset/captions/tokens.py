@@ -156,3 +156,8 @@ def split_captions(captions: pa.Array) -> tuple[npt.NDArray[np.int64], pa.Array]
     """What stands between commas and separators, some of it empty: the index of the caption, and the word."""
     split = pc.split_pattern(pc.replace_substring(captions, SEPARATOR, ","), ",")
     return pc.list_parent_indices(split).to_numpy(), pc.utf8_trim_whitespace(pc.list_flatten(split))
+
+
+def first_lines(captions: pa.Array) -> pa.Array:
+    """Captions as far as they are trained: of several lines the first one."""
+    return pc.replace_substring_regex(captions, r"(?s)\n.*", "")

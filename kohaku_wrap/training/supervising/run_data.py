@@ -54,7 +54,10 @@ def make_examples(columns: Columns, options: dict[str, Any]) -> Iterator[dict[st
     for place, row in enumerate(rows.tolist()):
         width, height = (int(side) for side in buckets.resolutions[buckets.bucket_of_image[place]])
         resized = int(buckets.resized_sizes[place][0]), int(buckets.resized_sizes[place][1])
-        example = {"id": int(columns.ids[row]), "caption": columns.caption_of(row), "width": width, "height": height}
+        caption = columns.caption_of(row)
+        if not options.get("enable_wildcard"):
+            caption = caption.partition("\n")[0]
+        example = {"id": int(columns.ids[row]), "caption": caption, "width": width, "height": height}
         with suppress(UnreadableImage):
             pixels = load_pixels(columns.path_of(row), columns.size_of(row))
             pixels = resize_pixels(pixels, resized, options.get("resize_interpolation"))
