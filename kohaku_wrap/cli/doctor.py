@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kohaku_wrap.cli.options import print_trust, set_option, trust_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, waiting, wants_json
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.planning.doctor_torch import Finding
-from kohaku_wrap.proving.gpu_report import JSON_FILE, TABLE_FILE, Report
+
+if TYPE_CHECKING:
+    from kohaku_wrap.planning.doctor_torch import Finding
+    from kohaku_wrap.proving.gpu_report import Report
 
 COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
 Path_ = click.Path(path_type=Path)
@@ -53,7 +56,7 @@ def command(
     deep: bool,
     folder: Path,
 ) -> None:
-    """Tell whether this machine is ready, and for a template.
+    """Tell whether this machine is ready to train a template.
 
     With TEMPLATE and --site the paths, GPUs, memory and disk that this training needs are tried. Each finding says
     what was found, why it matters and what to do. Exit code 1 when something would break the run.
@@ -67,6 +70,7 @@ def command(
     from kohaku_wrap.config.training_data import read_training_sizes
     from kohaku_wrap.formats.caption_rows import NoImages
     from kohaku_wrap.planning.doctor import examine_machine
+    from kohaku_wrap.planning.doctor_torch import Finding
     from kohaku_wrap.planning.training_plan import TrainingPlan, plan_training
 
     site = load_site(site_file) if site_file else None
@@ -109,6 +113,8 @@ def command(
             raise click.exceptions.Exit(1)
         return
     if failed:
+        from kohaku_wrap.proving.gpu_report import TABLE_FILE
+
         raise NotReady(f"measured and not as it should be: {', '.join(failed)}", f"See {folder / TABLE_FILE}.")
     if broken:
         raise NotReady(f"not ready: {', '.join(broken)}", "Fix these and run `kwrap doctor` again.")
@@ -119,6 +125,7 @@ def command(
 def measure_deep(folder: Path, engine: str | None) -> Report:
     """Train and measure here, telling each result as it comes."""
     from kohaku_wrap.proving.gpu import measure_machine, show_measure
+    from kohaku_wrap.proving.gpu_report import JSON_FILE, TABLE_FILE
     from kohaku_wrap.trainer.installed import find_trainer
 
     engine = engine or ("sd-scripts" if find_trainer() else "builtin")

@@ -19,11 +19,10 @@ from kohaku_wrap.cli.output import (
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.sampling.cells import MOST_STEPS
-from kohaku_wrap.sampling.checkpoints import Model, hash_models, identify_model
-from kohaku_wrap.sampling.devices import choose_compute, usual_size
 from kohaku_wrap.wording import count_of, show_path
 
 if TYPE_CHECKING:
+    from kohaku_wrap.sampling.checkpoints import Model
     from kohaku_wrap.sampling.expanding import PlacedCell
     from kohaku_wrap.sampling.running import DrawingJob
     from kohaku_wrap.sampling.sheets import Sheet
@@ -169,6 +168,7 @@ def command(
 
 def draw_queued(site: Path | None, asked: dict[str, Any], dry_run: bool) -> None:
     """Draw what a run still wants, and print where it lies."""
+    from kohaku_wrap.sampling.devices import choose_compute
     from kohaku_wrap.sampling.of_runs import draw_queue, sheet_of_run
     from kohaku_wrap.training.records.samples import list_pictures
 
@@ -192,7 +192,9 @@ def draw_queued(site: Path | None, asked: dict[str, Any], dry_run: bool) -> None
 def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path | None, out: Path) -> DrawingJob:
     """The cells of the sheet with these models."""
     from kohaku_wrap.dataset.recipe import load_dataset
+    from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
     from kohaku_wrap.sampling.chunks import digest_tokenizers
+    from kohaku_wrap.sampling.devices import choose_compute, usual_size
     from kohaku_wrap.sampling.expanding import Defaults, KnownModel, expand_sheet
     from kohaku_wrap.sampling.running import DrawingJob
 

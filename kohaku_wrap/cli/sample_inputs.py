@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.formats.predictions import Prediction, find_prediction
-from kohaku_wrap.sampling.checkpoints import Model, NoModel, check_model, read_network
-from kohaku_wrap.sampling.sheets import Sheet
+
+if TYPE_CHECKING:
+    from kohaku_wrap.formats.predictions import Prediction
+    from kohaku_wrap.sampling.checkpoints import Model
+    from kohaku_wrap.sampling.sheets import Sheet
 
 
 def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any]) -> Sheet:
@@ -49,6 +51,7 @@ def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any
 
 def list_models(checkpoints: tuple[Path, ...], asked: dict[str, Any], site: Path | None) -> list[Model]:
     """The models that are named, or those of a run. Raises NoModel, and what checking their headers raises."""
+    from kohaku_wrap.sampling.checkpoints import Model, NoModel, check_model, read_network
 
     added = tuple(map(read_network, asked["networks"]))
     run, steps, vae = asked["run"], asked["steps"], asked["vae"]
@@ -96,6 +99,7 @@ def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model
 def choose_prediction(model: Model, asked: dict[str, Any], site: Path | None) -> Prediction:
     """What the model predicts: as asked for, by the template, by the run's lock, or by its file."""
     from kohaku_wrap.config.layers import load_layers
+    from kohaku_wrap.formats.predictions import Prediction, find_prediction
     from kohaku_wrap.formats.safetensors import read_header
     from kohaku_wrap.sampling.of_runs import prediction_of_run
 
