@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,11 +36,17 @@ def give_back(example: Any) -> Any:
 
 
 def quieten_worker(_worker: int) -> None:
-    """One thread a loader worker: the workers themselves are the parallelism."""
+    """One thread a loader worker: the workers themselves are the parallelism. Signals to stop are the rank's alone.
+
+    Slurm and systemd send them to every process of a job, torchrun to a rank's whole group: a rank that lost its loader
+    workers could not finish its step. They end with the rank, which they look for.
+    """
     import cv2
 
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(

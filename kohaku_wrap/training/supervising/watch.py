@@ -197,7 +197,10 @@ class AttemptWatch:
             self.look_for_pause()
             for look in self.on_look:
                 look()
-            if exit_code is not None:
+            if exit_code in (-signal.SIGTERM, -signal.SIGINT) and self.has_ranks():
+                # The launcher of a single process dies of a signal to all; the rank saves its state and ends by itself.
+                self.attempt.request_stop()
+            elif exit_code is not None:
                 return judge_end(self.attempt, exit_code)
             if self.stop.count >= 2:
                 return self.end_now(KILLED, "ended at once by a second signal; the newest state is the last one saved")
@@ -214,6 +217,11 @@ class AttemptWatch:
             if fault is not None:
                 return fault
             time.sleep(self.options.poll_seconds)
+
+    def has_ranks(self) -> bool:
+        """Whether a rank of this machine is alive."""
+        beats = self.attempt.heartbeats()
+        return any(is_alive(beat.pid) for beat in beats if beat.rank < self.attempt.processes_here)
 
     def take_line(self, line: Mapping[str, Any]) -> AttemptEnd | None:
         """Tell the progress of one optimizer step; an end if its numbers are bad."""

@@ -26,6 +26,8 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import RECORD
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, verify_state
+from kohaku_wrap.training.supervising.ends import read_end
+from kohaku_wrap.training.supervising.processes import list_processes
 
 SETTINGS = (
     "effective_batch=4",
@@ -230,6 +232,33 @@ def test_two_processes_join(world: World, tmp_path: Path) -> None:
     run = Run(world.folder / "runs" / "two")
     assert len(list(run.ledger.glob("*.bin"))) == 2
     assert all(line["images"] <= 4 for line in read_metrics(run))
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_to_every_process_saves_a_state(world: World, tmp_path: Path, processes: int) -> None:
+    # As Slurm does before a job ends, systemd when it stops a service, and a machine that shuts down.
+    document = toml.loads(world.site.read_text(encoding="utf-8"))
+    document["machine"] |= {"processes": processes, "workers": 2}
+    site, log = world.site.with_name(f"signalled-{processes}.toml"), tmp_path / "kwrap.log"
+    site.write_text(toml.dumps(document), encoding="utf-8")
+    run = Run(world.folder / "runs" / f"signalled-{processes}")
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "kohaku_wrap", *train_arguments(site, run.name, "max_train_epochs=20")]
+        kwrap_process = subprocess.Popen(command, stdout=stream, stderr=stream)
+    try:
+        await_text(log, "state of optimizer step 1 saved", kwrap_process)
+        signalled = [*list_processes(run), kwrap_process.pid]
+        assert len(signalled) >= 2 + 3 * processes  # supervisor, launcher, and of each rank two loader workers
+        for pid in signalled:
+            os.kill(pid, signal.SIGTERM)
+        assert kwrap_process.wait(120) == 130
+    finally:
+        kwrap_process.kill()
+        kwrap_process.wait()
+    end = read_end(list_attempts(run)[0])
+    assert end is not None and end.kind == "stopped", log.read_text()
+    assert end.optimizer_step == max(step for step, _ in list_states(run.states))
+    assert not list_processes(run)
 
 
 @pytest.mark.slow
