@@ -186,7 +186,7 @@ def inspect_tars(folder: Path) -> None:
     described["not_regular_files"] = ", ".join(described["not_regular_files"]) or None
     rows: list[tuple[str, Any]] = [("kind", "tars of images"), *layouts.items()]
     rows += [
-        (name.replace("_", " "), show_bytes(value) if name == "size_bytes" else value)
+        ("size", show_bytes(value)) if name == "size_bytes" else (name.replace("_", " "), value)
         for name, value in described.items()
         if value is not None
     ]

@@ -38,6 +38,8 @@ ESCAPES_IN_LINES = {code: text for code, text in ESCAPES.items() if chr(code) no
 ESCAPES_IN_JSON = {code: f"\\u{code:04x}" for code in STEERING if code >= 32}
 """JSON itself escapes those below 32 in strings; outside of strings it has none of the others."""
 
+KEPT_TOGETHER = re.compile(r"`[^`]*`|\d+x\d+: [\d,]+|\d (?:[kMGT]?B|%|s|min|h|d)\b")
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -115,14 +117,15 @@ def print_lines(text: str, err: bool = False, **style: Any) -> None:
 def wrap_line(line: str, width: int) -> str:
     """One line, broken between words, with later lines under its text or its second column.
 
-    What stands in backticks is kept together, and no word is broken, so that commands and paths can be copied.
+    What stands in backticks, a size and its count, and a number and its unit are kept together, and no word is broken,
+    so that commands and paths can be copied.
     """
     if len(line) <= width:
         return line
-    column = re.match(r" *(?:\S+ {2,})?", line)
+    column = re.match(r" *(?:\S+(?: [kMGT]?B)? {2,})?", line)
     hang = min(column.end() if column else 0, width // 2)
     # NUL stands for a space that must not be broken at.
-    kept = re.sub(r"`[^`]*`", lambda quoted: quoted[0].replace(" ", "\0"), line[hang:])
+    kept = KEPT_TOGETHER.sub(lambda part: part[0].replace(" ", "\0"), line[hang:])
     pieces = textwrap.wrap(kept, width - hang, break_long_words=False, break_on_hyphens=False)
     return (line[:hang] + f"\n{' ' * hang}".join(pieces)).replace("\0", " ")
 
@@ -149,7 +152,7 @@ def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") ->
     for (name, text), (_, value) in zip(shown, rows, strict=True):
         if sys.stdout.isatty() and not isinstance(value, Path):
             width = max(shutil.get_terminal_size().columns - column, 20)
-            text = f"\n{' ' * column}".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))
+            text = wrap_line(text, width).replace("\n", f"\n{' ' * column}")
         click.echo(f"{paint(name.ljust(column), fg='cyan')}{text}".rstrip())
     if next_step:
         click.echo(f"Next: {next_step.translate(ESCAPES)}")
@@ -213,8 +216,10 @@ def counting_bytes(description: str, total: int) -> Iterator[ByteCount]:
         yield ByteCount(report, total)
 
 
-def show_rate(rate: float) -> str:
-    """A number a second: whole, or with two digits where it is small, as of pictures."""
+def show_rate(rate: float, is_size: bool = False) -> str:
+    """A number a second, whole or with two digits; of things that take long, as pictures do, the seconds of each."""
+    if 0 < rate < 0.5 and not is_size:
+        return f"{1 / rate:,.0f} s each"
     return f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
 
 
@@ -230,10 +235,11 @@ def plain_lines(description: str, unit: str) -> Progress:
         last = now
         scale, name = (1_000_000, "MB") if unit == "bytes" else (1, unit)
         rate = done / max(now - started, 1e-9)
+        shown = show_rate(rate / scale, is_size=unit == "bytes")
         left_seconds = (total - done) / rate if rate else 0.0
         counts = f"{description}: {done / scale:,.0f} of {total / scale:,.0f} {name}"
         too_early = done < total * SHARE_BEFORE_RATE
-        print_note(counts if too_early else f"{counts}, {show_rate(rate / scale)}, {left_seconds:,.0f} s left")
+        print_note(counts if too_early else f"{counts}, {shown}, {left_seconds:,.0f} s left")
 
     return report
 

@@ -78,6 +78,7 @@ def command(
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.metrics import read_step_seconds
     from kohaku_wrap.training.records.samples import read_drawing_seconds
+    from kohaku_wrap.training.supervising.create import list_absent_places
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
@@ -101,7 +102,7 @@ def command(
         if effective.get("validation.posts"):
             notes.append("[validation]: posts that are held out are counted as trained here; captions say which.")
     else:
-        notes += note_other_dataset(effective, site.paths.images)
+        notes += [*note_other_dataset(effective, site.paths.images), *list_absent_places(site)]
     payload = {**describe_plan(plan, notes), "caching": plan_caching(effective, site, sizes.exact)}
     payload["trust"] = describe_trust(effective)
     print_trust(effective)
@@ -235,13 +236,13 @@ def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> N
             f"{plan.warmup_optimizer_steps:,} optimizer steps; under plain sd-scripts {plan.warmup_plain:,}",
         ),
     ]
+    counted_on: dict[tuple[str, str], list[str]] = {}
     for counts in plan.counts:
         modules = f"{counts.unet_modules:,} UNet + {counts.text_encoder_modules:,} text encoder modules"
-        by_part = f"{counts.unet_parameters:,} + {counts.text_encoder_parameters:,}"
-        rows += [
-            ("network", f"{modules} (the UNet of {counts.counted_on})"),
-            ("parameters", f"{counts.parameters:,} = {by_part}"),
-        ]
+        parameters = f"{counts.parameters:,} = {counts.unet_parameters:,} + {counts.text_encoder_parameters:,}"
+        counted_on.setdefault((modules, parameters), []).append(counts.counted_on)
+    for (modules, parameters), names in counted_on.items():
+        rows += [("network", f"{modules} (the UNet of {' and of '.join(names)})"), ("parameters", parameters)]
     if plan.sizes:
         rows += [
             ("checkpoint", show_bytes(plan.sizes.checkpoint_bytes)),

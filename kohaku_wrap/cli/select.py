@@ -67,7 +67,7 @@ def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:
         rows.append(("more rows of the same ids", report.duplicate_ids))
     if report.outside_strata:
         rows.append(("outside the strata", report.outside_strata))
-    rows += [(f"dropped before: {reason}", count) for reason, count in report.dropped_before_sample.items()]
+    rows += [(f"dropped before the sample: {reason}", count) for reason, count in report.dropped_before_sample.items()]
     for stratum in report.strata:
         title = Stratum(stratum.first_id, stratum.last_id, stratum.asked).title
         asked = "all" if stratum.asked is None else f"{stratum.asked:,}"

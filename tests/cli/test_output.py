@@ -20,10 +20,20 @@ from kohaku_wrap.wording import format_duration
         ("    indented words here", 16, ["    indented", "    words here"]),
         ("  seed    two words of text", 20, ["  seed    two words", "          of text"]),
         ("/a/path/longer/than/the/line is kept", 12, ["/a/path/longer/than/the/line", "is kept"]),
+        ("2; 832x1216: 1,024, 96x96: 4", 12, ["2;", "832x1216: 1,024,", "96x96: 4"]),
+        ("it takes 3.8 GB of disk", 14, ["it takes", "3.8 GB of disk"]),
+        (" 6.1 MB  network, gradients and more", 28, [" 6.1 MB  network, gradients", "         and more"]),
     ],
 )
 def test_a_long_line_breaks_between_words(line: str, width: int, shown: list[str]) -> None:
     assert output.wrap_line(line, width).split("\n") == shown
+
+
+@pytest.mark.parametrize(
+    ("rate", "shown"), [(1234.5, "1,234/s"), (2.345, "2.3/s"), (0.5, "0.5/s"), (0.014, "71 s each"), (0.0, "0/s")]
+)
+def test_a_rate_below_one_half_is_the_time_of_each(rate: float, shown: str) -> None:
+    assert output.show_rate(rate) == shown
 
 
 def test_a_pipe_gets_lines_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,12 +60,14 @@ def test_a_row_keeps_its_column_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    output.print_table("Title", [("name", "word " * 10), ("hash", "f" * 64)])
+    output.print_table("Title", [("name", "word " * 10), ("hash", "f" * 64), ("", "6.1 MB  " + "word " * 7)])
     assert capsys.readouterr().out.splitlines() == [
         "Title",
         "name  word word word word word word word",
         "      word word word",
         "hash  " + "f" * 64,
+        "      6.1 MB  word word word word word",
+        "              word word",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.templates import find_preset
 from kohaku_wrap.planning import training_plan
+from kohaku_wrap.planning.module_counts import ModuleCounts
 from kohaku_wrap.planning.sizes import total_of, weigh_host_memory, weigh_training
 from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
 from kohaku_wrap.toml_files import load_toml
@@ -103,6 +105,24 @@ def test_plan_of_a_folder(
     assert document["fills_per_epoch"] == 2
     people = CliRunner().invoke(command, ["demo", "--site", str(site.path), "--no-modules"])
     assert "kwrap train demo" in people.output
+    assert f"note: {site.paths.base_model}: no such file; fix paths.base_model in {site.path}" in people.output
+
+
+def test_the_same_network_on_two_unets_is_shown_once(
+    make_site: MakeSite,
+    write_captions: Callable[[Path, Sequence[tuple[int, int]]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = make_site('engine = "builtin"\ngpus = 0\nbatch_per_gpu = 2')
+    write_captions(site.paths.images, [(128, 128)] * 4)
+    one = ModuleCounts("diffusers", 5, 2, 40, 20, {}, 7, (), 1, 1, 1)
+    found = [one, replace(one, counted_on="sd-scripts")]
+    monkeypatch.setattr("kohaku_wrap.planning.training_plan.count_network_everywhere", lambda effective: found)
+    shown = CliRunner().invoke(command, ["demo", "--site", str(site.path)]).output
+    assert "5 UNet + 2 text encoder modules (the UNet of diffusers and of sd-scripts)\nparameters" in shown
+    found[1] = replace(found[1], unet_modules=6)
+    shown = CliRunner().invoke(command, ["demo", "--site", str(site.path)]).output
+    assert "(the UNet of diffusers)\n" in shown and "6 UNet + 2" in shown
 
 
 def test_saves_beyond_the_run_are_noted(

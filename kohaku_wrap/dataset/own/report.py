@@ -101,7 +101,7 @@ class ImportReport:
             return
         first = next(entry for name in kinds for entry in self.lists[name])
         counts = ", ".join(f"{self.count(name):,} {words}" for name, words in kinds.items() if self.count(name))
-        allow = f", or go on without them: --max-missing {lacking}" if self.total else ""
+        allow = f", or add --max-missing {lacking} to go on without them" if self.total else ""
         raise ImportLacking(
             f"{lacking:,} of {wanted:,} images cannot be used ({counts}); the first is "
             f"{first['image']}: {first['reason']}",
@@ -172,10 +172,11 @@ def describe_sources(
                 f"{shlex.join(('--captions', str(found.unread[0])))}"
             )
         replaced = len(text.without_caption) + len(text.empty_caption)
-        if source.class_text and replaced:
+        if replaced:
+            name = f"{source.class_text!r}, the folder's name, as sd-scripts does it"
             report.notes.append(
                 f"{source.folder}: {count_of(replaced, 'image')} without a caption: trained with "
-                f"{source.class_text!r}, the folder's name, as sd-scripts does it"
+                f"{name if source.class_text else 'an empty one'}"
             )
         report.notes += [
             f"{link}: a link to a folder, which is not followed; import it by a path of its own" for link in found.links

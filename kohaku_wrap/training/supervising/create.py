@@ -186,17 +186,23 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
 def list_absent(new: NewRun) -> list[str]:
     """What `create_run` would miss, what is to be cached too, with what to do; a dry run made for another machine may
     lack it."""
-    paths = new.site.paths
-    files = {"base_model": paths.base_model, "vae": paths.vae}
-    absent = [(name, path, "file") for name, path in files.items() if path is not None and not path.is_file()]
-    absent += [("images", paths.images, "folder")] * (not paths.images.is_dir())
+    absent = list_absent_places(new.site)
     if not absent:
         try:
             lock_caches(new.effective, new.site)
         except KwrapError as missing:
             return [f"{missing.message}. {missing.next_step}"]
+    return absent
+
+
+def list_absent_places(site: Site) -> list[str]:
+    """Models and images of the site that are not there, with where to set each."""
+    paths = site.paths
+    files = {"base_model": paths.base_model, "vae": paths.vae}
+    absent = [(name, path, "file") for name, path in files.items() if path is not None and not path.is_file()]
+    absent += [("images", paths.images, "folder")] * (not paths.images.is_dir())
     return [
-        f"{path}: {describe_absence(path, wanted)}; fix paths.{name} in {new.site.path} before you train"
+        f"{path}: {describe_absence(path, wanted)}; fix paths.{name} in {site.path} before you train"
         for name, path, wanted in absent
     ]
 
