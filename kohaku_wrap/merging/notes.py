@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
+from typing import Any
 
+from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout
 from kohaku_wrap.formats.predictions import MARKS
 from kohaku_wrap.formats.safetensors import Header
@@ -18,8 +21,26 @@ from kohaku_wrap.wording import count_of
 LIKE = "(like)"
 VAE = "(vae)"
 KEYS_SHOWN = 3
+ADAPTER_METADATA = "lora_adapter_metadata"
+ADAPTER_CONFIG = "adapter_config.json"
 SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
 """Algorithms that alpha / rank scales."""
+
+
+def find_scales(header: Header) -> Iterator[tuple[str, float, float, float]]:
+    """What the configs of PEFT and diffusers say other than a scale of 1: where, alpha, rank, and the scale."""
+    texts = {ADAPTER_METADATA: header.metadata.get(ADAPTER_METADATA, "")}
+    if header.path.name == "adapter_model.safetensors":
+        with suppress(OSError, ValueError):
+            texts[ADAPTER_CONFIG] = read_regular(header.path.with_name(ADAPTER_CONFIG))
+    for where, text in texts.items():
+        document: Any = {}
+        with suppress(ValueError):
+            document = parse_json(text)
+        for part in ("", "unet.", "text_encoder.", "text_encoder_2.") if isinstance(document, dict) else ():
+            alpha, rank = (document.get(f"{part}{key}") for key in ("lora_alpha", "r"))
+            if all(isinstance(each, int | float) and each > 0 for each in (alpha, rank)) and alpha != rank:
+                yield where, alpha, rank, alpha / (rank**0.5 if document.get(f"{part}use_rslora") else rank)
 
 
 class Notes:
@@ -78,6 +99,14 @@ class Notes:
                     if not any(stream.read(alpha.size_bytes)):
                         line = f"net({name}): alpha is 0, read as the rank, as LyCORIS and sd-scripts do; "
                         self.add(f"{line}ComfyUI and A1111 would add nothing", module.name)
+
+    def tell_other_scales(self, networks: Mapping[str, Header]) -> None:
+        """Say which networks without alphas have one in a config, which only PEFT and diffusers read."""
+        for name, header in networks.items():
+            if not any(key.endswith(".alpha") for key in header.tensors):
+                for where, alpha, rank, factor in find_scales(header):
+                    said = f"its {where} says lora_alpha {alpha:g} and r {rank:g}: PEFT adds {factor:g} times as much"
+                    self.add(f"net({name}): no tensor is an alpha, so the scale is 1, as in ComfyUI; {said}", "")
 
     def tell_layouts(self) -> None:
         """Say which files are read under other names than they have, and what the output lacks of a whole model."""

@@ -109,6 +109,7 @@ class Planner:
             for change in match_modules(header, self.targets, tensors, leave_out):
                 self.changes.setdefault(change.target.key, []).append((name, change))
         self.notes.tell_zero_alphas(self.networks, self.changes)
+        self.notes.tell_other_scales(self.networks)
         self.notes.tell_layouts()
         computed = [key for key, spot in tensors.items() if self.is_computed(key, spot)]
         check_coverage(self.formula, self.layouts, self.anchor, computed, self.options.missing != "fail")

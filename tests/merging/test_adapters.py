@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import lycoris.modules
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kohaku_wrap.errors import ProblemsFound
@@ -129,6 +130,33 @@ def test_an_alpha_of_0_is_told(write_model: WriteModel, write_network: WriteNetw
         network = write_network("n", {**tensors, f"{NAME_OF_LINEAR}.alpha": alpha})
         plan = plan_merge("base + net(n)", {"base": write_model("base", 1), "n": network})
         assert sum("ComfyUI and A1111 would add nothing" in line for line in plan.decisions) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "config", "told"),
+    [
+        ("a", {"unet.lora_alpha": 16, "unet.r": 4}, None, ["16 and r 4: PEFT adds 4 times"]),
+        ("a", {"unet.lora_alpha": 16, "unet.r": 4, "unet.use_rslora": True}, None, ["PEFT adds 8 times"]),
+        ("a", {"unet.lora_alpha": 4, "unet.r": 4, "text_encoder.lora_alpha": "x", "text_encoder.r": 4}, None, []),
+        ("a", {}, {"lora_alpha": 8, "r": 4}, []),
+        ("adapter_model", {}, {"lora_alpha": 8, "r": 4}, ["adapter_config.json says lora_alpha 8 and r 4"]),
+        ("adapter_model", {}, {"lora_alpha": 4, "r": 4}, []),
+        ("adapter_model", {}, ["odd"], []),
+    ],
+)
+def test_a_scale_that_only_peft_reads_is_named(
+    tmp_path: Path, write_model: WriteModel, name: str, metadata: dict[str, Any], config: object, told: list[str]
+) -> None:
+    path = "base_model.model.down_blocks.1.attentions.0.proj_in"
+    tensors = {f"{path}.lora_A.weight": torch.ones(4, 32), f"{path}.lora_B.weight": torch.ones(64, 4)}
+    network = tmp_path / f"{name}.safetensors"
+    (tmp_path / "adapter_config.json").write_text("{" if config is None else json.dumps(config))
+    for alpha in ({}, {f"{path}.alpha": torch.tensor(4.0)}):
+        save_file(tensors | alpha, network, {"lora_adapter_metadata": json.dumps(metadata)})
+        decisions = plan_merge("base + net(n)", {"base": write_model("base", 1), "n": network}).decisions
+        found = [line for line in decisions if "so the scale is 1" in line]
+        assert len(found) == (len(told) if not alpha else 0)
+        assert all(text in line for text, line in zip(told, found, strict=False))
 
 
 DIFFUSERS_PARTS = {"unet": "unet.{path}", "te1": "text_encoder.{path}", "te2": "text_encoder_2.{path}"}
