@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 import os
@@ -78,7 +79,9 @@ def beyond_output(*unless: str) -> Callable[[Function], Function]:
 def print_json(command: str, payload: dict[str, Any]) -> None:
     """Print the one document of `--json`."""
     document = {"schema_version": SCHEMA_VERSION, "command": command, **payload}
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str).translate(ESCAPES_IN_JSON))
+    # JSON is UTF-8; a terminal of another encoding gets it in ASCII, which is both.
+    is_other = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+    click.echo(json.dumps(document, indent=2, ensure_ascii=is_other, default=str).translate(ESCAPES_IN_JSON))
 
 
 def paint(text: str, **style: Any) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,3 +111,12 @@ def test_no_rate_is_told_before_there_is_one(
     report(1, 30_000_000)
     report(15_000_000, 30_000_000)
     assert capsys.readouterr().err == "merge: 0 of 30 MB\nmerge: 15 of 30 MB, 0.38/s, 40 s left\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "euc-jp"])
+def test_json_is_json_on_a_terminal_of_any_encoding(encoding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from kohaku_wrap.cli.output import print_json; print_json('a', {'é→😀': 'ö'})"],
+        env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["é→😀"] == "ö"
