@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,7 +147,8 @@ def _refuse_mixed(files: TableFiles, table: str, found: FoundColumns) -> None:
 
 def _reader(connection: duckdb.DuckDBPyConnection, files: TableFiles, paths: Sequence[Path]) -> str:
     """What selects the rows of the files as one table."""
-    listed = "[" + ", ".join(quote(str(path)) for path in paths) + "]"
+    # DuckDB takes a name with *, ? or [ for a pattern of others.
+    listed = "[" + ", ".join(quote(glob.escape(str(path))) for path in paths) + "]"
     if files.kind == "parquet":
         return f"*, file_index, file_row_number FROM read_parquet({listed}, union_by_name = true)"
     if files.kind == "csv":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import glob
 import json
 import os
 import sqlite3
@@ -365,6 +366,21 @@ def test_files_of_any_names_are_one_table(tmp_path: Path, names: tuple[str, str]
         between = "," if name.lower().endswith("csv") else "\t"
         (tmp_path / name).write_text(f"id{between}tag_string\n{number}{between}solo\n")
     assert describe_database(tmp_path).posts == 2
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_name_is_no_pattern(tmp_path: Path, ending: str) -> None:
+    for number, name in enumerate(("set[1]", "set1", "set*", "setx", "set?"), 1):
+        (tmp_path / name).mkdir()
+        ids, tags = pa.array(range(number)), pa.array(["a"] * number)
+        path = write_table(tmp_path / name / "posts.parquet", id=ids, tag_string=tags)
+        if ending != "parquet":
+            kind = "FORMAT csv, HEADER" if ending == "csv" else "FORMAT json"
+            target = path.with_suffix(f".{ending}")
+            duckdb.sql(f"COPY (SELECT * FROM '{glob.escape(str(path))}') TO '{target}' ({kind})")
+            path.unlink()
+    found = {place.name: describe_database(place / f"posts.{ending}").posts for place in tmp_path.iterdir()}
+    assert found == {"set[1]": 1, "set1": 2, "set*": 3, "setx": 4, "set?": 5}
 
 
 def test_columns_may_have_dots_in_their_names(tmp_path: Path) -> None:
