@@ -406,6 +406,12 @@ def test_equal_labels_are_refused_by_name(mine: Path, tmp_path: Path, out: Path)
     assert captions_of(out)["d.bmp"] == "猫/d.bmp, ☂ smile"
 
 
+def test_the_same_files_under_another_label_are_told(mine: Path, out: Path) -> None:
+    assert "twice" not in str(run(mine, "--out", out)["notes"])
+    again = run(mine, "--label", "other", "--out", out)
+    assert again["total"] == 10 and "under the label 'mine' too, and are trained twice" in str(again["notes"])
+
+
 def test_a_moved_folder_keeps_its_ids(mine: Path, out: Path) -> None:
     run(mine, "--out", out)
     before = {row["id"] for row in rows_of(out).values()}

@@ -122,6 +122,12 @@ def run_import(
     others = {id: image for id, image in known.items() if image.label not in labels and id in earlier}
     report.kept, report.others, report.total = len(kept), len(others), len(now) + len(others)
     report.removed = sum(image.label in labels and id not in now for id, image in known.items())
+    here = {image.source for image in now.values()}
+    report.notes += [
+        f"{images}: these files lie there under the label {label!r} too, and are trained twice; import them into a new "
+        "folder to have them once"
+        for label in sorted({image.label for image in others.values() if image.source in here})
+    ]
     describe_images(report, now, options.resolution)
     describe_sources(report, founds, texts, now, captions)
     if options.dry_run:
