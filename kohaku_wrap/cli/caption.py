@@ -144,7 +144,7 @@ def command(
     found = choose_dataset(selection, dataset)
     recipe = replace(found.caption, style=style) if style else found.caption
     database = open_source(db, found.metadata, tag_table)
-    place = out or (selection or Path()).absolute().parent
+    place = out or (selection.absolute().parent if selection else Path.cwd())
     texts = read_text_table(text, text_column, place) if text else None
     if post_id is not None:
         print_explanation(database, recipe, post_id, selection, texts)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.captions.mixing import ALONE, BOTH, TAGS, TEXT, TextMix, put_text, put_texts
-from kohaku_wrap.dataset.captions.text_table import NoTexts, read_text_table
+from kohaku_wrap.dataset.captions.text_table import NoTexts, TextTable, read_text_table
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.errors import ProblemsFound
@@ -164,6 +164,21 @@ def test_a_post_is_explained_with_its_text(world: World) -> None:
     assert {"group": "text", "words": [world.texts[id]]} in found["groups"]
     world.caption(toml=MIXED.replace("tags = 0.3\ntext = 0.3\nboth = 0.4", "both = 1"))
     assert found["caption"] == world.written[id]
+
+
+def test_a_post_alone_keeps_its_texts_in_the_current_folder(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    (world.path / "here").mkdir()
+    monkeypatch.chdir(world.path / "here")
+    folders = []
+
+    def note(path: Path, column: str, folder: Path) -> TextTable:
+        folders.append(folder)
+        return read_text_table(path, column, folder)
+
+    monkeypatch.setattr("kohaku_wrap.dataset.captions.text_table.read_text_table", note)
+    words = ["--post", next(iter(world.texts)), "--db", world.database, "--text", world.path / "texts.parquet"]
+    assert CliRunner().invoke(program, ["caption", *map(str, words)], catch_exceptions=False).exit_code == 0
+    assert folders == [world.path / "here"]  # Of its parent nothing says that one may write there.
 
 
 def test_ids_may_be_text_shards_lie_in_a_folder_and_of_equal_ids_the_first_counts(world: World, tmp_path: Path) -> None:
