@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.dataset.recipe import RANGES, TAG_CONDITIONS, DatasetRecipe, SelectionRecipe, Stratum
 from kohaku_wrap.dataset.selection_file import write_selection
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata import filters
 from kohaku_wrap.metadata.editions import find_lacks
@@ -164,7 +164,7 @@ def select_posts(
         raise EmptySelection(
             f"{dataset.name}: no post is left of {report.posts:,} in {source.path}"
             + (f" (sampled {report.sampled:,}; dropped: {told})" if told else f" (sampled {report.sampled:,})"),
-            "Compare the recipe's ids and filters with `kwrap inspect DB`.",
+            f"Compare the recipe's ids and filters with `{command_line('inspect', source.path)}`.",
         )
     about = {
         "dataset": dataset.name,

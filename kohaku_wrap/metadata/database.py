@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -405,6 +406,6 @@ def explain_failure(path: Path, message: str) -> KwrapError:
     if path.with_name(path.name + "-journal").exists():
         return DatabaseUnreadable(
             f"{path}: a write to it was interrupted; its rollback journal lies beside it",
-            "Open it once with the program that wrote it (or `sqlite3 FILE .tables`), so that sqlite can roll back.",
+            f"Open it once, so that sqlite can roll back: {shlex.join(('sqlite3', str(path), '.tables'))}",
         )
     return DatabaseUnreadable(f"{path}: {message}", "Check the file and its folder's permissions.")

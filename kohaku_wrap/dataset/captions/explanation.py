@@ -18,7 +18,7 @@ from kohaku_wrap.dataset.captions.text_table import TextTable
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.dataset.years import read_years
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.columns import TAG_TYPES
 from kohaku_wrap.metadata.filters import RATINGS
@@ -97,7 +97,8 @@ def explain_post(
     ids = np.array([post_id] if fits else [], dtype=np.int64)
     batches = list(read_posts(database, ids))
     if not batches:
-        raise NoSuchPost(f"{database.path}: no post {post_id}", "`kwrap inspect DB` tells the range of its ids.")
+        range_of_ids = f"`{command_line('inspect', database.path)}` shows the range of its ids."
+        raise NoSuchPost(f"{database.path}: no post {post_id}", range_of_ids)
     row = {name: column[0] for name, column in batches[0].to_pydict().items()}
     parser = "dateutil" if recipe.style == "hakubooru" else "iso"
     posts = SelectedPosts(
