@@ -62,11 +62,12 @@ def span(values: Sequence[float], *, from_zero: bool = False, margin: float = 0.
     return Range(low if from_zero else low - spare, high + spare)
 
 
-def choose_ticks(within: Range, most: int = 5) -> list[float]:
-    """Round numbers within a range, at most so many and one."""
+def choose_ticks(within: Range, most: int = 5, *, whole: bool = False) -> list[float]:
+    """Round numbers within a range, at most so many and one; `whole`: of things that have no half, such as steps."""
     rough = (within.high - within.low) / most
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    sizes = [power * factor for factor in (1, 2, 2.5, 5, 10)]
+    step = next((size for size in sizes if size >= rough * 0.999 and not (whole and size % 1)), 1.0)
     first, last = math.ceil(within.low / step - 1e-9), math.floor(within.high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
 
@@ -127,7 +128,7 @@ def draw_chart(
     for each in ticks:
         y = HIGH - y_range.place(each) * HIGH
         parts.append(f'<text class="tick" x="3" y="{max(y - 3, 9):.1f}">{show_number(each)}</text>')
-    for each in choose_ticks(x_range, 5):
+    for each in choose_ticks(x_range, 5, whole=axis in ("steps", "images")):
         place = x_range.place(each)
         anchor = "start" if place < 0.03 else "end" if place > 0.97 else "middle"
         parts.append(

@@ -12,6 +12,7 @@ import pytest
 from plain_runs import misbehave, train
 from reading_pages import HOSTILE, Page, make_page, run_json
 
+from kohaku_wrap.reporting.charts import Range, choose_ticks, show_number
 from kohaku_wrap.reporting.curves import BINS, cut_pieces, tabulate
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
@@ -61,6 +62,20 @@ def test_numbers_are_those_of_status_and_verify(crashed_and_resumed: Run) -> Non
     assert held["verification"]["standing"] == "proved"
     assert f"proved up to step {verify['optimizer_steps']} by verify on " in page.text
     assert all(check["detail"] in page.text for check in verify["checks"] if not check["is_looked_at"])
+
+
+@pytest.mark.parametrize(
+    ("high", "whole", "shown"),
+    [
+        (12, True, ["0", "5", "10"]),
+        (12, False, ["0", "2.5", "5", "7.5", "10"]),
+        (2, True, ["0", "1", "2"]),
+        (0.2, True, ["0"]),
+        (20_354, True, ["0", "5,000", "10,000", "15,000", "20,000"]),
+    ],
+)
+def test_an_axis_of_steps_has_no_half_ones(high: float, whole: bool, shown: list[str]) -> None:
+    assert [show_number(tick) for tick in choose_ticks(Range(0, high), whole=whole)] == shown
 
 
 @pytest.mark.parametrize("axis", ["steps", "images", "hours"])
