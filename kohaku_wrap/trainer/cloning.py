@@ -37,7 +37,7 @@ def clone_commit(source: str, commit: str, folder: Path, on_note: Callable[[str]
         # What the source itself has checked out: for a server its default branch.
         commit = run_git(["rev-parse", "HEAD"], folder).strip()
         on_note(describe_newest(source, folder))
-    elif not has_commit(folder, commit):
+    elif not succeeds(["cat-file", "-e", f"{commit}^{{commit}}"], folder):
         fetch_commit(source, commit, folder)
         commit = run_git(["rev-parse", "FETCH_HEAD"], folder).strip()
     patterns = [*SPARSE_PATTERNS, *(f"/{name}" for name in small_configs(folder, commit))]
@@ -65,7 +65,7 @@ def describe_newest(source: str, folder: Path) -> str:
     later = [
         (int(run_git(["rev-list", "--count", f"{known.commit}..HEAD"], folder)), known.name)
         for known in SUPPORTED
-        if has_commit(folder, known.commit) and is_ancestor(folder, known.commit)
+        if succeeds(["merge-base", "--is-ancestor", known.commit, "HEAD"], folder)
     ]
     if later:
         count, name = min(later)
@@ -76,17 +76,10 @@ def describe_newest(source: str, folder: Path) -> str:
     )
 
 
-def is_ancestor(folder: Path, commit: str) -> bool:
+def succeeds(arguments: Sequence[str], folder: Path) -> bool:
+    """Whether git does it, or says yes."""
     try:
-        run_git(["merge-base", "--is-ancestor", commit, "HEAD"], folder)
-    except InstallFailed:
-        return False
-    return True
-
-
-def has_commit(folder: Path, commit: str) -> bool:
-    try:
-        run_git(["cat-file", "-e", f"{commit}^{{commit}}"], folder)
+        run_git(arguments, folder)
     except InstallFailed:
         return False
     return True

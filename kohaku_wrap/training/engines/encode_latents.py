@@ -15,9 +15,7 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
 from kohaku_wrap.files import Claims
 from kohaku_wrap.formats.caption_rows import Columns
 from kohaku_wrap.formats.sdxl import VAE_PREFIX
+from kohaku_wrap.metadata.parallel import map_in_order
 from kohaku_wrap.planning.workers.module_filling import fill_vae
 from kohaku_wrap.processes import answer, answer_in_lines
 from kohaku_wrap.streams import seed_of
@@ -53,8 +52,7 @@ WAIT_SECONDS = 0.5
 
 TELL_SECONDS = 0.5
 READING_THREADS = 4
-READ_AHEAD = 8
-"""Images that are decoded before they are encoded."""
+"""Which decode images before they are encoded."""
 
 NOBODY = -1
 """The id of a place in a shard whose image is in another one by now, or in no dataset."""
@@ -96,10 +94,13 @@ class Encoder:
 
     def encode(self, rows: list[int]) -> Iterator[Latents]:
         """(variants, channels, height / 8, width / 8) float32 of each row."""
+        import cv2
+
+        cv2.setNumThreads(0)
         items = [self.dataset.draw_item(row, 0) for row in rows]
         each = [replace(item, flipped=flipped) for item in items for flipped in (False, True)[: self.rule.variants]]
         found: list[Latents] = []
-        for item, pixels in zip(each, read_ahead(self.dataset.load_image, each), strict=True):
+        for item, pixels in zip(each, map_in_order(self.dataset.load_image, each, READING_THREADS), strict=True):
             found.append(self.encode_image(item, pixels))
             if len(found) == self.rule.variants:
                 yield np.stack(found)
@@ -211,25 +212,6 @@ class ShardMaker:
         if self.untold and (at_once or time.monotonic() - self.told_at > TELL_SECONDS):
             self.tell(images=self.untold)
             self.untold, self.told_at = 0, time.monotonic()
-
-
-def read_ahead(load: Callable[[Item], torch.Tensor], items: Iterable[Item]) -> Iterator[torch.Tensor]:
-    """What `load` makes of each item, in their order, some of them before they are asked for."""
-    import cv2
-
-    cv2.setNumThreads(0)
-    waiting: deque[Future[torch.Tensor]] = deque()
-    with ThreadPoolExecutor(READING_THREADS) as threads:
-        try:
-            for item in items:
-                waiting.append(threads.submit(load, item))
-                if len(waiting) > READ_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def open_images(folder: Path, captions_digest: str, dataset: dict[str, Any]) -> ColumnsDataset:

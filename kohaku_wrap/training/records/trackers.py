@@ -210,11 +210,6 @@ TRACKERS: Mapping[str, Callable[[Logbook], Tracker]] = {
 }
 
 
-def open_tracker(name: str, book: Logbook) -> Tracker:
-    """One of `TRACKERS`; raises what its package does."""
-    return TRACKERS[name](book)
-
-
 def write_lines(tracker: Tracker, lines: Iterable[Mapping[str, Any]]) -> int:
     """Write the lines of steps that the tracker does not have yet; how many."""
     count = 0
@@ -237,7 +232,7 @@ def write_all(run: Run, name: str, folder: Path) -> tuple[Path, int, int]:
         raise NoTracker(f"{name} is not installed", f"Install it with: pip install {name}")
     book = read_logbook(run)
     book = replace(book, folder=folder.absolute() / f"{run.output_name}-{book.run_id[:ID_LENGTH]}")
-    tracker = open_tracker(name, book)
+    tracker = TRACKERS[name](book)
     try:
         count = write_lines(tracker, read_metrics(run))
     finally:

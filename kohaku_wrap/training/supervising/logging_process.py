@@ -12,7 +12,7 @@ from pathlib import Path
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import MetricsTail, read_metrics
 from kohaku_wrap.training.records.remembered import read_secrets
-from kohaku_wrap.training.records.trackers import open_tracker, read_logbook, write_lines
+from kohaku_wrap.training.records.trackers import TRACKERS, read_logbook, write_lines
 
 LOOK_SECONDS = 1.0
 
@@ -21,7 +21,7 @@ def follow(run: Run, attempt: int, name: str) -> None:
     """Write what the tool lacks of earlier attempts, then each step as it comes."""
     # Before the lines of now are read, so that none is between the two.
     tail = MetricsTail(run.metrics, attempt)
-    tracker = open_tracker(name, read_logbook(run, read_secrets(run)))
+    tracker = TRACKERS[name](read_logbook(run, read_secrets(run)))
     try:
         write_lines(tracker, read_metrics(run))
         is_over = False

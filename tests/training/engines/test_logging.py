@@ -16,7 +16,7 @@ from test_builtin_run import kwrap, train_arguments
 
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.trackers import Logbook, open_tracker, pick_numbers, write_lines
+from kohaku_wrap.training.records.trackers import TRACKERS, Logbook, pick_numbers, write_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -103,12 +103,12 @@ def test_a_step_that_a_crash_cut_off_is_written_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     book = Logbook(("tensorboard",), tmp_path, "0123456789abcdef", "cut")
     lines = [{"optimizer_step": step, "loss": step / 8, "attempt": 1} for step in range(1, 6)]
-    tracker = open_tracker("tensorboard", book)
+    tracker = TRACKERS["tensorboard"](book)
     write_lines(tracker, lines[:3])
     tracker.close()
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-5])
-    tracker = open_tracker("tensorboard", book)
+    tracker = TRACKERS["tensorboard"](book)
     assert tracker.last_step == 2
     assert write_lines(tracker, lines) == 3
     tracker.close()
@@ -127,7 +127,7 @@ def test_a_tool_with_lines_of_its_own_goes_on_in_one(package: str, tmp_path: Pat
     book = f"Logbook(({package!r},), Path({str(tmp_path)!r}), '0123456789abcdef', 'mine')"
     script = (
         "import sys; from pathlib import Path; from kohaku_wrap.training.records.trackers import *\n"
-        f"tracker = open_tracker({package!r}, {book})\n"
+        f"tracker = TRACKERS[{package!r}]({book})\n"
         "print('had', tracker.last_step)\n"
         "write_lines(tracker, [{'optimizer_step': step, 'loss': 1 / step} for step in range(1, int(sys.argv[1]))])\n"
         "tracker.close()\n"
