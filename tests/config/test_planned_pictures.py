@@ -15,7 +15,8 @@ from kohaku_wrap.config.checks import describe_notes
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.samples import note_shared_gpu
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.planning.pictures import plan_pictures
+from kohaku_wrap.planning.pictures import plan_pictures, weigh_drawing
+from kohaku_wrap.planning.sizes import CUDA_CONTEXT_BYTES, PROCESS_BYTES
 from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
 
 MakeSite = Callable[..., Site]
@@ -91,6 +92,13 @@ def test_a_gpu_that_trains_too_is_told(make_site: MakeSite, device: str, is_shar
     notes = note_shared_gpu(resolve_template("demo", site, ["samples.by=kwrap"]))
     assert bool(notes) == is_shared and all(device in note and str(site.path) in note for note in notes)
     assert not note_shared_gpu(resolve_template("demo", site, ["samples.every=4"]))
+
+
+def test_who_draws_is_weighed_by_where_it_draws() -> None:
+    on_gpu, on_cpu = (weigh_drawing(1000, on_gpu=is_there) for is_there in (True, False))
+    assert [part.size_bytes for part in on_gpu] == [2000, CUDA_CONTEXT_BYTES]
+    assert [part.size_bytes for part in on_cpu] == [4000, PROCESS_BYTES]
+    assert weigh_drawing(0, on_gpu=True) == ()
 
 
 def test_plan_prints_them(

@@ -12,7 +12,15 @@ import pandas as pd
 
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.metrics import MetricsTail, MetricsWriter, read_metrics, write_metrics_table
+from kohaku_wrap.training.records.metrics import (
+    RATE_WINDOW_STEPS,
+    MetricsTail,
+    MetricsWriter,
+    compare_losses,
+    mean_of,
+    read_metrics,
+    write_metrics_table,
+)
 
 NewRun = Callable[..., Run]
 
@@ -68,6 +76,35 @@ def test_the_tail_gives_whole_new_lines_of_its_attempt(new_run: NewRun) -> None:
         stream.write('empt": 2}\n{"optimizer_step": 9, "attempt": 1}\n')
         stream.flush()
         assert [line["optimizer_step"] for line in tail.new_lines()] == [4]
+
+
+def test_the_tail_begins_at_the_end_of_what_is_there(new_run: NewRun) -> None:
+    run = new_run()
+    tail, attempt = MetricsTail(run.metrics, 1), begin(run, 1, 0)
+    write(attempt, 1, 2, 0.1)
+    later = MetricsTail(run.metrics, 1)
+    write(attempt, 3, 3, 0.1)
+    assert [[line["optimizer_step"] for line in each.new_lines()] for each in (tail, later)] == [[1, 2, 3], [3]]
+
+
+def test_a_mean_is_of_numbers_alone() -> None:
+    lines = [{"loss": 1.0}, {"loss": "nan"}, {}, {"loss": "inf"}, {"loss": 4}]
+    assert mean_of(lines, "loss") == 2.5 and mean_of(lines, "lr_unet") is None
+
+
+def test_losses_are_compared_at_steps_that_both_runs_have(new_run: NewRun) -> None:
+    rising, level, wild = new_run("rising"), new_run("level"), new_run("wild")
+    for step in range(1, 31):
+        write(begin(rising, step, step - 1), step, step, step / 10)
+    write(begin(level, 1, 0), 1, 25, 0.5)
+    write(begin(wild, 1, 0), 1, 25, math.nan)
+    found = compare_losses(rising, level)
+    assert [step for step, _, _ in found] == [3, 6, 9, 12, 15, 18, 21, 25]
+    assert {loss for _, _, loss in found} == {0.5}
+    for step, loss, _ in found:
+        within = range(max(1, step - RATE_WINDOW_STEPS + 1), step + 1)
+        assert math.isclose(loss, sum(within) / len(within) / 10)
+    assert compare_losses(rising, wild) == [] == compare_losses(new_run("none"), level)
 
 
 def test_the_table_for_plots_holds_what_counts(new_run: NewRun, tmp_path: Path) -> None:
