@@ -120,7 +120,9 @@ def _read_words(reader: TableReader, key: str, names: Sequence[str]) -> dict[str
         if not isinstance(words, list) or not all(isinstance(one, str | int) for one in words):
             table.fault(name, f"{words!r} is not a list of words or numbers")
             continue
-        found |= {str(one).lower(): number for one in words}
+        for one in words:
+            if found.setdefault(str(one).lower(), number) != number:
+                table.fault(name, f"{one!r} stands under {names[found[str(one).lower()]]} too")
     return found
 
 

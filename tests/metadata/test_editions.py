@@ -273,6 +273,11 @@ def test_the_shipped_mappings(tmp_path: Path, name: str) -> None:
     assert [row["id"] for row in rows] == ids and rows[0]["created_at"] == year
 
 
+def test_a_word_of_two_ratings_is_named() -> None:
+    with pytest.raises(ProblemsFound, match=r"metadata\.ratings\.sensitive  'S' stands under general too"):
+        read_dataset({"metadata": {"ratings": {"general": ["s", "s"], "sensitive": ["S"]}}}, "own")
+
+
 def test_a_mapping_names_columns_that_exist(tmp_path: Path) -> None:
     place = write_table(tmp_path / "a.parquet", number=pa.array([1]), words=pa.array(["1girl"]))
     with pytest.raises(ProblemsFound, match="number, words"):
