@@ -39,6 +39,12 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def asked_threads() -> int:
+    """What OMP_NUM_THREADS says; 0 for nothing."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isascii() and given.isdecimal() else 0
+
+
 def python_command(*words: object) -> list[str]:
     """This Python with these words, such as `-m` and a module; the current folder is not on its import path."""
     return [sys.executable, "-P", *map(str, words)]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ def computed_kind(kind: str) -> str:
     return "F16" if BYTES_OF_KIND[kind] == 1 else kind
 
 
+def make_kernel(kinds: tuple[str, ...], weights: tuple[Any, ...], to: str, has_product: bool = False) -> Kernel:
+    return Kernel(kinds, Combination.of(weights), to, has_product)
+
+
 @dataclass
 class Faults:
     """Elements that are not finite, by key."""
@@ -49,7 +54,7 @@ class Worker:
     def __init__(self, plan: MergePlan, files: Files, finder: KeyFinder, faults: Faults, lock: threading.Lock) -> None:
         self.plan, self.files, self.finder, self.faults, self.lock = plan, files, finder, faults, lock
         self.scratch = Scratch()
-        self.kernels: dict[Any, Kernel] = {}
+        self.kernel = cache(make_kernel)
         self.functions: TensorFunctions | None = None
 
     def do(self, task: Task, descriptor: int, data_start: int) -> None:
@@ -138,13 +143,6 @@ class Worker:
         if source.columns:
             bits = bits.reshape(-1, source.columns).T.reshape(-1)[first : first + row.size]
         np.copyto(row, widen_bytes(bits, FORMATS[source.kind]) if width == 1 else bits)
-
-    def kernel(self, kinds: tuple[str, ...], weights: tuple[Any, ...], to: str, has_product: bool = False) -> Kernel:
-        settings = kinds, weights, to, has_product
-        known = self.kernels.get(settings)
-        if known is None:
-            known = self.kernels[settings] = Kernel(kinds, Combination.of(weights), to, has_product)
-        return known
 
     def count(self, counter: Counter[str], piece: Piece, first: int, places: NDArray[Any]) -> None:
         if places.size:

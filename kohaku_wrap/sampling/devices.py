@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.safetensors import read_header
-from kohaku_wrap.processes import count_cores
+from kohaku_wrap.processes import asked_threads, count_cores
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.sizes import find_sizes
 
@@ -30,21 +30,13 @@ def hides_gpus(visible: str | None) -> bool:
 def choose_compute(
     device: str | None, dtype: str | None, vae_dtype: str | None, batch: int | None, threads: int | None
 ) -> Compute:
-    """As asked for; what is left open follows from the machine, never from how many processes there are."""
+    """As asked for; what is left open follows from the machine and its variables, never from how many processes."""
     chosen = device or ("cuda" if has_gpu() else "cpu")
     on_gpu = chosen == "cuda"
     return Compute(
         chosen, dtype or ("fp16" if on_gpu else "fp32"), vae_dtype or "fp32", batch or (GPU_BATCH if on_gpu else 1),
-        threads or count_threads(),
+        threads or asked_threads() or count_cores(),
     )  # fmt: skip
-
-
-def count_threads() -> int:
-    """`OMP_NUM_THREADS`, or as many as processors that this process may use."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdecimal() and int(said):
-        return int(said)
-    return count_cores()
 
 
 def usual_size(models: Sequence[Path]) -> tuple[int, int]:

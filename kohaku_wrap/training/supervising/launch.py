@@ -13,7 +13,7 @@ from kohaku_wrap.config.kernels import dropped_variables, kernel_settings
 from kohaku_wrap.config.run_files import ACCELERATE_FILE, read_yaml
 from kohaku_wrap.config.trainer_arguments import MACHINES_IN_FILE, describe_accelerate, render_yaml
 from kohaku_wrap.files import expand_user, write_text
-from kohaku_wrap.processes import accelerate_command, count_cores, safe_settings
+from kohaku_wrap.processes import accelerate_command, asked_threads, count_cores, safe_settings
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.records.attempts import ATTEMPT_VARIABLE, MACHINE_VARIABLE, RUN_VARIABLE, Attempt
 from kohaku_wrap.training.supervising.machines import ONE_MACHINE, Machines
@@ -151,9 +151,8 @@ def default_threads(processes: int, on_cpu: bool) -> int:
     Their number changes the last bits of sums, so an attempt keeps that of the one before. What is trained on a CPU
     is a tiny model, and threads that wait for each other on busy cores make it twenty times slower.
     """
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if given.isascii() and given.isdecimal() and int(given):
-        return int(given)
+    if given := asked_threads():
+        return given
     if on_cpu:
         return 1
     return max(1, min(MOST_THREADS, count_cores() // processes))
