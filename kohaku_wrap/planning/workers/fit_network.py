@@ -32,40 +32,46 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.formats.network_keys import read_network_key
 from kohaku_wrap.formats.network_names import find_targets, table_of_targets
 from kohaku_wrap.formats.sdxl import SDXL_SIZES
 from kohaku_wrap.processes import answer
 
 ALPHA = "alpha"
+DOWN = "lora_down.weight"
 
 Tensors = dict[str, torch.Tensor]
 Modules = dict[str, Tensors]
 
 
 def group(tensors: Mapping[str, torch.Tensor]) -> Modules:
-    """The tensors by module."""
+    """The tensors by module, in kohya's words; what stands a second time under another name keeps that."""
     modules: defaultdict[str, Tensors] = defaultdict(dict)
     for key, tensor in tensors.items():
-        name, _, suffix = key.partition(".")
-        modules[name][suffix] = tensor
+        name, suffix = read_network_key(key)
+        modules[key if suffix in modules.get(name, ()) else name][suffix] = tensor
+    for found in modules.values():
+        if DOWN in found:
+            # PEFT and diffusers write none, and mean a scale of 1.
+            found.setdefault(ALPHA, torch.tensor(float(len(found[DOWN]))))
     return modules
 
 
 def pair_names(names: list[str], own: list[str], checkpoint_keys: list[str]) -> dict[str, str]:
-    """For each module of the file the one of the model that changes the same weight, where there is one."""
+    """For each module of the file the one of the model that changes the same weight, where there is one left."""
     table = table_of_targets(checkpoint_keys)
     of_target = {}
     for name in own:
         if targets := find_targets(name, table):
             of_target[targets.get("weight") or targets["bias"]] = name
-    pairs = {}
+    pairs = {name: name for name in names if name in own}
     for name in names:
         targets = find_targets(name, table)
-        target = (targets.get("weight") or targets.get("bias")) if targets else None
-        if name in own:
-            pairs[name] = name
-        elif target in of_target:
-            pairs[name] = of_target[target]
+        if name in pairs or not targets:
+            continue
+        other = of_target.get(targets.get("weight") or targets["bias"])
+        if other and other not in pairs.values():
+            pairs[name] = other
     return pairs
 
 
@@ -103,27 +109,26 @@ def fit_network(request: Mapping[str, Any]) -> dict[str, Any]:
         wanted = {lora.lora_name: lora for lora in loras}
         own = list(wanted)
     pairs = pair_names(list(modules), own, request["checkpoint_keys"])
-    renamed = {name: other for name, other in pairs.items() if name != other}
     answered: dict[str, Any] = {
         "modules": len(modules),
         "extra": sorted(modules.keys() - pairs.keys()),
         "missing": [],
         "unlike": [],
-        "renamed": len(renamed),
     }
     if not request["from_weights"]:
         answered["missing"] = sorted(wanted.keys() - set(pairs.values()))
         answered["unlike"] = [
             f"{name}: {what}" for name, other in pairs.items() if (what := compare(modules[name], wanted[other]))
         ]
-    if request.get("out") and renamed:
+    written = {
+        f"{pairs.get(name, name)}.{suffix}": tensor
+        for name, tensors in modules.items()
+        for suffix, tensor in tensors.items()
+    }
+    answered["renamed"] = written.keys() != found.keys()
+    if request.get("out") and answered["renamed"]:
         with safe_open(path, "pt") as header:
             metadata = header.metadata()
-        written = {
-            f"{pairs.get(name, name)}.{suffix}": tensor
-            for name, tensors in modules.items()
-            for suffix, tensor in tensors.items()
-        }
         save_file(written, request["out"], metadata)
     return answered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,16 @@ import torch
 from engine_world import CAPTION, write_images
 from safetensors.torch import load_file, save_file
 
+from kohaku_wrap.config.base_model import read_sizes
+from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.formats.network_names import split_kind, table_of_targets
+from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.planning.module_counts import describe_request
 from kohaku_wrap.planning.parent_network import fit_parent
 from kohaku_wrap.training.records.folder import Run
 
@@ -35,6 +41,15 @@ save_precision = "float"
 max_token_length = 150
 [rates]
 lr_warmup_steps = 1
+"""
+LOW_RANK = """
+network_dim = 4
+network_alpha = 4
+[network_args]
+algo = "lora"
+conv_dim = 4
+conv_alpha = 4
+train_norm = false
 """
 DIFFUSERS_NAMES = {"lora_unet_out_2": "lora_unet_conv_out", "lora_unet_input_blocks_0_0": "lora_unet_conv_in"}
 
@@ -89,8 +104,71 @@ def test_a_run_begins_with_the_weights_of_a_network_of_another_tool(world: Path)
     assert run.lock.parent_network.startswith("other.safetensors (")
     assert run.lock.values["network_weights"] == str(run.folder / "network.safetensors")
     told = kwrap("inspect", network_of(world, "second"), "--no-hash").stdout
+    assert "ss_learning_rate" not in told, "both parts have rates of their own"
     assert "kwrap_trained_on_from" in told and "other.safetensors" in told
     assert "trained on from" in kwrap("status", run.folder).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["ComfyUI", "SimpleTuner", "PEFT"])
+def test_a_network_in_another_layout_fits(world: Path, tool: str) -> None:
+    """What a merge reads, a training begins from: names with dots or another prefix, tensors without alpha."""
+    (world / "low.toml").write_text(f"preset = {{}}\n{TEMPLATE}\n[network]\n{LOW_RANK}", encoding="utf-8")
+    template = str(world / ("low.toml" if tool == "PEFT" else "mine.toml"))
+    site, path = load_site(world / "site.toml"), world / f"{tool}.safetensors"
+    before = load_file(network_of(world, "first"))
+    if tool == "PEFT":
+        before = make_lora(resolve_template(template, site), world)
+    if tool == "SimpleTuner":
+        other = {key.replace("lora_unet_", "lycoris_"): tensor for key, tensor in before.items()}
+    else:
+        other = write_paths(world, before, tool)
+    save_file(other, path)
+    effective = resolve_template(template, site, [f"network_weights={path}"])
+    out = world / f"{tool}-out.safetensors"
+    assert fit_parent(effective, out), "written anew, under the template's names"
+    after = load_file(out)
+    assert after.keys() == before.keys() and all((after[key] == before[key]).all() for key in before)
+    twice = other | {key: tensor.clone() for key, tensor in before.items() if key.startswith("lora_unet_")}
+    save_file(twice, path)
+    with pytest.raises(ProblemsFound, match="extra"):
+        fit_parent(effective, out)
+
+
+def make_lora(effective: Effective, world: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the network that a template makes."""
+    from kohaku_wrap.planning.workers.count_modules import build_diffusers_unet, build_text_encoders, create_network
+
+    sizes = read_sizes(world / "base" / "model.safetensors")
+    text_encoders = build_text_encoders(sizes)
+    network = create_network(
+        describe_request(effective, None), build_diffusers_unet(sizes["unet"])[1], text_encoders, world
+    )
+    shapes = {
+        f"{lora.lora_name}.{name}": tensor.shape
+        for lora in network.unet_loras + network.text_encoder_loras
+        for name, tensor in lora.state_dict().items()
+    }
+    return {key: torch.full(shape, 4.0) for key, shape in shapes.items()}
+
+
+def write_paths(world: Path, network: dict[str, torch.Tensor], tool: str) -> dict[str, torch.Tensor]:
+    """The network's tensors under paths with dots, as ComfyUI names them, or as PEFT does, which has no alpha."""
+    targets = table_of_targets(read_header(world / "base" / "model.safetensors").tensors)
+    written = {}
+    for key, tensor in network.items():
+        name, _, suffix = key.partition(".")
+        if name.startswith("lora_unet_"):
+            kinds = targets[name]
+            module = split_kind(kinds.get("weight", kinds.get("bias")).key)[0].removeprefix("model.")
+        else:
+            part = {"lora_te1": "text_encoder.", "lora_te2": "text_encoder_2."}[name[:8]]
+            module = part + re.sub("(text_model|encoder|layers|[0-9]+|self_attn|mlp)_", r"\1.", name[9:])
+        if tool == "PEFT":
+            suffix = suffix.replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+        if tool != "PEFT" or suffix != "alpha":
+            written[f"{module}.{suffix}"] = tensor
+    return written
 
 
 @pytest.mark.slow
