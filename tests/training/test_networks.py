@@ -14,6 +14,7 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.files import sha256_of_file
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts, write_attempt
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 from kohaku_wrap.training.records.networks import (
     NETWORKS_FILE,
     bytes_of_networks,
@@ -25,6 +26,7 @@ from kohaku_wrap.training.records.networks import (
     read_written,
     shorter_end,
     step_of_network,
+    without_idle,
 )
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.verify import verify_run
@@ -48,6 +50,29 @@ def begin(run: Run, number: int) -> Attempt:
     attempt = Attempt(run, number, 1, run.lock.group, 0, 0, None)
     write_attempt(attempt, {})
     return attempt
+
+
+def test_metadata_tell_nothing_of_what_did_nothing(tmp_path: Path) -> None:
+    told = {
+        "ss_learning_rate": "2e-06",
+        "ss_unet_lr": "0.001",
+        "ss_huber_c": "0.1",
+        "ss_prior_loss_weight": "1.0",
+        "ss_lr_warmup_steps": "0",
+        "ss_caption_tag_dropout_rate": "0.0",
+        "ss_seed": "42",
+    }
+    rates = {"unet_lr": 0.001, "text_encoder_lr": [0.0002], "lr_scheduler": "constant", "loss_type": "l2"}
+    tables = {
+        "run": {"data": "kwrap"},
+        "values": rates,
+        "dataset": {"caption_tag_dropout_rate": 0.0},
+        "files": {"dataset.toml": "[[datasets]]\n[[datasets.subsets]]\ncaption_tag_dropout_rate = 0.15\n"},
+    }
+    kept = without_idle(told, Lock(tables, tmp_path))
+    assert kept == {"ss_unet_lr": "0.001", "ss_caption_tag_dropout_rate": "0.15", "ss_seed": "42"}
+    used = {**tables, "values": {**rates, "text_encoder_lr": None, "loss_type": "huber", "lr_scheduler": "cosine"}}
+    assert without_idle(told, Lock(used, tmp_path)).keys() == told.keys() - {"ss_prior_loss_weight"}
 
 
 def test_a_run_is_finished_by_its_newest_attempt_at_its_last_step(new_run: NewRun) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_wrap.config.fates import rows_of
+from kohaku_wrap.config.needs import OWN_DATA, list_lacking
+from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.files import keeps_sha256, kept_sha256, write_text
+from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import Lock
 
 NETWORKS_FILE = "networks.json"
 """Of an attempt: the sha256 of each network that it wrote, by name."""
@@ -21,6 +26,28 @@ OF_STEP, OF_EPOCH = re.compile(r"-step(\d{8,})"), re.compile(r"-(\d{6,})")
 
 SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
 """Of networks, as `save_model_as` has them."""
+
+OF_THE_DATASET = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
+"""Options that the trainer writes into networks as its own options file has them, while the dataset's decides."""
+
+
+def without_idle(metadata: Mapping[str, str], lock: Lock) -> dict[str, str]:
+    """The metadata without `ss_` fields of options that did nothing in the run, such as a rate that no part has."""
+    values, dataset = lock.values, lock.table("dataset")
+    arguments = {f"network_args.{name}": value for name, value in lock.table("network_args").items()}
+    beside = {**values, **arguments, OWN_DATA: lock.data}
+    idle = {f"ss_{name}" for name, fate in rows_of("option").items() if list_lacking(fate.ways(), beside.get)}
+    idle.add("ss_prior_loss_weight")
+    has_unet = values.get("unet_lr") or values.get("network_train_text_encoder_only")
+    if has_unet and (values.get("text_encoder_lr") or values.get("network_train_unet_only")):
+        idle.add("ss_learning_rate")
+    kept = {name: text for name, text in metadata.items() if name not in idle}
+    for name in OF_THE_DATASET:
+        subsets = merge_subsets(parse_toml(lock.files.get(DATASET_FILE, "")))
+        own = {str(subset.get(name, dataset.get(name))) for subset in subsets}
+        if kept.pop(f"ss_{name}", None) is not None and len(own) == 1:
+            kept[f"ss_{name}"] = own.pop()
+    return kept
 
 
 @dataclass(frozen=True)

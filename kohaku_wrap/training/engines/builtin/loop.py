@@ -40,6 +40,7 @@ from kohaku_wrap.training.engines.step_sums import StepSums
 from kohaku_wrap.training.engines.validating import Validation
 from kohaku_wrap.training.records.attempts import Outcome
 from kohaku_wrap.training.records.loss_average import LossAverage
+from kohaku_wrap.training.records.networks import without_idle
 from kohaku_wrap.training.records.states import check_state_sizes
 
 
@@ -133,7 +134,7 @@ class BuiltinRun(Engine):
         }
         if parent := self.attempt.lock.parent_network:
             facts["kwrap_trained_on_from"] = parent
-        return describe_training(self.options, facts)
+        return without_idle(describe_training(self.options, facts), self.attempt.lock)
 
     def train(self) -> Outcome:
         """Train to the last optimizer step, or to the one after which a stop was asked for."""

@@ -36,6 +36,7 @@ from kohaku_wrap.training.engines.sd_scripts.foreign import convert_schedule
 from kohaku_wrap.training.engines.sd_scripts.loop import Loop
 from kohaku_wrap.training.engines.sd_scripts.measuring import NOISE_FUNCTION, Measuring, noise_of_posts
 from kohaku_wrap.training.engines.sd_scripts.objects import find_object, named, replace_object
+from kohaku_wrap.training.records.networks import without_idle
 from kohaku_wrap.training.records.samples import collect_trainer_pictures
 from kohaku_wrap.training.records.states import check_state_sizes
 
@@ -320,8 +321,8 @@ def write_whole(final: Path, write: Callable[[str], None]) -> None:
 
 
 def describe_checkpoint(metadata: dict[str, str] | None, loop: Loop) -> dict[str, str]:
-    """The trainer's metadata without paths, and with a count and a digest in place of a table of all tags."""
-    kept = dict(metadata or {})
+    """The trainer's metadata without paths and idle options; a count and a digest in place of a table of all tags."""
+    kept = without_idle(metadata or {}, loop.attempt.lock)
     if TAG_TABLE in kept:
         kept[TAG_TABLE] = "{}"
     about = {"kwrap_version": kohaku_wrap.__version__, "kwrap_run": loop.attempt.run.name}
