@@ -15,7 +15,7 @@ from kohaku_wrap.cli.output import (
     print_note,
     wants_json,
 )
-from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.wording import count_of, show_bytes, show_path
 
 
@@ -47,7 +47,8 @@ def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None
             again = command_line("remove", show_path(run.folder), "--yes", *["--checkpoints"] * with_checkpoints)
             raise UsageError(f"{show_path(run.folder)}: not removed, as nobody can be asked", f"Type: {again}")
         print_note(f"{show_path(run.folder)}: {show_bytes(removal.size_bytes)} will be removed; kept: {kept}")
-        click.confirm(f"Remove run {run.name}?", abort=True, err=True)
+        if not click.confirm(f"Remove run {run.name}?", err=True):
+            raise KwrapError(f"{show_path(run.folder)}: not removed", "Nothing was changed.")
     remove_run(removal)
     payload = {"run": run.folder, "removed_bytes": removal.size_bytes, "kept": list(removal.kept)}
     rows = [("room made", show_bytes(removal.size_bytes)), ("kept", kept)]

@@ -260,6 +260,24 @@ def test_a_run_that_a_process_holds_is_neither_renamed_nor_removed(
     assert rename_run(moved, "other").folder.name == "other"
 
 
+def test_a_network_is_kept_for_a_run_that_knows_it_by_an_earlier_name(new_run: NewRun) -> None:
+    run = make(new_run)
+    train(run)
+    network = run.networks[0]
+    inputs = {"network": str(network), "network_sha256": kept_sha256(network)}
+    make(new_run, "child", trainer={"network_weights": str(network)}, inputs=inputs)
+    with pytest.raises(NeededByOthers, match="child"):
+        plan_removal(rename_run(run, "renamed"), with_checkpoints=True)
+
+
+def test_a_run_whose_files_cannot_be_read_keeps_its_name(new_run: NewRun) -> None:
+    run = make(new_run)
+    run.trainer_config.unlink()
+    with pytest.raises(DifferentRun):
+        rename_run(run, "new")
+    assert run.folder.is_dir() and not run.folder.with_name("new").exists()
+
+
 def test_rename_keeps_checkpoints_and_refuses_names_that_are_taken(new_run: NewRun) -> None:
     run, other = make(new_run), make(new_run, "taken")
     train(run)
@@ -304,9 +322,18 @@ def test_remove_keeps_networks_and_what_others_came_from(new_run: NewRun) -> Non
     run = make(new_run)
     train(run)
     network = run.networks[0]
+    lock = toml.loads(run.lock_file.read_text())
+    lock |= {"format": 2, "run": {**lock["run"], "id": "1d" * 16}}
+    run.lock_file.write_text(toml.dumps(lock))
+    run = Run(run.folder)
     child = make(new_run, "child", trainer={"network_weights": str(network)})
     with pytest.raises(NeededByOthers, match="child"):
         plan_removal(run, with_checkpoints=True)
+    copy = Run(shutil.copytree(run.folder, run.folder.with_name("copy")))
+    with pytest.raises(NeededByOthers, match=r"came from it: child\n"):
+        plan_removal(run, with_checkpoints=True)
+    remove_run(plan_removal(copy, with_checkpoints=True))
+    assert not copy.folder.exists() and network.is_file(), "a copy is no descendant, and has none"
     remove_run(plan_removal(run, with_checkpoints=False))
     assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints"]
     assert network.is_file() and (run.checkpoints / "first.lock.toml").is_file()

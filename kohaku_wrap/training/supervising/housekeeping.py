@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.reading import PARENT_OPTION
 from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import fsync_folder, read_regular
 from kohaku_wrap.training.records.attempts import hold_lock, list_attempts
 from kohaku_wrap.training.records.folder import Run, list_runs
-from kohaku_wrap.training.supervising.create import check_name, refuse_taken
+from kohaku_wrap.training.records.networks import list_written
+from kohaku_wrap.training.supervising.create import RunExists, check_name
 from kohaku_wrap.training.supervising.places import DifferentRun, read_places, read_trainer
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.supervise import LOCK_FILE as SUPERVISOR_LOCK
@@ -57,12 +59,14 @@ def holding(run: Run) -> Iterator[None]:
 def rename_run(run: Run, name: str) -> Run:
     """Give the run's folder another name, beside where it lies; its checkpoints keep the name that it was made with.
 
-    Raises UsageError for what is no name, RunExists, RunIsBusy.
+    Raises UsageError for what is no name, RunExists, RunIsBusy, DifferentRun for files that cannot be read.
     """
     check_name(name)
     new = run.folder.with_name(name)
-    refuse_taken(new)
+    if new.exists():
+        raise RunExists(f"{new}: is there already", "Choose another name.")
     with holding(run):
+        read_places(run)  # where its files cannot be read, it keeps its name
         run.folder.rename(new)
         fsync_folder(new.parent)
         moved = Run(new)
@@ -84,21 +88,29 @@ def plan_removal(run: Run, with_checkpoints: bool) -> Removal:
 
 
 def list_descendants(run: Run, with_checkpoints: bool) -> Iterator[Run]:
-    """Runs beside it that began from a state of it, or from a network of it that would go."""
+    """Runs beside it that began from a state of it, or from a network of it that would go; a copy of it did not."""
+    written = set(list_written(run).values())
     for other in list_runs(run.folder.parent):
         if other.folder == run.folder:
             continue
-        text, named = "", list[Any]()
+        text, own_id, named = "", "", list[Any]()
+        inputs: Mapping[str, Any] = {}
         with suppress(OSError, UnicodeDecodeError):
             text = read_regular(other.lock_file)
+        with suppress(KwrapError):
+            own_id, inputs = other.lock.run_id, other.lock.table("inputs")
         with suppress(DifferentRun):
             options = read_trainer(other.trainer_config)
-            named = [options.get("network_weights"), *(options.get("base_weights") or [])]
+            named = [options.get(PARENT_OPTION), *(options.get("base_weights") or [])]
         lineages = [(attempt.lineage or {}).get("run_id") for attempt in list_attempts(other)]
-        came = run.lock.run_id and (run.lock.run_id in text or run.lock.run_id in lineages)
+        is_copy = own_id == run.lock.run_id
+        came = run.lock.run_id and (run.lock.run_id in text or run.lock.run_id in lineages) and not is_copy
         # A path may lead there by another way: the folder of all runs is often a link.
-        networks = [(other.folder / str(each)).resolve() for each in named if each]
-        if came or (with_checkpoints and any(each.is_relative_to(run.checkpoints.resolve()) for each in networks)):
+        paths = [(other.folder / str(each)).resolve() for each in named if each]
+        is_needed = any(each.is_relative_to(run.checkpoints.resolve()) for each in paths)
+        # This run may have had another name then.
+        is_needed |= inputs.get("network_sha256") in written and not all(path.is_file() for path in paths)
+        if came or (with_checkpoints and is_needed):
             yield other
 
 
