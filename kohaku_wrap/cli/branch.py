@@ -73,7 +73,9 @@ def command(
     refuse_unknown(allow)
     parent = open_run(name, site_file)
     with counting_bytes("verifying state and models", 0) as count:
-        branch = plan_branch(parent, new_name, step, overrides, template, site_file, trust, count)
+        branch = plan_branch(
+            parent, new_name, step, overrides, template, site_file, trust, count, retype("step", "dry_run")
+        )
     if dry_run:
         show(branch)
         return

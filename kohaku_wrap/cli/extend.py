@@ -85,7 +85,7 @@ def command(
         with counting_bytes("verifying state and models", 0) as count:
             return plan_extension(
                 run, epochs, steps, schedule or "", repeats_warmup, count,
-                workers=workers, allow=allow, site_file=site_file,
+                retype("dry_run"), workers=workers, allow=allow, site_file=site_file,
             )  # fmt: skip
 
     def begin() -> ResumePlan:

@@ -90,10 +90,12 @@ def plan_branch(
     site_file: Path | None = None,
     trust: Sequence[str] = (),
     on_bytes: Callable[[int], None] | None = None,
+    typed: Sequence[str] = (),
 ) -> Branch:
     """A run from the parent's newest whole state, or that of `step`, with the parent's options but for `overrides`.
 
-    `template`: the options are this template's instead. `site_file`: whose paths, images and machine count. Raises
+    `template`: the options are this template's instead. `site_file`: whose paths, images and machine count. `typed`:
+    the options of the command but for the step, for the one that an error names. Raises
     ProblemsFound, also where the weights do not fit, NoSuchState, DamagedState, UsageError for a length that is over,
     and what `settle_new_run` raises.
     """
@@ -132,7 +134,7 @@ def plan_branch(
         start_optimizer_step=0 if anew else step,
         begins_anew=anew,
     )
-    refuse_end(parent, origin, plan, name)
+    refuse_end(parent, origin, plan, name, typed)
     beginning: dict[str, Any] = {"parent": origin.document()}
     if origin.continues and (chapters := inherit_chapters(lock, step, effective, plan)):
         beginning["chapters"] = chapters
@@ -256,13 +258,13 @@ def last_attempt(attempts: Sequence[Attempt], state: Path) -> int:
     return read_manifest(state).attempt
 
 
-def refuse_end(parent: Run, origin: Origin, plan: StepPlan, name: str) -> None:
+def refuse_end(parent: Run, origin: Origin, plan: StepPlan, name: str, typed: Sequence[str]) -> None:
     """Raise UsageError for a branch that would have nothing to train."""
     if plan.total_optimizer_steps > origin.start_optimizer_step:
         return
     epochs = origin.start_optimizer_step // plan.optimizer_steps_per_epoch + 1
     again = command_line(
-        "branch", parent.folder, "--step", origin.optimizer_step, "--run", name, "--set", f"max_train_epochs={epochs}"
+        "branch", parent.folder, "--step", origin.optimizer_step, *typed, "--set", f"max_train_epochs={epochs}"
     )
     raise UsageError(
         f"run {name} would end after optimizer step {plan.total_optimizer_steps:,} and begins after step "

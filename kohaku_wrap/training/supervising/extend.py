@@ -58,11 +58,13 @@ def plan_extension(
     schedule: str = "",
     repeats_warmup: bool = False,
     on_bytes: Callable[[int], None] | None = None,
+    typed: Sequence[str] = (),
     **resume: Any,
 ) -> Extension:
     """The run made longer by so many epochs or optimizer steps, from its newest whole state.
 
-    `resume`: what else `plan_resume` takes. Raises RuleNeeded where the rates depend on the length and no `schedule`
+    `typed`: the options of the command but for the rule, for the one that asks for it. `resume`: what else
+    `plan_resume` takes. Raises RuleNeeded where the rates depend on the length and no `schedule`
     is given, UsageError for one that would have no effect, UnknownSchedule, and what `plan_resume` raises.
     """
     lock = run.lock
@@ -83,7 +85,7 @@ def plan_extension(
         from_updates=planned.start_optimizer_step - skipped,
     )
     if depends and not schedule:
-        raise ask_for_rule(run, depends, chapter, ("--epochs", epochs) if epochs else ("--steps", steps))
+        raise ask_for_rule(run, depends, chapter, typed)
     if chapter.schedule and chapter.from_optimizer_step < before.from_optimizer_step:
         raise RuleNeeded(
             f"run {run.name}: its newest state lies before the last time that it was extended",
@@ -104,7 +106,7 @@ def refuse_old(run: Run, cannot: str = "be made longer") -> None:
         )
 
 
-def ask_for_rule(run: Run, depends: Sequence[str], chapter: Chapter, more: tuple[object, ...]) -> RuleNeeded:
+def ask_for_rule(run: Run, depends: Sequence[str], chapter: Chapter, typed: Sequence[str]) -> RuleNeeded:
     """The question which rule is meant, with the rates under each."""
     words = {STRETCH: "the rates of the longer plan from here on", AGAIN: "a new cycle from here on, without warm-up"}
     lines = [f"run {run.name}: {', '.join(depends)} depends on the length of the run"]
@@ -116,7 +118,7 @@ def ask_for_rule(run: Run, depends: Sequence[str], chapter: Chapter, more: tuple
         except NoExpectedRates as error:
             shown = [error.message]
         lines.append(f"  --schedule {rule}: {words[rule]}: {'; '.join(shown)}")
-    again = [command_line("extend", run.folder, *more, "--schedule", rule) for rule in RULES]
+    again = [command_line("extend", run.folder, *typed, "--schedule", rule) for rule in RULES]
     return RuleNeeded("\n".join(lines), f"Choose one: {again[0]}, or {again[1]} (--repeat-warmup for its warm-up too)")
 
 

@@ -153,6 +153,7 @@ def test_what_leaves_the_order_goes_on(parent: Run) -> None:
     ("arguments", "code", "words"),
     [
         ((), 2, "would end after optimizer step 4 and begins after step 4"),
+        (("--set", "unet_lr=1e-5"), 2, "--step 4 --run other --set unet_lr=1e-5 --set max_train_epochs=3"),
         (("--step", "7"), 1, "States there are: 1, 2, 3, 4"),
         (("--step", "2", "--set", "network_args.factor=2"), 1, "does not fit these options"),
         (("--step", "2", "--set", "unet_lrr=1"), 1, "unet_lr"),

@@ -45,8 +45,9 @@ def test_each_rule_gives_its_rates_and_is_proved(world: World) -> None:
     """A cosine of three steps, stretched to five at its end, then a new cycle of four."""
     assert kwrap(*train_arguments(world.site, "cosine", *COSINE)).returncode == 0
     run = Run(world.folder / "runs" / "cosine")
-    asked = kwrap("extend", str(run.folder), "--steps", "2")
+    asked = kwrap("extend", str(run.folder), "--steps", "2", "--site", str(world.site))
     assert asked.returncode == 1
+    assert f"--steps 2 --site {world.site} --schedule again" in asked.stderr, asked.stderr
     assert 'lr_scheduler = "cosine" depends on the length' in asked.stderr
     rate = f"{cosine(3, 5):.4g} at update 4"
     assert rate in asked.stderr.split("--schedule stretch")[1].split("--schedule again")[0], asked.stderr
