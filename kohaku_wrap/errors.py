@@ -15,6 +15,20 @@ EXIT_TRAINER_FAILED = 3
 EXIT_INTERRUPTED = 130
 
 
+EXTRA_OF_PACKAGE = {
+    "torch": "train",
+    "accelerate": "train",
+    "transformers": "train",
+    "diffusers": "train",
+    "bitsandbytes": "train",
+    "llvmlite": "merge",
+    "lycoris": "merge",
+    "numba": "merge",
+    "safetensors": "merge",
+    "onnx": "demo",
+    "onnxruntime": "evaluate",
+}
+
 LACKS_MEMORY = re.compile(
     r"failed to map segment|can't start new thread|Failed to launch worker thread|bad_alloc|"
     r"[Cc]an(?:no|')t allocate memory|^MemoryError\b",
@@ -97,6 +111,12 @@ class MissingExtra(KwrapError):
             f"{feature} needs packages that are not installed{named}",
             f"Install them with: pip install 'kohaku-wrap[{extra}]'",
         )
+
+
+def find_extra(module: str) -> MissingExtra | None:
+    """What brings a module that a command, or a helper of it, could not import; None where no extra has it."""
+    package = module.partition(".")[0]
+    return MissingExtra("this command", EXTRA_OF_PACKAGE[package], package) if package in EXTRA_OF_PACKAGE else None
 
 
 class Interrupted(KwrapError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import runpy
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from kohaku_wrap.errors import EXIT_FAILED, LACKS_MEMORY, KwrapError, lacks_memory
+from kohaku_wrap.errors import EXIT_FAILED, LACKS_MEMORY, KwrapError, find_extra, lacks_memory
 
 STOP_SECONDS = 10.0
 """How long a helper may take to end when it is asked to."""
@@ -163,7 +164,10 @@ class LineHelper:
             self.errors = [*self.errors[-40:], line]
 
     def describe_failure(self) -> str:
-        """Why it ended without its work, by its last line on stderr; empty where it did not. Raises MemoryError."""
+        """Why it ended without its work, by its last line on stderr; empty where it did not.
+
+        Raises MemoryError, and MissingExtra where it could not import a package.
+        """
         code = self.child.wait()
         self.threads[-1].join(STOP_SECONDS)
         if code == 0:
@@ -171,7 +175,11 @@ class LineHelper:
         said = "".join(self.errors)
         if LACKS_MEMORY.search(said) or code == -9:
             raise MemoryError
-        return (said.strip().splitlines()[-1:] or [f"it ended with code {code}"])[0]
+        last = (said.strip().splitlines() or [f"it ended with code {code}"])[-1]
+        absent = re.fullmatch(r"ModuleNotFoundError: No module named '([^']+)'", last)
+        if absent and (missing := find_extra(absent[1])):
+            raise missing
+        return last
 
     def stop(self) -> None:
         """End the process where it still runs."""

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from kohaku_wrap.demo.world import make_world
+from kohaku_wrap.errors import MissingExtra
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.processes import (
     LineHelper,
@@ -170,6 +171,20 @@ def test_what_compiled_packages_print_is_no_part_of_an_answer(tmp_path: Path, mo
     assert [answers.get(timeout=60) for _ in range(2)] == [(3, {"images": 7}), (3, None)]
     assert helper.describe_failure() == ""
     assert "compiled" in "".join(helper.errors)
+
+
+def test_a_package_that_a_helper_lacks_is_named_with_what_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lacking.py").write_text("raise ModuleNotFoundError(\"No module named 'diffusers.models'\")\n")
+    (tmp_path / "diffusers_of_mine.py").write_text("import no_such_package\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+    with pytest.raises(MissingExtra, match="needs packages that are not installed: diffusers") as refused:
+        LineHelper("lacking", 0, {}, 0, answers).describe_failure()
+    assert refused.value.next_step == "Install them with: pip install 'kohaku-wrap[train]'"
+    unknown = LineHelper("diffusers_of_mine", 0, {}, 0, answers).describe_failure()
+    assert unknown == "ModuleNotFoundError: No module named 'no_such_package'"
 
 
 def test_what_a_helper_refuses_is_told_with_its_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from kohaku_wrap.errors import (
     EXIT_USAGE,
     Interrupted,
     KwrapError,
-    MissingExtra,
+    find_extra,
     lacks_memory,
 )
 from kohaku_wrap.outlets import OutputLost, loss_of_document
@@ -47,20 +47,6 @@ LONGEST_SENTENCE = 64
 
 IMPORT_WAIT_SECONDS = 0.05
 """Between two looks whether an import that a signal fell into is over."""
-
-EXTRA_OF_PACKAGE = {
-    "torch": "train",
-    "accelerate": "train",
-    "transformers": "train",
-    "diffusers": "train",
-    "bitsandbytes": "train",
-    "llvmlite": "merge",
-    "lycoris": "merge",
-    "numba": "merge",
-    "safetensors": "merge",
-    "onnx": "demo",
-    "onnxruntime": "evaluate",
-}
 
 
 class Verbs(click.Group):
@@ -144,10 +130,9 @@ def run_program(arguments: Sequence[str] | None = None) -> int:
 def advise(error: Exception) -> tuple[str, str]:
     """What an error of Python's own means to the person, and what to do next; raised again where it means nothing."""
     if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").split(".")[0]
-        if package not in EXTRA_OF_PACKAGE:
+        missing = find_extra(error.name or "")
+        if missing is None:
             raise error
-        missing = MissingExtra("this command", EXTRA_OF_PACKAGE[package], package)
         return missing.message, missing.next_step
     if isinstance(error, UnicodeEncodeError):
         before, after = error.object[: error.start], error.object[error.start :]
