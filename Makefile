@@ -39,6 +39,7 @@ setup: $(READY)  ## make .venv, tested versions (SET=transformers-5, TORCH_INDEX
 
 $(READY): setup.cfg $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kwrap needs Python 3.11 or newer: make setup PYTHON=python3.11")'
+	@echo "Installing the tested packages into $(VENV): some GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install --disable-pip-version-check -q --index-url $(TORCH_INDEX) torch==2.13.0)
 	$(BIN)/pip install --disable-pip-version-check -q -c $(CONSTRAINTS) -e '.[train$(addprefix -,$(SET)),merge,dev,mutants]'

@@ -212,12 +212,16 @@ def write(
 
 def rows_of_report(report: CaptionReport) -> list[tuple[str, Any]]:
     """The report as lines of a table."""
+    from kohaku_wrap.dataset.captions.formats import CACHE_FILE, LINES_FILE
+    from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
+
     rows: list[tuple[str, Any]] = [("captions made", report.posts), ("images on disk", report.images)]
     if report.vanished:
         rows.append(("images gone since extract", report.vanished))
+    files = {"arrow": CAPTIONS_FILE, "cache": CACHE_FILE, "jsonl": LINES_FILE, "txt": ".txt files"}
     for name, change in report.formats.items():
         done = f"{change.written:,} written, {change.unchanged:,} unchanged, {change.removed:,} removed"
-        rows.append((name, done))
+        rows.append((files[name], done))
     rows += [(f"texts: {what.replace('_', ' ')}", count) for what, count in report.texts.items() if count]
     rows += [(f"tags: {fate.replace('_', ' ')}", count) for fate, count in report.tags.items() if count]
     if report.duplicates:

@@ -366,6 +366,9 @@ def test_command_takes_the_rules_of_the_selection(folder: Folder) -> None:
     document = json.loads(result.stdout)
     assert document["dataset"] == "mine" and document["written"] == len(folder.ids)
     assert set(document["formats"]) == {"cache", "jsonl", "arrow"}
+    shown = CliRunner().invoke(command, [*arguments[:-1], "--format", "txt,cache,jsonl"]).stdout
+    named = [line.split("  ")[0] for line in shown.splitlines() if "unchanged" in line]
+    assert named == [".txt files", "captions.arrow", "metadata_cache.json", "captions.jsonl"]
     caption = next(iter(folder.cache().values()))["caption"]
     assert caption.rsplit(" ||| ", 1)[1] in ("safe", "sensitive", "nsfw", "nsfw, explicit")
     result = CliRunner().invoke(command, [*arguments, "--dataset", "epsilon", "--style", "hakubooru"])
