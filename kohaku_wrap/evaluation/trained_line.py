@@ -100,6 +100,8 @@ def find_last_step(run: Run, files: Sequence[LedgerFile], limits: Mapping[int, f
         is_kept = step <= min(limits.get(file.header.attempt, np.inf), np.iinfo(np.uint32).max)
         steps.append(step[is_kept])
         positions.append(file.records["position"][is_kept])
+    if not steps:
+        return 0
     step, position = np.concatenate(steps), np.concatenate(positions)
     last = int(step.max(initial=0))
     return last if len(np.unique(position[step == last])) == run.lock.group else max(last - 1, 0)

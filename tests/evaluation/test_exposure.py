@@ -20,6 +20,7 @@ from kohaku_wrap.evaluation.caption_blocks import split_tags
 from kohaku_wrap.evaluation.caption_loops import WORDS, begin_words, draw_below, draw_share, seed_words
 from kohaku_wrap.evaluation.counting import COLUMNS, IMAGES, TRAINED, Pass, Sums, count_passes, list_later_passes
 from kohaku_wrap.evaluation.exposure import exposure_file, measure_exposure
+from kohaku_wrap.evaluation.trained_line import NotTrained, find_line
 from kohaku_wrap.formats.caption_rows import Columns, ColumnsWriter, Subset
 from kohaku_wrap.streams import seed_of, seeds_of
 from kohaku_wrap.training.data.captions import keep_whole
@@ -27,6 +28,7 @@ from kohaku_wrap.training.data.items import ItemOptions, Items
 from kohaku_wrap.training.data.run_items import open_items
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_file
+from kohaku_wrap.training.supervising.ancestry import Until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from plain_runs import make_run, misbehave, train
@@ -279,6 +281,14 @@ def test_a_damaged_ledger_is_refused(run: Run, capsys: pytest.CaptureFixture[str
     assert run_program(["evaluate", "exposure", str(run.folder)]) == 1
     shown = capsys.readouterr().err
     assert "records differ" in shown and f"kwrap verify {run.folder}" in shown
+
+
+def test_a_parent_without_the_ledger_of_its_first_attempts_is_not_counted(run: Run) -> None:
+    for attempt, _, path in list_ledger_files(run.ledger):
+        if attempt == 1:
+            path.unlink()
+    with pytest.raises(NotTrained, match="has no whole optimizer step yet"):
+        find_line(run, until=Until(1, 3))
 
 
 def test_other_captions_are_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
