@@ -70,7 +70,7 @@ def command(name: str, deep_samples: int, site_file: Path | None) -> int:
     if wants_json():
         print_json("verify", describe(report))
     else:
-        print_report(report)
+        print_report(report, site_file)
     return 0 if report.is_proved else EXIT_FAILED
 
 
@@ -81,7 +81,7 @@ def describe(report: VerifyReport) -> dict[str, Any]:
     return {**asdict(report), "run": report.run.folder, "proved": report.is_proved}
 
 
-def print_report(report: VerifyReport) -> None:
+def print_report(report: VerifyReport, site_file: Path | None) -> None:
     """The report for people."""
     first = report.run.first_optimizer_step
     own = f", the first {first:,} of them by its parent" if first else ""
@@ -111,7 +111,7 @@ def print_report(report: VerifyReport) -> None:
         rows.append(("loaded for skipped positions", f"{report.skipped_images_loaded:,} images"))
     proved = f"proved except {', '.join(report.unverified)}" if report.unverified else "proved"
     verdict = proved if report.is_proved else f"not proved, {count_of(len(report.faults), 'kind')} of fault"
-    print_table(f"Ledger of {report.run.name}: {verdict}", rows, "" if report.faults else next_step(report))
+    print_table(f"Ledger of {report.run.name}: {verdict}", rows, "" if report.faults else next_step(report, site_file))
     for note in report.notes:
         print_note(f"note: {note}")
     for change in report.changed_after:
@@ -130,14 +130,15 @@ def print_report(report: VerifyReport) -> None:
         )
 
 
-def next_step(report: VerifyReport) -> str:
+def next_step(report: VerifyReport, site_file: Path | None) -> str:
+    from kohaku_wrap.cli.publish import find_base_model
     from kohaku_wrap.training.supervising.status import advise
 
     if not report.is_finished:
         return advise(report.run) or command_line("resume", show_path(report.run.folder))
     run = report.run
     network = next((path for path in run.networks if path.suffix == ".safetensors"), None)
-    base = run.lock.table("inputs").get("base_model")
+    base = find_base_model(run, site_file) or run.lock.table("inputs").get("base_model")
     if network is None or not base:
         return command_line("status", show_path(run.folder))
     models = ("-m", f"base={show_path(Path(base))}", "-m", f"network={show_path(network)}")

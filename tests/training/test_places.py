@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import toml
+from click.testing import CliRunner
 from plain_runs import misbehave, train, write_base_model, write_captions
 
+from kohaku_wrap.cli import program
 from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import kept_sha256
@@ -93,6 +95,16 @@ def test_a_run_moved_and_renamed_between_kills_ends_with_the_same_bits(new_run: 
     assert read_trainer(again.trainer_config)["output_dir"] == str(again.checkpoints)
     final = Run(again.folder.rename(tmp_path / "archived"))
     assert read_status(final).condition == "finished" and verify_run(final).is_proved
+
+
+def test_verify_names_the_base_model_where_it_lies_now(new_run: NewRun, tmp_path: Path) -> None:
+    run = make(new_run)
+    train(run)
+    (tmp_path / "disk").mkdir()
+    moved = (tmp_path / "base.safetensors").rename(tmp_path / "disk" / "sdxl.safetensors")
+    site = write_site(tmp_path / "disk" / "site.toml", images=str(tmp_path / "images"), base_model="sdxl.safetensors")
+    shown = CliRunner().invoke(program, ["verify", str(run.folder), "--site", str(site)])
+    assert shown.exit_code == 0 and f"-m base={moved} " in shown.output.replace("\n", " "), shown.output
 
 
 def test_a_copy_trains_into_itself(new_run: NewRun, tmp_path: Path) -> None:
