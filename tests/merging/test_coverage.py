@@ -91,6 +91,18 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path, write_model: WriteMod
         plan_merge(formula, {name: path for name, path in paths.items() if name in formula})
 
 
+def test_networks_mixed_as_files_are_named(tmp_path: Path) -> None:
+    paths = {name: write(tmp_path, name, STRANGERS["a LoRA"]) for name in "ab"}
+    decisions = plan_merge("0.5 * a + 0.5 * b", paths).decisions
+    assert [line.partition(" is a network")[0] for line in decisions if "mixing its factors" in line] == ["a", "b"]
+
+
+@pytest.mark.parametrize("option", ["like", "vae_from"])
+def test_an_anchor_is_a_model_of_the_formula_or_a_file(write_model: WriteModel, option: str) -> None:
+    with pytest.raises(UnboundName, match="nothing is neither a model of the formula nor a file"):
+        plan_merge("a", {"a": write_model("a", 1)}, MergeOptions(**{option: "nothing"}))
+
+
 def test_two_vaes_are_averaged_where_that_is_asked_for(tmp_path: Path) -> None:
     key = "first_stage_model.encoder.conv_in.weight"
     paths = {
