@@ -147,12 +147,13 @@ def command(
             )
         draw_queued(site_file, asked, dry_run)
         return
+    sheet = choose_sheet(sheet_file, texts, asked)
+    found = list_models(models, asked, site_file)
     if out is None:
         if asked["run"] is None:
             raise UsageError("--out is missing", "Name the folder where the pictures go: --out DIR.")
         out = open_run(asked["run"], site_file).samples / ASKED_FOLDER
-    sheet = choose_sheet(sheet_file, texts, asked)
-    job = prepare(sheet, list_models(models, asked, site_file), asked, site_file, out)
+    job = prepare(sheet, found, asked, site_file, out)
     choose_axes(job.cells, sheet.rows, sheet.columns)
     for name in dict.fromkeys(known.model.path.name for known in job.models if not known.prediction.source):
         print_note(f"note: {name} does not say what it predicts; epsilon is assumed (--prediction)")

@@ -170,7 +170,8 @@ def load_site(path: Path | str) -> Site:
     if not file.is_file():
         raise MissingSite(
             f"{path}: {describe_absence(file, 'site file')}",
-            f"It says what is true of your machine. Write one:\n\n{EXAMPLE}",
+            f"It says what is true of your machine. Write one:\n\n{EXAMPLE}\n"
+            "docs/guide.md says how to get what it names. Then run the same command again.",
         )
     document = load_toml(file)
     problems: list[Problem] = []
