@@ -39,7 +39,7 @@ ESCAPES_IN_LINES = {code: text for code, text in ESCAPES.items() if chr(code) no
 ESCAPES_IN_JSON = {code: f"\\u{code:04x}" for code in STEERING if code >= 32}
 """JSON itself escapes those below 32 in strings; outside of strings it has none of the others."""
 
-KEPT_TOGETHER = re.compile(r"`[^`]*`|\d+x\d+: [\d,]+|\d (?:[kMGT]?B|%|s|min|h|d)\b")
+KEPT_TOGETHER = re.compile(r"`[^`]*`|\S: \d[\d,.]*|\d (?:%|(?:[kMGT]?B|s|min|h|d)\b)|[<>] \d")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -120,7 +120,7 @@ def print_lines(text: str, err: bool = False, **style: Any) -> None:
 def wrap_line(line: str, width: int) -> str:
     """One line, broken between words, with later lines under its text or its second column.
 
-    What stands in backticks, a size and its count, and a number and its unit are kept together, and no word is broken,
+    What stands in backticks, a count and its name, and a number and its unit are kept together, and no word is broken,
     so that commands and paths can be copied.
     """
     if len(line) <= width:

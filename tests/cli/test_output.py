@@ -25,6 +25,7 @@ from kohaku_wrap.wording import format_duration
         ("  seed    two words of text", 20, ["  seed    two words", "          of text"]),
         ("/a/path/longer/than/the/line is kept", 12, ["/a/path/longer/than/the/line", "is kept"]),
         ("2; 832x1216: 1,024, 96x96: 4", 12, ["2;", "832x1216: 1,024,", "96x96: 4"]),
+        ("1girl (25.7 %), 5%: 14, > 262", 13, ["1girl", "(25.7 %),", "5%: 14, > 262"]),
         ("it takes 3.8 GB of disk", 14, ["it takes", "3.8 GB of disk"]),
         (" 6.1 MB  network, gradients and more", 28, [" 6.1 MB  network, gradients", "         and more"]),
     ],
