@@ -35,10 +35,10 @@ from kohaku_wrap.training.supervising.verify_report import VerifyReport
 NewRun = Callable[..., Run]
 
 
-def finished(new_run: NewRun) -> tuple[Run, Path]:
-    run = new_run()
+def finished(new_run: NewRun, name: str = "r") -> tuple[Run, Path]:
+    run = new_run(name)
     train(run)
-    return run, run.checkpoints / "r.safetensors"
+    return run, run.checkpoints / f"{name}.safetensors"
 
 
 def told(report: VerifyReport) -> tuple[bool, str]:
@@ -176,10 +176,10 @@ def test_an_exchanged_network_is_named_and_the_ledger_stays_proved(new_run: NewR
 
 
 def test_a_finished_network_that_is_gone_is_missed(new_run: NewRun) -> None:
-    run, network = finished(new_run)
+    run, network = finished(new_run, "first")
     network.unlink()
     report = verify_run(run)
-    assert told(report) == (True, "not what the run wrote: r.safetensors")
+    assert told(report) == (True, "not what the run wrote: first.safetensors")
     assert "the file is gone" in report.changed_after[0]
 
 
