@@ -183,8 +183,11 @@ def advice_for_os_error(error: OSError) -> tuple[str, str]:
     if error.errno == errno.ENOENT and not Path(name).is_absolute() and not is_here():
         return "the current folder is gone", "Change to a folder that is there: cd"
     where = f"{name}: " if name else ""
-    if error.errno == errno.ENOSPC:
-        return f"{where}the disk is full", "Free some space and run the same command again; nothing is half-written."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        limit = {errno.EDQUOT: "your quota of the disk is used up", errno.EFBIG: "the file is longer than may be here"}
+        what = limit.get(error.errno, "the disk is full")
+        free = "Raise the limit that `ulimit -f` shows" if error.errno == errno.EFBIG else "Free some space"
+        return f"{where}{what}", f"{free} and run the same command again; nothing is half-written."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{where}{error.strerror}", "Choose a path that you may write to, or fix its permissions."
     if error.errno == errno.EEXIST and not Path(name).is_dir():

@@ -22,6 +22,8 @@ from kohaku_wrap.processes import ask_python
         (KwrapError("no such run", "Try `kwrap status`."), 1, "error: no such run\nTry `kwrap status`.\n"),
         (UsageError("what is that?"), 2, "error: what is that?\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 1, "error: /x/y: the disk is full\n"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x/y"), 1, "error: /x/y: your quota of the disk is used up\n"),
+        (OSError(errno.EFBIG, "File too large", "/x/y"), 1, "error: /x/y: the file is longer than may be here\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install 'kohaku-wrap[train]'\n"),
     ],
