@@ -20,12 +20,11 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.torch_streams import seed_generators
-from kohaku_wrap.training.engines.sd_scripts.objects import find_object
 from kohaku_wrap.training.records.attempts import Attempt
 
 FOLDER = "latents"
 WHOLE = "whole"
-"""In it, once every image has its file."""
+"""In it, once every image has its file: how many there are; an earlier kwrap wrote nothing into it."""
 
 DIGITS = 24
 CORRUPT = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
@@ -48,6 +47,8 @@ class DamagedCacheFile(KwrapError):
 
 def keep_latents_in_run(attempt: Attempt) -> None:
     """Give the trainer's strategy and datasets a folder of the run for their latents. Raises NoSuchObject."""
+    from kohaku_wrap.training.engines.sd_scripts.objects import find_object
+
     folder, images = attempt.run.folder / FOLDER, attempt.run.find_images()
     strategy, group = find_object("SdSdxlLatentsCachingStrategy"), find_object("DatasetGroup")
 
@@ -78,16 +79,28 @@ def make_whole(make: Callable[..., None], folder: Path, seed: int) -> Callable[.
     """The trainer's caching of all images; what a killed one left is removed, and it begins again."""
 
     def cache(self: Any, model: Any, accelerator: Any) -> None:
-        whole = folder / WHOLE
-        if accelerator.is_main_process and not whole.is_file():
+        if accelerator.is_main_process and not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
         accelerator.wait_for_everyone()
         make(self, model, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_text(whole, "")
+            write_text(folder / WHOLE, str(count_files(folder)))
         # What follows draws the network: from one place, whether images were encoded just now or not.
         seed_generators(seed_of("after caching", seed))
 
     return cache
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file is there: one that was removed would be made again from other draws."""
+    try:
+        told = (folder / WHOLE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    return told in ("", str(count_files(folder)))
+
+
+def count_files(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*.npz"))
