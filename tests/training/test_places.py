@@ -22,6 +22,8 @@ from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import kept_sha256
 from kohaku_wrap.formats.caption_rows import open_captions
+from kohaku_wrap.training.data.latent_index import StoreRule
+from kohaku_wrap.training.data.latent_rules import find_folder
 from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
@@ -30,6 +32,7 @@ from kohaku_wrap.training.supervising.housekeeping import NeededByOthers, plan_r
 from kohaku_wrap.training.supervising.places import DifferentRun, read_trainer
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.supervising.site_places import settle_places
 from kohaku_wrap.training.supervising.status import read_status
 from kohaku_wrap.training.supervising.supervise import RunIsBusy, TrainerFailed
 from kohaku_wrap.training.supervising.verify import verify_run
@@ -213,6 +216,25 @@ def test_a_network_that_is_gone_is_found_by_name_and_digest(new_run: NewRun, tmp
     assert f"found by its sha256: network_weights: {there}" in plan.notes
     begin_attempt(plan)
     assert read_trainer(run.trainer_config)["network_weights"] == str(there)
+
+
+def test_cached_latents_are_found_by_a_site_and_remembered(new_run: NewRun, tmp_path: Path) -> None:
+    run, rule = make(new_run, inputs={"latents": str(tmp_path / "old")}), StoreRule("fp16")
+    lock = toml.loads(run.lock_file.read_text())
+    lock["cache"] = {"latents": True}
+    run.lock_file.write_text(toml.dumps(lock))
+    run, there = Run(run.folder), rule.folder_in(tmp_path / "new")
+    there.mkdir(parents=True)
+    site = write_site(tmp_path / "other" / "site.toml", latents=str(tmp_path / "new"))
+    places = settle_places(run, site)
+    assert f"taken from {site}: latents: {tmp_path / 'new'}" in places.notes
+    assert find_folder(places.find_run(), rule) == there
+    assert find_folder(run, rule) == rule.folder_in(tmp_path / "old")
+    places.write()
+    assert find_folder(run, rule) == there
+    assert not any(": latents:" in note for note in settle_places(run, site).notes)
+    there.rename(rule.folder_in(tmp_path))
+    assert find_folder(run, rule) == rule.folder_in(tmp_path / "old")
 
 
 def test_a_cache_is_copied_with_the_paths_of_today(new_run: NewRun, tmp_path: Path) -> None:

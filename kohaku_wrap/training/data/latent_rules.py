@@ -19,6 +19,7 @@ from kohaku_wrap.training.data.latent_store import SAMPLE, LatentStore, RecordSt
 from kohaku_wrap.training.data.text_store import TextRule, TextStore
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
+from kohaku_wrap.training.records.remembered import read_remembered
 
 LATENTS, TEXTS = "latents", "text_encoders"
 """What keys of the lock's [inputs] about what is cached begin with."""
@@ -87,9 +88,10 @@ def rule_of_lock(lock: Lock) -> Rule:
 
 
 def find_folder(run: Run, rule: StoreRule) -> Path:
-    """Where a run has what is cached by a rule: as the lock says, else beside its images where those lie now."""
+    """Where a run has what is cached by a rule: as its site says, else its lock, else beside its images of today."""
     own, images = Path(str(run.lock.table("inputs").get("latents", ""))), run.find_images()
-    places = (own, images.with_name(f"{images.name}-latents"))
+    of_site = run.latents_now or Path(str(read_remembered(run).taken.get(LATENTS, own)))
+    places = (of_site, own, images.with_name(f"{images.name}-latents"))
     found = (rule.folder_in(place) for place in places)
     return next((folder for folder in found if folder.is_dir()), rule.folder_in(own))
 

@@ -225,6 +225,7 @@ def compare_again(run: Run, request: dict[str, Any]) -> dict[str, Any]:
 
     Beyond 1 the difference is a share of the number itself.
     """
+    run = replace(run, latents_now=Path(request["latents"]) if request["latents"] else None)
     store = open_texts(run) if request["kind"] == TEXTS else open_latents(run)
     assert store is not None
     dataset = open_images(run.find_images(), run.lock.dataset_digest, read_locked_dataset(run))

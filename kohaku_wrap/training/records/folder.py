@@ -53,6 +53,9 @@ class Run:
     images_now: Path | None = field(default=None, compare=False)
     """Where its images lie by the word of a site that the run does not know of yet."""
 
+    latents_now: Path | None = field(default=None, compare=False)
+    """Likewise what is cached of them."""
+
     @property
     def name(self) -> str:
         return self.folder.name

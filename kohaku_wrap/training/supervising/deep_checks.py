@@ -77,6 +77,7 @@ def check_cache(run: Run, kind: str, what: str, samples: int) -> tuple[Check, li
             "vae": trainer.get("vae"),
             "tokenizers": trainer.get("tokenizer_cache_dir"),
             "ids": chosen,
+            "latents": str(run.latents_now) if run.latents_now else None,
         }
         answer = ask_python(
             ENCODE_WORKER, run.folder, run.find_images(), request=request, added=settings, folder=run.folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,7 @@ def compare_caches(run: Run, places: Places) -> Iterator[Problem]:
     """What is cached and would be trained, against the lock's digests; a shard that changed is read in full."""
     for name, open_store in ((LATENTS, open_latents), (TEXTS, open_texts)):
         try:
-            store = open_store(replace(run, images_now=places.images))
+            store = open_store(places.find_run())
             if store is not None:
                 ids = open_captions(places.images, run.lock.dataset_digest).read_all()["id"].to_numpy()
                 require_same(store, ids, run.lock, check=True)

@@ -80,6 +80,11 @@ class Places:
         """The folder of images and captions."""
         return Path(find_image_folder(self.dataset_options) or self.run.lock.table("inputs").get("images", ""))
 
+    def find_run(self) -> Run:
+        """The run, which finds its images and what is cached of them at their places of today."""
+        latents = self.remembered.taken.get("latents")
+        return replace(self.run, images_now=self.images, latents_now=Path(latents) if latents else None)
+
     @property
     def hint(self) -> str:
         """What to try where something that the run needs is not at its place; empty where all is."""

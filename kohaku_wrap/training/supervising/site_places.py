@@ -112,6 +112,7 @@ class SiteTaker:
             self.take_path("images", str(self.places.images), self.site.paths.images)
         for option in NETWORK_FILES:
             self.find_networks(option)
+        self.take_latents()
         numbers = self.take_numbers(asked)
         address = self.take_address()
         if is_other := self.is_other:
@@ -138,6 +139,13 @@ class SiteTaker:
         if sha256_of_file(self.site.path) != self.inputs.get("site_sha256"):
             return f"{self.site.path} changed since the run was made"
         return ""
+
+    def take_latents(self) -> None:
+        """The folder of what is cached, of which only the lock's digests are trained."""
+        wanted, own = str(self.site.paths.latents), self.taken.get("latents", self.inputs.get("latents", ""))
+        if self.lock.table("cache") and wanted != own and self.site.paths.latents.is_dir():
+            self.taken["latents"] = wanted
+            self.told.append(f"taken from {self.site.path}: latents: {wanted}")
 
     def take_path(self, name: str, current: Any, wanted: Path | None) -> None:
         """One path of the site, where it is another one than the run took last, or what the run has is gone."""

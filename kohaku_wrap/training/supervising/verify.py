@@ -67,7 +67,7 @@ def verify_run(
     places: Places | None = None
     with suppress(KwrapError):
         places = settle_places(run, site_file, on_bytes)
-        run = replace(run, images_now=places.images)
+        run = places.find_run()
     count = run.lock.count
     last_attempt, last_step = (until.attempt, until.optimizer_step) if until else (math.inf, math.inf)
     files = [file for file in read_files(run) if file.header.attempt <= last_attempt]

@@ -65,6 +65,20 @@ def test_a_killed_run_from_cached_moments_is_the_uncached_one(site: Path, tmp_pa
     assert compare_runs(whole, run).attempts == 2
     verified = kwrap("verify", str(run.folder), "--deep", "4", "--json")
     assert json.loads(verified.stdout)["faults"] == [], verified.stdout
+    assert json.loads(verified.stdout)["changed_after"] == []
+    moved = toml.loads(site.read_text(encoding="utf-8"))
+    moved["paths"]["latents"] = str(tmp_path / "other disk")
+    (tmp_path / "images-latents").rename(tmp_path / "other disk")
+    lost = json.loads(kwrap("verify", str(run.folder), "--json").stdout)["changed_after"]
+    assert len(lost) == 1 and "no latents are cached there" in lost[0]
+    (tmp_path / "moved.toml").write_text(toml.dumps(moved), encoding="utf-8")
+    at = ("--site", str(tmp_path / "moved.toml"))
+    found = json.loads(kwrap("verify", str(run.folder), "--deep", "4", "--json", *at).stdout)
+    assert found["changed_after"] == []
+    assert any("encoded again, bit for bit the same" in str(check) for check in found["checks"])
+    extended = kwrap("extend", str(run.folder), "--steps", "1", *at)
+    assert extended.returncode == 0, extended.stderr
+    assert f"latents: {tmp_path / 'other disk'}" in extended.stderr
 
 
 @pytest.mark.slow
