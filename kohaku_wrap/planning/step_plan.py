@@ -95,7 +95,10 @@ def note_other_dataset(effective: Effective, images: Path) -> list[str]:
         return []
     if not captioned or Path(captioned).stem == Path(named).stem:
         return []
-    return [f"the captions are of the dataset {captioned}; the template names {named} ([kwrap] dataset)"]
+    return [
+        f"the captions are of the dataset {captioned}, the template names {named}: "
+        f'write dataset = "{captioned}" under its [kwrap], or caption with --dataset {named}'
+    ]
 
 
 def read_selection_sizes(selection: Path) -> ImageSizes:

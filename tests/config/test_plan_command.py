@@ -249,7 +249,11 @@ def test_captions_of_another_dataset_are_noted(
         for dataset in ("demo", "delta")
     }
     assert not any("the template names" in note for note in notes["demo"])
-    assert "the captions are of the dataset demo; the template names delta ([kwrap] dataset)" in notes["delta"]
+    [note] = [note for note in notes["delta"] if "the template names" in note]
+    assert note == (
+        "the captions are of the dataset demo, the template names delta: "
+        'write dataset = "demo" under its [kwrap], or caption with --dataset delta'
+    )
 
 
 def test_measured_step_time(tmp_path: Path) -> None:
