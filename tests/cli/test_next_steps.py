@@ -9,8 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.config.site import load_site
-from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.errors import command_line
 
 
 def follow(words: list[str]) -> list[str]:
@@ -87,19 +86,6 @@ def test_a_merge_with_networks_of_one_run_leads_to_its_publishing(tmp_path: Path
     assert next_after(networks[:1], tmp_path / "out") == f"kwrap publish {tmp_path}/runs/a --out a-published"
     assert next_after(networks, tmp_path / "out") == f"kwrap inspect {tmp_path}/out"
     assert next_after([tmp_path / "n.safetensors"], tmp_path / "out") == f"kwrap inspect {tmp_path}/out"
-
-
-def test_a_missing_site_is_answered_with_one_to_write_that_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(KwrapError) as missing:
-        load_site("site.toml")
-    before, _, rest = missing.value.next_step.partition("\n\n")
-    written, _, after = rest.rpartition("\n\n")
-    assert before.endswith("Write one:") and "docs/guide.md" in after
-    Path("site.toml").write_text(written)
-    assert load_site("site.toml").paths.images == tmp_path / "images"
 
 
 def test_what_sample_lacks_is_asked_for_in_the_order_of_its_arguments() -> None:

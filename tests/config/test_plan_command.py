@@ -162,7 +162,9 @@ def test_why_a_network_is_not_counted_is_said(make_site: MakeSite) -> None:
 
 def test_a_missing_site_file_is_answered_with_one_to_write(tmp_path: Path) -> None:
     done = CliRunner().invoke(command, ["demo", "--site", str(tmp_path / "site.toml")])
-    _, _, example = done.exception.next_step.partition("\n\n")  # type: ignore[union-attr]
+    before, _, rest = done.exception.next_step.partition("\n\n")  # type: ignore[union-attr]
+    example, _, after = rest.rpartition("\n\n")
+    assert before.endswith("Write one:") and after.startswith("docs/guide.md says how to get what it names.")
     (tmp_path / "site.toml").write_text(example, encoding="utf-8")
     site = load_site(tmp_path / "site.toml")
     assert site.machine.gpus == 1 and site.paths.images == tmp_path / "images"
