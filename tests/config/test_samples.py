@@ -94,6 +94,7 @@ def write_captions(images: Path, captions: list[str]) -> None:
 @pytest.mark.parametrize(
     "safe,other",
     [("1girl ||| hat ||| safe", "1girl ||| hat ||| nsfw, explicit"), ("hat, rating:general", "hat, rating:explicit"),
+     ("hat, rating:safe", "hat, rating:sensitive"),
      ("a ||| b ||| sensitive", "a ||| b"), ("a ||| b", "a ||| b ||| nsfw")],
 )  # fmt: skip
 def test_own_prompts_are_of_the_mildest_posts(tmp_path: Path, safe: str, other: str) -> None:
