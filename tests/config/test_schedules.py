@@ -76,6 +76,7 @@ def test_every_schedule_of_torch_in_the_table_exists() -> None:
         ({"lr_scheduler_type": "torch.optim.lr_scheduler.CosineAnnealingLR"}, {}, []),
         ({}, {"datasets.0.subsets.1.token_warmup_step": 0.5}, ["datasets.0.subsets.1.token_warmup_step = 0.5"]),
         ({}, {"token_warmup_step": 20}, []),
+        ({}, {"token_warmup_step": 1.0}, []),
         (
             {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 5, "lr_decay_steps": 0.25},
             {},
