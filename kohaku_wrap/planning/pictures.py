@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.samples import KWRAP, OWN_PROMPTS, settle_samples
+from kohaku_wrap.config.site import AFTER
 from kohaku_wrap.planning.sizes import BYTES_OF_PRECISION, CUDA_CONTEXT_BYTES, PROCESS_BYTES, Part, count_due
 from kohaku_wrap.steps import StepPlan
 
@@ -74,8 +75,8 @@ def plan_pictures(
     pixels, steps = asked["width"] * asked["height"], int(asked["steps"])
     device, memory = BETWEEN_STEPS, tuple[Part, ...]()
     if asked["by"] == KWRAP and effective.site is not None:
-        device = effective.site.machine.draws_on
-        memory = weigh_drawing(base_parameters, on_gpu=device != "cpu" and effective.site.machine.gpus > 0)
+        device, on_cpu = effective.site.machine.draws_on, effective.site.machine.gpus == 0
+        memory = weigh_drawing(base_parameters, on_gpu=device.startswith("cuda") or (device == AFTER and not on_cpu))
     per_step = None if seconds_per_pixel_step is None else seconds_per_pixel_step * pixels
     return PicturesPlan(
         by=asked["by"],

@@ -22,6 +22,7 @@ from kohaku_wrap.planning.step_plan import plan_steps, suppose_sizes
 MakeSite = Callable[..., Site]
 ON_CPU = 'engine = "builtin"\ngpus = 0\nbatch_per_gpu = 2'
 ENDLESS = ("max_train_epochs=0", "max_train_steps=4000000000")
+ON_CPU_TOO = ON_CPU + '\nsample_device = "{}"'
 TWO_GPUS = 'engine = "sd-scripts"\ngpus = 2\nbatch_per_gpu = 2\nsample_device = "{}"'
 
 
@@ -94,6 +95,16 @@ def test_a_gpu_that_trains_too_is_told(make_site: MakeSite, device: str, is_shar
     notes = note_shared_gpu(resolve_template("demo", site, ["samples.by=kwrap"]))
     assert bool(notes) == is_shared and all(device in note and str(site.path) in note for note in notes)
     assert not note_shared_gpu(resolve_template("demo", site, ["samples.every=4"]))
+
+
+@pytest.mark.parametrize(
+    "machine,device,is_on_gpu", [(ON_CPU_TOO, "cuda:0", True), (ON_CPU_TOO, "after", False), (TWO_GPUS, "after", True)]
+)
+def test_memory_to_draw_is_that_of_the_device(
+    plan: Callable[..., Any], machine: str, device: str, is_on_gpu: bool
+) -> None:
+    found = plan(machine.format(device), "samples.by=kwrap")
+    assert found.device == device and found.memory == weigh_drawing(1_000, on_gpu=is_on_gpu)
 
 
 def test_who_draws_is_weighed_by_where_it_draws() -> None:
