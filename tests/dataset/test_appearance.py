@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import imagesize
 import numpy as np
@@ -259,3 +260,10 @@ def test_grey_rows_are_told_from_missing_ones(options: dict) -> None:
         assert lacks_rows(image, lying)
     with pytest.raises(ImageRefused, match="says 144x400 and has fewer rows"):
         check_image(lying, "jpg", known_size=(144, 96))
+
+
+def test_an_image_behind_a_link_that_leads_nowhere_is_to_be_put_back(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UnreadableImage, match=r"a\.png: the image cannot be read") as unreadable:
+        load_pixels(tmp_path / "a.png", (8, 8))
+    assert "`kwrap import` linked back where it lay" in unreadable.value.next_step

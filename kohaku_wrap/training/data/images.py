@@ -29,8 +29,8 @@ class UnreadableImage(KwrapError):
 
     kind = "bad-image"
     advice = (
-        "Remove it and run `kwrap extract` again, which makes it anew, "
-        "or resume with `--allow bad-images` to train a substitute."
+        "Remove it and run `kwrap extract` again, which makes it anew; put one that `kwrap import` linked back where "
+        "it lay; or resume with `--allow bad-images` to train a substitute."
     )
 
     def __init__(self, path: Path, reason: str) -> None:

@@ -190,7 +190,8 @@ def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
     """What to do after a failure of this kind."""
     resume = command_line("resume", attempt.run.folder)
     advice = {
-        "bad-image": f"Remove the image and run `kwrap extract` again, which makes it anew, then: {resume}. "
+        "bad-image": "Remove the image and run `kwrap extract` again, which makes it anew, or put one that "
+        f"`kwrap import` linked back where it lay; then: {resume}. "
         f"Or train a substitute in its place: {resume} --allow bad-images",
         "out-of-memory": f"Lower [machine] batch_per_gpu for a new run, or free memory; then: {resume}",
         "disk-full": f"Free some space, then: {resume}",
