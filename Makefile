@@ -33,9 +33,9 @@ endif
 .PHONY: help setup epsilon prove prove-upstream census gpu test test-slow test-fast test-trainer test-pythons fuzz mutants lint lines bench bench-dataset bench-merge bench-scale bench-latents bench-report bench-states bench-kills bench-elastic docs pictures package clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## make .venv, tested versions (SET=transformers-5, TORCH_INDEX=URL)
+setup: $(READY)  ## make .venv (SET=transformers-5, TORCH_INDEX=URL)
 
 $(READY): setup.cfg $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kwrap needs Python 3.11 or newer: make setup PYTHON=python3.11")'
@@ -63,7 +63,7 @@ gpu: $(READY)  ## measure on GPUs, into gpu-report/ and docs/measurements.md
 test: $(READY)  ## run the tests, minutes (ROOM=merging: those of one room)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
 
-test-slow: $(READY)  ## the rest: whole runs, killed and changed, and all that the docs say
+test-slow: $(READY)  ## whole runs, killed and changed, and all that the docs say
 	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(if $(ROOM),tests/$(ROOM)) $(PYTEST_ARGS)
 
 test-fast: .venv-fast/.ready  ## the quick tests, in .venv-fast without torch
@@ -113,7 +113,7 @@ bench-merge: $(READY)  ## merges against cat + cp and sd-mecha (25 GB of disk)
 bench-scale: $(READY)  ## 5.2 million entries: start-up and memory
 	$(BIN)/python benchmarks/bench_scale.py
 
-bench-latents: $(READY)  ## cached latents: reading against a bare read, the index of 5.2 million
+bench-latents: $(READY)  ## cached latents: reading, and the index of 5.2 million
 	$(BIN)/python benchmarks/bench_latents.py
 
 bench-report: $(READY)  ## the page of a run of 20,354 steps and 2,000 pictures
@@ -131,7 +131,7 @@ bench-elastic: $(READY)  ## the same run on 2, 1 and again 2 processes (ENGINE=)
 docs: $(READY)  ## write the reference of commands, docs/commands.md, anew
 	$(BIN)/python docs/make_reference.py
 
-pictures: $(READY)  ## the pictures of the page in README, from a run that crashes and goes on (Chromium)
+pictures: $(READY)  ## the README's pictures, of a run that crashes (Chromium)
 	$(BIN)/python docs/make_pictures.py
 
 package: $(READY)  ## build the sdist and the wheel into dist/

@@ -169,6 +169,12 @@ def test_no_command_is_cut_short_in_a_list(words: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="completion is shown for POSIX shells")
+def test_the_list_of_make_fits_a_terminal() -> None:
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) > 25 and not [line for line in lines if len(line) > 80]
+
+
 def test_the_shell_completes_commands() -> None:
     environment = {**os.environ, "COMP_WORDS": "kwrap me", "COMP_CWORD": "1", "_KWRAP_COMPLETE": "bash_complete"}
     done = subprocess.run([Path(sys.executable).with_name("kwrap")], env=environment, capture_output=True, text=True)
