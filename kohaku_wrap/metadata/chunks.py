@@ -47,3 +47,11 @@ def relation_rows(database: Database) -> tuple[int, int]:
     # Two queries: sqlite finds one end of a table at once, but scans it for both.
     first, last = (database.value(f"SELECT {end}(rowid) FROM posttagrelation") for end in ("min", "max"))
     return (0, -1) if first is None else (first, last)
+
+
+def count_rows(source: Source) -> int:
+    """How many rows the relation has; of rowids with gaps, how many there may be, which sqlite knows at once."""
+    if isinstance(source, Database) and source.has_row_ids:
+        first, last = relation_rows(source)
+        return last - first + 1
+    return int(source.value("SELECT count(*) FROM posttagrelation"))

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, relation_rows
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, count_rows, relation_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.layouts import Layout
 from kohaku_wrap.metadata.parallel import map_in_order
@@ -91,8 +91,7 @@ def _lookup_is_cheaper(database: Database, posts: int) -> bool:
         return True
     if "posttagrelation.post_id" not in database.indexed:
         return False
-    first, last = relation_rows(database)
-    return posts * ROWS_A_LOOKUP < last - first
+    return posts * ROWS_A_LOOKUP < count_rows(database)
 
 
 def _token_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:

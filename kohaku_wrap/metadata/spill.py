@@ -19,6 +19,9 @@ from kohaku_wrap.metadata.parallel import map_in_order
 ROWS_A_PARTITION = 1 << 19
 """About as many are sorted at once, however many there are."""
 
+TAGS_A_POST = 128
+"""More than posts have on average: no partition is smaller, however far apart the rowids are that `rows` counts."""
+
 BYTES_A_ROW = 8
 """Two numbers of 4 bytes."""
 
@@ -34,7 +37,7 @@ def sorted_pieces(
     `rows`: about how many there are in all; `posts`: how many posts are wanted. The rows go to a file without a name in
     `folder`, 8 bytes each, each batch by stretches of posts, which are sorted in memory one at a time.
     """
-    posts_a_partition = max(1, posts * ROWS_A_PARTITION // max(rows, ROWS_A_PARTITION))
+    posts_a_partition = max(ROWS_A_PARTITION // TAGS_A_POST, posts * ROWS_A_PARTITION // max(rows, ROWS_A_PARTITION))
     firsts = range(0, posts, posts_a_partition)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, relation_columns, relation_rows
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, count_rows, relation_columns
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.places import place_finder
 from kohaku_wrap.metadata.source import Source
@@ -40,13 +40,8 @@ def streamed_pieces(source: Source, tags: TagTable, post_ids: Int64Array) -> Ite
 
 def unordered_rows(source: Source, tags: TagTable, post_ids: Int64Array) -> tuple[int, Iterator[Callable[[], Rows]]]:
     """About how many rows there are, and all of them in the order of the table."""
-    if isinstance(source, Database):
-        first, last = relation_rows(source) if source.has_row_ids else (0, -1)
-        rows = last - first + 1
-    else:
-        rows = int(source.value("SELECT count(*) FROM posttagrelation"))
     place_of = place_finder(post_ids)
-    return rows, (partial(_find_wanted, place_of, tags, *some) for some in _scan_relation(source))
+    return count_rows(source), (partial(_find_wanted, place_of, tags, *some) for some in _scan_relation(source))
 
 
 def _relation_rows(source: Source, tags: TagTable, post_ids: Int64Array) -> Iterator[Rows]:

@@ -45,6 +45,10 @@ def collect(
     return found
 
 
+def count_pieces(database: Database, wanted: np.ndarray, spill_folder: Path) -> int:
+    return len(list(map_tag_chunks(database, read_tags(database), wanted, lambda one: one, 2, spill_folder)))
+
+
 def expected_tags(world: object, wanted: np.ndarray) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {int(post): [] for post in wanted}
     for post, tag in world.relations:  # type: ignore[attr-defined]
@@ -105,21 +109,21 @@ def test_few_posts_are_asked_for_by_id(tmp_path: Path, writer: ModuleType) -> No
     assert collect(database, wanted) == expected_tags(world, wanted)
 
 
-def test_a_relation_without_rowids(tmp_path: Path, writer: ModuleType) -> None:
+@pytest.mark.parametrize("key", ["tag_id, post_id", "post_id, tag_id"])
+def test_a_relation_without_rowids(tmp_path: Path, writer: ModuleType, key: str) -> None:
     world = writer.make_world(200)
     world.relations = sorted(set(world.relations), key=lambda row: (row[1], row[0]))
     path = writer.write_layout(tmp_path / "a.db", writer.World(world.posts, world.tags, []), indexed=False)
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("DROP TABLE posttagrelation")
-        connection.execute(
-            "CREATE TABLE posttagrelation (tag_id, post_id, PRIMARY KEY (tag_id, post_id)) WITHOUT ROWID"
-        )
+        connection.execute(f"CREATE TABLE posttagrelation (tag_id, post_id, PRIMARY KEY ({key})) WITHOUT ROWID")
         connection.executemany("INSERT INTO posttagrelation (post_id, tag_id) VALUES (?, ?)", world.relations)
     database = open_database(path)
     wanted = np.array([post["id"] for post in world.posts], dtype=np.int64)
     with pytest.raises(RowsOutOfOrder):
         collect(database, wanted)
     assert collect(database, wanted, spill_folder=tmp_path) == expected_tags(world, wanted)
+    assert count_pieces(database, wanted, tmp_path) > 2
 
 
 def test_rows_of_no_tag_no_post_and_null(tmp_path: Path, writer: ModuleType) -> None:
@@ -145,6 +149,7 @@ def test_rowids_with_wide_gaps(tmp_path: Path, writer: ModuleType) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE posttagrelation SET id = id * 1000000000000 WHERE id > 5")
     wanted = np.array([post["id"] for post in world.posts], dtype=np.int64)
+    assert count_pieces(open_database(path), wanted, tmp_path) < 20
     expected = expected_tags(world, wanted)
     assert collect(open_database(path), wanted) == expected
     assert collect(open_database(path), wanted, spill_folder=tmp_path) == expected
