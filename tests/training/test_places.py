@@ -100,6 +100,20 @@ def test_a_run_moved_and_renamed_between_kills_ends_with_the_same_bits(new_run: 
     assert read_status(final).condition == "finished" and verify_run(final).is_proved
 
 
+def test_image_files_that_are_gone_are_named(new_run: NewRun, tmp_path: Path) -> None:
+    run = make(new_run, inputs={"image_files_digest": "0" * 64})
+    files = read_files(tmp_path / "images")
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"picture")
+    with pytest.raises(DifferentRun, match="their lengths in bytes are others"):
+        plan_resume(run)
+    files[7].unlink()
+    with pytest.raises(DifferentRun, match=f"1 of 45 are not there: .*{files[7].name}") as refused:
+        plan_resume(run)
+    assert [problem.where for problem in refused.value.problems] == ["image_files"]
+
+
 def test_verify_names_the_base_model_where_it_lies_now(new_run: NewRun, tmp_path: Path) -> None:
     run = make(new_run)
     train(run)

@@ -113,9 +113,11 @@ def plan_resume(
     is_other = foreign or state == run.origin_state
     changes = list_changes(run, None if is_other else state, on_bytes, places)
     image_notes: list[str] = []
-    if not any(problem.where in ("images", "dataset", "image_files") for problem in changes):
-        faults, image_notes = compare_moved_images(places, deep)
-        changes += faults
+    if not any(problem.where in ("images", "dataset") for problem in changes):
+        others = [problem for problem in changes if problem.where == "image_files"]
+        faults, image_notes = compare_moved_images(places, deep, bool(others))
+        # Files that are named say more than that some are others.
+        changes = [problem for problem in changes if not faults or problem not in others] + faults
     accepted = list_accepted(run, allow, last, changes)
     refuse_changes(f"run {run.name}", changes, accepted, run.lock.format, places.hint)
     there = {problem.where: problem.what for problem in changes if problem.where in accepted}
@@ -232,14 +234,16 @@ DRAWN = 100
 NAMES_SHOWN = 3
 
 
-def compare_moved_images(places: Places, deep: bool) -> tuple[list[Problem], list[str]]:
+def compare_moved_images(places: Places, deep: bool, are_others: bool) -> tuple[list[Problem], list[str]]:
     """Problems and notes about images that lie elsewhere than at the attempt before, or all of them with `deep`.
 
     Looked at: that all files are there, and the sha256 of 100 drawn ones, with `deep` of all, where it is known: of
-    imported images that were linked or copied. Lengths are compared by the lock's digest, moved or not.
+    imported images that were linked or copied. Lengths are compared by the lock's digest, moved or not; where that is
+    another, as `are_others` says, the files that are gone are looked for.
     """
     folder = places.images
-    if not places.run.lock.dataset_digest or not (deep or str(folder) != places.remembered.images):
+    is_looked_at = deep or are_others or str(folder) != places.remembered.images
+    if not places.run.lock.dataset_digest or not is_looked_at:
         return [], []
     try:
         files = list_files(places)
@@ -251,6 +255,8 @@ def compare_moved_images(places: Places, deep: bool) -> tuple[list[Problem], lis
         return [
             Problem("image_files", f"{folder}: {len(missing):,} of {len(files):,} are not there: {name(missing)}")
         ], []
+    if are_others:
+        return [], []
     known = {image.file: image.sha256 for image in read_imported(folder).values() if image.how in ("linked", "copied")}
     chosen = sorted(known.keys() & set(files))
     if not deep:
