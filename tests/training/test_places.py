@@ -29,7 +29,7 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.supervising.create import RunExists
 from kohaku_wrap.training.supervising.housekeeping import NeededByOthers, plan_removal, remove_run, rename_run
-from kohaku_wrap.training.supervising.places import DifferentRun, read_trainer
+from kohaku_wrap.training.supervising.places import DifferentRun, read_places, read_trainer
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.site_places import settle_places
@@ -318,12 +318,14 @@ def test_a_network_is_kept_for_a_run_that_knows_it_by_an_earlier_name(new_run: N
         plan_removal(rename_run(run, "renamed"), with_checkpoints=True)
 
 
-def test_a_run_whose_files_cannot_be_read_keeps_its_name(new_run: NewRun) -> None:
+def test_a_renamed_run_that_is_moved_by_hand_before_it_trains_goes_on(new_run: NewRun, tmp_path: Path) -> None:
     run = make(new_run)
-    run.trainer_config.unlink()
-    with pytest.raises(DifferentRun):
-        rename_run(run, "new")
-    assert run.folder.is_dir() and not run.folder.with_name("new").exists()
+    misbehave(run, attempt_1={"die": "step", "at": 5})
+    with pytest.raises(TrainerFailed):
+        train(run)
+    moved = Run(rename_run(run, "renamed").folder.rename(tmp_path / "elsewhere"))
+    train(moved)
+    assert is_finished(moved) and verify_run(moved).is_proved
 
 
 def test_rename_keeps_checkpoints_and_refuses_names_that_are_taken(new_run: NewRun) -> None:
@@ -335,7 +337,7 @@ def test_rename_keeps_checkpoints_and_refuses_names_that_are_taken(new_run: NewR
         with pytest.raises(UsageError, match="is not a run's name"):
             rename_run(run, name)
     moved = rename_run(run, "new")
-    assert is_finished(moved) and read_trainer(moved.trainer_config)["output_dir"] == str(moved.checkpoints)
+    assert is_finished(moved) and read_places(moved).options["output_dir"] == str(moved.checkpoints)
     assert [path.name for path in moved.networks] == ["first.safetensors"] and other.folder.is_dir()
 
 

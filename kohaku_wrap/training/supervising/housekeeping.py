@@ -18,7 +18,7 @@ from kohaku_wrap.training.records.attempts import hold_lock, list_attempts
 from kohaku_wrap.training.records.folder import Run, list_runs
 from kohaku_wrap.training.records.networks import list_written
 from kohaku_wrap.training.supervising.create import RunExists, check_name
-from kohaku_wrap.training.supervising.places import DifferentRun, read_places, read_trainer
+from kohaku_wrap.training.supervising.places import DifferentRun, read_trainer
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.supervise import LOCK_FILE as SUPERVISOR_LOCK
 from kohaku_wrap.training.supervising.supervise import RunIsBusy
@@ -59,19 +59,16 @@ def holding(run: Run) -> Iterator[None]:
 def rename_run(run: Run, name: str) -> Run:
     """Give the run's folder another name, beside where it lies; its checkpoints keep the name that it was made with.
 
-    Raises UsageError for what is no name, RunExists, RunIsBusy, DifferentRun for files that cannot be read.
+    Its next attempt writes its files for the new place. Raises UsageError for what is no name, RunExists, RunIsBusy.
     """
     check_name(name)
     new = run.folder.with_name(name)
     if new.exists():
         raise RunExists(f"{new}: is there already", "Choose another name.")
     with holding(run):
-        read_places(run)  # where its files cannot be read, it keeps its name
         run.folder.rename(new)
         fsync_folder(new.parent)
-        moved = Run(new)
-        read_places(moved).write()
-    return moved
+    return Run(new)
 
 
 def plan_removal(run: Run, with_checkpoints: bool) -> Removal:
