@@ -298,6 +298,23 @@ def test_captions_parse_back_into_their_groups(tags: list[tuple[str, int]], pick
         assert parts == [character + series + artist, general, meta]
 
 
+@pytest.mark.parametrize("cut", range(1, 7))
+def test_captions_of_a_chunk_are_those_of_its_posts(cut: int) -> None:
+    table = TagTable(np.arange(1), ("solo",), np.zeros(1, dtype=np.int8), np.array([9]))
+    ratings, years = np.array([0, 1, 2, 3, 0, 1, 2], np.int8), np.arange(2017, 2024, dtype=np.int16)
+    selected = SelectedPosts(np.arange(7), ratings, np.arange(7, dtype=np.int32), years, None, {})
+    plan = plan_captions(recipe_of(), table)
+
+    def make(first: int, stop: int) -> list[str]:
+        posts = np.arange(stop - first, dtype=np.int32)
+        chunk = TagChunk(first, stop, posts, np.zeros(len(posts), dtype=np.int32))
+        return list(make_captions(plan, chunk, selected, np.zeros((4, 6), dtype=np.int64))[0].to_pylist())
+
+    whole = make(0, 7)
+    assert len(set(whole)) == 7
+    assert [*make(0, cut), *make(cut, 7)] == whole
+
+
 @pytest.mark.parametrize("style", ["kohaku", "hakubooru"])
 def test_every_layout_and_order_gives_the_same_captions(maker: Maker, writer: ModuleType, style: str) -> None:
     world = writer.make_world(400)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kohaku_wrap.training.records.bad_steps import BadSteps
+from kohaku_wrap.training.records.chapters import Chapter
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
     NON_FINITE,
@@ -213,6 +214,14 @@ def test_rates_are_held_against_the_locks_schedule(run: Run, monkeypatch: pytest
     assert checks(check(run, write_file(1, 300), steps=300, due=300))["rates"][0]
     said = checks(check(run, write_file(1, 12, version=2)))["rates"]
     assert said == (False, "kwrap 0.1 did not record the rates of all groups")
+
+
+@pytest.mark.parametrize(("chapter", "first"), [(1, 7), (2, None), (3, 1), (9, 1)])
+def test_a_step_is_of_a_chapter_that_reaches_it(run: Run, chapter: int, first: int | None) -> None:
+    run.lock.tables["chapters"] = [each.document() for each in (Chapter(0, 0, 6), Chapter(6, 6, 12))]
+    report = check(run, write_file(1, 8, chapter=chapter), steps=8, due=8)
+    assert [each.optimizer_step for each in report.faults if each.kind == "chapter"] == ([first] if first else [])
+    assert checks(report)["chapters"] == (first is None, "2, of 6, 12 optimizer steps")
 
 
 def test_attempts_are_named_up_to_five() -> None:

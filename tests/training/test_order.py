@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kohaku_wrap.steps import BadOrder, StepCount
 from kohaku_wrap.streams import draws
-from kohaku_wrap.training.data.order import NO_IMAGE, BatchOrder, order_digest, order_digests
+from kohaku_wrap.training.data.order import NO_IMAGE, BatchOrder, Entries, order_digest, order_digests
 
 buckets = st.lists(st.integers(0, 5), min_size=1, max_size=80)
 
@@ -37,6 +37,24 @@ def test_an_epoch_holds_every_image_once(
         row = table[position]
         assert row[row != NO_IMAGE].tolist() == laid_out.images_at(position).tolist()
         assert order_digests(table)[position] == order_digest(laid_out.images_at(position))
+
+
+@pytest.mark.parametrize("repeats", [[1], [3], [2, 2], [1, 3], [2, 1, 4]])
+@pytest.mark.parametrize("holds_out", [False, True])
+def test_entries_are_every_image_then_those_trained_again(repeats: list[int], holds_out: bool) -> None:
+    generator = np.random.default_rng(len(repeats))
+    subsets = generator.integers(0, len(repeats), 50)
+    left_out = generator.random(50) < 0.3 if holds_out else None
+    of_image = [0 if left_out is not None and left_out[row] else repeats[subsets[row]] for row in range(50)]
+    wanted = [(again, row) for again in range(max(repeats)) for row in range(50) if of_image[row] > again]
+    entries = Entries(subsets, repeats, left_out)
+    assert [entries.place_of(entry) for entry in range(len(entries))] == wanted
+    assert entries.of_rows(np.arange(50)).tolist() == [row for _, row in wanted]
+    drawn = generator.integers(1, 99, len(entries))
+    by_place = dict(zip(wanted, drawn.tolist(), strict=True))
+    assert [each.tolist() for each in entries.by_repeat(drawn)] == [
+        [by_place.get((again, row), 0) for row in range(50)] for again in range(max(repeats))
+    ]
 
 
 @given(st.integers(1, 60), st.integers(0, 200), st.sampled_from([(8, 1), (4, 2), (2, 4), (1, 8)]))

@@ -31,13 +31,14 @@ from kohaku_wrap.training.records.ledger import (
     ledger_file,
     read_ledger_file,
 )
+from kohaku_wrap.training.records.networks import Network
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1
 from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
 from kohaku_wrap.training.supervising.ledger_files import NoLedger
 from kohaku_wrap.training.supervising.run_order import read_order
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
 from kohaku_wrap.training.supervising.verify import verify_run
-from kohaku_wrap.training.supervising.verify_report import VerifyReport
+from kohaku_wrap.training.supervising.verify_report import VerifyReport, describe_networks
 
 NewRun = Callable[..., Run]
 
@@ -87,6 +88,7 @@ def test_a_run_on_its_way_is_proved_as_far_as_it_is(new_run: NewRun) -> None:
     report = verify_run(run)
     assert report.is_proved and not report.is_finished
     assert (report.optimizer_steps, report.in_progress) == (4, 2)
+    assert report.positions == 4 * run.lock.group, "those of whole steps"
 
 
 @pytest.mark.parametrize(
@@ -484,6 +486,13 @@ def test_a_run_that_trained_as_if_none_were_held_out_is_refused(new_run: NewRun)
     write_life(run, 1, 1, 0, 6)
     hold_out(run, 3, 10, 17)
     assert faults(run)["held-out"][0] > 0
+
+
+@pytest.mark.parametrize(("unknown", "changed", "same"), [(0, 1, 4), (1, 1, 3), (0, 2, 3), (2, 0, 3)])
+def test_networks_as_written_are_counted(unknown: int, changed: int, same: int) -> None:
+    kinds = [("", "")] * unknown + [("a", "b")] * changed + [("a", "a")] * same
+    check = describe_networks([Network(Path(f"{n}.safetensors"), *kind) for n, kind in enumerate(kinds)])
+    assert check.detail.startswith(f"{same} as the run wrote them")
 
 
 def verify_run_of(run: Run, number: int) -> VerifyReport:

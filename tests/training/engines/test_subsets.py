@@ -25,7 +25,6 @@ from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.items import BatchKey, ItemOptions, item_generator, read_dataset_options
-from kohaku_wrap.training.data.order import Entries
 
 FOLDERS = {"3_alice": 3, "1_bob": 2, "12_carol and dave": 1}
 """N_name folders and how many images each holds."""
@@ -112,16 +111,6 @@ caption_tag_dropout_rate = 0.0
     bob, alice = names.index("1_bob/1.png"), names.index("3_alice/1.png")
     assert {dataset.draw_item(bob, epoch).caption for epoch in range(9)} == {"bob, a, b, c, d, 1"}
     assert len({dataset.draw_item(alice, epoch).caption for epoch in range(9)}) > 1
-
-
-@pytest.mark.parametrize("repeats", [[1], [3], [1, 3], [2, 1, 4]])
-def test_entries_are_every_image_then_those_trained_again(repeats: list[int]) -> None:
-    subsets = np.random.default_rng(len(repeats)).integers(0, len(repeats), 50)
-    entries = Entries(subsets, repeats)
-    places = [entries.place_of(entry) for entry in range(len(entries))]
-    wanted = [(again, row) for again in range(max(repeats)) for row in range(50) if repeats[subsets[row]] > again]
-    assert places == wanted
-    assert entries.of_rows(np.arange(50)).tolist() == [row for _, row in wanted]
 
 
 @pytest.mark.sd_scripts
