@@ -298,11 +298,11 @@ def test_captions_parse_back_into_their_groups(tags: list[tuple[str, int]], pick
         assert parts == [character + series + artist, general, meta]
 
 
-@pytest.mark.parametrize("cut", range(1, 7))
+@pytest.mark.parametrize("cut", range(1, 9))
 def test_captions_of_a_chunk_are_those_of_its_posts(cut: int) -> None:
     table = TagTable(np.arange(1), ("solo",), np.zeros(1, dtype=np.int8), np.array([9]))
-    ratings, years = np.array([0, 1, 2, 3, 0, 1, 2], np.int8), np.arange(2017, 2024, dtype=np.int16)
-    selected = SelectedPosts(np.arange(7), ratings, np.arange(7, dtype=np.int32), years, None, {})
+    ratings, years = np.array([0, 1, 2, 3, 0, 1, 2, 3, 0], np.int8), np.arange(2016, 2025, dtype=np.int16)
+    selected = SelectedPosts(np.arange(9), ratings, np.arange(9, dtype=np.int32), years, None, {})
     plan = plan_captions(recipe_of(), table)
 
     def make(first: int, stop: int) -> list[str]:
@@ -310,9 +310,9 @@ def test_captions_of_a_chunk_are_those_of_its_posts(cut: int) -> None:
         chunk = TagChunk(first, stop, posts, np.zeros(len(posts), dtype=np.int32))
         return list(make_captions(plan, chunk, selected, np.zeros((4, 6), dtype=np.int64))[0].to_pylist())
 
-    whole = make(0, 7)
-    assert len(set(whole)) == 7
-    assert [*make(0, cut), *make(cut, 7)] == whole
+    whole = make(0, 9)
+    assert len(set(whole)) == 9
+    assert [*make(0, cut), *make(cut, 9)] == whole
 
 
 @pytest.mark.parametrize("style", ["kohaku", "hakubooru"])
