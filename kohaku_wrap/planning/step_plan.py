@@ -79,7 +79,7 @@ def plan_steps(effective: Effective, sizes: ImageSizes) -> StepPlan:
         shape.accumulation,
         epochs=effective.get("max_train_epochs"),
         max_steps=effective.get("max_train_steps"),
-        num_repeats=effective.get("dataset_options.num_repeats", 1),
+        num_repeats=effective.get("dataset_options.num_repeats"),
         repeats=sizes.repeats,
     )
 
