@@ -161,6 +161,7 @@ def test_latents_are_encoded_again_as_they_were(new_run: NewRun, monkeypatch: py
         "base_model": "base.safetensors",
         "vae": "other.safetensors",
         "tokenizers": None,
+        "latents": None,
     }
     [check], _ = check_caches(run, 1000)
     assert check.detail.startswith("45 images"), "there are no more"
