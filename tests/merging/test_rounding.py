@@ -182,6 +182,18 @@ def test_sums_of_any_three(rows: list[tuple[float, float, float]]) -> None:
             check_sum(columns, ["F16"] * 3, tuple(map(Fraction, coefficients)), to)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("more", [1, 0, -1])
+def test_halves_of_the_smallest_bfloat16_are_rounded_once(sign: int, more: int) -> None:
+    """What float32 cannot hold decides which way a half goes."""
+    odd = np.array([1, 3, 5, 127], dtype=np.float32)
+    columns = [np.ldexp(sign * odd, -134), np.full(4, sign * more * 2.0**-149, dtype=np.float32)]
+    check_sum(columns, ["F32"] * 2, (Fraction(1), Fraction(1, 1 << 20)), "BF16")
+    check_sum(columns, ["BF16", "F32"], (Fraction(1), Fraction(1, 1 << 20)), "BF16")
+    columns[1] = np.full(4, sign * more * 2.0**-133, dtype=np.float32)
+    check_sum(columns, ["BF16"] * 2, (Fraction(1), Fraction(1, 1 << 20)), "BF16")
+
+
 def test_ordinary_sums_are_certain() -> None:
     """What float64 holds exactly needs no second look: merges would take hours with integers."""
     values = [column.astype(np.float64) for column in draw_columns("F16", 500, 4, False)]
