@@ -16,9 +16,9 @@ SINCE ?=
 PYTHONS ?= python3.12 python3.13
 
 # What needs neither torch nor a training, and is quick: whole folders where that holds for all in them.
-FAST_TESTS := tests/formats tests/metadata tests/templates tests/test_files.py tests/test_streams.py \
-	tests/test_toml_files.py tests/test_architecture.py tests/test_count_lines.py \
-	tests/cli/test_help.py tests/cli/test_output.py tests/cli/test_next_steps.py \
+FAST_TESTS := tests/formats tests/metadata tests/templates tests/test_files.py tests/test_file_hashes.py \
+	tests/test_locks.py tests/test_streams.py tests/test_toml_files.py tests/test_architecture.py \
+	tests/test_count_lines.py tests/cli/test_help.py tests/cli/test_output.py tests/cli/test_next_steps.py \
 	tests/config/test_layers.py tests/config/test_render.py tests/config/test_plan.py tests/config/test_toml_text.py \
 	tests/dataset/test_recipe.py tests/dataset/test_tars.py tests/dataset/test_captions.py \
 	tests/sampling/test_grammar.py tests/training/test_order.py tests/training/test_ledger.py tests/training/test_states.py

@@ -1,32 +1,24 @@
-"""Whole files or none: atomic writes, hashes, and where kwrap keeps and finds its own."""
+"""Whole files or none: atomic writes, reads of regular files alone, and where kwrap keeps and finds its own."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.locks import making_folder
 
 Kept = TypeVar("Kept")
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the total, in the unit that the caller announced."""
-
-HASH_BLOCK_BYTES = 1 << 22
-
-KEPT_HASHES = "file-hashes.json"
-"""Below kwrap's own folder, so that an unchanged file is read only once."""
-
-HASHES_KEPT = 4096
 
 
 def fsync_folder(folder: Path) -> None:
@@ -36,17 +28,6 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def take_lock(descriptor: int, path: Path) -> bool:
-    """Whether the open file is now ours alone, and still the one at `path`: who held it before may have removed it."""
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
 
 
 @contextmanager
@@ -164,91 +145,6 @@ def has_size(path: Path, size_bytes: int) -> bool:
         return False
 
 
-LOCKS = ".locks"
-"""Below a folder of work that several processes share: a locked file for each part that one of them does now."""
-
-
-class Claims:
-    """The parts of a folder's work that this process does now: a locked file each, free again when the process ends."""
-
-    def __init__(self, out: Path) -> None:
-        self.folder, self.out = out / LOCKS, out
-        self.held: dict[str, int] = {}
-
-    def take(self, name: str) -> bool:
-        """Whether the part is ours; what a killed process left of its file is removed."""
-        path = self.folder / f"{name}.lock"
-        descriptor = self._open(path)
-        if not take_lock(descriptor, path):
-            os.close(descriptor)
-            return False
-        self.held[name] = descriptor
-        for left in self.out.glob(f".{name}.*.part"):
-            left.unlink(missing_ok=True)
-        return True
-
-    def _open(self, path: Path) -> int:
-        """The lock's file, also where another process removes the empty folder just now."""
-        while True:
-            self.folder.mkdir(exist_ok=True)
-            with suppress(FileNotFoundError):
-                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-    def release(self) -> None:
-        """Let all go."""
-        for name, descriptor in self.held.items():
-            (self.folder / f"{name}.lock").unlink(missing_ok=True)
-            os.close(descriptor)
-        self.held.clear()
-        with suppress(OSError):
-            self.folder.rmdir()
-
-
-def clear_leavings(out: Path, *patterns: str) -> None:
-    """Remove what killed processes left: locks that nobody holds, and half-written files of these patterns."""
-    from psutil import pid_exists
-
-    for path in (out / LOCKS).glob("*.lock"):
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                if take_lock(descriptor, path):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
-    with suppress(OSError):
-        (out / LOCKS).rmdir()
-    for part in (part for pattern in patterns for part in out.glob(pattern)):
-        number = part.name.split(".")[-2]
-        if number.isdecimal() and not pid_exists(int(number)):
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new hidden folder to fill and to rename; it is gone after the block, and so are those of killed processes.
-
-    A folder that is locked is being filled by another process and stays.
-    """
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(f"{prefix}*"):
-        with suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                if take_lock(descriptor, left):
-                    shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(descriptor)
-    part = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        take_lock(descriptor, part)
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(descriptor)
-
-
 def place_folder(part: Path, final: Path) -> None:
     """Rename a filled folder to `final`, flushed; what another process put there meanwhile stays."""
     try:
@@ -292,75 +188,6 @@ def write_new_text(path: Path, text: str) -> None:
                 raise
             part.rename(path)  # A disk without hard links.
     fsync_folder(path.parent)
-
-
-def sha256_of_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """The file's sha256 in hex; `on_bytes` is told the size of each block read."""
-    digest = hashlib.sha256()
-    with open_regular(Path(path)) as stream:
-        while block := stream.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-            if on_bytes:
-                on_bytes(len(block))
-    return digest.hexdigest()
-
-
-def kept_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """The file's sha256 in hex; not read again where it is unchanged since it was last hashed.
-
-    For answers that are the hash use `sha256_of_file`: a disk that loses bits changes no time of a file.
-    """
-    key = key_of_file(path)
-    if held := load_hashes().get(key):
-        return held[0]
-    digest = sha256_of_file(path, on_bytes)
-    if key_of_file(path) == key:
-        keep_hashes({key: [digest]})
-    return digest
-
-
-def keeps_sha256(path: Path) -> bool:
-    """Whether `kept_sha256` would not read the file."""
-    return key_of_file(path) in load_hashes()
-
-
-def key_of_file(path: Path) -> str:
-    """What must stay the same for a kept hash to hold: path, size, inode, and the times of data and of the inode.
-
-    A program can put the time of the data back, but not that of the inode.
-    """
-    status = path.stat()
-    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
-
-
-def load_hashes() -> dict[str, list[str]]:
-    """The kept hashes by key: the sha256, for a safetensors file perhaps also that of its data; none if unreadable."""
-    try:
-        held = parse_json(read_regular(home_folder() / KEPT_HASHES))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(held, dict):
-        return {}
-    return {key: hashes for key, hashes in held.items() if isinstance(hashes, list) and hashes}
-
-
-def find_by_hash(sha256: str) -> Path | None:
-    """A file that still is what its kept hash says; None where no such file is known."""
-    for key, hashes in load_hashes().items():
-        path = Path(key.rsplit("|", 4)[0])
-        if hashes[0] == sha256 and path.is_file() and key_of_file(path) == key:
-            return path
-    return None
-
-
-def keep_hashes(added: dict[str, list[str]]) -> None:
-    """Add to the kept hashes; where they cannot be written it is no failure."""
-    held = {**load_hashes(), **added}
-    newest = dict(list(held.items())[-HASHES_KEPT:])
-    try:
-        write_text(home_folder() / KEPT_HASHES, json.dumps(newest, indent=0))
-    except OSError:
-        return
 
 
 def expand_user(path: Path | str) -> Path:

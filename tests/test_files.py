@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import signal
 import subprocess
@@ -13,18 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.files import (
-    atomic_write,
-    find_by_hash,
-    home_folder,
-    kept_answer,
-    kept_sha256,
-    link_file,
-    parse_json,
-    sha256_of_file,
-    shipped_folder,
-    write_text,
-)
+from kohaku_wrap.files import atomic_write, home_folder, kept_answer, link_file, parse_json, shipped_folder, write_text
 
 
 def test_a_failed_write_leaves_the_former_content_and_no_neighbour(tmp_path: Path) -> None:
@@ -47,28 +35,6 @@ def test_a_failed_write_names_the_file_that_was_meant(tmp_path: Path) -> None:
     assert failed.value.filename == str(tmp_path / "b.txt")
 
 
-def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
-    path, read = tmp_path / "a.bin", list[int]()
-    path.write_bytes(b"before")
-    assert kept_sha256(path, read.append) == kept_sha256(path, read.append) == hashlib.sha256(b"before").hexdigest()
-    assert read == [6]
-    path.write_bytes(b"after")
-    assert kept_sha256(path, read.append) == hashlib.sha256(b"after").hexdigest()
-    assert read == [6, 5]
-    (home_folder() / "file-hashes.json").write_text("[1")
-    assert kept_sha256(path, read.append) == hashlib.sha256(b"after").hexdigest() and read == [6, 5, 5]
-
-
-def test_bytes_changed_with_the_time_put_back_are_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"before")
-    before, status = kept_sha256(path), path.stat()
-    path.write_bytes(b"behind")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert path.stat().st_mtime_ns == status.st_mtime_ns and path.stat().st_ino == status.st_ino
-    assert kept_sha256(path) == hashlib.sha256(b"behind").hexdigest() != before
-
-
 def test_a_killed_write_never_shows_under_the_final_name(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     code = (
@@ -81,14 +47,6 @@ def test_a_killed_write_never_shows_under_the_final_name(tmp_path: Path) -> None
         child.stdout.readline()
         child.send_signal(signal.SIGKILL)
     assert not path.exists()
-
-
-def test_sha256_tells_the_bytes_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(os.urandom(10_000_001))
-    seen: list[int] = []
-    assert sha256_of_file(path, seen.append) == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sum(seen) == 10_000_001
 
 
 def test_home_is_kwrap_home_where_it_is_set(home: Path) -> None:
@@ -113,12 +71,6 @@ def test_the_help_is_quick_and_free_of_torch() -> None:
 def test_a_document_that_cannot_be_read_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         parse_json(text)
-
-
-def test_a_pipe_is_not_hashed(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="not a regular file"):
-        sha256_of_file(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("kept", ["", "[]", "{}", '{"a": []}', "[" * 50_000, "\udcff"])
@@ -147,11 +99,3 @@ def test_a_second_name_is_a_link_here_and_a_copy_on_another_disk(tmp_path: Path)
             assert place.read_bytes() == b"rows"
             assert place.samefile(source) == (place.stat().st_dev == source.stat().st_dev)
         assert place.stat().st_dev != source.stat().st_dev
-
-
-def test_a_file_is_found_by_its_kept_hash_whatever_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "style|v2|fp16.safetensors"
-    path.write_bytes(b"network")
-    assert find_by_hash(kept_sha256(path)) == path.resolve()
-    path.write_bytes(b"another")
-    assert find_by_hash(sha256_of_file(path)) is None

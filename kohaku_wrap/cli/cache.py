@@ -97,7 +97,7 @@ def command(
 
 def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> list[Cache]:
     """What a template caches, with a bar while models are hashed. Raises what `open_caches` does."""
-    from kohaku_wrap.files import keeps_sha256
+    from kohaku_wrap.file_hashes import keeps_sha256
     from kohaku_wrap.training.supervising.caching import open_caches
 
     models = {site.paths.vae or site.paths.base_model} if effective.get("cache.latents") else set()

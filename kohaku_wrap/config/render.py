@@ -40,7 +40,8 @@ from kohaku_wrap.config.trainer_arguments import (
 from kohaku_wrap.config.training_data import compose_dataset, describe_data
 from kohaku_wrap.config.validation import describe_validation, settle_held_out
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import describe_absence, kept_sha256, sha256_of_file, write_text
+from kohaku_wrap.file_hashes import kept_sha256, sha256_of_file
+from kohaku_wrap.files import describe_absence, write_text
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.formats.held_out import HELD_OUT_FILE
 from kohaku_wrap.formats.toml_text import toml_text

@@ -11,7 +11,8 @@ from typing import Any
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, read_caption_recipe
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import describe_absence, sha256_of_file, shipped_folder
+from kohaku_wrap.file_hashes import sha256_of_file
+from kohaku_wrap.files import describe_absence, shipped_folder
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping, read_site_mapping
 from kohaku_wrap.metadata.filters import FLAGS, RATINGS
 from kohaku_wrap.toml_files import TableReader, load_toml

@@ -21,8 +21,9 @@ from kohaku_wrap.demo.posts import DemoPost, Rolls, make_posts
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.demo.vocabulary import list_tags
 from kohaku_wrap.errors import UsageError, refusing
-from kohaku_wrap.files import Progress, fsync_folder, has_size, parse_json, take_lock
+from kohaku_wrap.files import Progress, fsync_folder, has_size, parse_json
 from kohaku_wrap.formats.toml_text import toml_text
+from kohaku_wrap.locks import take_lock
 from kohaku_wrap.metadata.new_database import write_new_database
 
 DEFAULT_POSTS = 240

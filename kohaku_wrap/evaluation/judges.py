@@ -23,7 +23,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
-from kohaku_wrap.files import describe_absence, parse_json, read_regular, sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
+from kohaku_wrap.files import describe_absence, parse_json, read_regular
 from kohaku_wrap.toml_files import TableReader, load_toml
 
 OWN_FILE = "judge.toml"

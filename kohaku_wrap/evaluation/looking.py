@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from kohaku_wrap.evaluation.judges import Features, Judge, UnreadablePicture
-from kohaku_wrap.files import atomic_write, sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
+from kohaku_wrap.files import atomic_write
 
 DIGITS = 32
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from kohaku_wrap.files import HASH_BLOCK_BYTES, Progress, keep_hashes, key_of_file, load_hashes
+from kohaku_wrap.file_hashes import HASH_BLOCK_BYTES, keep_hashes, key_of_file, load_hashes
+from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.processes import count_cores
 

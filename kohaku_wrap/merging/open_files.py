@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import blamed_on, fsync_folder, take_lock
+from kohaku_wrap.files import blamed_on, fsync_folder
 from kohaku_wrap.formats.safetensors import Header
+from kohaku_wrap.locks import take_lock
 
 DISK_RESERVE_BYTES = 16 << 20
 

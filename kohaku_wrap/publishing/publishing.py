@@ -10,18 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.files import (
-    HASH_BLOCK_BYTES,
-    Progress,
-    atomic_write,
-    clear_leavings,
-    describe_absence,
-    kept_sha256,
-    sha256_of_file,
-    write_text,
-)
+from kohaku_wrap.file_hashes import HASH_BLOCK_BYTES, kept_sha256, sha256_of_file
+from kohaku_wrap.files import Progress, atomic_write, describe_absence, write_text
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.formats.safetensors import encode_header, read_header
+from kohaku_wrap.locks import clear_leavings
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes, hash_files
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe, build_metadata

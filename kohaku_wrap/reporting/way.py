@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.files import keeps_sha256, kept_sha256, read_regular, sha256_of_file
+from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256, sha256_of_file
+from kohaku_wrap.files import read_regular
 from kohaku_wrap.merging.inspecting import FileReport, inspect_file
 from kohaku_wrap.merging.recipes import as_table
 from kohaku_wrap.training.records.folder import Run

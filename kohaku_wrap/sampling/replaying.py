@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.files import find_by_hash
+from kohaku_wrap.file_hashes import find_by_hash
 from kohaku_wrap.sampling.pictures import VAE, Record, compose_parameters, describe_record
 from kohaku_wrap.training.records.samples import read_sheet_record
 

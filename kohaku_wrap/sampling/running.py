@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import Progress, clear_leavings, write_text
+from kohaku_wrap.files import Progress, write_text
+from kohaku_wrap.locks import clear_leavings
 from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.processes import LineHelper, raise_answer
 from kohaku_wrap.sampling.checkpoints import files_of

@@ -11,7 +11,8 @@ from typing import Any
 
 from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import find_by_hash, parse_json
+from kohaku_wrap.file_hashes import find_by_hash
+from kohaku_wrap.files import parse_json
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
 

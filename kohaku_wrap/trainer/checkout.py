@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.files import expand_user, making_folder, place_folder
+from kohaku_wrap.files import expand_user, place_folder
+from kohaku_wrap.locks import making_folder
 from kohaku_wrap.trainer.cloning import clone_commit, run_git
 from kohaku_wrap.trainer.commits import (
     SCRIPT,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import making_folder, place_folder
+from kohaku_wrap.files import place_folder
+from kohaku_wrap.locks import making_folder
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.trainer.commits import trainer_folder
 

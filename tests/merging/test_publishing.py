@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.config.render import describe_trainer
-from kohaku_wrap.files import sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.merging.hashes import hash_files

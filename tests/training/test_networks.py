@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from plain_runs import misbehave, train
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.files import sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock

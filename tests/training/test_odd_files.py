@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -174,19 +172,3 @@ def test_silence_on_another_boot_is_unknown(trained: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr("kohaku_wrap.training.records.signs.BOOT_ID", trained.lock_file)
     assert count_silence(attempt.heartbeats()) is None
     read_boot_id.cache_clear()
-
-
-def test_a_folder_that_a_killed_process_was_filling_goes(tmp_path: Path) -> None:
-    code = (
-        "import sys, os, signal; from pathlib import Path; from kohaku_wrap.files import making_folder\n"
-        "with making_folder(Path(sys.argv[1]), '.x-') as part:\n"
-        "    (part / 'half').touch()\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert len(list(tmp_path.iterdir())) == 1
-    from kohaku_wrap.files import making_folder
-
-    with making_folder(tmp_path, ".x-") as one, making_folder(tmp_path, ".x-") as other:
-        assert sorted(tmp_path.iterdir()) == sorted([one, other])
-    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from plain_runs import misbehave, train, write_base_model, write_captions
 from kohaku_wrap.cli import program
 from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.files import kept_sha256
+from kohaku_wrap.file_hashes import kept_sha256
 from kohaku_wrap.formats.caption_rows import open_captions
 from kohaku_wrap.training.data.latent_index import StoreRule
 from kohaku_wrap.training.data.latent_rules import find_folder

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import take_lock
+from kohaku_wrap.locks import take_lock
 
 PART_NAMES = (".captions.*.part", ".metadata_cache.json.*.part", ".captioning")
 """Temporary names of the files for the whole folder, and the lock file of kwrap 0.1."""

@@ -39,7 +39,8 @@ from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS, CountTokens, estim
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE, refuse_other_kind
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_posts
 from kohaku_wrap.errors import DAMAGE, KwrapError, command_line
-from kohaku_wrap.files import Progress, blamed_on, sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
+from kohaku_wrap.files import Progress, blamed_on
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoImages, read_batches
 from kohaku_wrap.formats.data_summary import write_summary
 from kohaku_wrap.formats.relations import write_relations

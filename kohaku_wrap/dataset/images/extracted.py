@@ -16,7 +16,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from kohaku_wrap.errors import KwrapError, UsageError, refusing
-from kohaku_wrap.files import atomic_write, has_size, take_lock
+from kohaku_wrap.files import atomic_write, has_size
+from kohaku_wrap.locks import take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
 IMPORTED_FILE = "imported.parquet"

@@ -25,9 +25,10 @@ from kohaku_wrap.dataset.own.images import (
 from kohaku_wrap.dataset.own.report import ImportReport, describe_images, describe_sources, write_report
 from kohaku_wrap.dataset.own.texts import Texts, read_texts
 from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
-from kohaku_wrap.files import Progress, clear_leavings
+from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
+from kohaku_wrap.locks import clear_leavings
 
 
 class OtherFolder(NamesCollide):

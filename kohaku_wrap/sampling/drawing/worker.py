@@ -20,7 +20,7 @@ import transformers
 
 import kohaku_wrap
 from kohaku_wrap.errors import lacks_memory
-from kohaku_wrap.files import Claims
+from kohaku_wrap.locks import Claims
 from kohaku_wrap.processes import answer_in_lines
 from kohaku_wrap.sampling.cells import Cell, Compute, read_cell
 from kohaku_wrap.sampling.checkpoints import Model

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import atomic_write, open_regular, parse_json, read_regular, sha256_of_file, write_text
+from kohaku_wrap.file_hashes import sha256_of_file
+from kohaku_wrap.files import atomic_write, open_regular, parse_json, read_regular, write_text
 from kohaku_wrap.formats.safetensors import (
     MalformedFile,
     PickledFile,

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.errors import KwrapError, command_line, refusing
-from kohaku_wrap.files import parse_json, read_regular, take_lock, write_text
+from kohaku_wrap.files import parse_json, read_regular, write_text
+from kohaku_wrap.locks import take_lock
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
 from kohaku_wrap.training.records.folder import Place, Run

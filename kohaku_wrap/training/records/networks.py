@@ -11,7 +11,8 @@ from pathlib import Path
 from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import OWN_DATA, list_lacking
 from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
-from kohaku_wrap.files import keeps_sha256, kept_sha256, write_text
+from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256
+from kohaku_wrap.files import write_text
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
 from kohaku_wrap.training.records.documents import read_json_files

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import fsync_folder, sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
+from kohaku_wrap.files import fsync_folder
 from kohaku_wrap.training.records.folder import STATE_NAME
 from kohaku_wrap.training.records.manifest import (
     MANIFEST,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kohaku_wrap
-from kohaku_wrap.files import HASH_BLOCK_BYTES, open_regular, write_text
+from kohaku_wrap.file_hashes import HASH_BLOCK_BYTES
+from kohaku_wrap.files import open_regular, write_text
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.documents import is_whole, read_json_files
 from kohaku_wrap.training.records.folder import Run

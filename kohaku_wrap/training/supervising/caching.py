@@ -23,8 +23,10 @@ from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.training_data import compose_dataset, read_lengths, spread_evenly
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
-from kohaku_wrap.files import Claims, Progress, clear_leavings, describe_absence, kept_sha256
+from kohaku_wrap.file_hashes import kept_sha256
+from kohaku_wrap.files import Progress, describe_absence
 from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.locks import Claims, clear_leavings
 from kohaku_wrap.processes import LineHelper, raise_answer
 from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options
 from kohaku_wrap.training.data.latent_index import Index, Wanted, extend_index, lay_out

@@ -13,7 +13,8 @@ from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import LOCK_FILE, UnreadableRunFile, digest_lock
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import KwrapError, Problem
-from kohaku_wrap.files import describe_absence, kept_sha256, sha256_of_file
+from kohaku_wrap.file_hashes import kept_sha256, sha256_of_file
+from kohaku_wrap.files import describe_absence
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     NoImages,

@@ -12,7 +12,7 @@ import numpy as np
 from kohaku_wrap.config.training_data import read_lengths, read_trainer_rows
 from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.errors import KwrapError, Problem, command_line
-from kohaku_wrap.files import sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
 from kohaku_wrap.formats.caption_rows import NoImages, open_captions
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.trainer.engines import find_engine

@@ -13,7 +13,7 @@ from kohaku_wrap.config.run_files import PLACE_KEYS
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import keeps_sha256, kept_sha256, sha256_of_file
+from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256, sha256_of_file
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import BadOrder
 from kohaku_wrap.training.records.folder import Run

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from kohaku_wrap.files import sha256_of_file
+from kohaku_wrap.file_hashes import sha256_of_file
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.data.loader import Example, iterate_examples, make_loader

@@ -1,0 +1,106 @@
+"""Work of a folder that several processes share: locks of its parts, and what killed ones left there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def take_lock(descriptor: int, path: Path) -> bool:
+    """Whether the open file is now ours alone, and still the one at `path`: who held it before may have removed it."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+LOCKS = ".locks"
+"""Below a folder of work that several processes share: a locked file for each part that one of them does now."""
+
+
+class Claims:
+    """The parts of a folder's work that this process does now: a locked file each, free again when the process ends."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder, self.out = out / LOCKS, out
+        self.held: dict[str, int] = {}
+
+    def take(self, name: str) -> bool:
+        """Whether the part is ours; what a killed process left of its file is removed."""
+        path = self.folder / f"{name}.lock"
+        descriptor = self._open(path)
+        if not take_lock(descriptor, path):
+            os.close(descriptor)
+            return False
+        self.held[name] = descriptor
+        for left in self.out.glob(f".{name}.*.part"):
+            left.unlink(missing_ok=True)
+        return True
+
+    def _open(self, path: Path) -> int:
+        """The lock's file, also where another process removes the empty folder just now."""
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):
+                return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def release(self) -> None:
+        """Let all go."""
+        for name, descriptor in self.held.items():
+            (self.folder / f"{name}.lock").unlink(missing_ok=True)
+            os.close(descriptor)
+        self.held.clear()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def clear_leavings(out: Path, *patterns: str) -> None:
+    """Remove what killed processes left: locks that nobody holds, and half-written files of these patterns."""
+    from psutil import pid_exists
+
+    for path in (out / LOCKS).glob("*.lock"):
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if take_lock(descriptor, path):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+    with suppress(OSError):
+        (out / LOCKS).rmdir()
+    for part in (part for pattern in patterns for part in out.glob(pattern)):
+        number = part.name.split(".")[-2]
+        if number.isdecimal() and not pid_exists(int(number)):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new hidden folder to fill and to rename; it is gone after the block, and so are those of killed processes.
+
+    A folder that is locked is being filled by another process and stays.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{prefix}*"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if take_lock(descriptor, left):
+                    shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+    part = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        take_lock(descriptor, part)
+        yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        os.close(descriptor)
