@@ -65,7 +65,7 @@ def measure_rank(run_folder: Path, workers: int) -> dict[str, float]:
     """Start-up, memory of a rank and growth of its workers over an epoch's accesses; run in a process of its own."""
     import tomllib
 
-    from kohaku_wrap.formats.caption_rows import Columns
+    from kohaku_wrap.formats.caption_columns import Columns
     from kohaku_wrap.training.data.columns import ColumnsDataset
     from kohaku_wrap.training.data.items import ItemOptions, read_dataset_options
     from kohaku_wrap.training.data.sampler import PositionSampler
@@ -102,7 +102,7 @@ def measure_upstream(run_folder: Path, entries: int) -> dict[str, float]:
     """Seconds and memory of sd-scripts' own dataset over the first `entries` images; run in a process of its own."""
     import tomllib
 
-    from kohaku_wrap.formats.caption_rows import Columns
+    from kohaku_wrap.formats.caption_columns import Columns
     from kohaku_wrap.training.data.items import read_dataset_options
 
     options = read_dataset_options(tomllib.loads((run_folder / "dataset.toml").read_text()))

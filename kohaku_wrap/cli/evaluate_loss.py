@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kohaku_wrap.evaluation.held_out import LossJob
-    from kohaku_wrap.formats.caption_rows import Columns
+    from kohaku_wrap.formats.caption_columns import Columns
     from kohaku_wrap.training.records.folder import Run
 
 RESULT = "loss.json"
@@ -90,7 +90,7 @@ def loss(
     from kohaku_wrap.dataset.captions.groups import draw_posts, group_posts
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.evaluation import held_out
-    from kohaku_wrap.formats.caption_rows import Columns
+    from kohaku_wrap.formats.caption_columns import Columns
     from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
     from kohaku_wrap.sampling.expanding import KnownModel, name_models
 
@@ -193,7 +193,8 @@ def show_validation(run: Run | None, checkpoints: str | None, out: Path | None, 
     from kohaku_wrap.evaluation import held_out
     from kohaku_wrap.evaluation.validated import choose_evaluations, compose_validation
     from kohaku_wrap.files import write_text
-    from kohaku_wrap.formats.caption_rows import Columns, read_captions_metadata
+    from kohaku_wrap.formats.caption_columns import Columns
+    from kohaku_wrap.formats.caption_rows import read_captions_metadata
 
     if run is None:
         raise UsageError("a model is measured on posts that it was not trained on", "Give them: --images IMAGES.")

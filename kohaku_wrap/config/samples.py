@@ -15,7 +15,8 @@ from kohaku_wrap.dataset.buckets import parse_resolution
 from kohaku_wrap.dataset.captions.words import RATING_WORDS
 from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Columns, NoImages, read_captions_metadata
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, read_captions_metadata
 from kohaku_wrap.streams import draws, stream_key
 
 KWRAP, TRAINER = "kwrap", "trainer"

@@ -18,7 +18,7 @@ from kohaku_wrap.dataset.captions.words import PEOPLE_TAGS
 from kohaku_wrap.errors import KwrapError, UsageError, reason_of, refusing
 from kohaku_wrap.evaluation.judges import Features
 from kohaku_wrap.files import open_regular, parse_json, read_regular
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.columns import TAG_TYPES
 from kohaku_wrap.metadata.relations import map_tag_chunks

@@ -22,7 +22,7 @@ from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
 from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, read_result
 from kohaku_wrap.files import Progress
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.expanding import KnownModel

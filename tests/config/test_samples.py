@@ -13,7 +13,7 @@ from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.samples import settle_samples, who_draws, with_own_prompts
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import ProblemsFound, UsageError
-from kohaku_wrap.formats.caption_rows import ColumnsWriter
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 
 SITE = '[machine]\nengine = "{engine}"\ngpus = 0\nbatch_per_gpu = 2\n'
 

@@ -19,7 +19,7 @@ from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.config.validation import TooManyHeldOut, settle_held_out
 from kohaku_wrap.errors import ProblemsFound
-from kohaku_wrap.formats.caption_rows import ColumnsWriter
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.held_out import HELD_OUT_FILE, HeldOut
 from kohaku_wrap.formats.relations import Relations, write_relations
 from kohaku_wrap.planning.step_plan import plan_steps

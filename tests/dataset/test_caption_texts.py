@@ -24,7 +24,8 @@ from kohaku_wrap.dataset.captions.text_table import NoTexts, TextTable, read_tex
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.errors import ProblemsFound
-from kohaku_wrap.formats.caption_rows import DamagedCaptions, check_columns, open_captions, read_captions_metadata
+from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata
+from kohaku_wrap.formats.caption_writer import DamagedCaptions, check_columns
 from kohaku_wrap.metadata.database import open_database
 
 MIXED = '[caption]\nprefix = ["people", "text"]\n[caption.text]\ntags = 0.3\ntext = 0.3\nboth = 0.4\n'

@@ -16,7 +16,7 @@ from PIL import Image
 
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.dataset.held_out import find_relations, hold_out, with_relatives
-from kohaku_wrap.formats.caption_rows import ColumnsWriter
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.held_out import BadHeldOut, HeldOut
 from kohaku_wrap.formats.relations import RELATIONS_FILE, BadRelations, Relations, read_relations, write_relations
 

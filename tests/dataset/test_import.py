@@ -26,7 +26,9 @@ from PIL import Image
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.own.images import ImageTask, check_images, read_imported
-from kohaku_wrap.formats.caption_rows import Columns, check_columns, find_captions, open_captions, read_subsets
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_rows import find_captions, open_captions, read_subsets
+from kohaku_wrap.formats.caption_writer import check_columns
 
 
 def paint(path: Path, size: tuple[int, int] = (64, 48), seed: int = 0, text: str | None = None, **options: Any) -> Path:

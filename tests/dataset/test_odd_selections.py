@@ -19,7 +19,7 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.images.extract import read_selected_images
 from kohaku_wrap.dataset.images.extracted import SCHEMA, write_extracted
 from kohaku_wrap.dataset.selection_file import BadSelection, read_about, read_selected_posts
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.relations import read_relations
 from kohaku_wrap.metadata.posts import POST_SCHEMA
 

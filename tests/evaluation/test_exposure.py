@@ -21,7 +21,9 @@ from kohaku_wrap.evaluation.caption_loops import WORDS, begin_words, draw_below,
 from kohaku_wrap.evaluation.counting import COLUMNS, IMAGES, TRAINED, Pass, Sums, count_passes, list_later_passes
 from kohaku_wrap.evaluation.exposure import exposure_file, measure_exposure
 from kohaku_wrap.evaluation.trained_line import NotTrained, find_line
-from kohaku_wrap.formats.caption_rows import Columns, ColumnsWriter, Subset
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_rows import Subset
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.streams import seed_of, seeds_of
 from kohaku_wrap.training.data.captions import keep_whole
 from kohaku_wrap.training.data.items import ItemOptions, Items

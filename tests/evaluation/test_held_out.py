@@ -25,7 +25,8 @@ from kohaku_wrap.dataset.fixed_chunks import cut_chunks, list_timesteps
 from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.evaluation.held_out import LossJob, TrainedPosts, choose_rows, compare_losses, measure_losses
-from kohaku_wrap.formats.caption_rows import Columns, ColumnsWriter
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.predictions import Prediction
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.checkpoints import Model

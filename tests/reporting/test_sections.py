@@ -20,7 +20,8 @@ from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.dataset.captions.summary import summarise_captions
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.formats.caption_rows import Columns, read_captions_metadata
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_rows import read_captions_metadata
 from kohaku_wrap.formats.data_summary import SUMMARY_FILE, read_summary
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.reporting import pictures

@@ -13,7 +13,8 @@ import pyarrow as pa
 import toml
 
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.formats.caption_rows import ColumnsWriter, read_captions_metadata
+from kohaku_wrap.formats.caption_rows import read_captions_metadata
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run

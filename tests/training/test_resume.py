@@ -16,7 +16,7 @@ from plain_runs import misbehave, plain_launch, train, write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError, UsageError
-from kohaku_wrap.formats.caption_rows import DamagedCaptions
+from kohaku_wrap.formats.caption_writer import DamagedCaptions
 from kohaku_wrap.steps import BadOrder
 from kohaku_wrap.trainer import commits as trainer_commits
 from kohaku_wrap.trainer.commits import SupportedCommit, digest_sources

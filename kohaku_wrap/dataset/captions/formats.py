@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_wrap.formats.caption_rows import Int32Array, bytes_of
+from kohaku_wrap.formats.caption_rows import Int32Array
+from kohaku_wrap.formats.caption_writer import bytes_of
 
 CACHE_FILE = "metadata_cache.json"
 """What sd-scripts reads with `cache_info`: {path: {"caption", "resolution"}}."""

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, words_of_recipe
 from kohaku_wrap.dataset.captions.tokens import split_captions
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.streams import draws, stream_key
 
 GROUPS = ("rating", "year", "quality")

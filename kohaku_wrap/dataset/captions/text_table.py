@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
 from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import open_regular
-from kohaku_wrap.formats.caption_rows import bytes_of
+from kohaku_wrap.formats.caption_writer import bytes_of
 
 ID_COLUMNS = ("id", "post_id", "image_id")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description")

@@ -41,7 +41,8 @@ from kohaku_wrap.dataset.selection_file import SelectedPosts, read_selected_post
 from kohaku_wrap.errors import DAMAGE, KwrapError, command_line
 from kohaku_wrap.file_hashes import sha256_of_file
 from kohaku_wrap.files import Progress, blamed_on
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, ColumnsWriter, NoImages, read_batches
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, read_batches
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.data_summary import write_summary
 from kohaku_wrap.formats.relations import write_relations
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk

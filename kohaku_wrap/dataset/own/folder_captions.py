@@ -20,7 +20,8 @@ from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.dataset.own.report import REPORT_FILE
 from kohaku_wrap.errors import DAMAGE, KwrapError
 from kohaku_wrap.files import Progress
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Columns, Subset, find_captions, read_batches, read_subsets
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Subset, find_captions, read_batches, read_subsets
 
 ONE_SUBSET = [Subset("(all)")]
 """Of a folder of posts, and of its files before format 2."""

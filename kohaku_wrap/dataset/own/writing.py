@@ -16,7 +16,6 @@ from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     DIGITS_OF_KEPT,
     OWN_STYLE,
-    ColumnsWriter,
     Int32Array,
     NoImages,
     Subset,
@@ -24,6 +23,7 @@ from kohaku_wrap.formats.caption_rows import (
     read_about,
     read_subsets,
 )
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 
 
 def read_earlier(images: Path) -> tuple[dict[str, Any], dict[int, str]]:

@@ -18,7 +18,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from kohaku_wrap.files import atomic_write
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import answer
 from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.drawing.models import choose_device, read_model

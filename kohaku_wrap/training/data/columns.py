@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from kohaku_wrap.dataset.buckets import find_crop_corners
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.training.data.images import UnreadableImage
 from kohaku_wrap.training.data.items import BatchKey, Item, ItemOptions, Items

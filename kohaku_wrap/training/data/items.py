@@ -13,7 +13,7 @@ from kohaku_wrap.config.run_files import find_image_folder, flatten_dataset, mer
 from kohaku_wrap.dataset.buckets import BucketAssignment, BucketOptions, assign_buckets
 from kohaku_wrap.dataset.captions.mixing import TAGS, TextMix, put_text
 from kohaku_wrap.errors import Problem, ProblemsFound
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.streams import draws, seed_of, stream_key
 from kohaku_wrap.training.data.captions import CaptionOptions, choose_sign, process_caption

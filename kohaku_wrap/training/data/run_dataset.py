@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.training.data.columns import ColumnsDataset, Tokenize
 from kohaku_wrap.training.data.items import ItemOptions, read_dataset_options
 from kohaku_wrap.training.data.latent_rules import open_latents, open_texts, require_same

@@ -6,7 +6,7 @@ import tomllib
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock

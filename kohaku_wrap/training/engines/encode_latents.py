@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.sdxl import VAE_PREFIX
 from kohaku_wrap.locks import Claims
 from kohaku_wrap.metadata.parallel import map_in_order

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import answer
 from kohaku_wrap.training.data.columns import ColumnsDataset, content_digest
 from kohaku_wrap.training.data.items import BatchKey, ItemOptions, read_dataset_options

@@ -25,7 +25,7 @@ from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.file_hashes import kept_sha256
 from kohaku_wrap.files import Progress, describe_absence
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.locks import Claims, clear_leavings
 from kohaku_wrap.processes import LineHelper, raise_answer
 from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options

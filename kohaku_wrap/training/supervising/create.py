@@ -27,7 +27,8 @@ from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, fsync_folder, write_text
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, check_columns
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
+from kohaku_wrap.formats.caption_writer import check_columns
 from kohaku_wrap.locks import making_folder
 from kohaku_wrap.planning.parent_network import fit_parent
 from kohaku_wrap.planning.step_plan import plan_steps

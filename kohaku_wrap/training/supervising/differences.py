@@ -18,11 +18,11 @@ from kohaku_wrap.files import describe_absence
 from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     NoImages,
-    check_columns,
     find_captions,
     open_captions,
     read_captions_metadata,
 )
+from kohaku_wrap.formats.caption_writer import check_columns
 from kohaku_wrap.trainer.commits import find_known
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.installed import (

@@ -17,7 +17,7 @@ from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.data_summary import FORMAT, SUMMARY_FILE, read_summary
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.streams import permutation, stream_key

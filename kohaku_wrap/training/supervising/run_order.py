@@ -9,7 +9,8 @@ import numpy as np
 
 from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.formats.caption_rows import open_captions, subset_column
+from kohaku_wrap.formats.caption_columns import subset_column
+from kohaku_wrap.formats.caption_rows import open_captions
 from kohaku_wrap.training.data.order import BatchOrder, Entries
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.ledger_checks import Int64Array

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from kohaku_wrap.formats.caption_rows import ColumnsWriter
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 
 SIZES = ((150, 140), (96, 170), (130, 131), (101, 180), (140, 150), (64, 64), (90, 160))
 """Seven images; at an area of 64x64 they make two shapes, and one of them has to grow."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.config.base_model import BadBaseModel
 from kohaku_wrap.files import shipped_folder
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.sdxl import SDXL_SIZES
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.data.columns import ColumnsDataset

@@ -16,7 +16,7 @@ from test_builtin_run import flip_byte, kwrap, train_arguments
 from test_cached_latents import cache, hashes, site
 
 from kohaku_wrap.config.base_model import read_sizes
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.proving.killing import Kill, train_with_kills
 from kohaku_wrap.proving.likeness import compare_runs
 from kohaku_wrap.training.data.columns import ColumnsDataset

@@ -16,7 +16,8 @@ from engine_world import DATASET_OPTIONS, World
 
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import ProblemsFound
-from kohaku_wrap.formats.caption_rows import Columns, NoImages, read_folder_sizes
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_rows import NoImages, read_folder_sizes
 from kohaku_wrap.planning.step_plan import count_steps
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.training.data.columns import ColumnsDataset, content_digest

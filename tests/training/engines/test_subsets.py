@@ -20,7 +20,7 @@ from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.training_data import compose_dataset, read_training_sizes
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.training.data.columns import ColumnsDataset

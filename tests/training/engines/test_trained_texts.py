@@ -16,7 +16,9 @@ import toml
 from engine_world import DATASET_OPTIONS, SIZES, World
 from test_builtin_run import kwrap, train_arguments
 
-from kohaku_wrap.formats.caption_rows import Columns, ColumnsWriter, open_captions, read_captions_metadata
+from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata
+from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.proving.killing import Kill, train_with_kills
 from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.items import ItemOptions

@@ -15,7 +15,7 @@ from test_builtin_run import kwrap, train_arguments
 
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.formats.caption_rows import Columns
+from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.training.data.captions import CaptionOptions
 from kohaku_wrap.training.data.columns import ColumnsDataset
 from kohaku_wrap.training.data.items import ItemOptions
