@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shlex
 import sqlite3
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
 
-from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
-from kohaku_wrap.files import describe_absence
-from kohaku_wrap.formats.disguises import name_disguise
+from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
 from kohaku_wrap.metadata.dialects import Sqlite, name_sql
 from kohaku_wrap.metadata.editions import danbooru_posts_sql, make_edition
@@ -33,43 +27,18 @@ from kohaku_wrap.metadata.layouts import (
     recognise_layout,
     token_base,
 )
-from kohaku_wrap.metadata.source import ROWS_A_BATCH, DatabaseDamaged, Edition, Source, digest_of_files
-
-SQLITE_MAGIC = b"SQLite format 3\x00"
-HEADER_BYTES = 100
-LOCK_TIMEOUT_SECONDS = 5.0
-
-VIEW_SECONDS_VARIABLE = "KWRAP_VIEW_SECONDS"
-VIEW_SECONDS = 60.0
-"""How long one question to a view may take; a table ends by itself, a view may be endless."""
-
-OPERATIONS_A_LOOK = 100_000
-"""Steps of sqlite's machine between two looks at the clock: a few milliseconds."""
+from kohaku_wrap.metadata.source import ROWS_A_BATCH, Edition, Source, digest_of_files
+from kohaku_wrap.metadata.sqlite_files import (
+    PRIVATE_WAL_INDEX,
+    connected,
+    decode,
+    explained,
+    first_value,
+    limit_time,
+    reading_tables,
+)
 
 READ_TABLES = ("post", "tag", "posttagrelation")
-
-PRIVATE_WAL_INDEX = "PRAGMA locking_mode = EXCLUSIVE"
-"""Said before the first read, it keeps the index of the WAL in memory instead of in a new file beside the database."""
-
-
-class DatabaseMissing(KwrapError):
-    """There is no file at the path."""
-
-
-class NotADatabase(KwrapError):
-    """The file is something else than a sqlite database."""
-
-
-class DatabaseLocked(KwrapError):
-    """Another program holds the database for writing."""
-
-
-class EndlessView(KwrapError):
-    """A view of the database gave no end in time."""
-
-
-class DatabaseUnreadable(KwrapError):
-    """sqlite cannot read the file for a reason of the machine or of the database's own."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +72,7 @@ class Database(Source):
     @contextlib.contextmanager
     def connect(self) -> Iterator[sqlite3.Connection]:
         """A connection for small queries; its failures become the errors of this module."""
-        with _connected(self.path, self.uri, self.private_wal_index) as connection:
+        with connected(self.path, self.uri, self.private_wal_index) as connection:
             if self.has_views:
                 limit_time(connection)
             yield connection
@@ -115,7 +84,7 @@ class Database(Source):
     def value(self, query: str) -> Any:
         """The first column of the first row of a small query, None without a row."""
         with self.connect() as connection:
-            return _first_value(connection, query)
+            return first_value(connection, query)
 
     @property
     def of_first_rows(self) -> str:
@@ -156,7 +125,7 @@ class Database(Source):
         import adbc_driver_sqlite.dbapi as adbc
 
         with (
-            _explained(self.path),
+            explained(self.path),
             adbc.connect(self.uri, autocommit=True) as connection,
             connection.cursor() as cursor,
         ):
@@ -181,16 +150,9 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
 
     `mapping`: how a table of posts of another site is read.
 
-    Raises DatabaseMissing, NotADatabase, DatabaseDamaged, DatabaseLocked or DatabaseUnreadable, and ProblemsFound
-    with every table and column that is missing, or every id column of text. Nothing is ever written beside the file.
+    Raises NotADatabase, DatabaseDamaged, DatabaseLocked or DatabaseUnreadable, and ProblemsFound with every table and
+    column that is missing, or every id column of text. Nothing is ever written beside the file.
     """
-    given = path
-    path = path.resolve()
-    if not path.is_file():
-        raise DatabaseMissing(
-            f"{given}: {describe_absence(path)}",
-            "Give the danbooru2023 sqlite file with --db, or make a small world with `kwrap demo DIR`.",
-        )
     with reading_tables(path) as (connection, columns, uri, private_wal_index):
         found = None if is_danbooru2023(columns) else find_posts_table(columns, mapping, str(path))
         has_views = _has_views(connection, (found[0],) if found else READ_TABLES)
@@ -198,7 +160,7 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
             limit_time(connection)
         if found:
             table, some = found
-            ask = partial(_first_value, connection)
+            ask = partial(first_value, connection)
             name = f"API columns in the table {table}, sqlite"
             edition = make_edition(name, some, Sqlite(), name_sql(table), place_sql(connection, table), ask, mapping)
             return Database(
@@ -223,110 +185,10 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
     return Database(path, edition, (path,), *opened)
 
 
-def is_sqlite(path: Path) -> bool:
-    """Whether a file is a sqlite database, by its first bytes."""
-    with path.open("rb") as stream:
-        return stream.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
-
-
-@contextlib.contextmanager
-def reading_tables(path: Path) -> Iterator[tuple[sqlite3.Connection, dict[str, frozenset[str]], str, bool]]:
-    """A connection to any sqlite file and the columns of its tables, in small letters; and how it was opened."""
-    _check_file(path)
-    uri, private_wal_index = _reading_uri(path)
-    with _connected(path, uri, private_wal_index) as connection:
-        yield connection, _columns_of_tables(connection), uri, private_wal_index
-
-
-def _first_value(connection: sqlite3.Connection, query: str) -> Any:
-    row = connection.execute(query).fetchone()
-    return row[0] if row else None
-
-
-@contextlib.contextmanager
-def _connected(path: Path, uri: str, private_wal_index: bool) -> Iterator[sqlite3.Connection]:
-    """A connection that reads texts as they come and is closed after the block."""
-    with (
-        _explained(path),
-        contextlib.closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_SECONDS)) as connection,
-    ):
-        connection.text_factory = _decode
-        if private_wal_index:
-            connection.execute(PRIVATE_WAL_INDEX).fetchall()
-        yield connection
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what the header alone shows to be no database, or one that is cut off."""
-    with path.open("rb") as stream:
-        header = stream.read(HEADER_BYTES)
-    if len(header) < HEADER_BYTES or not header.startswith(SQLITE_MAGIC):
-        raise NotADatabase(
-            f"{path}: not a sqlite database" + (f" but {what}" if (what := name_disguise(header)) else ""),
-            "If it was downloaded, compare its size: an error page or a Git LFS pointer is a small text file.",
-        )
-    page_bytes = int.from_bytes(header[16:18], "big")
-    page_bytes = 65536 if page_bytes == 1 else page_bytes
-    pages = int.from_bytes(header[28:32], "big")
-    counted_by_writer = header[24:28] == header[92:96]
-    size_bytes = path.stat().st_size
-    wal = path.with_name(path.name + "-wal")
-    if counted_by_writer and size_bytes < pages * page_bytes and not (wal.exists() and wal.stat().st_size):
-        raise DatabaseDamaged(
-            f"{path}: cut off: {size_bytes:,} bytes on disk, {pages * page_bytes:,} by its own header",
-            "Download or copy it again.",
-        )
-
-
-def _reading_uri(path: Path) -> tuple[str, bool]:
-    """The sqlite URI that reads `path` and writes nothing beside it, and whether the WAL's index must be private.
-
-    A database in WAL mode without a WAL is whole as it is; opened plainly, sqlite would make the files of a WAL. A
-    WAL without its index is what a copy or a crash leaves: it is read with an index in memory.
-    """
-    plain = "file:" + quote(str(path)) + "?mode=ro"
-    with path.open("rb") as stream:
-        in_wal_mode = stream.read(19)[18] == 2
-    if not in_wal_mode or path.with_name(path.name + "-shm").exists():
-        return plain, False
-    wal = path.with_name(path.name + "-wal")
-    if wal.exists() and wal.stat().st_size:
-        return plain + "&vfs=unix-none", True
-    return plain + "&immutable=1", False
-
-
-def _columns_of_tables(connection: sqlite3.Connection) -> dict[str, frozenset[str]]:
-    """The columns of every ordinary table; virtual tables, which need modules of their own, are left out."""
-    tables = connection.execute(
-        "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND sql NOT LIKE 'CREATE VIRTUAL%'"
-    ).fetchall()
-    return {
-        name.lower(): frozenset(
-            column.lower() for (column,) in connection.execute("SELECT name FROM pragma_table_info(?)", (name,))
-        )
-        for (name,) in tables
-    }
-
-
 def _has_views(connection: sqlite3.Connection, tables: Sequence[str]) -> bool:
     """Whether one of the tables is a view."""
     views = connection.execute("SELECT lower(name) FROM sqlite_master WHERE type = 'view'").fetchall()
     return any(name in tables for (name,) in views)
-
-
-def limit_time(connection: sqlite3.Connection) -> None:
-    """Let sqlite end with `interrupted` what this connection still does after VIEW_SECONDS."""
-    end = time.monotonic() + view_seconds()
-    connection.set_progress_handler(lambda: time.monotonic() > end, OPERATIONS_A_LOOK)
-
-
-def view_seconds() -> float:
-    """VIEW_SECONDS, or what the variable KWRAP_VIEW_SECONDS says. Raises UsageError."""
-    given = os.environ.get(VIEW_SECONDS_VARIABLE, "")
-    try:
-        return float(given) if given else VIEW_SECONDS
-    except ValueError:
-        raise UsageError(f"{VIEW_SECONDS_VARIABLE}={given}: not a number of seconds") from None
 
 
 def _indexed_columns(connection: sqlite3.Connection, columns: Mapping[str, frozenset[str]]) -> frozenset[str]:
@@ -355,11 +217,6 @@ def _refuses_second_id(connection: sqlite3.Connection) -> bool:
     return key == [("id",)]
 
 
-def _decode(text: bytes) -> str:
-    """A text of sqlite, which keeps bytes as they come; those that are no UTF-8 become U+FFFD."""
-    return text.decode("utf-8", "replace")
-
-
 def _with_readable_text(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch, with U+FFFD where bytes of a text are no UTF-8."""
     for number, column in enumerate(batch.columns):
@@ -368,44 +225,6 @@ def _with_readable_text(batch: pa.RecordBatch) -> pa.RecordBatch:
         try:
             column.validate(full=True)
         except pa.ArrowInvalid:
-            texts = [None if text is None else _decode(text) for text in column.cast(pa.binary()).to_pylist()]
+            texts = [None if text is None else decode(text) for text in column.cast(pa.binary()).to_pylist()]
             batch = batch.set_column(number, batch.schema.names[number], pa.array(texts, type=pa.string()))
     return batch
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn a failure of sqlite, from either driver, into the error that a person can act on."""
-    import adbc_driver_manager
-
-    try:
-        yield
-    except (sqlite3.Error, adbc_driver_manager.Error, pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, pa.ArrowInvalid) and "sqlite" not in str(error).lower():
-            raise
-        raise explain_failure(path, str(error)) from error
-
-
-def explain_failure(path: Path, message: str) -> KwrapError:
-    """The error for what sqlite said about the database at `path`."""
-    said = message.lower()
-    if "locked" in said or "busy" in said:
-        return DatabaseLocked(
-            f"{path}: locked by another program that writes to it",
-            "Wait until that program is done, or read a copy of the database.",
-        )
-    if said.startswith("interrupted"):
-        return EndlessView(
-            f"{path}: a view in it gave no end within {view_seconds():g} s",
-            f"Make a table of it (CREATE TABLE … AS SELECT …), or give it more time with {VIEW_SECONDS_VARIABLE}=600.",
-        )
-    if "not a database" in said or "encrypted" in said:
-        return NotADatabase(f"{path}: not a sqlite database, or an encrypted one", "Download or copy it again.")
-    if "malformed" in said or "disk i/o error" in said or "corrupt" in said:
-        return DatabaseDamaged(f"{path}: damaged or cut off ({message.splitlines()[0]})", "Download or copy it again.")
-    if path.with_name(path.name + "-journal").exists():
-        return DatabaseUnreadable(
-            f"{path}: a write to it was interrupted; its rollback journal lies beside it",
-            f"Open it once, so that sqlite can roll back: {shlex.join(('sqlite3', str(path), '.tables'))}",
-        )
-    return DatabaseUnreadable(f"{path}: {message}", "Check the file and its folder's permissions.")

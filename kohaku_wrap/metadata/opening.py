@@ -6,8 +6,9 @@ from pathlib import Path
 
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
-from kohaku_wrap.metadata.database import DatabaseMissing, is_sqlite, open_database
+from kohaku_wrap.metadata.database import open_database
 from kohaku_wrap.metadata.source import Source
+from kohaku_wrap.metadata.sqlite_files import DatabaseMissing, is_sqlite
 from kohaku_wrap.metadata.table_files import find_table_files, is_table_file
 from kohaku_wrap.metadata.tables import open_tables
 

@@ -16,13 +16,13 @@ import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.metadata.columns import FoundColumns, SiteMapping
-from kohaku_wrap.metadata.database import DatabaseLocked, DatabaseUnreadable
 from kohaku_wrap.metadata.dialects import Duck, is_leaf, name_sql
 from kohaku_wrap.metadata.editions import danbooru_posts_sql, make_edition
 from kohaku_wrap.metadata.filters import quote
 from kohaku_wrap.metadata.layouts import find_posts_table, is_danbooru2023, missing_parts, recognise_layout
 from kohaku_wrap.metadata.parallel import usable_threads
 from kohaku_wrap.metadata.source import ROWS_A_BATCH, DatabaseDamaged, Edition, Source, digest_of_files
+from kohaku_wrap.metadata.sqlite_files import DatabaseLocked, DatabaseUnreadable
 from kohaku_wrap.metadata.table_files import TableFiles, read_schema
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.metadata.columns import TAG_TYPES
-from kohaku_wrap.metadata.database import DatabaseMissing, is_sqlite, reading_tables
 from kohaku_wrap.metadata.dialects import name_sql
+from kohaku_wrap.metadata.sqlite_files import DatabaseMissing, is_sqlite, reading_tables
 from kohaku_wrap.metadata.table_files import find_table_files
 from kohaku_wrap.metadata.tables import explained, open_files
 

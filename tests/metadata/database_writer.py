@@ -176,3 +176,8 @@ def add_tag_lists(connection: sqlite3.Connection, world: World, base: int) -> No
         connection.execute(
             f"UPDATE post SET {assignments} WHERE id = ?", (*values, *(len(some) for some in lists), post_id)
         )
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file of a folder with its size and time."""
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir()}
