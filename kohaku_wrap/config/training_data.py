@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ import pyarrow.compute as pc
 
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
+from kohaku_wrap.config.trainer_rows import STAT_THREADS, digest_of, find_caption_extension, read_trainer_rows
 from kohaku_wrap.config.validation import settle_held_out
 from kohaku_wrap.dataset.own.report import note_whole
-from kohaku_wrap.errors import refusing
-from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import (
     OWN_STYLE,
     ImageSizes,
@@ -31,63 +29,10 @@ from kohaku_wrap.formats.caption_rows import (
 )
 from kohaku_wrap.formats.held_out import HeldOut
 
-CACHE_FILE = "metadata_cache.json"
-"""What sd-scripts reads in place of a folder's files where `cache_info` is set."""
-
-SMALL_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
-
-IMAGE_ENDINGS = (*SMALL_ENDINGS, *(ending.upper() for ending in SMALL_ENDINGS))
-"""Of the files that sd-scripts takes for images."""
-
-DEFAULT_CAPTION_EXTENSION = ".caption"
-CAPTION_EXTENSIONS = (".txt", DEFAULT_CAPTION_EXTENSION)
-MOST_GUESSES = 64
-"""Paths of a cache, of no known place, for which an earlier place of the image folder is looked for."""
-
-STAT_THREADS = 16
 STAT_CHUNK = 512
 
 MOST_LENGTHS = 65_536
 """Image files whose length is looked at, spread evenly: asking a network file system for millions takes minutes."""
-
-
-@dataclass(frozen=True)
-class TrainerRows:
-    """The images that sd-scripts' own dataset would train, in its order."""
-
-    folder: Path
-    """The image folder."""
-
-    source: str
-    """What they were read from, for people."""
-
-    files: Sequence[str]
-    """Relative to the folder where they lie in it, else absolute."""
-
-    captions: Sequence[str]
-    """As they stand in the source, before prefix, suffix and shuffle."""
-
-    sizes: npt.NDArray[np.int64]
-    """(images, 2): width and height in pixels."""
-
-    repeats: npt.NDArray[np.int64] | int = 1
-    """How often an epoch trains each image, before the template's num_repeats."""
-
-    @property
-    def digest(self) -> str:
-        """The sha256 over file, caption and size of every row."""
-        rows = zip(self.files, self.captions, self.sizes.tolist(), strict=True)
-        return digest_of(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-
-    def as_sizes(self) -> ImageSizes:
-        """For the plan."""
-        return ImageSizes(
-            self.sizes[:, 0],
-            self.sizes[:, 1],
-            self.source,
-            caption_bytes=sum(len(each.encode()) for each in self.captions),
-            repeats=self.repeats,
-        )
 
 
 def read_training_sizes(effective: Effective, images: Path) -> ImageSizes:
@@ -182,160 +127,6 @@ def describe_data(data: str, images: Path, dataset: Mapping[str, Any], digest: s
     }
 
 
-def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
-    """What sd-scripts' own dataset reads: the cache where `cache_info` is set and it is there, else the folder's files.
-
-    Sub-folders are not looked into without the cache. Raises NoImages.
-    Source: DreamBoothDataset in library/train_util.py at v0.10.1.
-    """
-    if subsets := read_subsets(images):
-        places = [images / each.name for each in subsets] if len(subsets) > 1 else [images]
-        parts = [read_cache(images, place / CACHE_FILE) for place in places]
-        repeats = np.repeat([each.repeats for each in subsets], [len(part.files) for part in parts])
-        files, captions = ([each for part in parts for each in getattr(part, name)] for name in ("files", "captions"))
-        return TrainerRows(
-            images, f"the images in {images}", files, captions, np.concatenate([each.sizes for each in parts]), repeats
-        )
-    if not images.is_dir():
-        raise NoImages(f"{images}: no such folder", "Fix paths.images in the site, or image_dir in dataset.toml.")
-    cache = images / CACHE_FILE
-    if dataset.get("cache_info") and cache.is_file():
-        return read_cache(images, cache)
-    paths = sorted(str(path) for path in images.iterdir() if path.name.endswith(IMAGE_ENDINGS) and path.name[0] != ".")
-    if not paths:
-        raise NoImages(
-            f"{images}: no image lies in it, and sd-scripts' own dataset looks into no sub-folder",
-            f"Gather them with `kwrap import {images} --out IMAGES`, which also reads N_name folders.",
-        )
-    extension = str(dataset.get("caption_extension") or DEFAULT_CAPTION_EXTENSION)
-    with ThreadPoolExecutor(STAT_THREADS) as threads:
-        found = list(
-            threads.map(lambda path: read_caption(path, extension, bool(dataset.get("enable_wildcard"))), paths)
-        )
-        sizes = list(threads.map(read_size, paths))
-    captions = [str(dataset.get("class_tokens") or "") if caption is None else caption for caption in found]
-    lacking = f"; {found.count(None):,} of them have none" if None in found else ""
-    files = [relative_to(path, images) for path in paths]
-    source = f"the images in {images} and their {extension} files{lacking}"
-    return TrainerRows(images, source, files, captions, as_pairs(sizes))
-
-
-def find_caption_extension(images: Path) -> str | None:
-    """The ending of the folder's caption files where it is not the trainer's own default; None else.
-
-    Raises NoImages where texts of two endings lie there: neither is chosen.
-    """
-    if (images / CACHE_FILE).is_file() or not images.is_dir():
-        return None
-    endings = {path.suffix for path in images.iterdir() if path.suffix in CAPTION_EXTENSIONS}
-    if len(endings) > 1:
-        raise NoImages(
-            f"{images}: both .txt and .caption files lie in it, and captions come from one of them",
-            'Say which: --set dataset_options.caption_extension=".txt"',
-        )
-    return endings.pop() if endings - {DEFAULT_CAPTION_EXTENSION} else None
-
-
-def read_cache(images: Path, cache: Path) -> TrainerRows:
-    """The rows of a `metadata_cache.json`. Raises NoImages."""
-    entries = load_cache(images, cache)
-    try:
-        captions = [str(entry["caption"] or "") for entry in entries.values()]
-        sizes = as_pairs([entry["resolution"] for entry in entries.values()])
-    except (ValueError, KeyError, TypeError) as error:
-        raise not_a_cache(cache, error) from None
-    if not captions:
-        raise NoImages(f"{cache}: lists no image", "Run `kwrap extract` and `kwrap caption` again.")
-    return TrainerRows(images, str(cache), list(entries), captions, sizes)
-
-
-def load_cache(images: Path, cache: Path) -> dict[str, Any]:
-    """The entries of a `metadata_cache.json` by file, relative to the image folder where it lies in it.
-
-    Raises NoImages. Its paths may be those of a place where the folder lay before: a file that is in the folder by the
-    end of its path is taken for that one, and those beside it likewise.
-    """
-    try:
-        entries = dict(parse_json(read_regular(cache)).items())
-        paths = list(map(Path, entries))
-    except (OSError, ValueError, AttributeError) as error:
-        raise not_a_cache(cache, error) from None
-    bases = [images.absolute(), images.resolve()]
-    guesses = MOST_GUESSES
-    files = []
-    for path in paths:
-        base = next((base for base in bases if path.is_relative_to(base)), None)
-        if base is None and guesses and path.is_absolute():
-            guesses -= 1
-            if base := find_old_folder(path, images):
-                bases.append(base)
-        files.append((path.relative_to(base) if base else path).as_posix())
-    return dict(zip(files, entries.values(), strict=True))
-
-
-def find_old_folder(path: Path, images: Path) -> Path | None:
-    """Where the image folder lay when a path of an image in it was written; None for an image that it does not have."""
-    for at in range(1, len(path.parts)):
-        if images.joinpath(*path.parts[at:]).is_file():
-            return Path(*path.parts[:at])
-    return None
-
-
-def not_a_cache(cache: Path, error: Exception) -> NoImages:
-    """The error for a file that sd-scripts would fail at."""
-    return NoImages(f"{cache}: not what sd-scripts reads ({error!r})", "Make it again with `kwrap caption`.")
-
-
-def as_pairs(sizes: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
-    """(images, 2) whole numbers; raises ValueError for anything else."""
-    pairs = np.array(sizes, dtype=np.int64)
-    if len(sizes) and pairs.shape != (len(sizes), 2):
-        raise ValueError("a resolution is not a width and a height")
-    return pairs
-
-
-def read_caption(image: str, extension: str, all_lines: bool = False) -> str | None:
-    """The text of the image's caption file, by the two names that sd-scripts tries; None where there is none.
-
-    It is the first line, or `all_lines` that are not empty. Raises NoImages for a text that the trainer fails at.
-    """
-    stem = str(Path(image).with_suffix(""))
-    words = stem.split("_")
-    names = [stem, "_".join(words[:-4])] if len(words) >= 5 else [stem]
-    for path in (Path(name + extension) for name in names):
-        try:
-            text = read_regular(path)
-        except UnicodeDecodeError as error:
-            raise NoImages(
-                f"{path}: not UTF-8 ({error.reason})", "Save it as UTF-8; sd-scripts reads no other."
-            ) from None
-        except OSError:
-            continue
-        if not text:
-            raise NoImages(f"{path}: empty, at which sd-scripts ends", "Write a caption into it, or remove it.")
-        lines = text.split("\n")
-        return "\n".join(line.strip() for line in lines if line.strip()) if all_lines else lines[0].strip()
-    return None
-
-
-def read_size(image: str) -> tuple[int, int]:
-    """Width and height from the image's header. Raises NoImages for a broken one."""
-    from PIL import Image
-
-    fix = "Fix the image, or move it away."
-    with refusing(NoImages, f"{image}: its size cannot be read", fix), Image.open(image) as opened:
-        return opened.size
-
-
-def relative_to(path: str, folder: Path) -> str:
-    """The path below the folder with forward slashes; absolute where it lies elsewhere."""
-    place = Path(path)
-    for base in (folder.absolute(), folder.resolve()):
-        if place.is_relative_to(base):
-            return place.relative_to(base).as_posix()
-    return place.as_posix()
-
-
 def spread_evenly(count: int) -> npt.NDArray[np.int64]:
     """Which of `count` files to look at: all, or MOST_LENGTHS of them."""
     chosen = min(count, MOST_LENGTHS)
@@ -364,11 +155,3 @@ def lengths_of(folder: Path, files: Sequence[str]) -> npt.NDArray[np.int64]:
         except OSError:
             lengths[index] = -1
     return lengths
-
-
-def digest_of(pieces: Iterator[bytes]) -> str:
-    """The sha256 in hex over pieces of bytes."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, find_caption_extension, spread_evenly
+from kohaku_wrap.config.trainer_rows import find_caption_extension
+from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, spread_evenly
 from kohaku_wrap.formats.caption_rows import NoImages
 
 FILES: Mapping[str, Any] = {"caption_extension": ".txt"}

@@ -16,7 +16,7 @@ import pytest
 from kohaku_wrap.dataset.recipe import RANGES
 from kohaku_wrap.dataset.years import read_iso_year
 from kohaku_wrap.metadata import filters
-from kohaku_wrap.metadata.database import Database, DatabaseDamaged, open_database
+from kohaku_wrap.metadata.database import Database, open_database
 from kohaku_wrap.metadata.description import describe_database
 from kohaku_wrap.metadata.posts import (
     UNKNOWN_NUMBER,
@@ -26,6 +26,7 @@ from kohaku_wrap.metadata.posts import (
     read_posts,
 )
 from kohaku_wrap.metadata.relations import map_tag_chunks
+from kohaku_wrap.metadata.source import DatabaseDamaged
 from kohaku_wrap.metadata.tags import UnknownTags, read_tags
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from kohaku_wrap.metadata import relations, spill
 from kohaku_wrap.metadata.chunks import TagChunk
-from kohaku_wrap.metadata.database import Database, DatabaseDamaged, open_database
+from kohaku_wrap.metadata.database import Database, open_database
 from kohaku_wrap.metadata.relations import RowsOutOfOrder, map_tag_chunks
+from kohaku_wrap.metadata.source import DatabaseDamaged
 from kohaku_wrap.metadata.tags import NO_TAG, read_tags
 
 

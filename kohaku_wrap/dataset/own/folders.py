@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 from kohaku_wrap.formats.caption_rows import Subset
 from kohaku_wrap.toml_files import TableReader, load_toml
@@ -22,8 +23,6 @@ TEXT_ENDINGS = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TABLE_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 """Hugging Face's names of a folder's captions."""
-
-CACHE_NAME = "metadata_cache.json"
 
 MOST_REPEATS = 1_000_000
 """Of an image in an epoch; positions of an epoch are counted in 32 bits."""
@@ -327,7 +326,7 @@ def scan(source: Source) -> Found:
                 found.images.append(start + name)
             elif ending in TEXT_ENDINGS:
                 found.texts.add(start + name)
-            elif name in TABLE_NAMES or name == CACHE_NAME:
+            elif name in TABLE_NAMES or name == CACHE_FILE:
                 found.tables.append(Path(parent, name))
             else:
                 found.others[ending or "no ending"] += 1

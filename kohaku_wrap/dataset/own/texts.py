@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.dataset.captions.text_table import TEXT_COLUMNS
-from kohaku_wrap.dataset.own.folders import CACHE_NAME, TEXT_ENDINGS, Found, normalise
+from kohaku_wrap.dataset.own.folders import TEXT_ENDINGS, Found, normalise
 from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import describe_absence, parse_json, read_regular
 from kohaku_wrap.metadata.dialects import is_text
@@ -74,7 +75,7 @@ def read_texts(found: Found, wanted: str, text_column: str) -> Texts:
         return read_table(found, [find_table(found, wanted)], text_column)
     stems = {image.rpartition(".")[0] for image in found.images}
     there = [ending for ending in TEXT_ENDINGS if any(f"{stem}{ending}" in found.texts for stem in stems)]
-    tables = [path for path in found.tables if path.name != CACHE_NAME]
+    tables = [path for path in found.tables if path.name != CACHE_FILE]
     there += sorted({path.name for path in tables})
     if len(there) > 1:
         raise CaptionsUnclear(
@@ -82,7 +83,7 @@ def read_texts(found: Found, wanted: str, text_column: str) -> Texts:
             f"Say which: --captions {there[0]} or --captions {there[1]}.",
         )
     if not there:
-        caches = [path for path in found.tables if path.name == CACHE_NAME]
+        caches = [path for path in found.tables if path.name == CACHE_FILE]
         return read_table(found, caches, text_column) if caches else read_neighbours(found, TEXT_ENDINGS[0])
     return read_table(found, tables, text_column) if tables else read_neighbours(found, there[0])
 

@@ -16,7 +16,8 @@ from kohaku_wrap.config.run_files import (
     flatten_dataset,
     merge_subsets,
 )
-from kohaku_wrap.config.training_data import CACHE_FILE, load_cache
+from kohaku_wrap.config.trainer_rows import load_cache
+from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.errors import Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.files import atomic_write, read_regular, write_text
 from kohaku_wrap.formats.toml_text import toml_text

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from kohaku_wrap.config.training_data import read_lengths, read_trainer_rows
+from kohaku_wrap.config.trainer_rows import read_trainer_rows
+from kohaku_wrap.config.training_data import read_lengths
 from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.errors import KwrapError, Problem, command_line
 from kohaku_wrap.file_hashes import sha256_of_file
