@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +33,7 @@ from kohaku_wrap.merging.open_files import Files, check_output, new_file, write_
 from kohaku_wrap.merging.pieces import KeyFinder
 from kohaku_wrap.merging.plan import DEFAULT_RANK, MergePlan
 from kohaku_wrap.merging.worker import Faults, Worker
+from kohaku_wrap.metadata.parallel import map_in_order
 from kohaku_wrap.processes import count_cores
 
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -129,35 +127,20 @@ def no_kronecker(delta: torch.Tensor, outer: tuple[int, int], dtype: torch.dtype
     return Fit({**factors, "alpha": torch.tensor(1.0)}, product, 0)
 
 
-class FitPool:
-    """Threads that fit tensors, a few ahead; what they give comes in the order of the plan."""
+class Fitters:
+    """A fitter for each thread that fits layers."""
 
-    def __init__(self, plan: MergePlan, files: Files, faults: Faults, threads: int) -> None:
-        self.plan, self.files, self.faults, self.threads = plan, files, faults, threads or count_cores()
+    def __init__(self, plan: MergePlan, files: Files, faults: Faults) -> None:
+        self.plan, self.files, self.faults = plan, files, faults
         self.lock, self.finder, self.local = threading.Lock(), KeyFinder(plan), threading.local()
 
     def fit(self, layers: list[Layer]) -> list[LayerFit]:
+        """The fits of layers that belong together, by the fitter of the calling thread."""
         if not hasattr(self.local, "fitter"):
             worker = Worker(self.plan, self.files, self.finder, self.faults, self.lock)
             self.local.fitter = Fitter(self.plan, worker)
         fitter: Fitter = self.local.fitter
         return fitter.fit(layers)
-
-    def run(self, groups: list[list[Layer]]) -> Iterator[tuple[list[Layer], list[LayerFit]]]:
-        with ThreadPoolExecutor(self.threads) as executor:
-            pending: deque[tuple[list[Layer], Future[list[LayerFit]]]] = deque()
-            waiting = iter(groups)
-            try:
-                while True:
-                    for group in islice(waiting, self.threads + 1 - len(pending)):
-                        pending.append((group, executor.submit(self.fit, group)))
-                    if not pending:
-                        return
-                    group, future = pending.popleft()
-                    yield group, future.result()
-            finally:
-                for _, future in pending:
-                    future.cancel()
 
 
 def write_network(
@@ -183,7 +166,8 @@ def write_network(
     digest, position, done = hashlib.sha256(), 0, 0
     try:
         with new_file(output, limit) as descriptor:
-            for group, fits in FitPool(plan, files, faults, threads).run(groups):
+            fitted = map_in_order(Fitters(plan, files, faults).fit, groups, threads or count_cores())
+            for group, fits in zip(groups, fitted, strict=True):
                 for name, tensor in named_tensors(fits):
                     bits = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
                     write_at(descriptor, bits, start + position)
