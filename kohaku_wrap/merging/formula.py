@@ -209,27 +209,25 @@ def format_formula(node: Node) -> str:
             return format_formula(first) + tail
 
 
+def parts_of(node: Node) -> list[Node]:
+    """What stands directly below a node, in the order of the text."""
+    match node:
+        case Only(_, inside, outside) if outside is not None:
+            return [inside, outside]
+        case Negation(inside) | Brackets(inside) | Part(_, inside) | Only(_, inside, _):
+            return [inside]
+        case Function(_, operands, named):
+            return [*operands, *(operand for _, operand in named)]
+        case Product(first, rest) | Sum(first, rest):
+            return [first, *(operand for _, operand in rest)]
+    return []
+
+
 def walk_formula(node: Node) -> Iterator[Node]:
     """The node and all below it, in the order of the text."""
     yield node
-    match node:
-        case Negation(operand):
-            yield from walk_formula(operand)
-        case Brackets(inside) | Part(_, inside):
-            yield from walk_formula(inside)
-        case Only(_, inside, outside):
-            yield from walk_formula(inside)
-            if outside is not None:
-                yield from walk_formula(outside)
-        case Function(_, operands, named):
-            for operand in (*operands, *(operand for _, operand in named)):
-                yield from walk_formula(operand)
-        case Product(first, rest) | Sum(first, rest):
-            yield from walk_formula(first)
-            for _, operand in rest:
-                yield from walk_formula(operand)
-        case _:
-            return
+    for part in parts_of(node):
+        yield from walk_formula(part)
 
 
 def names_of_models(node: Node) -> list[str]:

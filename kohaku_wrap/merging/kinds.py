@@ -17,6 +17,7 @@ from kohaku_wrap.merging.formula import (
     Product,
     Span,
     Sum,
+    parts_of,
     walk_formula,
 )
 from kohaku_wrap.merging.tokens import FormulaError
@@ -49,40 +50,28 @@ class KindCheck:
         return FormulaError(message, self.source, span)
 
     def check(self, node: Node) -> None:
-        """Raise FormulaError where an operation has no meaning for weights."""
+        """Raise FormulaError where an operation has no meaning for weights; what is inside others comes first."""
+        for part in parts_of(node):
+            self.check(part)
         match node:
-            case Negation(inner) | Brackets(inner):
-                self.check(inner)
-            case Part(part, inside):
-                self.check(inside)
-                if kind_of(inside) == "number":
-                    raise self.error(f"{part}(…) takes a model, as in {part}(x)", node.span)
-            case Only(_, inside, outside):
-                self.check(inside)
-                if outside is not None:
-                    self.check(outside)
-                    if kind_of(inside) != kind_of(outside):
-                        raise self.error("one side of only(…) is a number and the other is not", outside.span)
+            case Part(name, inside) if kind_of(inside) == "number":
+                raise self.error(f"{name}(…) takes a model, as in {name}(x)", node.span)
+            case Only(_, inside, outside) if outside is not None and kind_of(inside) != kind_of(outside):
+                raise self.error("one side of only(…) is a number and the other is not", outside.span)
             case Function():
                 self.check_function(node)
             case Sum(first, rest):
-                self.check(first)
                 for sign, operand in rest:
-                    self.check(operand)
                     if kind_of(operand) != kind_of(first):
                         verb = "added to" if sign == "+" else "subtracted from"
                         what = ("a number", "a model") if kind_of(operand) == "number" else ("a model", "a number")
                         raise self.error(f"{what[0]} cannot be {verb} {what[1]}", operand.span)
             case Product():
                 self.check_product(node)
-            case _:
-                return
 
     def check_product(self, node: Product) -> None:
-        self.check(node.first)
         tensors = kind_of(node.first) == "tensor"
         for sign, operand in node.rest:
-            self.check(operand)
             tensor = kind_of(operand) == "tensor"
             if sign == "/" and tensor:
                 raise self.error("models can be divided by numbers, not by models", operand.span)
@@ -93,8 +82,6 @@ class KindCheck:
             tensors |= tensor
 
     def check_function(self, node: Function) -> None:
-        for operand in (*node.operands, *(operand for _, operand in node.named)):
-            self.check(operand)
         tensors, _ = self.bind_arguments(node)
         for part in (part for tensor in tensors for part in walk_formula(tensor)):
             if isinstance(part, Network):
