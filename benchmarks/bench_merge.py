@@ -51,17 +51,16 @@ sd_mecha.merge(recipe, output=sys.argv[4], **options)
 
 INSIDE_SCRIPT = """
 import sys, time, pathlib
+from kohaku_wrap.merging.file_metadata import build_metadata
 from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.planning import plan_merge
-from kohaku_wrap.merging.recipes import build_metadata
 from kohaku_wrap.merging.running import run_merge
 formula, output, *pairs = sys.argv[1:]
 paths = {name: pathlib.Path(path) for name, path in (pair.split("=") for pair in pairs)}
 started = time.perf_counter()
 plan = plan_merge(formula, paths)
-headers = {**plan.files, **plan.networks}
-found = hash_files([header.path for header in headers.values()])
-run_merge(plan, pathlib.Path(output), build_metadata(plan, dict(zip(headers, found))))
+found = hash_files([header.path for header in plan.headers.values()])
+run_merge(plan, pathlib.Path(output), build_metadata(plan, dict(zip(plan.headers, found))))
 print(time.perf_counter() - started)
 """
 

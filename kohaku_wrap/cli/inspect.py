@@ -20,6 +20,7 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.merging.inspecting import FileReport, describe_report, inspect_file, recorded_hashes, short_metadata
+from kohaku_wrap.merging.replays import as_table
 from kohaku_wrap.wording import count_of, show_bytes
 
 
@@ -32,10 +33,8 @@ def rows_of_recipe(report: FileReport) -> list[tuple[str, Any]]:
     sums = [entry for entry in as_list(recipe.get("coefficients")) if isinstance(entry, dict)]
     rows += [("computed", f"{entry.get('sum')}  ({entry.get('tensors')} tensors)") for entry in sums]
     for table in ("models", "networks"):
-        named = recipe.get(table)
-        for name, sha256 in named.items() if isinstance(named, dict) else ():
-            parent = report.parents.get(str(sha256))
-            file = parent.get("name", "") if isinstance(parent, dict) else ""
+        for name, sha256 in as_table(recipe.get(table)).items():
+            file = as_table(report.parents.get(str(sha256))).get("name", "")
             rows.append((f"parent {name}", f"{str(sha256)[:10]} {file}"))
     rows += [("decision", line) for line in as_list(recipe.get("decisions"))]
     return rows

@@ -23,15 +23,9 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence, expand_user
+from kohaku_wrap.merging.file_metadata import build_metadata, describe_sums, join_licenses
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, estimate_formats, read_bytes_of
-from kohaku_wrap.merging.recipes import (
-    DTYPES,
-    WORDS_OF_OPTION,
-    build_metadata,
-    describe_sums,
-    find_recipe,
-    join_licenses,
-)
+from kohaku_wrap.merging.recipes import DTYPES, WORDS_OF_OPTION, find_recipe, type_options
 from kohaku_wrap.wording import count_of, format_share, show_bytes, show_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -77,21 +71,11 @@ def choose_options(given: dict[str, Any]) -> MergeOptions:
     return replace(options, dtype=DTYPES.get(options.dtype, options.dtype))
 
 
-def merge_words(given: dict[str, Any], bindings: dict[str, Path], more: dict[str, Any]) -> list[str]:
-    """The options of a merge as one types them."""
-    words = [word for name, path in bindings.items() for word in ("-m", f"{name}={path}")]
-    for name, value in {**given, **more}.items():
-        if value:
-            flag = "--as" if name == "network" else f"--{name.replace('_', '-')}"
-            words += [flag] if value is True else [flag, str(value)]
-    return words
-
-
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
     """What `--dry-run --json` shows."""
     from kohaku_wrap.merging.formula import format_formula
 
-    rights = join_licenses({**plan.files, **plan.networks})
+    rights = join_licenses(plan.headers)
     return {
         "formula": format_formula(plan.formula.tree),
         "anchor": plan.anchor,
@@ -230,7 +214,6 @@ def command(
     FORMULA_OR_RECIPE is a formula, the name of a shipped recipe (gamma-rev1, bake-network) or a TOML file. Every
     number of a sum is what exact arithmetic gives, rounded once. The file carries its recipe.
     """
-    from kohaku_wrap.merging.network_metadata import build_network_metadata
     from kohaku_wrap.merging.planning import plan_merge
 
     recipe = find_recipe(formula_or_recipe)
@@ -239,7 +222,8 @@ def command(
     options = choose_options(given)
     of_grid = {"sheet": sheet, "sample_words": sample_words, "evaluations": evaluations, "keep": keep}
     if grid:
-        words = merge_words(given, bindings, {"title": title, "date": date, "threads": threads, "verify": verify})
+        words = [word for name, path in bindings.items() for word in ("-m", f"{name}={path}")]
+        words += type_options({**given, "title": title, "date": date, "threads": threads, "verify": verify})
         if options.network:
             raise UsageError("--grid makes checkpoints, not networks", "Leave out --as.")
         plan_of = partial(plan_merge, paths=bindings, options=options)
@@ -262,19 +246,17 @@ def command(
     from kohaku_wrap.merging.hashes import hash_files
     from kohaku_wrap.merging.open_files import check_output
 
-    headers = {**plan.files, **plan.networks}
-    check_output(output, {name: header.path for name, header in headers.items()})
+    check_output(output, plan.headers)
     for line in described["decisions"]:
         print_note(line if line.startswith("warning: ") else f"note: {line}")
     with progress_bar("hash the inputs", "bytes") as report:
-        hashes = hash_files([header.path for header in headers.values()], threads, report)
-    named = dict(zip(headers, hashes, strict=True))
+        hashes = hash_files([header.path for header in plan.headers.values()], threads, report)
+    metadata = build_metadata(plan, dict(zip(plan.headers, hashes, strict=True)), title, date, recipe)
     if plan.options.network:
-        print_network(plan, output, build_network_metadata(plan, named, title, date, recipe), threads)
+        print_network(plan, output, metadata, threads)
         return
     from kohaku_wrap.merging.running import run_merge
 
-    metadata = build_metadata(plan, named, title, date, recipe)
     note_compiling()
     with progress_bar("merge and verify" if verify else "merge", "bytes") as report:
         result = run_merge(plan, output, metadata, threads, VERIFY_ELEMENTS if verify else 0, report)

@@ -156,12 +156,11 @@ def write_network(
     longest header would end, since ranks by energy are known only at the end.
     Raises BadOutput, ProblemsFound for non-finite numbers, or NothingToWrite.
     """
-    headers = {**plan.files, **plan.networks}
-    check_output(output, {name: header.path for name, header in headers.items()})
+    check_output(output, plan.headers)
     groups = list_layers(plan)
     total = sum(layer.piece.elements for group in groups for layer in group)
     start, limit = reserve_header(groups, plan, metadata)
-    result, faults, files = NetworkResult(output), Faults(), Files(headers)
+    result, faults, files = NetworkResult(output), Faults(), Files(plan.headers)
     spots: dict[str, TensorSpot] = {}
     digest, position, done = hashlib.sha256(), 0, 0
     try:

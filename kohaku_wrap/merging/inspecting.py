@@ -14,7 +14,7 @@ from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.merging.hashes import FileHashes, find_auto_v1, hash_files, name_recorded_hash
 from kohaku_wrap.merging.modules import algorithm_of
 from kohaku_wrap.merging.networks import describe_network, group_modules, is_network
-from kohaku_wrap.merging.recipes import RECIPE_TYPE, as_table, command_of_recipe, parse_json
+from kohaku_wrap.merging.replays import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 
 SHOWN = 200
 """Characters of a value of the metadata."""

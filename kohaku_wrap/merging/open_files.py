@@ -102,7 +102,7 @@ def new_file(path: Path, size_bytes: int) -> Iterator[int]:
     fsync_folder(path.parent)
 
 
-def check_output(output: Path, inputs: Mapping[str, Path]) -> None:
+def check_output(output: Path, inputs: Mapping[str, Header]) -> None:
     """Raise BadOutput where the output is one of the inputs, is a folder, or has no folder to lie in."""
     if output.is_dir() or not output.name:
         raise BadOutput(f"{output} is a folder", "Name a file with -o, such as merged.safetensors.")
@@ -111,9 +111,9 @@ def check_output(output: Path, inputs: Mapping[str, Path]) -> None:
     if not output.parent.is_dir():
         raise BadOutput(f"{output.parent} does not exist", "Make the folder first, or choose another place with -o.")
     part = output.with_name(f"{output.name}.part")
-    for name, path in inputs.items():
+    for name, header in inputs.items():
         for candidate in (output, part):
-            if candidate.exists() and candidate.samefile(path):
+            if candidate.exists() and candidate.samefile(header.path):
                 raise BadOutput(
                     f"{candidate} is the input {name}", "Choose another name with -o; inputs are never overwritten."
                 )

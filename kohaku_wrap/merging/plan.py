@@ -142,6 +142,11 @@ class MergePlan:
     """By the name that a network gives a layer, what its weight and bias are; only where the plan has networks."""
 
     @property
+    def headers(self) -> dict[str, Header]:
+        """All inputs by name: the checkpoints, then the networks."""
+        return {**self.files, **self.networks}
+
+    @property
     def data_bytes(self) -> int:
         """The size of the output without its header."""
         return max((tensor.spot.end for tensor in self.tensors), default=0)

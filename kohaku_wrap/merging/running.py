@@ -101,13 +101,12 @@ def run_merge(
     that are verified a second time.
     Raises BadOutput, ProblemsFound for non-finite elements that are not allowed, or MismatchFound.
     """
-    headers = {**plan.files, **plan.networks}
-    check_output(output, {name: header.path for name, header in headers.items()})
+    check_output(output, plan.headers)
     start = encode_header({tensor.key: tensor.spot for tensor in plan.tensors}, metadata)
     size_bytes = len(start) + plan.data_bytes
     pieces = cut_pieces(plan)
     faults = Faults()
-    files = Files(headers)
+    files = Files(plan.headers)
     try:
         with new_file(output, size_bytes) as descriptor:
             write_at(descriptor, np.frombuffer(start, dtype=np.uint8), 0)
@@ -145,7 +144,7 @@ def merge_in_memory(plan: MergePlan, threads: int = 0) -> NDArray[np.uint8]:
     """
     pieces, faults = cut_pieces(plan), Faults()
     descriptor = os.memfd_create("kwrap-merge", os.MFD_CLOEXEC)
-    files = Files({**plan.files, **plan.networks})
+    files = Files(plan.headers)
     try:
         os.ftruncate(descriptor, plan.data_bytes)
         workers = make_workers(plan, files, faults, threads, len(pieces))

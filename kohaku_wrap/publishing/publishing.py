@@ -15,9 +15,10 @@ from kohaku_wrap.files import Progress, atomic_write, describe_absence, write_te
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.formats.safetensors import encode_header, read_header
 from kohaku_wrap.locks import clear_leavings
+from kohaku_wrap.merging.file_metadata import build_metadata
 from kohaku_wrap.merging.hashes import AUTO_V2_DIGITS, FileHashes, hash_files
 from kohaku_wrap.merging.planning import plan_merge
-from kohaku_wrap.merging.recipes import Recipe, build_metadata
+from kohaku_wrap.merging.recipes import Recipe
 from kohaku_wrap.publishing.model_card import CardFacts, compose_card
 from kohaku_wrap.reporting.page import PAGE_FILE, compose_page
 from kohaku_wrap.training.records.documents import read_json_files

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from kohaku_wrap.merging.recipes import is_shallow
+from kohaku_wrap.merging.replays import is_shallow
 from kohaku_wrap.reporting.charts import COLOURS, draw_chart
 from kohaku_wrap.reporting.curves import BINS, Piece
 from kohaku_wrap.training.records.documents import read_json_files

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.files import write_text
-from kohaku_wrap.merging.recipes import is_shallow
+from kohaku_wrap.merging.replays import is_shallow
 from kohaku_wrap.reporting.evaluations import DEEPEST, list_single
 from kohaku_wrap.reporting.page import SCHEMA_VERSION, render
 from kohaku_wrap.reporting.pictures import list_files, name_row, place_of_row, refer

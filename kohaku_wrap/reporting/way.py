@@ -12,7 +12,7 @@ from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256, sha256_of_file
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.merging.inspecting import FileReport, inspect_file
-from kohaku_wrap.merging.recipes import as_table
+from kohaku_wrap.merging.replays import as_table
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST
 from kohaku_wrap.training.records.networks import list_network_files, list_written

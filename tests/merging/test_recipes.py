@@ -16,13 +16,14 @@ from kohaku_wrap.errors import ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.merging import hashes as hashing
 from kohaku_wrap.merging.coefficients import Formula
+from kohaku_wrap.merging.file_metadata import build_metadata
 from kohaku_wrap.merging.formula import names_of_models, names_of_networks
 from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import describe_report, inspect_file
 from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import plan_merge
-from kohaku_wrap.merging.recipes import build_metadata, find_recipe, read_recipe
+from kohaku_wrap.merging.recipes import find_recipe, read_recipe
 from kohaku_wrap.merging.running import run_merge
 from kohaku_wrap.toml_files import UnreadableToml
 
@@ -33,9 +34,8 @@ SHIPPED = [path for path in sorted((shipped_folder("templates") / "merges").glob
 
 
 def metadata_of(plan: MergePlan) -> dict[str, str]:
-    headers = {**plan.files, **plan.networks}
-    found = hash_files([header.path for header in headers.values()])
-    return build_metadata(plan, dict(zip(headers, found, strict=True)))
+    found = hash_files([header.path for header in plan.headers.values()])
+    return build_metadata(plan, dict(zip(plan.headers, found, strict=True)))
 
 
 def test_recipes_are_shipped() -> None:
