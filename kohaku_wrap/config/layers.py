@@ -12,8 +12,9 @@ from typing import Any
 
 from kohaku_wrap.config.checks import check_effective
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.config.reading import LENGTHS, Entry, LayerReader, is_owned, read_override, shorten_path
+from kohaku_wrap.config.reading import LENGTHS, Entry, LayerReader, read_override, shorten_path
 from kohaku_wrap.config.schema import ARGUMENT_TABLES, OWN_TABLES
+from kohaku_wrap.config.settings import is_owned
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.templates import find_template
 from kohaku_wrap.errors import Problem, ProblemsFound, command_line
