@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -77,6 +78,10 @@ class KwrapError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.next_step}" if self.next_step else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it is, whatever its class is made from: loader workers send it to the trainer's process.
+        return type(self).__new__, (type(self), *self.args), vars(self)
 
 
 DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)

@@ -35,12 +35,6 @@ class UnreadableImage(KwrapError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}", self.advice)
-        self.path = path
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type[UnreadableImage], tuple[Path, str]]:
-        # Loader workers send it to the trainer's process.
-        return type(self), (self.path, self.reason)
 
 
 def load_pixels(path: Path, expected_size: tuple[int, int]) -> Pixels:

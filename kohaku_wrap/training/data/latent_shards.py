@@ -54,12 +54,7 @@ class DamagedLatents(KwrapError):
             f"{path}: damaged: {what}",
             "`kwrap cache TEMPLATE --site SITE --check` makes such a shard again.",
         )
-        self.path = path
         self.what = what
-
-    def __reduce__(self) -> tuple[type[DamagedLatents], tuple[Path, str]]:
-        # Loader workers send it to the trainer's process.
-        return type(self), (self.path, self.what)
 
 
 @dataclass(frozen=True)

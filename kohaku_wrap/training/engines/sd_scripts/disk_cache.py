@@ -33,17 +33,6 @@ CORRUPT = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.err
 class DamagedCacheFile(KwrapError):
     """A file of the trainer's latents is not what it wrote."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"{path}: damaged: {reason}",
-            f"Remove {path.parent} and resume: the trainer encodes the images again, to the same latents.",
-        )
-        self.path, self.reason = path, reason
-
-    def __reduce__(self) -> tuple[type[DamagedCacheFile], tuple[Path, str]]:
-        # Loader workers send it to the trainer's process.
-        return type(self), (self.path, self.reason)
-
 
 def keep_latents_in_run(attempt: Attempt) -> None:
     """Give the trainer's strategy and datasets a folder of the run for their latents. Raises NoSuchObject."""
@@ -70,7 +59,11 @@ def name_damaged(load: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return load(self, npz_path, *arguments, **keywords)
         except CORRUPT as error:
-            raise DamagedCacheFile(Path(npz_path), str(error)) from error
+            folder = Path(npz_path).parent
+            raise DamagedCacheFile(
+                f"{npz_path}: damaged: {error}",
+                f"Remove {folder} and resume: the trainer encodes the images again, to the same latents.",
+            ) from error
 
     return read
 
