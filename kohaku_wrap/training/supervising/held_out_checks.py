@@ -10,7 +10,7 @@ from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.training.data.order import order_digests
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.ancestry import find_origin
-from kohaku_wrap.training.supervising.ledger_checks import BoolArray, Checker, Int64Array, digest_blocks
+from kohaku_wrap.training.supervising.ledger_checks import Checker, Int64Array
 from kohaku_wrap.training.supervising.line_checks import Check
 from kohaku_wrap.training.supervising.run_order import read_order
 
@@ -82,28 +82,24 @@ def refuse_trained(parent: Run, held_out: HeldOut | None) -> list[str]:
     return notes
 
 
-def find_trained(run: Run, checker: Checker, left_out: Int64Array) -> BoolArray:
-    """(records,) whether a held-out post is in a batch: in the place of one image, or as if none were held out.
+def find_trained(run: Run, checker: Checker, left_out: Int64Array) -> Int64Array:
+    """The rows of records whose batch has a held-out post: in the place of one image, or as if none were held out.
 
     Of each epoch MOST_NAMED batches are looked at.
     """
     records = checker.records
     (order, ids), (whole, whole_ids) = read_order(run), read_order(run, with_held_out=True)
-    trained = np.zeros(len(records), dtype=bool)
+    trained = set[int]()
     for epoch in np.unique(records.epoch).tolist():
-        digests = np.concatenate(list(digest_blocks(order.epoch(epoch), ids, order.batch_size)))
-        here = np.flatnonzero((records.epoch == epoch) & (records.position < len(digests)))
-        wrong = here[digests[records.position[here]] != records.order_digest[here]]
-        for record in wrong[:MOST_NAMED].tolist():
+        for record in checker.match_order(order, ids, epoch)[1][:MOST_NAMED].tolist():
             batch = ids[order.epoch(epoch).images_at(int(records.position[record]))]
-            trained[record] = len(find_planted(batch, left_out, records.order_digest[record])) > 0
-        digests = np.concatenate(list(digest_blocks(whole.epoch(epoch), whole_ids, whole.batch_size)))
-        here = np.flatnonzero((records.epoch == epoch) & (records.position < len(digests)))
-        same = here[digests[records.position[here]] == records.order_digest[here]]
-        for record in same[:MOST_NAMED].tolist():
+            if len(find_planted(batch, left_out, records.order_digest[record])):
+                trained.add(record)
+        for record in checker.match_order(whole, whole_ids, epoch)[0][:MOST_NAMED].tolist():
             batch = whole_ids[whole.epoch(epoch).images_at(int(records.position[record]))]
-            trained[record] |= bool(np.isin(batch, left_out).any())
-    return trained
+            if np.isin(batch, left_out).any():
+                trained.add(record)
+    return np.array(sorted(trained), dtype=np.int64)
 
 
 def find_planted(batch: Int64Array, left_out: Int64Array, digest: np.uint64) -> Int64Array:

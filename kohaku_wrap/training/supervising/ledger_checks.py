@@ -190,12 +190,11 @@ class Checker:
         self.records = records
         self.faults: list[Fault] = []
 
-    def report(self, kind: str, bad: BoolArray, what: str) -> None:
-        """Add a fault for the records marked in `bad`, if any; the first is the earliest in training order."""
-        found = np.flatnonzero(bad)
+    def report(self, kind: str, found: Int64Array, what: str) -> None:
+        """Add a fault for the records in these rows, if any; the first is the earliest in training order."""
         if len(found):
-            first = found[np.lexsort((self.records.attempt[found], self.records.global_index[found]))[0]]
             records = self.records
+            first = found[np.lexsort((records.attempt[found], records.global_index[found]))[0]]
             self.faults.append(
                 Fault(
                     kind, len(found), int(records.attempt[first]), int(records.rank[first]),
@@ -212,7 +211,8 @@ class Checker:
 
     def check_bits(self) -> None:
         """Each record is as it was written."""
-        self.report("damaged", self.records.damaged, "differs from its checksum: the file has changed since training")
+        damaged = np.flatnonzero(self.records.damaged)
+        self.report("damaged", damaged, "differs from its checksum: the file has changed since training")
 
     def check_places(self) -> None:
         """Rank, step and mark of each record follow from its position."""
@@ -220,9 +220,10 @@ class Checker:
         steps = records.epoch * count.optimizer_steps_per_epoch + records.position // count.group + 1
         wrong = (records.position >= count.positions_per_epoch) | (records.optimizer_step != steps)
         wrong |= (records.position % records.processes != records.rank) | records.strays
-        self.report("misplaced", wrong, "recorded under another optimizer step, attempt or rank than its position has")
-        is_fill = records.position >= count.batches
-        self.report("mark", is_fill != ((records.flags & FILL) > 0), "marked as a fill and is none, or the other way")
+        what = "recorded under another optimizer step, attempt or rank than its position has"
+        self.report("misplaced", np.flatnonzero(wrong), what)
+        wrong = (records.position >= count.batches) != ((records.flags & FILL) > 0)
+        self.report("mark", np.flatnonzero(wrong), "marked as a fill and is none, or the other way")
 
     def check_file_order(self) -> None:
         """Each rank of each attempt went from position to position without a gap."""
@@ -232,7 +233,7 @@ class Checker:
         expected = np.ones(len(records), dtype=bool)
         expected[1:] = np.diff(records.global_index) == records.processes[1:]
         expected[records.file_starts] = True
-        self.report("out-of-order", ~expected, "does not follow the record before it")
+        self.report("out-of-order", np.flatnonzero(~expected), "does not follow the record before it")
 
     def check_coverage(self, kept: BoolArray, total_steps: int, steps_due: int, foreign: int = 0) -> tuple[int, int]:
         """Every position of the line trained once; the whole steps proved, and records of a step not whole yet.
@@ -241,7 +242,8 @@ class Checker:
         first ones of them that plain sd-scripts trained.
         """
         group = self.count.group
-        index = self.records.global_index[kept]
+        rows = np.flatnonzero(kept)
+        index = self.records.global_index[rows]
         trained = np.bincount(index[(index >= 0) & (index < total_steps * group)], minlength=total_steps * group)
         seen = np.flatnonzero(trained)
         last = int(seen[-1]) // group + 1 if len(seen) else 0
@@ -250,29 +252,27 @@ class Checker:
         steps = max(whole, min(steps_due, total_steps))
         missing = np.flatnonzero(trained[foreign * group : steps * group] == 0) + foreign * group
         self.report_position("missing", missing, "never trained on the run's line")
-        twice = np.zeros(len(trained), dtype=bool)
-        twice[trained > 1] = True
-        many = kept.copy()
-        many[kept] = twice[np.clip(index, 0, len(twice) - 1)] if len(twice) else False
-        self.report("duplicate", many, "trained more than once on the run's line")
+        again = rows[trained[np.clip(index, 0, len(trained) - 1)] > 1] if len(trained) else rows[:0]
+        self.report("duplicate", again, "trained more than once on the run's line")
         return steps, int(trained[steps * group :].sum())
 
     def check_order(self, order: BatchOrder, ids: Int64Array) -> None:
         """The images of each record are those that the seed puts at its position."""
+        wrong = [self.match_order(order, ids, epoch)[1] for epoch in np.unique(self.records.epoch).tolist()]
+        self.report("order", np.concatenate(wrong), "other images than seed and dataset put there")
+
+    def match_order(self, order: BatchOrder, ids: Int64Array, epoch: int) -> tuple[Int64Array, Int64Array]:
+        """The rows of an epoch's records with the images that an order puts there, and of those with others."""
         records = self.records
-        wrong = np.zeros(len(records), dtype=bool)
-        for epoch in np.unique(records.epoch).tolist():
-            laid_out = order.epoch(epoch)
-            digests = np.concatenate(list(digest_blocks(laid_out, ids, order.batch_size)))
-            here = np.flatnonzero((records.epoch == epoch) & (records.position < len(laid_out)))
-            wrong[here] = digests[records.position[here]] != records.order_digest[here]
-        self.report("order", wrong, "other images than seed and dataset put there")
+        digests = np.concatenate(list(digest_blocks(order.epoch(epoch), ids, order.batch_size)))
+        here = np.flatnonzero((records.epoch == epoch) & (records.position < len(digests)))
+        is_same = digests[records.position[here]] == records.order_digest[here]
+        return here[is_same], here[~is_same]
 
     def check_content(self, chosen: Int64Array, digests: Sequence[int]) -> None:
         """The recomputed content of some records is what the ledger says."""
-        bad = np.zeros(len(self.records), dtype=bool)
-        bad[chosen] = self.records.content_digest[chosen] != np.array(digests, dtype=np.uint64)
-        self.report("deep", bad, "other captions, crops or time steps when recomputed")
+        other = chosen[self.records.content_digest[chosen] != np.array(digests, dtype=np.uint64)]
+        self.report("deep", other, "other captions, crops or time steps when recomputed")
 
     def check_overlaps(self, conditions: Mapping[int, Conditions]) -> Overlaps:
         """Positions recorded more than once agree in images, content, rate and loss.
@@ -286,19 +286,14 @@ class Checker:
         if not len(again):
             return Overlaps(0)
         later, earlier = by_place[again], by_place[again - 1]
-        columns: list[tuple[str, npt.NDArray[np.generic], str]] = [
-            ("order", records.order_digest, "other images than an earlier attempt had there"),
-            (
-                "content",
-                records.content_digest,
-                "other captions, crops or time steps than an earlier attempt had there",
-            ),
-            ("rate", records.learning_rate, "another learning rate than an earlier attempt had there"),
-        ]
+        columns: tuple[tuple[str, npt.NDArray[np.generic], str], ...] = (
+            ("order", records.order_digest, "other images"),
+            ("content", records.content_digest, "other captions, crops or time steps"),
+            ("rate", records.learning_rate, "another learning rate"),
+        )
         for kind, values, what in columns:
-            bad = np.zeros(len(records), dtype=bool)
-            bad[later] = values[later] != values[earlier]
-            self.report(kind, bad, what)
+            other = later[values[later] != values[earlier]]
+            self.report(kind, other, f"{what} than an earlier attempt had there")
         return self.check_losses(later, earlier, conditions, int(np.unique(index[again]).size))
 
     def check_losses(
@@ -319,12 +314,9 @@ class Checker:
         with np.errstate(invalid="ignore"):
             apart = np.abs(first - second) / np.maximum(np.maximum(np.abs(first), np.abs(second)), 1e-30)
         apart = np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
-        bad = np.zeros(len(records), dtype=bool)
-        bad[later] = exact & ~same
-        self.report("loss", bad, "another loss than an earlier attempt had there, bit for bit")
-        bad[:] = False
-        bad[later] = loose & (apart > LOSS_TOLERANCE)
-        self.report("loss", bad, f"a loss more than {LOSS_TOLERANCE:.0%} from that of an earlier attempt there")
+        self.report("loss", later[exact & ~same], "another loss than an earlier attempt had there, bit for bit")
+        far = later[loose & (apart > LOSS_TOLERANCE)]
+        self.report("loss", far, f"a loss more than {LOSS_TOLERANCE:.0%} from that of an earlier attempt there")
         largest = float(apart[loose].max(initial=0.0))
         return Overlaps(positions, int(exact.sum()), int(loose.sum()), int((~comparable).sum()), largest)
 

@@ -130,8 +130,8 @@ class StepChecker:
         fault = Fault(kind, len(steps), int(attempt[first]), int(rank[first]), step, epoch, place, what)
         self.faults.append(fault)
 
-    def report_records(self, kind: str, bad: BoolArray, what: str) -> None:
-        """Add a fault for the records marked in `bad`, if any."""
+    def report_records(self, kind: str, bad: BoolArray | Int64Array, what: str) -> None:
+        """Add a fault for the records that `bad` marks or lists, if any."""
         steps = self.steps
         self.report(kind, steps.attempt[bad], steps.rank[bad], steps.optimizer_step[bad], what)
 
@@ -168,9 +168,7 @@ class StepChecker:
             (same_rates, "rate", "another rate than an earlier rank had in the same step"),
             (steps.flags[later] == steps.flags[earlier], "skip", "one rank skipped the step and another did not"),
         ):
-            bad = np.zeros(len(steps), dtype=bool)
-            bad[later] = ~same
-            self.report_records(kind, bad, what)
+            self.report_records(kind, later[~same], what)
 
     def line(self) -> LineOfSteps:
         """The steps that count, one row each."""
