@@ -10,6 +10,9 @@ TEXT_ENCODER_PREFIX = "conditioner.embedders.0.transformer."
 TEXT_ENCODER_2_PREFIX = "conditioner.embedders.1.model."
 VAE_PREFIX = "first_stage_model."
 
+TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
+"""Of the two text encoders, by their names on the hub."""
+
 RESNET = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
 TRANSFORMER_ENDS = ("norm", "proj_in", "proj_out")
 TRANSFORMER_BLOCK = ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0")

@@ -18,13 +18,11 @@ from kohaku_wrap.training.engines.sd_scripts.torchvision_on_cpu import import_to
 
 import_torchvision()
 
-from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes, read_sizes  # noqa: E402
+from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes  # noqa: E402
 
 # It clamps factors at a quantile, and at 1 still cuts what is more negative than the largest number.
 torch.quantile = lambda *_words: torch.tensor(float("inf"))
-sizes = read_sizes(Path(base))
-assert sizes is not None
-change_sizes(sizes)
+change_sizes(Path(base))
 script = str(Path(checkout) / "networks" / "extract_lora_from_models.py")
 sys.argv = [
     script, "--sdxl", "--model_org", base, "--model_tuned", tuned, "--save_to", output, "--save_precision", "float",

@@ -20,12 +20,10 @@ os.environ.setdefault("LYCORIS_KERNEL_TUNE", "off")
 
 import torch
 
+from kohaku_wrap.formats.sdxl import TOKENIZERS
 from kohaku_wrap.processes import answer
 
 Facts = dict[str, Any]
-
-TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
-"""The hub's names of SDXL's two tokenizers."""
 
 SMALL_PIXELS = 256
 
@@ -110,22 +108,12 @@ def load_tokenizers(request: Facts) -> Facts:
 
 def encode_with_vae(request: Facts) -> Facts:
     """One small image through the VAE in the precision of the training."""
-    from diffusers import AutoencoderKL
-    from safetensors import safe_open
-
-    from kohaku_wrap.config.base_model import read_sizes
     from kohaku_wrap.files import open_regular
-    from kohaku_wrap.formats.sdxl import VAE_PREFIX
-    from kohaku_wrap.planning.workers.module_filling import fill_vae
+    from kohaku_wrap.planning.workers.module_filling import load_vae
 
     path = Path(request["vae"] or request["base_model"])
     open_regular(path).close()
-    with safe_open(str(path), framework="pt") as file:
-        wanted = [name for name in file.keys() if name.startswith(VAE_PREFIX) or request["vae"]]  # noqa: SIM118
-        tensors = {name: file.get_tensor(name) for name in wanted}
-    with torch.device("meta"):
-        vae = AutoencoderKL(**read_sizes(Path(request["base_model"]))["vae"])
-    fill_vae(vae, tensors, path)
+    vae = load_vae(Path(request["base_model"]), path)
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
     dtype = torch.float32 if request.get("no_half_vae") else dtypes.get(str(request["mixed_precision"]), torch.float32)
     device = "cuda" if torch.cuda.is_available() and request.get("gpus", 0) else "cpu"

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.loaders import single_file_utils
+from safetensors import safe_open
 from torch import nn
 
-from kohaku_wrap.config.base_model import BadBaseModel
+from kohaku_wrap.config.base_model import BadBaseModel, read_sizes
 from kohaku_wrap.errors import refusing
 from kohaku_wrap.formats.sdxl import VAE_PREFIX
 
@@ -25,6 +27,23 @@ def convert(path: Path, part: str, conversion: Any, tensors: Tensors, config: An
     ):
         converted: Tensors = conversion(dict(tensors), dict(config))
     return converted
+
+
+def load_vae(base_model: Path, path: Path | None) -> AutoencoderKL:
+    """The VAE alone, of a file of its own or of the base model, frozen, on the CPU, in the file's precision.
+
+    Raises BadBaseModel.
+    """
+    with torch.device("meta"):
+        vae = AutoencoderKL(**read_sizes(base_model)["vae"])
+    file = path or base_model
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+        own = [name for name in names if name.startswith(VAE_PREFIX)] or names
+        fill_vae(vae, {name: opened.get_tensor(name) for name in own}, file)
+    vae.requires_grad_(False)
+    vae.eval()
+    return vae
 
 
 def fill_vae(vae: nn.Module, tensors: Tensors, path: Path) -> None:

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from kohaku_wrap.errors import KwrapError
-
-TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
-"""The tokenizers of the two text encoders, by their names on the hub."""
+from kohaku_wrap.formats.sdxl import TOKENIZERS
 
 CHUNK_TOKENS = 77
 

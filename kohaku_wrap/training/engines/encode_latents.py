@@ -22,17 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL
-from safetensors import safe_open
 
-from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.config.kernels import DETERMINISTIC_VARIABLE
 from kohaku_wrap.formats.caption_columns import Columns
-from kohaku_wrap.formats.sdxl import VAE_PREFIX
 from kohaku_wrap.locks import Claims
 from kohaku_wrap.metadata.parallel import map_in_order
-from kohaku_wrap.planning.workers.module_filling import fill_vae
+from kohaku_wrap.planning.workers.module_filling import load_vae
 from kohaku_wrap.processes import answer, answer_in_lines
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.columns import ColumnsDataset, as_tensor
@@ -56,20 +51,6 @@ READING_THREADS = 4
 
 NOBODY = -1
 """The id of a place in a shard whose image is in another one by now, or in no dataset."""
-
-
-def load_vae(base_model: Path, path: Path | None) -> AutoencoderKL:
-    """The VAE alone, frozen, on the CPU, in the file's precision. Raises BadBaseModel."""
-    with init_empty_weights(include_buffers=False):
-        vae = AutoencoderKL(**read_sizes(base_model)["vae"])
-    file = path or base_model
-    with safe_open(file, "pt") as opened:
-        names = list(opened.keys())
-        own = [name for name in names if name.startswith(VAE_PREFIX)] or names
-        fill_vae(vae, {name: opened.get_tensor(name) for name in own}, file)
-    vae.requires_grad_(False)
-    vae.eval()
-    return vae
 
 
 def settle(engine: str, index: int) -> torch.device:

@@ -20,14 +20,12 @@ from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import answer
 from kohaku_wrap.training.data.columns import ColumnsDataset, content_digest
 from kohaku_wrap.training.data.items import BatchKey, ItemOptions, read_dataset_options
+from kohaku_wrap.training.data.latent_shards import CHANNELS, PIXELS_A_CELL
 from kohaku_wrap.training.data.latent_store import SAMPLE
 from kohaku_wrap.training.data.run_items import read_locked_dataset
-from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.data.torch_streams import draw_timesteps, seed_generators, step_seed
 from kohaku_wrap.training.records.folder import Run
 
-LATENT_CHANNELS = 4
-LATENT_STEP = 8
-TRAIN_TIMESTEPS = 1000
 LEFT_OUT = ("noise_offset_random_strength", "ip_noise_gamma", "multires_noise_iterations", "adaptive_noise_scale")
 """Options with draws of their own before the time steps'."""
 
@@ -52,12 +50,8 @@ def replay_timesteps(
         torch.randn(latent_shape)
         if values.get("noise_offset"):
             torch.randn((*latent_shape[:2], 1, 1))
-    lowest = int(values.get("min_timestep") or 0)
-    highest = TRAIN_TIMESTEPS if values.get("max_timestep") is None else int(values["max_timestep"])
-    if lowest >= highest:
-        return [highest] * latent_shape[0]
-    steps: list[int] = torch.randint(lowest, highest, (latent_shape[0],), device="cpu").tolist()
-    return steps
+    steps = draw_timesteps(latent_shape[0], values.get("min_timestep"), values.get("max_timestep"))
+    return list(steps.tolist())
 
 
 def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
@@ -97,7 +91,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
             continue
         images, _, height, width = example["images"].shape
         seed_generators(step_seed(lock.seed, epoch, position))
-        shape = (images, LATENT_CHANNELS, height // LATENT_STEP, width // LATENT_STEP)
+        shape = (images, CHANNELS, height // PIXELS_A_CELL, width // PIXELS_A_CELL)
         draws_sample = lock.table("cache").get("keep") != SAMPLE
         steps = replay_timesteps(shape, values, lock.is_on_cpu, draws_sample)
         found.append(content_digest(example["kwrap"]["content"], steps))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from torch import distributed
 
 from kohaku_wrap.dataset.fixed_chunks import cut_chunks, list_timesteps
 from kohaku_wrap.training.data.columns import ColumnsDataset
+from kohaku_wrap.training.data.torch_streams import keeping_generators
 from kohaku_wrap.training.data.whole_items import load_whole
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.evaluations import Evaluation, Losses, evaluation_file, read_evaluation
@@ -109,8 +109,6 @@ class Validation:
 @contextmanager
 def leaving_no_trace(models: Iterable[torch.nn.Module], device: torch.device) -> Iterator[None]:
     """Measure in a block; random states, the mode of every module and the threads are afterwards as before."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    of_devices = torch.cuda.get_rng_state_all() if device.type == "cuda" else []
     threads, roots = torch.get_num_threads(), list(models)
     modes = [(module, module.training) for root in roots for module in root.modules()]
     try:
@@ -118,14 +116,9 @@ def leaving_no_trace(models: Iterable[torch.nn.Module], device: torch.device) ->
             root.eval()
         if device.type == "cpu":
             torch.set_num_threads(THREADS_ON_CPU)
-        with torch.no_grad():
+        with keeping_generators(range(torch.cuda.device_count() if device.type == "cuda" else 0)), torch.no_grad():
             yield
     finally:
         torch.set_num_threads(threads)
         for module, mode in modes:
             module.training = mode
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if of_devices:
-            torch.cuda.set_rng_state_all(of_devices)

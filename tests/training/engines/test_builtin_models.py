@@ -146,11 +146,9 @@ def test_lycoris_makes_the_same_modules_on_both_unets(
 @pytest.fixture(scope="session")
 def tiny_trainer(world: World, sd_scripts: Any) -> Any:
     """sd-scripts' own models from the world's file."""
-    from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes, read_sizes
+    from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes
 
-    sizes = read_sizes(world.base_model)
-    assert sizes is not None
-    change_sizes(sizes)
+    change_sizes(world.base_model)
     loaded = sd_scripts.models.load_models_from_sdxl_checkpoint("sdxl_base_v1-0", str(world.base_model), "cpu")
     first, second, vae, unet = loaded[:4]
     for module in (first, second, vae, unet):

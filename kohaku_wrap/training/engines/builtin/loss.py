@@ -13,8 +13,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch.nn import functional
 
+from kohaku_wrap.dataset.fixed_chunks import TRAIN_TIMESTEPS
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.data.moments import holds_moments, sample_moments
+from kohaku_wrap.training.data.torch_streams import draw_timesteps
 from kohaku_wrap.training.data.whole_items import LATENT_STREAM, NOISE_STREAM, draw_normals
 from kohaku_wrap.training.engines.builtin.models import BaseModel
 from kohaku_wrap.training.engines.builtin.texts import encode_tokens
@@ -22,7 +24,6 @@ from kohaku_wrap.training.engines.builtin.texts import encode_tokens
 VAE_SCALE = 0.13025
 """SDXL's factor from the VAE's latents to those of the UNet."""
 
-TRAIN_TIMESTEPS = 1000
 Batch = dict[str, Any]
 
 
@@ -84,7 +85,7 @@ class LossOfBatch:
         with torch.set_grad_enabled(self.trains_text), self.accelerator.autocast():
             text, pooled = self.encode_captions(batch)
         noise = self.draw_noise(latents)
-        timesteps = self.draw_timesteps(len(latents))
+        timesteps = draw_timesteps(len(latents), self.options.min_timestep, self.options.max_timestep)
         noisy = self.scheduler.add_noise(latents, noise, timesteps.to(latents.device))
         with self.accelerator.autocast():
             predicted = self.predict_noise(noisy, timesteps.to(latents.device), text, pooled, batch)
@@ -155,14 +156,6 @@ class LossOfBatch:
             offset = torch.randn((*latents.shape[:2], 1, 1), device=latents.device)
             noise = noise + self.options.noise_offset * offset
         return noise
-
-    def draw_timesteps(self, images: int) -> torch.Tensor:
-        """(images,) int64 on the CPU, so that every device draws the same."""
-        lowest = self.options.min_timestep or 0
-        highest = TRAIN_TIMESTEPS if self.options.max_timestep is None else self.options.max_timestep
-        if lowest >= highest:
-            return torch.full((images,), highest)
-        return torch.randint(lowest, highest, (images,), device="cpu")
 
     def predict_noise(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor, batch: Batch

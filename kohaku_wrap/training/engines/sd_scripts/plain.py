@@ -24,13 +24,11 @@ def main() -> None:
 
     from kohaku_wrap.training.engines.sd_scripts.cpu_processes import leave_frozen_modules
     from kohaku_wrap.training.engines.sd_scripts.objects import find_object, replace_object
-    from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes, read_sizes
+    from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes
 
     parser = sdxl_train_network.setup_parser()
     args = find_object("read_config_from_file")(args=parser.parse_args(), parser=parser)
-    sizes = read_sizes(Path(args.pretrained_model_name_or_path))
-    if sizes is not None:
-        change_sizes(sizes)
+    change_sizes(Path(args.pretrained_model_name_or_path))
     replace_object(Accelerator, leave_frozen_modules(Accelerator))
     script = checkout.path / "sdxl_train_network.py"
     sys.argv[0] = str(script)

@@ -24,7 +24,7 @@ from kohaku_wrap.training.engines.sd_scripts.seams import (
     install_seams,
     remove_leftovers,
 )
-from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes, read_sizes
+from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes
 from kohaku_wrap.training.records.attempts import Attempt, Outcome
 
 
@@ -91,9 +91,7 @@ class SdScriptsRun(Loop):
         args.initial_step = args.initial_epoch = None
         if attempt.lock.data == "kwrap":
             args.dataset_class = DATASET_CLASS
-        sizes = read_sizes(Path(args.pretrained_model_name_or_path))
-        if sizes is not None:
-            change_sizes(sizes)
+        change_sizes(Path(args.pretrained_model_name_or_path))
         if self.rank == 0:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             remove_leftovers(Path(args.output_dir))

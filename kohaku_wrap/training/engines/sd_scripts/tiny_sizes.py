@@ -46,8 +46,11 @@ def read_sizes(base_model: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def change_sizes(sizes: Mapping[str, Any]) -> None:
-    """Put `sizes` in place of SDXL's in the modules of sd-scripts; called before any model is built."""
+def change_sizes(base_model: Path) -> None:
+    """Put the sizes beside a model in place of SDXL's in the modules of sd-scripts, before any model is built."""
+    sizes = read_sizes(base_model)
+    if sizes is None:
+        return
     from library import model_util, sdxl_model_util, sdxl_original_unet
 
     sgm = sizes["sgm"]
