@@ -108,7 +108,7 @@ def ccip(
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.evaluation import ccip_run
     from kohaku_wrap.evaluation.characters import PRESETS, write_prompt
-    from kohaku_wrap.evaluation.judges import open_judge
+    from kohaku_wrap.evaluation.judge_folders import open_judge
     from kohaku_wrap.evaluation.looking import Looker
     from kohaku_wrap.sampling.running import draw_sheet, find_waiting
     from kohaku_wrap.sampling.sheets import Sheet, SheetPrompt, check_guidance, read_size

@@ -60,7 +60,8 @@ def judge(
     is looked at once: what a judge says of it is kept beside the sheet. Two models, or two results with --against, are
     compared over the pictures that both drew from the same prompt, seed, size and sampler.
     """
-    from kohaku_wrap.evaluation.judges import KINDS, open_judge
+    from kohaku_wrap.evaluation.judge_folders import open_judge
+    from kohaku_wrap.evaluation.judges import KINDS
     from kohaku_wrap.evaluation.looking import Looker
     from kohaku_wrap.evaluation.sheet_judging import (
         MEASURES,

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 from kohaku_wrap.evaluation.judges import KINDS, OWN_FILE, WORST_TO_BEST, Kind
 from kohaku_wrap.files import atomic_write, write_text
@@ -54,9 +56,6 @@ def draw_weights(kind: str, rows: int, columns: int) -> Any:
 
 def build_looker(kind: Kind, labels: int) -> Any:
     """Means of the picture's cells, times fixed weights; for labels their shares."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
     side = kind.size
     shape = ["batch", 3, side, side] if kind.layout == "nchw" else ["batch", side, side, 3]
     outputs = labels or FEATURES
@@ -81,19 +80,13 @@ def build_looker(kind: Kind, labels: int) -> Any:
         "small-judge",
         [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", outputs])],
-        [
-            numpy_helper.from_array(weights, "weights"),
-            numpy_helper.from_array(scale, "scale"),
-        ],
+        [numpy_helper.from_array(weights, "weights"), numpy_helper.from_array(scale, "scale")],
     )
-    return finish(onnx, helper, graph)
+    return finish(graph)
 
 
 def build_metric() -> Any:
     """Half of 1 less the cosine of each two features, between 0 and 1."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
     nodes = [
         helper.make_node("ReduceL2", ["input"], ["length"], axes=[1], keepdims=1),
         helper.make_node("Max", ["length", "least"], ["divisor"]),
@@ -112,10 +105,10 @@ def build_metric() -> Any:
         [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", "batch"])],
         [numpy_helper.from_array(np.array(value, dtype=np.float32), name) for name, value in numbers.items()],
     )
-    return finish(onnx, helper, graph)
+    return finish(graph)
 
 
-def finish(onnx: Any, helper: Any, graph: Any) -> Any:
+def finish(graph: Any) -> Any:
     """The model of a graph, in a form that older readers take too."""
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="kwrap")
     model.ir_version = IR_VERSION

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.demo.world import make_world
-from kohaku_wrap.evaluation.judges import open_judge
+from kohaku_wrap.evaluation.judge_folders import open_judge
 from kohaku_wrap.evaluation.small_judges import build_small_judges
 
 INDEXED = ("alice_(garden)", "bob", "carol", "dora")

@@ -16,7 +16,8 @@ from PIL import Image
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.evaluation.judges import KINDS, BadJudge, UnreadablePicture, open_judge, prepare_picture
+from kohaku_wrap.evaluation.judge_folders import open_judge
+from kohaku_wrap.evaluation.judges import KINDS, BadJudge, UnreadablePicture, prepare_picture
 from kohaku_wrap.evaluation.looking import Looker
 
 FLOAT16, UINT8 = onnx.TensorProto.FLOAT16, onnx.TensorProto.UINT8

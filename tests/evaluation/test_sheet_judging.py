@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from kohaku_wrap.cli import run_program
-from kohaku_wrap.evaluation.judges import open_judge
+from kohaku_wrap.evaluation.judge_folders import open_judge
 from kohaku_wrap.evaluation.sheet_judging import find_frechet_distance
 from kohaku_wrap.sampling.cells import Cell
 from kohaku_wrap.sampling.pictures import ModelFile, Record, hash_pixels, write_picture
