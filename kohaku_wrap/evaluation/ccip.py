@@ -6,6 +6,7 @@ Source: sdeval 0.0.4 (a difference strictly below the threshold) and dghs-imguti
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,11 +82,10 @@ def summarise(scores: Mapping[str, Score]) -> dict[str, Any]:
     """What one model's scores come to, over its characters."""
     raw = [score.below for score in scores.values()]
     of_bound = [score.of_bound for score in scores.values() if score.of_bound is not None]
-    interval, bounded = bootstrap_mean(raw), bootstrap_mean(of_bound)
     return {
         "characters": len(raw),
-        "score": interval.document() if interval else None,
-        "score_of_bound": bounded.document() if bounded else None,
+        "score": bootstrap_mean(raw),
+        "score_of_bound": bootstrap_mean(of_bound),
         f"above_{HIGH}": sum(score > HIGH for score in raw),
         "curve": sorted(raw, reverse=True),
     }
@@ -97,7 +97,6 @@ def compare_models(titles: Sequence[str], scores: Sequence[Mapping[str, Mapping[
     for (title, one), (other_title, two) in itertools.combinations(zip(titles, scores, strict=True), 2):
         tags = sorted(set(one) & set(two))
         apart = np.array([two[tag]["score"] - one[tag]["score"] for tag in tags])
-        interval = bootstrap_mean(apart)
         found.append(
             {
                 "from": title,
@@ -106,7 +105,7 @@ def compare_models(titles: Sequence[str], scores: Sequence[Mapping[str, Mapping[
                 "wins": int((apart > 0).sum()),
                 "losses": int((apart < 0).sum()),
                 "ties": int((apart == 0).sum()),
-                "difference": interval.document() if interval else None,
+                "difference": bootstrap_mean(apart),
             }
         )
     return found
@@ -117,24 +116,14 @@ def group_by_exposure(seen: npt.NDArray[np.int64], scores: npt.NDArray[np.float6
     groups = []
     for begin, end in zip(EXPOSURES, (*EXPOSURES[1:], None), strict=True):
         inside = (seen >= begin) & (seen < end) if end is not None else seen >= begin
-        interval = bootstrap_mean(scores[inside])
         groups.append({"from": begin, "below": end, "characters": int(inside.sum()),
-                       "score": interval.document() if interval else None})  # fmt: skip
+                       "score": bootstrap_mean(scores[inside])})  # fmt: skip
     return {"groups": groups, "rank_correlation": correlate_ranks(seen, scores)}
 
 
 def correlate_ranks(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> float | None:
     """Spearman's correlation; None where one of them never changes."""
-    ranks = [rank(np.asarray(each, dtype=np.float64)) for each in (one, other)]
-    if any(len(set(each.tolist())) < 2 for each in ranks):
-        return None
-    correlations: Any = np.corrcoef(ranks)
-    return float(correlations[0, 1])
+    import pandas as pd
 
-
-def rank(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Places from 1, equal values at the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    middle: npt.NDArray[np.float64] = ends - (counts - 1) / 2
-    return middle[inverse]
+    found = float(pd.DataFrame({"one": one, "other": other}).corr("spearman").to_numpy()[0, 1])
+    return None if math.isnan(found) else found

@@ -189,7 +189,6 @@ def choose_rows(run: Run | None, columns: Columns, leaves_out: bool, allows: boo
 def describe_losses(losses: Losses, timesteps: Sequence[int], groups: Grouping) -> dict[str, Any]:
     """The mean, and that of each time step and group with its number of posts."""
     whole = np.isfinite(losses).all(axis=1)
-    interval = bootstrap_mean(losses[whole].mean(axis=1))
     by_group: dict[str, Any] = {}
     for name in GROUPS:
         words = np.array(groups.words[name])
@@ -200,7 +199,7 @@ def describe_losses(losses: Losses, timesteps: Sequence[int], groups: Grouping) 
     return {
         "posts": int(whole.sum()),
         "loss": average(losses[whole]),
-        "interval": interval.document() if interval else None,
+        "interval": bootstrap_mean(losses[whole].mean(axis=1)),
         "by_timestep": {str(step): average(losses[whole, place]) for place, step in enumerate(timesteps)},
         "by_group": by_group,
     }
@@ -210,10 +209,7 @@ def compare_pair(titles: tuple[str, str], losses: tuple[Losses, Losses]) -> dict
     """The paired difference of two models over posts that both have, with a bootstrap interval."""
     apart = (losses[1] - losses[0]).mean(axis=1)
     apart = apart[np.isfinite(apart)]
-    interval = bootstrap_mean(apart)
-    return {
-        "from": titles[0], "to": titles[1], "posts": len(apart), "difference": interval.document() if interval else None
-    }  # fmt: skip
+    return {"from": titles[0], "to": titles[1], "posts": len(apart), "difference": bootstrap_mean(apart)}
 
 
 def compare_losses(titles: Sequence[str], losses: Sequence[Losses]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ Source: Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979; percent
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,35 +17,19 @@ SHARE = 0.95
 RESAMPLES_A_BLOCK = 100
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and where it would lie for other posts or characters of the same kind."""
+def bootstrap_mean(values: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float] | None:
+    """`mean`, and `low` and `high`, below and above which 2.5 % of the resampled means lie; None without a value.
 
-    mean: float
-    """Of the values."""
-
-    low: float
-    """Below it lie 2.5 % of the resampled means."""
-
-    high: float
-    """Above it lie 2.5 %."""
-
-    def document(self) -> dict[str, float]:
-        return {"mean": self.mean, "low": self.low, "high": self.high}
-
-
-def bootstrap_mean(values: Sequence[float] | npt.NDArray[np.float64], seed: str = "") -> Interval | None:
-    """The mean of values with its 95 % interval; None where there is no value, and no width where there is one.
-
-    For paired results: of their differences.
+    Where the mean would lie for other posts or characters of the same kind; of one value it has no width. For paired
+    results: of their differences.
     """
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
         return None
-    key, means = stream_key("bootstrap", seed), np.empty(RESAMPLES)
+    key, means = stream_key("bootstrap", ""), np.empty(RESAMPLES)
     for first in range(0, RESAMPLES, RESAMPLES_A_BLOCK):
         counters = np.arange(first * len(numbers), (first + RESAMPLES_A_BLOCK) * len(numbers), dtype=np.uint64)
         chosen = (draws(key, counters) % np.uint64(len(numbers))).astype(np.int64)
         means[first : first + RESAMPLES_A_BLOCK] = numbers[chosen].reshape(-1, len(numbers)).mean(axis=1)
     low, high = np.quantile(means, [(1 - SHARE) / 2, (1 + SHARE) / 2])
-    return Interval(float(numbers.mean()), float(low), float(high))
+    return {"mean": float(numbers.mean()), "low": float(low), "high": float(high)}

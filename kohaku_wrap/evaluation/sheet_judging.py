@@ -189,9 +189,8 @@ def measure_tags(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
         for tag in known:
             asked.setdefault(tag, []).append(float(each.row[judge.places[tag]]))
     recalls = [value for each in looked if (value := find_recall(judge, each)) is not None]
-    interval = bootstrap_mean(recalls)
     return {
-        "recall": interval.document() if interval else None,
+        "recall": bootstrap_mean(recalls),
         "threshold": limit,
         "pictures_without_known_tag": len(looked) - len(recalls),
         "tags": [
@@ -207,18 +206,17 @@ def measure_looks(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
     """The mean share of each label, and from 0 (worst) to 6 (masterpiece) the mean where the labels are these."""
     rows = np.stack([each.row for each in looked]).astype(np.float64)
     shares = dict(zip(judge.labels, rows.mean(axis=0).tolist(), strict=True))
-    interval = bootstrap_mean([value for each in looked if (value := find_look(judge, each)) is not None])
-    return {"shares": shares, "score": interval.document() if interval else None}
+    looks = [value for each in looked if (value := find_look(judge, each)) is not None]
+    return {"shares": shares, "score": bootstrap_mean(looks)}
 
 
 def measure_corruption(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
     """Which pictures are more likely broken than not. Raises KwrapError where no label says so."""
     shares = [find_corruption(judge, each) for each in looked]
-    interval = bootstrap_mean(shares)
     broken = [each.path.name for each, share in zip(looked, shares, strict=True) if share >= 0.5]
     return {
         "corrupted": len(broken),
-        "mean_share": interval.document() if interval else None,
+        "mean_share": bootstrap_mean(shares),
         "pictures_corrupted": sorted(broken),
     }
 

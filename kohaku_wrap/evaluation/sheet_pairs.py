@@ -22,7 +22,7 @@ def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
     found = []
     for (one, here), (two, there) in itertools.combinations(zip(models, values, strict=True), 2):
-        interval = bootstrap_mean([there[key] - here[key] for key in sorted(here.keys() & there.keys())])
+        both = sorted(here.keys() & there.keys())
         near, far = (model.get("frechet") or {} for model in (one, two))
         fits = near and far and all(near[name] == far[name] for name in ("reference_sha256", "pictures"))
         fits = fits and near["distance"] is not None
@@ -30,8 +30,8 @@ def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "from": one["title"],
                 "to": two["title"],
-                "pictures": len(here.keys() & there.keys()),
-                "difference": interval.document() if interval else None,
+                "pictures": len(both),
+                "difference": bootstrap_mean([there[key] - here[key] for key in both]),
                 "frechet_difference": far["distance"] - near["distance"] if fits else None,
             }
         )

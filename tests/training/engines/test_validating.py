@@ -98,7 +98,7 @@ def test_the_loss_falls_and_the_interval_lies_below_0(whole: Run) -> None:
     assert sorted(found) == [0, 1, 2] and all(np.isfinite(each.losses).all() for each in found.values())
     assert found[0].losses.shape == (3, 2)
     interval = bootstrap_mean((found[2].losses - found[0].losses).mean(axis=1))
-    assert interval is not None and interval.high < 0
+    assert interval is not None and interval["high"] < 0
     report = json.loads(kwrap("verify", str(whole.folder), "--json").stdout)
     assert report["proved"] and any(each["name"] == "held out" and each["is_looked_at"] for each in report["checks"])
 
