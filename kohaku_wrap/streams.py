@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-UInt64Array = npt.NDArray[np.uint64]
+from kohaku_wrap.arrays import Int64Array, UInt64Array
 
 GAMMA = 0x9E3779B97F4A7C15
 MASK_64 = 0xFFFF_FFFF_FFFF_FFFF
@@ -52,6 +52,6 @@ def draws(key: int, counters: npt.NDArray[np.integer] | UInt64Array) -> UInt64Ar
         return z ^ (z >> np.uint64(31))
 
 
-def permutation(key: int, size: int) -> npt.NDArray[np.int64]:
+def permutation(key: int, size: int) -> Int64Array:
     """The integers below `size` in the order of their draws; ties, if any, by the integer."""
     return np.argsort(draws(key, np.arange(size, dtype=np.uint64)), kind="stable").astype(np.int64)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.dataset.own.folders import IMAGE_ENDINGS, TEXT_ENDINGS
 from kohaku_wrap.errors import refusing
@@ -41,10 +41,10 @@ class TrainerRows:
     captions: Sequence[str]
     """As they stand in the source, before prefix, suffix and shuffle."""
 
-    sizes: npt.NDArray[np.int64]
+    sizes: Int64Array
     """(images, 2): width and height in pixels."""
 
-    repeats: npt.NDArray[np.int64] | int = 1
+    repeats: Int64Array | int = 1
     """How often an epoch trains each image, before the template's num_repeats."""
 
     @property
@@ -163,7 +163,7 @@ def reading_cache(cache: Path) -> AbstractContextManager[None]:
     return refusing(NoImages, f"{cache}: not what sd-scripts reads", "Make it again with `kwrap caption`.")
 
 
-def as_pairs(sizes: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+def as_pairs(sizes: Sequence[Sequence[int]]) -> Int64Array:
     """(images, 2) whole numbers; raises ValueError for anything else."""
     pairs = np.array(sizes, dtype=np.int64)
     if len(sizes) and pairs.shape != (len(sizes), 2):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
 from kohaku_wrap.config.trainer_rows import STAT_THREADS, digest_of, find_caption_extension, read_trainer_rows
@@ -127,7 +127,7 @@ def describe_data(data: str, images: Path, dataset: Mapping[str, Any], digest: s
     }
 
 
-def spread_evenly(count: int) -> npt.NDArray[np.int64]:
+def spread_evenly(count: int) -> Int64Array:
     """Which of `count` files to look at: all, or MOST_LENGTHS of them."""
     chosen = min(count, MOST_LENGTHS)
     return np.arange(chosen, dtype=np.int64) * count // max(chosen, 1)
@@ -138,7 +138,7 @@ def digest_lengths(folder: Path, files: Sequence[str]) -> str:
     return digest_of(iter([read_lengths(folder, files).tobytes()]))
 
 
-def read_lengths(folder: Path, files: Sequence[str]) -> npt.NDArray[np.int64]:
+def read_lengths(folder: Path, files: Sequence[str]) -> Int64Array:
     """(files,) the length of each in bytes; -1 for one that is not there."""
     chunks = [files[start : start + STAT_CHUNK] for start in range(0, len(files), STAT_CHUNK)]
     with ThreadPoolExecutor(STAT_THREADS) as threads:
@@ -146,7 +146,7 @@ def read_lengths(folder: Path, files: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.concatenate(found) if found else np.empty(0, dtype="<i8")
 
 
-def lengths_of(folder: Path, files: Sequence[str]) -> npt.NDArray[np.int64]:
+def lengths_of(folder: Path, files: Sequence[str]) -> Int64Array:
     """(files,) likewise, one after the other."""
     lengths = np.empty(len(files), dtype="<i8")
     for index, file in enumerate(files):

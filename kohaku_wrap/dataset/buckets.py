@@ -15,11 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kohaku_wrap.arrays import Float64Array, Int32Array, Int64Array
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
-Float64Array = npt.NDArray[np.float64]
 
 SIZES_A_BLOCK = 1 << 16
 """Distinct sizes compared with all resolutions at once: 64 MiB a block at 128 resolutions."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.buckets import BucketAssignment
 
 TRAIN_TIMESTEPS = 1000
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def list_timesteps(count: int) -> list[int]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.groups import ROWS_A_BLOCK, draw_from_strata, find_strata
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
@@ -23,8 +23,6 @@ from kohaku_wrap.formats.relations import BadRelations, Relations, read_relation
 
 USUAL_DATASET = "epsilon"
 """Whose words of rating and year are looked for in captions of a dataset that cannot be read."""
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def hold_out(images: Path, digest: str, wanted: int) -> HeldOut:

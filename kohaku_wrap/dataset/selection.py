@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import BoolArray, Int64Array
 from kohaku_wrap.dataset.recipe import RANGES, TAG_CONDITIONS, DatasetRecipe, SelectionRecipe, Stratum
 from kohaku_wrap.dataset.selection_file import write_selection
 from kohaku_wrap.errors import KwrapError, command_line
@@ -20,9 +20,6 @@ from kohaku_wrap.metadata.posts import PostDrops, posts_with_tags, read_drops, r
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import read_tags
 from kohaku_wrap.streams import draws, stream_key
-
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 GENERATOR = "SplitMix64 keyed by BLAKE2b (kohaku_wrap.streams)"
 """What draws the sample: the same on every machine and Python version."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kohaku_wrap.arrays import Int8Array, Int16Array, Int32Array, Int64Array
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write, describe_absence
@@ -32,16 +33,16 @@ class BadSelection(KwrapError):
 class SelectedPosts:
     """What captions need of each selected post, as columns of equal length by ascending id."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64Array
     """Post ids."""
 
-    ratings: npt.NDArray[np.int8]
+    ratings: Int8Array
     """0 … 3, -1 unknown."""
 
-    favourites: npt.NDArray[np.int32]
+    favourites: Int32Array
     """`fav_count`; UNKNOWN_NUMBER where there is none."""
 
-    years: npt.NDArray[np.int16]
+    years: Int16Array
     """Upload year as written; 0 where the date cannot be read."""
 
     extensions: pa.Array

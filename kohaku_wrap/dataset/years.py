@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from kohaku_wrap.arrays import Int16Array
 
 UNKNOWN_YEAR = 0
 
@@ -18,7 +19,7 @@ ORDINARY = (
 """Dates that every parser reads alike; all others are looked at one by one."""
 
 
-def read_years(dates: pa.Array, parser: str = "iso") -> npt.NDArray[np.int16]:
+def read_years(dates: pa.Array, parser: str = "iso") -> Int16Array:
     """(posts,) the local year of each date, UNKNOWN_YEAR where it cannot be read.
 
     `parser`: "iso" reads what begins with a valid YYYY-MM-DD; "dateutil" whatever python-dateutil reads, as

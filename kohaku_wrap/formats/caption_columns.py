@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.formats.caption_rows import (
-    Int32Array,
     find_captions,
     map_captions,
     read_about,
@@ -33,10 +33,10 @@ class TextColumn:
     stream: BinaryIO
     """The open file; shared with forked loader workers, since reads name their place."""
 
-    chunk_rows: npt.NDArray[np.int64]
+    chunk_rows: Int64Array
     """(chunks + 1,) the first row of each record batch, and the number of rows."""
 
-    chunk_places: npt.NDArray[np.int64]
+    chunk_places: Int64Array
     """(chunks,) where in the file the texts of each record batch begin."""
 
     offsets: tuple[npt.NDArray[np.integer[Any]], ...]
@@ -80,13 +80,13 @@ class Columns:
     folder: Path
     """The image folder that the file names are relative to."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64Array
     """(images,) post ids, ascending."""
 
-    widths: npt.NDArray[np.int32]
+    widths: Int32Array
     """(images,) real widths in pixels."""
 
-    heights: npt.NDArray[np.int32]
+    heights: Int32Array
     """(images,) real heights in pixels."""
 
     files: TextColumn
@@ -98,13 +98,13 @@ class Columns:
     digest: str
     """The digest over all rows that `kwrap caption` recorded."""
 
-    subsets: npt.NDArray[np.int32]
+    subsets: Int32Array
     """(images,) the place of each image's subset."""
 
     texts: TextColumn | None
     """Natural-language captions; None in a file without them."""
 
-    text_places: npt.NDArray[np.int32]
+    text_places: Int32Array
     """(images,) the bytes of each caption before the place of its text; empty in a file without texts."""
 
     text_shares: Mapping[str, float]

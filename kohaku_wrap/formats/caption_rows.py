@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import BoolArray, Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import open_regular
 
@@ -52,8 +52,6 @@ TEXT_FIELDS = (
 )
 """From format 3 on: a natural-language caption, empty for none, and the bytes of `caption` before its place."""
 
-Int32Array = npt.NDArray[np.int32]
-
 
 class NoImages(KwrapError):
     """There is nothing to count: no images, or no file that lists them."""
@@ -81,10 +79,10 @@ class Subset:
 class ImageSizes:
     """Widths and heights of the images to train on."""
 
-    widths: npt.NDArray[np.int64]
+    widths: Int64Array
     """(images,) pixels."""
 
-    heights: npt.NDArray[np.int64]
+    heights: Int64Array
     """(images,) pixels."""
 
     source: str
@@ -96,10 +94,10 @@ class ImageSizes:
     caption_bytes: int | None = None
     """Bytes of all captions, where known."""
 
-    repeats: npt.NDArray[np.int64] | int = 1
+    repeats: Int64Array | int = 1
     """How often an epoch trains each image, before the template's num_repeats; (images,) where they differ."""
 
-    measured: npt.NDArray[np.bool_] | None = None
+    measured: BoolArray | None = None
     """(images,) whether the loss of each is measured and none of it trained; None where none is held out."""
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.formats.caption_rows import (
     FIELDS,
@@ -22,7 +22,6 @@ from kohaku_wrap.formats.caption_rows import (
     METADATA_KEY,
     SUBSETS_FORMAT,
     TEXT_FIELDS,
-    Int32Array,
     Subset,
     read_about,
     read_batches,
@@ -51,7 +50,7 @@ def bytes_of(texts: pa.Array) -> pa.Buffer:
 
 
 def digest_rows(
-    ids: npt.NDArray[np.int64],
+    ids: Int64Array,
     files: pa.Array,
     widths: Int32Array,
     heights: Int32Array,
@@ -121,7 +120,7 @@ class ColumnsWriter:
 
     def write(
         self,
-        ids: npt.NDArray[np.int64],
+        ids: Int64Array,
         files: pa.Array,
         widths: Int32Array,
         heights: Int32Array,

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import BoolArray, Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
 
 HELD_OUT_FILE = "held-out.json"
 FORMAT = 1
 KINDS = ("parents", "children", "siblings", "equal pictures")
 """Of posts that are taken out with a held-out one; a post of several kinds counts for the first."""
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class BadHeldOut(KwrapError):
@@ -60,7 +58,7 @@ class HeldOut:
         }
         return json.dumps(document) + "\n"
 
-    def mark(self, ids: Int64Array) -> npt.NDArray[np.bool_]:
+    def mark(self, ids: Int64Array) -> BoolArray:
         """(ids,) whether each is not trained."""
         return np.isin(ids, self.left_out)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write
 
@@ -35,10 +35,10 @@ class BadRelations(KwrapError):
 class Relations:
     """Which posts belong together."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64Array
     """(posts,) ascending."""
 
-    parents: npt.NDArray[np.int64]
+    parents: Int64Array
     """(posts,) the id of each post's parent, 0 for none, -1 where that is not known."""
 
     contents: pa.Array

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from kohaku_wrap.arrays import Int32Array
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.source import Source
-
-Int32Array = npt.NDArray[np.int32]
 
 
 class RowsOutOfOrder(Exception):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-Int64Array = npt.NDArray[np.int64]
+from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
 
 NOWHERE = -1
 """The place of an id that is not among them."""
@@ -19,7 +18,7 @@ DENSE_IDS = 1 << 27
 """Ids below this are remembered in an array of a byte each."""
 
 
-def place_finder(ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32]]:
+def place_finder(ids: Int64Array) -> Callable[[Int64Array], Int32Array]:
     """A function from ids to their places among `ids`, which ascend; NOWHERE for others."""
     if not len(ids):
         return lambda asked: np.full(len(asked), NOWHERE, dtype=np.int32)
@@ -29,7 +28,7 @@ def place_finder(ids: Int64Array) -> Callable[[Int64Array], npt.NDArray[np.int32
         dense[ids] = np.arange(len(ids), dtype=np.int32)
         return lambda asked: dense[np.where((asked >= 0) & (asked <= largest), asked, largest + 1)]
 
-    def bisect(asked: Int64Array) -> npt.NDArray[np.int32]:
+    def bisect(asked: Int64Array) -> Int32Array:
         places = np.minimum(np.searchsorted(ids, asked), len(ids) - 1)
         return np.where(ids[places] == asked, places, NOWHERE).astype(np.int32)
 
@@ -43,7 +42,7 @@ class FirstRows:
         self._dense = np.zeros(1 << 16, dtype=bool)
         self._sparse: set[int] = set()
 
-    def keep(self, ids: Int64Array) -> npt.NDArray[np.bool_]:
+    def keep(self, ids: Int64Array) -> BoolArray:
         """(rows,) whether the id was not among earlier rows, here or in earlier calls."""
         first = np.zeros(len(ids), dtype=bool)
         first[np.unique(ids, return_index=True)[1]] = True

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.chunks import relation_columns
@@ -21,8 +21,6 @@ from kohaku_wrap.metadata.places import FirstRows
 from kohaku_wrap.metadata.source import DatabaseDamaged, Source
 from kohaku_wrap.metadata.tags import TagTable
 from kohaku_wrap.metadata.words import split_words
-
-Int64Array = npt.NDArray[np.int64]
 
 LOCAL = r"^[1-9]\d{3}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[T ]([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?$"
 """Dates that say no zone."""

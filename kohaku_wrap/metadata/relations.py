@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, count_rows, relation_rows
 from kohaku_wrap.metadata.database import Database
@@ -23,8 +23,6 @@ from kohaku_wrap.metadata.spill import sorted_pieces
 from kohaku_wrap.metadata.streamed import streamed_pieces, unordered_rows
 from kohaku_wrap.metadata.tags import TagTable, read_tags
 
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 
 ROWS_A_CHUNK = 1 << 19
@@ -167,7 +165,7 @@ def _ordered_pieces(database: Database, tags: TagTable, post_ids: Int64Array) ->
         first = stop
 
 
-def _owners_of_rows(posts: Int64Array, wanted_ids: Int64Array) -> tuple[Int32Array, npt.NDArray[np.bool_]]:
+def _owners_of_rows(posts: Int64Array, wanted_ids: Int64Array) -> tuple[Int32Array, BoolArray]:
     """The place of each row's post in `wanted_ids`, and whether it is wanted at all; `posts` is ascending."""
     if not len(posts) or not len(wanted_ids):
         return np.zeros(len(posts), np.int32), np.zeros(len(posts), bool)
@@ -222,9 +220,7 @@ class TagListUnreadable(KwrapError):
     """A `post.tag_list` is not a row of `$ID#` tokens."""
 
 
-def parse_tag_lists(
-    post_ids: npt.NDArray[np.int64], lists: pa.Array, base: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+def parse_tag_lists(post_ids: Int64Array, lists: pa.Array, base: int) -> tuple[Int32Array, Int64Array]:
     """The index of the post and the tag id of each token: (tokens,) each, in the order of the text.
 
     `lists` has no nulls. Raises TagListUnreadable with the first post whose list is something else.

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.columns import SITE_ZONE
 from kohaku_wrap.metadata.dialects import Dialect
@@ -104,7 +104,7 @@ class Source(ABC):
     def digest(self) -> str:
         """A cheap fingerprint of the content, the same of copies."""
 
-    def scan_numbers(self, query: str, rows: int = ROWS_A_BATCH) -> Iterator[tuple[npt.NDArray[np.int64], ...]]:
+    def scan_numbers(self, query: str, rows: int = ROWS_A_BATCH) -> Iterator[tuple[Int64Array, ...]]:
         """The columns of each batch of a large query for whole numbers. Raises DatabaseDamaged for anything else."""
         for batch in self.scan(query, rows):
             if not batch.num_rows:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.parallel import map_in_order
 
@@ -25,7 +25,7 @@ TAGS_A_POST = 128
 BYTES_A_ROW = 8
 """Two numbers of 4 bytes."""
 
-Rows = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+Rows = tuple[Int32Array, Int32Array]
 """The place of each row's post among the wanted ones, and the row of its tag."""
 
 
@@ -42,7 +42,7 @@ def sorted_pieces(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
 
-    def find(batch: Callable[[], Rows]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def find(batch: Callable[[], Rows]) -> tuple[Int32Array, Int64Array]:
         """Rows by partition: (rows, 2) of place and tag row, and where each partition begins and the last one ends."""
         pairs = np.stack(batch(), axis=1).astype(np.int32, copy=False)
         partition = pairs[:, 0] // posts_a_partition
@@ -72,7 +72,7 @@ def sorted_pieces(
 class _SpilledRows:
     """A file of rows, batch after batch, each by partition; every partition is read once, in any thread."""
 
-    def __init__(self, stream: IO[bytes], edges: npt.NDArray[np.int64], partitions: int) -> None:
+    def __init__(self, stream: IO[bytes], edges: Int64Array, partitions: int) -> None:
         """`edges`: (batches, partitions + 1) the row of the file at which each partition of each batch begins."""
         self._stream = stream
         self._edges = edges

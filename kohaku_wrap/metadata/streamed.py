@@ -6,17 +6,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, count_rows, relation_columns
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.places import place_finder
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.spill import Rows
 from kohaku_wrap.metadata.tags import TagTable
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 
 ROWS_A_BATCH = 1 << 18
 """Rows of a relation read at once."""

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int8Array, Int32Array, Int64Array
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.places import NOWHERE, place_finder
@@ -31,16 +31,16 @@ class UnknownTags(KwrapError):
 class TagTable:
     """All tags of a database, by ascending id."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64Array
     """(tags,) ascending."""
 
     names: tuple[str, ...]
     """(tags,) as the site writes them, with underscores."""
 
-    types: npt.NDArray[np.int8]
+    types: Int8Array
     """(tags,) 0 … 4 as in TAG_TYPES, -1 where the database says something else."""
 
-    popularity: npt.NDArray[np.int64]
+    popularity: Int64Array
     """(tags,) how many posts have the tag, by the database's own count; 0 where that is unknown."""
 
     pieces: Sequence[Callable[[], TagChunk]] | None = None
@@ -50,7 +50,7 @@ class TagTable:
         return len(self.ids)
 
     @cached_property
-    def rows_of(self) -> Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
+    def rows_of(self) -> Callable[[Int64Array], Int32Array]:
         """From ids to the row of each, NO_TAG where no tag has it."""
         return place_finder(self.ids)
 
@@ -59,7 +59,7 @@ class TagTable:
         """From a name to its row."""
         return {name: row for row, name in enumerate(self.names)}
 
-    def find_names(self, names: Iterable[str], wanted_by: str) -> npt.NDArray[np.int64]:
+    def find_names(self, names: Iterable[str], wanted_by: str) -> Int64Array:
         """The ids of tags given by name. Raises UnknownTags, each unknown one with the nearest that exist."""
         names = list(names)
         unknown = [name for name in names if name not in self.row_of_name]
@@ -83,7 +83,7 @@ class TagTable:
         return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def read_tags(source: Source, post_ids: npt.NDArray[np.int64] | None = None, folder: Path | None = None) -> TagTable:
+def read_tags(source: Source, post_ids: Int64Array | None = None, folder: Path | None = None) -> TagTable:
     """Every tag: of the tag table, or where there is none of the posts' own columns, with its number of posts.
 
     With `post_ids` (ascending) such columns need not be read again for the tags of these posts, which are kept in

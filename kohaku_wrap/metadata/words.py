@@ -8,19 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int8Array, Int32Array, Int64Array
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.columns import TAG_TYPES
 from kohaku_wrap.metadata.parallel import usable_threads
 from kohaku_wrap.metadata.places import NOWHERE, FirstRows, place_finder
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.spill import Rows, sorted_pieces
-
-Int32Array = npt.NDArray[np.int32]
-Int64Array = npt.NDArray[np.int64]
 
 POSTS_A_BATCH = 1 << 15
 """Posts whose words are in memory at once, a few of such batches: some 40 MB of text each, and their words."""
@@ -91,7 +88,7 @@ class WordCounts:
         self._counts = np.pad(self._counts, ((0, len(known) - len(self._counts)), (0, 0)))
         return numbers
 
-    def table(self) -> tuple[tuple[str, ...], npt.NDArray[np.int8], Int64Array, Int32Array]:
+    def table(self) -> tuple[tuple[str, ...], Int8Array, Int64Array, Int32Array]:
         """Words in the order of the letters, the category in whose columns each stands most often (-1: in none), how
         often it stands in posts, and from a word's number to its place among them."""
         words = list(self._number_of)
@@ -108,7 +105,7 @@ class WordCounts:
 
 def read_words(
     source: Source, post_ids: Int64Array, folder: Path | None
-) -> tuple[tuple[str, ...], npt.NDArray[np.int8], Int64Array, list[Callable[[], TagChunk]]]:
+) -> tuple[tuple[str, ...], Int8Array, Int64Array, list[Callable[[], TagChunk]]]:
     """Of all posts `WordCounts.table`, and the tags of `post_ids` (ascending) in chunks, each of which is read once.
 
     The first of several rows of a post counts for its tags, all of them for the numbers. Until they are read, tags lie

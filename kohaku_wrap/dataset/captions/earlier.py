@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.formats.caption_rows import read_batches
 
 
@@ -31,7 +31,7 @@ class EarlierCaptions:
         self.ids = np.concatenate([np.empty(0, dtype=np.int64), *ids])
         self._starts = np.cumsum([0, *map(len, ids)])
 
-    def count_same(self, ids: npt.NDArray[np.int64], captions: pa.Array, texts: pa.Array | None = None) -> int:
+    def count_same(self, ids: Int64Array, captions: pa.Array, texts: pa.Array | None = None) -> int:
         """How many of these captions are there already, word for word, with their texts.
 
         `ids` is ascending, as from call to call.
@@ -63,7 +63,7 @@ class EarlierCaptions:
             self._batch = (number, self._reader.get_batch(number))
         return self._batch[1]
 
-    def files_gone(self, ids: npt.NDArray[np.int64]) -> list[str]:
+    def files_gone(self, ids: Int64Array) -> list[str]:
         """The files of rows whose ids are not among `ids`."""
         gone = ~np.isin(self.ids, ids, assume_unique=True)
         if not gone.any():

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_wrap.formats.caption_rows import Int32Array
+from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
 from kohaku_wrap.formats.caption_writer import bytes_of
 
 CACHE_FILE = "metadata_cache.json"
@@ -23,7 +22,7 @@ TEXT_PART = ".caption.txt.part"
 """Name of a text that will replace another; one a shard, so that a killed call leaves no more."""
 
 
-def shard_paths(ids: npt.NDArray[np.int64], extensions: pa.Array) -> pa.Array:
+def shard_paths(ids: Int64Array, extensions: pa.Array) -> pa.Array:
     """NNNN/ID.ext of each post; `extensions` is dictionary-encoded, and what is odd in one is left out."""
     shards = pa.array([f"{number:04d}/" for number in range(1000)])
     cleaned = [
@@ -78,9 +77,7 @@ def cache_entries(
     )
 
 
-def write_text_files(
-    folder: Path, files: pa.Array, captions: pa.Array, has_text: npt.NDArray[np.bool_]
-) -> tuple[int, int]:
+def write_text_files(folder: Path, files: pa.Array, captions: pa.Array, has_text: BoolArray) -> tuple[int, int]:
     """Write each caption beside its image where it is not there yet; how many were written and how many kept.
 
     One line without an end, as HakuBooru writes it. Another text is replaced whole; a new one is written in place,

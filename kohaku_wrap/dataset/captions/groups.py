@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe, words_of_recipe
 from kohaku_wrap.dataset.captions.tokens import split_captions
 from kohaku_wrap.formats.caption_columns import Columns
@@ -21,8 +21,6 @@ GROUPS = ("rating", "year", "quality")
 STRATA = ("rating", "year")
 UNKNOWN = "unknown"
 ROWS_A_BLOCK = 1 << 14
-
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
 from kohaku_wrap.dataset.captions.plan import FATES, NOT_A_TAG, WRITTEN, CaptionPlan
 from kohaku_wrap.dataset.captions.quality import UNGRADED, grade_posts
 from kohaku_wrap.dataset.selection_file import SelectedPosts
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
 from kohaku_wrap.metadata.chunks import TagChunk
 from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER
-
-Int64Array = npt.NDArray[np.int64]
 
 POST_COUNTS = (
     "without_tags",
@@ -35,13 +33,13 @@ class CaptionCounts:
     posts: int = 0
     """Captions made."""
 
-    tags: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(FATES), dtype=np.int64))
+    tags: Int64Array = field(default_factory=lambda: np.zeros(len(FATES), dtype=np.int64))
     """Tags of the posts by fate."""
 
     duplicates: int = 0
     """Rows that repeat a tag of the same post."""
 
-    lacking: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(POST_COUNTS), dtype=np.int64))
+    lacking: Int64Array = field(default_factory=lambda: np.zeros(len(POST_COUNTS), dtype=np.int64))
     """Posts by POST_COUNTS."""
 
     def add(self, other: CaptionCounts) -> None:
@@ -56,10 +54,10 @@ class CaptionCounts:
 class Elements:
     """The elements of a stretch of captions in the order of the text."""
 
-    of: npt.NDArray[np.int32]
+    of: Int32Array
     """(elements,) index into the plan's elements."""
 
-    begins_part: npt.NDArray[np.bool_]
+    begins_part: BoolArray
     """(elements,) true where no comma stands before."""
 
     ends: Int64Array
@@ -70,7 +68,7 @@ class Elements:
 
 
 def arrange_elements(
-    plan: CaptionPlan, chunk: TagChunk, posts: SelectedPosts, cutoffs: npt.NDArray[np.int64]
+    plan: CaptionPlan, chunk: TagChunk, posts: SelectedPosts, cutoffs: Int64Array
 ) -> tuple[Elements, CaptionCounts]:
     """The elements of the captions of a chunk's posts, and what was counted."""
     size = chunk.stop - chunk.first
@@ -113,14 +111,14 @@ def arrange_elements(
 
 
 def make_captions(
-    plan: CaptionPlan, chunk: TagChunk, posts: SelectedPosts, cutoffs: npt.NDArray[np.int64]
+    plan: CaptionPlan, chunk: TagChunk, posts: SelectedPosts, cutoffs: Int64Array
 ) -> tuple[pa.Array, CaptionCounts]:
     """(posts,) the captions of a chunk's posts as Arrow strings, and what was counted."""
     elements, counts = arrange_elements(plan, chunk, posts, cutoffs)
     return join_elements(plan, elements)[0], counts
 
 
-def join_elements(plan: CaptionPlan, elements: Elements) -> tuple[pa.Array, npt.NDArray[np.int32] | None]:
+def join_elements(plan: CaptionPlan, elements: Elements) -> tuple[pa.Array, Int32Array | None]:
     """(posts,) the captions as Arrow strings, and the bytes of each before the place of its text."""
     places = elements.of + np.where(elements.begins_part, np.int32(0), np.int32(len(plan.slot_of)))
     texts = plan.texts.take(pa.array(places))
@@ -131,7 +129,7 @@ def join_elements(plan: CaptionPlan, elements: Elements) -> tuple[pa.Array, npt.
     return captions, None if elements.text_at is None else offsets[elements.text_at] - bounds[:-1]
 
 
-def find_repeats(owners: npt.NDArray[np.int32], elements: npt.NDArray[np.int32], posts: int) -> Int64Array:
+def find_repeats(owners: Int32Array, elements: Int32Array, posts: int) -> Int64Array:
     """The rows that repeat an element of the same post; the first of each stays."""
     element_bits = int(elements.max(initial=0)).bit_length()
     row_bits = len(elements).bit_length()
@@ -151,9 +149,9 @@ def words_of_posts(
     plan: CaptionPlan,
     chunk: TagChunk,
     posts: SelectedPosts,
-    cutoffs: npt.NDArray[np.int64],
+    cutoffs: Int64Array,
     counts: CaptionCounts,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+) -> tuple[Int32Array, Int32Array]:
     """The elements that do not come from tags (separators, quality, year, rating), and the post of each."""
     here = slice(chunk.first, chunk.stop)
     size = chunk.stop - chunk.first

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int8Array, Int32Array, Int64Array
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.streams import draws, stream_key
@@ -22,8 +22,6 @@ TAGS, TEXT, BOTH = range(3)
 BETWEEN_PARTS = f" {SEPARATOR} "
 ALONE = f"{BETWEEN_PARTS}{BETWEEN_PARTS}"
 """After a text that stands alone, so that it is fixed as in any other caption."""
-
-Int8Array = npt.NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class TextMix:
     both: float = 1.0
     """With the text at its place among the tags."""
 
-    def choose(self, seed: int, epoch: int, ids: npt.NDArray[np.int64], repeat: int = 0) -> Int8Array:
+    def choose(self, seed: int, epoch: int, ids: Int64Array, repeat: int = 0) -> Int8Array:
         """(images,) TAGS, TEXT or BOTH: a function of seed, epoch, repeat and id alone."""
         shares = draws(stream_key("text", seed, epoch, repeat), ids) / float(1 << 64)
         return np.searchsorted([self.tags, self.tags + self.text], shares, side="right").astype(np.int8)
@@ -72,7 +70,7 @@ def put_text(caption: str, text: str, at: int, form: int) -> str:
     return f"{before}{left}{text}{right}{after}"
 
 
-def put_texts(captions: pa.Array, texts: pa.Array, places: npt.NDArray[np.int32], forms: Int8Array) -> pa.Array:
+def put_texts(captions: pa.Array, texts: pa.Array, places: Int32Array, forms: Int8Array) -> pa.Array:
     """`put_text` of many; all captions lie one after another in their buffer."""
     _, offsets, data = captions.buffers()
     bounds = np.frombuffer(offsets, np.int32)[captions.offset : captions.offset + len(captions) + 1]

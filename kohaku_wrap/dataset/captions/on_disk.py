@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
 from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE, ExtractedUnreadable, read_extracted
 
 
@@ -18,22 +18,22 @@ from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE, ExtractedUnread
 class CaptionImages:
     """The images of a selection in one folder, by ascending post id."""
 
-    places: npt.NDArray[np.int64]
+    places: Int64Array
     """(images,) index of each image's post among the selected ones."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64Array
     """(images,) post ids."""
 
     files: pa.Array
     """(images,) NNNN/ID.ext below the folder."""
 
-    widths: npt.NDArray[np.int32]
+    widths: Int32Array
     """(images,) real width in pixels."""
 
-    heights: npt.NDArray[np.int32]
+    heights: Int32Array
     """(images,) real height in pixels."""
 
-    has_text: npt.NDArray[np.bool_]
+    has_text: BoolArray
     """(images,) whether a .txt lies beside the image."""
 
     vanished: int
@@ -47,7 +47,7 @@ class CaptionImages:
         return slice(int(np.searchsorted(self.places, first_place)), int(np.searchsorted(self.places, stop_place)))
 
 
-def find_images(folder: Path, post_ids: npt.NDArray[np.int64]) -> CaptionImages | None:
+def find_images(folder: Path, post_ids: Int64Array) -> CaptionImages | None:
     """The images of the posts `post_ids` (ascending) that extract verified and that are still in `folder`.
 
     None when nothing was extracted there yet. Raises ExtractedUnreadable.
@@ -76,9 +76,7 @@ def find_images(folder: Path, post_ids: npt.NDArray[np.int64]) -> CaptionImages 
     )
 
 
-def look_on_disk(
-    folder: Path, files: pa.Array, ids: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def look_on_disk(folder: Path, files: pa.Array, ids: Int64Array) -> tuple[BoolArray, BoolArray]:
     """Whether each file of `files` is in `folder`, and whether a .txt is beside it; each shard is listed once."""
     on_disk = np.zeros(len(files), dtype=bool)
     has_text = np.zeros(len(files), dtype=bool)

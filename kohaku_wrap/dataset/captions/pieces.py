@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.dataset.captions import formats as formats_of
 from kohaku_wrap.dataset.captions.making import CaptionCounts, arrange_elements, join_elements
 from kohaku_wrap.dataset.captions.mixing import BOTH, TextMix, put_texts
@@ -32,7 +32,7 @@ class Piece:
     lines: pa.Buffer | None
     entries: pa.Buffer | None
     text_counts: TextCounts
-    texts: tuple[pa.Array, npt.NDArray[np.int32]] | None
+    texts: tuple[pa.Array, Int32Array] | None
     """Of the images: their texts, and the bytes of each caption before the place of its text."""
 
 
@@ -43,7 +43,7 @@ class Work:
     database: Source
     plan: CaptionPlan
     posts: SelectedPosts
-    cutoffs: npt.NDArray[np.int64]
+    cutoffs: Int64Array
     images: CaptionImages | None
     folder: Path
     formats: tuple[str, ...]
@@ -95,8 +95,6 @@ class Work:
         return formats_of.json_lines(prefix, files, escaped, widths, heights)
 
 
-def mix_once(
-    mix: TextMix, ids: npt.NDArray[np.int64], captions: pa.Array, texts: pa.Array, places: npt.NDArray[np.int32]
-) -> pa.Array:
+def mix_once(mix: TextMix, ids: Int64Array, captions: pa.Array, texts: pa.Array, places: Int32Array) -> pa.Array:
     """The captions of files, for which tags, text or both are drawn once, by the id alone."""
     return put_texts(captions, texts, places, mix.choose(0, 0, ids))

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int8Array, Int32Array, UInt8Array
 from kohaku_wrap.dataset.captions.hakubooru import hakubooru_recipe
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.words import SEPARATOR, breaks_caption
@@ -48,31 +48,31 @@ class CaptionPlan:
     slots: tuple[str, ...]
     """Groups and separators in the order of the caption."""
 
-    part_of_slot: npt.NDArray[np.int8]
+    part_of_slot: Int8Array
     """(MOST_SLOTS,) a number a part; each separator is a part of its own."""
 
-    slot_of: npt.NDArray[np.uint8]
+    slot_of: UInt8Array
     """(elements,)"""
 
     texts: pa.Array
     """(2 × elements,) each element's text as the first of its part, then each with a comma before it."""
 
-    element_of_tag: npt.NDArray[np.int32]
+    element_of_tag: Int32Array
     """(tags,) the element that is written for each tag: its own, or that of its alias."""
 
-    fate_of_tag: npt.NDArray[np.uint8]
+    fate_of_tag: UInt8Array
     """(tags + 1,) an index of FATES; the last entry is that of relation rows without a tag."""
 
     separators: tuple[int, ...]
     """Elements that every caption has."""
 
-    quality: npt.NDArray[np.int32]
+    quality: Int32Array
     """(levels,) element of each quality word, best first; empty when the group is left out."""
 
-    years: npt.NDArray[np.int32]
+    years: Int32Array
     """(3000,) element of each year's word, -1 for years without one; all -1 when the group is left out."""
 
-    ratings: npt.NDArray[np.int32]
+    ratings: Int32Array
     """(5,) element of ratings 0 … 3, and -1 for an unknown one at place -1."""
 
     collapse_duplicates: bool
@@ -133,7 +133,7 @@ def plan_captions(recipe: CaptionRecipe, tags: TagTable) -> CaptionPlan:
 
 def _plan_tags(
     recipe: CaptionRecipe, tags: TagTable, group_slots: Mapping[str, int], strip: bool
-) -> tuple[list[int], list[int], list[str], npt.NDArray[np.int32], tuple[str, ...]]:
+) -> tuple[list[int], list[int], list[str], Int32Array, tuple[str, ...]]:
     """For each tag its fate, slot, text and element, and what of the recipe fits no tag."""
     people = frozenset(recipe.people_tags) if "people" in group_slots else frozenset()
     names = list(tags.names)
@@ -174,9 +174,7 @@ def _plan_tags(
     return fates, slots, texts, element_of_tag, tuple(unused)
 
 
-def _apply_aliases(
-    recipe: CaptionRecipe, tags: TagTable, names: list[str], element_of_tag: npt.NDArray[np.int32]
-) -> list[str]:
+def _apply_aliases(recipe: CaptionRecipe, tags: TagTable, names: list[str], element_of_tag: Int32Array) -> list[str]:
     """Lead aliased tags to their target's row, or rename them where no tag has the target's name."""
     unused: list[str] = []
     renamed: dict[str, int] = {}

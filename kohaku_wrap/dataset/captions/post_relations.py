@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.selection_file import read_columns, take_texts
 from kohaku_wrap.formats.relations import Relations
 from kohaku_wrap.metadata.source import Source
-
-Int64Array = npt.NDArray[np.int64]
 
 
 def gather_relations(database: Source, selection: Path, ids: Int64Array) -> Relations:

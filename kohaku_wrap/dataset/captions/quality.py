@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import Int8Array, Int32Array, Int64Array
 from kohaku_wrap.dataset.captions.recipe import QualityRecipe
 from kohaku_wrap.dataset.captions.words import PUBLISHED_CUTOFFS, PUBLISHED_PERCENTILES
 from kohaku_wrap.dataset.selection_file import SelectedPosts
@@ -14,8 +14,6 @@ from kohaku_wrap.errors import UsageError
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import UNKNOWN_NUMBER, count_favourites
 from kohaku_wrap.metadata.source import Source
-
-Int64Array = npt.NDArray[np.int64]
 
 UNGRADED = -1
 """Level of a post that gets no quality word."""
@@ -28,7 +26,7 @@ class SelectionNeeded(UsageError):
     """Cut-offs of the selection were asked for, and none was given."""
 
 
-def find_cutoffs(recipe: QualityRecipe, database: Source, selection: SelectedPosts | None) -> npt.NDArray[np.int64]:
+def find_cutoffs(recipe: QualityRecipe, database: Source, selection: SelectedPosts | None) -> Int64Array:
     """(4, percentiles) the `fav_count` that a post of each rating must exceed for each percentile, descending.
 
     The cut-off of percentile P is the smallest value that at least P % of the rating's posts do not exceed (nearest
@@ -48,9 +46,7 @@ def find_cutoffs(recipe: QualityRecipe, database: Source, selection: SelectedPos
     return cutoffs_of_counts(counts, recipe.percentiles)
 
 
-def tally_favourites(
-    ratings: npt.NDArray[np.int8], favourites: npt.NDArray[np.int32]
-) -> dict[int, tuple[Int64Array, Int64Array]]:
+def tally_favourites(ratings: Int8Array, favourites: Int32Array) -> dict[int, tuple[Int64Array, Int64Array]]:
     """For each known rating, the values of `fav_count` and how many posts have each."""
     known = favourites != UNKNOWN_NUMBER
     counts = {}
@@ -61,9 +57,7 @@ def tally_favourites(
     return counts
 
 
-def cutoffs_of_counts(
-    counts: Mapping[int, tuple[Int64Array, Int64Array]], percentiles: tuple[int, ...]
-) -> npt.NDArray[np.int64]:
+def cutoffs_of_counts(counts: Mapping[int, tuple[Int64Array, Int64Array]], percentiles: tuple[int, ...]) -> Int64Array:
     """(4, percentiles) nearest-rank percentiles of each rating's tally."""
     cutoffs = np.full((len(RATINGS), len(percentiles)), NEVER, dtype=np.int64)
     for rating, (values, how_many) in counts.items():
@@ -75,15 +69,15 @@ def cutoffs_of_counts(
 
 
 def grade_posts(
-    cutoffs: npt.NDArray[np.int64],
+    cutoffs: Int64Array,
     ids: Int64Array,
-    ratings: npt.NDArray[np.int8],
-    favourites: npt.NDArray[np.int32],
+    ratings: Int8Array,
+    favourites: Int32Array,
     max_id: int | None,
-) -> npt.NDArray[np.int8]:
+) -> Int8Array:
     """(posts,) the index of each post's quality word, 0 the best; UNGRADED where a post gets none."""
     exceeded = favourites[:, None] > cutoffs[np.maximum(ratings, 0)]
-    levels: npt.NDArray[np.int8] = (cutoffs.shape[1] - exceeded.sum(axis=1)).astype(np.int8)
+    levels: Int8Array = (cutoffs.shape[1] - exceeded.sum(axis=1)).astype(np.int8)
     graded = (ratings >= 0) & (favourites != UNKNOWN_NUMBER)
     if max_id is not None:
         graded &= ids <= max_id

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions import formats as formats_of
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages
 from kohaku_wrap.dataset.captions.plan import CaptionPlan
@@ -114,7 +112,7 @@ def find_stale_files(folder: Path, formats: Sequence[str], images: CaptionImages
             yield f"{folder / file} is from an earlier call; add {name} to --format to bring it up to date"
 
 
-def describe_cutoffs(plan: CaptionPlan, cutoffs: npt.NDArray[np.int64]) -> dict[str, dict[str, int | None]]:
+def describe_cutoffs(plan: CaptionPlan, cutoffs: Int64Array) -> dict[str, dict[str, int | None]]:
     """The cut-offs by the names of ratings and percentiles."""
     return {
         rating: {

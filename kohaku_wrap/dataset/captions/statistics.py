@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts, Elements, arrange_elements
 from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
@@ -168,9 +168,7 @@ def measure_captions(
     )
 
 
-def most_frequent_words(
-    plan: CaptionPlan, uses: npt.NDArray[np.int64], most: int
-) -> dict[str, tuple[tuple[str, int], ...]]:
+def most_frequent_words(plan: CaptionPlan, uses: Int64Array, most: int) -> dict[str, tuple[tuple[str, int], ...]]:
     """For each group its most frequent words and their counts, ties by word."""
     found = {}
     for number, slot in enumerate(plan.slots):
@@ -186,7 +184,7 @@ def most_frequent_words(
     return found
 
 
-def rare_words(plan: CaptionPlan, uses: npt.NDArray[np.int64], below: int) -> tuple[tuple[str, int], ...]:
+def rare_words(plan: CaptionPlan, uses: Int64Array, below: int) -> tuple[tuple[str, int], ...]:
     """The words in fewer than `below` captions and their counts, the rarest first, ties by word."""
     found: Counter[str] = Counter()
     # Two tags may be one word, such as long_hair and "long hair".

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.tokens import (
     LONGEST,
     TOKEN_LIMITS,
@@ -54,7 +55,7 @@ def summarise_captions(
             yield captions, max(0, LENGTHS_LOOKED_AT - looked_at)
             looked_at += len(captions)
 
-    def look_at(captions: tuple[pa.Array, int]) -> tuple[int, pa.Array, npt.NDArray[np.int64]]:
+    def look_at(captions: tuple[pa.Array, int]) -> tuple[int, pa.Array, Int64Array]:
         texts, measured = first_lines(captions[0]), captions[1]
         return len(texts), words_of_captions(texts), count(pc.replace_substring(texts[:measured], SEPARATOR, ""))
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
 from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import open_regular
@@ -53,7 +53,7 @@ class TextCounts:
     tight_commas: int = 0
     """Texts with a comma that is not followed by one space, which plain sd-scripts puts there as between tags."""
 
-    over: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
+    over: Int64Array = field(default_factory=lambda: np.zeros(3, dtype=np.int64))
     """Captions with tags and text that are longer than each of the trainers' limits."""
 
     def as_document(self, asked: bool) -> dict[str, int]:
@@ -80,13 +80,13 @@ class TextTable:
     path: Path
     """What they were read from."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64Array
     """(texts,) ascending, each once."""
 
-    starts: npt.NDArray[np.int64]
+    starts: Int64Array
     """(texts,) where each begins in the file."""
 
-    lengths: npt.NDArray[np.int64]
+    lengths: Int64Array
     """(texts,) in bytes."""
 
     stream: IO[bytes]
@@ -95,7 +95,7 @@ class TextTable:
     repeated: int
     """Rows whose id an earlier row has; they are not used."""
 
-    def texts_of(self, ids: npt.NDArray[np.int64]) -> tuple[pa.Array, TextCounts]:
+    def texts_of(self, ids: Int64Array) -> tuple[pa.Array, TextCounts]:
         """(ids,) their texts on one line each, empty where there is none, and what was changed. For any thread."""
         places = np.minimum(np.searchsorted(self.ids, ids), max(len(self.ids) - 1, 0))
         there = self.ids[places] == ids if len(self.ids) else np.zeros(len(ids), dtype=bool)
@@ -103,7 +103,7 @@ class TextTable:
         lengths = np.where(there, self.lengths[places] if len(self.ids) else 0, 0)
         return clean_texts(self._read(starts, lengths))
 
-    def _read(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> pa.Array:
+    def _read(self, starts: Int64Array, lengths: Int64Array) -> pa.Array:
         used = np.flatnonzero(lengths)
         descriptor, bounds = self.stream.fileno(), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         first, last = (starts[used].min(), (starts + lengths)[used].max()) if len(used) else (0, 0)
@@ -158,7 +158,7 @@ def read_text_table(path: Path, column: str, folder: Path) -> TextTable:
     return TextTable(path, distinct, starts[first], sizes[first], stream, len(every) - len(distinct))
 
 
-def read_batches(path: Path, column: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
+def read_batches(path: Path, column: str) -> Iterator[tuple[Int64Array, pa.Array]]:
     """Ids and texts of the rows that have both. Raises NoTexts."""
     with refusing(
         NoTexts, f"{path}: cannot be read", "Give a Parquet file with whole-number ids and texts.", pa.ArrowException

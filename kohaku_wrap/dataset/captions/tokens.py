@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.errors import UsageError, refusing
 
-CountTokens = Callable[[Sequence[str] | pa.Array], npt.NDArray[np.int64]]
+CountTokens = Callable[[Sequence[str] | pa.Array], Int64Array]
 
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 """How CLIP cuts a text before its byte pairs are merged."""
@@ -111,7 +111,7 @@ def load_counter(folder: Path) -> CountTokens:
     """
     tokenizer = load_tokenizer(folder)
 
-    def count(texts: Sequence[str] | pa.Array) -> npt.NDArray[np.int64]:
+    def count(texts: Sequence[str] | pa.Array) -> Int64Array:
         listed = texts.to_pylist() if isinstance(texts, pa.Array) else list(texts)
         encoded = tokenizer.encode_batch(listed, add_special_tokens=False)
         return np.array([len(one.ids) for one in encoded], dtype=np.int64)
@@ -119,7 +119,7 @@ def load_counter(folder: Path) -> CountTokens:
     return count
 
 
-def estimate_tokens(texts: Sequence[str] | pa.Array) -> npt.NDArray[np.int64]:
+def estimate_tokens(texts: Sequence[str] | pa.Array) -> Int64Array:
     """A guess: one for each digit and each run of signs, one for every five letters begun."""
     counts = pc.count_substring_regex(
         texts if isinstance(texts, pa.Array) else pa.array(texts, pa.string()), ESTIMATED_BY_ARROW
@@ -145,14 +145,14 @@ def choose_counter(tokenizer: Path | None) -> tuple[str, CountTokens]:
     return "estimate", estimate_tokens
 
 
-def quantiles_of(lengths: npt.NDArray[np.int64]) -> dict[str, int]:
+def quantiles_of(lengths: Int64Array) -> dict[str, int]:
     """Nearest-rank quantiles of a histogram, and the maximum."""
     up_to = np.cumsum(lengths)
     found = {f"{quantile:.0%}": int(np.searchsorted(up_to, quantile * up_to[-1])) for quantile in QUANTILES}
     return {**found, "maximum": int(np.flatnonzero(lengths)[-1]) if up_to[-1] else 0}
 
 
-def split_captions(captions: pa.Array) -> tuple[npt.NDArray[np.int64], pa.Array]:
+def split_captions(captions: pa.Array) -> tuple[Int64Array, pa.Array]:
     """What stands between commas and separators, some of it empty: the index of the caption, and the word."""
     split = pc.split_pattern(pc.replace_substring(captions, SEPARATOR, ","), ",")
     return pc.list_parent_indices(split).to_numpy(), pc.utf8_trim_whitespace(pc.list_flatten(split))

@@ -10,8 +10,9 @@ import io
 import struct
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image
+
+from kohaku_wrap.arrays import UInt8Array
 
 JPEG_QUALITY = 95
 
@@ -74,7 +75,7 @@ def find_alpha(image: Image.Image, content: bytes) -> Image.Image | None:
     return alpha if alpha.getextrema()[0] != 255 else None
 
 
-def opaque_by_colour(image: Image.Image, content: bytes) -> npt.NDArray[np.uint8]:
+def opaque_by_colour(image: Image.Image, content: bytes) -> UInt8Array:
     """(height, width) 0 where a pixel of a PNG has its one transparent colour, 255 elsewhere.
 
     The colour is given in samples of the file's own depth. Source: PNG specification, 11.3.2.1.

@@ -11,9 +11,9 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.dataset.images.extract_report import ExtractReport, write_report
 from kohaku_wrap.dataset.images.extract_shard import (
     PART_SUFFIX,
@@ -49,10 +49,10 @@ NO_ID = -1
 class SelectedImages:
     """What the extraction needs of a selection."""
 
-    ids: npt.NDArray[np.int64]
+    ids: Int64Array
     """(posts,) ascending."""
 
-    sizes: npt.NDArray[np.int32]
+    sizes: Int32Array
     """(posts, 2): width and height after the database, 0 where unknown."""
 
 

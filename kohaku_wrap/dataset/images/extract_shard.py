@@ -11,9 +11,7 @@ from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
-import numpy.typing as npt
-
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.dataset.images.checking import (
     LARGEST_FILE_BYTES,
     CheckedImage,
@@ -25,8 +23,6 @@ from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, read_id
 from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
 from kohaku_wrap.files import blamed_on, has_size, open_regular
 from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
-
-Int64Array = npt.NDArray[np.int64]
 
 PART_SUFFIX = ".part"
 
@@ -45,7 +41,7 @@ class ShardTask:
     ids: Int64Array
     """(posts,) ascending."""
 
-    sizes: npt.NDArray[np.int32]
+    sizes: Int32Array
     """(posts, 2): width and height of the originals after the database, 0 where it does not say them."""
 
     known: dict[int, tuple[str, int]]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import KwrapError, UsageError, refusing
 from kohaku_wrap.files import atomic_write, has_size
 from kohaku_wrap.locks import take_lock
@@ -138,7 +138,7 @@ def merge_rows(earlier: pa.Table, later: pa.Table) -> pa.Table:
     return table.take(pa.array(order[last]))
 
 
-def take_ids(table: pa.Table, ids: npt.NDArray[np.int64], invert: bool = False) -> pa.Table:
+def take_ids(table: pa.Table, ids: Int64Array, invert: bool = False) -> pa.Table:
     """The rows of these ids, or of all others."""
     return table.filter(pa.array(np.isin(table["id"].to_numpy(), ids, invert=invert)))
 

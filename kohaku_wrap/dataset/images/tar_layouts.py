@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
 
@@ -79,7 +79,7 @@ class TarFolder:
     counts: Mapping[str, int]
     """Tars or files of each layout that is there, by its name."""
 
-    def groups_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def groups_of(self, ids: Int64Array) -> Int64Array:
         """(posts,) a number each: posts with the same one lie in the same tars; that of a range is negative."""
         starts = ids // FOLDERS
         return np.where(np.isin(starts, list(self.of_range)), -1 - starts, ids % FOLDERS)

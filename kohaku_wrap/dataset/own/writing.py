@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kohaku_wrap.arrays import Int32Array
 from kohaku_wrap.dataset.captions import formats
 from kohaku_wrap.dataset.own.images import ImportedImage
 from kohaku_wrap.files import atomic_write, link_file
@@ -16,7 +17,6 @@ from kohaku_wrap.formats.caption_rows import (
     CAPTIONS_FILE,
     DIGITS_OF_KEPT,
     OWN_STYLE,
-    Int32Array,
     NoImages,
     Subset,
     open_captions,
