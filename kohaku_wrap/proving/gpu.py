@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def measure_speed(place: Workplace) -> Iterator[Measure]:
         yield Measure("overhead over plain sd-scripts", "not measured", "no checkout: kwrap trainer install")
     yield measure_memory(place, max(clock.peak_bytes, clock_2.peak_bytes))
     yield measure_repeat(place, first, second, "default kernels, two equal runs")
+    place.forget(second)
 
 
 def measure_memory(place: Workplace, peak_bytes: int) -> Measure:
@@ -147,18 +148,22 @@ def measure_scaler(place: Workplace) -> Iterator[Measure]:
             name, "failed", f"{skipped} skipped; {found.message}", "bit-identical", numbers | {"identical": False}
         )
         return
+    place.forget(killed)
+    place.forget(whole)
     told = f"{skipped} skipped; {likeness.describe()}, identical"
     yield Measure(
         name, "ok" if skipped else "failed", told, "skipped, and bit-identical", numbers | {"identical": True}
     )
     if place.gpus:
-        fast = median_of([float(line["seconds"]) for line in read_metrics(Run(place.bench.runs / "kwrap-1"))[2:]])
+        kept = Run(place.bench.runs / "kwrap-1")
+        usual = kept if kept.checkpoints.is_dir() else place.train("kwrap-1")
+        fast = median_of([float(line["seconds"]) for line in read_metrics(usual)[2:]])
         slow = median_of([float(line["seconds"]) for line in read_metrics(whole)[2:]])
         yield Measure(
             "deterministic kernels cost", "ok", f"{slow / fast - 1:+.1%} time a step", "", {"ratio": slow / fast}
         )
         resumed = place.train("default-killed", (place.scale.kill,))
-        yield measure_repeat(place, Run(place.bench.runs / "kwrap-1"), resumed, "default kernels, SIGKILL and resume")
+        yield measure_repeat(place, usual, resumed, "default kernels, SIGKILL and resume")
 
 
 def measure_two_ranks(place: Workplace) -> Iterator[Measure]:
@@ -188,33 +193,52 @@ def list_missing(place: Workplace) -> Iterator[Measure]:
         yield Measure("two ranks over NCCL", "not measured", f"it needs two GPUs, here: {place.gpus}")
 
 
-def measure_machine(
-    folder: Path, engine: str, scale: str = "", on_measure: Callable[[Measure], None] = lambda measure: None
-) -> Report:
-    """Measure everything that this machine can, and write both reports into `folder`.
+PARTS: dict[str, Measuring] = {
+    "counts": measure_counts,
+    "speed": measure_speed,
+    "scaler": measure_scaler,
+    "ranks": measure_two_ranks,
+}
+"""What can be asked for alone, in the order of measuring."""
 
-    `scale`: full or tiny; empty for what the GPUs hold. A measurement that fails is reported, the others go on.
+
+def measure_parts(place: Workplace, chosen: Sequence[str]) -> Iterator[Measure]:
+    """These parts in their order, then what was not measured; a part that fails is a measure, too."""
+    for part in (name for name in PARTS if name in chosen):
+        try:
+            yield from PARTS[part](place)
+        except KwrapError as fault:
+            yield Measure(part, "failed", fault.message.splitlines()[0])
+    yield from list_missing(place)
+    for part in PARTS:
+        if part not in chosen and part != "ranks":
+            yield Measure(part, "not measured", "left out by --only")
+
+
+def measure_machine(
+    folder: Path,
+    engine: str,
+    scale: str = "",
+    on_measure: Callable[[Measure], None] = lambda measure: None,
+    only: Sequence[str] = (),
+) -> Report:
+    """Measure everything that this machine can, and write both reports into `folder`, anew after each measurement.
+
+    `scale`: full or tiny; empty for what the GPUs hold. `only`: parts; the runs of the others are kept, and the report
+    says that they were left out. A measurement that fails is reported, the others go on.
     """
     torch = ask_worker({"checks": ["torch"], "gpus": 1}).get("torch", {})
     found = torch.get("gpus", [])
     fits = bool(found) and min(gpu["memory_bytes"] for gpu in found) >= FULL_SIZE_BYTES
     place = Workplace(folder.absolute(), engine, SCALES[scale or ("full" if fits else "tiny")], len(found))
-    place.make_inputs()
-    measurings: list[Measuring] = [measure_counts, measure_speed, measure_scaler]
-    measurings += [measure_two_ranks] if place.gpus > 1 else []
-    measures: list[Measure] = []
-    for measuring in [*measurings, list_missing]:
-        try:
-            for measure in measuring(place):
-                measures.append(measure)
-                on_measure(measure)
-        except KwrapError as fault:
-            first_line = (measuring.__doc__ or measuring.__name__).splitlines()[0]
-            measures.append(Measure(first_line, "failed", fault.message.splitlines()[0]))
-            on_measure(measures[-1])
     versions = {name: find_version(name) for name in (*TESTED_ALONE, "accelerate", "diffusers")}
-    report = Report(place.scale.name, engine, {"gpus": found, "versions": versions}, tuple(measures))
-    report.write(place.folder)
+    report = Report(place.scale.name, engine, {"gpus": found, "versions": versions})
+    place.make_inputs(keep_runs=bool(only))
+    chosen = only or [part for part in PARTS if part != "ranks" or place.gpus > 1]
+    for measure in measure_parts(place, chosen):
+        report = report.with_measure(measure)
+        report.write(place.folder)
+        on_measure(measure)
     return report
 
 
@@ -229,15 +253,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", choices=("builtin", "sd-scripts"), help="default: sd-scripts where it is installed")
     parser.add_argument("--folder", type=Path, default=Path("gpu-report"), help="where to work (default: gpu-report)")
     parser.add_argument("--scale", choices=tuple(SCALES), default="", help="default: what the GPUs hold")
+    parser.add_argument("--only", action="append", choices=tuple(PARTS), default=[], help="a part; may be repeated")
     parser.add_argument("--document", type=Path, help="the document to fill, where full size was measured")
     chosen = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
     engine = chosen.engine or ("sd-scripts" if find_trainer() else "builtin")
     report = measure_machine(
-        chosen.folder, engine, chosen.scale, lambda measure: print(show_measure(measure), flush=True)
+        chosen.folder, engine, chosen.scale, lambda measure: print(show_measure(measure), flush=True), chosen.only
     )
-    if chosen.document and report.scale == "full":
+    if chosen.document and report.scale == "full" and not chosen.only:
         fill_document(chosen.document, report)
     print(f"in {time.monotonic() - started:.0f} s; the report: {chosen.folder / 'gpu-report.md'} and gpu-report.json")
     if report.not_measured:

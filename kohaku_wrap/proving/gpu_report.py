@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,8 +56,11 @@ class Report:
     machine: Mapping[str, Any]
     """torch, GPUs, versions."""
 
-    measures: tuple[Measure, ...]
+    measures: tuple[Measure, ...] = ()
     """In the order of measuring."""
+
+    def with_measure(self, measure: Measure) -> Report:
+        return replace(self, measures=(*self.measures, measure))
 
     @property
     def failed(self) -> list[Measure]:

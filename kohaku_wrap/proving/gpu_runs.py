@@ -54,8 +54,11 @@ class Scale:
 
 
 SMALL_PICTURES = ("resolution=[64, 64]", "min_bucket_reso=32", "max_bucket_reso=128")
+EQUAL_BATCHES = ("dataset_options.bucket_no_upscale=false", "dataset_options.num_repeats=4")
+"""Every batch is full, so that all steps of two runs cost the same in any order."""
+
 SCALES = {
-    "full": Scale("full", "epsilon", 24, 4, 1, ("dataset_options.bucket_no_upscale=false",), Kill(2.5)),
+    "full": Scale("full", "epsilon", 24, 4, 1, EQUAL_BATCHES, Kill(0.9)),
     "tiny": Scale("tiny", "demo", 6, 2, 1, tuple(f"dataset_options.{each}" for each in SMALL_PICTURES), Kill(0.5)),
 }
 
@@ -84,10 +87,11 @@ class Workplace:
     def logs(self) -> Path:
         return self.folder / "logs" / self.engine
 
-    def make_inputs(self) -> None:
+    def make_inputs(self, *, keep_runs: bool) -> None:
         """The embedded world, and at full scale the large model."""
         self.bench.make_world()
-        shutil.rmtree(self.bench.runs, ignore_errors=True)
+        if not keep_runs:
+            shutil.rmtree(self.bench.runs, ignore_errors=True)
         if self.scale.name == "full":
             write_random_sdxl(self.base_model)
 
@@ -106,7 +110,7 @@ class Workplace:
         """Over the template, for runs of so many processes."""
         batch = processes * self.scale.accumulation * self.scale.batch_per_gpu
         steps = self.scale.steps
-        saving = (f"save_every_n_steps={max(2, steps // 4)}", "save_precision=float", "states.keep=2")
+        saving = (f"save_every_n_steps={steps // 2}", "save_precision=float", "states.keep=2")
         length = (f"max_train_steps={steps}", "lr_warmup_steps=2")
         return (f"effective_batch={batch}", *length, *saving, *self.scale.settings)
 
@@ -129,9 +133,15 @@ class Workplace:
     ) -> Run:
         """A run to its end, through kills, with `environment` added to the caller's."""
         run = Run(self.bench.runs / name)
+        shutil.rmtree(run.folder, ignore_errors=True)
         workers = (2 if self.gpus else 0,)
         train_with_kills(run, self.arguments(name, processes), kills, workers, self.logs, environment)
         return run
+
+    def forget(self, run: Run) -> None:
+        """Remove the gigabytes of a run that was compared; its records stay."""
+        for folder in (run.checkpoints, run.states):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def clock(self, run: Run, log: Path) -> StepClock:
         return StepClock(log, lambda: list_processes(run), on_gpu=self.gpus > 0)
@@ -164,6 +174,7 @@ class Workplace:
         if exit_code:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise ProcessFailed(f"plain sd-scripts ended with exit code {exit_code}: {''.join(last)}", f"See {log}.")
+        shutil.rmtree(folder / "out")
         return clock
 
 
