@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -184,6 +184,39 @@ class LineHelper:
     def stop(self) -> None:
         """End the process where it still runs."""
         end_child(self.child)
+
+
+def ask_in_lines(
+    module: str,
+    requests: Sequence[Any],
+    added: Mapping[str, str],
+    kind: type[KwrapError],
+    message: str,
+    next_step: str,
+) -> Generator[dict[str, Any], None, None]:
+    """The lines that a helper module answers, one process a request, as they come; all are stopped at the end.
+
+    `added`: variables over the caller's. Raises what a helper says that ended it, else this kind of error, whose
+    message ends with the helper's last words.
+    """
+    answers: queue.Queue[tuple[int, Any]] = queue.Queue()
+    running: list[LineHelper] = []
+    try:
+        for index, request in enumerate(requests):
+            running.append(LineHelper(module, request, added, index, answers))
+        left = len(running)
+        while left:
+            index, line = answers.get()
+            if line is not None:
+                raise_answer(line)
+                yield line
+                continue
+            if failure := running[index].describe_failure():
+                raise kind(f"{message}: {failure}", next_step)
+            left -= 1
+    finally:
+        for helper in running:
+            helper.stop()
 
 
 def end_child(child: subprocess.Popen[Any], seconds: float = STOP_SECONDS) -> None:

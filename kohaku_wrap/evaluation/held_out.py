@@ -6,9 +6,8 @@ import hashlib
 import itertools
 import json
 import platform
-import threading
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from kohaku_wrap.evaluation.intervals import bootstrap_mean
 from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, read_result
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_columns import Columns
-from kohaku_wrap.processes import NoAnswer, ask_python
+from kohaku_wrap.processes import ask_in_lines
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.expanding import KnownModel
 from kohaku_wrap.training.records.evaluations import Losses, average
 from kohaku_wrap.training.records.folder import Run
 
 WORKER = "kohaku_wrap.evaluation.workers.measure_loss"
-WATCH_SECONDS = 0.2
 TOLERANCE = 1e-4
 """Relative: what another batch, device or number of threads may change of a mean."""
 
@@ -129,35 +127,17 @@ def measure_losses(job: LossJob, known: KnownModel, processes: int, on_progress:
     """(posts, time steps) in the order of the rows, NaN for a picture that cannot be read. Raises CannotMeasure."""
     files = job.files(known)
     waiting = sum(not path.is_file() for path in files)
-    if waiting:
-        count = min(processes, waiting)
-        files[0].parent.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "OMP_NUM_THREADS": str(job.compute.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if job.compute.device == "cpu" else {}),
-        }  # fmt: skip
-
-        failures: list[Exception] = []
-
-        def ask(index: int) -> None:
-            try:
-                ask_python(WORKER, request=job.describe(known, files, index, count), added=settings)
-            except (NoAnswer, OSError, MemoryError) as error:
-                failures.append(error)
-
-        # An interrupt does not wait for them: the processes end with this one.
-        asking = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(count)]
-        for thread in asking:
-            thread.start()
-        while any(thread.is_alive() for thread in asking):
-            on_progress(sum(path.is_file() for path in files), len(files))
-            time.sleep(WATCH_SECONDS)
-        for failed in failures:
-            if not isinstance(failed, NoAnswer):
-                raise failed
-            raise CannotMeasure(
-                f"the loss cannot be measured: {failed.message}", "What was measured is kept: fix that, run it again."
-            )
+    count = min(processes, waiting)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "OMP_NUM_THREADS": str(job.compute.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if job.compute.device == "cpu" else {}),
+    }  # fmt: skip
+    jobs = [job.describe(known, files, index, count) for index in range(count)]
+    failed = CannotMeasure, "the loss cannot be measured", "What was measured is kept: fix that, run it again."
+    with closing(ask_in_lines(WORKER, jobs, settings, *failed)) as answers:
+        for done, _ in enumerate(answers, start=len(files) - waiting + 1):
+            on_progress(done, len(files))
     on_progress(len(files), len(files))
     place = {row: number for number, row in enumerate(job.rows)}
     losses = np.full((len(job.rows), len(job.timesteps)), np.nan)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import queue
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import Progress, write_text
 from kohaku_wrap.locks import clear_leavings
 from kohaku_wrap.merging.hashes import FileHashes
-from kohaku_wrap.processes import LineHelper, raise_answer
+from kohaku_wrap.processes import ask_in_lines
 from kohaku_wrap.sampling.checkpoints import files_of
 from kohaku_wrap.sampling.expanding import KnownModel, PlacedCell
 from kohaku_wrap.sampling.pictures import VAE, is_drawn
@@ -99,34 +99,16 @@ def draw_sheet(job: DrawingJob, waiting: Sequence[PlacedCell], on_progress: Prog
     record_sheet(job)
     if not waiting:
         return
-    answers: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-    running = [
-        LineHelper(WORKER, job.compose(waiting, index), DRAWING_SETTINGS, index, answers)
-        for index in range(min(job.processes, len(waiting)))
-    ]
+    jobs = [job.compose(waiting, index) for index in range(min(job.processes, len(waiting)))]
     drawn: set[str] = set()
     too_large: dict[str, str] = {}
     on_progress(0, len(waiting))
-    try:
-        left = len(running)
-        while left:
-            index, answer = answers.get()
-            if answer is None:
-                if failure := running[index].describe_failure():
-                    raise DrawingFailed(
-                        f"a process that draws failed: {failure}", "What was drawn is kept; run it again to go on."
-                    )
-                left -= 1
-            elif "drawn" in answer:
-                drawn.add(answer["drawn"])
-                on_progress(len(drawn), len(waiting))
-            elif "too_large" in answer:
-                too_large.update(dict.fromkeys(answer["too_large"], answer["what"]))
-            else:
-                raise_answer(answer)
-    finally:
-        for process in running:
-            process.stop()
+    failed = DrawingFailed, "a process that draws failed", "What was drawn is kept; run it again to go on."
+    with closing(ask_in_lines(WORKER, jobs, DRAWING_SETTINGS, *failed)) as answers:
+        for answer in answers:
+            too_large |= dict.fromkeys(answer.get("too_large", ()), answer.get("what", ""))
+            drawn |= {answer["drawn"]} if "drawn" in answer else set()
+            on_progress(len(drawn), len(waiting))
     clear_leavings(job.out, f".{SHEET_RECORD}.*.part", ".contact-sheet.png.*.part")
     if missing := [each.cell.name for each in find_waiting(job) if each.cell.name in too_large]:
         more = f" (and for {len(missing) - 1:,} more of the sheet)" if missing[1:] else ""

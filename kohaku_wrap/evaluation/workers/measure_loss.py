@@ -1,13 +1,13 @@
 """The losses of a model's chunks of posts at fixed time steps, each chunk written as soon as it is done.
 
-Called through `ask_python` with a job as JSON on stdin; answers with how many chunks it did. Posts, draws, loss and
+Called through `ask_in_lines` with a job as JSON on stdin; answers with a line a chunk. Posts, draws, loss and
 conditions are those of validation while a run trains (`kohaku_wrap/training/engines/builtin/loss.py`).
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler
 
 from kohaku_wrap.files import atomic_write
 from kohaku_wrap.formats.caption_columns import Columns
-from kohaku_wrap.processes import answer
+from kohaku_wrap.processes import answer_in_lines
 from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.drawing.models import choose_device, read_model
 from kohaku_wrap.training.data.columns import ColumnsDataset
@@ -56,8 +56,8 @@ class LossMeter:
         return self.loss_of_batch.measure(batch, ids, self.timesteps, self.scheduler, self.predicts_velocity)
 
 
-def run(job: dict[str, Any]) -> int:
-    """Measure the chunks of a job that are not there; how many that were. A picture that cannot be read gives NaN."""
+def run(job: dict[str, Any], tell: Callable[..., None]) -> None:
+    """Measure the chunks of a job that are not there. A picture that cannot be read gives NaN."""
     torch.set_num_threads(job["threads"])
     torch.use_deterministic_algorithms(True, warn_only=job["device"] != "cpu")
     torch.backends.cudnn.benchmark = False
@@ -76,8 +76,8 @@ def run(job: dict[str, Any]) -> int:
         losses[unreadable] = np.nan
         with atomic_write(path, "wb") as stream:
             np.save(stream, losses[: len(rows)], allow_pickle=False)
-    return len(waiting)
+        tell(measured=str(path))
 
 
 if __name__ == "__main__":
-    answer(lambda: run(json.load(sys.stdin)))
+    sys.exit(answer_in_lines(run))

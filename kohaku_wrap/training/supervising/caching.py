@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import queue
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from kohaku_wrap.file_hashes import kept_sha256
 from kohaku_wrap.files import Progress, describe_absence
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.locks import Claims, clear_leavings
-from kohaku_wrap.processes import LineHelper, raise_answer
+from kohaku_wrap.processes import ask_in_lines
 from kohaku_wrap.training.data.items import ItemOptions, Items, read_dataset_options
 from kohaku_wrap.training.data.latent_index import Index, Wanted, extend_index, lay_out
 from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS, make_rule, make_text_rule
@@ -280,35 +280,22 @@ def make_shards(cache: Cache, on_progress: Progress) -> int:
     total = sum(shape.count for shape in unmade)
     machine = cache.site.machine
     on_cpu = machine.gpus == 0
-    answers: queue.Queue[tuple[int, Any]] = queue.Queue()
     settings = {
         "OMP_NUM_THREADS": str(default_threads(machine.processes_here, on_cpu)),
         "HF_HUB_OFFLINE": "1",
         **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         **kernel_settings(choose_kernels(on_cpu=on_cpu), cache.folder),
     }
-    running: list[LineHelper] = []
-    done = left = 0
+    jobs = [compose_job(cache, index) for index in range(min(machine.processes_here, len(unmade)))]
+    done = 0
     on_progress(0, total)
     try:
-        for index in range(min(machine.processes_here, len(unmade))):
-            running.append(LineHelper(WORKER, compose_job(cache, index), settings, index, answers))
-            left += 1
-        while left:
-            index, answer = answers.get()
-            if answer is None:
-                if failure := running[index].describe_failure():
-                    raise CachingFailed(
-                        f"a process that encodes failed: {failure}", "What is made is kept; run it again to go on."
-                    )
-                left -= 1
-            else:
-                raise_answer(answer)
+        failed = CachingFailed, "a process that encodes failed", "What is made is kept; run it again to go on."
+        with closing(ask_in_lines(WORKER, jobs, settings, *failed)) as answers:
+            for answer in answers:
                 done += answer["images"]
                 on_progress(min(done, total), total)
     finally:
-        for process in running:
-            process.stop()
         # Who makes a shard next removes what is half-written: a process of another container may write it just now.
         clear_leavings(cache.folder)
     return done
