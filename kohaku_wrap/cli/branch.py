@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import open_run, print_trust, retype, trust_option
+from kohaku_wrap.cli.options import PATH, open_run, print_trust, retype, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -39,7 +39,7 @@ Examples:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE",
               help="Another value than RUN has; again for more.")  # fmt: skip
 @click.option("--template", metavar="TEMPLATE", help="Take the options of this template, not those of RUN.")
-@click.option("--site", "site_file", type=click.Path(path_type=Path),
+@click.option("--site", "site_file", type=PATH,
               help="Take paths, images and machine of this site, not those of RUN.")  # fmt: skip
 @trust_option
 @click.option("--dry-run", is_flag=True, help="Print what would be another, and where it would begin; make nothing.")

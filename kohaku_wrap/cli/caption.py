@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.caption_shown import print_explanation, print_folder, print_image, print_statistics
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
-from kohaku_wrap.cli.options import leave_pandas_out, open_source, retype, tags_option
+from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, retype, tags_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
@@ -42,10 +42,10 @@ Examples:
   kwrap caption --stats --out images
   kwrap caption --relocate --out /new/place/images"""
 )
-@click.argument("selection", metavar="[SEL.parquet]", required=False, type=click.Path(path_type=Path))
-@click.option("--db", "db", type=click.Path(path_type=Path), help="The metadata: a file or a folder of any edition.")
+@click.argument("selection", metavar="[SEL.parquet]", required=False, type=PATH)
+@click.option("--db", "db", type=PATH, help="The metadata: a file or a folder of any edition.")
 @tags_option
-@click.option("--out", "out", type=click.Path(path_type=Path), metavar="IMAGES", help="The folder of the images.")
+@click.option("--out", "out", type=PATH, metavar="IMAGES", help="The folder of the images.")
 @click.option(
     "--dataset",
     metavar="DATASET",
@@ -61,7 +61,7 @@ Examples:
 )
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE.parquet",
     help="Natural-language captions by id, one more group; placed and mixed by the dataset's [caption].",
 )
@@ -76,7 +76,7 @@ Examples:
 )
 @click.option(
     "--image",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Explain the caption of an image: one in IMAGES, or one that was imported.",
 )
@@ -91,9 +91,7 @@ Examples:
     metavar="N",
     help="With --stats: list words in fewer captions.",
 )
-@click.option(
-    "--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP tokenizer for --stats and --text."
-)
+@click.option("--tokenizer", type=PATH, metavar="DIR", help="A CLIP tokenizer for --stats and --text.")
 @click.option("--relocate", is_flag=True, help="Write the new place of a moved IMAGES into its caption files.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
 @json_option

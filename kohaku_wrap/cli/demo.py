@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from kohaku_wrap.cli.options import PATH
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_bytes
@@ -18,7 +19,7 @@ Examples:
   kwrap demo world
   kwrap demo world --posts 1000 --seed 7"""
 )
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=PATH)
 @click.option(
     "--posts", type=click.IntRange(min=1), default=240, show_default=True, metavar="N", help="Posts in the database."
 )

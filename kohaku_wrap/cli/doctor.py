@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kohaku_wrap.cli.options import print_trust, set_option, trust_option
+from kohaku_wrap.cli.options import PATH, print_trust, set_option, trust_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, waiting, wants_json
 from kohaku_wrap.errors import KwrapError, command_line
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from kohaku_wrap.proving.gpu_report import Report
 
 COLOURS = {"ok": "green", "warning": "yellow", "broken": "red"}
-Path_ = click.Path(path_type=Path)
 
 
 class NotReady(KwrapError):
@@ -33,7 +32,7 @@ Examples:
   kwrap doctor --deep""",
 )
 @click.argument("template", required=False)
-@click.option("--site", "site_file", type=Path_, help="The machine's site.toml: its paths and GPUs are tried.")
+@click.option("--site", "site_file", type=PATH, help="The machine's site.toml: its paths and GPUs are tried.")
 @click.option("--engine", type=click.Choice(["sd-scripts", "builtin"]), help="Look at this engine's needs.")
 @set_option
 @trust_option
@@ -43,7 +42,7 @@ Examples:
     help="Train, too: measure speed, memory, exact resume and kernels here, into gpu-report.md and gpu-report.json.",
 )
 @click.option(
-    "--folder", type=Path_, default=Path("gpu-report"), show_default=True, help="Where --deep works and reports."
+    "--folder", type=PATH, default=Path("gpu-report"), show_default=True, help="Where --deep works and reports."
 )
 @json_option
 @beyond_output()

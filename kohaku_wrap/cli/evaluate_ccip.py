@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
-from kohaku_wrap.cli.options import open_source, site_option, tags_option
+from kohaku_wrap.cli.options import FOLDER, PATH, open_source, site_option, tags_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
@@ -53,14 +53,14 @@ Examples:
       --out other --against scores/ccip.json
 """
 )
-@click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, metavar="[MODEL]...", type=PATH)
 @model_options
 @click.option("--characters", required=True, metavar="db|FILE|INDEX", help="Of the database, a list, or an index.")
-@click.option("--judge", "judge_folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="CCIP's.")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Pictures and result.")
-@click.option("--db", type=click.Path(path_type=Path), metavar="DB", help="Usually the site's.")
+@click.option("--judge", "judge_folder", required=True, type=PATH, metavar="DIR", help="CCIP's.")
+@click.option("--out", required=True, type=FOLDER, help="Pictures and result.")
+@click.option("--db", type=PATH, metavar="DB", help="Usually the site's.")
 @tags_option
-@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="Extracted posts; usually the site's.")
+@click.option("--images", type=PATH, metavar="DIR", help="Extracted posts; usually the site's.")
 @click.option("--min-posts", type=click.IntRange(1), default=20, show_default=True, metavar="N", help="Solo posts.")
 @click.option(
     "--images-per-character",
@@ -76,7 +76,7 @@ Examples:
 @click.option("--guidance", type=float, metavar="CFG", help="Usually 5.")
 @click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24.")
 @click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says.")
-@click.option("--against", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Another ccip.json.")
+@click.option("--against", multiple=True, type=PATH, metavar="FILE", help="Another ccip.json.")
 @drawing_options
 @click.option("--dry-run", is_flag=True, help="Print pictures, hours and disk, draw none.")
 @site_option

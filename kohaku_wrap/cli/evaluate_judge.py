@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from kohaku_wrap.cli.options import FOLDER, PATH
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
@@ -28,18 +29,16 @@ Examples:
       --against look/judged-tagger.json
 """
 )
-@click.argument("sheet", metavar="SHEET_DIR", type=click.Path(path_type=Path))
-@click.option("--judge", "judge_folder", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A judge.")
+@click.argument("sheet", metavar="SHEET_DIR", type=PATH)
+@click.option("--judge", "judge_folder", required=True, type=PATH, metavar="DIR", help="A judge.")
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="Pictures to find the Fréchet distance to, such as posts that were not trained.",
 )
-@click.option("--result", type=click.Path(path_type=Path), metavar="FILE", help="Usually SHEET_DIR/judged-KIND.json.")
-@click.option(
-    "--against", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Another judged-KIND.json."
-)
+@click.option("--result", type=PATH, metavar="FILE", help="Usually SHEET_DIR/judged-KIND.json.")
+@click.option("--against", multiple=True, type=PATH, metavar="FILE", help="Another judged-KIND.json.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="N", help="Of the judge."
 )
@@ -154,7 +153,7 @@ Examples:
 """
 )
 @click.option(
-    "--small", "folder", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+    "--small", "folder", type=FOLDER, metavar="DIR",
     help="Build a small judge of each kind there, for tests.",
 )  # fmt: skip
 @json_option

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import open_run, site_option
+from kohaku_wrap.cli.options import FOLDER, PATH, open_run, site_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
 from kohaku_wrap.cli.sample import COMPUTE_NAMES
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_tokenizers, list_models
@@ -42,23 +42,23 @@ Examples:
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option("--checkpoints", metavar="all|N,M", help="Of a RUN: at these optimizer steps; usually its newest.")
 @click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
-@click.option("--vae", type=click.Path(path_type=Path), metavar="FILE", help="Usually the run's, or the MODEL's own.")
-@click.option("--images", type=click.Path(file_okay=False, path_type=Path),
+@click.option("--vae", type=PATH, metavar="FILE", help="Usually the run's, or the MODEL's own.")
+@click.option("--images", type=FOLDER,
               help="Posts not trained; without it, what the RUN measured by itself.")  # fmt: skip
 @click.option("--posts", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="At most so many.")
 @click.option("--timesteps", type=click.IntRange(1, 1000), default=9, show_default=True, metavar="N", help="Of each.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where the result goes.")
+@click.option("--out", type=FOLDER, help="Where the result goes.")
 @click.option("--template", metavar="NAME", help="Whose dataset options hold for a MODEL; usually epsilon.")
 @click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the run or the file says.")
 @click.option("--leave-out-trained", is_flag=True, help="Only posts of --images that the run does not train.")
 @click.option("--allow-trained", is_flag=True, help="Measure on posts that the run has trained, and say so.")
-@click.option("--against", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Another loss.json.")
+@click.option("--against", multiple=True, type=PATH, metavar="FILE", help="Another loss.json.")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), help="Usually a GPU where there is one.")
 @click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp16 on a GPU, else fp32.")
 @click.option("--batch", type=click.IntRange(1, 256), metavar="N", help="Rows of each forward; GPU 4, CPU 1.")
 @click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="A process.")
 @click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU.")
-@click.option("--tokenizers", type=click.Path(path_type=Path), metavar="DIR", help="Both CLIP tokenizers.")
+@click.option("--tokenizers", type=PATH, metavar="DIR", help="Both CLIP tokenizers.")
 @click.option("--dry-run", is_flag=True, help="Print forwards and posts, measure none.")
 @site_option
 @json_option

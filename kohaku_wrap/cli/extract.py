@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.next_steps import caption_command
-from kohaku_wrap.cli.options import leave_pandas_out
+from kohaku_wrap.cli.options import PATH, leave_pandas_out
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar, wants_json
 
 ONLY_IF_ANY = {
@@ -27,17 +27,15 @@ Examples:
   kwrap extract world/demo.parquet --tars world/tars --out world/images
   kwrap extract epsilon.parquet --tars /data/tars --out /data/images --jobs 16"""
 )
-@click.argument("selection", metavar="SEL.parquet", type=click.Path(path_type=Path))
+@click.argument("selection", metavar="SEL.parquet", type=PATH)
 @click.option(
     "--tars",
     metavar="DIR",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of the tars, searched through, or of ID.ext files; `kwrap inspect` names its layout.",
 )
-@click.option(
-    "--out", "images", metavar="IMAGES", required=True, type=click.Path(path_type=Path), help="Folder of the images."
-)
+@click.option("--out", "images", metavar="IMAGES", required=True, type=PATH, help="Folder of the images.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes that read tars; default: one a core.")
 @click.option(
     "--max-missing",

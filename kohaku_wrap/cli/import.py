@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import plan_command
-from kohaku_wrap.cli.options import leave_pandas_out, retype
+from kohaku_wrap.cli.options import PATH, leave_pandas_out, retype
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, progress_bar, wants_json
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of
@@ -45,10 +45,8 @@ Examples:
   kwrap import first second --label a --label b --out images --copy
   kwrap import dataset.toml --out images --dry-run""",
 )
-@click.argument("folders", metavar="FOLDER…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--out", "images", metavar="IMAGES", required=True, type=click.Path(path_type=Path), help="Folder of the images."
-)
+@click.argument("folders", metavar="FOLDER…", nargs=-1, required=True, type=PATH)
+@click.option("--out", "images", metavar="IMAGES", required=True, type=PATH, help="Folder of the images.")
 @click.option(
     "--label",
     "labels",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from kohaku_wrap.cli.merge_grid import grid_options, run_grid
-from kohaku_wrap.cli.options import note_compiling, threads_option
+from kohaku_wrap.cli.options import PATH, note_compiling, threads_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
@@ -161,7 +161,7 @@ A formula that begins with - goes last, after --.
 @click.argument("formula_or_recipe")
 @click.argument("letters", nargs=-1, metavar="[A=NUMBERS]...")
 @click.option("-m", "--model", "models", multiple=True, metavar="NAME=PATH", help="A file for a name of the formula.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write.")
+@click.option("-o", "--output", type=PATH, help="The file to write.")
 @click.option("--dry-run", is_flag=True, help="Read the headers only and print what would be computed.")
 @click.option("--verify", is_flag=True, help=f"Compute {VERIFY_ELEMENTS:,} random numbers again in rationals.")
 @threads_option

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from kohaku_wrap.cli.options import option_group
+from kohaku_wrap.cli.options import PATH, option_group
 from kohaku_wrap.cli.output import print_answer, progress_bar
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, write_text
@@ -36,7 +36,7 @@ RESULTS = {"judge": "score-{}.json", "ccip": "ccip-{}/ccip.json", "loss": "loss-
 
 grid_options = option_group(
     click.option("--grid", is_flag=True, help="A merge for each number of the formula's letters, into the folder -o."),
-    click.option("--sheet", type=click.Path(path_type=Path), metavar="FILE", help="--grid: draw this with each merge."),
+    click.option("--sheet", type=PATH, metavar="FILE", help="--grid: draw this with each merge."),
     click.option("--sample", "sample_words", default="", metavar="WORDS", help="--grid: more for `kwrap sample`."),
     click.option(
         "--evaluate", "evaluations", multiple=True, metavar="WORDS",

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_SITE = Path("site.toml")
+PATH = click.Path(path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+"""One that is there, or is to be made."""
 
 
 def option_group(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
@@ -37,12 +40,10 @@ def option_group(*options: Callable[[Any], Any]) -> Callable[[Function], Functio
     return add
 
 
-site_option = click.option(
-    "--site", "site_file", type=click.Path(path_type=Path), default=None, help="Whose runs folder to look in."
-)
+site_option = click.option("--site", "site_file", type=PATH, default=None, help="Whose runs folder to look in.")
 
 tags_option = click.option(
-    "--tags", "tag_table", type=click.Path(path_type=Path), metavar="TAGS",
+    "--tags", "tag_table", type=PATH, metavar="TAGS",
     help="A table of tags (name, category), for a DB whose tags have no category columns.",
 )  # fmt: skip
 
@@ -56,7 +57,7 @@ trust_option = click.option(
 )  # fmt: skip
 
 machine_option = click.option(
-    "--site", "site_file", type=click.Path(path_type=Path), default=DEFAULT_SITE, show_default=True,
+    "--site", "site_file", type=PATH, default=DEFAULT_SITE, show_default=True,
     help="What is true of this machine.",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import describe_trust, print_trust, retype, set_option, trust_option
+from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, retype, set_option, trust_option
 from kohaku_wrap.cli.output import json_option, print_answer, print_aside, print_note, progress_bar, waiting
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from kohaku_wrap.steps import StepPlan
 
 BUCKETS_SHOWN = 8
-Path_ = click.Path(path_type=Path)
 
 
 @click.command(
@@ -35,11 +34,11 @@ Examples:
   kwrap plan epsilon --site site.toml --measured first --json""",
 )
 @click.argument("template")
-@click.option("--site", "site_file", type=Path_, default=Path("site.toml"), show_default=True,
+@click.option("--site", "site_file", type=PATH, default=Path("site.toml"), show_default=True,
               help="The machine: paths, GPUs, batch per GPU.")  # fmt: skip
 @set_option
 @trust_option
-@click.option("--selection", type=Path_, help="Count the database's sizes in SEL.parquet, before any image is there.")
+@click.option("--selection", type=PATH, help="Count the database's sizes in SEL.parquet, before any image is there.")
 @click.option(
     "--images", type=click.IntRange(min=1), metavar="N", help="Count so many images of the template's resolution."
 )

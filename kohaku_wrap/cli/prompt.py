@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
+from kohaku_wrap.cli.options import PATH
 from kohaku_wrap.cli.output import json_option, print_answer, print_json, print_lines, print_table, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.sampling.grammar import Prompt, format_prompt, parse_prompt
@@ -54,11 +55,11 @@ refused.
     metavar="[NAME]",
     help="Add a style prompt; without NAME list them all.",
 )
-@click.option("--db", type=click.Path(path_type=Path), help="The database; default: that of site.toml here.")
-@click.option("--captions", type=click.Path(path_type=Path), metavar="IMAGES", help="Check against trained captions.")
+@click.option("--db", type=PATH, help="The database; default: that of site.toml here.")
+@click.option("--captions", type=PATH, metavar="IMAGES", help="Check against trained captions.")
 @click.option("--dataset", default="epsilon", show_default=True, metavar="DATASET", help="Whose caption rules.")
 @click.option("--template", default="epsilon", show_default=True, metavar="NAME", help="Whose trained token length.")
-@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="DIR", help="CLIP tokenizers; default: site's.")
+@click.option("--tokenizer", type=PATH, metavar="DIR", help="CLIP tokenizers; default: site's.")
 @click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does: 1.1 up to the end.")
 @json_option
 def command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kohaku_wrap.cli.options import note_compiling, open_run, site_option, threads_option
+from kohaku_wrap.cli.options import FOLDER, note_compiling, open_run, site_option, threads_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Examples:
 """
 )
 @click.argument("name", metavar="RUN")
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The folder to fill.")
+@click.option("--out", required=True, type=FOLDER, help="The folder to fill.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="The network of this optimizer step; else the end's.")
 @click.option("--license", "rights", default="", help="The license of the card; else the base model's.")
 @click.option("--no-bake", is_flag=True, help="The network alone, without the baked model.")

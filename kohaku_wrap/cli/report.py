@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.options import PATH, runs_folders, site_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_note
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.wording import show_path
@@ -31,7 +31,7 @@ Examples:
               help="The page; else report.html in the first run's folder.")  # fmt: skip
 @click.option("--watch", is_flag=True, help="Write it anew as the run goes, until it has ended or Ctrl-C.")
 @click.option("--live", is_flag=True, hidden=True, help="Once, as a page that reloads itself while the run goes.")
-@click.option("--index", "index", type=click.Path(path_type=Path), metavar="RUNS",
+@click.option("--index", "index", type=PATH, metavar="RUNS",
               help="One page over all runs of this folder, in place of RUN.")  # fmt: skip
 @site_option
 @json_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option, workers_option
+from kohaku_wrap.cli.options import PATH, runs_folders, site_option, workers_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -84,7 +84,7 @@ Examples:
 @click.option(
     "--foreign", is_flag=True, help="Take a state of plain sd-scripts; the order is then not provably the same."
 )
-@click.option("--state", "foreign_state", type=click.Path(path_type=Path), metavar="PATH",
+@click.option("--state", "foreign_state", type=PATH, metavar="PATH",
               help="The folder of the plain state, with --foreign.")  # fmt: skip
 @click.option("--deep", is_flag=True, help="Compare the sha256 of all images where it is known, not of 100 that moved.")
 @click.option("--dry-run", is_flag=True, help="Print the position and the command; change nothing.")

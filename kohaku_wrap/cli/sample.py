@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import open_run, option_group, site_option
+from kohaku_wrap.cli.options import FOLDER, PATH, open_run, option_group, site_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     json_option,
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from kohaku_wrap.sampling.running import DrawingJob
     from kohaku_wrap.sampling.sheets import Sheet
 
-FILE = click.Path(path_type=Path)
 COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
 
 
@@ -63,7 +62,7 @@ compute_options = option_group(
 
 model_options = option_group(
     click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable."),
-    click.option("--vae", type=FILE, metavar="FILE", help="Usually the run's, or the MODEL's own."),
+    click.option("--vae", type=PATH, metavar="FILE", help="Usually the run's, or the MODEL's own."),
     click.option("--run", metavar="RUN", help="The networks that a run kept."),
     click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest."),
 )
@@ -76,7 +75,7 @@ drawing_options = option_group(
         "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU."
     ),
     click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used."),
-    click.option("--tokenizers", type=FILE, metavar="DIR", help="Both CLIP tokenizers."),
+    click.option("--tokenizers", type=PATH, metavar="DIR", help="Both CLIP tokenizers."),
 )  # fmt: skip
 """Who draws, and with what beside the models."""
 
@@ -102,14 +101,14 @@ A sheet (sheet.toml) is the product of its lists:
   seed, model, size, guidance.
 """
 )
-@click.argument("models", nargs=-1, metavar="[MODEL]...", type=click.Path(path_type=Path))
+@click.argument("models", nargs=-1, metavar="[MODEL]...", type=PATH)
 @model_options
-@click.option("--prompts", "sheet_file", type=click.Path(path_type=Path), metavar="FILE", help="Prompts, or a sheet.")
+@click.option("--prompts", "sheet_file", type=PATH, metavar="FILE", help="Prompts, or a sheet.")
 @click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
 @click.option("--queued", is_flag=True, help="With --run: what its [samples] asks for and is not drawn yet.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Where pictures go; with --run usually its samples/.",
 )
 @picture_options

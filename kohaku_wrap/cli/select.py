@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import extract_command
-from kohaku_wrap.cli.options import leave_pandas_out, open_source, tags_option
+from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, tags_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, progress_bar
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ Examples:
 @click.option(
     "--db",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="The metadata: a file or a folder of any edition.",
 )
-@click.option("--out", "out", required=True, type=click.Path(path_type=Path), metavar="SEL.parquet",
+@click.option("--out", "out", required=True, type=PATH, metavar="SEL.parquet",
               help="The selection to write.")  # fmt: skip
 @tags_option
 @json_option

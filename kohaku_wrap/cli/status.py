@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import runs_folders, site_option
+from kohaku_wrap.cli.options import PATH, runs_folders, site_option
 from kohaku_wrap.cli.output import json_option, print_answer, print_json, print_note, print_table, wants_json
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
@@ -36,14 +36,12 @@ Examples:
 )
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--watch", is_flag=True, help="Show it again every two seconds until Ctrl-C.")
-@click.option(
-    "--csv", "table", type=click.Path(path_type=Path), metavar="FILE", help="Write the metrics that count as a table."
-)
+@click.option("--csv", "table", type=PATH, metavar="FILE", help="Write the metrics that count as a table.")
 @click.option(
     "--compare", nargs=2, metavar="A B", help="Two runs: options that differ, losses at equal steps, time of a step."
 )
 @click.option("--tag", "tags", multiple=True, metavar="NAME", help="How often this tag was trained; repeatable.")
-@click.option("--to", type=(click.Choice(["tensorboard"]), click.Path(path_type=Path)), metavar="tensorboard DIR",
+@click.option("--to", type=(click.Choice(["tensorboard"]), PATH), metavar="tensorboard DIR",
               help="Write the metrics that count to a folder of each run's own in DIR.")  # fmt: skip
 @site_option
 @json_option

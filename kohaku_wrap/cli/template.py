@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from kohaku_wrap.cli.options import describe_trust, print_trust, set_option, trust_option
+from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, set_option, trust_option
 from kohaku_wrap.cli.output import (
     ESCAPES,
     beyond_output,
@@ -29,7 +29,6 @@ from kohaku_wrap.config.network import list_preset_factors, list_reached
 from kohaku_wrap.config.templates import find_source, list_left_behind, list_templates, user_templates
 from kohaku_wrap.errors import ProblemsFound, UsageError, command_line
 
-Path_ = click.Path(path_type=Path)
 LONGEST_VALUE = 48
 """Longer values push their origin aside."""
 
@@ -66,7 +65,7 @@ def list_command() -> None:
     "show", epilog="\b\nExamples:\n  kwrap template show epsilon --why\n  kwrap template show epsilon --set seed=7"
 )
 @click.argument("name")
-@click.option("--site", type=Path_, help="Show the values on this machine, too.")
+@click.option("--site", type=PATH, help="Show the values on this machine, too.")
 @set_option
 @trust_option
 @click.option("--why", is_flag=True, help="Name the layer and file that set each value, and what it decides.")

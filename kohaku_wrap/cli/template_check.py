@@ -6,19 +6,17 @@ from pathlib import Path
 
 import click
 
-from kohaku_wrap.cli.options import describe_trust, print_trust, trust_option
+from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, trust_option
 from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, print_note, wants_json
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 from kohaku_wrap.wording import count_of, show_path
 
-Path_ = click.Path(path_type=Path)
-
 
 @click.command("check", epilog="\b\nExamples:\n  kwrap template check mine.toml\n  kwrap template check templates/")
 @click.argument("files", nargs=-1, required=True)
-@click.option("--site", type=Path_, help="Check on this machine, too: does the batch divide?")
+@click.option("--site", type=PATH, help="Check on this machine, too: does the batch divide?")
 @trust_option
 @click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
 @json_option

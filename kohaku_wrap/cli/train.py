@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import describe_trust, machine_option, print_trust, retype, trust_option
+from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, trust_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -52,10 +52,10 @@ Examples:
 @click.option("--run", "name", metavar="NAME", help="The run's name; the template's where it is not given.")
 @click.option("--engine", metavar="ENGINE", help="sd-scripts or builtin, in place of the site's.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value; again for more.")
-@click.option("--from", "parent", type=click.Path(path_type=Path), metavar="NETWORK",
+@click.option("--from", "parent", type=PATH, metavar="NETWORK",
               help="Train on from this network; the same as network_weights in a template or a site.")  # fmt: skip
 @trust_option
-@click.option("--locked", type=click.Path(path_type=Path), metavar="LOCK",
+@click.option("--locked", type=PATH, metavar="LOCK",
               help="Repeat the run of this run.lock.toml: refuse whatever would differ from it.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the command that would run; make nothing.")
 @click.option(
