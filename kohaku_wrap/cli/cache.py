@@ -15,9 +15,8 @@ from kohaku_wrap.cli.output import (
     json_option,
     print_answer,
     print_aside,
-    print_note,
+    print_next,
     progress_bar,
-    wants_json,
 )
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import format_duration, show_bytes
@@ -87,12 +86,11 @@ def command(
     document = payload.pop("latents", {}) | payload
     rows = [row for about in (document, *payload.values()) if "folder" in about for row in show(about, dry_run)]
     print_answer("cache", document, f"Latents of {effective.name}", rows)
-    if not wants_json():
-        for cache in caches:
-            for image in cache.list_nan_images():
-                print_note(f"warning: image {image}: some of its {cache.rule.what} are not numbers")
-        again = retype(of=("overrides", "trust"))
-        click.echo(f"Next: {command_line('cache' if is_left else 'train', template, '--site', site_file, *again)}")
+    for cache in caches:
+        for image in cache.list_nan_images():
+            print_aside(f"warning: image {image}: some of its {cache.rule.what} are not numbers")
+    again = retype(of=("overrides", "trust"))
+    print_next(command_line("cache" if is_left else "train", template, "--site", site_file, *again))
 
 
 def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> list[Cache]:

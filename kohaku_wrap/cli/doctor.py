@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import PATH, print_trust, set_option, trust_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, waiting, wants_json
+from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, print_next, waiting, wants_json
 from kohaku_wrap.errors import KwrapError, command_line
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def command(
     if broken:
         raise NotReady(f"not ready: {', '.join(broken)}", "Fix these and run `kwrap doctor` again.")
     click.echo("Ready." if template else "Ready; name a template and --site to look closer.")
-    click.echo(f"Next: {command_line('plan', template or 'epsilon', '--site', site_file or 'site.toml')}")
+    print_next(command_line("plan", template or "epsilon", "--site", site_file or "site.toml"))
 
 
 def measure_deep(folder: Path, engine: str | None) -> Report:

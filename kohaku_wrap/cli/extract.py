@@ -8,7 +8,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import caption_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar, wants_json
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_next, progress_bar
 
 ONLY_IF_ANY = {
     "reduced": "made smaller",
@@ -76,5 +76,4 @@ def command(selection: Path, tars: Path, images: Path, jobs: int | None, max_mis
     rows += [(label, payload[name]) for name, label in ONLY_IF_ANY.items() if payload[name]]
     print_answer("extract", payload, "Images", [*rows, ("report", images / REPORT_FILE)])
     report.check(max_missing)
-    if not wants_json():
-        click.echo(f"Next: {caption_command(selection, images)}")
+    print_next(caption_command(selection, images))

@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import plan_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, retype
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, progress_bar, wants_json
+from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, print_next, progress_bar
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of
 
@@ -108,9 +108,7 @@ def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: 
     payload = {"out": str(images), "dry_run": dry_run, **as_document(report), **where}
     print_answer("import", payload, "Images of your own", rows_of_report(report, where))
     report.check(max_missing)
-    if not wants_json():
-        again = "run it again without --dry-run" if dry_run else plan_command("own-images", images.parent)
-        click.echo(f"Next: {again}")
+    print_next("run it again without --dry-run" if dry_run else plan_command("own-images", images.parent))
 
 
 def rows_of_report(report: ImportReport, where: dict[str, str]) -> list[tuple[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -68,19 +68,25 @@ threads_option = click.option(
 )
 
 
+def list_given() -> Iterator[tuple[click.Option, Any]]:
+    """The options that the running command was given, each with its value."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        is_given = name in context.params and context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if isinstance(option, click.Option) and is_given:
+            yield option, context.params[name]
+
+
 def retype(*but: str, of: Container[str] = (), absolute: bool = False) -> list[str]:
     """The options that the running command was given, to type them again: all `but` these, or those `of` these names.
 
     Names are those of its parameters. `absolute`: paths from the root on.
     """
-    context = click.get_current_context()
     words: list[str] = []
-    for option in context.command.params:
-        name = option.name or ""
-        is_given = name in context.params and context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if not isinstance(option, click.Option) or not is_given or name in but or (of and name not in of):
+    for option, value in list_given():
+        if option.name in but or (of and option.name not in of):
             continue
-        value = context.params[name]
         for each in value if option.multiple else [value]:
             shown = each.absolute() if absolute and isinstance(each, Path) else each
             words += [max(option.opts, key=len), *([] if option.is_flag else [str(shown)])]

@@ -158,7 +158,13 @@ def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") ->
             text = wrap_line(text, width).replace("\n", f"\n{' ' * column}")
         click.echo(f"{paint(name.ljust(column), fg='cyan')}{text}".rstrip())
     if next_step:
-        click.echo(f"Next: {next_step.translate(ESCAPES)}")
+        print_next(next_step)
+
+
+def print_next(command: str) -> None:
+    """Print the next command to try on stdout, unbroken, so that it can be copied; nothing with `--json`."""
+    if not wants_json():
+        click.echo(f"Next: {command.translate(ESCAPES)}")
 
 
 def show_value(value: Any) -> str:

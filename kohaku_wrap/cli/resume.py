@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import PATH, runs_folders, site_option, workers_option
+from kohaku_wrap.cli.options import PATH, list_given, runs_folders, site_option, workers_option
 from kohaku_wrap.cli.output import (
     beyond_output,
     counting_bytes,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
     from kohaku_wrap.training.supervising.resume import ResumePlan
 
-JOINING = frozenset({"name", "site_file", "machine_rank", "dry_run", "as_json"})
+JOINING = frozenset({"site_file", "machine_rank", "dry_run"})
 """What a machine may say that trains along."""
 
 
@@ -164,14 +164,7 @@ def command(
 
 def refuse_choices_of_machine_0() -> None:
     """Raise UsageError for options that a machine which trains along has no say in."""
-    context = click.get_current_context()
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name not in JOINING
-        and context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.DEFAULT
-    ]
-    if given:
+    if given := [option.opts[0] for option, _ in list_given() if option.name not in JOINING]:
         raise UsageError(
             f"{', '.join(given)}: for machine 0 to say, not for one that trains along",
             "Give it there; leave it out with --machine-rank.",

@@ -20,6 +20,7 @@ from kohaku_wrap.cli.output import (
     print_aside,
     print_json,
     print_lines,
+    print_next,
     wants_json,
 )
 from kohaku_wrap.cli.template_check import check
@@ -141,7 +142,7 @@ def print_values(effective: Effective, values: dict[str, Any], why: bool, typed:
     if why:
         print_fates(values)
     else:
-        print_lines(f"Next: {command_line('template', 'show', typed, '--why')}")
+        print_next(command_line("template", "show", typed, "--why"))
 
 
 def print_preset_factors(preset: Mapping[str, Any]) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, trust_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, print_note, wants_json
+from kohaku_wrap.cli.output import (
+    beyond_output,
+    json_option,
+    print_json,
+    print_lines,
+    print_next,
+    print_note,
+    wants_json,
+)
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
@@ -89,7 +97,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
         )
     print_lines(f"{count_of(len(reports), 'file')}, no problems (options of {table.source}).")
     template = files[0] if len(reports) == 1 else "TEMPLATE"
-    print_lines(f"Next: {command_line('plan', template, '--site', site or 'site.toml')}")
+    print_next(command_line("plan", template, "--site", site or "site.toml"))
 
 
 class FaultyTemplates(KwrapError):

@@ -54,6 +54,15 @@ def test_a_table_shows_paths_as_typed_here(
     assert capsys.readouterr().out.splitlines() == ["here   runs/a", "count  12,345", "word   x", "Next: kwrap status"]
 
 
+def test_the_next_command_is_never_broken_and_steers_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    output.print_next("kwrap plan 'a\x1b[31m.toml' --site site.toml")
+    assert capsys.readouterr().out == "Next: kwrap plan 'a\\x1b[31m.toml' --site site.toml\n"
+
+
 def test_a_row_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     output.print_table("Title", [("name", "word " * 40)])
