@@ -21,11 +21,8 @@ from kohaku_wrap.cli.output import (
 from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
-    from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
     from kohaku_wrap.dataset.captions.report import CaptionReport
-    from kohaku_wrap.dataset.captions.text_table import TextTable
     from kohaku_wrap.dataset.recipe import DatasetRecipe
-    from kohaku_wrap.metadata.source import Source
 
 STYLES = ("kohaku", "hakubooru")
 
@@ -123,6 +120,9 @@ def command(
     leave_pandas_out()
     from kohaku_wrap.dataset.captions.relocation import relocate_captions
     from kohaku_wrap.dataset.captions.text_table import read_text_table
+    from kohaku_wrap.dataset.captions.tokens import choose_counter, estimate_tokens
+    from kohaku_wrap.dataset.captions.writing import FORMATS, write_captions
+    from kohaku_wrap.metadata.parallel import usable_threads
 
     if relocate:
         report = relocate_captions(require(out, "--out IMAGES", "--relocate"))
@@ -152,7 +152,24 @@ def command(
         print_statistics(database, selection, recipe, rare, tokenizer, texts, jobs)
         return
     out = require(out, "--out IMAGES", "captions")
-    write(database, selection, out, found.name, recipe, formats, texts, tokenizer, jobs)
+    wanted = list(dict.fromkeys(one.strip() for one in formats.split(",") if one.strip()))
+    unknown = [one for one in wanted if one not in FORMATS]
+    if unknown or not wanted:
+        raise UsageError(f"--format: {', '.join(unknown) or 'nothing'} is not among {', '.join(FORMATS)}")
+    by, count = choose_counter(tokenizer) if tokenizer else ("estimate", estimate_tokens)
+    typed = retype("db", "out", "jobs", absolute=True)
+    made_by = command_line("caption", selection.absolute(), "--db", database.path, "--out", out.absolute(), *typed)
+    threads = jobs or usable_threads()
+    with progress_bar("caption", "posts") as progress:
+        written = write_captions(
+            database, selection, out, recipe, wanted, found.name, threads, progress, texts, count, made_by
+        )
+    tokens_by = {"tokens_by": by} if texts else {}
+    payload = {"out": str(out), **asdict(written.changes), **asdict(written), **tokens_by}
+    for note in written.notes:
+        print_aside(f"note: {note}")
+    next_step = next_command(written, selection, out, found.name)
+    print_answer("caption", payload, f"Captions, {written.style} style", rows_of_report(written), next_step)
 
 
 def require(value: Path | None, what: str, purpose: str) -> Path:
@@ -172,40 +189,6 @@ def choose_dataset(selection: Path | None, dataset: str | None) -> DatasetRecipe
         tables = {key: about.get(key, {}) for key in ("metadata", "caption")}
         return read_dataset(tables, str(about.get("dataset", selection)))
     return load_dataset(dataset or "epsilon")
-
-
-def write(
-    database: Source,
-    selection: Path,
-    out: Path,
-    name: str,
-    recipe: CaptionRecipe,
-    formats: str,
-    texts: TextTable | None,
-    tokenizer: Path | None,
-    jobs: int | None,
-) -> None:
-    """Write captions and print the report."""
-    from kohaku_wrap.dataset.captions.tokens import choose_counter, estimate_tokens
-    from kohaku_wrap.dataset.captions.writing import FORMATS, write_captions
-    from kohaku_wrap.metadata.parallel import usable_threads
-
-    wanted = list(dict.fromkeys(one.strip() for one in formats.split(",") if one.strip()))
-    unknown = [one for one in wanted if one not in FORMATS]
-    if unknown or not wanted:
-        raise UsageError(f"--format: {', '.join(unknown) or 'nothing'} is not among {', '.join(FORMATS)}")
-    by, count = choose_counter(tokenizer) if tokenizer else ("estimate", estimate_tokens)
-    typed = retype("db", "out", "jobs", absolute=True)
-    made_by = command_line("caption", selection.absolute(), "--db", database.path, "--out", out.absolute(), *typed)
-    with progress_bar("caption", "posts") as progress:
-        report = write_captions(
-            database, selection, out, recipe, wanted, name, jobs or usable_threads(), progress, texts, count, made_by
-        )
-    payload = {"out": str(out), **asdict(report.changes), **asdict(report), **({"tokens_by": by} if texts else {})}
-    for note in report.notes:
-        print_aside(f"note: {note}")
-    next_step = next_command(report, selection, out, name)
-    print_answer("caption", payload, f"Captions, {report.style} style", rows_of_report(report), next_step)
 
 
 def rows_of_report(report: CaptionReport) -> list[tuple[str, Any]]:

@@ -16,10 +16,6 @@ from kohaku_wrap.sampling.styles import find_style, list_styles
 from kohaku_wrap.wording import count_of
 
 if TYPE_CHECKING:
-    from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
-    from kohaku_wrap.metadata.columns import SiteMapping
-    from kohaku_wrap.metadata.source import Source
-    from kohaku_wrap.metadata.tags import TagTable
     from kohaku_wrap.sampling.chunks import Chunk, Tokenizer
     from kohaku_wrap.sampling.compose import ComposedPrompt
     from kohaku_wrap.sampling.lint import Finding
@@ -80,8 +76,13 @@ def command(
     build a prompt in the order of the model's captions. What the model can hardly know is listed: unknown and rare
     tags, brackets that are not escaped, quality and rating words of other models, more tokens than were trained.
     """
+    from kohaku_wrap.config.layers import load_layers
+    from kohaku_wrap.dataset.captions.explanation import explain_post
     from kohaku_wrap.dataset.recipe import load_dataset
-    from kohaku_wrap.sampling.compose import place_style
+    from kohaku_wrap.metadata.opening import open_metadata
+    from kohaku_wrap.metadata.tags import read_tags
+    from kohaku_wrap.sampling.compose import compose_post, compose_tags, place_style
+    from kohaku_wrap.sampling.lint import find_oddities, vocabulary_of_captions, vocabulary_of_tags
 
     given = [name for name, value in (("TEXT", text), ("--post", post_id), ("--tags", tags)) if value is not None]
     if len(given) > 1:
@@ -96,15 +97,27 @@ def command(
     style = find_style(style_name).prompt if style_name else ""
     found = load_dataset(dataset)
     recipe = found.caption
-    known, database, source_of_posts = read_known(db, found.metadata, required=post_id is not None)
+    place = find_database(db, required=post_id is not None)
+    database = open_metadata(place, found.metadata) if place else None
+    known = read_tags(database) if database else None
     composed = None
-    if post_id is not None or tags is not None:
-        composed = compose(post_id, tags, recipe, known, source_of_posts, style)
+    if post_id is not None and database is not None:
+        # A style takes the place of a post's artists.
+        composed = compose_post(explain_post(database, recipe, post_id), style, keep_artists=not style)
+    elif tags is not None:
+        composed = compose_tags(tags, recipe, known, style)
     source = composed.text if composed else place_style(text or "", style, recipe)
     prompt = parse_prompt(source, lenient)
     tokenizers, chunks = cut(prompt, tokenizer)
     tokens = [sum(len(chunk.tokens) for chunk in own) for own in chunks]
-    findings = check(source, prompt, recipe, known, database, captions, max(tokens), template)
+    vocabulary = None
+    if captions is not None:
+        vocabulary = vocabulary_of_captions(captions)
+    elif known is not None and place is not None:
+        vocabulary = vocabulary_of_tags(known, recipe, place)
+    effective, _ = load_layers(template)
+    trained_tokens = int(effective.get("max_token_length") or 75)
+    findings = find_oddities(source, prompt, recipe, vocabulary, max(tokens), trained_tokens)
     document = describe(source, prompt, tokenizers, chunks, composed, findings)
     if wants_json():
         print_json("prompt", document)
@@ -112,36 +125,13 @@ def command(
         show(document, lenient)
 
 
-def read_known(
-    db: Path | None, mapping: SiteMapping, required: bool
-) -> tuple[TagTable | None, Path | None, Source | None]:
-    """The tags of the metadata set of --db, or the site's, its path and itself; without one, None."""
-    from kohaku_wrap.metadata.opening import open_metadata
-    from kohaku_wrap.metadata.tags import read_tags
-
+def find_database(db: Path | None, required: bool) -> Path | None:
+    """The metadata set of --db, or the site's; None without one."""
     if db is None and (paths := read_site_paths(Path())) and paths.db.is_file():
-        db = paths.db
+        return paths.db
     if db is None and required:
         raise UsageError("--db DB is missing: --post needs it", "Name the danbooru2023 database.")
-    source = open_metadata(db, mapping) if db else None
-    return (read_tags(source), db, source) if source else (None, None, None)
-
-
-def compose(
-    post_id: int | None,
-    tags: str | None,
-    recipe: CaptionRecipe,
-    known: TagTable | None,
-    posts: Source | None,
-    style: str,
-) -> ComposedPrompt:
-    """The prompt of a post or of tags; a style takes the place of a post's artists."""
-    from kohaku_wrap.dataset.captions.explanation import explain_post
-    from kohaku_wrap.sampling.compose import compose_post, compose_tags
-
-    if post_id is not None and posts is not None:
-        return compose_post(explain_post(posts, recipe, post_id), style, keep_artists=not style)
-    return compose_tags(tags or "", recipe, known, style)
+    return db
 
 
 def cut(prompt: Prompt, folder: Path | None) -> tuple[list[Tokenizer], list[list[Chunk]]]:
@@ -152,29 +142,6 @@ def cut(prompt: Prompt, folder: Path | None) -> tuple[list[Tokenizer], list[list
         folder = paths.tokenizers
     tokenizers = list(load_tokenizers(folder) or [ESTIMATE])
     return tokenizers, [cut_chunks(prompt, tokenizer) for tokenizer in tokenizers]
-
-
-def check(
-    source: str,
-    prompt: Prompt,
-    recipe: CaptionRecipe,
-    known: TagTable | None,
-    db: Path | None,
-    captions: Path | None,
-    tokens: int,
-    template: str,
-) -> list[Finding]:
-    """What is odd about the prompt; without a database and captions only what the recipe tells."""
-    from kohaku_wrap.config.layers import load_layers
-    from kohaku_wrap.sampling.lint import find_oddities, vocabulary_of_captions, vocabulary_of_tags
-
-    vocabulary = None
-    if captions is not None:
-        vocabulary = vocabulary_of_captions(captions)
-    elif known is not None and db is not None:
-        vocabulary = vocabulary_of_tags(known, recipe, db)
-    effective, _ = load_layers(template)
-    return find_oddities(source, prompt, recipe, vocabulary, tokens, int(effective.get("max_token_length") or 75))
 
 
 def describe(
