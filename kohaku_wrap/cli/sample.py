@@ -203,7 +203,7 @@ def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path
     with progress_bar("hash", "bytes") as report:
         hashes = hash_models(models, report)
     known = [KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, site)) for each in models]
-    size = usual_size([model.path for model in models])
+    size = usual_size(models[0].path)
     defaults = Defaults(compute, digest_tokenizers(folders), size=size, lenient=asked["lenient"])
     cells = expand_sheet(sheet, known, defaults, load_dataset("epsilon").caption)
     return DrawingJob(cells, known, hashes, folders, out, asked["jobs"], asked["offload"])

@@ -13,7 +13,6 @@ from kohaku_wrap.sampling.expanding import PlacedCell
 from kohaku_wrap.sampling.sheets import AXES
 from kohaku_wrap.training.records.samples import CONTACT_SHEET
 
-NAME = CONTACT_SHEET
 THUMB_PIXELS = 256
 """The longer side of a picture on the sheet, unless it is smaller itself or the sheet would be too large."""
 
@@ -80,7 +79,7 @@ def write_contact_sheet(
             small = picture.convert("RGB")
             small.thumbnail((side, side), Image.Resampling.LANCZOS)
             sheet.paste(small, (x, y))
-    path = out / NAME
+    path = out / CONTACT_SHEET
     with atomic_write(path, "wb") as stream:
         sheet.save(stream, "PNG")
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from kohaku_wrap.config.base_model import read_sizes
@@ -39,7 +38,7 @@ def choose_compute(
     )  # fmt: skip
 
 
-def usual_size(models: Sequence[Path]) -> tuple[int, int]:
-    """The size that the first model is made for: 1024 × 1024 for SDXL. Raises BadBaseModel."""
-    side = int(read_sizes(find_sizes(read_header(models[0])))["unet"].get("sample_size", 128)) * LATENT_PIXELS
+def usual_size(model: Path) -> tuple[int, int]:
+    """The size that a model is made for: 1024 × 1024 for SDXL. Raises BadBaseModel."""
+    side = int(read_sizes(find_sizes(read_header(model)))["unet"].get("sample_size", 128)) * LATENT_PIXELS
     return side, side
