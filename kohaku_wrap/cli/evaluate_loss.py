@@ -14,6 +14,7 @@ from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, pro
 from kohaku_wrap.cli.sample import COMPUTE_NAMES
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
+from kohaku_wrap.files import write_text
 from kohaku_wrap.wording import format_duration, show_path
 
 if TYPE_CHECKING:
@@ -134,11 +135,9 @@ def loss(
         with progress_bar(title, "chunks") as report:
             losses.append(held_out.measure_losses(job, each, jobs, report))
     groups = group_posts(job.columns, job.rows, load_dataset("epsilon").caption)
-    result = held_out.compose_result(job, known, losses, groups, list_versions(), describe_posts(run, allow_trained))
+    result = held_out.compose_result(job, known, losses, groups, tell_held_out(run, allow_trained))
     for path in against:
         held_out.lay_over(result, path)
-    from kohaku_wrap.files import write_text
-
     write_text(out / RESULT, json.dumps(result, ensure_ascii=False) + "\n")
     show_result(result, out)
 
@@ -192,7 +191,6 @@ def show_validation(run: Run | None, checkpoints: str | None, out: Path | None, 
     from kohaku_wrap.dataset.held_out import find_recipe
     from kohaku_wrap.evaluation import held_out
     from kohaku_wrap.evaluation.validated import choose_evaluations, compose_validation
-    from kohaku_wrap.files import write_text
     from kohaku_wrap.formats.caption_columns import Columns
     from kohaku_wrap.formats.caption_rows import read_captions_metadata
 
@@ -221,14 +219,7 @@ def read_steps(checkpoints: str | None) -> list[int] | None:
         raise UsageError(f"--checkpoints {checkpoints}: not optimizer steps", "Such as --checkpoints 0,500.") from None
 
 
-def list_versions() -> dict[str, str]:
-    """Of the packages that compute, without loading them."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy")}
-
-
-def describe_posts(run: Run | None, allow_trained: bool) -> str:
+def tell_held_out(run: Run | None, allow_trained: bool) -> str:
     """What is known of whether the posts were trained."""
     if run is None:
         return "not known: a model does not say what it was trained on"

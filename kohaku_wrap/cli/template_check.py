@@ -53,40 +53,28 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
     for _, problems, effective in reports:
         problems += check_engine(effective) if effective and on_site else []
     faulty = [(path, problems) for path, problems, _ in reports if problems]
-    notes = {
-        note
-        for _, _, effective in reports
-        if effective
-        for note in (*note_whole_captions(effective), *note_other_prediction(effective))
-    }
+    resolved = [(path, effective) for path, _, effective in reports if effective]
+    notes = sorted(
+        {note for _, each in resolved for note in (*note_whole_captions(each), *note_other_prediction(each))}
+    )
     if wants_json():
         print_json(
             "template check",
             {
                 "options_from": table.source,
                 "checked": [str(path) for path, _, _ in reports],
-                "trust": [
-                    {"file": str(path), **row}
-                    for path, _, effective in reports
-                    if effective
-                    for row in describe_trust(effective)
-                ],
-                "problems": [
-                    {"file": str(path), "where": p.where, "what": p.what, "layer": p.layer}
-                    for path, problems in faulty
-                    for p in problems
-                ],
-                "notes": sorted(notes),
+                "trust": [{"file": str(path), **row} for path, each in resolved for row in describe_trust(each)],
+                "problems": [{"file": str(path), **vars(each)} for path, problems in faulty for each in problems],
+                "notes": notes,
             },
         )
         if faulty:
             raise click.exceptions.Exit(1)
         return
-    for note in sorted(notes):
+    for note in notes:
         print_note(f"note: {note}")
-    for _, _, effective in reports:
-        if effective:
-            print_trust(effective)
+    for _, effective in resolved:
+        print_trust(effective)
     for path, problems in faulty:
         print_lines(ProblemsFound(show_path(path), problems).message)
     if faulty:

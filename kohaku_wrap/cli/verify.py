@@ -107,7 +107,6 @@ def print_report(report: VerifyReport, site_file: Path | None) -> None:
     ]
     if report.attempts > 1:
         rows.append(("trained twice", f"{report.compared:,} positions, seen by more than one attempt"))
-    if report.attempts > 1:
         rows.append(("loaded for skipped positions", f"{report.skipped_images_loaded:,} images"))
     proved = f"proved except {', '.join(report.unverified)}" if report.unverified else "proved"
     verdict = proved if report.is_proved else f"not proved, {count_of(len(report.faults), 'kind')} of fault"

@@ -26,8 +26,6 @@ from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.locks import take_lock
 from kohaku_wrap.metadata.new_database import write_new_database
 
-DEFAULT_POSTS = 240
-DEFAULT_SEED = 0
 RECORD = "demo.json"
 """Says what the folder is; given its name last, so that it stands for a whole world."""
 
@@ -78,17 +76,11 @@ class WorldInTheWay(UsageError):
     """The folder holds something else that a new world would overwrite."""
 
 
-def make_world(
-    folder: Path, posts: int = DEFAULT_POSTS, seed: int = DEFAULT_SEED, on_progress: Progress | None = None
-) -> World:
+def make_world(folder: Path, posts: int = 240, seed: int = 0, on_progress: Progress | None = None) -> World:
     """Make the world in `folder`, or find it there whole; the same bytes for the same posts and seed.
 
     Raises WorldInTheWay when the folder holds another world or files of the same names.
     """
-    if posts < 1:
-        raise UsageError(
-            f"a world of {posts} posts has nothing in it", "Ask for at least one: kwrap demo DIR --posts 1"
-        )
     if folder.exists() and not folder.is_dir():
         raise WorldInTheWay(f"{folder} is a file", "Name a folder: kwrap demo DIR")
     folder_was_there = folder.is_dir()

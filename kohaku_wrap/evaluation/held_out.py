@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -15,11 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import kohaku_wrap
 from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, read_result
+from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, list_versions, read_result
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import ask_in_lines
@@ -205,24 +203,30 @@ def list_losses(losses: Losses) -> list[list[float | None]]:
     return [[None if np.isnan(value) else value for value in row] for row in losses.tolist()]
 
 
+def describe_posts(
+    ids: npt.NDArray[np.int64], captions_digest: str, held_out: str, losses: Sequence[Losses]
+) -> dict[str, Any]:
+    """What was measured on; `held_out`: what is known of whether it was trained."""
+    odd = ~np.isfinite(np.stack(losses)).all(axis=(0, 2))
+    return {
+        "count": len(ids), "captions_digest": captions_digest, "held_out": held_out,
+        "ids_sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        "ids": ids.tolist(), "unreadable": ids[odd].tolist(),
+    }  # fmt: skip
+
+
 def compose_result(
     job: LossJob, models: Sequence[tuple[KnownModel, str]], losses: Sequence[Losses], groups: Grouping,
-    versions: Mapping[str, str], held_out: str,
+    held_out: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The one document; `models`: each with its title; `held_out`: what is known of the posts."""
-    ids = job.columns.ids[list(job.rows)]
-    odd = ~np.isfinite(np.stack(losses)).all(axis=(0, 2))
     return {
         "format": FORMAT,
         "measure": "loss",
-        "versions": {"kwrap": kohaku_wrap.__version__, "python": platform.python_version(), **versions},
+        "versions": list_versions("torch", "diffusers", "transformers", "numpy"),
         "rule": "mean squared error of the prediction, without weights; noise, sample of the latents and time steps "
         "follow from the post alone; captions whole, no flip, crop in the middle; networks as they are baked",
-        "posts": {
-            "count": len(ids), "captions_digest": job.columns.digest, "held_out": held_out,
-            "ids_sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
-            "ids": ids.tolist(), "unreadable": ids[odd].tolist(),
-        },
+        "posts": describe_posts(job.columns.ids[list(job.rows)], job.columns.digest, held_out, losses),
         "settings": {
             "timesteps": list(job.timesteps), "dataset_options": dict(job.dataset_options),
             "max_token_length": job.max_token_length, "compute": asdict(job.compute),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection, Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import PIL
 
 import kohaku_wrap
 from kohaku_wrap.errors import UsageError, refusing
@@ -19,12 +17,10 @@ FORMAT = 1
 """Of `ccip.json`, `loss.json` and `judged-KIND.json`."""
 
 
-def list_versions() -> dict[str, str]:
-    """Of what looks at pictures."""
-    return {
-        "kwrap": kohaku_wrap.__version__, "python": platform.python_version(), "numpy": np.__version__,
-        "pillow": PIL.__version__,
-    }  # fmt: skip
+def list_versions(*packages: str) -> dict[str, str]:
+    """Of kwrap, Python and the packages that compute, without loading them."""
+    own = {"kwrap": kohaku_wrap.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in packages}
 
 
 class OtherResult(UsageError):

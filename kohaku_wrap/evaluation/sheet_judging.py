@@ -288,7 +288,7 @@ def compose_result(
     return {
         "format": FORMAT,
         "measure": judge.kind.name,
-        "versions": list_versions(),
+        "versions": list_versions("numpy", "pillow"),
         "judge": judge.describe(),
         "prompts_sha256": digest_of({"prompts": sorted({each.prompt or "" for each in looked})}),
         "all": describe(looked),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-import kohaku_wrap
 from kohaku_wrap.dataset.captions.groups import Grouping
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.evaluation.held_out import TOLERANCE, compare_pair, describe_losses, list_losses
-from kohaku_wrap.evaluation.other_results import FORMAT
+from kohaku_wrap.evaluation.held_out import TOLERANCE, compare_pair, describe_losses, describe_posts, list_losses
+from kohaku_wrap.evaluation.other_results import FORMAT, list_versions
 from kohaku_wrap.training.records.evaluations import Evaluation, read_evaluations
 from kohaku_wrap.training.records.folder import Run
 
@@ -54,25 +51,18 @@ def compose_validation(run: Run, chosen: list[Evaluation], groups: Grouping) -> 
         raise NothingMeasured(
             f"run {run.name}: its evaluations are of different posts", "Name some: --checkpoints N,M."
         )
+    alike = run.lock.table("validation").get("relatives", 0)
     titles = [f"{run.name} after optimizer step {each.optimizer_step:,}" for each in chosen]
     losses = [each.losses for each in chosen]
     places = [(place, place + 1) for place in range(len(chosen) - 1)]
     places += [(0, len(chosen) - 1)] if len(chosen) > 2 else []
-    odd = ~np.isfinite(np.stack(losses)).all(axis=(0, 2))
+    held_out = f"taken out of the training of run {run.name}, with {alike:,} that are their like"
     return {
         "format": FORMAT,
         "measure": "loss",
-        "versions": {
-            "kwrap": kohaku_wrap.__version__, "python": platform.python_version(), "torch": first.about["torch"]
-        },
+        "versions": {**list_versions(), "torch": first.about["torch"]},
         "rule": RULE,
-        "posts": {
-            "count": len(first.posts), "captions_digest": run.lock.dataset_digest,
-            "held_out": f"taken out of the training of run {run.name}, with "
-            f"{run.lock.table('validation').get('relatives', 0):,} that are their like",
-            "ids_sha256": hashlib.sha256(first.posts.astype("<i8").tobytes()).hexdigest(),
-            "ids": first.posts.tolist(), "unreadable": first.posts[odd].tolist(),
-        },
+        "posts": describe_posts(first.posts, run.lock.dataset_digest, held_out, losses),
         "settings": {
             "timesteps": list(first.timesteps), "dataset_options": {**run.lock.table("dataset"), "image_dir": ""},
             "max_token_length": run.lock.values.get("max_token_length"),
