@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.formats.untrained import untrained_tensor, write_untrained
+from kohaku_wrap.formats.untrained import write_untrained
 from kohaku_wrap.streams import draws, stream_key
 
 Array = npt.NDArray[Any]
@@ -32,11 +32,6 @@ def load_description() -> dict[str, Any]:
     text = Path(__file__).with_name("tiny_sdxl.json").read_text(encoding="utf-8")
     described: dict[str, Any] = json.loads(text)
     return described
-
-
-def make_tensor(name: str, shape: list[int], seed: int) -> Array:
-    """The initial value of one tensor: fp16, or int64 for the position ids."""
-    return untrained_tensor(name, shape, partial(draw, seed))
 
 
 def draw(seed: int, name: str, count: int) -> Array:

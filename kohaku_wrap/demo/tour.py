@@ -11,16 +11,18 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kohaku_wrap.config.site import Site, SitePaths, load_site
+from kohaku_wrap.config.site import SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence
 from kohaku_wrap.outlets import EXIT_UNREAD, OUTLETS, run_as_work
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.samples import CONTACT_SHEET, folder_of_pictures
+from kohaku_wrap.wording import show_path
 
 DEMO_FOLDER = Path("epsilon-demo")
 RUN_NAME = "epsilon"
@@ -53,67 +55,68 @@ class StageFailed(KwrapError):
         self.exit_code = exit_code
 
 
-def dataset_stages(site: Site, dataset: str, selection: Path, max_missing: int = 0) -> list[Stage]:
-    """Select, extract and caption into the site's image folder."""
-    paths = site.paths
-    database, images = str(paths.db), str(paths.images)
-    extract = ("extract", str(selection), "--tars", str(paths.tars), "--out", images, "--max-missing", str(max_missing))
-    return [
-        Stage("selection", ("select", dataset, "--db", database, "--out", str(selection)), selection),
-        Stage("images", extract, paths.images),
-        Stage(
-            "captions",
-            ("caption", str(selection), "--db", database, "--out", images, "--dataset", dataset),
-            Path(images, "captions.arrow"),
-        ),
-    ]
-
-
-def training_stages(site: Site, site_file: Path, template: str) -> list[Stage]:
-    """Plan, train (or go on with) the run, prove it from its ledger."""
-    run = site.paths.runs / RUN_NAME
+def list_stages(site_file: Path | None, max_missing: int) -> Iterator[Stage]:
+    """The recipe from the database to the baked model; each stage is made when those before it have run."""
+    demo = site_file is None
+    if site_file is None:
+        site_file = DEMO_FOLDER / "site.toml"
+        yield Stage("embedded world", ("demo", str(DEMO_FOLDER)), DEMO_FOLDER)
+    site = load_site(site_file)
+    paths = shorten_paths(site.paths)
+    recipe = "demo" if demo else "epsilon"
     at_site = ("--site", str(site_file))
+    yield from dataset_stages(paths, recipe, max_missing)
+    if not demo:
+        yield Stage("machine", ("doctor", recipe, *at_site))
+    yield from training_stages(paths.runs / RUN_NAME, recipe, at_site)
+    yield from result_stages(paths.runs / RUN_NAME, paths.base_model, at_site, demo)
+
+
+def dataset_stages(paths: SitePaths, dataset: str, max_missing: int) -> Iterator[Stage]:
+    """Select, extract and caption into the site's image folder."""
+    selection = paths.images.parent / f"{dataset}.parquet"
+    to_images, database = ("--out", str(paths.images)), ("--db", str(paths.db))
+    tars = ("--tars", str(paths.tars), *to_images, "--max-missing", str(max_missing))
+    rules = (*database, *to_images, "--dataset", dataset)
+    yield Stage("selection", ("select", dataset, *database, "--out", str(selection)), selection)
+    yield Stage("images", ("extract", str(selection), *tars), paths.images)
+    yield Stage("captions", ("caption", str(selection), *rules), paths.images / "captions.arrow")
+
+
+def training_stages(run: Path, template: str, at_site: tuple[str, ...]) -> Iterator[Stage]:
+    """Plan, train (or go on with) the run, prove it from its ledger."""
+    yield Stage("plan", ("plan", template, *at_site))
     if not run.exists():
-        train = [Stage("training", ("train", template, *at_site, "--run", RUN_NAME), run)]
-    elif (run / "checkpoints" / f"{RUN_NAME}.safetensors").exists():
-        train = []
-    else:
-        train = [Stage("training", ("resume", str(run)), run)]
-    return [
-        Stage("plan", ("plan", template, *at_site)),
-        *train,
-        Stage("proof", ("verify", str(run))),
-    ]
+        yield Stage("training", ("train", template, *at_site, "--run", RUN_NAME), run)
+    elif not network_of(run).exists():
+        yield Stage("training", ("resume", str(run)), run)
+    yield Stage("proof", ("verify", str(run)))
 
 
-def result_stages(site: Site, site_file: Path, demo: bool) -> list[Stage]:
+def network_of(run: Path) -> Path:
+    """What the run's training ends in."""
+    return run / "checkpoints" / f"{RUN_NAME}.safetensors"
+
+
+def result_stages(run: Path, base_model: Path, at_site: tuple[str, ...], demo: bool) -> Iterator[Stage]:
     """Bake the trained network into its base and look at what came out."""
-    run = site.paths.runs / RUN_NAME
-    network = run / "checkpoints" / f"{RUN_NAME}.safetensors"
-    baked = run / f"{RUN_NAME}-baked.safetensors"
-    models = ("-m", f"base={site.paths.base_model}", "-m", f"epsilon={network}")
+    network, baked = network_of(run), run / f"{RUN_NAME}-baked.safetensors"
+    models = ("-m", f"base={base_model}", "-m", f"epsilon={network}")
     trained = Run(run)
     drawn = folder_of_pictures(trained, trained.lock.total_optimizer_steps)
     scale = ("--sampler-steps", "2", "--size", "64x64") if demo else ("--seed", "1", "--seed", "2")
     prompts = tuple(word for prompt in PROMPTS for word in ("--prompt", prompt))
-    sheet = ("--run", str(run), *prompts, *scale)
-    return [
-        Stage("network", ("inspect", str(network)), network),
-        Stage("baked model", ("merge", "base + 1.0 * net(epsilon)", *models, "-o", str(baked)), baked),
-        Stage("inspection", ("inspect", str(baked))),
-        Stage(PICTURES, ("sample", *sheet, "--site", str(site_file), "--out", str(drawn)), drawn / CONTACT_SHEET),
-        Stage("page of the run", ("report", str(run)), run / "report.html"),
-    ]
+    sheet = ("--run", str(run), *prompts, *scale, *at_site, "--out", str(drawn))
+    yield Stage("network", ("inspect", str(network)), network)
+    yield Stage("baked model", ("merge", "base + 1.0 * net(epsilon)", *models, "-o", str(baked)), baked)
+    yield Stage("inspection", ("inspect", str(baked)))
+    yield Stage(PICTURES, ("sample", *sheet), drawn / CONTACT_SHEET)
+    yield Stage("page of the run", ("report", str(run)), run / "report.html")
 
 
 def shorten_paths(paths: SitePaths) -> SitePaths:
     """The same paths as one would type them here: relative where they lie below the current folder."""
-    here = Path.cwd()
-    below = {
-        name: path.relative_to(here)
-        for name, path in vars(paths).items()
-        if isinstance(path, Path) and path.is_relative_to(here)
-    }
+    below = {name: Path(show_path(path)) for name, path in vars(paths).items() if isinstance(path, Path)}
     return replace(paths, **below)
 
 
@@ -136,46 +139,27 @@ def run_stage(stage: Stage) -> float:
 
 def take_tour(site_file: Path | None, max_missing: int) -> None:
     """Run the recipe from the database to the baked model, and print what was made."""
-    stages: list[Stage] = []
     demo = site_file is None
-    if site_file is None:
+    if demo:
         print("Epsilon's recipe at demo scale: made-up posts, small pictures, a tiny SDXL.")
         print("On real data: make epsilon SITE=site.toml (docs/guide.md shows the file).")
-        site_file = DEMO_FOLDER / "site.toml"
-        world = Stage("embedded world", ("demo", str(DEMO_FOLDER)), DEMO_FOLDER)
-        seconds = {world.title: run_stage(world)}
-        stages.append(world)
-    else:
-        seconds = {}
-    site = load_site(site_file)
-    site = replace(site, paths=shorten_paths(site.paths))
-    recipe = "demo" if demo else "epsilon"
-    selection = site.paths.images.parent / f"{recipe}.parquet"
-    rest = dataset_stages(site, recipe, selection, max_missing)
-    if not demo:
-        rest.append(Stage("machine", ("doctor", recipe, "--site", str(site_file))))
-    rest += training_stages(site, site_file, recipe)
-    for stage in rest:
-        seconds[stage.title] = run_stage(stage)
-    results = result_stages(site, site_file, demo)
-    for stage in results:
-        seconds[stage.title] = run_stage(stage)
-    stages += [*rest, *results]
-    print_results(stages, seconds, demo)
-    sheet = next(stage.result for stage in stages if stage.title == PICTURES)
-    print(f"Pictures: {sheet}{' (the tiny model is untrained: they mean nothing)' if demo else ''}")
-    print_next(site.paths.runs / RUN_NAME, demo)
-    print(f"Open in a browser: {site.paths.runs / RUN_NAME / 'report.html'}")
+    seconds = {stage: run_stage(stage) for stage in list_stages(site_file, max_missing)}
+    print_results(seconds, demo)
+    found = {stage.title: stage.result for stage in seconds if stage.result}
+    page = found["page of the run"]
+    print(f"Pictures: {found[PICTURES]}{' (the tiny model is untrained: they mean nothing)' if demo else ''}")
+    print_next(page.parent, demo)
+    print(f"Open in a browser: {page}")
 
 
-def print_results(stages: list[Stage], seconds: dict[str, float], demo: bool) -> None:
+def print_results(seconds: Mapping[Stage, float], demo: bool) -> None:
     """Print what was made, where, and how long each took."""
-    made = [stage for stage in stages if stage.result]
-    width = max(len(stage.title) for stage in made)
+    width = max(len(stage.title) for stage in seconds if stage.result)
     print(f"\nWhat was made{' (demo scale)' if demo else ''}")
     print(f"{'what':<{width}}  seconds  where")
-    for stage in made:
-        print(f"{stage.title:<{width}}  {seconds[stage.title]:>7.0f}  {stage.result}")
+    for stage, taken in seconds.items():
+        if stage.result:
+            print(f"{stage.title:<{width}}  {taken:>7.0f}  {stage.result}")
     print(f"{'in all':<{width}}  {sum(seconds.values()):>7.0f}")
 
 

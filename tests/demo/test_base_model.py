@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
-from kohaku_wrap.demo.base_model import load_description, make_tensor
+from kohaku_wrap.demo.base_model import draw, load_description
+from kohaku_wrap.formats.untrained import untrained_tensor
 
 LOAD = """
 import json, sys, torch
@@ -76,12 +78,14 @@ def test_file_is_what_safetensors_reads(world):
     expected = load_description()["tensors"]
     assert {name: list(array.shape) for name, array in tensors.items()} == expected
     name = "model.diffusion_model.input_blocks.0.0.weight"
-    assert np.array_equal(tensors[name], make_tensor(name, expected[name], seed=0))
+    assert np.array_equal(tensors[name], untrained_tensor(name, expected[name], partial(draw, 0)))
     assert all(np.isfinite(array).all() for array in tensors.values())
 
 
 def test_first_weights_are_pinned():
-    first = make_tensor("model.diffusion_model.input_blocks.0.0.weight", [32, 4, 3, 3], seed=0).ravel()[:4]
+    first = untrained_tensor("model.diffusion_model.input_blocks.0.0.weight", [32, 4, 3, 3], partial(draw, 0)).ravel()[
+        :4
+    ]
     assert first.tolist() == PINNED
 
 
