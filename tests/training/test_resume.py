@@ -349,6 +349,7 @@ def test_a_state_of_plain_sd_scripts(new_run: NewRun) -> None:
     for name in ("r-step00000002-state", "r-step00000004-state", "r-000001-state"):
         (run.checkpoints / name).mkdir()
     (run.checkpoints / "r-000001-state" / "train_state.json").write_text('{"current_epoch": 1, "current_step": 3}')
+    (run.checkpoints / "another-state").mkdir()
     plan = plan_resume(run, foreign=True)
     assert plan.foreign and plan.state == run.checkpoints / "r-step00000004-state" and plan.start_optimizer_step == 4
     assert plan_resume(run, step=3, foreign=True).state == run.checkpoints / "r-000001-state"

@@ -108,11 +108,13 @@ def find_foreign_state(run: Run, step: int | None, given: Path | None) -> tuple[
         if not given.is_dir():
             raise NoSuchState(f"{given}: no such folder", "Give the `…-state` folder that sd-scripts wrote.")
         return given.resolve(), step if step is not None else foreign_step(given)
-    folders = [path for path in run.checkpoints.glob("*-state") if path.is_dir()] if run.checkpoints.is_dir() else []
-    found = sorted((foreign_step(path), path) for path in folders)
-    wanted = [pair for pair in found if step is None or pair[0] == step]
+    found: list[tuple[int, Path]] = []
+    for path in sorted(path for path in run.checkpoints.glob("*-state") if path.is_dir()):
+        with suppress(UsageError):
+            found.append((foreign_step(path), path))
+    wanted = [pair for pair in sorted(found) if step is None or pair[0] == step]
     if not wanted:
-        there = ", ".join(f"{at:,}" for at, _ in found) or "none"
+        there = ", ".join(f"{at:,}" for at, _ in sorted(found)) or "none"
         raise NoSuchState(
             f"{run.checkpoints}: no state of plain sd-scripts"
             + ("" if step is None else f" at optimizer step {step:,}"),
