@@ -13,7 +13,7 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from kohaku_wrap.proving.killing import (
     training_threads,
 )
 from kohaku_wrap.proving.likeness import Difference, compare_runs
-from kohaku_wrap.trainer.commits import SUPPORTED, installed_checkouts
+from kohaku_wrap.trainer.commits import installed_checkouts, list_known
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
 from kohaku_wrap.training.records.folder import Run
 
@@ -118,24 +118,16 @@ class Case:
 def read_cases() -> tuple[Case, ...]:
     """The cases of proofs/resume.toml, which says what each key means."""
     document = tomllib.loads((shipped_folder("proofs") / "resume.toml").read_text(encoding="utf-8"))
-    return tuple(
-        Case(
-            name=case["name"],
-            says=case["says"],
-            kills=tuple(Kill(**kill) for kill in case["kills"]),
-            workers=tuple(case.get("workers", [0])),
-            configuration=Configuration(
-                **{key: case[key] for key in ("processes", "accumulation", "batch", "data") if key in case},
-                both=tuple(case.get("both", [])),
-            ),
-            settings=tuple(case.get("settings", [])),
-            longer={int(attempt): tuple(options) for attempt, options in case.get("longer", {}).items()},
-            branched=case.get("branched", 0),
-            moved=case.get("moved", 0),
-            cached=case.get("cached", False),
-        )
-        for case in document["case"]
-    )
+    return tuple(read_case(case) for case in document["case"])
+
+
+def read_case(case: Mapping[str, Any]) -> Case:
+    """One case, whose keys are the fields of Case and of its Configuration."""
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in case.items()}
+    shared = {each.name: given.pop(each.name) for each in fields(Configuration) if each.name in given}
+    given["kills"] = tuple(Kill(**kill) for kill in case["kills"])
+    given["longer"] = {int(attempt): tuple(options) for attempt, options in case.get("longer", {}).items()}
+    return Case(**given, configuration=Configuration(**shared))
 
 
 @dataclass(frozen=True)
@@ -279,10 +271,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def other_commits() -> Iterator[Case]:
-    """One case on each supported commit of sd-scripts that is installed beside the one that is used."""
+    """One case on each supported or proved commit of sd-scripts that is installed beside the one that is used."""
     used = find_trainer()
     for folder in installed_checkouts():
-        known = next(each for each in SUPPORTED if each.commit == folder.name)
+        known = next(each for each in list_known() if each.commit == folder.name)
         if used is not None and read_trainer_commit(used) != known.commit:
             configuration = Configuration(accumulation=4, trainer=str(folder))
             yield Case(f"commit-{known.name}", f"sd-scripts {known.name}", (Kill(0.6),), (0,), configuration)
