@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -114,6 +115,20 @@ def read_regular(path: Path) -> str:
         return stream.read().decode("utf-8")
 
 
+def read_tail(path: Path, size_bytes: int) -> str:
+    """The end of a regular file as text, so many bytes at most. Raises OSError."""
+    with open_regular(path) as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - size_bytes))
+        return stream.read().decode("utf-8", "replace")
+
+
+def match_names(folder: Path, pattern: re.Pattern[str]) -> Iterator[tuple[re.Match[str], Path]]:
+    """What lies in a folder under names of that pattern, with what it finds there; nothing where there is no folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := pattern.fullmatch(path.name):
+            yield match, path
+
+
 def parse_json(text: str | bytes) -> Any:
     """The document; raises ValueError, also for one that is nested too deeply."""
     try:
@@ -133,7 +148,7 @@ def kept_answer(path: Path | None, parse: Callable[[Any], Kept], ask: Callable[[
     document = ask()
     if path is not None:
         with suppress(OSError):
-            write_text(path, json.dumps(document, indent=1) + "\n")
+            write_json(path, document, 1)
     return parse(document)
 
 
@@ -170,6 +185,11 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_write(path) as stream:
         stream.write(text)
+
+
+def write_json(path: Path, document: Any, indent: int | None = 2) -> None:
+    """Write a document as JSON with a line break at its end, whole or not at all."""
+    write_text(path, json.dumps(document, indent=indent) + "\n")
 
 
 def write_new_text(path: Path, text: str) -> None:

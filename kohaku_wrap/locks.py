@@ -1,7 +1,8 @@
-"""Work of a folder that several processes share: locks of its parts, and what killed ones left there."""
+"""Locks of what several processes share, files and parts of a folder, and what killed ones left there."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -9,16 +10,63 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from kohaku_wrap.errors import KwrapError
+
 
 def take_lock(descriptor: int, path: Path) -> bool:
     """Whether the open file is now ours alone, and still the one at `path`: who held it before may have removed it."""
-    import fcntl
-
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def hold_lock(path: Path) -> int | None:
+    """Take the lock file for the life of this process; its descriptor, or None when another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if take_lock(descriptor, path):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+@contextmanager
+def holding_lock(path: Path, busy: KwrapError) -> Iterator[None]:
+    """Hold the lock file for the time of a block; raises `busy` when another process holds it."""
+    lock = hold_lock(path)
+    if lock is None:
+        raise busy
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def is_lock_free(path: Path) -> bool:
+    """Whether the lock file exists and nobody holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file, waiting for it; free again when the process ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 LOCKS = ".locks"

@@ -10,7 +10,7 @@ from typing import Any
 
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.trainer_arguments import render_network_args
-from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import home_folder, kept_answer
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_trainer_commit
@@ -110,18 +110,14 @@ def digest_request(request: dict[str, Any], checkout: Path | None) -> str:
 
 def ask_worker(request: dict[str, Any]) -> dict[str, Any]:
     """The worker's answer. Raises NotCounted."""
-    try:
+    advice = "Run `kwrap doctor`; counting needs the packages of kohaku-wrap[train]."
+    with refusing(NotCounted, "the network's modules could not be counted:", advice, NoAnswer):
         document: dict[str, Any] = ask_python(
             "kohaku_wrap.planning.workers.count_modules",
             request=request,
             added=WORKER_SETTINGS,
             timeout_seconds=WORKER_TIMEOUT_SECONDS,
         )
-    except NoAnswer as failed:
-        raise NotCounted(
-            f"the network's modules could not be counted: {failed.message}",
-            "Run `kwrap doctor`; counting needs the packages of kohaku-wrap[train].",
-        ) from None
     return document
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from kohaku_wrap.config.base_model import require_safetensors
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.network import KOHYA_LORA, LYCORIS
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
+from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.planning.module_counts import WORKER_SETTINGS, WORKER_TIMEOUT_SECONDS, describe_request
 from kohaku_wrap.processes import NoAnswer, ask_python
@@ -52,18 +52,14 @@ def fit_parent(effective: Effective, out: Path) -> bool:
         "from_weights": by_file,
         "out": str(out),
     }
-    try:
+    advice = "Run `kwrap doctor`; the comparison needs the packages of kohaku-wrap[train]."
+    with refusing(NotChecked, f"{path}: could not be compared with the template's network:", advice, NoAnswer):
         found: dict[str, Any] = ask_python(
             "kohaku_wrap.planning.workers.fit_network",
             request=request,
             added=WORKER_SETTINGS,
             timeout_seconds=WORKER_TIMEOUT_SECONDS,
         )
-    except NoAnswer as failed:
-        raise NotChecked(
-            f"{path}: could not be compared with the template's network: {failed.message}",
-            "Run `kwrap doctor`; the comparison needs the packages of kohaku-wrap[train].",
-        ) from None
     problems = list(list_faults(found))
     if problems:
         made = describe_made(header.metadata)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import queue
 import shutil
 import subprocess
@@ -20,11 +19,11 @@ from kohaku_wrap.config.schema import PATH_OPTIONS
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
+from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.proving.killing import ON_THE_CPU
 from kohaku_wrap.proving.likeness import read_positions, read_tensors
 from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench, write_site_of
-from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.create import create_run, plan_new_run
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
@@ -158,19 +157,17 @@ class CensusBench:
         except KwrapError as error:
             raise CaseFailed(f"refused: {error.message}") from None
         log = self.folder / "logs" / f"{name}.log"
-        held = hold_lock(attempt.supervisor_lock)
         server = self.servers.get()
         try:
-            code = server.run(
-                folder=str(launch.folder),
-                environment=dict(launch.environment),
-                arguments=list(launch.argv[launch.argv.index("-m", 3) + 2 :]),
-                log=str(log),
-            )
+            with holding_lock(attempt.supervisor_lock, CaseFailed(f"another process supervises {run.folder}")):
+                code = server.run(
+                    folder=str(launch.folder),
+                    environment=dict(launch.environment),
+                    arguments=list(launch.argv[launch.argv.index("-m", 3) + 2 :]),
+                    log=str(log),
+                )
         finally:
             self.servers.put(server)
-            if held is not None:
-                os.close(held)
         if code:
             said = "; ".join(f"{each.kind}: {each.message}" for each in attempt.failures()) or f"exit code {code}"
             raise CaseFailed(f"the training failed: {' '.join(said.split())[:300]} (log {log})")

@@ -99,7 +99,7 @@ def read_positions(run: Run) -> tuple[Records, int]:
 
     Raises Difference where two attempts trained one position differently.
     """
-    files = [read_ledger_file(path)[1] for _, _, path in list_ledger_files(run.ledger)]
+    files = [read_ledger_file(path).records for _, _, path in list_ledger_files(run.ledger)]
     if parent := find_parent(run):
         earlier = read_positions(parent)[0]
         files.append(earlier[earlier["optimizer_step"] <= run.first_optimizer_step])

@@ -24,6 +24,7 @@ from typing import Any
 from kohaku_wrap.config.fates import load_fates
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import home_folder, write_text
+from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.outlets import run_as_work
 from kohaku_wrap.processes import ask_python
 from kohaku_wrap.proving.census import choose_rows, walk
@@ -57,7 +58,6 @@ from kohaku_wrap.trainer.commits import (
 from kohaku_wrap.trainer.corrections import require_anchors
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, is_decisive, list_versions, plain_name
 from kohaku_wrap.trainer.requirements import InstallFailed, find_set, require_requirements, requirement_paths
-from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
 
 ROWS = (
@@ -324,18 +324,14 @@ def proof_folder(checkout: Checkout) -> Iterator[Path]:
     """
     folder = home_folder() / "proofs" / "work" / digest_sources(checkout.path)[:12]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = hold_lock(folder.with_suffix(".lock"))
-    if lock is None:
-        raise NotProved(
-            f"sd-scripts {checkout.name}: another process is proving these files already",
-            "Wait for it, then look: kwrap trainer show",
-        )
-    try:
+    busy = NotProved(
+        f"sd-scripts {checkout.name}: another process is proving these files already",
+        "Wait for it, then look: kwrap trainer show",
+    )
+    with holding_lock(folder.with_suffix(".lock"), busy):
         shutil.rmtree(folder, ignore_errors=True)
         yield folder
         shutil.rmtree(folder)
-    finally:
-        os.close(lock)
 
 
 if __name__ == "__main__":

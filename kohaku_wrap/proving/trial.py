@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.proving.likeness import Difference, compare_networks
-from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.manifest import read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
@@ -51,11 +50,9 @@ def clear_earlier(folder: Path) -> None:
     """Remove what an earlier trial left at the place of a new one. Raises RunIsBusy where it still trains."""
     if not is_run(folder):
         return
-    lock = hold_lock(folder / LOCK_FILE)
-    if lock is None:
-        raise RunIsBusy(f"{folder}: another trial is training there", "Wait for it, or give --run NAME.")
-    os.close(lock)
-    take_back_run(Run(folder.resolve()))
+    busy = RunIsBusy(f"{folder}: another trial is training there", "Wait for it, or give --run NAME.")
+    with holding_lock(folder / LOCK_FILE, busy):
+        take_back_run(Run(folder.resolve()))
 
 
 def finish_trial(run: Run, resume_from: Callable[[int], object]) -> Trial:

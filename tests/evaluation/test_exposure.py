@@ -184,7 +184,7 @@ def count_ledger(run: Run, until: int) -> Counter[str]:
     """Tags over the ledger's last record of each position, from captions drawn one by one."""
     items, found = open_items(run), {}
     for _, _, path in list_ledger_files(run.ledger):
-        for record in read_ledger_file(path)[1]:
+        for record in read_ledger_file(path).records:
             if record["optimizer_step"] <= until:
                 found[int(record["epoch"]), int(record["position"])] = record
     counts: Counter[str] = Counter()

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kohaku_wrap.training.data.order import order_digest
+from kohaku_wrap.training.records import saving
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.bad_steps import BadSteps, MostlySkipped, TooManyBadSteps
 from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
@@ -48,7 +49,7 @@ def main() -> int:
     weights = b"0" if attempt.state is None else (attempt.state / "weights.bin").read_bytes()
     order, ids = read_order(attempt.run)
     group = attempt.group
-    patience = {"pause_seconds": 0.1, "patience_seconds": faults.get("patience_seconds", 20)}
+    saving.PAUSE_SECONDS, saving.PATIENCE_SECONDS = 0.1, faults.get("patience_seconds", 20)
     ledger = LedgerWriter(
         attempt.run.ledger,
         LedgerHeader(
@@ -70,7 +71,7 @@ def main() -> int:
         ledger.sync()
         if faults.get("hang") == "saving":
             hang()
-        save_run_state(attempt, done, fill, scheduled=scheduled, extra=bad_steps.document(), **patience)
+        save_run_state(attempt, done, fill, scheduled=scheduled, extra=bad_steps.document())
 
     while done < lock.total_optimizer_steps:
         epoch, first = order.count.position_of(done, 1).epoch, order.count.position_of(done, 1).global_position
@@ -90,7 +91,7 @@ def main() -> int:
                 is_fill=order.epoch(epoch).is_fill(position),
             )
             attempt.beat(0, "step", done, position)
-            wait_for_room(attempt, ledger.write_out, done, position, "step", **patience)
+            wait_for_room(attempt, ledger.write_out, done, position, "step")
             if done == faults.get("at", 1) and position == first + 1:
                 act_within(faults)
         done += 1
@@ -105,7 +106,7 @@ def main() -> int:
             is_skipped=skipped,
             is_non_finite=loss != loss,
         )
-        wait_for_room(attempt, ledger.write_out, done, 0, "step", **patience)
+        wait_for_room(attempt, ledger.write_out, done, 0, "step")
         line = {"optimizer_step": done, "epoch": epoch, "loss": loss, "lr_unet": 1e-4, "seconds": 0.01, "images": 8}
         line |= {"optimizer_step_skipped": 1, "bad_steps_in_a_row": bad_steps.in_a_row} if skipped else {}
         metrics.append(line | {"nan_latents": faults.get("nan_latents", 0)})

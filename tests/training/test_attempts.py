@@ -13,12 +13,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from kohaku_wrap.locks import hold_lock, is_lock_free
+from kohaku_wrap.training.records import saving
 from kohaku_wrap.training.records.attempts import (
     FORMAT,
     Attempt,
     BadAttempt,
-    hold_lock,
-    is_lock_free,
     last_kept_steps,
     list_attempts,
     read_attempt,
@@ -111,7 +111,8 @@ def test_processes_are_found_by_their_run_and_ended(attempt: Attempt, tmp_path: 
                 child.stdout.close()
 
 
-def test_what_finds_no_room_is_written_later(attempt: Attempt) -> None:
+def test_what_finds_no_room_is_written_later(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "PAUSE_SECONDS", 0.01)
     refusals: list[Exception] = [OSError(errno.ENOSPC, "full"), DiskFull("states: the disk is full, 1 B free", "Free.")]
     told: list[str] = []
 
@@ -121,14 +122,15 @@ def test_what_finds_no_room_is_written_later(attempt: Attempt) -> None:
             raise refusals.pop()
         return "written"
 
-    assert wait_for_room(attempt, write, 4, 8, pause_seconds=0.01) == "written"
+    assert wait_for_room(attempt, write, 4, 8) == "written"
     assert told == ["saving"] * 2 and attempt.heartbeats()[0].micro_batch == 8
     refusals.append(OSError(errno.ENOSPC, "full"))
-    with pytest.raises(DiskFull, match="the disk is full"):
-        wait_for_room(attempt, write, 4, pause_seconds=0.02, patience_seconds=0.01)
+    with pytest.raises(DiskFull, match="the disk is full"), monkeypatch.context() as hurried:
+        hurried.setattr(saving, "PATIENCE_SECONDS", 0.005)
+        wait_for_room(attempt, write, 4)
     refusals += [OSError(errno.EIO, "broken")]
     with pytest.raises(OSError, match="broken"):
-        wait_for_room(attempt, write, 4, pause_seconds=0.01)
+        wait_for_room(attempt, write, 4)
 
 
 @pytest.mark.parametrize("number", [0, FORMAT + 1, "two", None, [2]])

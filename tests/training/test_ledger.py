@@ -31,7 +31,6 @@ from kohaku_wrap.training.records.ledger import (
     list_ledger_files,
     pack_header,
     read_ledger_file,
-    read_whole_ledger_file,
     seal_header,
 )
 
@@ -55,7 +54,8 @@ def write(folder: Path, records: int) -> Path:
 def test_reads_what_was_appended(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     assert path == ledger_file(tmp_path, 1, 2) and list_ledger_files(tmp_path) == [(1, 2, path)]
-    header, records = read_ledger_file(path)
+    file = read_ledger_file(path)
+    header, records = file.header, file.records
     assert header == FIRST
     assert records["optimizer_step"].tolist() == [1, 2, 3]
     assert records["position"].tolist() == [2, 6, 10]
@@ -88,13 +88,13 @@ def test_steps_stand_after_their_micro_batches_with_the_rates_of_all_groups(tmp_
             ledger.append_step(
                 optimizer_step=step, epoch=0, updates=1, rates=many, is_skipped=step == 2, is_non_finite=step == 2
             )
-    file = read_whole_ledger_file(ledger.path)
+    file = read_ledger_file(ledger.path)
     assert file.header == FIRST and len(file.records) == 4
     assert file.steps["optimizer_step"].tolist() == [1, 1, 2, 2] and file.steps_after.tolist() == [2, 2, 4, 4]
     assert np.concatenate(file.steps["rates"][:2]).tolist() == [*many, 0.0, 0.0]
     assert file.steps["groups"].tolist() == [6] * 4 and file.steps["first_group"].tolist() == [0, 4, 0, 4]
     assert [flags & (SKIPPED | NON_FINITE) for flags in file.steps["flags"]] == [0, 0, *[SKIPPED | NON_FINITE] * 2]
-    assert read_ledger_file(ledger.path)[1]["position"].tolist() == [0, 4, 0, 4]
+    assert read_ledger_file(ledger.path).records["position"].tolist() == [0, 4, 0, 4]
 
 
 def test_a_file_of_kwrap_0_1_is_still_read(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_file_of_kwrap_0_1_is_still_read(tmp_path: Path) -> None:
         "94d3724f"
     )  # fmt: skip
     path.write_bytes(header + record)
-    file = read_whole_ledger_file(path)
+    file = read_ledger_file(path)
     assert file.header == dataclasses.replace(
         FIRST, run_id="", options_digest="", is_deterministic=False, device_digest=0, version=2
     )
@@ -128,14 +128,14 @@ def test_a_header_cut_by_a_crash_holds_no_record(tmp_path: Path) -> None:
 def test_a_torn_end_is_left_out(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path, 3)
     os.truncate(path, path.stat().st_size - cut)
-    assert len(read_ledger_file(path)[1]) == (2 if cut <= 60 else 1)
+    assert len(read_ledger_file(path).records) == (2 if cut <= 60 else 1)
 
 
 def test_blocks_that_a_power_cut_left_empty_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, 2)
     with path.open("ab") as stream:
         stream.write(bytes(200))
-    assert len(read_ledger_file(path)[1]) == 2
+    assert len(read_ledger_file(path).records) == 2
 
 
 def test_flags_and_lengths_on_disk_are_pinned() -> None:
@@ -156,7 +156,7 @@ def test_a_step_takes_as_many_records_as_its_groups_need(tmp_path: Path, groups:
         )
         ledger.append_step(optimizer_step=7, epoch=3, updates=5, rates=[9.0] * 9)
         ledger.append_step(optimizer_step=8, epoch=3, updates=6, rates=rates)
-    steps = read_whole_ledger_file(ledger.path).steps
+    steps = read_ledger_file(ledger.path).steps
     steps = steps[steps["optimizer_step"] == 8]
     assert steps["first_group"].tolist() == firsts and set(steps["groups"].tolist()) == {groups}
     filled = np.concatenate(steps["rates"]).tolist()
@@ -221,17 +221,18 @@ def test_only_the_first_flag_of_a_header_says_deterministic(tmp_path: Path, flag
     """The others are free for later versions."""
     path = tmp_path / "attempt-0001-rank-000.bin"
     path.write_bytes(seal_header(HEADER, MAGIC, RECORD.itemsize, 1, 0, 1, 1, 1, 1, b"", b"", flags, 0, 0))
-    assert read_ledger_file(path)[0].is_deterministic is is_deterministic
-    assert read_ledger_file(path)[0].chapter == 1, "a file from before there were chapters"
+    assert read_ledger_file(path).header.is_deterministic is is_deterministic
+    assert read_ledger_file(path).header.chapter == 1, "a file from before there were chapters"
 
 
 def test_a_file_with_no_more_than_its_header(tmp_path: Path) -> None:
     path = write(tmp_path, 0)
-    header, records = read_ledger_file(path)
+    file = read_ledger_file(path)
+    header, records = file.header, file.records
     assert header == FIRST and len(records) == 0
     with path.open("ab") as stream:
         stream.write(bytes(120))
-    assert len(read_ledger_file(path)[1]) == 0
+    assert len(read_ledger_file(path).records) == 0
 
 
 def test_refuses_what_is_no_ledger(tmp_path: Path) -> None:
@@ -254,7 +255,7 @@ def test_sigkill_loses_no_record(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)], check=False)
-    assert len(read_ledger_file(ledger_file(tmp_path, 1, 2))[1]) == 7
+    assert len(read_ledger_file(ledger_file(tmp_path, 1, 2)).records) == 7
 
 
 def test_a_pipe_in_place_of_a_ledger_is_not_waited_for(tmp_path: Path) -> None:

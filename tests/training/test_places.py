@@ -22,9 +22,9 @@ from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.file_hashes import kept_sha256
 from kohaku_wrap.formats.caption_rows import open_captions
+from kohaku_wrap.locks import hold_lock
 from kohaku_wrap.training.data.latent_index import StoreRule
 from kohaku_wrap.training.data.latent_rules import find_folder
-from kohaku_wrap.training.records.attempts import hold_lock
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.supervising.create import RunExists

@@ -19,7 +19,8 @@ from plain_runs import make_run, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import EXIT_TRAINER_FAILED
-from kohaku_wrap.training.records.attempts import Attempt, hold_lock, list_attempts
+from kohaku_wrap.locks import hold_lock
+from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps, NonFiniteLoss, TooManyBadSteps
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.states import DiskFull, list_states

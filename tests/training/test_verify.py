@@ -402,7 +402,8 @@ def test_the_command_tells_and_exits(new_run: NewRun) -> None:
     result = CliRunner().invoke(program, ["verify", str(run.folder)], standalone_mode=False)
     assert result.return_value == 0
     assert "proved" in result.output and "optimizer steps 5 to 6" in result.output
-    header, records = read_ledger_file(ledger_file(run.ledger, 1, 0))
+    file = read_ledger_file(ledger_file(run.ledger, 1, 0))
+    header, records = file.header, file.records
     write_ledger(run, 1, 0, header.processes, set_record(2, order_digest=5)(records))
     result = CliRunner().invoke(program, ["verify", str(run.folder)], standalone_mode=False)
     assert result.return_value == 1

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, reason_of
-from kohaku_wrap.files import atomic_write, open_regular, write_text
+from kohaku_wrap.files import atomic_write, open_regular, write_json
+from kohaku_wrap.locks import locked
 from kohaku_wrap.training.data.latent_shards import ShardShape
 
 INDEX_FILE, COPY_FILE = "index.arrow", "index-copy.arrow"
@@ -207,19 +206,6 @@ def is_whole(folder: Path, rule: StoreRule) -> bool:
     return True
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, waiting for it; free again when the process ends."""
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 @dataclass(frozen=True)
 class Wanted:
     """The images whose latents are wanted."""
@@ -256,7 +242,7 @@ def extend_index(folder: Path, rule: StoreRule, wanted: Wanted) -> Index:
         index = Index.open(folder, rule)
         extended = lay_out(index, rule, wanted)
         if len(extended.shapes) > len(index.shapes) or not is_whole(folder, rule):
-            write_text(folder / RULE_FILE, json.dumps(asdict(rule), indent=1) + "\n")
+            write_json(folder / RULE_FILE, asdict(rule), 1)
             extended.write(folder, rule)
         return extended
 

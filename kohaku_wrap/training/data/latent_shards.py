@@ -7,7 +7,6 @@ that record is not made yet.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import zlib
@@ -22,7 +21,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.file_hashes import sha256_of_file
-from kohaku_wrap.files import atomic_write, open_regular, parse_json, read_regular, write_text
+from kohaku_wrap.files import atomic_write, open_regular, parse_json, read_regular, write_json
 from kohaku_wrap.formats.safetensors import (
     MalformedFile,
     PickledFile,
@@ -152,7 +151,7 @@ def write_shard(
             put(stored.data)
         put(checksums.data)
     document = {"sha256": digest.hexdigest(), "checked": stamp_of(path), **about}
-    write_text(shape.record_in(folder), json.dumps(document, indent=1) + "\n")
+    write_json(shape.record_in(folder), document, 1)
 
 
 def round_to(numbers: Latents, precision: str) -> Latents:
@@ -192,7 +191,7 @@ def check_shard(folder: Path, shape: ShardShape, thorough: bool = False) -> str:
     if (found := sha256_of_file(path)) != record["sha256"]:
         return f"its sha256 was {record['sha256'][:12]}…, is now {found[:12]}…"
     if record.get("checked") != key:
-        write_text(shape.record_in(folder), json.dumps({**record, "checked": key}, indent=1) + "\n")
+        write_json(shape.record_in(folder), {**record, "checked": key}, 1)
     return ""
 
 

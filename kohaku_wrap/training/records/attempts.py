@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.errors import KwrapError, command_line, refusing
-from kohaku_wrap.files import parse_json, read_regular, write_text
-from kohaku_wrap.locks import take_lock
+from kohaku_wrap.files import match_names, parse_json, read_regular, write_json
+from kohaku_wrap.locks import is_lock_free
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
 from kohaku_wrap.training.records.folder import Place, Run
@@ -33,6 +33,8 @@ ATTEMPT_VARIABLE = "KWRAP_ATTEMPT"
 MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
 """Only where several machines train together."""
 
+
+NUMBER = re.compile("[0-9]+")
 
 FORMAT = 2
 """Of `attempt.json`; 1, which has no number, is that of kwrap 0.1."""
@@ -158,7 +160,7 @@ class Attempt:
     def leave(self, machine_rank: int, why: str) -> None:
         """Tell machine 0 that this machine trains no longer in the attempt; it then ends it."""
         document = {"machine_rank": machine_rank, "why": why, "unix_seconds": time.time()}
-        write_text(self.folder / f"machine-{machine_rank:03d}-left.json", json.dumps(document, indent=2) + "\n")
+        write_json(self.folder / f"machine-{machine_rank:03d}-left.json", document)
 
     def machines_left(self) -> list[tuple[str, float]]:
         """What machines said when they left, and when, by rank."""
@@ -227,7 +229,7 @@ class Attempt:
     ) -> None:
         """Leave the reason of a failure for the supervisor; the worker then exits with a code other than 0."""
         failure = Failure(rank, kind, message, optimizer_step, next_step, time.time(), is_lasting)
-        write_text(self.folder / f"failure-rank-{rank:03d}.json", json.dumps(asdict(failure), indent=2) + "\n")
+        write_json(self.folder / f"failure-rank-{rank:03d}.json", asdict(failure))
 
     def failures(self) -> list[Failure]:
         """What the ranks said about their failures, by rank."""
@@ -236,7 +238,7 @@ class Attempt:
     def finish(self, outcome: Outcome, optimizer_step: int) -> None:
         """Rank 0's last word: all steps are done, or a stop was asked for and its state is saved."""
         result = {"outcome": outcome, "optimizer_step": optimizer_step, "unix_seconds": time.time()}
-        write_text(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        write_json(self.folder / "result.json", result)
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None."""
@@ -262,7 +264,7 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
         "environment": dict(environment),
     }
     attempt.folder.mkdir(parents=True)
-    write_text(attempt.folder / "attempt.json", json.dumps(document, indent=2) + "\n")
+    write_json(attempt.folder / "attempt.json", document)
 
 
 def read_attempt(run: Run, number: int) -> Attempt:
@@ -299,8 +301,7 @@ def read_attempt(run: Run, number: int) -> Attempt:
 
 def attempt_numbers(run: Run) -> list[int]:
     """The numbers of all attempts, whole or not, ascending; other folders are none."""
-    names = [folder.name for folder in run.attempts.iterdir()] if run.attempts.is_dir() else []
-    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+    return sorted(int(name[0]) for name, _ in match_names(run.attempts, NUMBER))
 
 
 def list_attempts(run: Run) -> list[Attempt]:
@@ -317,27 +318,3 @@ def last_kept_steps(attempts: list[Attempt]) -> dict[int, float]:
         kept[attempt.number] = limit
         limit = min(limit, attempt.start_optimizer_step)
     return kept
-
-
-def hold_lock(path: Path) -> int | None:
-    """Take the lock file for the life of this process; its descriptor, or None when another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    if take_lock(descriptor, path):
-        return descriptor
-    os.close(descriptor)
-    return None
-
-
-def is_lock_free(path: Path) -> bool:
-    """Whether the lock file exists and nobody holds it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True

@@ -52,7 +52,7 @@ def fits(value: Any, hint: Any) -> bool:
         return is_whole(value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return isinstance(value, hint)
+    return isinstance(value, get_origin(hint) or hint)
 
 
 def is_whole(value: Any) -> bool:

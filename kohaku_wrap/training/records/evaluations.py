@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kohaku_wrap.files import atomic_write
+from kohaku_wrap.files import atomic_write, match_names
 from kohaku_wrap.training.records.folder import Run
 
 FORMAT = 1
@@ -90,10 +90,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def list_evaluation_files(run: Run) -> list[tuple[int, Path]]:
     """The files with their optimizer steps, ascending; readable or not."""
-    if not run.evaluations.is_dir():
-        return []
-    found = [(NAME.fullmatch(path.name), path) for path in run.evaluations.iterdir() if path.is_file()]
-    return sorted((int(match.group(1)), path) for match, path in found if match)
+    return sorted((int(match[1]), path) for match, path in match_names(run.evaluations, NAME) if path.is_file())
 
 
 def read_evaluations(run: Run) -> Iterator[Evaluation]:

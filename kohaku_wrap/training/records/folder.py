@@ -69,9 +69,7 @@ class Run:
     @property
     def networks(self) -> list[Path]:
         """The network of the last optimizer step, in each form that is there."""
-        if not self.checkpoints.is_dir():
-            return []
-        return sorted(path for path in self.checkpoints.iterdir() if path.is_file() and path.stem == self.output_name)
+        return sorted(path for path in self.checkpoints.glob("*") if path.is_file() and path.stem == self.output_name)
 
     attempts = Place("attempts")
     states = Place("states")
@@ -147,10 +145,9 @@ def is_run(folder: Path) -> bool:
 
 def list_runs(runs_folder: Path) -> Iterator[Run]:
     """The runs in a folder, by name."""
-    if runs_folder.is_dir():
-        for folder in sorted(runs_folder.iterdir()):
-            if is_run(folder):
-                yield Run(folder.resolve())
+    for folder in sorted(runs_folder.glob("*")):
+        if is_run(folder):
+            yield Run(folder.resolve())
 
 
 def find_run(name_or_path: str, runs_folders: tuple[Path, ...] = (Path("runs"),)) -> Run:

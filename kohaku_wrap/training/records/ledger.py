@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import open_regular
+from kohaku_wrap.files import match_names, open_regular
 
 MAGIC = b"KWRAPLG3"
 HEADER = struct.Struct("<8sIIIIIIq32s64sIQI4xI")
@@ -217,8 +217,7 @@ def ledger_file(ledger: Path, attempt: int, rank: int) -> Path:
 
 def recorded_attempts(ledger: Path) -> set[int]:
     """The attempts that left a file in the ledger's folder."""
-    names = (FILE_NAME.fullmatch(path.name) for path in ledger.glob("attempt-*"))
-    return {int(name[1]) for name in names if name}
+    return {int(name[1]) for name, _ in match_names(ledger, FILE_NAME)}
 
 
 class LedgerWriter:
@@ -295,13 +294,7 @@ class LedgerWriter:
         os.close(self._descriptor)
 
 
-def read_ledger_file(path: Path) -> tuple[LedgerHeader, Records]:
-    """Header and whole records of micro-batches of one file; what a crash tore off the end is left out."""
-    file = read_whole_ledger_file(path)
-    return file.header, file.records
-
-
-def read_whole_ledger_file(path: Path) -> LedgerFile:
+def read_ledger_file(path: Path) -> LedgerFile:
     """All that one file holds, of either form; what a crash tore off the end is left out. Raises BadLedger."""
     with open_regular(path) as stream:
         data = stream.read()
@@ -318,12 +311,8 @@ def read_whole_ledger_file(path: Path) -> LedgerFile:
 
 def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:
     """Attempt, rank and path of each file, in that order; a file cut before its header ended holds no record."""
-    if not ledger.is_dir():
-        return []
-    found = [(FILE_NAME.fullmatch(path.name), path) for path in ledger.iterdir()]
-    return sorted(
-        (int(match.group(1)), int(match.group(2)), path) for match, path in found if match and holds_header(path)
-    )
+    found = match_names(ledger, FILE_NAME)
+    return sorted((int(name[1]), int(name[2]), path) for name, path in found if holds_header(path))
 
 
 def holds_header(path: Path) -> bool:
@@ -338,7 +327,7 @@ def digest_of_ledger(ledger: Path) -> str:
 
     Empty where there is no ledger.
     """
-    files = sorted(path for path in ledger.rglob("*") if path.is_file()) if ledger.is_dir() else []
+    files = sorted(path for path in ledger.rglob("*") if path.is_file())
     if not files:
         return ""
     digest = hashlib.sha256()

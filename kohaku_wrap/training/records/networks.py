@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import OWN_DATA, list_lacking
 from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import write_json
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
 from kohaku_wrap.training.records.documents import read_json_files
@@ -78,14 +77,14 @@ class Network:
 def note_network(attempt: Attempt, path: Path) -> None:
     """Keep the sha256 of a network that the attempt has just written, before any state or word counts on it."""
     written = read_written(attempt.folder) | {path.name: kept_sha256(path)}
-    write_text(attempt.folder / NETWORKS_FILE, json.dumps(written, indent=2) + "\n")
+    write_json(attempt.folder / NETWORKS_FILE, written)
 
 
 def note_new_name(attempt: Attempt, name: str, new_name: str) -> None:
     """Keep the sha256 of a network that is about to get another name."""
     written = read_written(attempt.folder)
     if sha256 := written.pop(name, ""):
-        write_text(attempt.folder / NETWORKS_FILE, json.dumps(written | {new_name: sha256}, indent=2) + "\n")
+        write_json(attempt.folder / NETWORKS_FILE, written | {new_name: sha256})
 
 
 def read_written(attempt_folder: Path) -> dict[str, str]:
@@ -134,10 +133,7 @@ def step_of_network(run: Run, path: Path, end: int) -> int | None:
 
 def list_network_files(run: Run) -> list[Path]:
     """The networks on the disk among the run's checkpoints, by name."""
-    found = run.checkpoints.iterdir() if run.checkpoints.is_dir() else iter(())
-    return sorted(
-        path for path in found if path.suffix in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    return sorted(path for path in run.checkpoints.glob("[!.]*") if path.suffix in SUFFIXES and path.is_file())
 
 
 def compare_networks(run: Run, on_bytes: Callable[[int], None] | None = None) -> Iterator[Network]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.files import parse_json, read_regular, write_text
+from kohaku_wrap.files import parse_json, read_regular, write_json
 
 ORIGIN_FOLDER = "parent"
 """Of a run: holds the state that it began from."""
@@ -71,7 +70,7 @@ def read_origin(document: Mapping[str, Any]) -> Origin:
 
 def write_origin(ledger: Path, origin: Origin) -> None:
     """Put it at the head of a ledger."""
-    write_text(ledger / ORIGIN_FILE, json.dumps(origin.document(), indent=2) + "\n")
+    write_json(ledger / ORIGIN_FILE, origin.document())
 
 
 def read_ledger_origin(ledger: Path) -> Origin | None:
@@ -101,7 +100,7 @@ class Taken:
 
 def write_taken(attempt_folder: Path, taken: Taken) -> None:
     """Keep it with the attempt that began the branch."""
-    write_text(attempt_folder / TAKEN_FILE, json.dumps(asdict(taken), indent=2) + "\n")
+    write_json(attempt_folder / TAKEN_FILE, asdict(taken))
 
 
 def read_taken(attempt_folder: Path) -> Taken | None:

@@ -5,7 +5,6 @@ What `[secrets]` of it says of a run's logs is in no file of the run, and read w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -14,8 +13,8 @@ from typing import Any
 
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import write_text
-from kohaku_wrap.training.records.documents import read_json_files
+from kohaku_wrap.files import write_json
+from kohaku_wrap.training.records.documents import read_records
 from kohaku_wrap.training.records.folder import Run
 
 SITE_FILE = "site.json"
@@ -41,10 +40,9 @@ class Remembered:
 
 def read_remembered(run: Run) -> Remembered:
     """What the run remembers, else what its lock says of the site that it was made on."""
-    for kept in read_json_files(run.folder, SITE_FILE):
-        site, taken, images = kept.get("site"), kept.get("taken"), kept.get("images")
-        if kept.get("format") == FORMAT and isinstance(site, str) and isinstance(taken, dict):
-            return Remembered(site, taken, str(images or ""))
+    for kept in read_records(run.folder, SITE_FILE, Remembered):
+        if kept.format == FORMAT:
+            return kept
     inputs = run.lock.table("inputs")
     taken = {name: inputs[name] for name in ("base_model", "vae", "tokenizers", "images") if name in inputs}
     taken |= {"processes": run.lock.processes, "workers": run.lock.workers}
@@ -53,7 +51,7 @@ def read_remembered(run: Run) -> Remembered:
 
 def write_remembered(run: Run, remembered: Remembered) -> None:
     """Keep it, whole or not at all."""
-    write_text(run.folder / SITE_FILE, json.dumps(asdict(remembered), indent=2) + "\n")
+    write_json(run.folder / SITE_FILE, asdict(remembered))
 
 
 CONFIG = "log_tracker_config"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,32 +55,25 @@ def save_run_state(
     scheduled: bool = True,
     extra: Mapping[str, Any] | None = None,
     expected_bytes: int = 0,
-    pause_seconds: float = PAUSE_SECONDS,
-    patience_seconds: float = PATIENCE_SECONDS,
 ) -> Path:
     """Write a state of the attempt's run and apply retention; the state's path. Called on rank 0 alone.
 
     `fill` writes files into the empty folder it is given, and may be called again after a full disk. While the disk
-    is full the worker pauses, says so in its heartbeat, and goes on when there is room; after `patience_seconds`, or
+    is full the worker pauses, says so in its heartbeat, and goes on when there is room; after PATIENCE_SECONDS, or
     when a stop is requested, DiskFull is raised. `scheduled` is False for a state that is saved because of a stop.
     """
-    fingerprint = fingerprint_of(attempt.run, optimizer_step, attempt.processes)
-
-    def write() -> Path:
-        return write_state(
-            attempt.run.states,
-            optimizer_step,
-            fill,
-            fingerprint,
-            attempt=attempt.number,
-            scheduled=scheduled,
-            extra=extra,
-            expected_bytes=expected_bytes,
-        )
-
-    state = wait_for_room(
-        attempt, write, optimizer_step, pause_seconds=pause_seconds, patience_seconds=patience_seconds
+    write = partial(
+        write_state,
+        attempt.run.states,
+        optimizer_step,
+        fill,
+        fingerprint_of(attempt.run, optimizer_step, attempt.processes),
+        attempt=attempt.number,
+        scheduled=scheduled,
+        extra=extra,
+        expected_bytes=expected_bytes,
     )
+    state = wait_for_room(attempt, write, optimizer_step)
     remove_old_states(attempt.run.states, attempt.lock.states_kept, attempt.lock.milestone_every)
     return state
 
@@ -91,14 +85,12 @@ def wait_for_room(
     micro_batch: int = 0,
     phase: Phase = "saving",
     rank: int = 0,
-    pause_seconds: float = PAUSE_SECONDS,
-    patience_seconds: float = PATIENCE_SECONDS,
 ) -> Written:
     """What `write` returns, which is called again while the disk is full; `phase` goes on after such a pause.
 
-    Raises DiskFull after `patience_seconds`, or when a stop is requested; any other error at once.
+    Raises DiskFull after PATIENCE_SECONDS, or when a stop is requested; any other error at once.
     """
-    deadline = time.monotonic() + patience_seconds
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             return write()
@@ -107,11 +99,11 @@ def wait_for_room(
             if not is_disk_full(error):
                 raise
             message = error.message if isinstance(error, DiskFull) else f"{attempt.run.folder}: the disk is full"
-            if time.monotonic() + pause_seconds > deadline or attempt.stop_requested():
+            if time.monotonic() + PAUSE_SECONDS > deadline or attempt.stop_requested():
                 if isinstance(error, DiskFull):
                     raise
                 raise DiskFull(message) from error
         print(f"{message}; waiting for room", flush=True)
         attempt.beat(rank, "paused", optimizer_step, micro_batch, message)
-        time.sleep(pause_seconds)
+        time.sleep(PAUSE_SECONDS)
         attempt.beat(rank, phase, optimizer_step, micro_batch)

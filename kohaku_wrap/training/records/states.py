@@ -13,7 +13,7 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.file_hashes import sha256_of_file
-from kohaku_wrap.files import fsync_folder
+from kohaku_wrap.files import fsync_folder, match_names
 from kohaku_wrap.training.records.folder import STATE_NAME
 from kohaku_wrap.training.records.manifest import (
     MANIFEST,
@@ -47,10 +47,7 @@ def state_folder(states: Path, optimizer_step: int) -> Path:
 
 def list_states(states: Path) -> list[tuple[int, Path]]:
     """The states under a final name with their optimizer steps, ascending; whole or not."""
-    if not states.is_dir():
-        return []
-    found = [(STATE_NAME.fullmatch(path.name), path) for path in states.iterdir() if path.is_dir()]
-    return sorted((int(match.group(1)), path) for match, path in found if match)
+    return sorted((int(match[1]), path) for match, path in match_names(states, STATE_NAME) if path.is_dir())
 
 
 def write_state(

@@ -6,7 +6,6 @@ same line, and what a tool has not got is written from the file later.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 from kohaku_wrap.config.fates import list_decisive
 from kohaku_wrap.config.needs import list_trackers
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import read_regular, write_text
+from kohaku_wrap.files import read_regular, write_json
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.options import flatten_sections
 from kohaku_wrap.training.records.documents import is_whole, read_json_files
@@ -139,27 +138,19 @@ def read_last_step(path: Path) -> int:
     return max((int(Event.FromString(data).step) for data in RawEventFileLoader(str(path)).Load()), default=0)
 
 
-class MarkedLine:
-    """A tool that cannot be asked offline what it has: a file beside its own says so, by run id."""
+class WeightsAndBiases:
+    """A line of Weights & Biases under the run's id; its server leaves out a step that came twice.
 
-    def __init__(self, book: Logbook, tracker: str) -> None:
-        self.mark = book.folder / f"{tracker}-{book.run_id[:ID_LENGTH]}.json"
-        steps = [each.get("last_step") for each in read_json_files(self.mark.parent, self.mark.name)]
-        self.last_step = next((int(step) for step in steps if step is not None and is_whole(step)), 0)
-        book.folder.mkdir(parents=True, exist_ok=True)
-
-    def flush(self) -> None:
-        """Called after what was written is with the tool."""
-        write_text(self.mark, json.dumps({"last_step": self.last_step}) + "\n")
-
-
-class WeightsAndBiases(MarkedLine):
-    """A line of Weights & Biases under the run's id; its server leaves out a step that came twice."""
+    It cannot be asked offline what it has: a file beside its own says so, by run id.
+    """
 
     def __init__(self, book: Logbook) -> None:
-        super().__init__(book, "wandb")
         import wandb
 
+        self.mark = book.folder / f"wandb-{book.run_id[:ID_LENGTH]}.json"
+        marks = read_json_files(self.mark.parent, self.mark.name)
+        self.last_step = next((int(each["last_step"]) for each in marks if is_whole(each.get("last_step"))), 0)
+        book.folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(console="off", quiet=True, disable_git=True, disable_code=True, x_disable_stats=True)
         chosen = {
             "project": book.project,
@@ -172,6 +163,10 @@ class WeightsAndBiases(MarkedLine):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.line.log(dict(values), step=step)
         self.last_step = step
+
+    def flush(self) -> None:
+        """Called after what was written is with the tool."""
+        write_json(self.mark, {"last_step": self.last_step}, None)
 
     def close(self) -> None:
         self.line.finish()

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from kohaku_wrap.files import read_tail
 from kohaku_wrap.training.records.attempts import Attempt
 
 LAUNCHER_LOGS = ("launcher.log", "launcher-machine-*.log")
@@ -157,9 +158,7 @@ def read_reports(attempt: Attempt) -> list[ReportedProcess]:
     """The processes in torchrun's reports, of all machines."""
     processes = []
     for path in (path for pattern in LAUNCHER_LOGS for path in sorted(attempt.folder.glob(pattern))):
-        with path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, 2) - REPORT_BYTES))
-            text = stream.read().decode("utf-8", "replace")
+        text = read_tail(path, REPORT_BYTES)
         ended = {int(pid) for pid in ENDED_BY_TORCHRUN.findall(text)}
         for found in FAILED_PROCESS.finditer(text):
             seconds = 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import secrets
 import shlex
@@ -26,7 +25,7 @@ from kohaku_wrap.config.samples import with_own_prompts
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
-from kohaku_wrap.files import describe_absence, fsync_folder, write_text
+from kohaku_wrap.files import describe_absence, fsync_folder, write_json, write_text
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
 from kohaku_wrap.formats.caption_writer import check_columns
 from kohaku_wrap.locks import making_folder
@@ -247,7 +246,7 @@ def create_run(
             path.rename(whole / PARENT_FILE)
         dataclasses.replace(rendered, folder=whole).write()
         layers = {key: entry.origin for key, entry in effective.entries.items()}
-        write_text(whole / LAYERS_FILE, json.dumps(layers, indent=1) + "\n")
+        write_json(whole / LAYERS_FILE, layers, 1)
         keep_run_data(whole, effective, new.site.paths.images, plan)
         write_text(whole / COMMAND_FILE, f"{shlex.join(command)}\n{new.launch.text()}\n")
         for inner in ("attempts", "states", "checkpoints", "ledger"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.files import open_regular, write_text
+from kohaku_wrap.files import read_tail, write_json
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.bad_steps import KEY_IN_STATE
 from kohaku_wrap.training.records.documents import read_records
@@ -147,7 +146,7 @@ def last_lines(metrics: Path) -> list[dict[str, Any]]:
 def write_end(attempt: Attempt, end: AttemptEnd) -> None:
     """Keep an end beside its logs; the person is told of it even where the disk has no room for it."""
     with suppress(OSError):
-        write_text(attempt.folder / END_FILE, json.dumps(asdict(end), indent=2) + "\n")
+        write_json(attempt.folder / END_FILE, asdict(end))
 
 
 def read_end(attempt: Attempt) -> AttemptEnd | None:
@@ -166,10 +165,7 @@ def log_tails(attempt: Attempt, lines: int = TAIL_LINES) -> dict[str, list[str]]
 
 def tail_of(path: Path, lines: int) -> list[str]:
     try:
-        with open_regular(path) as stream:
-            size_bytes = stream.seek(0, 2)
-            stream.seek(max(0, size_bytes - TAIL_BYTES))
-            text = stream.read().decode("utf-8", "replace")
+        text = read_tail(path, TAIL_BYTES)
     except OSError:
         return []
     return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]

@@ -14,7 +14,8 @@ from kohaku_wrap.config.reading import PARENT_OPTION
 from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import fsync_folder, read_regular
-from kohaku_wrap.training.records.attempts import hold_lock, list_attempts
+from kohaku_wrap.locks import holding_lock
+from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run, list_runs
 from kohaku_wrap.training.records.networks import list_written
 from kohaku_wrap.training.supervising.create import RunExists, check_name
@@ -45,15 +46,12 @@ class Removal:
 @contextmanager
 def holding(run: Run) -> Iterator[None]:
     """Hold the run as its supervisor would. Raises RunIsBusy where any process of it lives here."""
-    lock = hold_lock(run.folder / SUPERVISOR_LOCK)
-    try:
-        if lock is None or list_processes(run):
-            stop = f"Stop it first (Ctrl-C where it trains), or see `{command_line('status', run.folder)}`."
-            raise RunIsBusy(f"run {run.name}: a process holds it", stop)
+    stop = f"Stop it first (Ctrl-C where it trains), or see `{command_line('status', run.folder)}`."
+    busy = RunIsBusy(f"run {run.name}: a process holds it", stop)
+    with holding_lock(run.folder / SUPERVISOR_LOCK, busy):
+        if list_processes(run):
+            raise busy
         yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def rename_run(run: Run, name: str) -> Run:
@@ -73,7 +71,7 @@ def rename_run(run: Run, name: str) -> Run:
 
 def plan_removal(run: Run, with_checkpoints: bool) -> Removal:
     """What would go and what stays. Raises NeededByOthers with the runs that came from this one."""
-    kept = () if with_checkpoints else tuple(sorted(run.checkpoints.glob("*"))) if run.checkpoints.is_dir() else ()
+    kept = () if with_checkpoints else tuple(sorted(run.checkpoints.glob("*")))
     others = list(list_descendants(run, with_checkpoints))
     if others:
         raise NeededByOthers(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.trainer.engines import find_engine
-from kohaku_wrap.training.records.attempts import Attempt, hold_lock, list_attempts
+from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.signs import RunLog
@@ -63,33 +63,29 @@ def join_run(run: Run, machine_rank: int, on_event: OnEvent) -> RunReport:
     here or there, RunIsBusy, and what `check_join` raises.
     """
     check_join(run, machine_rank)
-    lock = hold_lock(run.folder / f".machine-{machine_rank:03d}.lock")
-    if lock is None:
-        raise RunIsBusy(f"{run.name}: another kwrap trains along as machine {machine_rank}", "One is enough.")
+    busy = RunIsBusy(f"{run.name}: another kwrap trains along as machine {machine_rank}", "One is enough.")
     log = RunLog(run.folder)
     on_event = log_events(log, on_event)
     stop = StopSignals()
     go_on = f"Train along again with: {command_line('resume', run.folder, '--machine-rank', machine_rank)}"
     joined = 0
     over = {attempt.number for attempt in list_attempts(run) if read_end(attempt) is not None}
-    try:
-        with stop.caught(), telling_losses(log.note_loss):
-            while True:
-                on_event(Event("note", f"machine {machine_rank} waits for an attempt of machine 0"))
-                attempt = await_attempt(run, machine_rank, over, stop)
-                if attempt is None:
-                    raise RunStopped(f"run {run.name}: machine {machine_rank} was stopped while waiting", go_on)
-                over.add(attempt.number)
-                joined += 1
-                end = MachineWatch(attempt, machine_rank, stop, on_event).run()
-                if end.kind == FINISHED:
-                    on_event(Event("finish", end.message, end.optimizer_step, run.lock.total_optimizer_steps))
-                    return RunReport(run, joined, end.optimizer_step)
-                if end.kind in (STOPPED, KILLED) or stop.count:
-                    raise RunStopped(f"run {run.name}: {end.message}", go_on)
-                on_event(Event("crash", f"attempt {attempt.number}: {end.kind}: {end.message}"))
-    finally:
-        os.close(lock)
+    lock_file = run.folder / f".machine-{machine_rank:03d}.lock"
+    with holding_lock(lock_file, busy), stop.caught(), telling_losses(log.note_loss):
+        while True:
+            on_event(Event("note", f"machine {machine_rank} waits for an attempt of machine 0"))
+            attempt = await_attempt(run, machine_rank, over, stop)
+            if attempt is None:
+                raise RunStopped(f"run {run.name}: machine {machine_rank} was stopped while waiting", go_on)
+            over.add(attempt.number)
+            joined += 1
+            end = MachineWatch(attempt, machine_rank, stop, on_event).run()
+            if end.kind == FINISHED:
+                on_event(Event("finish", end.message, end.optimizer_step, run.lock.total_optimizer_steps))
+                return RunReport(run, joined, end.optimizer_step)
+            if end.kind in (STOPPED, KILLED) or stop.count:
+                raise RunStopped(f"run {run.name}: {end.message}", go_on)
+            on_event(Event("crash", f"attempt {attempt.number}: {end.kind}: {end.message}"))
 
 
 def await_attempt(run: Run, machine_rank: int, over: set[int], stop: StopSignals) -> Attempt | None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.ledger import BadLedger, LedgerFile, list_ledger_files, read_whole_ledger_file
+from kohaku_wrap.training.records.ledger import (
+    BadLedger,
+    LedgerFile,
+    list_ledger_files,
+    read_ledger_file,
+)
 from kohaku_wrap.training.supervising.ledger_checks import Conditions
 
 
@@ -20,7 +25,7 @@ def read_files(run: Run) -> list[LedgerFile]:
     """
     files = []
     for attempt, rank, path in list_ledger_files(run.ledger):
-        file = read_whole_ledger_file(path)
+        file = read_ledger_file(path)
         header = file.header
         if (header.attempt, header.rank) != (attempt, rank) or not header.processes:
             raise BadLedger(

@@ -70,7 +70,7 @@ class PictureMaker:
         except (KwrapError, OSError) as error:
             self.fail(str(error))
         finally:
-            self.stop()
+            self.close()
 
     def start(self, device: str) -> None:
         """Start a process that draws all that waits, unless it failed at just that before."""
@@ -113,7 +113,7 @@ class PictureMaker:
         again = command_line("sample", "--run", self.run.folder, "--queued")
         self.tell(f"pictures were not drawn: {why}; the training is not touched. Draw them later: `{again}`")
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the process where it still runs; what it has drawn is kept."""
         if self.child is not None:
             end_child(self.child, END_SECONDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import write_json
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.data_summary import FORMAT, SUMMARY_FILE, read_summary
 from kohaku_wrap.steps import StepPlan
@@ -43,7 +42,7 @@ def keep_run_data(folder: Path, effective: Effective, images: Path, plan: StepPl
             "buckets": [[each.width, each.height, each.images, each.batches] for each in plan.buckets],
             "examples": list(make_examples(columns, options)),
         }
-        write_text(folder / SUMMARY_FILE, json.dumps(document) + "\n")
+        write_json(folder / SUMMARY_FILE, document, None)
 
 
 def make_examples(columns: Columns, options: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.training.records.attempts import Attempt, is_lock_free, list_attempts
+from kohaku_wrap.locks import is_lock_free
+from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.evaluations import read_last_evaluation
 from kohaku_wrap.training.records.folder import Run

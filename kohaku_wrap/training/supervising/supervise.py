@@ -7,13 +7,15 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError, command_line
+from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.processes import python_command, safe_environment
-from kohaku_wrap.training.records.attempts import Attempt, hold_lock
+from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.remembered import read_secrets
 from kohaku_wrap.training.records.signs import RunLog
@@ -97,48 +99,43 @@ def supervise_run(
     `first` prepares the first attempt, `following` every restart; both are called while this process holds the run.
     Raises TrainerFailed with the last lines of every log, RunStopped after a signal, RunIsBusy.
     """
-    lock = hold_lock(run.folder / LOCK_FILE)
-    if lock is None:
-        raise RunIsBusy(f"{run.name}: another kwrap is training it", f"See `{command_line('status', run.folder)}`.")
+    busy = RunIsBusy(f"{run.name}: another kwrap is training it", f"See `{command_line('status', run.folder)}`.")
     log = RunLog(run.folder)
     on_event = log_events(log, on_event)
     failures_at: Counter[int] = Counter()
     pictures = PictureMaker(run, lambda text: on_event(Event("note", text)))
     stop = StopSignals()
     go_on = f"Go on with: {command_line('resume', run.folder)}"
-    try:
-        with stop.caught(), telling_losses(log.note_loss):
-            await_orphans(run, stop, on_event)
-            number = 0
-            while True:
-                number += 1
-                attempt, launch = begin(run, first if number == 1 else following)
-                watch = AttemptWatch(attempt, launch, options, stop, on_event)
-                loggers = Loggers(attempt, lambda text: on_event(Event("note", text)))
-                watch.on_look = (pictures.look, loggers.look)
-                loggers.start()
-                try:
-                    end = watch.run()
-                finally:
-                    loggers.finish(lambda: stop.count > 1)
-                tell_end(attempt, end, watch.hook, on_event)
-                if end.kind == FINISHED:
-                    pictures.finish(lambda: stop.count > 0)
-                    return RunReport(run, number, end.optimizer_step)
-                if end.kind in (STOPPED, KILLED) or stop.count:
-                    raise RunStopped(f"run {run.name}: {end.message}", go_on)
-                failures_at[end.optimizer_step] += 1
-                why_last = why_give_up(end, failures_at, number, options)
-                if why_last:
-                    pictures.finish(lambda: stop.count > 0)
-                    raise give_up(attempt, end, why_last if options.restarts else "")
-                pause_seconds = min(options.first_pause_seconds * 2 ** (number - 1), options.longest_pause_seconds)
-                on_event(Event("restart", f"restart {number} of {options.restarts} in {pause_seconds:,.0f} s"))
-                if stop.wait(pause_seconds):
-                    raise RunStopped(f"run {run.name}: stopped while waiting for a restart", go_on)
-    finally:
-        pictures.stop()
-        os.close(lock)
+    lock = holding_lock(run.folder / LOCK_FILE, busy)
+    with lock, stop.caught(), telling_losses(log.note_loss), closing(pictures):
+        await_orphans(run, stop, on_event)
+        number = 0
+        while True:
+            number += 1
+            attempt, launch = begin(run, first if number == 1 else following)
+            watch = AttemptWatch(attempt, launch, options, stop, on_event)
+            loggers = Loggers(attempt, lambda text: on_event(Event("note", text)))
+            watch.on_look = (pictures.look, loggers.look)
+            loggers.start()
+            try:
+                end = watch.run()
+            finally:
+                loggers.finish(lambda: stop.count > 1)
+            tell_end(attempt, end, watch.hook, on_event)
+            if end.kind == FINISHED:
+                pictures.finish(lambda: stop.count > 0)
+                return RunReport(run, number, end.optimizer_step)
+            if end.kind in (STOPPED, KILLED) or stop.count:
+                raise RunStopped(f"run {run.name}: {end.message}", go_on)
+            failures_at[end.optimizer_step] += 1
+            why_last = why_give_up(end, failures_at, number, options)
+            if why_last:
+                pictures.finish(lambda: stop.count > 0)
+                raise give_up(attempt, end, why_last if options.restarts else "")
+            pause_seconds = min(options.first_pause_seconds * 2 ** (number - 1), options.longest_pause_seconds)
+            on_event(Event("restart", f"restart {number} of {options.restarts} in {pause_seconds:,.0f} s"))
+            if stop.wait(pause_seconds):
+                raise RunStopped(f"run {run.name}: stopped while waiting for a restart", go_on)
 
 
 def log_events(log: RunLog, on_event: OnEvent) -> OnEvent:

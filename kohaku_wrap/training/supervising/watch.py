@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.training.records.attempts import Attempt, hold_lock
+from kohaku_wrap.locks import hold_lock
+from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, MetricsTail, number_of
 from kohaku_wrap.training.records.signs import Heartbeat, Phase
 from kohaku_wrap.training.records.states import list_states

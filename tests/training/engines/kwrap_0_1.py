@@ -10,7 +10,7 @@ from typing import Any
 import toml
 
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.ledger import list_ledger_files, pack_header, read_whole_ledger_file
+from kohaku_wrap.training.records.ledger import list_ledger_files, pack_header, read_ledger_file
 from kohaku_wrap.training.records.manifest import MANIFEST, document_digest
 
 LATER_TABLES = ("format", "digest", "files", "kernels")
@@ -44,7 +44,7 @@ def make_older(run: Run) -> Run:
     for path in run.states.glob(f"*/{MANIFEST}"):
         make_manifest_older(path)
     for _, _, path in list_ledger_files(run.ledger):
-        file = read_whole_ledger_file(path)
+        file = read_ledger_file(path)
         header = dataclasses.replace(file.header, version=2)
         path.write_bytes(pack_header(header) + file.records.tobytes())
     if run.metrics.is_file():

@@ -14,7 +14,7 @@ import toml
 from engine_world import World
 
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.ledger import SKIPPED, ledger_file, read_whole_ledger_file
+from kohaku_wrap.training.records.ledger import SKIPPED, ledger_file, read_ledger_file
 from kohaku_wrap.training.records.manifest import read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states
@@ -58,7 +58,7 @@ def ask(verb: str, run: Run) -> dict[str, Any]:
 
 
 def skipped_in_ledger(run: Run, attempt: int) -> list[int]:
-    steps = read_whole_ledger_file(ledger_file(run.ledger, attempt, 0)).steps
+    steps = read_ledger_file(ledger_file(run.ledger, attempt, 0)).steps
     return [int(each["optimizer_step"]) for each in steps if each["flags"] & SKIPPED]
 
 
