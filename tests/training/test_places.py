@@ -384,6 +384,10 @@ def test_remove_keeps_networks_and_what_others_came_from(new_run: NewRun) -> Non
         plan_removal(run, with_checkpoints=True)
     remove_run(plan_removal(copy, with_checkpoints=True))
     assert not copy.folder.exists() and network.is_file(), "a copy is no descendant, and has none"
+    before = plan_removal(run, with_checkpoints=False).size_bytes
+    (run.checkpoints / "sample").mkdir()
+    (run.checkpoints / "sample" / "a.png").write_bytes(bytes(7))
+    assert plan_removal(run, with_checkpoints=False).size_bytes == before, "what stays makes no room"
     remove_run(plan_removal(run, with_checkpoints=False))
     assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints"]
     assert network.is_file() and (run.checkpoints / "first.lock.toml").is_file()

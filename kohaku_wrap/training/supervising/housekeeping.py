@@ -78,8 +78,8 @@ def plan_removal(run: Run, with_checkpoints: bool) -> Removal:
             f"run {run.name}: other runs came from it: {', '.join(other.name for other in others)}",
             "Remove those first, or keep it; what takes most room are its states: [states] keep = N in a template.",
         )
-    files = [path for path in run.folder.rglob("*") if path.is_file() and not path.is_symlink() and path not in kept]
-    return Removal(run, sum(path.stat().st_size for path in files), kept)
+    goes = (path for path in run.folder.rglob("*") if not (kept and path.is_relative_to(run.checkpoints)))
+    return Removal(run, sum(path.stat().st_size for path in goes if path.is_file() and not path.is_symlink()), kept)
 
 
 def list_descendants(run: Run, with_checkpoints: bool) -> Iterator[Run]:

@@ -89,7 +89,7 @@ class Places:
     @property
     def hint(self) -> str:
         """What to try where something that the run needs is not at its place; empty where all is."""
-        named = [self.options.get(option) for option in PLACE_KEYS - OWN_PLACES]
+        named = [self.options.get(option) for option in sorted(PLACE_KEYS - OWN_PLACES)]
         listed = [each for value in named if value for each in (value if isinstance(value, list) else [value])]
         missing = [path for path in (*listed, str(self.images)) if not (self.run.folder / str(path)).exists()]
         if not missing:
