@@ -53,4 +53,4 @@ def test_where_the_optimizer_sets_its_rate_nothing_follows(lock: Lock, reason: s
 def test_a_schedule_that_cannot_be_followed_says_why(new_run: Callable[..., Run]) -> None:
     run = new_run(values={"network_module": "networks.own", "optimizer_type": "Lion"})
     with pytest.raises(NoExpectedRates, match="the schedule cannot be followed here"):
-        expect_rates(run, 2, ["lr_unet"])
+        expect_rates(run, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from kohaku_wrap.training.records.ledger import (
     LedgerHeader,
     compute_checksums,
 )
-from kohaku_wrap.training.supervising import line_checks
+from kohaku_wrap.training.supervising import expected_rates
 from kohaku_wrap.training.supervising.line_checks import LineReport, check_steps, list_due, name_attempts
 
 NewRun = Callable[..., Run]
@@ -196,11 +197,12 @@ def test_more_than_half_skipped_at_the_end_is_a_fault(
 def test_rates_are_held_against_the_locks_schedule(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, list[str]]] = []
 
-    def expect(run: Run, groups: int, names: list[str]) -> np.ndarray[Any, Any]:
-        asked.append((groups, names))
-        return np.zeros((400, groups))
+    def ask(_worker: str, _folder: Path, request: dict[str, Any], **_how: object) -> list[list[float]]:
+        asked.append((request["groups"], request["names"]))
+        return [[0.0] * request["groups"]] * 400
 
-    monkeypatch.setattr(line_checks, "expect_rates", expect)
+    monkeypatch.setattr(expected_rates, "ask_python", ask)
+    monkeypatch.setattr(expected_rates, "why_not", lambda lock: "")
     assert checks(check(run, write_file(1, 12)))["rates"] == (
         True, "12 optimizer steps of 1 groups as the lock's schedule has them"
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -41,15 +41,9 @@ class NoExpectedRates(KwrapError):
     """The schedule cannot be followed here; the message says why."""
 
 
-def expect_rates(run: Run, groups: int, names: Sequence[str]) -> npt.NDArray[np.float64]:
-    """(updates, groups) the rate of each group at each update, by the run's lock.
-
-    `names`: what the metrics call the groups. Raises NoExpectedRates.
-    """
-    lock = run.lock
-    if reason := why_not(lock):
-        raise NoExpectedRates(reason)
-    return np.array(ask_rates(run, groups, names), dtype=np.float64).reshape(-1, groups)
+def expect_rates(run: Run, groups: int) -> npt.NDArray[np.float64]:
+    """(updates, groups) the rate of each group at each update, by the run's lock. Raises NoExpectedRates."""
+    return np.array(ask_rates(run, groups), dtype=np.float64).reshape(-1, groups)
 
 
 def preview_rates(run: Run, updates: int) -> dict[int, list[float]]:
@@ -57,23 +51,24 @@ def preview_rates(run: Run, updates: int) -> dict[int, list[float]]:
 
     `run`: with the lock that is only supposed. Raises NoExpectedRates.
     """
-    if reason := why_not(run.lock):
-        raise NoExpectedRates(reason)
-    names = [name for name in (read_metrics(run) or [{}])[-1] if name.startswith("lr_")]
-    rates = ask_rates(run, max(len(names), 1), names)
+    rates = ask_rates(run)
     last = len(rates)
     chosen = sorted({each for each in (updates, updates + 1, (updates + last + 1) // 2, last) if 1 <= each <= last})
     return {each: rates[each - 1] for each in chosen}
 
 
-def ask_rates(run: Run, groups: int, names: Sequence[str]) -> list[list[float]]:
-    """(updates, groups) from the worker. Raises NoExpectedRates."""
+def ask_rates(run: Run, groups: int | None = None) -> list[list[float]]:
+    """(updates, groups) from the worker; as many groups as the metrics name, unless told. Raises NoExpectedRates."""
+    if reason := why_not(run.lock):
+        raise NoExpectedRates(reason)
+    names = [name for name in (read_metrics(run) or [{}])[-1] if name.startswith("lr_")]
+    groups = max(len(names), 1) if groups is None else groups
     chapters = [chapter.document() for chapter in run.lock.chapters]
     with refusing(NoExpectedRates, "the schedule cannot be followed here:", "", NoAnswer):
         rates: list[list[float]] = ask_python(
             WORKER,
             run.folder,
-            request={"groups": groups, "names": list(names), "chapters": chapters},
+            request={"groups": groups, "names": names, "chapters": chapters},
             added={"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             folder=run.folder,
         )
