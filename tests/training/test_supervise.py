@@ -31,9 +31,10 @@ from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.status import read_status
+from kohaku_wrap.training.supervising.stop_signals import StopSignals
 from kohaku_wrap.training.supervising.supervise import RunStopped, TrainerFailed, await_orphans, supervise_run
 from kohaku_wrap.training.supervising.verify import verify_run
-from kohaku_wrap.training.supervising.watch import StopSignals, WatchOptions, start_launcher
+from kohaku_wrap.training.supervising.watch import WatchOptions, start_launcher
 
 NewRun = Callable[..., Run]
 

@@ -20,8 +20,9 @@ from kohaku_wrap.training.supervising.launch import Launch, plan_attempt_launch
 from kohaku_wrap.training.supervising.machines import refuse_rank
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 from kohaku_wrap.training.supervising.resume import RunFinished, plan_resume
+from kohaku_wrap.training.supervising.stop_signals import StopSignals
 from kohaku_wrap.training.supervising.supervise import RunIsBusy, RunReport, RunStopped, log_events
-from kohaku_wrap.training.supervising.watch import Event, EventKind, OnEvent, StopSignals, start_launcher
+from kohaku_wrap.training.supervising.watch import Event, EventKind, OnEvent, start_launcher
 
 POLL_SECONDS = 0.3
 

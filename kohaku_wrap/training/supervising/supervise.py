@@ -34,7 +34,8 @@ from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.pictures import PictureMaker
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
-from kohaku_wrap.training.supervising.watch import AttemptWatch, Event, OnEvent, StopSignals, WatchOptions
+from kohaku_wrap.training.supervising.stop_signals import StopSignals
+from kohaku_wrap.training.supervising.watch import AttemptWatch, Event, OnEvent, WatchOptions
 
 FAILURES_AT_ONE_STEP = 3
 ORPHAN_PATIENCE_SECONDS = 180.0

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from kohaku_wrap.training.supervising.ends import (
 from kohaku_wrap.training.supervising.hooks import Hook
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.processes import ask_for_stacks, end_processes, is_alive
+from kohaku_wrap.training.supervising.stop_signals import StopSignals
 
 TIMEOUT_SECONDS = 3600.0
 """How long a phase may go without a sign of life. 5.2 million images start in minutes."""
@@ -104,34 +104,6 @@ class Event:
 
 
 OnEvent = Callable[[Event], None]
-
-
-class StopSignals:
-    """Counts SIGINT and SIGTERM: the first asks for a tidy stop, the second ends at once."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextmanager
-    def caught(self) -> Iterator[StopSignals]:
-        """Catch both signals for the time of the block; the former handlers come back after it."""
-
-        def count(_signal: int, _frame: object) -> None:
-            self.count += 1
-
-        former = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep unless a signal comes; whether one has come."""
-        deadline = time.monotonic() + seconds
-        while not self.count and (rest := deadline - time.monotonic()) > 0:
-            time.sleep(min(rest, 0.2))
-        return self.count > 0
 
 
 class AttemptWatch:
