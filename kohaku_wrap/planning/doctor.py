@@ -66,9 +66,8 @@ def examine_python() -> Finding:
     version = ".".join(str(part) for part in sys.version_info[:3])
     if parse_release(version)[:2] <= NEWEST_PYTHON:
         return Finding.ok("Python", version)
-    return Finding(
+    return Finding.warning(
         "Python",
-        "warning",
         f"{version} is newer than {NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}",
         "Some of the trainer's packages may not be there for it.",
         "Run `make setup PYTHON=python3.11`.",
@@ -91,9 +90,8 @@ def examine_versions() -> Iterator[Finding]:
     yield examine_bitsandbytes(found["bitsandbytes"])
     missing = [name for name, version in found.items() if not version]
     if missing:
-        yield Finding(
+        yield Finding.broken(
             "packages",
-            "broken",
             f"missing: {', '.join(missing)}",
             "Training needs them.",
             "Install them with: pip install 'kohaku-wrap[train]'",
@@ -107,9 +105,8 @@ def examine_versions() -> Iterator[Finding]:
     else:
         here = find_set()
         wanted = ", ".join(f"{name} {packages_of(here)[name].version}" for name in found)
-        yield Finding(
+        yield Finding.warning(
             "packages",
-            "warning",
             f"{shown}: not a set that was tested together",
             "Other versions fail at import, or change the last bits of a run.",
             f"Use {wanted}: `make setup{here and f' SET={here}'}` installs them.",
@@ -120,9 +117,8 @@ def examine_bitsandbytes(version: str) -> Finding:
     """The releases whose 8-bit optimizers are wrong."""
     first, last = WRONG_BITSANDBYTES
     if version and parse_release(first) <= parse_release(version) <= parse_release(last):
-        return Finding(
+        return Finding.broken(
             "bitsandbytes",
-            "broken",
             f"{version} is one of {first} to {last}",
             "The 8-bit optimizers of these releases are wrong: training runs and the weights are bad.",
             f"Install another one: pip install {TESTED['bitsandbytes'].pinned}",
@@ -134,9 +130,8 @@ def examine_judges() -> Finding:
     """Which onnxruntime `kwrap evaluate` looks at pictures with."""
     found = {name: version for name in ("onnxruntime", "onnxruntime-gpu") if (version := find_version(name))}
     if len(found) > 1:
-        return Finding(
+        return Finding.warning(
             "onnxruntime",
-            "warning",
             " and ".join(f"{name} {version}" for name, version in found.items()),
             "They are one package under two names: the one installed last is active.",
             "Keep one: pip uninstall onnxruntime onnxruntime-gpu, then install it again.",
@@ -181,7 +176,7 @@ def examine_trainer(*, required: bool) -> Finding:
 def examine_builtin_options(effective: Effective) -> Iterator[Finding]:
     """Whether the builtin engine has the template's options on this site."""
     for fault in (faults := find_builtin_faults(effective)):
-        yield Finding("builtin engine", "broken", f"{fault.where}: {fault.what}", REFUSED, OTHER_ENGINE)
+        yield Finding.broken("builtin engine", f"{fault.where}: {fault.what}", REFUSED, OTHER_ENGINE)
     if not faults:
         yield Finding.ok("builtin engine", f"has every option of {effective.name}")
 
@@ -201,9 +196,8 @@ def examine_files(effective: Effective | None, plan: TrainingPlan | None) -> Ite
     yield from examine_memory(plan)
     needed = total_of(plan.sizes.disk) if plan and plan.sizes else None
     if needed is not None and needed > free:
-        yield Finding(
+        yield Finding.broken(
             "free disk",
-            "broken",
             f"{show_bytes(free)} in {folder}, {show_bytes(needed)} needed over the run",
             "A full disk ends the run at a save.",
             "Free some space, set paths.runs elsewhere in site.toml, or lower [states] keep.",
@@ -214,9 +208,8 @@ def examine_files(effective: Effective | None, plan: TrainingPlan | None) -> Ite
         )
     yield examine_write_speed(folder, plan)
     if site and not site.paths.base_model.is_file():
-        yield Finding(
+        yield Finding.broken(
             "base model",
-            "broken",
             f"{site.paths.base_model}: {describe_absence(site.paths.base_model)}",
             "Training starts from it.",
             f"Fix paths.base_model in {site.path}.",
@@ -230,9 +223,8 @@ def examine_memory(plan: TrainingPlan | None) -> Iterator[Finding]:
         return
     needed = total_of(plan.sizes.host_memory)
     if needed > there:
-        yield Finding(
+        yield Finding.broken(
             "host memory",
-            "broken",
             f"{show_bytes(there)}, {show_bytes(needed)} needed",
             "The kernel kills a process when memory runs out, often hours after the start.",
             'Set fewer workers in site.toml, or data = "kwrap" in the template.',
@@ -253,15 +245,14 @@ def examine_write_speed(folder: Path, plan: TrainingPlan | None) -> Finding:
             os.fsync(stream.fileno())
             speed = WRITE_TEST_BYTES / max(time.monotonic() - started, 1e-6)
     except OSError as error:
-        return Finding(
-            "state folder", "broken", f"{folder}: {error.strerror}", "States are written there.", "Fix paths.runs."
+        return Finding.broken(
+            "state folder", f"{folder}: {error.strerror}", "States are written there.", "Fix paths.runs."
         )
     state = plan.sizes.state_bytes if plan and plan.sizes else None
     wait = f"; a state takes about {state / speed:.0f} s" if state else ""
     if speed < SLOW_BYTES_PER_SECOND:
-        return Finding(
+        return Finding.warning(
             "state folder",
-            "warning",
             f"{folder} takes {show_bytes(int(speed))} a second{wait}",
             "All processes wait while a state is written.",
             "Set paths.runs to a faster disk, or save less often.",
@@ -276,9 +267,8 @@ def examine_open_files(effective: Effective | None) -> Finding:
     processes = effective.site.machine.processes if effective and effective.site else 1
     needed = max(256 * (workers + 1), OPEN_FILES_NEEDED if processes > 1 else 1024)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        return Finding(
+        return Finding.warning(
             "open files",
-            "warning",
             f"the limit is {soft:,}",
             f"{workers} loader workers pass batches through files; about {needed:,} may be open at once.",
             f"Raise it before training: ulimit -n {needed}"
@@ -300,9 +290,8 @@ def examine_clock(effective: Effective | None) -> Finding:
         drift = 0.0
     if now < EARLIEST_CLOCK or drift > CLOCK_DRIFT_SECONDS:
         detail = f", {drift:.0f} s from the disk's" if drift > CLOCK_DRIFT_SECONDS else ""
-        return Finding(
+        return Finding.warning(
             "clock",
-            "warning",
             f"{shown}{detail}",
             "Times in the ledger and in metrics would mislead; secure downloads fail.",
             "Set the clock, best by NTP.",

@@ -48,15 +48,24 @@ class Finding:
         """A finding that needs nothing."""
         return cls(name, "ok", what)
 
+    @classmethod
+    def warning(cls, name: str, what: str, why: str, do: str) -> Finding:
+        """A finding that a run may live with."""
+        return cls(name, "warning", what, why, do)
+
+    @classmethod
+    def broken(cls, name: str, what: str, why: str, do: str) -> Finding:
+        """A finding that would break the run."""
+        return cls(name, "broken", what, why, do)
+
 
 def find_torch_faults(effective: Effective | None) -> Iterator[Finding]:
     """GPUs, optimizer, attention, LyCORIS, tokenizers, VAE, and accelerate's processes."""
     request = describe_request(effective)
     facts = ask_worker(request)
     if "error" in facts:
-        yield Finding(
+        yield Finding.broken(
             "torch",
-            "broken",
             str(facts["error"]),
             "Nothing trains without it.",
             "Fix it, or install it anew: pip install 'kohaku-wrap[train]', or `make setup` in a checkout.",
@@ -116,9 +125,8 @@ def judge_gpus(facts: dict[str, Any], effective: Effective | None) -> Iterator[F
     build = f"CUDA {facts['cuda']}" if facts.get("cuda") else "a CPU build"
     wanted = effective.site.machine.gpus if effective and effective.site else 0
     if wanted > len(seen):
-        yield Finding(
+        yield Finding.broken(
             "GPUs",
-            "broken",
             f"{shown}; the site says {wanted}; torch {facts['version']} is {build}",
             "Each GPU gets one training process.",
             "Set gpus in site.toml, fix CUDA_VISIBLE_DEVICES, or install a CUDA torch (make setup TORCH_INDEX=…).",
@@ -130,9 +138,8 @@ def judge_gpus(facts: dict[str, Any], effective: Effective | None) -> Iterator[F
 def judge_optimizer(facts: dict[str, Any]) -> Finding:
     """Whether the 8-bit optimizer really stepped."""
     if "error" in facts:
-        return Finding(
+        return Finding.broken(
             "optimizer",
-            "broken",
             facts["error"],
             "The optimizer of the recipe is bitsandbytes'.",
             f"Install the tested release: pip install {TESTED['bitsandbytes'].pinned}",
@@ -140,9 +147,8 @@ def judge_optimizer(facts: dict[str, Any]) -> Finding:
     if "skipped" in facts:
         return Finding.ok("optimizer", f"{facts['optimizer']}: {facts['skipped']}, not tried")
     if not facts["finite"] or facts["moved_share"] < MOVED_SHARE:
-        return Finding(
+        return Finding.broken(
             "optimizer",
-            "broken",
             f"{facts['optimizer']} of bitsandbytes {facts['version']} moved {facts['moved_share']:.0%} of the weights",
             "Training would run and learn nothing, or worse.",
             f"Install the tested release: pip install {TESTED['bitsandbytes'].pinned}",
@@ -154,9 +160,8 @@ def judge_optimizer(facts: dict[str, Any]) -> Finding:
 
 def judge_attention(facts: dict[str, Any]) -> Finding:
     if "error" in facts:
-        return Finding(
+        return Finding.broken(
             "attention",
-            "broken",
             f"the back end that the template asks for is not there: {facts['error']}",
             "The trainer fails at its start.",
             "Write sdpa = true and xformers = false: it computes the same and is part of torch.",
@@ -167,15 +172,14 @@ def judge_attention(facts: dict[str, Any]) -> Finding:
 def judge_lycoris(facts: dict[str, Any]) -> Finding:
     if "error" in facts:
         install = f"pip install {TESTED['lycoris-lora'].pinned}"
-        return Finding("LyCORIS", "broken", facts["error"], "The network is made by it.", install)
+        return Finding.broken("LyCORIS", facts["error"], "The network is made by it.", install)
     return Finding.ok("LyCORIS", f"{facts['version']}; kernel back end {facts['backend']}")
 
 
 def judge_tokenizers(facts: dict[str, Any]) -> Finding:
     if "error" in facts:
-        return Finding(
+        return Finding.broken(
             "tokenizers",
-            "broken",
             facts["error"],
             "Both are loaded at the start; without the hub they must be there already.",
             "Get both by `hf download`, as docs/guide.md says, and set paths.tokenizers in site.toml to their folder.",
@@ -185,9 +189,8 @@ def judge_tokenizers(facts: dict[str, Any]) -> Finding:
 
 def judge_vae(facts: dict[str, Any]) -> Finding:
     if "error" in facts or not facts["finite"]:
-        return Finding(
+        return Finding.broken(
             "VAE",
-            "broken",
             facts.get("error") or f"gives NaN in {facts['precision']}",
             "The trainer turns NaN latents into zeros with no more than a line in its log.",
             "Set no_half_vae = true, or check the base model's file with `kwrap inspect`.",
@@ -252,9 +255,8 @@ def judge_processes(facts: dict[str, Any], effective: Effective) -> Finding:
         return Finding.ok(
             "accelerate", f"processes: {wanted} on {device}, mixed precision {precision}, by the run's own file"
         )
-    return Finding(
+    return Finding.broken(
         "accelerate",
-        "broken",
         f"{found}; the site and the template ask for {wanted} on {device}, mixed precision {precision}",
         "The effective batch and the precision would be others than planned.",
         "Look at CUDA_VISIBLE_DEVICES and at ACCELERATE_… variables in the environment; set gpus in site.toml.",

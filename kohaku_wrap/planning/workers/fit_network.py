@@ -110,7 +110,6 @@ def fit_network(request: Mapping[str, Any]) -> dict[str, Any]:
         own = list(wanted)
     pairs = pair_names(list(modules), own, request["checkpoint_keys"])
     answered: dict[str, Any] = {
-        "modules": len(modules),
         "extra": sorted(modules.keys() - pairs.keys()),
         "missing": [],
         "unlike": [],
