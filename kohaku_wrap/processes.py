@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,11 +67,16 @@ def safe_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, **safe_settings(), **(added or {})}
 
 
-@contextmanager
-def safe_children() -> Iterator[None]:
+def safe_children() -> AbstractContextManager[None]:
     """Give a safe import path to processes that are started by others within, such as those of multiprocessing."""
-    before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
-    os.environ.update(safe_settings())
+    return setting_variables(safe_settings())
+
+
+@contextmanager
+def setting_variables(added: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time of a block."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
     try:
         yield
     finally:

@@ -22,12 +22,11 @@ def count_steps(
     accumulation: int,
     epochs: int | None = None,
     max_steps: int | None = None,
-    num_repeats: int = 1,
     repeats: npt.NDArray[np.int64] | int = 1,
 ) -> StepPlan:
     """Count one training. `widths`, `heights`: (images,) real sizes; one of `epochs` and `max_steps`.
 
-    An epoch trains each image `num_repeats` times `repeats`, which may differ between images.
+    An epoch trains each image `repeats` times, which may differ between images.
 
     A bucket of n images makes ceil(n / batch_size) batches; a process gets ceil(batches / processes) of them;
     an epoch has ceil(that / accumulation) optimizer steps. Raises NoImages.
@@ -36,7 +35,7 @@ def count_steps(
     assignment = assign_buckets(widths, heights, bucket_options)
     size = len(assignment.resolutions)
     weights = np.broadcast_to(repeats, assignment.bucket_of_image.shape)
-    images_of_bucket = np.bincount(assignment.bucket_of_image, weights, size).astype(np.int64) * num_repeats
+    images_of_bucket = np.bincount(assignment.bucket_of_image, weights, size).astype(np.int64)
     images = int(images_of_bucket.sum())
     if not images:
         raise NoImages("there are no images to train on", "Run `kwrap extract` and `kwrap caption` first.")
@@ -79,8 +78,7 @@ def plan_steps(effective: Effective, sizes: ImageSizes) -> StepPlan:
         shape.accumulation,
         epochs=effective.get("max_train_epochs"),
         max_steps=effective.get("max_train_steps"),
-        num_repeats=effective.get("dataset_options.num_repeats"),
-        repeats=sizes.repeats,
+        repeats=sizes.repeats * int(effective.get("dataset_options.num_repeats")),
     )
 
 

@@ -26,7 +26,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import home_folder, write_text
 from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.outlets import run_as_work
-from kohaku_wrap.processes import ask_python
+from kohaku_wrap.processes import ask_python, setting_variables
 from kohaku_wrap.proving.census import choose_rows, walk
 from kohaku_wrap.proving.census_bench import CensusBench
 from kohaku_wrap.proving.killing import Kill, training_threads
@@ -155,7 +155,7 @@ class Trial:
         commit = replace(commit, joins_by_separator=bool(answer["joins_by_separator"]), support="on trial")
         trial = write_proof(commit, {}, self.folder / "trial.json")
         difference = ""
-        with variables({TRIAL_VARIABLE: str(trial), CHECKOUT_VARIABLE: str(self.checkout.path)}):
+        with setting_variables({TRIAL_VARIABLE: str(trial), CHECKOUT_VARIABLE: str(self.checkout.path)}):
             whole, killed, known = self.train(reference)
             self.step("killed and resumed", lambda: compare_runs(whole, killed).describe())
             try:
@@ -214,18 +214,6 @@ def was_edited(checkout: Path) -> bool:
     """Whether git knows the files that are trained with otherwise than they are."""
     paths = (*TRAINING_SCRIPTS, *IMPORTED_FOLDERS)
     return (checkout / ".git").exists() and bool(run_git(["status", "--porcelain", "--", *paths], checkout).strip())
-
-
-@contextmanager
-def variables(added: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the time of a block."""
-    before = dict(os.environ)
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def prove_checkout(

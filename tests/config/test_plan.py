@@ -70,7 +70,7 @@ def test_counts_are_those_of_the_order_that_trains(
 ) -> None:
     widths, heights = np.array(sizes).T
     plan = count_steps(
-        widths, heights, OPTIONS, batch_size, processes, accumulation, epochs=epochs, num_repeats=num_repeats
+        widths, heights, OPTIONS, batch_size, processes, accumulation, epochs=epochs, repeats=num_repeats
     )
     buckets = np.repeat(assign_buckets(widths, heights, OPTIONS).bucket_of_image, num_repeats)
     order = BatchOrder(buckets, batch_size, seed=1, group=plan.group)
@@ -96,7 +96,7 @@ def test_a_plan_by_hand() -> None:
     assert (plan.batch_size, plan.processes, plan.accumulation) == (2, 3, 2)
     assert (plan.group, plan.effective_batch, plan.fills_per_epoch) == (6, 12, 4)
     assert (plan.bucket_fill, plan.images_per_optimizer_step) == (14 / 16, 7.0)
-    repeated = count_steps(*SIZES, OPTIONS, 2, 3, 2, max_steps=4, num_repeats=2)
+    repeated = count_steps(*SIZES, OPTIONS, 2, 3, 2, max_steps=4, repeats=2)
     assert [bucket.batches for bucket in repeated.buckets] == [4, 7, 3]
     assert (repeated.micro_batches_per_epoch, repeated.optimizer_steps_per_epoch) == (5, 3)
     assert (repeated.epochs, repeated.total_optimizer_steps) == (2, 4)

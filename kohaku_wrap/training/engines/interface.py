@@ -321,23 +321,19 @@ class Engine(ABC):
             return
         self.saved_step = self.optimizer_steps
         with self.apart("saving"):
-            self.write_state(scheduled)
-
-    def write_state(self, scheduled: bool) -> None:
-        """The state itself; every rank calls it."""
-        self.ledger.sync()
-        self.accelerator.wait_for_everyone()
-        if self.rank == 0:
-            state = save_run_state(
-                self.attempt,
-                self.optimizer_steps,
-                self.fill_state,
-                scheduled=scheduled,
-                extra=self.bad_steps.document(),
-                expected_bytes=self.state_bytes,
-            )
-            print(f"saved {state.name}", flush=True)
-        self.accelerator.wait_for_everyone()
+            self.ledger.sync()
+            self.accelerator.wait_for_everyone()
+            if self.rank == 0:
+                state = save_run_state(
+                    self.attempt,
+                    self.optimizer_steps,
+                    self.fill_state,
+                    scheduled=scheduled,
+                    extra=self.bad_steps.document(),
+                    expected_bytes=self.state_bytes,
+                )
+                print(f"saved {state.name}", flush=True)
+            self.accelerator.wait_for_everyone()
 
     def save_checkpoint_file(self, path: Path, write: Callable[[], object]) -> None:
         """Let `write` make the network at `path`, again while the disk is full, and keep its sha256; on rank 0."""

@@ -25,10 +25,7 @@ class LossAverage:
         """What a state keeps; JSON writes these floats without loss."""
         return {"losses": self.losses, "total": self.total}
 
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> LossAverage:
-        """The average as `document` left it."""
-        average = cls()
-        average.losses = [float(loss) for loss in document["losses"]]
-        average.total = float(document["total"])
-        return average
+    def take(self, document: Mapping[str, Any]) -> None:
+        """Go on as `document` left it."""
+        self.losses = [float(loss) for loss in document["losses"]]
+        self.total = float(document["total"])

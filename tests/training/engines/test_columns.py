@@ -35,7 +35,7 @@ def open_dataset(images: Path, options: Mapping[str, Any] | None = None, **argum
 def plan_of(world: World, num_repeats: int) -> StepPlan:
     sizes = read_folder_sizes(world.images)
     options = BucketOptions.from_dataset_options(DATASET_OPTIONS)
-    return count_steps(sizes.widths, sizes.heights, options, 2, 1, 2, epochs=1, num_repeats=num_repeats)
+    return count_steps(sizes.widths, sizes.heights, options, 2, 1, 2, epochs=1, repeats=num_repeats)
 
 
 def keys_of(dataset: ColumnsDataset, epoch: int) -> list[BatchKey]:

@@ -207,8 +207,7 @@ class BuiltinRun(Engine):
         if self.is_checkpoint_due:
             self.save_checkpoint(f"{options.output_name}-step{done:08d}", done)
             self.remove_old_checkpoint("-step{:08d}", done, options.save_every_n_steps, options.save_last_n_steps)
-        stops = self.micro_batch_of_epoch > 0 and not self.is_last_step and self.save_if_due()
-        return stops
+        return self.micro_batch_of_epoch > 0 and not self.is_last_step and self.save_if_due()
 
     def list_models(self) -> list[torch.nn.Module]:
         model = self.loss_of_batch.model

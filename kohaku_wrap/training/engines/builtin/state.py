@@ -77,8 +77,7 @@ class Trained:
 
     def read_losses(self, folder: Path) -> None:
         """Take the loss average."""
-        restored = LossAverage.from_document(json.loads((folder / LOSSES_FILE).read_text(encoding="utf-8")))
-        self.losses.losses, self.losses.total = restored.losses, restored.total
+        self.losses.take(json.loads((folder / LOSSES_FILE).read_text(encoding="utf-8")))
 
 
 def read_optimizer(folder: Path) -> dict[str, Any]:
