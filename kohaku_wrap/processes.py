@@ -124,6 +124,20 @@ def ask_python(
         raise NoAnswer("the process gave an answer that is no JSON") from None
 
 
+def start_helper(
+    module: str,
+    *arguments: object,
+    log: Path,
+    added: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+) -> subprocess.Popen[bytes]:
+    """A helper module that runs beside this process, in a session of its own; what it prints is in `log`."""
+    command = python_command("-m", "kohaku_wrap.processes", os.getpid(), module, *arguments)
+    how: dict[str, Any] = {"env": safe_environment(added), "start_new_session": True}
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, stdin=stdin, stdout=stream, stderr=subprocess.STDOUT, **how)
+
+
 class LineHelper:
     """A helper module that runs beside this process, gets a request as JSON on stdin and answers in lines of JSON.
 

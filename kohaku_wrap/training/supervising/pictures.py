@@ -15,7 +15,7 @@ import psutil
 
 from kohaku_wrap.config.site import AFTER, load_site
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.processes import end_child, python_command, safe_environment
+from kohaku_wrap.processes import end_child, start_helper
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.remembered import read_remembered
 from kohaku_wrap.training.records.samples import Pictures, list_pictures
@@ -81,12 +81,7 @@ class PictureMaker:
         self.run.samples.mkdir(exist_ok=True)
         kind, _, index = device.partition(":")
         words = ("sample", "--run", self.run.folder, "--queued", "--device", kind)
-        with (self.run.samples / LOG).open("wb") as log:
-            self.child = subprocess.Popen(
-                python_command("-m", "kohaku_wrap.processes", os.getpid(), "kohaku_wrap", *words),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env=safe_environment(choose_gpu(index)), start_new_session=True,
-            )  # fmt: skip
+        self.child = start_helper("kohaku_wrap", *words, log=self.run.samples / LOG, added=choose_gpu(index))
         with suppress(psutil.Error):
             psutil.Process(self.child.pid).nice(NICENESS)
         steps = ", ".join(f"{each.optimizer_step:,}" for each in waiting)

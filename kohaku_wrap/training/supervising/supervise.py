@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from pathlib import Path
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_TRAINER_FAILED, Interrupted, KwrapError, command_line
 from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.outlets import telling_losses
-from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.processes import start_helper
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.remembered import read_secrets
@@ -231,13 +230,9 @@ class Loggers:
             book = read_logbook(run)
             key = read_secrets(run).get("wandb_api_key") if "wandb" in book.trackers else None
             for name in book.trackers:
-                with self.log_of(name).open("wb") as log:
-                    self.children[name] = subprocess.Popen(
-                        python_command("-m", "kohaku_wrap.processes", os.getpid(), MODULE,
-                                       run.folder, self.attempt.number, name),
-                        stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-                        env=safe_environment({"WANDB_API_KEY": str(key)} if key else None), start_new_session=True,
-                    )  # fmt: skip
+                words, added = (run.folder, self.attempt.number, name), {"WANDB_API_KEY": str(key)} if key else None
+                log = self.log_of(name)
+                self.children[name] = start_helper(MODULE, *words, log=log, added=added, stdin=subprocess.PIPE)
                 self.tell(f"metrics go to {name}: {book.folder}")
         except (KwrapError, OSError, ValueError) as error:
             self.tell(f"metrics are not logged: {error}; the training is not touched")
