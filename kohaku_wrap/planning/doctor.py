@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import sys
@@ -76,11 +77,7 @@ def examine_python() -> Finding:
 
 def parse_release(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (0, 41, 0) for 0.41.0.post2."""
-    numbers = []
-    for part in version.split("."):
-        if not (part.isascii() and part.isdecimal()):
-            break
-        numbers.append(int(part))
+    numbers = [int(part) for part in re.split(r"[^0-9.]", version)[0].split(".") if part]
     return tuple([*numbers, 0, 0, 0][:3])
 
 

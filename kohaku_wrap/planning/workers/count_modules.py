@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,14 +133,11 @@ def find_unmatched(
     for part in parts:
         wanted = preset.get(f"{part}_target_module", [])
         unmatched += [f"{part}_target_module: {each}" for each in wanted if each not in classes[part]]
-        for pattern in preset.get(f"{part}_target_name", []):
-            if not fits([pattern], names[part]):
-                unmatched.append(f"{part}_target_name: {pattern}")
+        wanted = preset.get(f"{part}_target_name", [])
+        unmatched += [f"{part}_target_name: {each}" for each in wanted if not fits([each], names[part])]
     unmatched += [f"module_algo_map: {each}" for each in preset.get("module_algo_map", {}) if each not in every_class]
     for key, candidates in looked_up.items():
-        for pattern in preset.get(key, []):
-            if not fits([pattern], candidates):
-                unmatched.append(f"{key}: {pattern}")
+        unmatched += [f"{key}: {each}" for each in preset.get(key, []) if not fits([each], candidates)]
     return unmatched
 
 
@@ -159,9 +157,6 @@ def count_modules(request: Mapping[str, Any]) -> dict[str, Any]:
         vae = AutoencoderKL(**sizes["vae"])
     with tempfile.TemporaryDirectory() as folder:
         network = create_network(request, unet, text_encoders, Path(folder))
-    classes: dict[str, int] = {}
-    for module in network.loras:
-        classes[type(module).__name__] = classes.get(type(module).__name__, 0) + 1
     with ValuesOnCpu():
         tensors = sum(len(module.state_dict()) for module in network.loras)
     return {
@@ -170,7 +165,7 @@ def count_modules(request: Mapping[str, Any]) -> dict[str, Any]:
         "text_encoder_modules": len(network.text_encoder_loras),
         "unet_parameters": count_parameters(network.unet_loras),
         "text_encoder_parameters": count_parameters(network.text_encoder_loras),
-        "module_kinds": classes,
+        "module_kinds": Counter(type(module).__name__ for module in network.loras),
         "tensors": tensors,
         "unmatched": find_unmatched(request["preset"], network, unet, text_encoders),
         "base_unet_parameters": count_parameters([model]),

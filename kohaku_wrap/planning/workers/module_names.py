@@ -6,6 +6,7 @@ without copying them, so a tensor found under both names pairs them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -93,13 +94,7 @@ def name_containers(unet: nn.Module, leaf_names: Mapping[str, str]) -> dict[str,
 
 def common_parent(names: list[str]) -> str:
     """The longest dotted path that all `names` lie below."""
-    split = [name.split(".")[:-1] for name in names]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
+    return os.path.commonpath([name.rpartition(".")[0].replace(".", "/") for name in names]).replace("/", ".")
 
 
 def natural_order(name: str) -> list[tuple[int, int | str]]:
