@@ -24,6 +24,7 @@ from kohaku_wrap.processes import python_command, safe_environment
 from kohaku_wrap.proving.killing import ON_THE_CPU
 from kohaku_wrap.proving.likeness import read_positions, read_tensors
 from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench, write_site_of
+from kohaku_wrap.trainer.options import flatten_sections
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.create import create_run, plan_new_run
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
@@ -191,15 +192,10 @@ def copy_images(source: Path, target: Path) -> None:
 def write_template(path: Path, settings: Settings) -> Path:
     """The base template of the census with these settings over it."""
     document = tomllib.loads(BASE_TEMPLATE.read_text(encoding="utf-8"))
-    flat: dict[str, Any] = {}
-    tables: dict[str, dict[str, Any]] = {}
+    title = document.pop("title")
     named = ("kwrap", "network_args", "dataset_options", "preset")
-    for section, values in document.items():
-        if isinstance(values, dict) and section not in named:
-            flat |= values
-        elif isinstance(values, dict):
-            tables[section] = dict(values)
-    title = document["title"]
+    tables: dict[str, dict[str, Any]] = {name: document.pop(name) for name in named if name in document}
+    flat = flatten_sections(document)
     for key, value in settings.items():
         table, _, name = key.rpartition(".")
         if table == "map":

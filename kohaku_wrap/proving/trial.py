@@ -10,9 +10,8 @@ from pathlib import Path
 from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.proving.likeness import Difference, compare_networks
 from kohaku_wrap.training.records.folder import Run, is_run
-from kohaku_wrap.training.records.manifest import read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.create import take_back_run
 from kohaku_wrap.training.supervising.supervise import LOCK_FILE, RunIsBusy
 
@@ -69,7 +68,7 @@ def finish_trial(run: Run, resume_from: Callable[[int], object]) -> Trial:
         compare_networks(before, networks[0])
     except Difference as found:
         difference = found.message
-    states = [read_manifest(path).size_bytes for _, path in list_states(run.states)]
+    states = [manifest.size_bytes for _, manifest in read_manifests(run.states)]
     trial = Trial(
         seconds_per_step=float(read_metrics(run)[-1]["seconds"]),
         state_bytes=max(states, default=0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.latent_index import StoreRule
@@ -83,8 +81,7 @@ def rule_of_lock(lock: Lock) -> Rule:
     """The rule of latents that a run was made with."""
     inputs = lock.table("inputs")
     vae = str(inputs.get("vae_sha256") or inputs.get("base_model_sha256", ""))
-    subsets = merge_subsets(tomllib.loads(lock.files[DATASET_FILE]))
-    return make_rule(lock.table("cache"), lock.values, subsets, vae, lock.seed)
+    return make_rule(lock.table("cache"), lock.values, lock.subsets, vae, lock.seed)
 
 
 def find_folder(run: Run, rule: StoreRule) -> Path:

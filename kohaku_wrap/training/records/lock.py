@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.code_names import KINDS as CODE_OPTIONS
-from kohaku_wrap.config.run_files import LOCK_FORMAT
+from kohaku_wrap.config.run_files import DATASET_FILE, LOCK_FORMAT, merge_subsets
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.held_out import HELD_OUT_FILE, HeldOut
 from kohaku_wrap.steps import StepCount
+from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.chapters import EPOCHS, STEPS, Chapter, Cycle, find_cycle, read_chapters
 from kohaku_wrap.training.records.origin import Origin, read_origin
 
@@ -186,6 +187,11 @@ class Lock:
     def dataset_digest(self) -> str:
         """The digest of the captions and sizes that are trained; empty when the lock has none."""
         return str(self.table("inputs").get("captions_digest", ""))
+
+    @property
+    def subsets(self) -> list[dict[str, Any]]:
+        """The dataset's options of each subset, as the run was made with; none for a run of kwrap 0.1."""
+        return merge_subsets(parse_toml(self.files.get(DATASET_FILE, "")))
 
     @property
     def trainer_commit(self) -> str:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import OWN_DATA, list_lacking
-from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256
 from kohaku_wrap.files import write_json
-from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
@@ -43,8 +41,7 @@ def without_idle(metadata: Mapping[str, str], lock: Lock) -> dict[str, str]:
         idle.add("ss_learning_rate")
     kept = {name: text for name, text in metadata.items() if name not in idle}
     for name in OF_THE_DATASET:
-        subsets = merge_subsets(parse_toml(lock.files.get(DATASET_FILE, "")))
-        own = {str(subset.get(name, dataset.get(name))) for subset in subsets}
+        own = {str(subset.get(name, dataset.get(name))) for subset in lock.subsets}
         if kept.pop(f"ss_{name}", None) is not None and len(own) == 1:
             kept[f"ss_{name}"] = own.pop()
     return kept

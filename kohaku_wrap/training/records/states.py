@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def list_states(states: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in match_names(states, STATE_NAME) if path.is_dir())
 
 
+def read_manifests(states: Path) -> Iterator[tuple[int, Manifest]]:
+    """The manifests of the states with the optimizer steps of their names, ascending; damaged ones are left out."""
+    for step, path in list_states(states):
+        with suppress(DamagedState):
+            yield step, read_manifest(path)
+
+
 def write_state(
     states: Path,
     optimizer_step: int,
@@ -70,11 +78,9 @@ def write_state(
     remove_leftovers(states)
     final = state_folder(states, optimizer_step)
     if final.exists():
-        try:
+        with suppress(DamagedState):
             if verify_state(final).fingerprint == fingerprint:
                 return final
-        except DamagedState:
-            pass
     check_space(states, expected_bytes)
     part = states / f".{final.name}{PART_SUFFIX}"
     try:
@@ -174,14 +180,10 @@ def remove_old_states(states: Path, keep: int, every: int = 0) -> list[int]:
 
     Kept are the newest `keep` scheduled states, those at multiples of `every`, and the newest state that is whole.
     """
-    found = list(list_states(states))
     scheduled: list[int] = []
     unscheduled: list[int] = []
-    for step, path in found:
-        try:
-            (scheduled if read_manifest(path).scheduled else unscheduled).append(step)
-        except DamagedState:
-            continue
+    for step, manifest in read_manifests(states):
+        (scheduled if manifest.scheduled else unscheduled).append(step)
     kept = set(scheduled[-max(keep, 1) :])
     kept |= {step for step in scheduled if every and step % every == 0}
     kept |= {step for step in unscheduled if not scheduled or step > scheduled[-1]}
@@ -211,17 +213,9 @@ def remove_leftovers(states: Path) -> None:
 
 def check_space(states: Path, expected_bytes: int = 0) -> None:
     """Raise DiskFull when a state as large as the largest of those here, or as expected, would not fit."""
-    needed_bytes = max([expected_bytes, *known_sizes(states)])
+    needed_bytes = max([expected_bytes, *(manifest.size_bytes for _, manifest in read_manifests(states))])
     if needed_bytes and shutil.disk_usage(states).free < needed_bytes * SIZE_MARGIN + SPARE_BYTES:
         raise DiskFull(*disk_full_message(states, None, needed_bytes))
-
-
-def known_sizes(states: Path) -> Iterator[int]:
-    for _, path in list_states(states):
-        try:
-            yield read_manifest(path).size_bytes
-        except DamagedState:
-            continue
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.layers import resolve_template, vary_lock
 from kohaku_wrap.config.reading import LENGTHS, PARENT_OPTION
 from kohaku_wrap.config.render import compose_run
-from kohaku_wrap.config.run_files import DATASET_FILE, flatten_dataset, merge_subsets
+from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import compose_dataset, describe_data, read_training_sizes
 from kohaku_wrap.config.validation import settle_held_out
@@ -23,7 +23,6 @@ from kohaku_wrap.files import fsync_folder, link_file
 from kohaku_wrap.planning.parent_network import fit_parent
 from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.steps import StepPlan
-from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
@@ -219,14 +218,13 @@ def list_order_changes(lock: Lock, effective: Effective, site: Site, plan: StepP
     shape, images = shape_batch(effective), site.paths.images
     dataset = compose_dataset(effective, images)
     digest = describe_data(effective.get("kwrap.data"), images, flatten_dataset(dataset))["captions_digest"]
-    before = merge_subsets(parse_toml(lock.files.get(DATASET_FILE, "")))
     sides = (
         ("the seed", lock.seed, effective.get("seed")),
         ("data", lock.data, effective.get("kwrap.data")),
         ("the dataset's digest", lock.dataset_digest[:10], digest[:10]),
         ("effective_batch", lock.effective_batch, shape.effective_batch),
         ("batch_per_gpu", lock.batch_per_gpu, shape.batch_per_gpu),
-        ("repeats", list_repeats(before), list_repeats(merge_subsets(dataset))),
+        ("repeats", list_repeats(lock.subsets), list_repeats(merge_subsets(dataset))),
         (
             "the bucket options",
             BucketOptions.from_dataset_options(lock.table("dataset")),
@@ -237,12 +235,10 @@ def list_order_changes(lock: Lock, effective: Effective, site: Site, plan: StepP
     if (lock.held_out.text() if lock.held_out else "") != (held_out.text() if held_out else ""):
         yield "the posts that are held out changed"
         return
-    found = False
-    for what, one, other in sides:
-        if one != other:
-            found = True
-            yield f"{what} changed" if what.startswith("the bucket") else f"{what} was {one}, is {other}"
-    if not found and lock.batches != plan.batches:
+    changed = [(what, one, other) for what, one, other in sides if one != other]
+    for what, one, other in changed:
+        yield f"{what} changed" if what.startswith("the bucket") else f"{what} was {one}, is {other}"
+    if not changed and lock.batches != plan.batches:
         yield f"batches of an epoch were {lock.batches:,}, are {plan.batches:,}"
 
 

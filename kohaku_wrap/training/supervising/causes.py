@@ -109,9 +109,8 @@ def failure_causes(attempt: Attempt) -> list[Cause]:
         lost = kind == "crash" and LOST_CONNECTION.search(failure.message)
         if kind == "crash" and ALLOCATION_FAILED.search(failure.message):
             kind = "out-of-memory"
-        message = f"rank {failure.rank}: {failure.message}"
-        depth = 2 if lost else 0
-        cause = Cause(kind, message, failure.unix_seconds, failure.rank, depth, next_step=failure.next_step)
+        cause = Cause(kind, f"rank {failure.rank}: {failure.message}", failure.unix_seconds, failure.rank)
+        cause = replace(cause, depth=2 if lost else 0, next_step=failure.next_step)
         causes.append(replace(cause, is_lasting=failure.is_lasting))
     return causes
 

@@ -11,8 +11,8 @@ from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state, read_manifest
-from kohaku_wrap.training.records.states import list_states, verify_state
+from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state
+from kohaku_wrap.training.records.states import list_states, read_manifests, verify_state
 
 FOREIGN_STATE_OF_STEP = re.compile(r"-step(\d{8,})-state$")
 
@@ -94,12 +94,8 @@ def check_beginning(run: Run, state: Path, on_bytes: Callable[[int], None] | Non
 
 def list_own(run: Run, kept: Mapping[int, float]) -> str:
     """The steps of the states on the run's line, for people."""
-    steps = []
-    for at, path in list_states(run.states):
-        with suppress(DamagedState):
-            if at <= kept.get(read_manifest(path).attempt, at):
-                steps.append(f"{at:,}")
-    return ", ".join(steps)
+    found = read_manifests(run.states)
+    return ", ".join(f"{at:,}" for at, manifest in found if at <= kept.get(manifest.attempt, at))
 
 
 def find_foreign_state(run: Run, step: int | None, given: Path | None) -> tuple[Path, int]:

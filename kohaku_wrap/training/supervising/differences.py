@@ -36,9 +36,9 @@ from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS, open_latents,
 from kohaku_wrap.training.records.attempts import attempt_numbers
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import recorded_attempts
-from kohaku_wrap.training.records.manifest import DamagedState, Fingerprint, read_manifest
+from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
-from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.accepting import KEY_OF_FINGERPRINT, OTHER_OPTIONS, OTHER_RUN
 from kohaku_wrap.training.supervising.file_changes import compare_files, list_moves
 from kohaku_wrap.training.supervising.places import Places
@@ -106,12 +106,8 @@ def list_notes(run: Run, places: Places) -> list[str]:
 def list_missing_records(run: Run) -> Iterator[str]:
     """Attempts whose record or ledger is gone: the run goes on, and `verify` will not prove them."""
     known, recorded = set(attempt_numbers(run)), recorded_attempts(run.ledger)
-    saved = set()
-    for _, path in list_states(run.states):
-        with suppress(DamagedState):
-            manifest = read_manifest(path)
-            if manifest.fingerprint.run_id == run.lock.run_id:
-                saved.add(manifest.attempt)
+    found = (manifest for _, manifest in read_manifests(run.states))
+    saved = {manifest.attempt for manifest in found if manifest.fingerprint.run_id == run.lock.run_id}
     for attempt in sorted((recorded | saved) - known):
         yield f"{run.attempts / str(attempt)} is gone: what it trained may count twice for `kwrap verify`"
     for attempt in sorted(saved - recorded):

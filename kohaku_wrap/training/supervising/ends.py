@@ -16,9 +16,8 @@ from kohaku_wrap.files import read_tail, write_json
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.bad_steps import KEY_IN_STATE
 from kohaku_wrap.training.records.documents import read_records
-from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import iterate_lines
-from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.causes import find_first_cause
 
 TAIL_LINES = 12
@@ -173,12 +172,10 @@ def tail_of(path: Path, lines: int) -> list[str]:
 
 def go_back(attempt: Attempt) -> str:
     """How to go on from before the steps that were skipped or had no number as loss."""
-    for step, state in reversed(list_states(attempt.run.states)):
-        with suppress(DamagedState):
-            counts = read_manifest(state).extra.get(KEY_IN_STATE, {})
-            if not counts.get("in_a_row"):
-                resume = command_line("resume", attempt.run.folder, "--step", step)
-                return f"the newest state from before they went wrong: {resume}"
+    for step, manifest in reversed(list(read_manifests(attempt.run.states))):
+        if not manifest.extra.get(KEY_IN_STATE, {}).get("in_a_row"):
+            resume = command_line("resume", attempt.run.folder, "--step", step)
+            return f"the newest state from before they went wrong: {resume}"
     return "no state is from before they went wrong: start a new run, with lower rates or bf16"
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 
 import numpy as np
 
-from kohaku_wrap.config.run_files import DATASET_FILE, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.formats.caption_columns import subset_column
 from kohaku_wrap.formats.caption_rows import open_captions
@@ -27,7 +25,7 @@ def read_order(run: Run, with_held_out: bool = False) -> tuple[BatchOrder, Int64
     buckets = assign_buckets(
         table["width"].to_numpy(), table["height"].to_numpy(), BucketOptions.from_dataset_options(options)
     )
-    subsets = merge_subsets(tomllib.loads(lock.files.get(DATASET_FILE, ""))) or [dict(options)]
+    subsets = lock.subsets or [dict(options)]
     ids = table["id"].to_numpy().astype(np.int64)
     left_out = lock.held_out.mark(ids) if lock.held_out and not with_held_out else None
     entries = Entries(subset_column(table), [int(each.get("num_repeats") or 1) for each in subsets], left_out)

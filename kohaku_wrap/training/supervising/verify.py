@@ -20,10 +20,9 @@ from kohaku_wrap.training.records.ledger import (
     FILL,
     SUBSTITUTE,
 )
-from kohaku_wrap.training.records.manifest import DamagedState, read_manifest
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.networks import compare_networks, is_finished
-from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
 from kohaku_wrap.training.supervising.deep_checks import check_caches, check_deep
 from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
@@ -220,10 +219,7 @@ def list_saved_steps(run: Run, attempts: list[Attempt]) -> Iterator[int]:
     """Optimizer steps that the line has a state of, or had: the ledger is on disk before a state is written."""
     yield from (attempt.start_optimizer_step for attempt in attempts[-1:])
     kept = last_kept_steps(attempts)
-    for step, path in list_states(run.states):
-        with suppress(DamagedState):
-            if step <= kept.get(read_manifest(path).attempt, 0):
-                yield step
+    yield from (step for step, manifest in read_manifests(run.states) if step <= kept.get(manifest.attempt, 0))
 
 
 def list_repeats(records: Records, kept: BoolArray) -> Iterator[Repeat]:
