@@ -9,26 +9,10 @@ from fractions import Fraction
 from functools import cache
 from typing import TypeVar
 
+from kohaku_wrap.merging import formula as nodes
 from kohaku_wrap.merging.blocks import blocks_of_key, is_in_part
 from kohaku_wrap.merging.calls import SIGNATURES, Call, WeightedSum, fault_of_number
-from kohaku_wrap.merging.formula import (
-    Blocks,
-    Brackets,
-    Function,
-    Model,
-    Negation,
-    Network,
-    Node,
-    Number,
-    Only,
-    Part,
-    Product,
-    Span,
-    Sum,
-    format_formula,
-    walk_formula,
-)
-from kohaku_wrap.merging.kinds import KindCheck, kind_of
+from kohaku_wrap.merging.kinds import bind_arguments, check_kinds, kind_of
 from kohaku_wrap.merging.tokens import FormulaError
 
 SIZE_LIMIT_BITS = 256
@@ -97,26 +81,27 @@ ANY_CASE = Case(("BASE",), frozenset(), NONE_LACKING)
 class Formula:
     """A parsed formula that answers for each key."""
 
-    def __init__(self, source: str, tree: Node) -> None:
+    def __init__(self, source: str, tree: nodes.Node) -> None:
         """`source` is the text that `tree` was parsed from, for messages.
 
         Raises FormulaError where models are multiplied, a number is added to a model, or a division is by 0.
         """
         self.source = source
         self.tree = tree
-        self.kinds = KindCheck(source)
-        self.kinds.check(tree)
-        for product in (part for part in walk_formula(tree) if isinstance(part, Product)):
+        check_kinds(tree, source)
+        for product in (part for part in nodes.walk_formula(tree) if isinstance(part, nodes.Product)):
             for sign, operand in product.rest:
                 if sign == "/" and self.value_of(operand, ANY_CASE).number == 0:
                     raise self.error("division by zero", operand.span)
         if kind_of(tree) == "number":
             raise self.error("the formula is a number; it names no model", tree.span)
-        self.patterns = tuple(dict.fromkeys(part.pattern for part in walk_formula(tree) if isinstance(part, Only)))
-        self.parts = {part.part for part in walk_formula(tree) if isinstance(part, Part)}
+        self.patterns = tuple(
+            dict.fromkeys(part.pattern for part in nodes.walk_formula(tree) if isinstance(part, nodes.Only))
+        )
+        self.parts = {part.part for part in nodes.walk_formula(tree) if isinstance(part, nodes.Part)}
         self.reduce_case: Callable[[Case], Reduction] = cache(lambda case: self.value_of(tree, case))
 
-    def error(self, message: str, span: Span) -> FormulaError:
+    def error(self, message: str, span: nodes.Span) -> FormulaError:
         return FormulaError(message, self.source, span)
 
     def reduce_for_key(self, key: str, lacking: frozenset[str] = NONE_LACKING) -> Reduction:
@@ -129,13 +114,13 @@ class Formula:
         parts = frozenset(part for part in self.parts if is_in_part(key, part))
         return self.reduce_case(Case(blocks_of_key(key), matching, lacking, parts))
 
-    def call(self, node: Function, case: Case) -> Reduction:
+    def call(self, node: nodes.Function, case: Case) -> Reduction:
         """A function's value: itself, with coefficients for what stands inside; nothing where all of that counts as 0.
 
         Each argument is a group for the rule of missing keys, as if it stood in brackets.
         """
         signature = SIGNATURES[node.name]
-        tensors, given = self.kinds.bind_arguments(node)
+        tensors, given = bind_arguments(node, self.source)
         values = [drop_if_lacking(tensor, self.value_of(tensor, case), case) for tensor in tensors]
         for tensor, value in zip(tensors, values, strict=True):
             total, first = value.sum.total, values[0].sum.total
@@ -156,47 +141,47 @@ class Formula:
         called = Call(node.name, tuple(value.sum for value in values), tuple(numbers.values()))
         return Reduction(None, dropped=dropped, calls={called: Fraction(1)})
 
-    def value_of(self, node: Node, case: Case) -> Reduction:
+    def value_of(self, node: nodes.Node, case: Case) -> Reduction:
         """The node's value for a key in `blocks` that matches the patterns in `matching`."""
         value = self.plain_value_of(node, case)
         self.check_size(value, node.span)
         return value
 
-    def plain_value_of(self, node: Node, case: Case) -> Reduction:
+    def plain_value_of(self, node: nodes.Node, case: Case) -> Reduction:
         match node:
-            case Number(number):
+            case nodes.Number(number):
                 return Reduction(number)
-            case Blocks():
+            case nodes.Blocks():
                 return Reduction(weight_of_blocks(node, case.blocks))
-            case Model(name):
+            case nodes.Model(name):
                 return Reduction(None, {name: Fraction(1)})
-            case Network(name):
+            case nodes.Network(name):
                 return Reduction(None, {}, {name: Fraction(1)})
-            case Negation(operand):
+            case nodes.Negation(operand):
                 return scale_value(self.value_of(operand, case), Fraction(-1))
-            case Brackets(inside):
+            case nodes.Brackets(inside):
                 value = self.value_of(inside, case)
                 return drop_if_lacking(node, value, case)
-            case Only(pattern, inside, outside):
+            case nodes.Only(pattern, inside, outside):
                 chosen = inside if pattern in case.matching else outside
                 if chosen is not None:
                     return drop_if_lacking(chosen, self.value_of(chosen, case), case)
                 return Reduction(Fraction(0) if kind_of(inside) == "number" else None)
-            case Part(part, inside):
+            case nodes.Part(part, inside):
                 value = self.value_of(inside, case)
                 if part in case.parts:
                     return drop_if_lacking(inside, value, case)
                 inside_function = {str(call): weight * call.total for call, weight in value.calls.items()}
                 left_out = add_scaled({**value.models, **inside_function}, value.outside, Fraction(1))
                 return Reduction(None, outside=left_out)
-            case Function():
+            case nodes.Function():
                 return self.call(node, case)
-            case Product():
+            case nodes.Product():
                 return self.multiply(node, case)
-            case Sum():
+            case nodes.Sum():
                 return self.add(node, case)
 
-    def add(self, node: Sum, case: Case) -> Reduction:
+    def add(self, node: nodes.Sum, case: Case) -> Reduction:
         total = self.value_of(node.first, case)
         for sign, operand in node.rest:
             value = self.value_of(operand, case)
@@ -214,7 +199,7 @@ class Formula:
             )
         return total
 
-    def multiply(self, node: Product, case: Case) -> Reduction:
+    def multiply(self, node: nodes.Product, case: Case) -> Reduction:
         total = self.value_of(node.first, case)
         for sign, operand in node.rest:
             value = self.value_of(operand, case)
@@ -224,7 +209,7 @@ class Formula:
                 total = scale_value(value, total.number)
         return total
 
-    def check_size(self, value: Reduction, span: Span) -> None:
+    def check_size(self, value: Reduction, span: nodes.Span) -> None:
         """Raise FormulaError for fractions too long to be meant."""
         numbers = [value.number or Fraction(0)]
         numbers += [*value.models.values(), *value.networks.values(), *value.calls.values()]
@@ -233,13 +218,13 @@ class Formula:
             raise self.error(f"its numbers multiply to a fraction of more than {SIZE_LIMIT_BITS} bits", span)
 
 
-def drop_if_lacking(node: Node, value: Reduction, case: Case) -> Reduction:
+def drop_if_lacking(node: nodes.Node, value: Reduction, case: Case) -> Reduction:
     """A difference counts as 0 when one of its members lacks the key."""
     missing = [name for name in value.sum.names() if name in case.lacking]
     total = value.sum.total + sum(value.outside.values(), Fraction(0))
     if not (missing or value.outside) or value.number is not None or total:
         return value
-    return Reduction(None, {}, value.networks, {}, (*value.dropped, format_formula(node)))
+    return Reduction(None, {}, value.networks, {}, (*value.dropped, nodes.format_formula(node)))
 
 
 def scale_value(value: Reduction, factor: Fraction) -> Reduction:
@@ -249,7 +234,7 @@ def scale_value(value: Reduction, factor: Fraction) -> Reduction:
     return Reduction(None, models, networks, outside, value.dropped, add_scaled({}, value.calls, factor))
 
 
-def weight_of_blocks(node: Blocks, blocks: tuple[str, ...]) -> Fraction:
+def weight_of_blocks(node: nodes.Blocks, blocks: tuple[str, ...]) -> Fraction:
     """The number that blocks(…) has for a key: the nearest named block's, else `else=`, else 1.
 
     The last mention of a block wins.

@@ -8,31 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
+from kohaku_wrap.merging import formula as nodes
 from kohaku_wrap.merging.blocks import PARTS, is_block, load_presets, name_numbers
 from kohaku_wrap.merging.calls import SIGNATURES
-from kohaku_wrap.merging.formula import (
-    Blocks,
-    BlockWeight,
-    Brackets,
-    Function,
-    Model,
-    Negation,
-    Network,
-    Node,
-    Number,
-    Only,
-    Part,
-    Product,
-    Span,
-    Sum,
-)
 from kohaku_wrap.merging.tokens import Reader, Token
 
 DIGITS_LIMIT = 24
 RESERVED = ("net", "blocks", "only", "else")
 
 
-def parse_formula(source: str, layout: str = "") -> Node:
+def parse_formula(source: str, layout: str = "") -> nodes.Node:
     """formula := sum end
 
     `layout`: sdxl (or empty) or sd15, which lists of numbers in blocks(…) are of.
@@ -50,19 +35,22 @@ def parse_formula(source: str, layout: str = "") -> Node:
     return node
 
 
-def read_sum(reader: Reader) -> Node:
+def read_sum(reader: Reader) -> nodes.Node:
     """sum := product (("+" | "-") product)*"""
-    return read_chain(reader, Sum, ("+", "-"), read_product)
+    return read_chain(reader, nodes.Sum, ("+", "-"), read_product)
 
 
-def read_product(reader: Reader) -> Node:
+def read_product(reader: Reader) -> nodes.Node:
     """product := factor (("*" | "/") factor)*"""
-    return read_chain(reader, Product, ("*", "/"), read_factor)
+    return read_chain(reader, nodes.Product, ("*", "/"), read_factor)
 
 
 def read_chain(
-    reader: Reader, kind: type[Sum | Product], signs: tuple[str, str], read_operand: Callable[[Reader], Node]
-) -> Node:
+    reader: Reader,
+    kind: type[nodes.Sum | nodes.Product],
+    signs: tuple[str, str],
+    read_operand: Callable[[Reader], nodes.Node],
+) -> nodes.Node:
     """chain := operand (sign operand)*, which is the operand itself where no sign follows."""
     start = reader.token.span
     first = read_operand(reader)
@@ -73,25 +61,25 @@ def read_chain(
     return kind(first, tuple(rest), span=reader.span_from(start)) if rest else first
 
 
-def read_factor(reader: Reader) -> Node:
+def read_factor(reader: Reader) -> nodes.Node:
     """factor := "-" factor | atom"""
     if reader.at("-"):
         start = reader.take().span
         operand = reader.nested(read_factor)
-        return Negation(operand, span=reader.span_from(start))
+        return nodes.Negation(operand, span=reader.span_from(start))
     return read_atom(reader)
 
 
-def read_atom(reader: Reader) -> Node:
+def read_atom(reader: Reader) -> nodes.Node:
     """atom := NUMBER | NAME | "(" sum ")" | "net" "(" NAME ")" | blocks | only | part | function"""
     token = reader.token
     if token.kind == "number":
-        return Number(read_number(reader), span=token.span)
+        return nodes.Number(read_number(reader), span=token.span)
     if reader.at("("):
         reader.take()
         inside = reader.nested(read_sum)
         reader.expect(")", f"to close the bracket at character {token.span.start + 1}")
-        return Brackets(inside, span=reader.span_from(token.span))
+        return nodes.Brackets(inside, span=reader.span_from(token.span))
     if token.kind != "name":
         after = f" after '{reader.tokens[reader.place - 1].text}'" if reader.place else ""
         raise reader.error(f"expected a model name{after}")
@@ -107,7 +95,7 @@ def read_atom(reader: Reader) -> Node:
             raise reader.error("expected the network's name in net(…)")
         reader.take()
         reader.expect(")", "after the network's name")
-        return Network(name.text, span=reader.span_from(token.span))
+        return nodes.Network(name.text, span=reader.span_from(token.span))
     if token.text in RESERVED:
         raise reader.error(f"'{token.text}' cannot stand here; it belongs inside only(…) or blocks(…)", token.span)
     if reader.at("(") and token.text in PARTS:
@@ -117,7 +105,7 @@ def read_atom(reader: Reader) -> Node:
     if reader.at("("):
         functions = ", ".join(["net", "blocks", "only", *PARTS, *SIGNATURES])
         raise reader.error(f"there is no function '{token.text}'; there are {functions}", token.span)
-    return Model(token.text, span=token.span)
+    return nodes.Model(token.text, span=token.span)
 
 
 def read_number(reader: Reader) -> Fraction:
@@ -128,7 +116,9 @@ def read_number(reader: Reader) -> Fraction:
     following = reader.token
     if following.kind in ("name", "number") and following.span.start == token.span.stop:
         text = token.text + following.text
-        raise reader.error(f"{text!r} is neither a number nor a name", Span(token.span.start, following.span.stop))
+        raise reader.error(
+            f"{text!r} is neither a number nor a name", nodes.Span(token.span.start, following.span.stop)
+        )
     return Fraction(token.text + "0" if token.text.endswith(".") else token.text)
 
 
@@ -143,12 +133,12 @@ def read_signed_number(reader: Reader, where: str) -> Fraction:
     return -value if negative else value
 
 
-def read_blocks(reader: Reader, start: Span) -> Node:
+def read_blocks(reader: Reader, start: nodes.Span) -> nodes.Node:
     """blocks := "blocks" "(" (weight ("," weight)* ["," "else" "=" signed] | signed ("," signed)* | STRING) ")" """
     reader.expect("(", "after blocks")
     if reader.token.kind in ("number", "string") or reader.at("-"):
         return read_numbers(reader, start)
-    weights: list[BlockWeight] = []
+    weights: list[nodes.BlockWeight] = []
     other = None
     while True:
         if reader.at("else"):
@@ -163,10 +153,10 @@ def read_blocks(reader: Reader, start: Span) -> Node:
     reader.expect(")", "or ',' in blocks(…)")
     if not weights:
         raise reader.error("blocks(…) names no block", reader.span_from(start))
-    return Blocks(tuple(weights), other, span=reader.span_from(start))
+    return nodes.Blocks(tuple(weights), other, span=reader.span_from(start))
 
 
-def read_numbers(reader: Reader, start: Span) -> Node:
+def read_numbers(reader: Reader, start: nodes.Span) -> nodes.Node:
     """The rest of blocks(…) as people paste it: a number for each block in order, or a preset's name."""
     if reader.token.kind == "string":
         token = reader.take()
@@ -184,11 +174,11 @@ def read_numbers(reader: Reader, start: Span) -> Node:
         named = name_numbers(values, layout)
     except ValueError as error:
         raise reader.error(str(error), reader.span_from(start)) from None
-    weights = tuple(BlockWeight(name, name, value) for name, value in named)
-    return Blocks(weights, None, span=reader.span_from(start))
+    weights = tuple(nodes.BlockWeight(name, name, value) for name, value in named)
+    return nodes.Blocks(weights, None, span=reader.span_from(start))
 
 
-def read_block_weight(reader: Reader) -> BlockWeight:
+def read_block_weight(reader: Reader) -> nodes.BlockWeight:
     """weight := BLOCK [".." BLOCK] "=" signed"""
     start = reader.token.span
     first = last = read_block(reader)
@@ -199,7 +189,7 @@ def read_block_weight(reader: Reader) -> BlockWeight:
             raise reader.error(f"{first}..{last} is not a range of blocks", reader.span_from(start))
     reader.expect("=", f"after the block {last}")
     value = read_signed_number(reader, f"for the block {last}")
-    return BlockWeight(first, last, value, span=reader.span_from(start))
+    return nodes.BlockWeight(first, last, value, span=reader.span_from(start))
 
 
 def read_block(reader: Reader) -> str:
@@ -210,19 +200,19 @@ def read_block(reader: Reader) -> str:
     return reader.take().text
 
 
-def read_part(reader: Reader, name: Token) -> Node:
+def read_part(reader: Reader, name: Token) -> nodes.Node:
     """part := ("unet" | "te" | "te1" | "te2" | "vae") "(" sum ")" """
     opened = reader.take()
     inside = reader.nested(read_sum)
     reader.expect(")", f"to close the bracket at character {opened.span.start + 1}")
-    return Part(name.text, inside, span=reader.span_from(name.span))
+    return nodes.Part(name.text, inside, span=reader.span_from(name.span))
 
 
-def read_function(reader: Reader, name: Token) -> Node:
+def read_function(reader: Reader, name: Token) -> nodes.Node:
     """function := FUNCTION "(" [argument ("," argument)*] ")"; argument := [NAME "="] sum"""
     opened = reader.take()
-    operands: list[Node] = []
-    named: list[tuple[str, Node]] = []
+    operands: list[nodes.Node] = []
+    named: list[tuple[str, nodes.Node]] = []
     while not reader.at(")"):
         word = reader.token
         if reader.follows("="):
@@ -237,10 +227,10 @@ def read_function(reader: Reader, name: Token) -> Node:
             break
         reader.take()
     reader.expect(")", f"or ',' in the bracket opened at character {opened.span.start + 1}")
-    return Function(name.text, tuple(operands), tuple(named), span=reader.span_from(name.span))
+    return nodes.Function(name.text, tuple(operands), tuple(named), span=reader.span_from(name.span))
 
 
-def read_only(reader: Reader, start: Span) -> Node:
+def read_only(reader: Reader, start: nodes.Span) -> nodes.Node:
     """only := "only" "(" STRING "," sum ["," "else" "=" sum] ")" """
     reader.expect("(", "after only")
     pattern = reader.token
@@ -258,4 +248,4 @@ def read_only(reader: Reader, start: Span) -> Node:
         reader.expect("=", "after else")
         outside = reader.nested(read_sum)
     reader.expect(")", "at the end of only(…)")
-    return Only(pattern.text[1:-1], inside, outside, span=reader.span_from(start))
+    return nodes.Only(pattern.text[1:-1], inside, outside, span=reader.span_from(start))
