@@ -6,6 +6,11 @@ import itertools
 from collections.abc import Collection
 from pathlib import Path
 
+SHOWN_BEFORE, SHOWN_AFTER = 60, 50
+"""Characters around a fault in a text."""
+
+UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+
 
 def show_path(path: Path) -> str:
     """The path as one would type it here: relative where it lies below the current folder."""
@@ -46,3 +51,12 @@ def show_bytes(size: int) -> str:
             value = size / factor
             return f"{value:,.0f} {unit}" if unit == "kB" or (unit != "MB" and value >= 100) else f"{value:.1f} {unit}"
     return f"{size} bytes"
+
+
+def mark_place(source: str, place: int, length: int) -> str:
+    """The text around a place as one line, and a mark under what stands there; both indented by four."""
+    start, stop = max(0, place - SHOWN_BEFORE), min(len(source), place + length + SHOWN_AFTER)
+    before, after = "…" if start else "", "…" if stop < len(source) else ""
+    signs = (" " if each.isspace() else each if each.isprintable() else UNPRINTABLE for each in source[start:stop])
+    mark = " " * (len(before) + place - start) + "^" * length
+    return f"    {before}{''.join(signs)}{after}\n    {mark}"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.merging.formula import Node, Span
+from kohaku_wrap.wording import mark_place
 
 LENGTH_LIMIT = 10_000
 DEPTH_LIMIT = 64
-TEXT_BEFORE_SPAN = 60
-TEXT_AFTER_SPAN = 50
 
 TOKEN_RULES = re.compile(
     r"""
@@ -31,14 +30,7 @@ class FormulaError(UsageError):
     """A wrong formula, shown with a mark under the place."""
 
     def __init__(self, message: str, source: str, span: Span) -> None:
-        start = max(0, span.start - TEXT_BEFORE_SPAN)
-        stop = min(len(source), max(span.stop, span.start + 1) + TEXT_AFTER_SPAN)
-        before = "…" if start else ""
-        after = "…" if stop < len(source) else ""
-        line = "".join(" " if character.isspace() else character for character in source[start:stop])
-        width = min(max(span.stop - span.start, 1), max(stop - span.start, 1))
-        mark = " " * (len(before) + span.start - start) + "^" * width
-        super().__init__(f"formula: {message}\n    {before}{line}{after}\n    {mark}")
+        super().__init__(f"formula: {message}\n{mark_place(source, span.start, max(span.stop - span.start, 1))}")
         self.span = span
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.wording import mark_place
 
 ROUND = 1.1
 SQUARE = 1 / 1.1
@@ -26,22 +27,16 @@ DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 LIKE_A_NUMBER = re.compile(r"\s*[+-]?(?:[0-9][0-9.,]*(?:e[+-]?[0-9]+)?%?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
 SCHEDULE = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
 
-TEXT_BEFORE = 60
-TEXT_AFTER = 50
-UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
+MOST_SHOWN = 50
+"""Characters of what is wrong."""
 
 
 class PromptError(UsageError):
     """A wrong prompt, shown with a mark under the place."""
 
     def __init__(self, message: str, source: str, place: int, length: int = 1, advice: str = "") -> None:
-        length = min(length, TEXT_AFTER)
-        start, stop = max(0, place - TEXT_BEFORE), min(len(source), place + length + TEXT_AFTER)
-        before, after = "…" if start else "", "…" if stop < len(source) else ""
-        shown = (" " if each.isspace() else each if each.isprintable() else UNPRINTABLE for each in source[start:stop])
-        line = "".join(shown)
-        mark = " " * (len(before) + place - start) + "^" * length
-        super().__init__(f"prompt: {message} at character {place + 1}\n    {before}{line}{after}\n    {mark}", advice)
+        shown = mark_place(source, place, min(length, MOST_SHOWN))
+        super().__init__(f"prompt: {message} at character {place + 1}\n{shown}", advice)
         self.place = place
 
 
@@ -179,7 +174,7 @@ class Parser:
         if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):
             at = self.source.index(text, place)
             raise PromptError(
-                f"{text[:TEXT_AFTER]} is not a weight", self.source, at, len(text), "Write a decimal, such as 1.1."
+                f"{text[:MOST_SHOWN]} is not a weight", self.source, at, len(text), "Write a decimal, such as 1.1."
             )
         return float(text)
 
@@ -190,7 +185,7 @@ class Parser:
         text = self.source[bracket.colons[-1] + 1 : place]
         if LIKE_A_NUMBER.fullmatch(text):
             raise PromptError(
-                f"{text.strip()[:TEXT_AFTER]} is not a plain decimal", self.source, bracket.colons[-1] + 1, len(text),
+                f"{text.strip()[:MOST_SHOWN]} is not a plain decimal", self.source, bracket.colons[-1] + 1, len(text),
                 "Write a weight such as 1.1; write \\( and \\) for brackets that are part of a tag.",
             )  # fmt: skip
 
