@@ -9,11 +9,10 @@ import click
 
 from kohaku_wrap.cli.options import PATH, open_run, print_trust, retype, trust_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
     counting_bytes,
-    json_option,
     print_answer,
     print_aside,
+    verb,
 )
 from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch_options
 from kohaku_wrap.cli.train import make_run, train_run
@@ -25,12 +24,13 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.branch import Branch
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap branch epsilon --step 13600 --run slower --set unet_lr=5e-5
   kwrap branch epsilon --run longer --set max_train_epochs=12 --dry-run
-  kwrap branch epsilon --step 13600 --run other --site other-images.toml"""
+  kwrap branch epsilon --step 13600 --run other --site other-images.toml
+""",
+    unless=("dry_run",),
 )
 @click.argument("name", metavar="RUN")
 @click.option("--step", type=click.IntRange(0), metavar="N",
@@ -44,8 +44,6 @@ Examples:
 @trust_option
 @click.option("--dry-run", is_flag=True, help="Print what would be another, and where it would begin; make nothing.")
 @supervisor_options
-@json_option
-@beyond_output("dry_run")
 def command(
     name: str,
     step: int | None,

@@ -10,13 +10,12 @@ import click
 
 from kohaku_wrap.cli.options import machine_option, retype, set_option, trust_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
     counting_bytes,
-    json_option,
     print_answer,
     print_aside,
     print_next,
     progress_bar,
+    verb,
 )
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import format_duration, show_bytes
@@ -28,12 +27,13 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.caching import Cache
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap cache mine.toml --site site.toml --dry-run
   kwrap cache mine.toml --site site.toml
-  kwrap cache mine.toml --site site.toml --check"""
+  kwrap cache mine.toml --site site.toml --check
+""",
+    unless=("dry_run",),
 )
 @click.argument("template")
 @machine_option
@@ -41,8 +41,6 @@ Examples:
 @trust_option
 @click.option("--check", is_flag=True, help="Read every shard in full; one that is damaged is made again.")
 @click.option("--dry-run", is_flag=True, help="Say what it takes of disk and time; make nothing.")
-@json_option
-@beyond_output("dry_run")
 def command(
     template: str,
     site_file: Path,

@@ -12,11 +12,10 @@ from kohaku_wrap.cli.caption_shown import print_explanation, print_folder, print
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, retype, tags_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
-    json_option,
     print_answer,
     print_aside,
     progress_bar,
+    verb,
 )
 from kohaku_wrap.errors import UsageError, command_line
 
@@ -27,9 +26,8 @@ if TYPE_CHECKING:
 STYLES = ("kohaku", "hakubooru")
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap caption epsilon.parquet --db danbooru2023.db --out images
   kwrap caption epsilon.parquet --db danbooru2023.db --out images --format txt
   kwrap caption epsilon.parquet --db danbooru2023.db --text captions.parquet --out images
@@ -37,7 +35,9 @@ Examples:
   kwrap caption epsilon.parquet --db danbooru2023.db --stats
   kwrap caption --image images/mine/a.png
   kwrap caption --stats --out images
-  kwrap caption --relocate --out /new/place/images"""
+  kwrap caption --relocate --out /new/place/images
+""",
+    unless=("post_id", "image", "stats"),
 )
 @click.argument("selection", metavar="[SEL.parquet]", required=False, type=PATH)
 @click.option("--db", "db", type=PATH, help="The metadata: a file or a folder of any edition.")
@@ -91,8 +91,6 @@ Examples:
 @click.option("--tokenizer", type=PATH, metavar="DIR", help="A CLIP tokenizer for --stats and --text.")
 @click.option("--relocate", is_flag=True, help="Write the new place of a moved IMAGES into its caption files.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads; default: one a core, at most four.")
-@json_option
-@beyond_output("post_id", "image", "stats")
 def command(
     selection: Path | None,
     db: Path | None,

@@ -8,24 +8,20 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import PATH
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
+from kohaku_wrap.cli.output import print_answer, progress_bar, verb
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_bytes
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap demo world
-  kwrap demo world --posts 1000 --seed 7"""
-)
+  kwrap demo world --posts 1000 --seed 7
+""")
 @click.argument("folder", metavar="DIR", type=PATH)
 @click.option(
     "--posts", type=click.IntRange(min=1), default=240, show_default=True, metavar="N", help="Posts in the database."
 )
 @click.option("--seed", type=int, metavar="S", default=0, show_default=True, help="Another seed makes another world.")
-@json_option
-@beyond_output()
 def command(folder: Path, posts: int, seed: int) -> None:
     """Make an embedded world: database, tars and a tiny SDXL.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import PATH, print_trust, set_option, trust_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_json, print_lines, print_next, waiting, wants_json
+from kohaku_wrap.cli.output import print_json, print_lines, print_next, verb, waiting, wants_json
 from kohaku_wrap.errors import KwrapError, command_line
 
 if TYPE_CHECKING:
@@ -22,15 +22,12 @@ class NotReady(KwrapError):
     """Something would break the run."""
 
 
-@click.command(
-    "doctor",
-    epilog="""\b
-Examples:
+@verb("""
   kwrap doctor
   kwrap doctor --engine builtin
   kwrap doctor epsilon --site site.toml
-  kwrap doctor --deep""",
-)
+  kwrap doctor --deep
+""")
 @click.argument("template", required=False)
 @click.option("--site", "site_file", type=PATH, help="The machine's site.toml: its paths and GPUs are tried.")
 @click.option("--engine", type=click.Choice(["sd-scripts", "builtin"]), help="Look at this engine's needs.")
@@ -44,8 +41,6 @@ Examples:
 @click.option(
     "--folder", type=PATH, default=Path("gpu-report"), show_default=True, help="Where --deep works and reports."
 )
-@json_option
-@beyond_output()
 def command(
     template: str | None,
     site_file: Path | None,

@@ -12,11 +12,10 @@ import click
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import FOLDER, PATH, open_source, site_option, tags_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
-    json_option,
     print_answer,
     print_note,
     progress_bar,
+    verb,
 )
 from kohaku_wrap.cli.sample import drawing_options, model_options, prepare
 from kohaku_wrap.cli.sample_inputs import list_models
@@ -41,17 +40,16 @@ BYTES_A_PIXEL = 1.6
 UNASKED = ("styles", "sampler", "schedule", "clip_skip", "emphasis", "zero_terminal_snr", "template", "hires")
 
 
-@click.command(
-    epilog="""
-\b
-Examples:
+@verb(
+    """
   kwrap evaluate ccip model.safetensors --characters db --db danbooru.db \\
       --images images --judge ccip-caformer-24-randaug-pruned --out scores --dry-run
   kwrap evaluate ccip --run epsilon --steps all --characters character_index \\
       --judge ccip-caformer-24-randaug-pruned --out scores
   kwrap evaluate ccip other.safetensors --characters list.txt --judge JUDGE \\
       --out other --against scores/ccip.json
-"""
+""",
+    unless=("dry_run",),
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=PATH)
 @model_options
@@ -80,8 +78,6 @@ Examples:
 @drawing_options
 @click.option("--dry-run", is_flag=True, help="Print pictures, hours and disk, draw none.")
 @site_option
-@json_option
-@beyond_output("dry_run")
 def ccip(
     models: tuple[Path, ...],
     characters: str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import open_run, site_option, threads_option
-from kohaku_wrap.cli.output import json_option, print_answer, print_note, progress_bar
+from kohaku_wrap.cli.output import print_answer, print_note, progress_bar, verb
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_path
 
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 LEAST = 20
 
 
-@click.command(
-    epilog="""
-\b
-Examples:
+@verb(
+    """
   kwrap evaluate exposure epsilon
   kwrap evaluate exposure epsilon --tag "hatsune miku" --tag "ask (askzy)"
   kwrap evaluate exposure runs/epsilon --step 4000 --all --json
-"""
+""",
+    writes=False,
 )
 @click.argument("name", metavar="RUN")
 @click.option("--step", type=click.IntRange(min=1), metavar="N", help="Up to this optimizer step (default: the last).")
@@ -41,7 +40,6 @@ Examples:
 @click.option("--all", "everything", is_flag=True, help="Show every tag.")
 @site_option
 @threads_option
-@json_option
 def exposure(
     name: str,
     step: int | None,

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kohaku_wrap.cli.options import FOLDER, PATH
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar, wants_json
+from kohaku_wrap.cli.output import print_answer, progress_bar, verb, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
 from kohaku_wrap.wording import show_path
@@ -17,18 +17,14 @@ from kohaku_wrap.wording import show_path
 JUDGED = ".judged"
 
 
-@click.command(
-    epilog="""
-\b
-Examples:
+@verb("""
   kwrap evaluate judge look --judge wd-swinv2-tagger-v3
   kwrap evaluate judge look --judge anime_aesthetic/swinv2pv3 --result looks.json
   kwrap evaluate judge look --judge ccip-caformer-24-randaug-pruned \\
       --reference images
   kwrap evaluate judge other --judge wd-swinv2-tagger-v3 \\
       --against look/judged-tagger.json
-"""
-)
+""")
 @click.argument("sheet", metavar="SHEET_DIR", type=PATH)
 @click.option("--judge", "judge_folder", required=True, type=PATH, metavar="DIR", help="A judge.")
 @click.option(
@@ -42,8 +38,6 @@ Examples:
 @click.option(
     "--threads", type=click.IntRange(1, 1024), default=1, show_default=True, metavar="N", help="Of the judge."
 )
-@json_option
-@beyond_output()
 def judge(
     sheet: Path,
     judge_folder: Path,
@@ -144,19 +138,17 @@ def spread(interval: dict[str, float], factor: float = 1) -> str:
 SMALL_TAGS = ("1girl", "1boy", "solo", "smile", "long_hair", "scenery", "no_humans", "sky")
 
 
-@click.command(
-    epilog="""
-\b
-Examples:
+@verb(
+    """
   kwrap evaluate judges
   kwrap evaluate judges --small judges
-"""
+""",
+    writes=False,
 )
 @click.option(
     "--small", "folder", type=FOLDER, metavar="DIR",
     help="Build a small judge of each kind there, for tests.",
 )  # fmt: skip
-@json_option
 def judges(folder: Path | None) -> None:
     """List the kinds of judges, their files, and where to get them.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import FOLDER, PATH, open_run, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
+from kohaku_wrap.cli.output import print_answer, progress_bar, verb
 from kohaku_wrap.cli.sample import COMPUTE_NAMES
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
@@ -28,17 +28,16 @@ if TYPE_CHECKING:
 RESULT = "loss.json"
 
 
-@click.command(
-    epilog="""
-\b
-Examples:
+@verb(
+    """
   kwrap evaluate loss epsilon
   kwrap evaluate loss epsilon --checkpoints all --images held-out --out losses
   kwrap evaluate loss model.safetensors --network mine.safetensors:0.8 \\
       --images held-out --out losses
   kwrap evaluate loss other.safetensors --images held-out --out other \\
       --against losses/loss.json
-"""
+""",
+    unless=("dry_run",),
 )
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option("--checkpoints", metavar="all|N,M", help="Of a RUN: at these optimizer steps; usually its newest.")
@@ -62,8 +61,6 @@ Examples:
 @click.option("--tokenizers", type=PATH, metavar="DIR", help="Both CLIP tokenizers.")
 @click.option("--dry-run", is_flag=True, help="Print forwards and posts, measure none.")
 @site_option
-@json_option
-@beyond_output("dry_run")
 def loss(
     targets: tuple[str, ...],
     checkpoints: str | None,

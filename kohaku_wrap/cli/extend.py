@@ -9,11 +9,10 @@ import click
 
 from kohaku_wrap.cli.options import open_run, retype, site_option, workers_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
     counting_bytes,
-    json_option,
     print_answer,
     print_aside,
+    verb,
 )
 from kohaku_wrap.cli.supervised import (
     print_findings,
@@ -35,12 +34,13 @@ MOST_MORE = 1_000_000_000
 """Steps or epochs more, so that their product stays a number of 64 bits."""
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap extend epsilon --epochs 1
   kwrap extend epsilon --steps 2000 --schedule stretch --dry-run
-  kwrap extend epsilon --epochs 2 --schedule again --repeat-warmup"""
+  kwrap extend epsilon --epochs 2 --schedule again --repeat-warmup
+""",
+    unless=("dry_run",),
 )
 @click.argument("name", metavar="RUN")
 @click.option("--epochs", type=click.IntRange(1, MOST_MORE), metavar="N", help="So many epochs more.")
@@ -55,8 +55,6 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Print the new length and the rates; change nothing.")
 @site_option
 @supervisor_options
-@json_option
-@beyond_output("dry_run")
 def command(
     name: str,
     epochs: int | None,

@@ -8,7 +8,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import caption_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_next, progress_bar
+from kohaku_wrap.cli.output import print_answer, print_next, progress_bar, verb
 
 ONLY_IF_ANY = {
     "reduced": "made smaller",
@@ -21,12 +21,10 @@ ONLY_IF_ANY = {
 """Counts that are shown where there are any."""
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap extract world/demo.parquet --tars world/tars --out world/images
-  kwrap extract epsilon.parquet --tars /data/tars --out /data/images --jobs 16"""
-)
+  kwrap extract epsilon.parquet --tars /data/tars --out /data/images --jobs 16
+""")
 @click.argument("selection", metavar="SEL.parquet", type=PATH)
 @click.option(
     "--tars",
@@ -52,8 +50,6 @@ Examples:
     metavar="N",
     help="Reduce images with more pixels than this; default: keep all as they are.",
 )
-@json_option
-@beyond_output()
 def command(selection: Path, tars: Path, images: Path, jobs: int | None, max_missing: int, max_pixels: int) -> None:
     """Extract and verify the selected images.
 

@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import plan_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, retype
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, print_next, progress_bar
+from kohaku_wrap.cli.output import print_answer, print_aside, print_next, progress_bar, verb
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of
 
@@ -36,14 +36,14 @@ ONLY_IF_ANY = {
 """Counts that are shown where there are any."""
 
 
-@click.command(
-    "import",
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap import ~/pictures/mine --out images
   kwrap import ~/train/img --out images --captions .txt
   kwrap import first second --label a --label b --out images --copy
-  kwrap import dataset.toml --out images --dry-run""",
+  kwrap import dataset.toml --out images --dry-run
+""",
+    unless=("dry_run",),
 )
 @click.argument("folders", metavar="FOLDER…", nargs=-1, required=True, type=PATH)
 @click.option("--out", "images", metavar="IMAGES", required=True, type=PATH, help="Folder of the images.")
@@ -82,8 +82,6 @@ Examples:
     help="Missing and refused images that are not an error.",
 )
 @click.option("--dry-run", is_flag=True, help="Check and report, write nothing.")
-@json_option
-@beyond_output("dry_run")
 def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: bool, **asked: Any) -> None:
     """Make a dataset of images and captions that you have.
 

@@ -12,10 +12,10 @@ import click
 from kohaku_wrap.cli.options import tags_option
 from kohaku_wrap.cli.output import (
     ESCAPES_IN_LINES,
-    json_option,
     print_answer,
     print_lines,
     progress_bar,
+    verb,
     wants_json,
 )
 from kohaku_wrap.errors import command_line
@@ -100,9 +100,8 @@ def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
         print_lines(f"Made by (the file names may have changed since): {report.replay}")
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap inspect model.safetensors
   kwrap inspect epsilon.safetensors --json
   kwrap inspect danbooru.db
@@ -110,13 +109,13 @@ Examples:
   kwrap inspect posts-snapshot.parquet
   kwrap inspect e621.csv --dataset e621 --tags tags.csv
   kwrap inspect look/1girl-solo_1_b49353a7ae64.png
-"""
+""",
+    writes=False,
 )
 @click.argument("file", type=click.Path(exists=True, path_type=Path))
 @click.option("--dataset", metavar="DATASET", help="Whose [metadata] says how another site's metadata is read.")
 @tags_option
 @click.option("--no-hash", is_flag=True, help="Do not read the data for the hashes; the header alone is quick.")
-@json_option
 def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bool) -> None:
     """Show what a checkpoint, network, picture or database is.
 

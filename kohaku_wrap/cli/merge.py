@@ -14,12 +14,11 @@ import click
 from kohaku_wrap.cli.merge_grid import grid_options, run_grid
 from kohaku_wrap.cli.options import PATH, note_compiling, threads_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
-    json_option,
     print_answer,
     print_aside,
     print_note,
     progress_bar,
+    verb,
 )
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import describe_absence, expand_user
@@ -118,9 +117,8 @@ def print_plan(described: dict[str, Any], next_step: str) -> None:
     print_answer("merge", {"dry_run": True, **described}, "Merge plan", rows, next_step)
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap merge "base + 1.0 * net(epsilon)" \\
       -m base=base.safetensors -m epsilon=epsilon.safetensors -o out.safetensors
   kwrap merge gamma-rev1 -m beta7=a.safetensors -m anxl3=b.safetensors \\
@@ -156,7 +154,8 @@ Formulas: names, decimal numbers (0.8 is exactly 4/5), + - * /, brackets;
                               functions that are no sums, in float64: see
                               docs/merging.md
 A formula that begins with - goes last, after --.
-"""
+""",
+    unless=("dry_run",),
 )
 @click.argument("formula_or_recipe")
 @click.argument("letters", nargs=-1, metavar="[A=NUMBERS]...")
@@ -190,8 +189,6 @@ A formula that begins with - goes last, after --.
 @click.option("--title", default="", help="modelspec.title of the file; else the recipe's, or the formula.")
 @grid_options
 @click.option("--date", default="", help="modelspec.date; without it equal merges are equal files.")
-@json_option
-@beyond_output("dry_run")
 def command(
     formula_or_recipe: str,
     letters: tuple[str, ...],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import functools
 import json
 import os
 import re
@@ -11,10 +10,10 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -41,16 +40,6 @@ ESCAPES_IN_JSON = {code: f"\\u{code:04x}" for code in STEERING if code >= 32}
 
 KEPT_TOGETHER = re.compile(r"`[^`]*`|\S: \d[\d,.]*|\d (?:%|(?:[kMGT]?B|s|min|h|d)\b)|[<>] \d")
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def json_option(function: Function) -> Function:
-    """Add `--json`, which `wants_json` tells of."""
-    return click.option(
-        "--json", WANTS_JSON, is_flag=True, expose_value=False, help="Print one JSON document and nothing else.",
-        callback=lambda context, _option, value: context.meta.update({WANTS_JSON: value}),
-    )(function)  # fmt: skip
-
 
 def wants_json() -> bool:
     """Whether the command that runs was given `--json`."""
@@ -58,22 +47,36 @@ def wants_json() -> bool:
     return context is not None and bool(context.meta.get(WANTS_JSON))
 
 
-def beyond_output(*unless: str) -> Callable[[Function], Function]:
-    """Mark a verb whose purpose is more than what it prints: files, or a verdict in its exit code.
+class Verb(click.Command):
+    """A command that shows examples and has `--json`.
 
-    It goes on when nobody reads it any more. `unless`: parameters with which it only prints, such as `dry_run`.
+    Where its purpose is more than what it prints, files or a verdict in its exit code, it goes on when nobody reads it
+    any more.
     """
 
-    def mark(function: Function) -> Function:
-        @functools.wraps(function)
-        def run(*args: Any, **parameters: Any) -> Any:
-            if not any(parameters.get(name) for name in unless):
-                go_on_without_reader(is_document=wants_json())
-            return function(*args, **parameters)
+    def __init__(
+        self, name: str | None, examples: str, writes: bool = True, unless: Sequence[str] = (), **settings: Any
+    ) -> None:
+        """`writes`: whether its purpose is more; not with the parameters of `unless`, such as `dry_run`."""
+        several = len(re.findall(r"^  \S", examples, re.MULTILINE)) > 1
+        heading = "Examples" if several else "Example"
+        super().__init__(name, epilog="\b\n{}:\n{}".format(heading, examples.strip("\n")), **settings)
+        self.writes, self.unless = writes, unless
+        self.params.append(click.Option(
+            ["--json", WANTS_JSON], is_flag=True, expose_value=False, help="Print one JSON document and nothing else.",
+            callback=lambda context, _option, value: context.meta.update({WANTS_JSON: value}),
+        ))  # fmt: skip
 
-        return cast("Function", run)
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        if self.writes and not any(ctx.params.get(name) for name in self.unless):
+            go_on_without_reader(is_document=wants_json())
+        return super().invoke(ctx)
 
-    return mark
+
+def verb(examples: str, writes: bool = True, unless: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Verb]:
+    """Make a function the command that it is called like, as Verb says."""
+    return click.command(cls=Verb, examples=examples, writes=writes, unless=unless)
 
 
 def print_json(command: str, payload: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, retype, set_option, trust_option
-from kohaku_wrap.cli.output import json_option, print_answer, print_aside, print_note, progress_bar, waiting
+from kohaku_wrap.cli.output import print_answer, print_aside, print_note, progress_bar, verb, waiting
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 BUCKETS_SHOWN = 8
 
 
-@click.command(
-    "plan",
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap plan epsilon --site site.toml
   kwrap plan epsilon --site site.toml --images 5210319 --seconds-per-step 49.5
   kwrap plan epsilon --site site.toml --selection epsilon.parquet
-  kwrap plan epsilon --site site.toml --measured first --json""",
+  kwrap plan epsilon --site site.toml --measured first --json
+""",
+    writes=False,
 )
 @click.argument("template")
 @click.option("--site", "site_file", type=PATH, default=Path("site.toml"), show_default=True,
@@ -50,7 +50,6 @@ Examples:
 )
 @click.option("--measured", metavar="RUN", help="For the ETA: the step time that this run measured.")
 @click.option("--modules/--no-modules", default=True, help="Count LoKr modules and parameters (starts torch once).")
-@json_option
 def command(
     template: str,
     site_file: Path,

@@ -9,7 +9,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import PATH
-from kohaku_wrap.cli.output import json_option, print_answer, print_json, print_lines, print_table, wants_json
+from kohaku_wrap.cli.output import print_answer, print_json, print_lines, print_table, verb, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.sampling.grammar import Prompt, format_prompt, parse_prompt
 from kohaku_wrap.sampling.styles import find_style, list_styles
@@ -24,9 +24,8 @@ ALL_STYLES = "?"
 """What --style means without a name."""
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap prompt "1girl, ask \\(askzy\\), (smile:1.1), masterpiece"
   kwrap prompt --tags "smile, 1girl, hatsune_miku, newest" --db danbooru2023.db
   kwrap prompt --tags "1girl, solo, masterpiece" --style kohaku-1
@@ -38,7 +37,8 @@ The grammar is the webui's: (x) is 1.1 times as strong, [x] is weaker by as
 much, (x:1.2) says it; brackets nest, a backslash makes a bracket a plain
 character; BREAK starts a new chunk of 75 tokens. [a:b:0.5], [a|b] and AND are
 refused.
-"""
+""",
+    writes=False,
 )
 @click.argument("text", required=False)
 @click.option("--post", "post_id", type=int, metavar="ID", help="Build the prompt that a post's caption makes.")
@@ -57,7 +57,6 @@ refused.
 @click.option("--template", default="epsilon", show_default=True, metavar="NAME", help="Whose trained token length.")
 @click.option("--tokenizer", type=PATH, metavar="DIR", help="CLIP tokenizers; default: site's.")
 @click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does: 1.1 up to the end.")
-@json_option
 def command(
     text: str | None,
     post_id: int | None,

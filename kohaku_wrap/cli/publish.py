@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import FOLDER, note_compiling, open_run, site_option, threads_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, progress_bar
+from kohaku_wrap.cli.output import print_answer, progress_bar, verb
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap publish epsilon --out epsilon-published
   kwrap publish epsilon --step 13600 --out epsilon-13600 \\
       --license "Fair AI Public License 1.0-SD"
   kwrap publish runs/epsilon --no-bake --out epsilon-network
-"""
-)
+""")
 @click.argument("name", metavar="RUN")
 @click.option("--out", required=True, type=FOLDER, help="The folder to fill.")
 @click.option("--step", type=click.IntRange(0), metavar="N", help="The network of this optimizer step; else the end's.")
@@ -31,8 +28,6 @@ Examples:
 @click.option("--no-bake", is_flag=True, help="The network alone, without the baked model.")
 @threads_option
 @site_option
-@json_option
-@beyond_output()
 def command(
     name: str,
     out: Path,

@@ -9,28 +9,23 @@ import click
 
 from kohaku_wrap.cli.options import open_run, site_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
-    json_option,
     print_answer,
     print_note,
+    verb,
     wants_json,
 )
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.wording import count_of, show_bytes, show_path
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap remove smoke-test
-  kwrap remove runs/smoke-test --yes --checkpoints"""
-)
+  kwrap remove runs/smoke-test --yes --checkpoints
+""")
 @click.argument("name", metavar="RUN")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--checkpoints", "with_checkpoints", is_flag=True, help="Remove its networks, too.")
 @site_option
-@json_option
-@beyond_output()
 def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None) -> None:
     """Remove a run: states, ledger, logs and what was abandoned.
 

@@ -7,22 +7,18 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import open_run, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer
+from kohaku_wrap.cli.output import print_answer, verb
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_path
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap rename epsilon epsilon-low-rate
-  kwrap rename runs/epsilon epsilon-low-rate"""
-)
+  kwrap rename runs/epsilon epsilon-low-rate
+""")
 @click.argument("name", metavar="RUN")
 @click.argument("new_name", metavar="NEW")
 @site_option
-@json_option
-@beyond_output()
 def command(name: str, new_name: str, site_file: Path | None) -> None:
     """Give a run another name, beside where it lies.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kohaku_wrap.cli.options import PATH, runs_folders, site_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_note
+from kohaku_wrap.cli.output import print_answer, print_note, verb
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.wording import show_path
 
@@ -17,15 +17,13 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap report epsilon
   kwrap report epsilon epsilon-low-rate -o both.html
   kwrap report epsilon --watch
   kwrap report --index runs
-  kwrap report baked.safetensors"""
-)
+  kwrap report baked.safetensors
+""")
 @click.argument("names", metavar="[RUN]...", nargs=-1)
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="The page; else report.html in the first run's folder.")  # fmt: skip
@@ -34,8 +32,6 @@ Examples:
 @click.option("--index", "index", type=PATH, metavar="RUNS",
               help="One page over all runs of this folder, in place of RUN.")  # fmt: skip
 @site_option
-@json_option
-@beyond_output()
 def command(
     names: tuple[str, ...],
     out: Path | None,

@@ -10,12 +10,11 @@ import click
 
 from kohaku_wrap.cli.options import PATH, list_given, runs_folders, site_option, workers_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
     counting_bytes,
-    json_option,
     print_answer,
     print_aside,
     print_json,
+    verb,
     wants_json,
 )
 from kohaku_wrap.cli.supervised import (
@@ -61,14 +60,15 @@ def find_unfinished_run(folders: tuple[Path, ...]) -> Run:
     )
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap resume
   kwrap resume epsilon --step 13600 --dry-run
   kwrap resume epsilon --processes 2 --restarts 5
   kwrap resume epsilon --machine-rank 1
-  kwrap resume epsilon --foreign --state plain-step00013600-state --dry-run"""
+  kwrap resume epsilon --foreign --state plain-step00013600-state --dry-run
+""",
+    unless=("dry_run",),
 )
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option(
@@ -90,8 +90,6 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Print the position and the command; change nothing.")
 @site_option
 @supervisor_options
-@json_option
-@beyond_output("dry_run")
 def command(
     name: str | None,
     step: int | None,

@@ -10,11 +10,10 @@ import click
 
 from kohaku_wrap.cli.options import FOLDER, PATH, open_run, option_group, site_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
-    json_option,
     print_answer,
     print_note,
     progress_bar,
+    verb,
 )
 from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
 from kohaku_wrap.errors import UsageError, command_line
@@ -80,9 +79,8 @@ drawing_options = option_group(
 """Who draws, and with what beside the models."""
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap sample model.safetensors --prompt "1girl, solo, masterpiece" --out look
   kwrap sample base.safetensors --network epsilon.safetensors:0.8 \\
       --prompts prompts.txt --style kohaku-1 --seed 1 --seed 2 --out look
@@ -99,7 +97,8 @@ A sheet (sheet.toml) is the product of its lists:
   guidance = [5, 7]   negative, steps, sampler, schedule, clip_skip, emphasis,
   hires; rows and columns name the axes of the contact sheet: prompt, style,
   seed, model, size, guidance.
-"""
+""",
+    unless=("dry_run",),
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...", type=PATH)
 @model_options
@@ -115,8 +114,6 @@ A sheet (sheet.toml) is the product of its lists:
 @drawing_options
 @click.option("--dry-run", is_flag=True, help="List the pictures, draw none.")
 @site_option
-@json_option
-@beyond_output("dry_run")
 def command(
     models: tuple[Path, ...],
     sheet_file: Path | None,

@@ -10,18 +10,16 @@ import click
 
 from kohaku_wrap.cli.next_steps import extract_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, tags_option
-from kohaku_wrap.cli.output import beyond_output, json_option, print_answer, print_aside, progress_bar
+from kohaku_wrap.cli.output import print_answer, print_aside, progress_bar, verb
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.selection import SelectionReport
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap select epsilon --db danbooru2023.db --out epsilon.parquet
-  kwrap select my-dataset.toml --db posts-snapshot.parquet --out mine.parquet --json"""
-)
+  kwrap select my-dataset.toml --db posts-snapshot.parquet --out mine.parquet --json
+""")
 @click.argument("dataset", metavar="DATASET")
 @click.option(
     "--db",
@@ -32,8 +30,6 @@ Examples:
 @click.option("--out", "out", required=True, type=PATH, metavar="SEL.parquet",
               help="The selection to write.")  # fmt: skip
 @tags_option
-@json_option
-@beyond_output()
 def command(dataset: str, db: Path, out: Path, tag_table: Path | None) -> None:
     """Select posts: a seeded sample, then the recipe's filters.
 

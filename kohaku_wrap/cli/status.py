@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import PATH, runs_folders, site_option
-from kohaku_wrap.cli.output import json_option, print_answer, print_json, print_note, print_table, wants_json
+from kohaku_wrap.cli.output import print_answer, print_json, print_note, print_table, verb, wants_json
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes, show_path
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 2.0
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap status
   kwrap status epsilon --watch
   kwrap status epsilon --csv epsilon-metrics.csv
   kwrap status --compare epsilon epsilon-low-rate
   kwrap status epsilon --to tensorboard logs
   kwrap status epsilon --tag "hatsune miku"
-  kwrap status runs/epsilon --json"""
+  kwrap status runs/epsilon --json
+""",
+    writes=False,
 )
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--watch", is_flag=True, help="Show it again every two seconds until Ctrl-C.")
@@ -44,7 +45,6 @@ Examples:
 @click.option("--to", type=(click.Choice(["tensorboard"]), PATH), metavar="tensorboard DIR",
               help="Write the metrics that count to a folder of each run's own in DIR.")  # fmt: skip
 @site_option
-@json_option
 def command(
     name: str | None,
     watch: bool,

@@ -13,8 +13,7 @@ import click
 from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, set_option, trust_option
 from kohaku_wrap.cli.output import (
     ESCAPES,
-    beyond_output,
-    json_option,
+    Verb,
     paint,
     print_answer,
     print_aside,
@@ -51,8 +50,7 @@ def command() -> None:
     """
 
 
-@command.command("ls", epilog="\b\nExample:\n  kwrap template ls")
-@json_option
+@command.command("ls", cls=Verb, examples="  kwrap template ls", writes=False)
 def list_command() -> None:
     """List the templates that have a name, yours first."""
 
@@ -63,7 +61,10 @@ def list_command() -> None:
 
 
 @command.command(
-    "show", epilog="\b\nExamples:\n  kwrap template show epsilon --why\n  kwrap template show epsilon --set seed=7"
+    "show",
+    cls=Verb,
+    examples="  kwrap template show epsilon --why\n  kwrap template show epsilon --set seed=7",
+    writes=False,
 )
 @click.argument("name")
 @click.option("--site", type=PATH, help="Show the values on this machine, too.")
@@ -71,7 +72,6 @@ def list_command() -> None:
 @trust_option
 @click.option("--why", is_flag=True, help="Name the layer and file that set each value, and what it decides.")
 @click.option("--all", "with_defaults", is_flag=True, help="Show the trainer's own defaults, too.")
-@json_option
 def show_command(
     name: str,
     site: Path | None,
@@ -185,17 +185,16 @@ def table_of(key: str) -> str:
 
 @command.command(
     "cp",
-    epilog="""\b
-Examples:
+    cls=Verb,
+    examples="""
   kwrap template cp epsilon mine.toml
   kwrap template cp epsilon mine
-  kwrap template cp gamma-rev1 my-merge.toml""",
+  kwrap template cp gamma-rev1 my-merge.toml
+""",
 )
 @click.argument("name")
 @click.argument("destination")
 @click.option("--force", is_flag=True, help="Replace a file of that name.")
-@json_option
-@beyond_output()
 def copy_command(name: str, destination: str, force: bool) -> None:
     """Copy a template to change it.
 
@@ -244,10 +243,9 @@ def copy_command(name: str, destination: str, force: bool) -> None:
     print_answer("template cp", payload, "", [("copied", source), ("to", target)], next_step)
 
 
-@command.command("diff", epilog="\b\nExample:\n  kwrap template diff epsilon delta")
+@command.command("diff", cls=Verb, examples="  kwrap template diff epsilon delta", writes=False)
 @click.argument("first")
 @click.argument("second")
-@json_option
 def diff_command(first: str, second: str) -> None:
     """Print the effective values in which two templates differ."""
     from kohaku_wrap.config.layers import load_layers

@@ -8,12 +8,11 @@ import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, trust_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
-    json_option,
     print_json,
     print_lines,
     print_next,
     print_note,
+    verb,
     wants_json,
 )
 from kohaku_wrap.config.effective import Effective
@@ -22,13 +21,11 @@ from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
 from kohaku_wrap.wording import count_of, show_path
 
 
-@click.command("check", epilog="\b\nExamples:\n  kwrap template check mine.toml\n  kwrap template check templates/")
+@verb("  kwrap template check mine.toml\n  kwrap template check templates/")
 @click.argument("files", nargs=-1, required=True)
 @click.option("--site", type=PATH, help="Check on this machine, too: does the batch divide?")
 @trust_option
 @click.option("--modules/--no-modules", default=None, help="Match own presets against SDXL's modules (needs torch).")
-@json_option
-@beyond_output()
 def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], modules: bool | None) -> None:
     """Find every fault of template files or folders.
 

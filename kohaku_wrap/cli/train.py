@@ -14,13 +14,12 @@ import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, trust_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
     counting_bytes,
-    json_option,
     print_answer,
     print_aside,
     print_json,
     print_note,
+    verb,
     wants_json,
 )
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
@@ -37,15 +36,16 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.watch import WatchOptions
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb(
+    """
   kwrap train demo --site world/site.toml --run first
   kwrap train epsilon --site site.toml --run epsilon --restarts 5
   kwrap train epsilon --site site.toml --try
   kwrap train epsilon --site site.toml --from first.safetensors --run second
   kwrap train epsilon --site site.toml --set seed=7 --dry-run
-  kwrap train --locked runs/epsilon/run.lock.toml --site site.toml --run again"""
+  kwrap train --locked runs/epsilon/run.lock.toml --site site.toml --run again
+""",
+    unless=("dry_run",),
 )
 @click.argument("template", required=False)
 @machine_option
@@ -63,8 +63,6 @@ Examples:
 )
 @click.option("--report", "has_page", is_flag=True, help="Keep the run's report.html up to date while it trains.")
 @supervisor_options
-@json_option
-@beyond_output("dry_run")
 def command(
     template: str | None,
     site_file: Path,

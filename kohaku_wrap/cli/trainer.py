@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.output import (
-    beyond_output,
-    json_option,
+    Verb,
     print_answer,
     print_aside,
     print_table,
@@ -47,13 +46,12 @@ accept_option = click.option(
 
 
 @command.command(
-    epilog="""
-\b
-Examples:
+    cls=Verb,
+    examples="""
   kwrap trainer install
   kwrap trainer install --source ~/mirrors/sd-scripts --commit v0.10.0
   kwrap trainer install --commit newest --prove
-"""
+""",
 )
 @source_option
 @click.option("--commit", default="", metavar="C", help="A tag, commit, branch or `newest` (default: v0.11.1).")
@@ -61,8 +59,6 @@ Examples:
 @accept_option
 @click.option("--no-requirements", is_flag=True, help="Leave missing Python packages to me.")
 @click.option("--requirements-only", is_flag=True, help="Only the Python packages, for a checkout of my own.")
-@json_option
-@beyond_output()
 def install(
     source: str,
     commit: str,
@@ -102,11 +98,9 @@ def install(
     print_answer("trainer install", payload, title_of(was_there), rows, "kwrap trainer show")
 
 
-@command.command(epilog="\b\nExamples:\n  kwrap trainer prove\n  KWRAP_SD_SCRIPTS=~/sd-scripts kwrap trainer prove")
+@command.command(cls=Verb, examples="  kwrap trainer prove\n  KWRAP_SD_SCRIPTS=~/sd-scripts kwrap trainer prove")
 @source_option
 @accept_option
-@json_option
-@beyond_output()
 def prove(source: str, accept_difference: bool) -> None:
     """Prove on this machine that the sd-scripts in use resumes exactly.
 
@@ -122,13 +116,11 @@ def prove(source: str, accept_difference: bool) -> None:
     print_answer("trainer prove", payload, f"sd-scripts {proof.commit.name}", rows, "kwrap trainer show")
 
 
-@command.command(epilog="\b\nExample:\n  kwrap trainer update --dry-run")
+@command.command(cls=Verb, examples="  kwrap trainer update --dry-run")
 @source_option
 @click.option("--commit", default="newest", metavar="C", help="A tag, commit or branch (default: newest).")
 @click.option("--dry-run", is_flag=True, help="Only say what is there and what would change.")
 @accept_option
-@json_option
-@beyond_output()
 def update(source: str, commit: str, dry_run: bool, accept_difference: bool) -> None:
     """Get the newest sd-scripts, and prove it.
 
@@ -195,8 +187,7 @@ def run_proof(checkout: Checkout, source: str, accept_difference: bool) -> Proof
         return prove_checkout(checkout, folder, source, accept_difference=accept_difference, on_note=print_aside)
 
 
-@command.command(epilog="\b\nExample:\n  kwrap trainer show --json")
-@json_option
+@command.command(cls=Verb, examples="  kwrap trainer show --json", writes=False)
 def show() -> None:
     """Show the sd-scripts in use, and what kwrap corrects in it."""
     from kohaku_wrap.trainer.commits import SUPPORTED

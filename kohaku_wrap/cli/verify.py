@@ -9,13 +9,12 @@ import click
 
 from kohaku_wrap.cli.options import open_run, site_option
 from kohaku_wrap.cli.output import (
-    beyond_output,
     counting_bytes,
-    json_option,
     print_error,
     print_json,
     print_note,
     print_table,
+    verb,
     wants_json,
 )
 from kohaku_wrap.errors import EXIT_FAILED, command_line, reason_of
@@ -28,18 +27,14 @@ if TYPE_CHECKING:
     from kohaku_wrap.training.supervising.verify_report import VerifyReport
 
 
-@click.command(
-    epilog="""\b
-Examples:
+@verb("""
   kwrap verify epsilon
-  kwrap verify runs/epsilon --deep 100"""
-)
+  kwrap verify runs/epsilon --deep 100
+""")
 @click.argument("name", metavar="RUN")
 @click.option("--deep", "deep_samples", type=click.IntRange(0), default=0, metavar="N",
               help="Also recompute captions, crops and time steps of N random micro-batches.")  # fmt: skip
 @site_option
-@json_option
-@beyond_output()
 def command(name: str, deep_samples: int, site_file: Path | None) -> int:
     """Prove from the ledger that all was trained once, in order.
 
