@@ -58,14 +58,6 @@ def write_at(descriptor: int, buffer: NDArray[Any], place: int) -> None:
         view, place = view[count:], place + count
 
 
-def reserve_space(descriptor: int, size_bytes: int) -> None:
-    """Make a file `size_bytes` long, its blocks reserved where the system can: writes then take a third less time."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size_bytes)
-    else:
-        os.ftruncate(descriptor, size_bytes)
-
-
 def check_space(folder: Path, size_bytes: int) -> None:
     """Raise BadOutput where the disk has no room for the output."""
     free_bytes = shutil.disk_usage(folder).free

@@ -10,7 +10,7 @@ from typing import Any
 from kohaku_wrap.files import write_text
 from kohaku_wrap.merging.replays import is_shallow
 from kohaku_wrap.reporting.evaluations import DEEPEST, list_single
-from kohaku_wrap.reporting.page import SCHEMA_VERSION, render
+from kohaku_wrap.reporting.page import render
 from kohaku_wrap.reporting.pictures import list_files, name_row, place_of_row, refer
 from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.samples import CONTACT_SHEET, read_sheet_record
@@ -74,8 +74,6 @@ def write_grid_page(formula: str, points: Sequence[GridPoint], path: Path, waiti
     scores = [read_scores(point) for point in points]
     names = list(dict.fromkeys(name for each in scores for name in each))
     document = {
-        "schema_version": SCHEMA_VERSION,
-        "runs": [],
         "formula": formula,
         "points": [
             {"name": point.name, "values": point.values, "scores": each}

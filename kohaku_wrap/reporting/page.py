@@ -97,9 +97,16 @@ def make_policy(style: str, script: str) -> str:
 
 
 def render(
-    template: str, title: str, document: Any, reload_seconds: int = 0, *, is_public: bool = False, **values: Any
+    template: str,
+    title: str,
+    document: Mapping[str, Any],
+    reload_seconds: int = 0,
+    *,
+    is_public: bool = False,
+    **values: Any,
 ) -> str:
     """One page of this folder's template, with its JSON inside; `is_public`: without paths of the machine."""
+    document = {"schema_version": SCHEMA_VERSION, "runs": [], **document}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -135,7 +142,6 @@ def compose_page(runs: Sequence[Run], folder: Path | None, *, is_live: bool = Fa
     facts = [read_facts(run, place, several, folder) for place, run in enumerate(runs)]
     differing = list_differing(runs)
     document = {
-        "schema_version": SCHEMA_VERSION,
         "kwrap_version": kohaku_wrap.__version__,
         "made_unix_seconds": None if folder is None else time.time(),
         "runs": [each.document(is_public=folder is None) for each in facts],
@@ -220,14 +226,11 @@ def write_index(runs: Sequence[Run], path: Path) -> list[str]:
             rows.append((run, status, verdict, refer(run.folder / PAGE_FILE, folder)))
         except (KwrapError, OSError) as error:
             unreadable.append(f"{run.name}: {error.message if isinstance(error, KwrapError) else reason_of(error)}")
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "runs": [],
-        "index": [{"name": run.name, "condition": status.condition, "optimizer_step": status.optimizer_step,
-                   "standing": verdict.standing} for run, status, verdict, _ in rows],
-    }  # fmt: skip
-    text = render("index.html", f"{len(rows)} runs", document, rows=rows, unreadable=unreadable)
-    write_text(path, text)
+    index = [
+        {"name": run.name, "condition": status.condition, "optimizer_step": status.optimizer_step,
+         "standing": verdict.standing} for run, status, verdict, _ in rows
+    ]  # fmt: skip
+    write_text(path, render("index.html", f"{len(rows)} runs", {"index": index}, rows=rows, unreadable=unreadable))
     return unreadable
 
 
@@ -235,12 +238,7 @@ def write_file_page(file: Path, path: Path) -> None:
     """Write the page of a checkpoint or network: its recipe, parents and lineage; the header alone is read."""
     report = inspect_file(file, hashed=False)
     steps = list(follow_file(report))
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "runs": [],
-        "file": file.name,
-        "way": [asdict(each) for each in steps],
-    }
+    document = {"file": file.name, "way": [asdict(each) for each in steps]}
     metadata = sorted(short_metadata(report.header.metadata).items())
     write_text(path, render("file.html", file.name, document, report=report, steps=steps, metadata=metadata))
 
