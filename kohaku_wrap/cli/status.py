@@ -74,19 +74,16 @@ def command(
             f"no run in {where}",
             "Start one with `kwrap train`, or say where it is: --site site.toml, or the path of the run.",
         )
+    first = show_path(runs[0].folder)
     if tags:
         if len(runs) != 1 or watch:
-            raise UsageError(
-                "--tag asks about one run, once",
-                f"Name it: {command_line('status', show_path(runs[0].folder), '--tag', tags[0])}",
-            )
+            name_it = command_line("status", first, "--tag", tags[0])
+            raise UsageError("--tag asks about one run, once", f"Name it: {name_it}")
         show_tags(runs[0], tags)
         return
     if watch and wants_json():
-        raise UsageError(
-            "--watch and --json do not go together",
-            f"Call `{command_line('status', show_path(runs[0].folder), '--json')}` as often as you like.",
-        )
+        call = command_line("status", first, "--json")
+        raise UsageError("--watch and --json do not go together", f"Call `{call}` as often as you like.")
     if to:
         if watch or table:
             raise UsageError("--to writes the metrics and ends", "Leave --watch and --csv out.")
@@ -94,10 +91,8 @@ def command(
         return
     if table:
         if len(runs) != 1:
-            raise UsageError(
-                "--csv writes the metrics of one run",
-                f"Name it: {command_line('status', show_path(runs[0].folder), '--csv', table)}",
-            )
+            name_it = command_line("status", first, "--csv", table)
+            raise UsageError("--csv writes the metrics of one run", f"Name it: {name_it}")
         from kohaku_wrap.training.records.metrics import write_metrics_table
 
         write_metrics_table(runs[0], table)
@@ -106,10 +101,7 @@ def command(
     while True:
         if watch and sys.stdout.isatty():
             click.clear()
-        show(
-            runs,
-            single=name is not None,
-        )
+        show(runs, single=name is not None)
         if not watch:
             return
         time.sleep(WATCH_SECONDS)
