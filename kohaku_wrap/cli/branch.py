@@ -88,7 +88,7 @@ def command(
     run = make_run(branch.new, None)
     report = train_run(run, allow, options)
     print_taken(run)
-    print_finished("branch", report)
+    print_finished(report)
 
 
 def describe_place(branch: Branch) -> str:
@@ -139,4 +139,4 @@ def show(branch: Branch) -> None:
     folder = show_path(branch.parent.folder)
     words = ["--step", origin.optimizer_step, *retype("step", "dry_run")]
     following = command_line("branch", folder, *words)
-    print_answer("branch", payload, f"Branch {new.name}", rows, following)
+    print_answer(payload, f"Branch {new.name}", rows, following)

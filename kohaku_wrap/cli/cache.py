@@ -83,7 +83,7 @@ def command(
     # Of the latents at the top, of the text encoders in a table of their own.
     document = payload.pop("latents", {}) | payload
     rows = [row for about in (document, *payload.values()) if "folder" in about for row in show(about, dry_run)]
-    print_answer("cache", document, f"Latents of {effective.name}", rows)
+    print_answer(document, f"Latents of {effective.name}", rows)
     for cache in caches:
         for image in cache.list_nan_images():
             print_aside(f"warning: image {image}: some of its {cache.rule.what} are not numbers")

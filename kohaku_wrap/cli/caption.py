@@ -126,7 +126,7 @@ def command(
         report = relocate_captions(require(out, "--out IMAGES", "--relocate"))
         payload = {"relocated": report.files, "missing": report.missing, "out": str(report.folder)}
         rows = [*report.files.items(), ("images that are not there", report.missing)]
-        print_answer("caption", payload, f"Caption files now point to {report.folder}", rows)
+        print_answer(payload, f"Caption files now point to {report.folder}", rows)
         return
     if image is not None:
         print_image(image, out)
@@ -167,7 +167,7 @@ def command(
     for note in written.notes:
         print_aside(f"note: {note}")
     next_step = next_command(written, selection, out, found.name)
-    print_answer("caption", payload, f"Captions, {written.style} style", rows_of_report(written), next_step)
+    print_answer(payload, f"Captions, {written.style} style", rows_of_report(written), next_step)
 
 
 def require(value: Path | None, what: str, purpose: str) -> Path:

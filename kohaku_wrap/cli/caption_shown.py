@@ -33,7 +33,7 @@ def print_explanation(
     explanation = explain_post(database, recipe, post_id, selection, texts)
     groups = [{"group": group, "words": list(words)} for group, words in explanation.groups]
     payload = {"style": recipe.style, **asdict(explanation), "groups": groups}
-    print_answer("caption", payload, f"Post {post_id}, {recipe.style} style", rows_of_explanation(explanation))
+    print_answer(payload, f"Post {post_id}, {recipe.style} style", rows_of_explanation(explanation))
     if not wants_json():
         print_lines(explanation.caption)
 
@@ -72,7 +72,7 @@ def print_image(image: Path, folder: Path | None) -> None:
     rows += [
         ("trained" if len(found.trained) == 1 else "one is trained", line or "(nothing)") for line in found.trained
     ]
-    print_answer("caption", asdict(found), str(image), rows)
+    print_answer(asdict(found), str(image), rows)
 
 
 def print_folder(folder: Path, rare: int, tokenizer: Path | None) -> None:
@@ -91,7 +91,6 @@ def print_folder(folder: Path, rare: int, tokenizer: Path | None) -> None:
     rows += [(f"captions {what}", count) for what, count in counts.items() if count]
     rows.append(("distinct words", found.distinct_words))
     print_answer(
-        "caption",
         asdict(found),
         f"Captions in {folder}, {found.style} style",
         [*rows, *rows_of_rare(found.rare, rare), *rows_of_tokens(found, max(found.images, 1))],
@@ -142,7 +141,7 @@ def print_statistics(
             texts=texts,
         )
     rows = rows_of_statistics(statistics, rare)
-    print_answer("caption", asdict(statistics), f"Captions of {selection}, {recipe.style} style", rows)
+    print_answer(asdict(statistics), f"Captions of {selection}, {recipe.style} style", rows)
 
 
 def rows_of_statistics(statistics: CaptionStatistics, rare: int) -> list[tuple[str, Any]]:

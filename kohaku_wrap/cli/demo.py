@@ -43,4 +43,4 @@ def command(folder: Path, posts: int, seed: int) -> None:
     ]
     database, selection = world.folder / "danbooru.db", world.folder / "demo.parquet"
     title = "Embedded world, there already" if world.kept else "Embedded world"
-    print_answer("demo", payload, title, rows, command_line("select", "demo", "--db", database, "--out", selection))
+    print_answer(payload, title, rows, command_line("select", "demo", "--db", database, "--out", selection))

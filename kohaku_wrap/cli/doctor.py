@@ -102,7 +102,7 @@ def command(
     if wants_json():
         told = {"ready": not broken, "findings": [vars(finding) for finding in findings]}
         told |= {} if measured is None else {"deep": measured.as_json()}
-        print_json("doctor", {"engine": engine, "template": template, **told})
+        print_json({"engine": engine, "template": template, **told})
         if failed or broken:
             raise click.exceptions.Exit(1)
         return

@@ -240,7 +240,7 @@ def show_plan(job: DrawingJob, waiting: int, choice: Any) -> None:
         ("first prompt", cell.prompt),
     ]
     rows += [("not scored", f"{each['tag']}: {each['why']}") for each in choice.not_scored[:5]]
-    print_answer("evaluate ccip", {"dry_run": True, **plan}, "CCIP", rows, "the same command without --dry-run")
+    print_answer({"dry_run": True, **plan}, "CCIP", rows, "the same command without --dry-run")
 
 
 def show_result(result: dict[str, Any], out: Path) -> None:
@@ -262,7 +262,7 @@ def show_result(result: dict[str, Any], out: Path) -> None:
     rows += [("limits", result["limits"]), ("curve", out / CURVE), ("result", out / RESULT)]
     following = command_line("evaluate", "ccip", "MODEL", "--against", show_path(out / RESULT))
     payload = {"dry_run": False, "file": out / RESULT, "svg": out / CURVE, "result": result}
-    print_answer("evaluate ccip", payload, "CCIP", rows, f"{following} … lays another model over it")
+    print_answer(payload, "CCIP", rows, f"{following} … lays another model over it")
 
 
 def describe_model(model: dict[str, Any]) -> str:

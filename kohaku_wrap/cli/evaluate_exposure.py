@@ -62,7 +62,7 @@ def exposure(
     table = [*list_facts(found), *list_counts(title, rows)]
     again = command_line("status", show_path(found.run.folder), "--tag", rows[0]["tag"]) if rows else ""
     payload = {**describe(found), "rows": rows}
-    print_answer("evaluate exposure", payload, f"Exposure of run {found.run.name}", table, "" if tags else again)
+    print_answer(payload, f"Exposure of run {found.run.name}", table, "" if tags else again)
 
 
 def find_exposure(name: str, step: int | None, site_file: Path | None, threads: int) -> Exposure:

@@ -96,7 +96,7 @@ def judge(
         rows.append(("unreadable", f"{len(document['unreadable']) - 5:,} more, in the file"))
     payload = {"file": file, "result": document}
     following = command_line("evaluate", "judge", "OTHER_DIR", "--judge", judge_folder, "--against", show_path(file))
-    print_answer("evaluate judge", payload, f"Pictures in {sheet}", [*rows, ("result", file)], following)
+    print_answer(payload, f"Pictures in {sheet}", [*rows, ("result", file)], following)
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -176,4 +176,4 @@ def judges(folder: Path | None) -> None:
             ("  published", kind.published),
         ]
     following = ("evaluate", "judge", "SHEET_DIR", "--judge", made[0] if made else "FOLDER")
-    print_answer("evaluate judges", {"kinds": kinds, "made": made}, "Judges", rows, command_line(*following))
+    print_answer({"kinds": kinds, "made": made}, "Judges", rows, command_line(*following))

@@ -234,7 +234,7 @@ def show_plan(job: LossJob, models: int, forwards: int) -> None:
         ("models", models),
         ("forwards", f"{forwards:,}; {format_duration(forwards)} at 1 s each"),
     ]
-    print_answer("evaluate loss", payload, "Loss", rows, "the same command without --dry-run")
+    print_answer(payload, "Loss", rows, "the same command without --dry-run")
 
 
 def show_result(result: dict[str, Any], out: Path | None) -> None:
@@ -254,7 +254,7 @@ def show_result(result: dict[str, Any], out: Path | None) -> None:
         rows.append(("result", file))
         next_step = f"{command_line('evaluate', 'loss', 'MODEL', '--against', show_path(file))} …"
     payload = {"dry_run": False, "file": file, "result": result}
-    print_answer("evaluate loss", payload, "Loss", rows, next_step)
+    print_answer(payload, "Loss", rows, next_step)
 
 
 def describe_model(model: dict[str, Any]) -> str:

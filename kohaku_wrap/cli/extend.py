@@ -98,7 +98,7 @@ def command(
     if dry_run:
         show(plan())
         return
-    print_finished("extend", watch_run(run, begin, allow, options))
+    print_finished(watch_run(run, begin, allow, options))
 
 
 def describe(extension: Extension) -> str:
@@ -146,4 +146,4 @@ def show(extension: Extension) -> None:
         *([("rates", why_not)] if why_not else []),
     ]
     next_step = command_line("extend", show_path(run.folder), *retype("dry_run"))
-    print_answer("extend", payload, f"Longer: {run.name}", rows, next_step)
+    print_answer(payload, f"Longer: {run.name}", rows, next_step)

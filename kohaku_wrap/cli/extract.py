@@ -70,6 +70,6 @@ def command(selection: Path, tars: Path, images: Path, jobs: int | None, max_mis
     payload["report"] = images / REPORT_FILE
     rows = [(name, payload[name]) for name in ("selected", "written", "kept", "missing", "corrupt")]
     rows += [(label, payload[name]) for name, label in ONLY_IF_ANY.items() if payload[name]]
-    print_answer("extract", payload, "Images", [*rows, ("report", images / REPORT_FILE)])
+    print_answer(payload, "Images", [*rows, ("report", images / REPORT_FILE)])
     report.check(max_missing)
     print_next(caption_command(selection, images))

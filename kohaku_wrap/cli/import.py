@@ -104,7 +104,7 @@ def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: 
     for note in report.notes:
         print_aside(f"note: {note}")
     payload = {"out": str(images), "dry_run": dry_run, **as_document(report), **where}
-    print_answer("import", payload, "Images of your own", rows_of_report(report, where))
+    print_answer(payload, "Images of your own", rows_of_report(report, where))
     report.check(max_missing)
     print_next("run it again without --dry-run" if dry_run else plan_command("own-images", images.parent))
 

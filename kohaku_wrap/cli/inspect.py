@@ -95,7 +95,7 @@ def print_report(report: FileReport, origin: Mapping[str, Any]) -> None:
     rows += rows_of_recipe(report)
     payload = {**describe_report(report), "of_run": origin or None}
     next_step = "" if report.replay else command_line("inspect", header.path, "--json")
-    print_answer("inspect", payload, str(header.path), rows, next_step)
+    print_answer(payload, str(header.path), rows, next_step)
     if report.replay and not wants_json():
         print_lines(f"Made by (the file names may have changed since): {report.replay}")
 
@@ -167,7 +167,7 @@ def inspect_picture(file: Path) -> None:
     rows.append(("device", record.device_name))
     rows.append(("pixels", "as drawn" if described["pixels_as_drawn"] else "changed since it was drawn"))
     rows += [("not known here", name) for name in described["unknown_files"]]
-    print_answer("inspect", described, str(file), rows)
+    print_answer(described, str(file), rows)
     # Not broken to the terminal's width: it is to be copied.
     if not wants_json():
         click.echo(f"Drawn again by:\n{described['replay']}".translate(ESCAPES_IN_LINES))
@@ -189,7 +189,7 @@ def inspect_tars(folder: Path) -> None:
         if value is not None
     ]
     next_step = command_line("extract", "SELECTION.parquet", "--tars", folder)
-    print_answer("inspect", payload, str(folder), rows, next_step)
+    print_answer(payload, str(folder), rows, next_step)
 
 
 def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) -> None:
@@ -221,4 +221,4 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) ->
     name = dataset or "epsilon"
     words = ["--tags", tag_table] if tag_table else []
     next_step = command_line("select", name, "--db", file, "--out", f"{Path(name).stem}.parquet", *words)
-    print_answer("inspect", payload, str(file), rows, next_step)
+    print_answer(payload, str(file), rows, next_step)

@@ -114,7 +114,7 @@ def print_plan(described: dict[str, Any], next_step: str) -> None:
     ]
     rows += [("license", described["license"] or "none")]
     rows += [("note", line) for line in described["decisions"]]
-    print_answer("merge", {"dry_run": True, **described}, "Merge plan", rows, next_step)
+    print_answer({"dry_run": True, **described}, "Merge plan", rows, next_step)
 
 
 @verb(
@@ -273,7 +273,7 @@ def command(
             rows.append(("not verified", f"{result.unverified:,} numbers that DoRA or functions set in floats"))
     rows += [(f"kept {what.replace('_', ' ')}", ", ".join(keys)) for what, keys in kept.items() if keys]
     next_step = next_after([header.path for header in plan.networks.values()], output)
-    print_answer("merge", payload, "Merged", rows, next_step)
+    print_answer(payload, "Merged", rows, next_step)
 
 
 def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threads: int) -> None:
@@ -302,7 +302,7 @@ def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threa
     if result.error > MUCH_LOST:
         lost = format_share(result.error)
         print_aside(f"warning: the file lacks {lost} of the change; a higher --rank, or --energy, keeps more of it")
-    print_answer("merge", payload, "Network", rows, command_line("inspect", output))
+    print_answer(payload, "Network", rows, command_line("inspect", output))
 
 
 def next_after(networks: list[Path], output: Path) -> str:

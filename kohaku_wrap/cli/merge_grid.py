@@ -303,7 +303,7 @@ def run_grid(
     if dry_run:
         rows += [(work.point.name, work.point.formula) for work in works]
         document = {"dry_run": True, "grid": described}
-        print_answer("merge", document, "Grid of merges", rows, "the same command without --dry-run")
+        print_answer(document, "Grid of merges", rows, "the same command without --dry-run")
         return
     check_space(folder, new_bytes)
 
@@ -320,4 +320,4 @@ def run_grid(
     rows.append(("page", folder / PAGE_FILE))
     document = {"dry_run": False, "grid": {**described, "steps_done": count}}
     following = command_line("inspect", works[0].model) if keeps_files else ""
-    print_answer("merge", document, f"Grid in {folder}", rows, following)
+    print_answer(document, f"Grid in {folder}", rows, following)

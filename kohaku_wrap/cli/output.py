@@ -79,8 +79,9 @@ def verb(examples: str, writes: bool = True, unless: Sequence[str] = ()) -> Call
     return click.command(cls=Verb, examples=examples, writes=writes, unless=unless)
 
 
-def print_json(command: str, payload: dict[str, Any]) -> None:
-    """Print the one document of `--json`."""
+def print_json(payload: dict[str, Any]) -> None:
+    """Print the one document of `--json`, with the words of the command that runs."""
+    command = click.get_current_context().command_path.partition(" ")[2]
     document = {"schema_version": SCHEMA_VERSION, "command": command, **payload}
     # JSON is UTF-8; a terminal of another encoding gets it in ASCII, which is both.
     is_other = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
@@ -136,12 +137,10 @@ def wrap_line(line: str, width: int) -> str:
     return (line[:hang] + f"\n{' ' * hang}".join(pieces)).replace("\0", " ")
 
 
-def print_answer(
-    command: str, payload: dict[str, Any], title: str, rows: Iterable[tuple[str, Any]], next_step: str = ""
-) -> None:
+def print_answer(payload: dict[str, Any], title: str, rows: Iterable[tuple[str, Any]], next_step: str = "") -> None:
     """Print what a verb found or did: the one document of `--json`, or a table."""
     if wants_json():
-        print_json(command, payload)
+        print_json(payload)
     else:
         print_table(title, list(rows), next_step)
 

@@ -271,7 +271,7 @@ def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> N
         rows += list_validation_rows(plan.validation)
     for note in (*payload["notes"], *filter(None, [plan.not_counted])):
         print_aside(f"note: {note}")
-    print_answer("plan", payload, f"Plan of {plan.template}", rows, "" if plan.problems else next_step)
+    print_answer(payload, f"Plan of {plan.template}", rows, "" if plan.problems else next_step)
 
 
 def list_picture_rows(pictures: PicturesPlan) -> list[tuple[str, Any]]:

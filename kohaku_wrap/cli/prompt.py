@@ -119,7 +119,7 @@ def command(
     findings = find_oddities(source, prompt, recipe, vocabulary, max(tokens), trained_tokens)
     document = describe(source, prompt, tokenizers, chunks, composed, findings)
     if wants_json():
-        print_json("prompt", document)
+        print_json(document)
     else:
         show(document, lenient)
 
@@ -203,4 +203,4 @@ def show_styles() -> None:
     styles = list_styles()
     rows = [(name, style.prompt) for name, style in styles.items()]
     next_step = command_line("prompt", "--tags", "1girl, solo", "--style", next(iter(styles), "NAME"))
-    print_answer("prompt", {"styles": [vars(each) for each in styles.values()]}, "Styles", rows, next_step)
+    print_answer({"styles": [vars(each) for each in styles.values()]}, "Styles", rows, next_step)

@@ -56,7 +56,7 @@ def command(
     rows += [("page", f"not made: {report.no_page}")] if report.no_page else []
     rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]
     next_step = f"read {report.card}, then upload the folder"
-    print_answer("publish", payload, f"Published in {report.folder}", rows, next_step)
+    print_answer(payload, f"Published in {report.folder}", rows, next_step)
 
 
 def find_base_model(run: Run, site_file: Path | None) -> Path | None:

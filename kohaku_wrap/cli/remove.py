@@ -47,4 +47,4 @@ def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None
     remove_run(removal)
     payload = {"run": run.folder, "removed_bytes": removal.size_bytes, "kept": list(removal.kept)}
     rows = [("room made", show_bytes(removal.size_bytes)), ("kept", kept)]
-    print_answer("remove", payload, f"Removed {run.name}", rows, "kwrap status")
+    print_answer(payload, f"Removed {run.name}", rows, "kwrap status")

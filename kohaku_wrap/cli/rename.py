@@ -30,7 +30,7 @@ def command(name: str, new_name: str, site_file: Path | None) -> None:
 
     run = open_run(name, site_file)
     moved = rename_run(run, new_name)
-    verb = "verify" if is_finished(moved) else "resume"
+    following = "verify" if is_finished(moved) else "resume"
     rows = [("run", moved.folder), ("was", run.folder), ("checkpoints", f"{moved.output_name}…, as before")]
     payload = {"run": moved.folder, "was": run.folder}
-    print_answer("rename", payload, f"Renamed to {moved.name}", rows, command_line(verb, show_path(moved.folder)))
+    print_answer(payload, f"Renamed to {moved.name}", rows, command_line(following, show_path(moved.folder)))

@@ -80,4 +80,4 @@ def command(
             write_page(runs, page, is_live=True)
     payload = {"page": page, "runs": [run.folder for run in runs], "size_bytes": page.stat().st_size}
     rows = [("of", ", ".join(run.name for run in runs) or names[0]), ("page", page)]
-    print_answer("report", payload, "Report", rows, f"open {show_path(page)} in a browser")
+    print_answer(payload, "Report", rows, f"open {show_path(page)} in a browser")

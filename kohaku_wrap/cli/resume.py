@@ -136,7 +136,7 @@ def command(
         else:
             with printing_events() as on_event:
                 report = join_run(run, machine_rank, on_event)
-            print_finished("resume", report)
+            print_finished(report)
         return
 
     def plan() -> ResumePlan:
@@ -157,7 +157,7 @@ def command(
     if dry_run:
         show_dry_run(plan())
         return
-    print_finished("resume", watch_run(run, plan, allow, options))
+    print_finished(watch_run(run, plan, allow, options))
 
 
 def refuse_choices_of_machine_0() -> None:
@@ -175,7 +175,7 @@ def show_join(run: Run, machine_rank: int) -> None:
 
     launch = describe_join(run, machine_rank)
     if wants_json():
-        print_json("resume", {"run": str(run.folder), "machine_rank": machine_rank, **describe_launch(launch)})
+        print_json({"run": str(run.folder), "machine_rank": machine_rank, **describe_launch(launch)})
     else:
         click.echo(launch.text())
 
@@ -229,6 +229,6 @@ def show_dry_run(plan: ResumePlan) -> None:
         ("processes × accumulation", f"{plan.processes} × {plan.accumulation}"),
         ("to abandoned/", ", ".join(path.name for path in plan.abandons) or "nothing"),
     ]
-    print_answer("resume", payload, f"Resume of {plan.run.name}", rows)
+    print_answer(payload, f"Resume of {plan.run.name}", rows)
     if not wants_json():
         click.echo(launch.text())

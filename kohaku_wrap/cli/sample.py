@@ -183,7 +183,7 @@ def draw_queued(site: Path | None, asked: dict[str, Any], dry_run: bool) -> None
         ("none", "all are drawn")
     ]
     title = f"Pictures of {run.name}: {'to draw' if dry_run else 'drawn'}"
-    print_answer("sample", payload, title, rows, command_line("status", show_path(run.folder)))
+    print_answer(payload, title, rows, command_line("status", show_path(run.folder)))
 
 
 def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path | None, out: Path) -> DrawingJob:
@@ -236,4 +236,4 @@ def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, dry_r
     if job.out.name == ASKED_FOLDER:
         following = command_line("report", show_path(job.out.parent.parent))
     next_step = "the same command without --dry-run" if dry_run else following
-    print_answer("sample", payload, f"Pictures in {job.out}", rows, next_step)
+    print_answer(payload, f"Pictures in {job.out}", rows, next_step)

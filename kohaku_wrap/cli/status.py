@@ -114,7 +114,7 @@ def show_tags(run: Run, tags: tuple[str, ...]) -> None:
     found = find_exposure(str(run.folder), None, None, 0)
     rows = [found.find(tag) for tag in tags]
     shown = [*list_facts(found), *list_counts("tags", rows)]
-    print_answer("status", {**describe(found), "tags": rows}, f"Run {run.name}", shown)
+    print_answer({**describe(found), "tags": rows}, f"Run {run.name}", shown)
 
 
 def write_to(runs: list[Run], tracker: str, folder: Path) -> None:
@@ -130,7 +130,7 @@ def write_to(runs: list[Run], tracker: str, folder: Path) -> None:
         for run, own, count, last in written
     ]
     next_step = shlex.join(["tensorboard", "--logdir", show_path(folder)])
-    print_answer("status", {"to": tracker, "runs": told}, f"Metrics for {tracker}", rows, next_step)
+    print_answer({"to": tracker, "runs": told}, f"Metrics for {tracker}", rows, next_step)
 
 
 def show(runs: list[Run], single: bool) -> None:
@@ -149,7 +149,7 @@ def show(runs: list[Run], single: bool) -> None:
         raise UsageError("no run here can be read", "The notes say why; restore their files.")
     if wants_json():
         documents = [each.document() for each in statuses]
-        print_json("status", documents[0] if single else {"runs": documents})
+        print_json(documents[0] if single else {"runs": documents})
     elif len(statuses) == 1:
         print_run(statuses[0])
     else:
@@ -181,7 +181,7 @@ def show_comparison(run: Run, other: Run) -> None:
     one, two = ("unknown" if each is None else f"{each:.3g} s" for each in seconds)
     rows.append(("time of a step", f"{one}  |  {two}"))
     next_step = command_line("status", show_path(other.folder))
-    print_answer("status", payload, f"{run.name}  |  {other.name}", rows, next_step)
+    print_answer(payload, f"{run.name}  |  {other.name}", rows, next_step)
 
 
 def find_step_seconds(run: Run) -> float | None:

@@ -160,7 +160,7 @@ def describe_launch(launch: Launch) -> dict[str, Any]:
     return {"argv": list(launch.argv), "environment": dict(launch.environment), "folder": str(launch.folder)}
 
 
-def print_finished(command: str, report: RunReport) -> None:
+def print_finished(report: RunReport) -> None:
     """The closing table of a run that reached its end."""
     run = report.run
     networks = run.networks
@@ -176,4 +176,4 @@ def print_finished(command: str, report: RunReport) -> None:
         *[("attempts just now", report.attempts)] * (report.attempts > 1),
         *(("network", network) for network in networks),
     ]
-    print_answer(command, payload, f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))
+    print_answer(payload, f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))

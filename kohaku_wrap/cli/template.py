@@ -57,7 +57,7 @@ def list_command() -> None:
     templates = list_templates()
     payload = {"templates": [vars(each) for each in templates], "user_folder": user_templates()}
     rows = [(t.name, t.title + (" (yours)" if t.origin == "yours" else "")) for t in templates]
-    print_answer("template ls", payload, "Templates", rows, "kwrap template show epsilon --why")
+    print_answer(payload, "Templates", rows, "kwrap template show epsilon --why")
 
 
 @command.command(
@@ -97,7 +97,6 @@ def show_command(
     values = effective.values if with_defaults else {key: entry.value for key, entry in effective.entries.items()}
     if wants_json():
         print_json(
-            "template show",
             {
                 "name": effective.name,
                 "path": str(effective.path),
@@ -240,7 +239,7 @@ def copy_command(name: str, destination: str, force: bool) -> None:
     check = command_line("template", "check", target)
     payload = {"source": str(source), "path": str(target)}
     next_step = f"edit it, then {following.get(kind, check)}"
-    print_answer("template cp", payload, "", [("copied", source), ("to", target)], next_step)
+    print_answer(payload, "", [("copied", source), ("to", target)], next_step)
 
 
 @command.command("diff", cls=Verb, examples="  kwrap template diff epsilon delta", writes=False)
@@ -268,7 +267,7 @@ def diff_command(first: str, second: str) -> None:
     payload = {"first": left.name, "second": right.name, "differences": differences}
     rows = [(key, f"{show_value(pair[0])} → {show_value(pair[1])}") for key, pair in changed.items()]
     next_step = command_line("template", "show", second, "--why")
-    print_answer("template diff", payload, f"{left.name} → {right.name}", rows, next_step)
+    print_answer(payload, f"{left.name} → {right.name}", rows, next_step)
 
 
 def flatten_values(effective: Effective) -> dict[str, Any]:

@@ -56,7 +56,6 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
     )
     if wants_json():
         print_json(
-            "template check",
             {
                 "options_from": table.source,
                 "checked": [str(path) for path, _, _ in reports],

@@ -120,7 +120,7 @@ def command(
                 "trust": describe_trust(new.effective),
                 "absent": list_absent(new),
             }
-            print_json("train", payload)
+            print_json(payload)
         else:
             click.echo(new.launch.text())
             for absent in list_absent(new):
@@ -130,7 +130,7 @@ def command(
     run = make_run(new, locked)
     with keeping_page(run, has_page):
         report = train_run(run, allow, options)
-    print_finished("train", report)
+    print_finished(report)
 
 
 def try_run(
@@ -196,7 +196,7 @@ def print_trial(trial: Trial, plan: TrainingPlan, next_command: str) -> None:
         ("at this rate", format_duration(plan.eta_seconds or 0.0)),
         *([("disk", show_bytes(disk_bytes))] if disk_bytes is not None else []),
     ]
-    print_answer("train", payload, f"Tried {plan.template}; nothing of the trial is kept", rows, next_command)
+    print_answer(payload, f"Tried {plan.template}; nothing of the trial is kept", rows, next_command)
 
 
 def repeat_command(template: str, site_file: Path) -> str:

@@ -95,7 +95,7 @@ def install(
     packages = [f"{each.distribution} {each.version}" for each in installed]
     payload = {**describe(checkout), "was_there": was_there, "packages_installed": packages}
     rows = [*checkout_rows(checkout), ("packages installed", ", ".join(packages) or "none")]
-    print_answer("trainer install", payload, title_of(was_there), rows, "kwrap trainer show")
+    print_answer(payload, title_of(was_there), rows, "kwrap trainer show")
 
 
 @command.command(cls=Verb, examples="  kwrap trainer prove\n  KWRAP_SD_SCRIPTS=~/sd-scripts kwrap trainer prove")
@@ -113,7 +113,7 @@ def prove(source: str, accept_difference: bool) -> None:
     rows = [(step.tried, f"{step.result} ({step.seconds:.0f} s)") for step in proof.steps]
     rows += [("support", proof.commit.support), ("digest", proof.commit.digest)]
     payload = {**proof.about(), **vars(proof.commit)}
-    print_answer("trainer prove", payload, f"sd-scripts {proof.commit.name}", rows, "kwrap trainer show")
+    print_answer(payload, f"sd-scripts {proof.commit.name}", rows, "kwrap trainer show")
 
 
 @command.command(cls=Verb, examples="  kwrap trainer update --dry-run")
@@ -167,7 +167,7 @@ def update(source: str, commit: str, dry_run: bool, accept_difference: bool) -> 
     answer = {"installed": before, "options": changes, "later": later, "was_there": was_there, "dry_run": dry_run}
     if wants_json() or not (dry_run or (later and commit == NEWEST)):
         payload = {**describe(checkout), **answer}
-        print_answer("trainer update", payload, title_of(was_there), checkout_rows(checkout))
+        print_answer(payload, title_of(was_there), checkout_rows(checkout))
 
 
 class OnlyLooked(KwrapError):
@@ -204,7 +204,7 @@ def show() -> None:
         ("installed", ", ".join(each.name for each in report.installed) or "none"),
     ]
     next_step = "kwrap train TEMPLATE --site site.toml" if report.is_ready else "kwrap trainer install"
-    print_answer("trainer show", payload, "sd-scripts", rows, next_step)
+    print_answer(payload, "sd-scripts", rows, next_step)
 
 
 def anchor_text(replacement: str | None, count: int) -> str:

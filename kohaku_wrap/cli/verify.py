@@ -63,7 +63,7 @@ def command(name: str, deep_samples: int, site_file: Path | None) -> int:
     except OSError as error:
         print_note(f"note: the result is not kept for `kwrap report`: {run.folder}: {reason_of(error)}")
     if wants_json():
-        print_json("verify", describe(report))
+        print_json(describe(report))
     else:
         print_report(report, site_file)
     return 0 if report.is_proved else EXIT_FAILED

@@ -125,8 +125,12 @@ def test_no_rate_is_told_before_there_is_one(
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "euc-jp"])
 def test_json_is_json_on_a_terminal_of_any_encoding(encoding: str) -> None:
+    program = (
+        "import click; from kohaku_wrap.cli.output import print_json\n"
+        "with click.Context(click.Command('a'), info_name='kwrap a b'): print_json({'é→😀': 'ö'})"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "from kohaku_wrap.cli.output import print_json; print_json('a', {'é→😀': 'ö'})"],
+        [sys.executable, "-c", program],
         env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True,
     )  # fmt: skip
-    assert json.loads(done.stdout)["é→😀"] == "ö"
+    assert json.loads(done.stdout) == {"schema_version": 1, "command": "a b", "é→😀": "ö"}
