@@ -19,7 +19,7 @@ import click
 from kohaku_wrap.cli.options import PATH, option_group
 from kohaku_wrap.cli.output import print_answer, progress_bar
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
-from kohaku_wrap.files import describe_absence, write_text
+from kohaku_wrap.files import describe_absence, parse_json, read_regular, write_text
 from kohaku_wrap.merging.grids import Point, list_points, read_axis
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.processes import end_child, python_command, safe_environment
@@ -171,7 +171,7 @@ def read_done(folder: Path, key: str) -> dict[str, str]:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return {}
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(read_regular(file))
         done = {str(name): str(value) for name, value in document["done"].items()}
     except FileNotFoundError:
         done = {}

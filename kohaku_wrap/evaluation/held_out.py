@@ -126,7 +126,6 @@ def measure_losses(job: LossJob, known: KnownModel, processes: int, on_progress:
     files = job.files(known)
     waiting = sum(not path.is_file() for path in files)
     count = min(processes, waiting)
-    files[0].parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "OMP_NUM_THREADS": str(job.compute.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false", **({"CUDA_VISIBLE_DEVICES": ""} if job.compute.device == "cpu" else {}),

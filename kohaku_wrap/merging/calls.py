@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -117,9 +116,3 @@ class Call:
         if self.function == "slerp":
             return [1 - self.numbers[0], self.numbers[0]]
         return [Fraction(1, len(self.arguments))] * len(self.arguments)
-
-    def inner(self) -> Iterator[Call]:
-        """The calls inside, one level down."""
-        for part in self.arguments:
-            for call, _ in part.calls:
-                yield call

@@ -83,11 +83,6 @@ class Piece:
     def size_bytes(self) -> int:
         return self.elements * self.width
 
-    @property
-    def read_bytes(self) -> int:
-        """How much of the checkpoints it reads."""
-        return sum(self.elements * BITS_OF_DTYPE[source.kind] // 8 for source in self.sources)
-
 
 def cut_tensor(plan: MergePlan, tensor: TensorPlan, least_parts: int = 1) -> Iterator[Piece]:
     """The pieces of one tensor: one, or one for each part of a fused tensor that networks change or become."""

@@ -11,7 +11,6 @@ from typing import Any
 from kohaku_wrap.config.run_files import LAYERS_FILE, flatten
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.data_summary import read_summary
 from kohaku_wrap.reporting.charts import Mark
 from kohaku_wrap.reporting.curves import Piece, Table, draw_curves, draw_evaluations, tabulate
@@ -28,6 +27,7 @@ from kohaku_wrap.reporting.story import (
 )
 from kohaku_wrap.reporting.way import Step, follow_way
 from kohaku_wrap.training.records.attempts import list_attempts
+from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.evaluations import read_evaluations as read_validation
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import iterate_lines, keep_lines
@@ -203,11 +203,8 @@ def list_options(run: Run) -> Iterator[Option]:
 
 def read_layers(run: Run) -> dict[str, str] | None:
     """The layer of each option that one set, by key; None where the run did not record them, as before 0.2."""
-    try:
-        document = parse_json(read_regular(run.folder / LAYERS_FILE))
-    except (OSError, ValueError):
-        return None
-    return {str(key): str(origin) for key, origin in document.items()} if isinstance(document, dict) else None
+    documents = read_json_files(run.folder, LAYERS_FILE)
+    return {key: str(origin) for key, origin in documents[0].items()} if documents else None
 
 
 def read_data(run: Run) -> dict[str, Any]:

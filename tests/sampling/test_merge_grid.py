@@ -144,6 +144,15 @@ def test_grids_that_cannot_be(world: Path, tmp_path: Path, more: list[str], what
     assert what in errors
 
 
+@pytest.mark.parametrize("record", ["[" * 100_000, "[]", '{"done": 1}'], ids=["deep", "list", "number"])
+def test_what_is_no_record_of_a_grid_is_refused(world: Path, tmp_path: Path, record: str, capsys: Printed) -> None:
+    place = tmp_path / "grid" / "A0.25"
+    place.mkdir(parents=True)
+    (place / "point.json").write_text(record)
+    code, _, errors = run(words_of(world, tmp_path / "grid"), capsys)
+    assert code == 2 and "is no record of a grid" in errors
+
+
 def test_letters_without_grid_are_refused(world: Path, tmp_path: Path, capsys: Printed) -> None:
     words = [word for word in words_of(world, tmp_path / "x.safetensors") if word != "--grid"]
     code, _, errors = run(words, capsys)
