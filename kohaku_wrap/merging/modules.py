@@ -9,35 +9,19 @@ from dataclasses import dataclass
 from kohaku_wrap.formats.safetensors import TensorSpot
 
 ANY_MODULE = ("alpha", "dora_scale", "diff_b")
-ALGORITHMS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "LoKr": (
-        frozenset(),
-        frozenset(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", *ANY_MODULE)),
-    ),
-    "LoHa": (
-        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
-        frozenset(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", *ANY_MODULE)),
-    ),
-    "LoRA": (
-        frozenset(("lora_up.weight", "lora_down.weight")),
-        frozenset(("lora_up.weight", "lora_down.weight", "lora_mid.weight", *ANY_MODULE)),
-    ),
-    "full": (frozenset(("diff",)), frozenset(("diff", "diff_b", "alpha"))),
-    "norm": (frozenset(("w_norm",)), frozenset(("w_norm", "b_norm", "alpha"))),
-    "bias": (frozenset(("diff_b",)), frozenset(("diff_b", "alpha"))),
-    "OFT": (frozenset(("oft_blocks",)), frozenset(("oft_blocks", "rescale", "alpha"))),
-    "GLoRA": (
-        frozenset(("a1.weight", "a2.weight", "b1.weight", "b2.weight")),
-        frozenset(("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "alpha")),
-    ),
-    "IA3": (frozenset(("weight", "on_input")), frozenset(("weight", "on_input"))),
+ALGORITHMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "LoKr": ((), ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", *ANY_MODULE)),
+    "LoHa": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2", *ANY_MODULE)),
+    "LoRA": (("lora_up.weight", "lora_down.weight"), ("lora_mid.weight", *ANY_MODULE)),
+    "full": (("diff",), ("diff_b", "alpha")),
+    "norm": (("w_norm",), ("b_norm", "alpha")),
+    "bias": (("diff_b",), ("alpha",)),
+    "OFT": (("oft_blocks",), ("rescale", "alpha")),
+    "GLoRA": (("a1.weight", "a2.weight", "b1.weight", "b2.weight"), ("bm.weight", "alpha")),
+    "IA3": (("weight", "on_input"), ()),
 }
-"""For each algorithm the tensors that a module must have, and all that it may have."""
+"""For each algorithm the tensors that a module must have, and those that it may have beside them."""
 
-MARK_OF_ALGORITHM = {
-    "lokr_": "LoKr", "hada_": "LoHa", "lora_": "LoRA", "diff": "full", "w_norm": "norm", "diff_b": "bias",
-    "oft_": "OFT", "a1.": "GLoRA", "on_input": "IA3",
-}  # fmt: skip
 MADE_OF_WEIGHT = ("OFT", "GLoRA", "IA3")
 """Algorithms whose change depends on the checkpoint's weight; OFT with blocks of four dimensions is BOFT."""
 
@@ -137,11 +121,10 @@ def shape_of_lora(shape: Mapping[str, Shape]) -> Shape:
 def algorithm_of(suffixes: Iterable[str]) -> str | None:
     """The algorithm whose tensors these are; None if no known one fits."""
     listed = set(suffixes)
-    for mark, algorithm in MARK_OF_ALGORITHM.items():
-        if any(suffix.startswith(mark) for suffix in listed):
-            required, allowed = ALGORITHMS[algorithm]
-            if required <= listed <= allowed:
-                return algorithm
+    for algorithm, (required, further) in ALGORITHMS.items():
+        is_own = required or listed.difference(ANY_MODULE)
+        if is_own and listed.issuperset(required) and listed.issubset(required + further):
+            return algorithm
     return None
 
 
