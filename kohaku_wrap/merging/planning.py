@@ -60,8 +60,8 @@ def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | N
     return Planner(formula, layouts, networks, anchor, vae, options, targets).plan()
 
 
-Changes = list[tuple[str, Fraction, Change]]
-"""Networks, their coefficients, and what they change."""
+STORED_AS = {"F64": "F32", "F8_E4M3": "F16", "F8_E5M2": "F16"}
+"""What a network's tensors are where the checkpoint's are of a type that networks have not."""
 
 
 @dataclass
@@ -259,13 +259,16 @@ class Planner:
         if setting and len({name for name, _, _ in changes}) > 1:
             what = f"{setting[0]} is no sum (DoRA, OFT, GLoRA, IA3)"
             self.problems.append(Problem(key, f"{what}; no other network can be added to it"))
-        if self.options.network:
-            return self.plan_change(key, spot, weighted, reduction, changes)
-        if not weighted:
+        if not (weighted or self.options.network):
             self.problems.append(Problem(key, "the formula gives it no checkpoint; add `else=…` to only(…)"))
             return self.copy(key, self.anchor, spot)
-        typed = TensorSpot(self.options.dtype or spot.dtype, spot.shape, spot.begin, spot.end)
-        plan = self.draft(key, typed, weighted, reduction, changes)
+        calls, added = tuple(reduction.calls.items()), {name: value for name, value, _ in changes}
+        to = "F32" if self.options.network else self.options.dtype or spot.dtype
+        typed = TensorSpot(to, spot.shape, spot.begin, spot.end)
+        plan = TensorPlan(key, typed, tuple(weighted), tuple(weighted.values()), tuple(changes), "", calls)
+        self.combinations[replace(plan.sum, networks=tuple(added.items()))] += 1
+        if self.options.network:
+            return self.plan_change(plan, spot.dtype)
         total = plan.sum.total
         if reduction.outside and total != 1:
             names = ", ".join(reduction.outside)
@@ -282,37 +285,17 @@ class Planner:
             return self.copy_float(key, plan.sources[0], self.files[plan.sources[0]].tensors[key])
         return plan
 
-    def draft(
-        self,
-        key: str,
-        spot: TensorSpot,
-        weighted: dict[str, Fraction],
-        reduction: Reduction,
-        changes: Changes,
-    ) -> TensorPlan:
-        """A tensor that is computed, counted among those with the same coefficients."""
-        calls, added = tuple(reduction.calls.items()), {name: value for name, value, _ in changes}
-        shown = tuple((name, value) for name, value in weighted.items() if value)
-        self.combinations[WeightedSum(shown, tuple(added.items()), calls)] += 1
-        return TensorPlan(key, spot, tuple(weighted), tuple(weighted.values()), tuple(changes), "", calls)
+    def plan_change(self, plan: TensorPlan, dtype: str) -> TensorPlan:
+        """A tensor of a change, whose numbers are computed in float32 and become a module of a network.
 
-    def plan_change(
-        self,
-        key: str,
-        spot: TensorSpot,
-        weighted: dict[str, Fraction],
-        reduction: Reduction,
-        changes: Changes,
-    ) -> TensorPlan:
-        """A tensor of a change, whose numbers are computed in float32 and become a module of a network."""
-        typed = TensorSpot("F32", spot.shape, spot.begin, spot.end)
-        plan = self.draft(key, typed, weighted, reduction, changes)
+        `dtype`: the anchor's.
+        """
         if total := plan.sum.total:
-            self.problems.append(Problem(key, f"the coefficients sum to {total}, not 0: no change but a checkpoint"))
-        if any(change.sets_weight for _, _, change in changes):
-            self.problems.append(Problem(key, "DoRA, OFT, GLoRA and IA3 change a weight by what it is: no sum"))
-        stored = self.options.dtype or {"F64": "F32", "F8_E4M3": "F16", "F8_E5M2": "F16"}.get(spot.dtype, spot.dtype)
-        return replace(plan, stored=stored)
+            what = f"the coefficients sum to {total}, not 0: no change but a checkpoint"
+            self.problems.append(Problem(plan.key, what))
+        if any(change.sets_weight for _, _, change in plan.changes):
+            self.problems.append(Problem(plan.key, "DoRA, OFT, GLoRA and IA3 change a weight by what it is: no sum"))
+        return replace(plan, stored=self.options.dtype or STORED_AS.get(dtype, dtype))
 
     def plan_vae(self, key: str, spot: TensorSpot) -> TensorPlan:
         source = self.vae
