@@ -50,7 +50,7 @@ def command(
         note_compiling()
     with progress_bar("publish", "bytes") as on_progress:
         base = find_base_model(run, site_file)
-        report = publish_run(run.folder, run.lock.tables, out, step, rights, not no_bake, threads, on_progress, base)
+        report = publish_run(run, out, step, rights, not no_bake, threads, on_progress, base)
     payload = {"run": run.folder, **{name: value for name, value in asdict(report).items() if name != "card"}}
     rows: list[tuple[str, object]] = [(file, sha256) for file, sha256 in report.files.items()]
     rows += [("page", f"not made: {report.no_page}")] if report.no_page else []

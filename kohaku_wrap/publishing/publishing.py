@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,31 +60,30 @@ class PublishReport:
     """Why the page of the run is not there; empty where it is."""
 
 
-def find_network(checkpoints: Path, name: str, optimizer_step: int | None) -> Path:
+def find_network(run: Run, optimizer_step: int | None) -> Path:
     """The network of a step, or of the end of the run.
 
     Raises CannotPublish with the list of those that there are.
     """
-    wanted = f"{name}.safetensors" if optimizer_step is None else f"{name}-step{optimizer_step:08d}.safetensors"
-    path = checkpoints / wanted
+    step = "" if optimizer_step is None else f"-step{optimizer_step:08d}"
+    path = run.checkpoints / f"{run.output_name}{step}.safetensors"
     if path.is_file():
         return path
-    there = sorted(file.name for file in checkpoints.glob("*.safetensors")) if checkpoints.is_dir() else []
-    listed = ", ".join(there) if there else "none"
+    there = ", ".join(sorted(file.name for file in run.checkpoints.glob("*.safetensors")))
     raise CannotPublish(
-        f"{checkpoints}: there is no {wanted}",
-        f"Networks there: {listed}. Choose a step with --step N.",
+        f"{run.checkpoints}: there is no {path.name}",
+        f"Networks there: {there or 'none'}. Choose a step with --step N.",
     )
 
 
-def refuse_other_network(run_folder: Path, network: Path) -> None:
+def refuse_other_network(run: Run, network: Path) -> None:
     """Raise CannotPublish where the network is not the one that the run wrote; of an old run nobody can tell."""
-    written = list_written(Run(run_folder)).get(network.name, "")
+    written = list_written(run).get(network.name, "")
     if written and kept_sha256(network) != written:
         raise CannotPublish(
             f"{network}: is not the network that the run wrote, whose sha256 is {written[:AUTO_V2_DIGITS]}…",
             "Its card would tell of another training. Put the run's own network back; "
-            f"`{command_line('verify', run_folder)}` compares them all.",
+            f"`{command_line('verify', run.folder)}` compares them all.",
         )
 
 
@@ -115,8 +113,7 @@ def copy_network(source: Path, target: Path) -> None:
 
 
 def publish_run(
-    folder: Path,
-    lock: Mapping[str, Any],
+    run: Run,
     out: Path,
     optimizer_step: int | None = None,
     rights: str = "",
@@ -127,19 +124,19 @@ def publish_run(
 ) -> PublishReport:
     """Fill `out` with what a step of a run, or its end, offers.
 
-    `folder`: the run's; `lock`: its run.lock.toml. `rights`: the license; where empty, the base model's.
-    `base_model`: where it lies now, if not at the lock's place. Files are written whole, SHA256SUMS last; calling it
-    again replaces them. Raises CannotPublish or what a merge raises.
+    `rights`: the license; where empty, the base model's. `base_model`: where it lies now, if not at the lock's place.
+    Files are written whole, SHA256SUMS last; calling it again replaces them. Raises CannotPublish or what a merge
+    raises.
     """
-    name = str(lock.get("run", {}).get("name", folder.name))
-    network = find_network(folder / "checkpoints", name, optimizer_step)
-    base = base_model or Path(str(lock.get("inputs", {}).get("base_model", "")))
+    name, inputs = run.output_name, run.lock.table("inputs")
+    network = find_network(run, optimizer_step)
+    base = base_model or Path(str(inputs.get("base_model", "")))
     if bake and not base.is_file():
         raise CannotPublish(
             f"the base model {base}: {describe_absence(base)}, so nothing can be baked",
             "Name a site file that says where it lies with --site, or publish the network alone with --no-bake.",
         )
-    refuse_other_network(folder, network)
+    refuse_other_network(run, network)
     read_header(network)
     rights = rights or (read_header(base).metadata.get("modelspec.license", "") if base.is_file() else "")
     out.mkdir(parents=True, exist_ok=True)
@@ -161,18 +158,18 @@ def publish_run(
     copy_network(network, out / network.name)
     written = [network.name]
     if bake:
-        trained_on = str(lock.get("inputs", {}).get("base_model_sha256", ""))
+        trained_on = str(inputs.get("base_model_sha256", ""))
         title = f"{name} baked into {base.stem}"
         bake_network(base, trained_on, out / network.name, out / baked, title, threads, on_progress)
         written.append(baked)
     hashes = dict(
         zip(written, hash_files([out / file for file in written], threads, on_progress, read_again=True), strict=True)
     )
-    ledger = digest_of_ledger(folder / "ledger")
-    facts = CardFacts(name, optimizer_step, lock, read_lineage(folder / "attempts"), hashes, ledger, rights, base.name)
+    ledger, lineage = digest_of_ledger(run.ledger), read_lineage(run.attempts)
+    facts = CardFacts(name, optimizer_step, run.lock.tables, lineage, hashes, ledger, rights, base.name)
     write_text(out / CARD_NAME, compose_card(facts))
     sums = {file: entry.sha256 for file, entry in hashes.items()}
-    no_page = write_public_page(Run(folder).suppose(lock), out / PAGE_FILE)
+    no_page = write_public_page(run, out / PAGE_FILE)
     for file in (CARD_NAME, *(() if no_page else (PAGE_FILE,))):
         sums[file] = sha256_of_file(out / file)
     write_text(out / SUMS_NAME, "".join(f"{sha256}  {file}\n" for file, sha256 in sorted(sums.items())))

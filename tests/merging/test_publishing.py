@@ -24,6 +24,7 @@ from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import inspect_file
 from kohaku_wrap.publishing.publishing import CannotPublish, publish_run
 from kohaku_wrap.trainer.commits import SupportedCommit, digest_sources, write_proof
+from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import digest_of_ledger
 
 from .conftest import WriteModel
@@ -87,7 +88,7 @@ def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
 def test_a_step_is_published_whole(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
     folder, lock = run
     out = tmp_path / "out"
-    report = publish_run(folder, lock, out, 13600)
+    report = publish_run(Run(folder).suppose(lock), out, 13600)
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "SHA256SUMS", "epsilon-step00013600-baked.safetensors", "epsilon-step00013600.safetensors",
         "report.html",
@@ -130,24 +131,24 @@ def test_the_card_says_how_the_trainers_commit_is_known(
     (checkout / "networks" / "lora.py").write_text("rank = 4\n")
     write_proof(SupportedCommit("new", "c0ffee" * 6 + "beef", digest_sources(checkout), support=support), {})
     lock = tomllib.loads(toml_text({**lock, "trainer": describe_trainer(checkout)}))
-    card = publish_run(folder, lock, tmp_path / "out", bake=False).card.read_text()
+    card = publish_run(Run(folder).suppose(lock), tmp_path / "out", bake=False).card.read_text()
     assert f"| trainer_support | {support} |" in card
     assert "| trainer_commit | c0ffee" in card and str(checkout) not in card
 
 
 def test_the_end_without_baking_and_again(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
     folder, lock = run
-    first = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
-    again = publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
+    first = publish_run(Run(folder).suppose(lock), tmp_path / "out", rights="MIT", bake=False)
+    again = publish_run(Run(folder).suppose(lock), tmp_path / "out", rights="MIT", bake=False)
     assert first.files == again.files and set(first.files) == {"epsilon.safetensors", "README.md", "report.html"}
     assert "license: mit\n" in first.card.read_text()
     with pytest.raises(CannotPublish, match=r"another step offers \(epsilon\.safetensors\)"):
-        publish_run(folder, lock, tmp_path / "out", 13600, bake=False)
+        publish_run(Run(folder).suppose(lock), tmp_path / "out", 13600, bake=False)
     assert set(first.files) < {path.name for path in first.folder.iterdir()}, "nothing was removed"
-    publish_run(folder, lock, tmp_path / "out", rights="MIT")
+    publish_run(Run(folder).suppose(lock), tmp_path / "out", rights="MIT")
     sums = (tmp_path / "out" / "SHA256SUMS").read_text()
     with pytest.raises(CannotPublish, match=r"epsilon-baked\.safetensors of an earlier call"):
-        publish_run(folder, lock, tmp_path / "out", rights="MIT", bake=False)
+        publish_run(Run(folder).suppose(lock), tmp_path / "out", rights="MIT", bake=False)
     assert (tmp_path / "out" / "SHA256SUMS").read_text() == sums
 
 
@@ -159,28 +160,28 @@ def test_what_a_killed_call_left_is_taken_away(tmp_path: Path, run: tuple[Path, 
     out.mkdir()
     for name in ("epsilon.safetensors", "README.md"):
         (out / f".{name}.{gone.pid}.part").write_bytes(b"half")
-    publish_run(folder, lock, out, bake=False)
+    publish_run(Run(folder).suppose(lock), out, bake=False)
     assert not list(out.glob(".*"))
 
 
 def test_a_run_without_a_prompt_format_names_none(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
     folder, lock = run
     del lock["inputs"]["prompt_format"]
-    card = publish_run(folder, lock, tmp_path / "out", bake=False).card.read_text()
+    card = publish_run(Run(folder).suppose(lock), tmp_path / "out", bake=False).card.read_text()
     assert "The captions came with the images" in card and "<general tags>" not in card
 
 
 def test_what_is_not_there_is_told(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
     folder, lock = run
     with pytest.raises(CannotPublish, match="epsilon-step00000001") as caught:
-        publish_run(folder, lock, tmp_path / "out", 1)
+        publish_run(Run(folder).suppose(lock), tmp_path / "out", 1)
     assert "epsilon-step00013600.safetensors" in caught.value.next_step
     with pytest.raises(CannotPublish, match="base model"):
-        publish_run(folder, {**lock, "inputs": {"base_model": "/nowhere"}}, tmp_path / "out")
+        publish_run(Run(folder).suppose({**lock, "inputs": {"base_model": "/nowhere"}}), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(CannotPublish, match="is not empty"):
-        publish_run(folder, lock, tmp_path / "full")
+        publish_run(Run(folder).suppose(lock), tmp_path / "full")
 
 
 def test_nothing_published_holds_a_path(tmp_path: Path, run: tuple[Path, dict[str, Any]]) -> None:
@@ -199,7 +200,7 @@ def test_nothing_published_holds_a_path(tmp_path: Path, run: tuple[Path, dict[st
     before = read_header(network)
     end = {"kind": "crash", "message": f"no room in {folder} of {platform.node()}", "optimizer_step": 15300}
     (folder / "attempts" / "1" / "end.json").write_text(json.dumps({**end, "exit_code": 1, "unix_seconds": 1.7e9}))
-    publish_run(folder, lock, tmp_path / "out")
+    publish_run(Run(folder).suppose(lock), tmp_path / "out")
     assert (tmp_path / "out" / "report.html").is_file()
     for path in (tmp_path / "out").iterdir():
         content = path.read_bytes()
@@ -221,9 +222,9 @@ def test_a_run_without_a_whole_record_is_published_without_its_page(
     tmp_path: Path, run: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, lock = run
-    publish_run(folder, lock, tmp_path / "out")
+    publish_run(Run(folder).suppose(lock), tmp_path / "out")
     (folder / "attempts" / "2" / "attempt.json").write_text("torn {")
-    report = publish_run(folder, lock, tmp_path / "out")
+    report = publish_run(Run(folder).suppose(lock), tmp_path / "out")
     assert "attempt.json" in report.no_page and not (tmp_path / "out" / "report.html").exists()
     assert "report.html" not in (tmp_path / "out" / "SHA256SUMS").read_text()
 
@@ -238,7 +239,7 @@ def test_another_base_model_is_not_baked(tmp_path: Path, run: tuple[Path, dict[s
         stream.write(b"\x01")
     os.utime(base, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(CannotPublish, match="was trained on"):
-        publish_run(folder, lock, tmp_path / "out")
+        publish_run(Run(folder).suppose(lock), tmp_path / "out")
 
 
 def test_the_ledgers_digest_depends_on_names_and_bytes(tmp_path: Path) -> None:
