@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import machine_option, retype, set_option, trust_option
-from kohaku_wrap.cli.output import (
-    counting_bytes,
-    print_answer,
-    print_aside,
-    print_next,
-    progress_bar,
-    verb,
-)
+from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_next, progress_bar, verb
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import format_duration, show_bytes
 

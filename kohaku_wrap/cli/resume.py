@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import PATH, list_given, runs_folders, site_option, workers_option
-from kohaku_wrap.cli.output import (
-    counting_bytes,
-    print_answer,
-    print_aside,
-    print_json,
-    verb,
-    wants_json,
-)
+from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_json, verb, wants_json
 from kohaku_wrap.cli.supervised import (
     describe_launch,
     print_findings,

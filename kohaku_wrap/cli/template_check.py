@@ -7,14 +7,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, trust_option
-from kohaku_wrap.cli.output import (
-    print_json,
-    print_lines,
-    print_next,
-    print_note,
-    verb,
-    wants_json,
-)
+from kohaku_wrap.cli.output import print_json, print_lines, print_next, print_note, verb, wants_json
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line

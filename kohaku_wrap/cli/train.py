@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, trust_option
-from kohaku_wrap.cli.output import (
-    counting_bytes,
-    print_answer,
-    print_aside,
-    print_json,
-    print_note,
-    verb,
-    wants_json,
-)
+from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_json, print_note, verb, wants_json
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.processes import python_command, safe_environment

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import open_run, site_option
-from kohaku_wrap.cli.output import (
-    counting_bytes,
-    print_error,
-    print_json,
-    print_note,
-    print_table,
-    verb,
-    wants_json,
-)
+from kohaku_wrap.cli.output import counting_bytes, print_error, print_json, print_note, print_table, verb, wants_json
 from kohaku_wrap.errors import EXIT_FAILED, command_line, reason_of
 from kohaku_wrap.wording import count_of, show_path
 
