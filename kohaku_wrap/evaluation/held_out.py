@@ -271,7 +271,6 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
     if len(listed) <= MOST_COMPARED:
         result["pairs"] = compare_losses(names, losses)
         return
-    for one in range(own):
-        for two in range(own, len(listed)):
-            if listed[one]["optimizer_step"] == listed[two]["optimizer_step"]:
-                result["pairs"].append(compare_pair((names[one], names[two]), (losses[one], losses[two])))
+    for one, two in itertools.product(range(own), range(own, len(listed))):
+        if listed[one]["optimizer_step"] == listed[two]["optimizer_step"]:
+            result["pairs"].append(compare_pair((names[one], names[two]), (losses[one], losses[two])))

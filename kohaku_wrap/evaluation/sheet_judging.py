@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,11 +150,8 @@ def list_asked(judge: Judge, each: Looked) -> tuple[list[str], list[str]]:
         words = words_of_prompt(parse_prompt(each.prompt or "", lenient=True))
     except PromptError:
         words = []
-    known: list[str] = []
-    unknown: list[str] = []
-    for tag in dict.fromkeys(word.replace(" ", "_") for word in words):
-        (known if tag in judge.places else unknown).append(tag)
-    return known, unknown
+    tags = dict.fromkeys(word.replace(" ", "_") for word in words)
+    return [tag for tag in tags if tag in judge.places], [tag for tag in tags if tag not in judge.places]
 
 
 def find_recall(judge: Judge, each: Looked) -> float | None:
@@ -181,11 +179,10 @@ def measure_tags(judge: Judge, looked: Sequence[Looked]) -> dict[str, Any]:
     """The recall of prompted tags: of those that the tagger knows, how many it sees, by picture and by tag."""
     limit = judge.kind.threshold or 0.0
     asked: dict[str, list[float]] = {}
-    strange: dict[str, int] = {}
+    strange: Counter[str] = Counter()
     for each in looked:
         known, unknown = list_asked(judge, each)
-        for tag in unknown:
-            strange[tag] = strange.get(tag, 0) + 1
+        strange.update(unknown)
         for tag in known:
             asked.setdefault(tag, []).append(float(each.row[judge.places[tag]]))
     recalls = [value for each in looked if (value := find_recall(judge, each)) is not None]
