@@ -12,7 +12,7 @@ import click
 from kohaku_wrap.cli.options import FOLDER, PATH, open_run, site_option
 from kohaku_wrap.cli.output import print_answer, progress_bar, verb
 from kohaku_wrap.cli.sample import COMPUTE_NAMES
-from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_tokenizers, list_models
+from kohaku_wrap.cli.sample_inputs import choose_tokenizers, know_models, list_models
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import write_text
 from kohaku_wrap.wording import format_duration, show_path
@@ -89,8 +89,7 @@ def loss(
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.evaluation import held_out
     from kohaku_wrap.formats.caption_columns import Columns
-    from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
-    from kohaku_wrap.sampling.expanding import KnownModel, name_models
+    from kohaku_wrap.sampling.expanding import name_models
 
     for path in against:
         held_out.read_other(path)
@@ -117,16 +116,8 @@ def loss(
     if dry_run:
         show_plan(job, len(models), forwards)
         return
-    with progress_bar("hash", "bytes") as report:
-        hashes = hash_models(models, report)
     titles = name_models(models)
-    known = [
-        (
-            KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, site_file)),
-            titles[each],
-        )
-        for each in models
-    ]
+    known = [(each, titles[each.model]) for each in know_models(models, asked, site_file)[0]]
     losses = []
     for each, title in known:
         with progress_bar(title, "chunks") as report:

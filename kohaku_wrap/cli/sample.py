@@ -15,7 +15,7 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     verb,
 )
-from kohaku_wrap.cli.sample_inputs import choose_prediction, choose_sheet, choose_tokenizers, list_models
+from kohaku_wrap.cli.sample_inputs import choose_sheet, choose_tokenizers, know_models, list_models
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.sampling.cells import MOST_STEPS
 from kohaku_wrap.wording import count_of, show_path
@@ -189,17 +189,14 @@ def draw_queued(site: Path | None, asked: dict[str, Any], dry_run: bool) -> None
 def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path | None, out: Path) -> DrawingJob:
     """The cells of the sheet with these models."""
     from kohaku_wrap.dataset.recipe import load_dataset
-    from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
     from kohaku_wrap.sampling.chunks import digest_tokenizers
     from kohaku_wrap.sampling.devices import choose_compute, usual_size
-    from kohaku_wrap.sampling.expanding import Defaults, KnownModel, expand_sheet
+    from kohaku_wrap.sampling.expanding import Defaults, expand_sheet
     from kohaku_wrap.sampling.running import DrawingJob
 
     folders = choose_tokenizers(asked["tokenizers"], site, models)
     compute = choose_compute(*(asked[name] for name in COMPUTE_NAMES))
-    with progress_bar("hash", "bytes") as report:
-        hashes = hash_models(models, report)
-    known = [KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, site)) for each in models]
+    known, hashes = know_models(models, asked, site)
     size = usual_size(models[0].path)
     defaults = Defaults(compute, digest_tokenizers(folders), size=size, lenient=asked["lenient"])
     cells = expand_sheet(sheet, known, defaults, load_dataset("epsilon").caption)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import open_run
+from kohaku_wrap.cli.output import progress_bar
 from kohaku_wrap.errors import UsageError
 
 if TYPE_CHECKING:
     from kohaku_wrap.formats.predictions import Prediction
+    from kohaku_wrap.merging.hashes import FileHashes
     from kohaku_wrap.sampling.checkpoints import Model
+    from kohaku_wrap.sampling.expanding import KnownModel
     from kohaku_wrap.sampling.sheets import Sheet
 
 
@@ -70,6 +73,19 @@ def list_models(checkpoints: tuple[Path, ...], asked: dict[str, Any], site: Path
     for model in listed:
         check_model(model)
     return listed
+
+
+def know_models(
+    models: list[Model], asked: dict[str, Any], site: Path | None
+) -> tuple[list[KnownModel], dict[Path, FileHashes]]:
+    """The models with what their files say, and the hashes of these files."""
+    from kohaku_wrap.sampling.checkpoints import hash_models, identify_model
+    from kohaku_wrap.sampling.expanding import KnownModel
+
+    with progress_bar("hash", "bytes") as report:
+        hashes = hash_models(models, report)
+    known = [KnownModel(each, identify_model(each, hashes), choose_prediction(each, asked, site)) for each in models]
+    return known, hashes
 
 
 def choose_tokenizers(folder: Path | None, site: Path | None, models: list[Model]) -> tuple[Path, Path]:
