@@ -175,5 +175,5 @@ def judges(folder: Path | None) -> None:
             ("  files", ", ".join(kind.files)),
             ("  published", kind.published),
         ]
-    following = ("evaluate", "judge", "SHEET_DIR", "--judge", made[0] if made else "FOLDER")
+    following = ("evaluate", "judge", "SHEET_DIR", "--judge", folder / "tagger" if folder else "FOLDER")
     print_answer({"kinds": kinds, "made": made}, "Judges", rows, command_line(*following))

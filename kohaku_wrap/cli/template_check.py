@@ -11,6 +11,7 @@ from kohaku_wrap.cli.output import print_json, print_lines, print_next, print_no
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
+from kohaku_wrap.files import expand_user
 from kohaku_wrap.wording import count_of, show_path
 
 
@@ -29,7 +30,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
     from importlib.util import find_spec
 
     from kohaku_wrap.config.base_model import note_other_prediction
-    from kohaku_wrap.config.check_files import check_file, list_files
+    from kohaku_wrap.config.check_files import check_file, kind_of, list_files
     from kohaku_wrap.config.training_data import note_whole_captions
     from kohaku_wrap.planning.training_plan import check_engine
     from kohaku_wrap.trainer.installed import find_option_table
@@ -73,8 +74,11 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
             f"Run `{command_line('template', 'show', faulty[0][0], '--why')}` to see where each value comes from.",
         )
     print_lines(f"{count_of(len(reports), 'file')}, no problems (options of {table.source}).")
-    template = files[0] if len(reports) == 1 else "TEMPLATE"
-    print_next(command_line("plan", template, "--site", site or "site.toml"))
+    kinds = {path: kind_of(path) for path, _, _ in reports}
+    typed = reports[0][0] if expand_user(files[0]).is_dir() else files[0]
+    template = typed if list(kinds.values()) == ["template"] else "TEMPLATE"
+    site_file = site or next((path for path, kind in kinds.items() if kind == "site"), "site.toml")
+    print_next(command_line("plan", template, "--site", site_file))
 
 
 class FaultyTemplates(KwrapError):

@@ -57,7 +57,7 @@ def check_file(
 
     Files under `presets` are checked as presets, which make what they do of the base template; site files as sites.
     """
-    kind = "preset" if path.parent.name == "presets" else "site" if is_site(path) else "template"
+    kind = kind_of(path)
     entry = Entry(path.stem, "preset", shorten_path(path))
     try:
         if kind == "site":
@@ -78,6 +78,11 @@ def check_file(
         return [Problem(path.name, fault.message, f"{kind} {shorten_path(path)}")], None
     except OSError as fault:
         return [Problem(path.name, reason_of(fault), f"{kind} {shorten_path(path)}")], None
+
+
+def kind_of(path: Path) -> str:
+    """What a file is checked as: `template`, `preset` or `site`."""
+    return "preset" if path.parent.name == "presets" else "site" if is_site(path) else "template"
 
 
 def is_site(path: Path) -> bool:

@@ -146,6 +146,8 @@ def test_the_kinds_are_listed_with_their_files(tmp_path: Path) -> None:
         assert ", ".join(kind.files) in result.stdout and kind.published in result.stdout
     made = CliRunner().invoke(program, ["evaluate", "judges", "--small", str(tmp_path / "small")])
     assert made.exit_code == 0
+    # One that says something of a picture alone.
+    assert made.stdout.splitlines()[-1].endswith(f"--judge {tmp_path / 'small' / 'tagger'}")
     assert all(open_judge(tmp_path / "small" / kind).look_at(make_picture(tmp_path / "a.png")).size for kind in KINDS)
 
 

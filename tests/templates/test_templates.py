@@ -83,6 +83,28 @@ def test_check_command_on_the_shipped_folder() -> None:
     assert "no problems" in result.output
 
 
+@pytest.mark.parametrize(
+    ("checked", "following"),
+    [
+        ("epsilon", "kwrap plan epsilon --site site.toml"),
+        ("mine", "kwrap plan mine/own.toml --site site.toml"),
+        ("world.toml", "kwrap plan TEMPLATE --site world.toml"),
+        ("presets/near.toml", "kwrap plan TEMPLATE --site site.toml"),
+    ],
+)
+def test_what_follows_a_check_is_the_plan_of_a_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: str, following: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "mine/own.toml": 'extends = "epsilon"\n', "world.toml": "[machine]\ngpus = 0\n", "presets/near.toml": "",
+    }.items():  # fmt: skip
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+    result = CliRunner().invoke(command, ["check", checked, "--no-modules"])
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, f"Next: {following}"), result.output
+
+
 def test_an_empty_folder_is_no_success(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, ["check", str(tmp_path)])
     assert result.exit_code != 0
