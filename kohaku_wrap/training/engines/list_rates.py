@@ -112,7 +112,7 @@ def list_rates(groups: list[dict[str, Any]], default: float, make_schedule: Call
 
 def rates_of_builtin(lock: Lock, count: int, names: Sequence[str]) -> Any:
     """By the builtin engine's own functions."""
-    from kohaku_wrap.training.engines.builtin.network import create_schedule
+    from kohaku_wrap.training.engines.builtin.schedule import create_schedule
 
     options = BuiltinOptions.from_config(trainer_values(lock), on_cpu=False)
     arguments: dict[str, Any] = dict(text.split("=", 1) for text in options.network_args)

@@ -28,11 +28,11 @@ from kohaku_wrap.training.engines.builtin.models import load_base_model
 from kohaku_wrap.training.engines.builtin.network import (
     create_network,
     create_optimizer,
-    create_schedule,
     describe_groups,
     describe_training,
     save_network,
 )
+from kohaku_wrap.training.engines.builtin.schedule import create_schedule
 from kohaku_wrap.training.engines.builtin.state import Trained, read_optimizer
 from kohaku_wrap.training.engines.interface import Engine
 from kohaku_wrap.training.engines.schedule import take_up_schedule

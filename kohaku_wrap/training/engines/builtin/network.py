@@ -1,4 +1,4 @@
-"""The network, its optimizer and its schedule, made as sd-scripts makes them."""
+"""The network and its optimizer, made as sd-scripts makes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from kohaku_wrap.files import atomic_write
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.engines.builtin.models import BaseModel
-from kohaku_wrap.training.records.chapters import Cycle
 
 SAVED_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -104,18 +103,6 @@ def optimizer_class(name: str) -> Any:
     """The class behind sd-scripts' name of an optimizer."""
     module, class_name = OPTIMIZER_CLASSES[name.lower()]
     return getattr(importlib.import_module(module), class_name)
-
-
-def create_schedule(optimizer: torch.optim.Optimizer, options: BuiltinOptions, cycle: Cycle) -> Any:
-    """The rate over the updates of a cycle, by transformers; the same on any number of processes."""
-    from transformers import get_scheduler
-
-    return get_scheduler(
-        options.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=options.warmup_optimizer_steps(cycle.optimizer_steps) if cycle.has_warmup else 0,
-        num_training_steps=cycle.optimizer_steps,
-    )
 
 
 def describe_groups(network: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
