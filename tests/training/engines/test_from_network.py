@@ -60,10 +60,8 @@ def kwrap(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world with a run that trained two steps."""
-    folder = tmp_path_factory.mktemp("from") / "world"
+def write_world(folder: Path) -> Path:
+    """A world in which nothing was trained yet."""
     write_images(folder / "images")
     write_base_model(folder / "base", seed=1)
     write_tokenizers(folder / "tokenizers", [CAPTION.format("one", "two")])
@@ -71,6 +69,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = {name: name for name in ("images", "tokenizers", "runs")} | {"base_model": "base/model.safetensors"}
     machine = {"engine": "builtin", "gpus": 0, "batch_per_gpu": 2, "workers": 0}
     (folder / "site.toml").write_text(toml.dumps({"paths": paths, "machine": machine}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with a run that trained two steps."""
+    folder = write_world(tmp_path_factory.mktemp("from") / "world")
     more = ("--set", "max_train_steps=2")
     done = kwrap("train", folder / "mine.toml", "--site", folder / "site.toml", "--run", "first", *more)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -247,7 +252,11 @@ def test_a_dry_run_checks_the_network(world: Path) -> None:
     assert not (world / "runs" / "dry").exists()
 
 
-def test_a_template_may_name_a_network_beside_it(world: Path) -> None:
+def test_a_template_may_name_a_network_beside_it(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    network = network_of(world, "first")
+    network.parent.mkdir(parents=True)
+    save_file({"lora_unet_out_2.alpha": torch.tensor(1.0)}, network)
     (world / "on.toml").write_text('extends = "demo"\nnetwork_weights = "runs/first/checkpoints/first.safetensors"\n')
     effective = resolve_template(str(world / "on.toml"), load_site(world / "site.toml"))
-    assert effective.get("network_weights") == str(network_of(world, "first"))
+    assert effective.get("network_weights") == str(network)
