@@ -25,6 +25,9 @@ FAST_TESTS := tests/formats tests/metadata tests/templates tests/test_files.py t
 FAST_ARGS := -n 2 -m "not slow and not sd_scripts and not torch" $(or $(filter tests/$(ROOM)%,$(if $(ROOM),$(FAST_TESTS))),$(FAST_TESTS))
 MUTANTS_ARGS ?=
 
+# Tests start some hundred processes, and each would compile every module that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 ifeq ($(wildcard $(CONSTRAINTS)),)
 $(error SET=$(SET): no such set of versions; there is: $(patsubst constraints-%.txt,%,$(wildcard constraints-*.txt)))
 endif
