@@ -58,9 +58,13 @@ EQUAL_BATCHES = ("dataset_options.bucket_no_upscale=false", "dataset_options.num
 """Every batch is full, so that all steps of two runs cost the same in any order."""
 
 SCALES = {
-    "full": Scale("full", "epsilon", 24, 4, 1, EQUAL_BATCHES, Kill(0.9)),
+    "full": Scale("full", "epsilon", 16, 4, 1, EQUAL_BATCHES, Kill(0.6)),
     "tiny": Scale("tiny", "demo", 6, 2, 1, tuple(f"dataset_options.{each}" for each in SMALL_PICTURES), Kill(0.5)),
 }
+
+
+WORKERS = 2
+"""Loader workers of a process; the runs end in the middle of an epoch, with batches made ahead."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class Workplace:
         paths = {"base_model": self.base_model, "runs": self.bench.runs}
         machine = {"engine": self.engine, "gpus": min(self.gpus, processes), "batch_per_gpu": self.scale.batch_per_gpu}
         path = self.folder / "sites" / f"{self.engine}-{processes}.toml"
-        return write_site_of(self.bench.world, path, paths, machine | {"workers": 2 if self.gpus else 0})
+        return write_site_of(self.bench.world, path, paths, machine | {"workers": WORKERS})
 
     def settings(self, processes: int = 1) -> tuple[str, ...]:
         """Over the template, for runs of so many processes."""
@@ -134,8 +138,7 @@ class Workplace:
         """A run to its end, through kills, with `environment` added to the caller's."""
         run = Run(self.bench.runs / name)
         shutil.rmtree(run.folder, ignore_errors=True)
-        workers = (2 if self.gpus else 0,)
-        train_with_kills(run, self.arguments(name, processes), kills, workers, self.logs, environment)
+        train_with_kills(run, self.arguments(name, processes), kills, (WORKERS,), self.logs, environment)
         return run
 
     def forget(self, run: Run) -> None:

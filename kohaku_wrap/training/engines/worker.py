@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
@@ -41,7 +42,17 @@ def run_worker(begin: Callable[[Attempt, int], Engine]) -> int:
     if rank == 0:
         done = engine.optimizer_steps
         wait_for_room(attempt, lambda: attempt.finish(outcome, done), done)
+    end_loader_workers()
     return 0
+
+
+def end_loader_workers() -> None:
+    """SIGKILL to loader workers that wait in the middle of an epoch, with nothing left to do.
+
+    Python and torch end them by SIGTERM, which they do not take (`data/loader.py`), and wait for them for ever.
+    """
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def report_failures(attempt: Attempt, rank: int, optimizer_steps_done: Callable[[], int]) -> None:

@@ -261,6 +261,21 @@ def test_a_signal_to_every_process_saves_a_state(world: World, tmp_path: Path, p
     assert not list_processes(run)
 
 
+HELD_LOADER = """
+from kohaku_wrap.training.data.loader import make_loader
+from kohaku_wrap.training.engines.worker import end_loader_workers
+
+loader = make_loader([{}] * 9, list(range(9)), 2, True, 0)
+next(iter(loader))
+end_loader_workers()
+"""
+"""As sd-scripts ends: its accelerator still holds the loader."""
+
+
+def test_loader_workers_that_heed_no_signal_keep_no_process(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", HELD_LOADER], check=True, timeout=60)
+
+
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_not_the_one_that_lost_it(world: World, tmp_path: Path) -> None:
     document = toml.loads(world.site.read_text(encoding="utf-8"))
