@@ -44,6 +44,18 @@ def blamed_on(path: Path, part: Path) -> Iterator[None]:
 
 
 @contextmanager
+def becoming(path: Path, part: Path) -> Iterator[None]:
+    """Give `part`, which the block writes, the name `path`; it is removed on any failure, an interrupt included."""
+    try:
+        with blamed_on(path, part):
+            yield
+            part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary neighbour of `path` and give it the name only when all is on disk.
 
@@ -56,16 +68,10 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     encoding = None if "b" in mode else "utf-8"
-    try:
-        with blamed_on(path, part):
-            with part.open(mode, encoding=encoding, newline=None if "b" in mode else "\n") as stream:
-                yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with becoming(path, part), part.open(mode, encoding=encoding, newline=None if "b" in mode else "\n") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
     fsync_folder(path.parent)
 
 

@@ -32,41 +32,45 @@ def hold_lock(path: Path) -> int | None:
 
 
 @contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor of a file or folder for the time of a block."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locking(path: Path, flags: int) -> Iterator[bool]:
+    """Open a file or folder for the time of a block, and say whether it is ours alone, as `take_lock` does."""
+    with opened(path, flags) as descriptor:
+        yield take_lock(descriptor, path)
+
+
+@contextmanager
 def holding_lock(path: Path, busy: KwrapError) -> Iterator[None]:
     """Hold the lock file for the time of a block; raises `busy` when another process holds it."""
-    lock = hold_lock(path)
-    if lock is None:
-        raise busy
-    try:
+    with locking(path, os.O_RDWR | os.O_CREAT) as is_ours:
+        if not is_ours:
+            raise busy
         yield
-    finally:
-        os.close(lock)
 
 
 def is_lock_free(path: Path) -> bool:
     """Whether the lock file exists and nobody holds it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
+    with suppress(FileNotFoundError, BlockingIOError), opened(path, os.O_RDONLY) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+        return True
+    return False
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file, waiting for it; free again when the process ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
+    with opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 LOCKS = ".locks"
@@ -114,13 +118,9 @@ def clear_leavings(out: Path, *patterns: str) -> None:
     from psutil import pid_exists
 
     for path in (out / LOCKS).glob("*.lock"):
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                if take_lock(descriptor, path):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
+        with suppress(OSError), locking(path, os.O_RDWR) as is_ours:
+            if is_ours:
+                path.unlink()
     with suppress(OSError):
         (out / LOCKS).rmdir()
     for part in (part for pattern in patterns for part in out.glob(pattern)):
@@ -137,18 +137,12 @@ def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(f"{prefix}*"):
-        with suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                if take_lock(descriptor, left):
-                    shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+        with suppress(OSError), locking(left, os.O_DIRECTORY | os.O_NOFOLLOW) as is_ours:
+            if is_ours:
+                shutil.rmtree(left, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    descriptor = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        take_lock(descriptor, part)
-        yield part
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(descriptor)
+    with locking(part, os.O_DIRECTORY):
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)

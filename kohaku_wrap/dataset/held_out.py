@@ -20,6 +20,7 @@ from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches, read_captions_metadata
 from kohaku_wrap.formats.held_out import KINDS, HeldOut
 from kohaku_wrap.formats.relations import BadRelations, Relations, read_relations
+from kohaku_wrap.metadata.places import NOWHERE, find_places
 
 USUAL_DATASET = "epsilon"
 """Whose words of rating and year are looked for in captions of a dataset that cannot be read."""
@@ -59,16 +60,9 @@ def find_relations(images: Path, ids: Int64Array) -> Relations:
     else:
         found = read_relations(images) or Relations(ids[:0], ids[:0], pa.array([], pa.string()))
     order = np.argsort(found.ids, kind="stable")
-    places = np.searchsorted(found.ids, ids, sorter=order)
-    is_known = np.zeros(len(ids), dtype=bool)
-    if len(order):
-        rows = order[np.minimum(places, len(order) - 1)]
-        is_known = found.ids[rows] == ids
-        parents = np.where(is_known, found.parents[rows], -1)
-        contents = found.contents.take(pa.array(rows, mask=~is_known)).fill_null("")
-    else:
-        parents, contents = np.full(len(ids), -1, dtype=np.int64), pa.array([""] * len(ids))
-    return Relations(ids, parents, contents)
+    rows = np.append(order, NOWHERE)[find_places(found.ids[order], ids)]
+    parents = np.append(found.parents, -1)[rows]
+    return Relations(ids, parents, found.contents.take(pa.array(rows, mask=rows == NOWHERE)).fill_null(""))
 
 
 def with_relatives(posts: Int64Array, relations: Relations) -> HeldOut:

@@ -48,15 +48,7 @@ class HeldOut:
 
     def text(self) -> str:
         """The file's text, the same for the same posts."""
-        document = {
-            "format": FORMAT,
-            "posts": self.posts.tolist(),
-            "relatives": self.relatives.tolist(),
-            "by_kind": dict(self.by_kind),
-            "unknown": self.unknown,
-            "images": self.images,
-        }
-        return json.dumps(document) + "\n"
+        return json.dumps({"format": FORMAT, **vars(self)}, default=np.ndarray.tolist) + "\n"
 
     def mark(self, ids: Int64Array) -> BoolArray:
         """(ids,) whether each is not trained."""

@@ -38,16 +38,10 @@ def relation_columns(source: Source) -> tuple[str, str]:
     return dialect.number("post_id"), dialect.number("tag_id")
 
 
-def relation_rows(database: Database) -> tuple[int, int]:
-    """The first and last rowid of the relation, (0, -1) when it is empty."""
-    # Two queries: sqlite finds one end of a table at once, but scans it for both.
-    first, last = (database.value(f"SELECT {end}(rowid) FROM posttagrelation") for end in ("min", "max"))
-    return (0, -1) if first is None else (first, last)
-
-
 def count_rows(source: Source) -> int:
     """How many rows the relation has; of rowids with gaps, how many there may be, which sqlite knows at once."""
-    if isinstance(source, Database) and source.has_row_ids:
-        first, last = relation_rows(source)
-        return last - first + 1
-    return int(source.value("SELECT count(*) FROM posttagrelation"))
+    if not isinstance(source, Database) or not source.has_row_ids:
+        return int(source.value("SELECT count(*) FROM posttagrelation"))
+    # Two queries: sqlite finds one end of a table at once, but scans it for both.
+    first, last = (source.value(f"SELECT {end}(rowid) FROM posttagrelation") for end in ("min", "max"))
+    return 0 if first is None else int(last - first + 1)

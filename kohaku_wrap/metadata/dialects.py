@@ -43,6 +43,14 @@ class Dialect(ABC):
     def flag(self, column: str) -> str:
         """1, 0, or NULL where it is unknown."""
 
+    def flag_of_word(self, word: str, column: str) -> str:
+        """The cases of a flag for what a column says in words; of any other word its number counts."""
+        return (
+            f"WHEN {word} IN ({', '.join(map(quote, YES_WORDS))}) THEN 1 "
+            f"WHEN {word} IN ({', '.join(map(quote, NO_WORDS))}) THEN 0 "
+            f"ELSE {truth_of(self.number(column))} END"
+        )
+
     @abstractmethod
     def text(self, column: str) -> str:
         """The text, '' for NULL."""
@@ -118,13 +126,8 @@ class Sqlite(Dialect):
         )
 
     def flag(self, column: str) -> str:
-        word = f"lower({self._trimmed(column)})"
-        return (
-            f"CASE WHEN typeof({column}) <> 'text' THEN {truth_of(self.number(column))} "
-            f"WHEN {word} IN ({', '.join(map(quote, YES_WORDS))}) THEN 1 "
-            f"WHEN {word} IN ({', '.join(map(quote, NO_WORDS))}) THEN 0 "
-            f"ELSE {truth_of(self.number(column))} END"
-        )
+        of_word = self.flag_of_word(f"lower({self._trimmed(column)})", column)
+        return f"CASE WHEN typeof({column}) <> 'text' THEN {truth_of(self.number(column))} {of_word}"
 
     def text(self, column: str) -> str:
         return f"CAST(coalesce({column}, '') AS TEXT)"
@@ -169,12 +172,7 @@ class Duck(Dialect):
         name, kind = self._columns[column]
         if not is_text(kind):
             return truth_of(self.number(column))
-        word = f"lower({self._trimmed(name)})"
-        return (
-            f"CASE WHEN {word} IN ({', '.join(map(quote, YES_WORDS))}) THEN 1 "
-            f"WHEN {word} IN ({', '.join(map(quote, NO_WORDS))}) THEN 0 "
-            f"ELSE {truth_of(self.number(column))} END"
-        )
+        return f"CASE {self.flag_of_word(f'lower({self._trimmed(name)})', column)}"
 
     def text(self, column: str) -> str:
         name, kind = self._columns[column]

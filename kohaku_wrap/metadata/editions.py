@@ -110,28 +110,36 @@ def posts_sql(
     `words`: the ratings by the words for them, in small letters.
     """
     columns = {key: dialect.column(name) for key, name in found.posts.items()}
-    date = dialect.date(columns["created_at"]) if "created_at" in columns else "''"
     extension = dialect.text(columns["file_ext"]) if "file_ext" in columns else "''"
     if "file_name" in columns:
         extension = dialect.extension(dialect.text(columns["file_name"]))
     typed = {number: [dialect.column(name) for name in names] for number, names in found.typed.items()}
     every = [dialect.column(name) for name in found.whole] or [column for some in typed.values() for column in some]
-    made = {
-        "id": dialect.number(columns["id"]),
-        "created_at": date,
-        "day": dialect.day(date),
+    own = {
+        "created_at": dialect.date(columns["created_at"]) if "created_at" in columns else "''",
         "file_ext": f"lower(ltrim({extension}, '.'))",
-        "rating": dialect.rating(columns["rating"], words) if "rating" in columns else "-1",
-        **{name: dialect.text(columns[name]) for name in ("md5", "file_url") if name in columns},
-        **{name: dialect.number(columns[name]) for name in ("score", "fav_count", "parent_id") if name in columns},
-        **{name: dialect.size(columns[name]) for name in ("image_width", "image_height") if name in columns},
-        **{name: dialect.flag(columns[name]) for name in ("is_deleted", "is_banned") if name in columns},
         "place": place,
         "tags": dialect.tags(every, by_commas),
         **{f"tags_{number}": dialect.tags(some, by_commas) for number, some in typed.items()},
     }
-    absent = {name: dialect.absent(name) for name in COLUMNS if name not in made}
-    return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in {**made, **absent}.items()) + f" FROM {table}"
+    return select_columns(dialect, columns, words, own, table)
+
+
+def select_columns(
+    dialect: Dialect, columns: Mapping[str, str], words: Mapping[str, int], own: Mapping[str, str], table: str
+) -> str:
+    """A query of the COLUMNS of every post: those of `columns` as the dialect reads each, and `own` by its SQL."""
+    reads = {
+        **dict.fromkeys(("id", "score", "fav_count", "parent_id"), dialect.number),
+        **dict.fromkeys(("md5", "file_url"), dialect.text),
+        **dict.fromkeys(("image_width", "image_height"), dialect.size),
+        **dict.fromkeys(("is_deleted", "is_banned"), dialect.flag),
+    }
+    made = {name: read(columns[name]) for name, read in reads.items() if name in columns}
+    made |= {"rating": dialect.rating(columns["rating"], words) if "rating" in columns else "-1", **own}
+    made["day"] = dialect.day(made["created_at"])
+    made |= {name: dialect.absent(name) for name in COLUMNS if name not in made}
+    return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in made.items()) + f" FROM {table}"
 
 
 def danbooru_posts_sql(dialect: Dialect, place: str, has_parents: bool) -> str:
@@ -139,22 +147,11 @@ def danbooru_posts_sql(dialect: Dialect, place: str, has_parents: bool) -> str:
 
     `place`: SQL for the place of a row in it; `has_parents`: whether it has the column parent_id.
     """
-    date = dialect.text("created_at")
-    made = {
-        "id": "id" if isinstance(dialect, Sqlite) else dialect.number("id"),
-        "created_at": date,
-        "day": dialect.day(date),
-        "md5": dialect.text("md5"),
-        "file_url": dialect.text("file_url"),
+    own = {
+        "created_at": dialect.text("created_at"),
         "file_ext": f"lower({dialect.text('file_ext')})",
-        "rating": dialect.rating("rating", {}),
-        "score": dialect.number("score"),
-        "fav_count": dialect.number("fav_count"),
-        "image_width": dialect.size("image_width"),
-        "image_height": dialect.size("image_height"),
-        "is_deleted": dialect.flag("is_deleted"),
-        "is_banned": dialect.flag("is_banned"),
-        "parent_id": dialect.number("parent_id") if has_parents else dialect.absent("parent_id"),
         "place": place,
+        **({"id": "id"} if isinstance(dialect, Sqlite) else {}),
     }
-    return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in made.items()) + " FROM post"
+    columns = {name: name for name in COLUMNS if has_parents or name != "parent_id"}
+    return select_columns(dialect, columns, {}, own, "post")

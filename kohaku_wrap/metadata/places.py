@@ -20,19 +20,20 @@ DENSE_IDS = 1 << 27
 
 def place_finder(ids: Int64Array) -> Callable[[Int64Array], Int32Array]:
     """A function from ids to their places among `ids`, which ascend; NOWHERE for others."""
-    if not len(ids):
-        return lambda asked: np.full(len(asked), NOWHERE, dtype=np.int32)
-    largest = int(ids[-1])
+    largest = int(ids[-1]) if len(ids) else DENSE_LIMIT
     if largest < DENSE_LIMIT and ids[0] >= 0:
         dense = np.full(largest + 2, NOWHERE, dtype=np.int32)
         dense[ids] = np.arange(len(ids), dtype=np.int32)
         return lambda asked: dense[np.where((asked >= 0) & (asked <= largest), asked, largest + 1)]
+    return lambda asked: find_places(ids, asked).astype(np.int32)
 
-    def bisect(asked: Int64Array) -> Int32Array:
-        places = np.minimum(np.searchsorted(ids, asked), len(ids) - 1)
-        return np.where(ids[places] == asked, places, NOWHERE).astype(np.int32)
 
-    return bisect
+def find_places(ids: Int64Array, asked: Int64Array) -> Int64Array:
+    """(asked,) the place of each among `ids`, which ascend; NOWHERE for others. By bisection, for a few calls."""
+    if not len(ids):
+        return np.full(len(asked), NOWHERE)
+    places = np.minimum(np.searchsorted(ids, asked), len(ids) - 1)
+    return np.where(ids[places] == asked, places, NOWHERE)
 
 
 class FirstRows:

@@ -17,7 +17,7 @@ from kohaku_wrap.files import Progress
 from kohaku_wrap.metadata.chunks import relation_columns
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import Filter
-from kohaku_wrap.metadata.places import FirstRows
+from kohaku_wrap.metadata.places import NOWHERE, FirstRows, find_places
 from kohaku_wrap.metadata.source import DatabaseDamaged, Source
 from kohaku_wrap.metadata.tags import TagTable
 from kohaku_wrap.metadata.words import split_words
@@ -136,9 +136,8 @@ def read_posts(
     done, last = 0, wanted[0] - 1
     for batch in source.scan(f"SELECT {columns} FROM {posts}"):
         ids = batch.column(0).to_numpy()
-        places = np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)
         is_first = np.diff(ids, prepend=last) != 0
-        kept = batch.filter(pa.array((wanted[places] == ids) & is_first))
+        kept = batch.filter(pa.array((find_places(wanted, ids) != NOWHERE) & is_first))
         last = ids[-1] if len(ids) else last
         if kept.num_rows:
             arrays = [_as_type(kept.column(number), kind) for number, (_, _, kind) in enumerate(POST_COLUMNS)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
+from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk, count_rows, relation_rows
+from kohaku_wrap.metadata.chunks import TagChunk, count_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.layouts import Layout
 from kohaku_wrap.metadata.parallel import map_in_order
@@ -24,9 +23,6 @@ from kohaku_wrap.metadata.streamed import streamed_pieces, unordered_rows
 from kohaku_wrap.metadata.tags import TagTable, read_tags
 
 Result = TypeVar("Result")
-
-ROWS_A_CHUNK = 1 << 19
-"""Relation rows read at once: some 14,000 posts, a few dozen MB in all while they are worked on."""
 
 POSTS_A_CHUNK = 1 << 14
 """Posts read at once where tags are found by post: layout v0, and lookups through an index."""
@@ -38,9 +34,6 @@ IDS_A_QUERY = 500
 
 NO_ROWS: tuple[Int64Array, ...] = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 """Post and tag ids of no rows."""
-
-
-SMALLEST, LARGEST = -(1 << 62), 1 << 62
 
 
 def map_tag_chunks(
@@ -69,18 +62,9 @@ def map_tag_chunks(
     elif spill_folder is not None:
         rows, batches = unordered_rows(source, tags, post_ids)
         pieces = sorted_pieces(rows, batches, len(post_ids), spill_folder, threads)
-    elif isinstance(source, Database) and source.layout.has_relation:
-        pieces = _ordered_pieces(source, tags, post_ids)
     else:
         pieces = streamed_pieces(source, tags, post_ids)
-
-    def read_and_work(piece: Callable[[], TagChunk]) -> Result | None:
-        chunk = piece()
-        return work(chunk) if chunk.stop > chunk.first else None
-
-    for result in map_in_order(read_and_work, pieces, threads):
-        if result is not None:
-            yield result
+    yield from map_in_order(lambda piece: work(piece()), pieces, threads)
 
 
 def _lookup_is_cheaper(database: Database, posts: int) -> bool:
@@ -101,8 +85,7 @@ def _token_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> I
             "SELECT CAST(id AS INTEGER), CAST(coalesce(tag_list, '') AS TEXT) FROM post "
             f"WHERE id BETWEEN {wanted[0]} AND {wanted[-1]}{database.of_first_rows} ORDER BY id"
         )
-        posts: list[Int32Array] = []
-        found: list[Int64Array] = []
+        posts, found = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int64)]
         for batch in database.scan(query):
             ids = batch.column(0).to_numpy().astype(np.int64)
             listed = np.isin(ids, wanted)
@@ -111,8 +94,6 @@ def _token_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> I
             owners, tag_ids = parse_tag_lists(ids, lists, database.token_base)
             posts.append(np.searchsorted(wanted, ids).astype(np.int32)[owners])
             found.append(tag_ids)
-        if not posts:
-            return TagChunk(first, stop, np.empty(0, np.int32), np.empty(0, np.int32))
         return TagChunk(first, stop, np.concatenate(posts), tags.rows_of(np.concatenate(found)))
 
     yield from _by_posts(len(post_ids), read)
@@ -141,74 +122,6 @@ def _by_posts(posts: int, read: Callable[[int, int], TagChunk]) -> Iterator[Call
     for first in range(0, posts, POSTS_A_CHUNK):
         stop = min(first + POSTS_A_CHUNK, posts)
         yield partial(read, first, stop)
-
-
-def _ordered_pieces(database: Database, tags: TagTable, post_ids: Int64Array) -> Iterator[Callable[[], TagChunk]]:
-    """Stretches of a relation whose rows are in the order of their posts, cut between posts."""
-
-    def read(begin: tuple[int, int], end: tuple[int, int], first: int, stop: int) -> TagChunk:
-        posts, tag_ids = read_rows(database, begin[0], end[0])
-        if len(posts) and not ((posts[1:] >= posts[:-1]).all() and posts[0] >= begin[1] and posts[-1] < end[1]):
-            raise RowsOutOfOrder
-        owners, wanted = _owners_of_rows(posts, post_ids[first:stop])
-        if not wanted.all():
-            owners, tag_ids = owners[wanted], tag_ids[wanted]
-        return TagChunk(first, stop, owners, tags.rows_of(tag_ids))
-
-    if not database.has_row_ids:
-        raise RowsOutOfOrder
-    first = 0
-    for begin, end in itertools.pairwise(_cut_between_posts(database)):
-        stop = len(post_ids) if end[1] == LARGEST else int(np.searchsorted(post_ids, end[1]))
-        # Stretches without a wanted post are read too: that the rows are in order must be seen, not assumed.
-        yield partial(read, begin, end, first, stop)
-        first = stop
-
-
-def _owners_of_rows(posts: Int64Array, wanted_ids: Int64Array) -> tuple[Int32Array, BoolArray]:
-    """The place of each row's post in `wanted_ids`, and whether it is wanted at all; `posts` is ascending."""
-    if not len(posts) or not len(wanted_ids):
-        return np.zeros(len(posts), np.int32), np.zeros(len(posts), bool)
-    starts = np.flatnonzero(np.concatenate(([True], posts[1:] != posts[:-1])))
-    rows = np.diff(np.append(starts, len(posts)))
-    distinct = posts[starts]
-    places = np.minimum(np.searchsorted(wanted_ids, distinct), len(wanted_ids) - 1)
-    wanted = wanted_ids[places] == distinct
-    return np.repeat(places.astype(np.int32), rows), np.repeat(wanted, rows)
-
-
-def read_rows(database: Database, first_row: int, stop_row: int) -> tuple[Int64Array, Int64Array]:
-    """The post and tag ids of the relation's rows in a stretch of rowid, in the order of rowid."""
-    query = (
-        f"SELECT post_id, tag_id FROM posttagrelation WHERE rowid >= {first_row} AND rowid < {stop_row} "
-        "AND post_id IS NOT NULL AND tag_id IS NOT NULL ORDER BY rowid"
-    )
-    posts, tag_ids = map(np.concatenate, zip(NO_ROWS, *database.scan_numbers(query), strict=True))
-    return posts, tag_ids
-
-
-def _cut_between_posts(database: Database) -> list[tuple[int, int]]:
-    """Row and post at which each stretch of about ROWS_A_CHUNK rows begins, and those after the last one.
-
-    A stretch begins with a post, and holds posts from its own on to before that of the next. Raises RowsOutOfOrder
-    where they go back.
-    """
-    first_row, last_row = relation_rows(database)
-    begins: list[tuple[int, int]] = [(first_row, SMALLEST)]
-    with database.connect() as connection:
-        # Counted from the last stretch's first row: rowids may have wide gaps.
-        while (row := begins[-1][0] + ROWS_A_CHUNK) <= last_row:
-            at = (
-                "SELECT rowid, CAST(post_id AS INTEGER) FROM posttagrelation WHERE rowid >= ? {} ORDER BY rowid LIMIT 1"
-            )
-            here = connection.execute(at.format("AND post_id IS NOT NULL"), (row,)).fetchone()
-            after = here and connection.execute(at.format("AND post_id <> ?"), (row, here[1])).fetchone()
-            if not after:
-                break
-            if after[1] <= max(begins[-1][1], here[1]):
-                raise RowsOutOfOrder
-            begins.append((after[0], after[1]))
-    return [*begins, (last_row + 1, LARGEST)]
 
 
 LONGEST_TOKEN = 12

@@ -25,8 +25,6 @@ def streamed_pieces(source: Source, tags: TagTable, post_ids: Int64Array) -> Ite
     for places, tag_rows in _relation_rows(source, tags, post_ids):
         if not len(places):
             continue
-        if (places[1:] < places[:-1]).any() or places[0] < first:
-            raise RowsOutOfOrder
         stop = int(places[-1]) + 1
         yield partial(TagChunk, first, stop, places - np.int32(first), tag_rows)
         first = stop

@@ -32,7 +32,7 @@ from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import load_dataset, read_dataset
 from kohaku_wrap.dataset.selection import select_posts
 from kohaku_wrap.formats.caption_rows import NoImages
-from kohaku_wrap.metadata import relations
+from kohaku_wrap.metadata import relations, streamed
 from kohaku_wrap.metadata.database import open_database
 
 ALL = ("txt", "cache", "jsonl")
@@ -128,7 +128,7 @@ def test_digest_does_not_depend_on_pieces(folder: Folder, monkeypatch: pytest.Mo
     folder.extract(folder.selection, folder.images)
     whole = folder.write(("cache", "jsonl"))
     before = {name: (folder.images / name).read_bytes() for name in ("metadata_cache.json", "captions.jsonl")}
-    monkeypatch.setattr(relations, "ROWS_A_CHUNK", 100)
+    monkeypatch.setattr(streamed, "ROWS_A_BATCH", 100)
     monkeypatch.setattr(relations, "IDS_A_QUERY", 5)
     pieces = folder.write(("cache", "jsonl"))
     assert pieces.digest == whole.digest and pieces.formats["cache"] == Changes(unchanged=len(folder.ids))
@@ -477,7 +477,7 @@ def test_interrupt_leaves_whole_files_and_the_next_call_finishes(
     }
     pq.write_table(pa.table(columns), folder.images / "extracted.parquet")
     slow = (
-        "import sys, time\nfrom kohaku_wrap.metadata import relations\nrelations.ROWS_A_CHUNK = 500\n"
+        "import sys, time\nfrom kohaku_wrap.metadata import streamed\nstreamed.ROWS_A_BATCH = 500\n"
         "from kohaku_wrap.dataset.captions import formats\nwrite = formats.write_text_files\n"
         "def slowly(*arguments):\n    time.sleep(0.05)\n    return write(*arguments)\n"
         "formats.write_text_files = slowly\n"

@@ -10,10 +10,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from kohaku_wrap.metadata import relations, spill
-from kohaku_wrap.metadata.chunks import TagChunk
+from kohaku_wrap.metadata import relations, spill, streamed
+from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
 from kohaku_wrap.metadata.database import Database, open_database
-from kohaku_wrap.metadata.relations import RowsOutOfOrder, map_tag_chunks
+from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.source import DatabaseDamaged
 from kohaku_wrap.metadata.tags import NO_TAG, read_tags
 
@@ -21,7 +21,7 @@ from kohaku_wrap.metadata.tags import NO_TAG, read_tags
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few hundred posts need many chunks and partitions, and are not simply asked for by id."""
-    monkeypatch.setattr(relations, "ROWS_A_CHUNK", 300)
+    monkeypatch.setattr(streamed, "ROWS_A_BATCH", 300)
     monkeypatch.setattr(relations, "POSTS_A_CHUNK", 37)
     monkeypatch.setattr(relations, "IDS_A_QUERY", 5)
     monkeypatch.setattr(spill, "ROWS_A_PARTITION", 500)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.locks import take_lock
+from kohaku_wrap.locks import locking
 
 PART_NAMES = (".captions.*.part", ".metadata_cache.json.*.part", ".captioning")
 """Temporary names of the files for the whole folder, and the lock file of kwrap 0.1."""
@@ -23,14 +23,11 @@ def lock_captions(folder: Path) -> Iterator[None]:
     """Hold `folder` against a second call, and remove what a killed one left half-written. Raises CaptionsBusy."""
     folder.mkdir(parents=True, exist_ok=True)
     # The folder itself is locked: a file for it could be left behind.
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if not take_lock(lock, folder):
+    with locking(folder, os.O_DIRECTORY) as is_ours:
+        if not is_ours:
             writer = "another `kwrap caption` or `kwrap import`"
             raise CaptionsBusy(f"{writer} writes in {folder}", "Wait for it to end, or stop it.")
         for name in PART_NAMES:
             for part in folder.glob(name):
                 part.unlink()
         yield
-    finally:
-        os.close(lock)

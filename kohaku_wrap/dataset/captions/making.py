@@ -10,6 +10,7 @@ import pyarrow as pa
 from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
 from kohaku_wrap.dataset.captions.plan import FATES, NOT_A_TAG, WRITTEN, CaptionPlan
 from kohaku_wrap.dataset.captions.quality import UNGRADED, grade_posts
+from kohaku_wrap.dataset.counts import Counts
 from kohaku_wrap.dataset.selection_file import SelectedPosts
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
 from kohaku_wrap.metadata.chunks import TagChunk
@@ -27,7 +28,7 @@ POST_COUNTS = (
 
 
 @dataclass
-class CaptionCounts:
+class CaptionCounts(Counts):
     """What was counted while captions were made."""
 
     posts: int = 0
@@ -41,13 +42,6 @@ class CaptionCounts:
 
     lacking: Int64Array = field(default_factory=lambda: np.zeros(len(POST_COUNTS), dtype=np.int64))
     """Posts by POST_COUNTS."""
-
-    def add(self, other: CaptionCounts) -> None:
-        """Count the other's too."""
-        self.posts += other.posts
-        self.tags += other.tags
-        self.duplicates += other.duplicates
-        self.lacking += other.lacking
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from kohaku_wrap.arrays import BoolArray, Int32Array, Int64Array
 from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE, ExtractedUnreadable, read_extracted
+from kohaku_wrap.metadata.places import NOWHERE, find_places
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def find_images(folder: Path, post_ids: Int64Array) -> CaptionImages | None:
     ids = table.column("id").to_numpy()
     if (ids[1:] <= ids[:-1]).any():
         raise ExtractedUnreadable(f"{path}: not by ascending id", "Run `kwrap extract` again.")
-    places = np.minimum(np.searchsorted(post_ids, ids), max(len(post_ids) - 1, 0))
-    wanted = np.flatnonzero(post_ids[places] == ids) if len(post_ids) else np.empty(0, np.int64)
+    places = find_places(post_ids, ids)
+    wanted = np.flatnonzero(places != NOWHERE)
     files = table.column("file").combine_chunks().take(pa.array(wanted))
     on_disk, has_text = look_on_disk(folder, files, ids[wanted])
     there = np.flatnonzero(on_disk)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.selection_file import read_columns, take_texts
 from kohaku_wrap.formats.relations import Relations
+from kohaku_wrap.metadata.places import NOWHERE, find_places
 from kohaku_wrap.metadata.source import Source
 
 
@@ -28,8 +29,8 @@ def read_parents(database: Source, ids: Int64Array) -> Int64Array:
         return parents
     query = f"SELECT id, CAST(coalesce(parent_id, 0) AS BIGINT) AS parent FROM ({database.edition.posts}) AS post"
     for found, parent in database.scan_numbers(query):
-        places = np.minimum(np.searchsorted(ids, found), len(ids) - 1)
+        places = find_places(ids, found)
         # Of several rows of one post the first counts.
-        hits = np.flatnonzero((ids[places] == found) & (parents[places] < 0))[::-1]
+        hits = np.flatnonzero((places != NOWHERE) & (parents[places] < 0))[::-1]
         parents[places[hits]] = np.maximum(parent[hits], 0)
     return parents

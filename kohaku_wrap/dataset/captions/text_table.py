@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS
+from kohaku_wrap.dataset.counts import Counts
 from kohaku_wrap.errors import UsageError, refusing
 from kohaku_wrap.files import open_regular
 from kohaku_wrap.formats.caption_writer import bytes_of
+from kohaku_wrap.metadata.places import NOWHERE, find_places
 
 ID_COLUMNS = ("id", "post_id", "image_id")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "description")
@@ -38,7 +40,7 @@ class NoTexts(UsageError):
 
 
 @dataclass
-class TextCounts:
+class TextCounts(Counts):
     """What was counted of the texts of posts."""
 
     with_text: int = 0
@@ -61,16 +63,7 @@ class TextCounts:
         if not asked:
             return {}
         limits = {f"over_{limit}_tokens": int(n) for limit, n in zip(TOKEN_LIMITS, self.over.tolist(), strict=True)}
-        names = ("with_text", "line_ends", "separators", "tight_commas")
-        return {**{name: getattr(self, name) for name in names}, **limits}
-
-    def add(self, other: TextCounts) -> None:
-        """Count the other's too."""
-        self.with_text += other.with_text
-        self.line_ends += other.line_ends
-        self.separators += other.separators
-        self.tight_commas += other.tight_commas
-        self.over += other.over
+        return {**{name: count for name, count in vars(self).items() if name != "over"}, **limits}
 
 
 @dataclass(frozen=True)
@@ -97,10 +90,10 @@ class TextTable:
 
     def texts_of(self, ids: Int64Array) -> tuple[pa.Array, TextCounts]:
         """(ids,) their texts on one line each, empty where there is none, and what was changed. For any thread."""
-        places = np.minimum(np.searchsorted(self.ids, ids), max(len(self.ids) - 1, 0))
-        there = self.ids[places] == ids if len(self.ids) else np.zeros(len(ids), dtype=bool)
-        starts = np.where(there, self.starts[places] if len(self.ids) else 0, 0)
-        lengths = np.where(there, self.lengths[places] if len(self.ids) else 0, 0)
+        places = find_places(self.ids, ids)
+        there = np.flatnonzero(places != NOWHERE)
+        starts, lengths = np.zeros((2, len(ids)), dtype=np.int64)
+        starts[there], lengths[there] = self.starts[places[there]], self.lengths[places[there]]
         return clean_texts(self._read(starts, lengths))
 
     def _read(self, starts: Int64Array, lengths: Int64Array) -> pa.Array:

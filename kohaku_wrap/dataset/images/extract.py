@@ -40,9 +40,8 @@ from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, TarFolder, find_tars
 from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
 from kohaku_wrap.errors import refusing
 from kohaku_wrap.files import Progress
+from kohaku_wrap.metadata.places import NOWHERE, find_places
 from kohaku_wrap.processes import safe_children
-
-NO_ID = -1
 
 
 @dataclass(frozen=True)
@@ -128,15 +127,14 @@ def make_tasks(selected: SelectedImages, folder: TarFolder, known: pa.Table, max
     as_they_came = (limits == 0) & ((max_pixels == 0) | (pixels <= max_pixels))
     usable = known.filter(pa.array(as_they_came | (limits == max_pixels)))
     usable_ids = usable["id"].to_numpy()
-    padded_ids = np.append(usable_ids, NO_ID)
     files, bytes_of = usable["file"], usable["size_bytes"]
     groups = folder.groups_of(selected.ids)
     order = np.argsort(groups, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         ids = selected.ids[rows]
         group, shards = int(groups[rows[0]]), set((ids % FOLDERS).tolist())
-        at = np.searchsorted(usable_ids, ids)
-        at = at[padded_ids[at] == ids]
+        at = find_places(usable_ids, ids)
+        at = at[at != NOWHERE]
         found = zip(usable_ids[at].tolist(), files.take(at).to_pylist(), bytes_of.take(at).to_pylist(), strict=True)
         yield ShardTask(
             tars=folder.tars_of(group, shards),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from kohaku_wrap.dataset.images.extract_shard import ShardResult
 from kohaku_wrap.dataset.images.extracted import REPORT_FILE
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import atomic_write
+
+COUNTED = ("selected", "written", "kept", "reduced", "rewritten", "not_looked_at", "other_size")
+"""Numbers of the report, in its order."""
 
 
 class ImagesMissing(KwrapError):
@@ -30,13 +33,6 @@ class ExtractReport(ShardResult):
 
     not_looked_at: int = 0
     """Of the kept, pictures of a kwrap that did not know the rule of `appearance`; they stay as they are."""
-
-    def add(self, result: ShardResult) -> None:
-        """Add what became of one task's posts."""
-        for counted in fields(ShardResult):
-            total = getattr(self, counted.name)
-            total += getattr(result, counted.name)
-            setattr(self, counted.name, total)
 
     def sort(self) -> None:
         """Put all lists in the order of ids and names; those of tars without the repeats of several tasks."""
@@ -67,14 +63,8 @@ def write_report(report: ExtractReport, selection: Path, tars: Path, max_pixels:
         "selection": str(selection),
         "tars": str(tars),
         "max_pixels": max_pixels,
-        "selected": report.selected,
-        "written": report.written,
-        "kept": report.kept,
-        "reduced": report.reduced,
-        "rewritten": report.rewritten,
-        "not_looked_at": report.not_looked_at,
-        "other_size": report.other_size,
     }
+    counts |= {name: getattr(report, name) for name in COUNTED}
     lists: dict[str, Iterable[dict[str, Any]]] = {
         "missing": ({"id": post_id, "reason": reason} for post_id, reason in report.missing),
         "corrupt": ({"id": post_id, "reason": reason} for post_id, reason in report.corrupt),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from kohaku_wrap.arrays import Int32Array, Int64Array
+from kohaku_wrap.dataset.counts import Counts
 from kohaku_wrap.dataset.images.checking import (
     LARGEST_FILE_BYTES,
     CheckedImage,
@@ -21,7 +22,7 @@ from kohaku_wrap.dataset.images.checking import (
 from kohaku_wrap.dataset.images.pool import tie_to_parent
 from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, read_id
 from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
-from kohaku_wrap.files import blamed_on, has_size, open_regular
+from kohaku_wrap.files import becoming, has_size, open_regular
 from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
 
 PART_SUFFIX = ".part"
@@ -55,7 +56,7 @@ class ShardTask:
 
 
 @dataclass
-class ShardResult:
+class ShardResult(Counts):
     """What became of a task's posts."""
 
     written: int = 0
@@ -110,17 +111,12 @@ class ShardWriter:
         name = f"{post_id % FOLDERS:04}/{post_id}.{image.extension}"
         path = self.out / name
         part = path.with_name(f".{path.name}{PART_SUFFIX}")
-        try:
-            with blamed_on(path, part):
-                try:
-                    part.write_bytes(image.content)
-                except FileNotFoundError:
-                    part.parent.mkdir(exist_ok=True)
-                    part.write_bytes(image.content)
-                part.replace(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+        with becoming(path, part):
+            try:
+                part.write_bytes(image.content)
+            except FileNotFoundError:
+                part.parent.mkdir(exist_ok=True)
+                part.write_bytes(image.content)
         size_bytes = len(image.content)
         limit = self.max_pixels if image.reduced else 0
         self.journal.write(f"{post_id},{name},{image.width},{image.height},{size_bytes},{limit},{image.rewritten:d}\n")

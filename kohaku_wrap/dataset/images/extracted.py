@@ -134,7 +134,7 @@ def merge_rows(earlier: pa.Table, later: pa.Table) -> pa.Table:
     table = pa.concat_tables([earlier, later])
     ids = table["id"].to_numpy()
     order = np.argsort(ids, kind="stable")
-    last = np.append(ids[order][1:] != ids[order][:-1], True) if len(ids) else np.empty(0, bool)
+    last = np.append(ids[order][1:] != ids[order][:-1], True)
     return table.take(pa.array(order[last]))
 
 

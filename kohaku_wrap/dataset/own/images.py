@@ -20,7 +20,7 @@ from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
 from kohaku_wrap.dataset.images.pool import count_processes, run_in_pool, tie_to_parent
 from kohaku_wrap.errors import KwrapError, refusing
-from kohaku_wrap.files import Progress, atomic_write, open_regular
+from kohaku_wrap.files import Progress, atomic_write, becoming, open_regular
 
 JOURNAL_FILE = ".importing.jsonl"
 IMAGES_A_TASK = 16
@@ -199,14 +199,9 @@ def take_image(task: ImageTask, images: Path, copy: bool, dry_run: bool) -> Impo
     if not dry_run:
         place_file(images / file, None if how == "linked" else checked.content, source)
     return ImportedImage(
-        id=task.id,
-        label=task.label,
-        path=task.path,
-        subset=task.subset,
-        source=task.source,
+        **{**vars(task), "file": file},
         source_bytes=status.st_size,
         source_mtime_ns=status.st_mtime_ns,
-        file=file,
         width=checked.width,
         height=checked.height,
         sha256=hashlib.sha256(content).hexdigest(),
@@ -220,18 +215,14 @@ def place_file(place: Path, content: bytes | None, source: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(f".{place.name}.{os.getpid()}{PART_SUFFIX}")
     try:
-        if content is None:
-            part.unlink(missing_ok=True)
-            part.symlink_to(source)
-        else:
-            part.write_bytes(content)
-        part.replace(place)
+        with becoming(place, part):
+            if content is None:
+                part.unlink(missing_ok=True)
+                part.symlink_to(source)
+            else:
+                part.write_bytes(content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         if content is None and error.errno in (errno.EPERM, errno.ENOTSUP):
             raise NoLinks(f"{place}: this disk takes no links", "Copy the images instead: add --copy.") from error
         error.filename = error.filename or str(place)
-        raise
-    except BaseException:
-        part.unlink(missing_ok=True)
         raise

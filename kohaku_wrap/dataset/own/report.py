@@ -221,9 +221,7 @@ def find_trigger(captions: Sequence[str]) -> str:
 
 def as_document(report: ImportReport) -> dict[str, Any]:
     """The report's counts."""
-    counts = {name: getattr(report, name) for name in (
-        "dataset", "found", "written", "kept", "linked", "copied", "rewritten", "removed", "others", "total", "digest",
-    )}  # fmt: skip
+    counts = {name: value for name, value in vars(report).items() if isinstance(value, int | str)}
     counts |= {name: report.count(name) for name in LISTS}
     return counts | {"other_files": report.other_files, "subsets": report.subsets, "notes": report.notes}
 
