@@ -106,14 +106,15 @@ def list_left_behind(source: Path, copy: Path) -> list[str]:
         document = load_toml(source)
     except (UnreadableToml, OSError):
         return []
-    bases, preset = document.get("extends", []), document.get("preset", [])
+    bases = document.get("extends", [])
+    named = [(find_template, base) for base in (bases if isinstance(bases, list) else [bases])]
     lost = []
-    for find, value in ((find_template, bases), (find_preset, preset)):
-        for name in value if isinstance(value, list) else [value]:
-            try:
-                find(str(name), copy.parent)
-            except UnknownTemplate:
-                lost.append(str(name))
+    for find, name in (*named, (find_preset, document.get("preset"))):
+        try:
+            if isinstance(name, str):  # a preset may stand in the template itself
+                find(name, copy.parent)
+        except UnknownTemplate:
+            lost.append(name)
     return lost
 
 

@@ -139,6 +139,14 @@ def test_a_copy_that_loses_what_lies_beside_it_is_warned_of(home: Path, tmp_path
     assert (beside.exit_code, beside.stderr) == (0, "")
 
 
+def test_a_preset_within_the_template_is_not_missed_by_its_copy(tmp_path: Path) -> None:
+    source = tmp_path / "t.toml"
+    source.write_text('extends = "sdxl-lokr"\n[preset]\nunet_target_module = ["Attention"]\n')
+    copied = CliRunner().invoke(command, ["cp", str(source), str(tmp_path / "there" / "t.toml")])
+    assert copied.exit_code == 0 and copied.stderr == ""
+
+
+
 def test_presets_and_merge_recipes_are_copied_by_name(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
