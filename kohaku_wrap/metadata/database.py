@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ from kohaku_wrap.metadata.sqlite_files import (
     limit_time,
     reading_tables,
 )
+
+MIXED_COLUMN = re.compile(r"Type mismatch in column (\d+): expected INT64")
+"""What the driver says of another kind of value after its first batch; texts and fractions are cast by each query."""
 
 READ_TABLES = ("post", "tag", "posttagrelation")
 
@@ -134,13 +138,19 @@ class Database(Source):
                 cursor.fetchall()
             cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(rows)})
             cursor.execute(query)
-            yield from map(_with_readable_text, cursor.fetch_record_batch())
+            names = [column[0] for column in cursor.description or ()]
+            try:
+                yield from map(_with_readable_text, cursor.fetch_record_batch())
+            except OSError as error:
+                if mixed := MIXED_COLUMN.search(str(error)):
+                    raise self.no_whole_number(names[int(mixed[1])]) from error
+                raise
 
     def _scan_views(self, query: str) -> Iterator[pa.RecordBatch]:
         """`scan` through the driver that can be stopped; slower."""
         with self.connect() as connection:
             cursor = connection.execute(query)
-            names = [column[0] for column in cursor.description]
+            names = [column[0] for column in cursor.description or ()]
             while rows := cursor.fetchmany(ROWS_A_BATCH):
                 yield pa.record_batch([pa.array(column) for column in zip(*rows, strict=True)], names=names)
 

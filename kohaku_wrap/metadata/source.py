@@ -111,10 +111,14 @@ class Source(ABC):
                 continue
             for column, name in zip(batch.columns, batch.schema.names, strict=True):
                 if not pa.types.is_integer(column.type) or column.null_count:
-                    raise DatabaseDamaged(
-                        f"{self.path}: the column {name} holds what is no whole number", "Download or copy it again."
-                    )
+                    raise self.no_whole_number(name)
             yield tuple(column.to_numpy().astype(np.int64, copy=False) for column in batch.columns)
+
+    def no_whole_number(self, column: str) -> DatabaseDamaged:
+        """The error for a column of numbers that holds something else."""
+        return DatabaseDamaged(
+            f"{self.path}: the column {column} holds what is no whole number", "Download or copy it again."
+        )
 
 
 ENDS_BYTES = 1 << 16
