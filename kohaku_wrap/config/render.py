@@ -48,7 +48,8 @@ from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.steps import StepPlan
 from kohaku_wrap.trainer.commits import find_known
 from kohaku_wrap.trainer.engines import find_engine
-from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_commit, read_trainer_commit
+from kohaku_wrap.trainer.git import read_commit
+from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_trainer_commit
 
 NETWORK_FILES = ("base_weights", "network_weights")
 """Options that name networks which decide the weights by their content."""

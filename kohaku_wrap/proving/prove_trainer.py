@@ -43,7 +43,6 @@ from kohaku_wrap.trainer.checkout import (
     require_supported,
     require_transformers,
 )
-from kohaku_wrap.trainer.cloning import run_git
 from kohaku_wrap.trainer.commits import (
     IMPORTED_FOLDERS,
     SUPPORTED,
@@ -56,6 +55,7 @@ from kohaku_wrap.trainer.commits import (
     write_proof,
 )
 from kohaku_wrap.trainer.corrections import require_anchors
+from kohaku_wrap.trainer.git import run_git
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, is_decisive, list_versions, plain_name
 from kohaku_wrap.trainer.requirements import InstallFailed, find_set, require_requirements, requirement_paths
 from kohaku_wrap.training.records.folder import Run
@@ -149,7 +149,7 @@ class Trial:
         commit = SupportedCommit(self.name, self.checkout.commit, digest)
         if self.is_edited:
             commit = replace(commit, commit=f"files-{digest[:12]}")
-        require_anchors(self.checkout.path, self.checkout.name, SUPPORTED_TEXT)
+        require_anchors(self.checkout.path, self.checkout.name)
         answer: dict[str, Any] = {}
         self.step("captions", lambda: self.compare_captions(answer))
         commit = replace(commit, joins_by_separator=bool(answer["joins_by_separator"]), support="on trial")

@@ -12,7 +12,7 @@ from pathlib import Path
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.files import expand_user, place_folder
 from kohaku_wrap.locks import making_folder
-from kohaku_wrap.trainer.cloning import clone_commit, run_git
+from kohaku_wrap.trainer.cloning import clone_commit
 from kohaku_wrap.trainer.commits import (
     SCRIPT,
     SUPPORTED,
@@ -25,6 +25,7 @@ from kohaku_wrap.trainer.commits import (
     trainer_folder,
 )
 from kohaku_wrap.trainer.corrections import AnchorMatch, match_anchors, require_anchors
+from kohaku_wrap.trainer.git import run_git
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, read_trainer_commit
 from kohaku_wrap.trainer.requirements import (
     TESTED,
@@ -182,7 +183,7 @@ def require_supported(checkout: Checkout) -> Checkout:
     if checkout.is_supported:
         require_transformers(checkout)
         return checkout
-    require_anchors(checkout.path, checkout.name, SUPPORTED_TEXT)
+    require_anchors(checkout.path, checkout.name)
     if checkout.is_changed:
         raise UnsupportedTrainer(
             f"{checkout.path}: files of sd-scripts {checkout.name} were changed",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from kohaku_wrap.files import expand_user
 from kohaku_wrap.trainer.commits import SUPPORTED
-from kohaku_wrap.trainer.installed import git_environment
+from kohaku_wrap.trainer.git import run_git, succeeds
 from kohaku_wrap.trainer.requirements import InstallFailed
 
 NEWEST = "newest"
@@ -23,7 +22,7 @@ SPARSE_PATTERNS = ("/*.py", "/library/", "/networks/", "/requirements.txt", "/LI
 """All that SDXL training needs of the repository."""
 
 NOT_THERE = re.compile("couldn't find remote ref|not our ref")
-"""What git says of a tag, branch or commit that the source does not have; it speaks English, by `git_environment`."""
+"""What git says of a tag, branch or commit that the source does not have; `run_git` has it speak English."""
 
 
 def clone_commit(source: str, commit: str, folder: Path, on_note: Callable[[str], None]) -> None:
@@ -76,15 +75,6 @@ def describe_newest(source: str, folder: Path) -> str:
     )
 
 
-def succeeds(arguments: Sequence[str], folder: Path) -> bool:
-    """Whether git does it, or says yes."""
-    try:
-        run_git(arguments, folder)
-    except InstallFailed:
-        return False
-    return True
-
-
 def small_configs(folder: Path, commit: str) -> list[str]:
     """The JSON files of `configs/` that are there and small."""
     names = run_git(["ls-tree", "-r", "--name-only", commit, "configs/"], folder).split("\n")
@@ -99,26 +89,3 @@ def small_configs(folder: Path, commit: str) -> list[str]:
         if size_bytes < SMALL_FILE_BYTES:
             small.append(name)
     return small
-
-
-def run_git(arguments: Sequence[str], folder: Path) -> str:
-    """What git prints, in `folder`; raises InstallFailed with git's own words."""
-    try:
-        result = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            env=git_environment(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise InstallFailed("git is not installed", "Install git and run the same command again.") from error
-    if result.returncode:
-        words = result.stderr.strip() or f"exit code {result.returncode}"
-        raise InstallFailed(
-            f"git {' '.join(arguments[:2])}: {words}",
-            "Check the source, or give another: kwrap trainer install --source URL_OR_PATH",
-        )
-    return result.stdout

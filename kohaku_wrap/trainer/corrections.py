@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
 from kohaku_wrap.trainer.anchors import ANCHORS, LOOP, LOOP_ANCHORS, TRAINER, Anchor
-from kohaku_wrap.trainer.commits import TRAINING_SCRIPTS
+from kohaku_wrap.trainer.commits import SUPPORTED_TEXT, TRAINING_SCRIPTS
 
 FRESH_CHECKOUT = "Install a fresh checkout: kwrap trainer install"
 
@@ -72,7 +72,7 @@ def may_hold(text: str, anchor: Anchor) -> bool:
     return f"def {name}(" in text or f"class {name}" in text
 
 
-def require_anchors(checkout: Path, commit: str, supported: str) -> None:
+def require_anchors(checkout: Path, commit: str) -> None:
     """Raise AnchorsMissing, naming the commit, each anchor and the supported commits, unless each stands once."""
     problems = [
         Problem(match.anchor.name, f"found {match.count} times in {where_looked(match)}, must be 1")
@@ -83,7 +83,7 @@ def require_anchors(checkout: Path, commit: str, supported: str) -> None:
         raise AnchorsMissing(
             f"sd-scripts {commit} at {checkout}",
             problems,
-            f"Supported: {supported}. Install one: kwrap trainer install",
+            f"Supported: {SUPPORTED_TEXT}. Install one: kwrap trainer install",
         )
 
 
@@ -213,7 +213,7 @@ def replacement_node(anchor: Anchor, place: ast.AST) -> ast.AST:
     return statement
 
 
-def correct_loop(checkout: Path, commit: str, supported: str) -> ast.Module:
+def correct_loop(checkout: Path, commit: str) -> ast.Module:
     """A module of the trainer's methods that hold the loop, corrected, ready to be compiled in its namespace.
 
     Line numbers are those of the file, so that a traceback points to the right line.
@@ -222,12 +222,12 @@ def correct_loop(checkout: Path, commit: str, supported: str) -> ast.Module:
     for path in source_files(checkout):
         text = read_source(path)
         if f"class {TRAINER}" in text and find_scope(parse_once(text, path), TRAINER):
-            return correct_text(text, path, commit, supported)
-    raise AnchorsMissing(f"sd-scripts {commit}", [Problem(TRAINER, "not found")], f"Supported: {supported}")
+            return correct_text(text, path, commit)
+    raise AnchorsMissing(f"sd-scripts {commit}", [Problem(TRAINER, "not found")], f"Supported: {SUPPORTED_TEXT}")
 
 
 @cache
-def correct_text(text: str, source: Path, commit: str, supported: str) -> ast.Module:
+def correct_text(text: str, source: Path, commit: str) -> ast.Module:
     """The corrected module of that text, made once a process."""
     trainer = find_scope(parse_source(text, source), TRAINER)
     corrections, corrected, problems = Corrections(LOOP_ANCHORS), list[ast.stmt](), list[Problem]()
@@ -243,7 +243,7 @@ def correct_text(text: str, source: Path, commit: str, supported: str) -> ast.Mo
         if count != 1
     ]
     if problems:
-        raise AnchorsMissing(f"sd-scripts {commit} at {source.parent}", problems, f"Supported: {supported}")
+        raise AnchorsMissing(f"sd-scripts {commit} at {source.parent}", problems, f"Supported: {SUPPORTED_TEXT}")
     return ast.fix_missing_locations(ast.Module(body=corrected, type_ignores=[]))
 
 

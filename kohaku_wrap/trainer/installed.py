@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +12,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import expand_user, kept_answer
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.trainer.commits import find_known, installed_checkouts, is_checkout
+from kohaku_wrap.trainer.git import read_commit
 from kohaku_wrap.trainer.options import (
     OptionTable,
     cached_table_file,
@@ -102,30 +102,6 @@ def read_trainer_commit(checkout: Path) -> str:
     if known := find_known(checkout):
         return known.commit
     return read_commit(checkout) if (checkout / ".git").exists() else ""
-
-
-def read_commit(folder: Path) -> str:
-    """The git commit of the repository that holds `folder`; empty where there is none or git is not there."""
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"],
-            env=git_environment(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=20,
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def git_environment() -> dict[str, str]:
-    """The caller's variables without those of git, which would name another repository; git speaks English and asks no
-    questions."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return own | {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
 
 def find_version(package: str) -> str:

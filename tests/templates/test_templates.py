@@ -146,7 +146,6 @@ def test_a_preset_within_the_template_is_not_missed_by_its_copy(tmp_path: Path) 
     assert copied.exit_code == 0 and copied.stderr == ""
 
 
-
 def test_presets_and_merge_recipes_are_copied_by_name(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ import traceback
 from importlib import import_module
 
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
-from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import correct_loop
 from kohaku_wrap.training.engines.sd_scripts import worker as sd_scripts
 
@@ -37,7 +36,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     checkout = require_supported(find_checkout())
-    correct_loop(checkout.path, checkout.name, SUPPORTED_TEXT)
+    correct_loop(checkout.path, checkout.name)
     sd_scripts.enter_checkout(checkout)
     for name in IMPORTED_BY_ATTEMPTS:
         import_module(name)

@@ -113,7 +113,7 @@ def test_a_changed_place_is_named_with_the_supported_commits(copy: Path, text: s
 def test_a_changed_file_with_all_places_is_refused_too(copy: Path) -> None:
     with (copy / "library" / "train_util.py").open("a", encoding="utf-8") as stream:
         stream.write("\nEXTRA = 1\n")
-    require_anchors(copy, "copy", SUPPORTED_TEXT)
+    require_anchors(copy, "copy")
     with pytest.raises(UnsupportedTrainer, match="not supported"):
         require_supported(inspect_checkout(copy, "test"))
 
@@ -121,7 +121,7 @@ def test_a_changed_file_with_all_places_is_refused_too(copy: Path) -> None:
 @pytest.mark.sd_scripts
 def test_the_corrected_loop_compiles_and_changes_only_its_places(copy: Path) -> None:
     source = copy / "train_network.py"
-    corrected = correct_loop(copy, "copy", SUPPORTED_TEXT)
+    corrected = correct_loop(copy, "copy")
     compile(corrected, str(source), "exec")
     text = ast.unparse(corrected)
     assert text.count(f"{LOOP}.") == sum((each.replacement or "").count(f"{LOOP}.") for each in LOOP_ANCHORS)

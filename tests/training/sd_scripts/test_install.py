@@ -11,8 +11,8 @@ import pytest
 
 from kohaku_wrap.planning.doctor import examine_trainer
 from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
-from kohaku_wrap.trainer.cloning import run_git
 from kohaku_wrap.trainer.commits import SUPPORTED, digest_sources
+from kohaku_wrap.trainer.git import run_git
 
 Command = Callable[..., str]
 

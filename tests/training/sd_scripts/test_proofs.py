@@ -26,7 +26,6 @@ from kohaku_wrap.trainer.checkout import (
     require_supported,
     require_transformers,
 )
-from kohaku_wrap.trainer.cloning import run_git
 from kohaku_wrap.trainer.commits import (
     TRIAL_VARIABLE,
     SupportedCommit,
@@ -35,6 +34,7 @@ from kohaku_wrap.trainer.commits import (
     write_proof,
 )
 from kohaku_wrap.trainer.corrections import AnchorsMissing
+from kohaku_wrap.trainer.git import run_git
 from kohaku_wrap.trainer.options import OptionTable, compare_tables, parse_table
 
 TEXT = "proved on this machine on 2026-11-25, identical to v0.11.1"

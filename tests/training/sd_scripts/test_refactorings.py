@@ -68,10 +68,10 @@ def copy(trainer: Any, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_what_leaves_the_meaning_alone_is_followed(copy: Path, name: str) -> None:
-    before = correct_loop(copy, "copy", "")
+    before = correct_loop(copy, "copy")
     FOLLOWED[name](copy)
-    require_anchors(copy, "copy", "")
-    after = correct_loop(copy, "copy", "")
+    require_anchors(copy, "copy")
+    after = correct_loop(copy, "copy")
     compile(after, "copy", "exec")
     calls = [
         sorted(ast.unparse(node) for node in ast.walk(tree) if ast.unparse(node).startswith("kwrap_loop."))
@@ -85,8 +85,8 @@ def test_what_does_not_is_refused_by_name(copy: Path, name: str) -> None:
     edit, place = REFUSED[name]
     edit(copy)
     with pytest.raises(AnchorsMissing) as refused:
-        require_anchors(copy, "copy", "")
-        correct_loop(copy, "copy", "")
+        require_anchors(copy, "copy")
+        correct_loop(copy, "copy")
     assert f"{place}:" in refused.value.message or f"{place} " in refused.value.message
 
 
@@ -95,7 +95,7 @@ def test_a_correction_without_its_names_is_refused(copy: Path) -> None:
     move_block(copy)
     rename(f"{TRAINER}.find_first_epoch", "epoch_to_start", "first")(copy)
     with pytest.raises(AnchorsMissing, match="place in the epochs"):
-        correct_loop(copy, "copy", "")
+        correct_loop(copy, "copy")
 
 
 @pytest.mark.slow
@@ -116,6 +116,6 @@ def test_other_noise_behind_known_places_is_caught_by_the_proof(copy: Path, use_
     from kohaku_wrap.proving.prove_trainer import NotProved, prove_checkout
 
     draw_once_more(copy)
-    require_anchors(copy, "copy", "")
+    require_anchors(copy, "copy")
     with pytest.raises(NotProved, match=r"compared with .*epoch 0, position 0"):
         prove_checkout(inspect_checkout(copy, "test"), tmp_path / "proof", keep=False)

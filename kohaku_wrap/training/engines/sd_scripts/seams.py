@@ -24,7 +24,6 @@ from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.trainer.anchors import LOOP, TRAINER
 from kohaku_wrap.trainer.checkout import Checkout
-from kohaku_wrap.trainer.commits import SUPPORTED_TEXT
 from kohaku_wrap.trainer.corrections import correct_loop
 from kohaku_wrap.training.data.loader import DeliveredErrors, quieten_worker
 from kohaku_wrap.training.data.moments import holds_moments, sample_moments
@@ -51,7 +50,7 @@ def install_seams(loop: Loop, checkout: Checkout) -> None:
     trainer = find_object(TRAINER)
     module = sys.modules[trainer.__module__]
     setattr(module, LOOP, loop)
-    corrected = correct_loop(checkout.path, checkout.name, SUPPORTED_TEXT)
+    corrected = correct_loop(checkout.path, checkout.name)
     methods: dict[str, Any] = {}
     exec(compile(corrected, str(module.__file__), "exec"), module.__dict__, methods)
     for name, method in methods.items():
