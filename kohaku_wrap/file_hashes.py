@@ -84,3 +84,8 @@ def keep_hashes(added: dict[str, list[str]]) -> None:
         write_text(home_folder() / KEPT_HASHES, json.dumps(newest, indent=0))
     except OSError:
         return
+
+
+def sha256_of_text(text: str) -> str:
+    """The sha256 of the text's UTF-8, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import KwrapError, Problem
+from kohaku_wrap.wording import suggest
 
 SIZE_LIMIT_BYTES = 16 << 20
 DEPTH_LIMIT = 32
@@ -96,9 +96,8 @@ class TableReader:
         self.problems = problems
         for key in table:
             if key not in keys:
-                near = difflib.get_close_matches(key, keys, n=1)
-                suggestion = f"did you mean {near[0]}?" if near else f"known here: {', '.join(keys)}"
-                problems.append(Problem(f"{self.prefix}{key}", f"unknown; {suggestion}"))
+                suggestion = suggest(key, keys) or f"; known here: {', '.join(keys)}"
+                problems.append(Problem(f"{self.prefix}{key}", f"unknown{suggestion}"))
 
     def fault(self, key: str, what: str) -> None:
         """Note what is wrong with `key`."""
@@ -127,9 +126,7 @@ class TableReader:
         """One of `choices`, the first where the key is absent."""
         value = self.text(key, choices[0])
         if value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1, cutoff=0.75)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            self.fault(key, f"{value!r} is not one of {', '.join(choices)}{meant}")
+            self.fault(key, f"{value!r} is not one of {', '.join(choices)}{suggest(value, choices, cutoff=0.75)}")
             return choices[0]
         return value
 
@@ -146,27 +143,19 @@ class TableReader:
 
     def words(self, key: str, default: Sequence[str]) -> tuple[str, ...]:
         """A list of strings."""
-        value = self.table_values.get(key)
-        if value is None:
-            return tuple(default)
-        if isinstance(value, list) and all(isinstance(word, str) and word for word in value):
+        value = self.table_values.get(key, default)
+        if isinstance(value, list | tuple) and all(isinstance(word, str) and word for word in value):
             return tuple(value)
         self.fault(key, f"{value!r} is not a list of words")
         return tuple(default)
 
-    def integers(self, key: str, count: int) -> tuple[int, ...] | None:
-        """A list of `count` whole numbers, None where the key is absent or wrong."""
-        value = self.table_values.get(key)
-        if value is None:
-            return None
-        if (
-            isinstance(value, list)
-            and len(value) == count
-            and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
-        ):
+    def integers(self, key: str, default: Sequence[int]) -> tuple[int, ...]:
+        """A list of whole numbers."""
+        value = self.table_values.get(key, default)
+        if isinstance(value, list | tuple) and all(type(one) is int for one in value):
             return tuple(value)
-        self.fault(key, f"{value!r} is not a list of {count} whole numbers")
-        return None
+        self.fault(key, f"{value!r} is not a list of whole numbers")
+        return tuple(default)
 
     def table(self, key: str) -> Mapping[str, Any]:
         """A table, empty where the key is absent."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 SHOWN_BEFORE, SHOWN_AFTER = 60, 50
@@ -60,3 +61,18 @@ def mark_place(source: str, place: int, length: int) -> str:
     signs = (" " if each.isspace() else each if each.isprintable() else UNPRINTABLE for each in source[start:stop])
     mark = " " * (len(before) + place - start) + "^" * length
     return f"    {before}{''.join(signs)}{after}\n    {mark}"
+
+
+def suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean X?` for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def is_utf8(name: str) -> bool:
+    """Whether `name` can be written as UTF-8: JSON escapes can hold halves of characters."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -25,7 +25,7 @@ def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any
     from kohaku_wrap.sampling.cells import EMPHASES, SAMPLERS, SCHEDULES
     from kohaku_wrap.sampling.grammar import parse_prompt
     from kohaku_wrap.sampling.styles import find_style
-    from kohaku_wrap.trainer.options import suggest
+    from kohaku_wrap.wording import suggest
 
     if bool(texts) == (path is not None):
         what = "--prompt and --prompts cannot be combined" if texts else "no prompt is given"

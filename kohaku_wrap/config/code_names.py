@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.wording import suggest
 
 KNOWN_CODE = Path(__file__).with_name("known_code.toml")
 

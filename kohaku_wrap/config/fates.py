@@ -5,7 +5,6 @@ And one digest over all options of a run that decide the weights.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from kohaku_wrap.file_hashes import sha256_of_text
 from kohaku_wrap.trainer.options import load_recorded_table
 
 FATES_FILE = Path(__file__).with_name("fates.toml")
@@ -189,8 +189,7 @@ def digest_options(lock: Mapping[str, Any]) -> str:
     defaults: setting one of them changes nothing.
     """
     decisive = dict(list_decisive(lock))
-    text = json.dumps(decisive, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_text(json.dumps(decisive, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 
 def list_decisive(lock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

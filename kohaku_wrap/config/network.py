@@ -15,7 +15,8 @@ from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import Fate, fate_of, rows_of
 from kohaku_wrap.config.needs import does_something, list_lacking, rank, say_lacking
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, UNET_PREFIX, list_tensor_names
-from kohaku_wrap.trainer.options import TYPE_WORDS, fits, parse_literal, shorten, suggest
+from kohaku_wrap.trainer.options import TYPE_WORDS, fits, parse_literal, shorten
+from kohaku_wrap.wording import suggest
 
 LYCORIS = "lycoris.kohya"
 

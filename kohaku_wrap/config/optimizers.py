@@ -10,7 +10,7 @@ from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import rank
 from kohaku_wrap.config.schedules import DEPENDS_ON_LENGTH
 from kohaku_wrap.trainer.installed import ask_optimizer
-from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.wording import suggest
 
 ADAFACTOR = "adafactor"
 

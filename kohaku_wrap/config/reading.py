@@ -24,7 +24,8 @@ from kohaku_wrap.config.templates import climbs_out, find_preset
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.toml_files import load_toml
-from kohaku_wrap.trainer.options import OptionTable, UnfitValue, parse_literal, parse_text_for, suggest
+from kohaku_wrap.trainer.options import OptionTable, UnfitValue, parse_literal, parse_text_for
+from kohaku_wrap.wording import suggest
 
 LENGTHS = ("max_train_steps", "max_train_epochs")
 """Two options that say how long a run is; the trainer would ignore the first beside the second."""

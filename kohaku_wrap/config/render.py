@@ -40,7 +40,7 @@ from kohaku_wrap.config.trainer_arguments import (
 from kohaku_wrap.config.training_data import compose_dataset, describe_data
 from kohaku_wrap.config.validation import describe_validation, settle_held_out
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.file_hashes import kept_sha256, sha256_of_file
+from kohaku_wrap.file_hashes import kept_sha256, sha256_of_file, sha256_of_text
 from kohaku_wrap.files import describe_absence, write_text
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.formats.held_out import HELD_OUT_FILE
@@ -336,10 +336,3 @@ def hash_named_files(options: Mapping[str, Any]) -> dict[str, str]:
         rows = [f"{path.relative_to(folder).as_posix()} {kept_sha256(path)}" for path in files]
         found["tokenizers_sha256"] = sha256_of_text("\n".join(rows))
     return found
-
-
-def sha256_of_text(text: str) -> str:
-    """The sha256 of the text's UTF-8, in hex."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.errors import KwrapError, MissingExtra, refusing
+from kohaku_wrap.file_hashes import sha256_of_text
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.options import flatten_sections
 
@@ -168,4 +168,4 @@ def digest_lock(tables: Mapping[str, Any]) -> str:
         for key, value in read_run_text(name, text).items():
             entries[f"files.{name}.{key}"] = None if is_place(key) else value
     text = json.dumps(entries, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_text(text)

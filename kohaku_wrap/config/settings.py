@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,15 +24,8 @@ from kohaku_wrap.config.schema import (
 from kohaku_wrap.config.site import find_path
 from kohaku_wrap.config.trainer_arguments import render_literal
 from kohaku_wrap.trainer.builtin_options import is_literal
-from kohaku_wrap.trainer.options import (
-    Option,
-    OptionTable,
-    UnfitValue,
-    check_value,
-    parse_argument,
-    parse_literal,
-    suggest,
-)
+from kohaku_wrap.trainer.options import Option, OptionTable, UnfitValue, check_value, parse_argument, parse_literal
+from kohaku_wrap.wording import suggest
 
 LITERALS_OF: Mapping[str, Callable[[str], Any]] = {
     "optimizer_args": parse_argument,
@@ -65,7 +57,7 @@ def find_misspelled_tables(document: dict[str, Any], table: OptionTable) -> list
         for name, value in document.items()
         if isinstance(value, dict)
         and name not in TABLES
-        and difflib.get_close_matches(name, TABLES, n=1, cutoff=0.85)
+        and suggest(name, TABLES, cutoff=0.85)
         and any(key not in table.options for key in value)
     ]
 

@@ -20,7 +20,8 @@ from kohaku_wrap.processes import NoAnswer
 from kohaku_wrap.toml_files import TableReader, load_toml
 from kohaku_wrap.trainer.engines import ENGINES
 from kohaku_wrap.trainer.installed import ask_reader, find_version
-from kohaku_wrap.trainer.options import Option, UnfitValue, cached_table_file, check_value, suggest
+from kohaku_wrap.trainer.options import Option, UnfitValue, cached_table_file, check_value
+from kohaku_wrap.wording import suggest
 
 PATH_DEFAULTS = {
     "db": "danbooru.db",

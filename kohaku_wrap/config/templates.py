@@ -10,7 +10,7 @@ from pathlib import Path
 from kohaku_wrap.errors import UsageError, reason_of
 from kohaku_wrap.files import describe_absence, expand_user, home_folder, shipped_folder
 from kohaku_wrap.toml_files import UnreadableToml, load_toml
-from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.wording import suggest
 
 KINDS = ("presets", "merges", "styles")
 """The folders of what is no template beside the shipped templates."""

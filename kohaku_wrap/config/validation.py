@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.dataset.held_out import hold_out
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.file_hashes import sha256_of_text
 from kohaku_wrap.formats.caption_rows import NoImages, find_captions
 from kohaku_wrap.formats.held_out import HeldOut
 from kohaku_wrap.formats.relations import RELATIONS_FILE
@@ -96,5 +96,5 @@ def describe_validation(effective: Effective, held_out: HeldOut) -> dict[str, An
         "drawn": len(held_out.posts),
         "relatives": len(held_out.relatives),
         "relatives_unknown": held_out.unknown,
-        "digest": hashlib.sha256(held_out.text().encode()).hexdigest(),
+        "digest": sha256_of_text(held_out.text()),
     }

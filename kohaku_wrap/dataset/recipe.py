@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from kohaku_wrap.files import describe_absence, shipped_folder
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping, read_site_mapping
 from kohaku_wrap.metadata.filters import FLAGS, RATINGS
 from kohaku_wrap.toml_files import TableReader, load_toml
+from kohaku_wrap.wording import suggest
 
 RANGES = {
     "score": "score",
@@ -114,10 +114,8 @@ def load_dataset(name: str) -> DatasetRecipe:
     path = Path(name)
     if path.suffix != ".toml" and not path.is_file():
         if name not in dataset_names():
-            near = difflib.get_close_matches(name, dataset_names(), n=1)
-            suggestion = f"; did you mean {near[0]}?" if near else ""
             raise UnknownDataset(
-                f"{name}: no such dataset{suggestion}",
+                f"{name}: no such dataset{suggest(name, dataset_names())}",
                 f"Shipped: {', '.join(dataset_names())}. Or give the path of a dataset file (.toml).",
             )
         path = shipped_folder("datasets") / f"{name}.toml"

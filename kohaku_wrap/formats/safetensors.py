@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.disguises import START_BYTES, name_disguise
+from kohaku_wrap.wording import is_utf8
 
 LENGTH_BYTES = 8
 HEADER_LIMIT_BYTES = 100_000_000
@@ -178,11 +179,11 @@ def parse_header(path: Path, text: bytes, data_bytes: int) -> tuple[dict[str, Te
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         faults.append("__metadata__ must map strings to strings")
         metadata = {}
-    if not all(is_text(text) for pair in metadata.items() for text in pair):
+    if not all(is_utf8(text) for pair in metadata.items() for text in pair):
         faults.append("__metadata__ holds text that is not UTF-8")
     spots: dict[str, TensorSpot] = {}
     for name, entry in document.items():
-        fault = fault_of_entry(entry) if is_text(name) else "its name is not UTF-8"
+        fault = fault_of_entry(entry) if is_utf8(name) else "its name is not UTF-8"
         if fault:
             faults.append(f"{name!r}: {fault}")
             continue
@@ -247,15 +248,6 @@ def has_too_many_tokens(text: bytes) -> bool:
 
 def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def is_text(name: str) -> bool:
-    """Whether `name` can be written as UTF-8: JSON escapes can hold halves of characters."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def fault_of_entry(entry: object) -> str:

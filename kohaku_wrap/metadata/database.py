@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.file_hashes import sha256_of_text
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
 from kohaku_wrap.metadata.dialects import Sqlite, name_sql
 from kohaku_wrap.metadata.editions import danbooru_posts_sql, make_edition
@@ -115,7 +115,7 @@ class Database(Source):
             questions.append("SELECT max(rowid) FROM posttagrelation")
         questions.append("SELECT created_at || ' ' || fav_count || ' ' || score FROM post ORDER BY id DESC LIMIT 1")
         answers = [self.layout.value, *(str(self.value(question)) for question in questions)]
-        return hashlib.sha256("\n".join(answers).encode()).hexdigest()
+        return sha256_of_text("\n".join(answers))
 
     def scan(self, query: str, rows: int = ROWS_A_BATCH) -> Iterator[pa.RecordBatch]:
         """The rows of a large query as Arrow batches of some 65,000, read without a Python object a value.

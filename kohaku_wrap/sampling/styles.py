@@ -10,7 +10,7 @@ from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
 from kohaku_wrap.toml_files import TableReader, load_toml
-from kohaku_wrap.trainer.options import suggest
+from kohaku_wrap.wording import suggest
 
 
 class UnknownStyle(UsageError):

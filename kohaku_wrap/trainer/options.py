@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import home_folder, parse_json, read_regular
 from kohaku_wrap.toml_files import parse_toml
+from kohaku_wrap.wording import suggest
 
 RECORDED_TABLE = Path(__file__).with_name("options_sd_scripts.json")
 """The default commit's options, written by `planning/workers/list_options.py`, and which of them others lack."""
@@ -91,12 +91,6 @@ class OptionTable:
 
     source: str
     """Where the table was read: an installed checkout or the recorded table."""
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the nearest known name, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_table(document: Mapping[str, Any], source: str) -> OptionTable:

@@ -177,8 +177,7 @@ def _read_quality(table: Mapping[str, Any], problems: list[Problem]) -> QualityR
     reader = TableReader("caption.quality", table, ("cutoffs", "percentiles", "words", "max_id"), problems)
     cutoffs = reader.choice("cutoffs", CUTOFF_SOURCES)
     words = reader.words("words", QUALITY_WORDS)
-    given = table.get("percentiles", list(PERCENTILES))
-    percentiles = reader.integers("percentiles", len(given) if isinstance(given, list) else 1) or PERCENTILES
+    percentiles = reader.integers("percentiles", PERCENTILES)
     if list(percentiles) != sorted(set(percentiles), reverse=True) or not all(0 < one < 100 for one in percentiles):
         reader.fault("percentiles", "not descending numbers between 0 and 100")
     if len(words) != len(percentiles) + 1:

@@ -15,6 +15,7 @@ from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
 from kohaku_wrap.formats.caption_rows import Subset
 from kohaku_wrap.toml_files import TableReader, load_toml
+from kohaku_wrap.wording import is_utf8
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 """Of the files that sd-scripts takes for images, in small letters."""
@@ -320,7 +321,7 @@ def scan(source: Source) -> Found:
             if name.startswith("."):
                 continue
             ending = Path(name).suffix.lower()
-            if not is_text(start + name):
+            if not is_utf8(start + name):
                 found.unnamed.append(ascii(start + name))
             elif ending in IMAGE_ENDINGS:
                 found.images.append(start + name)
@@ -332,12 +333,3 @@ def scan(source: Source) -> Found:
                 found.others[ending or "no ending"] += 1
                 found.unread += [Path(parent, name)] * (ending in TABLE_ENDINGS)
     return found
-
-
-def is_text(name: str) -> bool:
-    """Whether a file's name can be written into a caption file."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -8,10 +8,10 @@ from kohaku_wrap.config.fates import fate_of
 from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import Problem, UsageError, command_line
-from kohaku_wrap.trainer.options import suggest
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.file_changes import BY_ATTEMPT
 from kohaku_wrap.training.supervising.places import DifferentRun, read_dataset, read_trainer
+from kohaku_wrap.wording import suggest
 
 OTHER_RUN = "other-run"
 """The key of `--allow` for a state that another run wrote."""
