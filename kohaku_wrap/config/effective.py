@@ -32,11 +32,6 @@ class BatchShape:
     accumulation: int
     """Micro-batches of one process per optimizer step."""
 
-    @property
-    def group(self) -> int:
-        """Micro-batches per optimizer step over all processes."""
-        return self.processes * self.accumulation
-
 
 @dataclass(frozen=True)
 class Effective:

@@ -148,8 +148,7 @@ def find_map_faults(effective: Effective, key: str, table: Any) -> Faults:
         for name in settings:
             if name not in known:
                 yield f"{where}.{name}", f"unknown{suggest(name, known)}"
-        for name in settings:
-            if (fate := fate_of("preset", f"map.{name}")).kind == "refused":
+            elif (fate := fate_of("preset", f"map.{name}")).kind == "refused":
                 yield f"{where}.{name}", fate.reason
         algorithm = settings.get("algo") or effective.get("network_args.algo") or "lora"
         if algorithm not in ALGORITHMS:

@@ -10,9 +10,12 @@ from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import rank
 from kohaku_wrap.config.schedules import DEPENDS_ON_LENGTH
 from kohaku_wrap.trainer.installed import ask_optimizer
+from kohaku_wrap.trainer.options import fits, parse_argument
 from kohaku_wrap.wording import suggest
 
 ADAFACTOR = "adafactor"
+OWN_ARGUMENTS = ("relative_step", "scale_parameter", "warmup_init")
+"""Of Adafactor, which sd-scripts itself takes out before it makes the optimizer."""
 
 SCHEDULERS = tuple(name for name in DEPENDS_ON_LENGTH if name != ADAFACTOR)
 """`lr_scheduler` values that sd-scripts can make; `adafactor:RATE` besides, for that optimizer alone."""
@@ -48,25 +51,17 @@ def find_optimizer_faults(effective: Effective) -> Faults:
     chosen = effective.get("optimizer_type") or "AdamW"
     recorded = load_signatures().get(chosen.lower())
     arguments: list[str] | None = recorded["arguments"] if recorded else None
-    if not arguments and (path := find_known("optimizer_type", chosen) or trusted_path(effective, chosen)):
+    trusted = chosen if "." in chosen and is_trusted(chosen, effective.trust) else ""
+    if not arguments and (path := find_known("optimizer_type", chosen) or trusted):
         arguments = ask_optimizer(path)
     if arguments is None:
         return
     lost = LOST_ARGUMENTS.get(chosen.lower(), ())
-    allowed = [each for each in (*arguments, *extra_arguments(chosen)) if each not in lost]
+    extra = OWN_ARGUMENTS if chosen.lower() == ADAFACTOR else ()
+    allowed = [each for each in (*arguments, *extra) if each not in lost]
     for name in effective.subtable("optimizer_args"):
         if name not in allowed:
             yield f"optimizer_args.{name}", f"{chosen} takes no such argument{suggest(name, allowed)}"
-
-
-def trusted_path(effective: Effective, chosen: str) -> str:
-    """The class as it is written, where the person trusts its module; else nothing."""
-    return chosen if "." in chosen and is_trusted(chosen, effective.trust) else ""
-
-
-def extra_arguments(chosen: str) -> tuple[str, ...]:
-    """Arguments that sd-scripts itself takes out before it makes the optimizer."""
-    return ("relative_step", "scale_parameter", "warmup_init") if chosen.lower() == "adafactor" else ()
 
 
 def find_schedule_faults(effective: Effective) -> Faults:
@@ -94,7 +89,7 @@ def find_schedule_faults(effective: Effective) -> Faults:
     if name == ADAFACTOR:
         if str(effective.get("optimizer_type")).lower() != ADAFACTOR:
             yield "lr_scheduler", f'"{chosen}" works only with optimizer_type = "Adafactor"'
-        if not is_number(rate):
+        if not fits("float", parse_argument(rate)):
             yield "lr_scheduler", f'"{chosen}" must hold the first rate, such as "adafactor:1e-3"'
     elif chosen not in SCHEDULERS:
         yield "lr_scheduler", f'"{chosen}" is not one of {", ".join(SCHEDULERS)}{suggest(chosen, SCHEDULERS)}'
@@ -127,12 +122,3 @@ def sets_own_rates(effective: Effective) -> bool:
     return effective.get("optimizer_args.relative_step") is not False or bool(
         effective.get("optimizer_args.warmup_init")
     )
-
-
-def is_number(text: str) -> bool:
-    """Whether the trainer could read it as a rate."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

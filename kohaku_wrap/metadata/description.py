@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -107,7 +108,7 @@ UNKNOWN_COLUMNS = (*FLAG_COLUMNS.values(), "fav_count", "score", "image_width", 
 def describe_database(path: Path, mapping: SiteMapping = DANBOORU) -> DatabaseDescription:
     """Describe the metadata set at `path`; raises what `open_metadata` raises."""
     source = open_metadata(path, mapping)
-    scanned = _scan_posts(source)
+    counts, scanned = _scan_posts(source)
     tags = read_tags(source)
     database = source if isinstance(source, Database) else None
     relations = None
@@ -115,7 +116,6 @@ def describe_database(path: Path, mapping: SiteMapping = DANBOORU) -> DatabaseDe
         relations = int(source.value("SELECT count(*) FROM posttagrelation"))
     others = () if database is None or source.edition.has_tag_strings else database.columns
     types = np.bincount(tags.types + 1, minlength=len(TAG_TYPES) + 1).tolist()
-    counts = scanned.counts
     return DatabaseDescription(
         path=path,
         edition=source.edition.name,
@@ -124,23 +124,17 @@ def describe_database(path: Path, mapping: SiteMapping = DANBOORU) -> DatabaseDe
         layout=source.edition.layout,
         token_base=(database.token_base if database else 0) or None,
         size_bytes=sum(file.stat().st_size for file in source.files),
-        posts=scanned.posts,
-        duplicate_ids=scanned.rows - scanned.posts,
         tags=len(tags),
         relations=relations,
         indexes=tuple(sorted(database.indexed)) if database else (),
-        first_id=scanned.first_id,
-        last_id=scanned.last_id,
-        first_date=scanned.first_day,
-        last_date=scanned.last_day,
         unknown_dates=counts["unknown_date"],
         no_offset=counts["no_offset"],
         would_drop={name: counts[name] for name in FLAGS},
         unknown={column: counts[f"unknown {column}"] for column in UNKNOWN_COLUMNS},
         ratings={name: counts[f"rating {name}"] for name in (*RATINGS, "unknown")},
-        extensions=dict(sorted(scanned.extensions.items(), key=lambda item: (-item[1], item[0]))),
         tag_types=dict(zip((*TAG_TYPES, "unknown"), [*types[1:], types[0]], strict=True)),
         unknown_tables=tuple(sorted(name for name in others if name not in DUMP_TABLES and name[:7] != "sqlite_")),
+        **scanned,
     )
 
 
@@ -154,43 +148,36 @@ CONDITIONS: Mapping[str, str] = {
 """What is counted, and the SQL that is true for it."""
 
 
-@dataclass
-class Scanned:
-    """What a scan of the posts counted."""
-
-    rows: int = 0
-    posts: int = 0
-    first_id: int | None = None
-    last_id: int | None = None
-    first_day: str | None = None
-    last_day: str | None = None
-    counts: Counter[str] = field(default_factory=Counter)
-    extensions: Counter[str] = field(default_factory=Counter)
-
-
-def _scan_posts(source: Source) -> Scanned:
-    """Count posts by CONDITIONS, each post once, in one pass."""
-    scanned = Scanned()
+def _scan_posts(source: Source) -> tuple[Counter[str], dict[str, Any]]:
+    """Count posts by CONDITIONS, each post once, in one pass; with what a description says of all of them."""
+    counts, extensions = Counter[str](), Counter[str]()
+    rows = posts = 0
     first_rows = None if source.edition.unique_ids else FirstRows()
     days: set[str] = set()
     ids_seen: list[int] = []
     query = f"SELECT id, {bits_sql(tuple(CONDITIONS.values()))} AS bits, coalesce(day, '') AS day, file_ext"
     for batch in source.scan(f"{query} FROM ({source.edition.posts}) AS post"):
-        scanned.rows += batch.num_rows
+        rows += batch.num_rows
         ids = post_ids(source, batch.column(0))
         if first_rows and not (kept := first_rows.keep(ids)).all():
             batch, ids = batch.filter(pa.array(kept)), ids[kept]
         if not len(ids):
             continue
-        scanned.posts += len(ids)
+        posts += len(ids)
         bits = batch.column(1).to_numpy()
         for place, name in enumerate(CONDITIONS):
-            scanned.counts[name] += int((bits >> place & 1).sum())
+            counts[name] += int((bits >> place & 1).sum())
         ids_seen += [int(ids.min()), int(ids.max())]
         days |= set(pc.min_max(batch.column(2).filter(pc.not_equal(batch.column(2), ""))).as_py().values())
         for one in pc.value_counts(batch.column(3)).to_pylist():
-            scanned.extensions[one["values"] or "none"] += one["counts"]
-    known = sorted(day for day in days if day)
-    scanned.first_day, scanned.last_day = (known[0], known[-1]) if known else (None, None)
-    scanned.first_id, scanned.last_id = (min(ids_seen), max(ids_seen)) if ids_seen else (None, None)
-    return scanned
+            extensions[one["values"] or "none"] += one["counts"]
+    known = [day for day in days if day]
+    return counts, {
+        "posts": posts,
+        "duplicate_ids": rows - posts,
+        "first_id": min(ids_seen, default=None),
+        "last_id": max(ids_seen, default=None),
+        "first_date": min(known, default=None),
+        "last_date": max(known, default=None),
+        "extensions": dict(sorted(extensions.items(), key=lambda item: (-item[1], item[0]))),
+    }

@@ -17,7 +17,7 @@ from kohaku_wrap.dataset.captions.plan import FATES, CaptionPlan, plan_captions
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.text_table import TextTable
-from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, CountTokens, choose_counter, quantiles_of
+from kohaku_wrap.dataset.captions.tokens import CountTokens, Lengths, choose_counter
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.selection_file import read_selected_posts
 from kohaku_wrap.files import Progress
@@ -84,7 +84,7 @@ class Tally:
         self.counts = CaptionCounts()
         self.texts = 0
         self.uses = np.zeros(size, dtype=np.int64)
-        self.lengths = np.zeros(LONGEST + 1, dtype=np.int64)
+        self.lengths = Lengths()
         separators = list(plan.separators)
         # Tokens never cross a blank, so a caption's are the sum over its words, each with the comma that follows it.
         self.tokens = count([f"{text}," for text in texts])
@@ -107,7 +107,7 @@ class Tally:
         if texts is not None:
             totals += self.count(pc.if_else(pc.equal(texts, ""), "", pc.binary_join_element_wise(texts, ",", "")))
             self.texts += pc.sum(pc.not_equal(texts, "")).as_py() or 0
-        self.lengths += np.bincount(np.minimum(totals, LONGEST), minlength=LONGEST + 1)
+        self.lengths.add(totals)
 
 
 def measure_captions(
@@ -163,8 +163,8 @@ def measure_captions(
         popularity={str(least): int((tags.popularity >= least).sum()) for least in POPULARITIES},
         used_popularity={str(least): int((used & (tags.popularity >= least)).sum()) for least in POPULARITIES},
         tokens_by=tokens_by,
-        token_quantiles=quantiles_of(tally.lengths),
-        cut={str(limit): int(tally.lengths[limit + 1 :].sum()) for limit in TOKEN_LIMITS},
+        token_quantiles=tally.lengths.quantiles(),
+        cut=tally.lengths.beyond_limits(),
     )
 
 

@@ -13,14 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.arrays import Int64Array
-from kohaku_wrap.dataset.captions.tokens import (
-    LONGEST,
-    TOKEN_LIMITS,
-    choose_counter,
-    first_lines,
-    quantiles_of,
-    split_captions,
-)
+from kohaku_wrap.dataset.captions.tokens import Lengths, choose_counter, first_lines, split_captions
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches
@@ -60,8 +53,9 @@ def summarise_captions(
         return len(texts), words_of_captions(texts), count(pc.replace_substring(texts[:measured], SEPARATOR, ""))
 
     seen = list(map_in_order(look_at, take_captions(), usable_threads()))
-    measured = np.concatenate([np.empty(0, dtype=np.int64), *(lengths for _, _, lengths in seen)])
-    lengths = np.bincount(np.minimum(measured, LONGEST), minlength=LONGEST + 1)
+    lengths = Lengths()
+    for _, _, measured in seen:
+        lengths.add(measured)
     uses = count_words([words for _, words, _ in seen])
     frequent = nsmallest(TAGS_SHOWN, uses.items(), key=by_frequency)
     others = uses.items() - set(frequent)
@@ -75,9 +69,9 @@ def summarise_captions(
         "words": {name: sorted(words.items(), key=by_frequency) for name, words in named.items()},
         "tokens": {
             "counted_by": by.partition(" ")[0],
-            "captions": len(measured),
-            "quantiles": quantiles_of(lengths),
-            "longer_than": {str(limit): int(lengths[limit + 1 :].sum()) for limit in TOKEN_LIMITS},
+            "captions": sum(len(measured) for _, _, measured in seen),
+            "quantiles": lengths.quantiles(),
+            "longer_than": lengths.beyond_limits(),
         },
     }
 

@@ -145,11 +145,25 @@ def choose_counter(tokenizer: Path | None) -> tuple[str, CountTokens]:
     return "estimate", estimate_tokens
 
 
-def quantiles_of(lengths: Int64Array) -> dict[str, int]:
-    """Nearest-rank quantiles of a histogram, and the maximum."""
-    up_to = np.cumsum(lengths)
-    found = {f"{quantile:.0%}": int(np.searchsorted(up_to, quantile * up_to[-1])) for quantile in QUANTILES}
-    return {**found, "maximum": int(np.flatnonzero(lengths)[-1]) if up_to[-1] else 0}
+class Lengths:
+    """How many texts have how many tokens."""
+
+    def __init__(self) -> None:
+        self._texts = np.zeros(LONGEST + 1, dtype=np.int64)
+
+    def add(self, tokens: Int64Array) -> None:
+        """Count these texts too, by the tokens of each."""
+        self._texts += np.bincount(np.minimum(tokens, LONGEST), minlength=LONGEST + 1)
+
+    def quantiles(self) -> dict[str, int]:
+        """Nearest-rank quantiles, and the maximum."""
+        up_to = np.cumsum(self._texts)
+        found = {f"{quantile:.0%}": int(np.searchsorted(up_to, quantile * up_to[-1])) for quantile in QUANTILES}
+        return {**found, "maximum": int(np.flatnonzero(self._texts)[-1]) if up_to[-1] else 0}
+
+    def beyond_limits(self) -> dict[str, int]:
+        """By each of TOKEN_LIMITS, the texts that are longer."""
+        return {str(limit): int(self._texts[limit + 1 :].sum()) for limit in TOKEN_LIMITS}
 
 
 def split_captions(captions: pa.Array) -> tuple[Int64Array, pa.Array]:

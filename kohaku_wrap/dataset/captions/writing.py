@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,10 +171,7 @@ def write_pieces(
     with contextlib.ExitStack() as stack:
 
         def replace(name: str, file: str, entries: int) -> IO[bytes]:
-            def note(is_new: bool) -> None:
-                changes[name] = Changes(written=entries) if is_new else Changes(unchanged=entries)
-
-            return stack.enter_context(replace_if_changed(work.folder / file, note))
+            return stack.enter_context(replace_if_changed(work.folder / file, changes, name, entries))
 
         lines = replace("jsonl", formats_of.LINES_FILE, len(work.posts)) if "jsonl" in work.formats else None
         cache = replace("cache", formats_of.CACHE_FILE, len(images or ())) if "cache" in work.formats else None
@@ -246,10 +243,10 @@ def write_texts(work: Work, images: CaptionImages, columns: Path, on_progress: P
 
 
 @contextlib.contextmanager
-def replace_if_changed(path: Path, note: Callable[[bool], None]) -> Iterator[IO[bytes]]:
+def replace_if_changed(path: Path, changes: dict[str, Changes], name: str, entries: int) -> Iterator[IO[bytes]]:
     """Write a file whole or not at all, and leave the one that is there alone where it has the same bytes.
 
-    `note` is told whether the file is a new one.
+    Its number of `entries` is noted in `changes` under the name of its format.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -259,10 +256,10 @@ def replace_if_changed(path: Path, note: Callable[[bool], None]) -> Iterator[IO[
             os.fsync(stream.fileno())
         if path.is_file() and filecmp.cmp(part, path, shallow=False):
             part.unlink()
-            note(False)
+            changes[name] = Changes(unchanged=entries)
         else:
             part.replace(path)
-            note(True)
+            changes[name] = Changes(written=entries)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

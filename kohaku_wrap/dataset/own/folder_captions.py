@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from kohaku_wrap.dataset.captions.mixing import BOTH, put_text, put_texts
-from kohaku_wrap.dataset.captions.tokens import LONGEST, TOKEN_LIMITS, choose_counter, join_parts, quantiles_of
+from kohaku_wrap.dataset.captions.tokens import Lengths, choose_counter, join_parts
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.dataset.own.report import REPORT_FILE
@@ -193,7 +193,7 @@ def measure_folder(
     subsets = read_subsets(folder) or ONE_SUBSET
     tokens_by, count = choose_counter(tokenizer)
     uses: list[Counter[str]] = [Counter() for _ in subsets]
-    lengths = np.zeros(LONGEST + 1, dtype=np.int64)
+    lengths = Lengths()
     empty = several = whole = done = 0
     style = ""
     for batch in read_batches(find_captions(folder), "caption", "text", "text_at"):
@@ -211,7 +211,7 @@ def measure_folder(
         if columns.texts:
             own, forms = batch["text"].cast(pa.string()), np.full(len(captions), BOTH, dtype=np.int8)
             captions = put_texts(captions, own, batch["text_at"].to_numpy(), forms)
-        lengths += np.bincount(np.minimum(count(join_parts(captions)), LONGEST), minlength=LONGEST + 1)
+        lengths.add(count(join_parts(captions)))
         done += len(captions)
         if on_progress:
             on_progress(done, len(columns))
@@ -235,6 +235,6 @@ def measure_folder(
         },
         rare=tuple(sorted(((w, n) for w, n in total.items() if n < rare_below), key=lambda word: (word[1], word[0]))),
         tokens_by=tokens_by,
-        token_quantiles=quantiles_of(lengths),
-        cut={str(limit): int(lengths[limit + 1 :].sum()) for limit in TOKEN_LIMITS},
+        token_quantiles=lengths.quantiles(),
+        cut=lengths.beyond_limits(),
     )
