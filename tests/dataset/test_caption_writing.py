@@ -107,6 +107,16 @@ def test_every_form_tells_the_same(folder: Folder) -> None:
     assert all("image_size" not in line for line in by_path.values())
 
 
+@pytest.mark.parametrize("columns", [{"x": [1]}, {"id": [1], "caption": [2]}, {"id": ["a"]}])
+def test_an_arrow_file_of_another_program_is_replaced(folder: Folder, columns: dict[str, list[Any]]) -> None:
+    folder.extract(folder.selection, folder.images)
+    table = pa.table(columns)
+    with pa.OSFile(str(folder.images / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert folder.write(("jsonl",)).formats["arrow"] == Changes(written=len(folder.ids))
+    assert folder.columns()["id"].to_pylist() == folder.ids
+
+
 def test_columns_carry_their_digest(folder: Folder) -> None:
     folder.extract(folder.selection, folder.images)
     report = folder.write(("jsonl",))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kohaku_wrap.arrays import Int64Array
-from kohaku_wrap.formats.caption_rows import read_batches
+from kohaku_wrap.formats.caption_rows import FIELDS, read_batches
 
 
 class EarlierCaptions:
@@ -26,7 +26,9 @@ class EarlierCaptions:
         try:
             ids = [batch.column(0).to_numpy() for batch in read_batches(path, "id")]
             self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
-        except (OSError, pa.ArrowInvalid, KeyError):
+            if any(self._reader.schema.field(each.name).type != each.type for each in FIELDS):
+                ids = []
+        except (OSError, pa.ArrowException, KeyError):
             ids = []
         self.ids = np.concatenate([np.empty(0, dtype=np.int64), *ids])
         self._starts = np.cumsum([0, *map(len, ids)])
