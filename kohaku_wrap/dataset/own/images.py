@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +30,8 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class ImportedImage:
-    """One image that was checked, and what of it lies in the image folder."""
+class ImageTask:
+    """An image to check."""
 
     id: int
     """From its label and path."""
@@ -46,16 +46,21 @@ class ImportedImage:
     """Its subset's name."""
 
     source: str
-    """The file that it came from, absolute."""
+    """The file that it comes from, absolute."""
+
+    file: str
+    """Where it goes below the image folder, unless its format has another ending; where it lies, once it is there."""
+
+
+@dataclass(frozen=True)
+class ImportedImage(ImageTask):
+    """One image that was checked, and what of it lies in the image folder."""
 
     source_bytes: int
-    """Length of that file."""
+    """Length of the source."""
 
     source_mtime_ns: int
     """Its time of change; another one has it checked again."""
-
-    file: str
-    """Below the image folder."""
 
     width: int
     """Real width in pixels, as it is trained."""
@@ -71,19 +76,6 @@ class ImportedImage:
 
     how: str
     """`linked`, `copied`, or `rewritten`: turned upright, laid on white or scaled to 8 bits."""
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """An image to check."""
-
-    id: int
-    label: str
-    path: str
-    subset: str
-    source: str
-    file: str
-    """Where it goes below the image folder, unless its format has another ending."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ def write_imported(images: Path, rows: Iterable[ImportedImage]) -> None:
     """Write imported.parquet; the journal is not needed from then on."""
     columns = sorted(rows, key=lambda row: row.id)
     kinds = {"int": pa.int64(), "str": pa.string()}
-    schema = pa.schema([(name, kinds[str(kind)]) for name, kind in ImportedImage.__annotations__.items()])
+    schema = pa.schema([(each.name, kinds[str(each.type)]) for each in fields(ImportedImage)])
     schema = schema.with_metadata({b"kwrap": json.dumps({"format": FORMAT}).encode()})
     with atomic_write(images / IMPORTED_FILE, "wb") as stream:
         pq.write_table(pa.Table.from_pylist([vars(row) for row in columns], schema=schema), stream)
