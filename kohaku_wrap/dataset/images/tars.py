@@ -57,10 +57,10 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A member that is not taken."""
+    """A member of a tar, or a file, that is not taken."""
 
     name: str
-    """As the archive has it."""
+    """As the archive has it, or the file's path."""
 
     reason: str
     """What is wrong with it."""

@@ -19,6 +19,7 @@ from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
 from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX
 from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
 from kohaku_wrap.dataset.images.pool import count_processes, run_in_pool, tie_to_parent
+from kohaku_wrap.dataset.images.tars import Refusal
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress, atomic_write, becoming, open_regular
 
@@ -76,14 +77,6 @@ class ImportedImage(ImageTask):
 
     how: str
     """`linked`, `copied`, or `rewritten`: turned upright, laid on white or scaled to 8 bits."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An image that is no whole still image."""
-
-    source: str
-    reason: str
 
 
 class NoLinks(KwrapError):

@@ -11,12 +11,12 @@ from kohaku_wrap.dataset.captions.folder import lock_captions
 from kohaku_wrap.dataset.captions.summary import summarise_captions
 from kohaku_wrap.dataset.images.extract_shard import PART_SUFFIX
 from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE, refuse_other_kind
+from kohaku_wrap.dataset.images.tars import Refusal
 from kohaku_wrap.dataset.own.folders import Found, NamesCollide, NothingToImport, find_sources, make_id, normalise, scan
 from kohaku_wrap.dataset.own.images import (
     JOURNAL_FILE,
     ImageTask,
     ImportedImage,
-    Refusal,
     check_images,
     is_kept,
     read_imported,
@@ -115,7 +115,7 @@ def run_import(
     todo = [task for task in tasks if task.id not in kept]
     for result in check_images(todo, images, options.copy, options.dry_run, options.jobs, on_progress):
         if isinstance(result, Refusal):
-            report.lists["corrupt"].append({"image": result.source, "reason": result.reason})
+            report.lists["corrupt"].append({"image": result.name, "reason": result.reason})
         else:
             now[result.id] = result
             report.written += 1
