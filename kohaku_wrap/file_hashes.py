@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from kohaku_wrap.files import home_folder, open_regular, parse_json, read_regular, write_text
@@ -58,13 +59,11 @@ def key_of_file(path: Path) -> str:
 
 def load_hashes() -> dict[str, list[str]]:
     """The kept hashes by key: the sha256, for a safetensors file perhaps also that of its data; none if unreadable."""
-    try:
+    with suppress(OSError, ValueError):
         held = parse_json(read_regular(home_folder() / KEPT_HASHES))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(held, dict):
-        return {}
-    return {key: hashes for key, hashes in held.items() if isinstance(hashes, list) and hashes}
+        if isinstance(held, dict):
+            return {key: hashes for key, hashes in held.items() if isinstance(hashes, list) and hashes}
+    return {}
 
 
 def find_by_hash(sha256: str) -> Path | None:
@@ -80,10 +79,8 @@ def keep_hashes(added: dict[str, list[str]]) -> None:
     """Add to the kept hashes; where they cannot be written it is no failure."""
     held = {**load_hashes(), **added}
     newest = dict(list(held.items())[-HASHES_KEPT:])
-    try:
+    with suppress(OSError):
         write_text(home_folder() / KEPT_HASHES, json.dumps(newest, indent=0))
-    except OSError:
-        return
 
 
 def sha256_of_text(text: str) -> str:

@@ -160,10 +160,9 @@ def kept_answer(path: Path | None, parse: Callable[[Any], Kept], ask: Callable[[
 
 def has_size(path: Path, size_bytes: int) -> bool:
     """Whether a file is there and as long as it was."""
-    try:
+    with suppress(OSError):
         return path.stat().st_size == size_bytes
-    except OSError:
-        return False
+    return False
 
 
 def place_folder(part: Path, final: Path) -> None:

@@ -15,11 +15,10 @@ from kohaku_wrap.errors import KwrapError
 
 def take_lock(descriptor: int, path: Path) -> bool:
     """Whether the open file is now ours alone, and still the one at `path`: who held it before may have removed it."""
-    try:
+    with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
+    return False
 
 
 def hold_lock(path: Path) -> int | None:

@@ -10,7 +10,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from kohaku_wrap.errors import EXIT_FAILED, EXIT_INTERRUPTED, KwrapError
@@ -179,11 +179,9 @@ def describe_loss(outlet: Outlet) -> str:
 
 
 def is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
+    with suppress(OSError):
+        return bool(os.fstat(descriptor))
+    return False
 
 
 def replace_by_nothing(descriptor: int) -> None:

@@ -164,11 +164,8 @@ class LineHelper:
 
     def _send(self, text: str) -> None:
         assert self.child.stdin
-        try:
-            with self.child.stdin as stream:
-                stream.write(text)
-        except OSError:
-            return  # it has ended, and its end says why
+        with suppress(OSError), self.child.stdin as stream:  # it has ended, and its end says why
+            stream.write(text)
 
     def _read(self, index: int, answers: queue.Queue[tuple[int, Any]]) -> None:
         assert self.child.stdout

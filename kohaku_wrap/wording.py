@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 SHOWN_BEFORE, SHOWN_AFTER = 60, 50
@@ -71,8 +72,7 @@ def suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def is_utf8(name: str) -> bool:
     """Whether `name` can be written as UTF-8: JSON escapes can hold halves of characters."""
-    try:
+    with suppress(UnicodeEncodeError):
         name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        return True
+    return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata, read_subsets
@@ -120,10 +122,9 @@ def find_origin(effective: Effective, name: str) -> str:
 
 def read_text_shares(effective: Effective) -> dict[str, float]:
     """How many images with a text are trained with tags, text or both; empty without texts and without a site."""
-    try:
+    with suppress(NoImages):
         return dict(read_captions_metadata(effective.site.paths.images).get("text", {})) if effective.site else {}
-    except NoImages:
-        return {}
+    return {}
 
 
 def measure_text_outputs(effective: Effective) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,10 @@ def kind_of(path: Path) -> str:
 
 def is_site(path: Path) -> bool:
     """Whether a file has only the tables of a site, and one that no template has."""
-    try:
+    with suppress(KwrapError, OSError):
         tables = set(load_toml(path))
-    except (KwrapError, OSError):
-        return False
-    return tables <= {*TABLES, "trust"} and bool(tables & {"paths", "machine"})
+        return tables <= {*TABLES, "trust"} and bool(tables & {"paths", "machine"})
+    return False
 
 
 def is_shipped_preset(preset: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -262,14 +263,13 @@ def ask_launcher() -> Mapping[str, Any]:
     if not version:
         return {}
     kept = cached_table_file(f"accelerate-{version}")
-    try:
+    with suppress(NoAnswer):
         return kept_answer(
             kept,
             lambda table: {**table, "options": {**table["options"]}},
             lambda: ask_reader("list_launch_options", "launch"),
         )
-    except NoAnswer:
-        return {}
+    return {}
 
 
 def check_accelerate(table: Mapping[str, Any]) -> list[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,9 @@ def hold_out(images: Path, digest: str, wanted: int) -> HeldOut:
 
 def find_recipe(dataset: str) -> CaptionRecipe:
     """How the captions of a dataset are written, or those of USUAL_DATASET where it cannot be read."""
-    try:
-        return load_dataset(dataset).caption if dataset else load_dataset(USUAL_DATASET).caption
-    except (KwrapError, OSError):
-        return load_dataset(USUAL_DATASET).caption
+    with suppress(KwrapError, OSError):
+        return load_dataset(dataset or USUAL_DATASET).caption
+    return load_dataset(USUAL_DATASET).caption
 
 
 def find_relations(images: Path, ids: Int64Array) -> Relations:

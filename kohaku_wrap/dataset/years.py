@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import suppress
 
 import numpy as np
 import pyarrow as pa
@@ -43,23 +44,17 @@ def read_years(dates: pa.Array, parser: str = "iso") -> Int16Array:
 
 def read_iso_year(text: str) -> int:
     """The year of a text that begins with YYYY-MM-DD, UNKNOWN_YEAR for any other."""
-    try:
+    with suppress(ValueError):
         return datetime.date.fromisoformat(text[:10]).year if len(text) >= 10 and text[4:5] == "-" else UNKNOWN_YEAR
-    except ValueError:
-        return UNKNOWN_YEAR
+    return UNKNOWN_YEAR
 
 
 def read_dateutil_year(text: str) -> int:
     """The year that python-dateutil finds, UNKNOWN_YEAR where it finds none."""
-    try:
-        day = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        pass
-    else:
-        return day.year
+    with suppress(ValueError):
+        return datetime.datetime.fromisoformat(text).year
     import dateutil.parser
 
-    try:
+    with suppress(ValueError, OverflowError, TypeError):
         return int(dateutil.parser.parse(text).year)
-    except (ValueError, OverflowError, TypeError):
-        return UNKNOWN_YEAR
+    return UNKNOWN_YEAR

@@ -26,9 +26,8 @@ def write_summary(images: Path, digest: str, summary: Mapping[str, Any]) -> None
 
 def read_summary(folder: Path, digest: str) -> dict[str, Any]:
     """The summary in a folder of images or of a run; empty where there is none, or it is of other captions."""
-    try:
+    with suppress(OSError, ValueError):
         document = parse_json(read_regular(folder / SUMMARY_FILE))
-    except (OSError, ValueError):
-        return {}
-    is_it = isinstance(document, dict) and document.get("format") == FORMAT
-    return document if is_it and document.get("captions_digest") == digest else {}
+        if isinstance(document, dict) and document.get("format") == FORMAT:
+            return document if document.get("captions_digest") == digest else {}
+    return {}

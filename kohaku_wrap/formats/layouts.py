@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from kohaku_wrap.formats.network_names import FUSED_PARTS, MODULES_OF_RESBLOCK, MODULES_OF_TEXT_ENCODER_2, split_kind
 from kohaku_wrap.formats.safetensors import Header, MalformedFile, TensorSpot
@@ -124,10 +125,10 @@ def read_layout(header: Header, sd1: bool = False) -> Layout:
     """
     placed = {key: place_key(key) for key in header.tensors}
     inner = {part: [path for its_part, path in placed.values() if its_part == part] for part in PREFIXES_OF_PART}
-    renamers: dict[str, UnetNames | VaeNames | TextEncoderNames] = {
-        "unet": UnetNames(inner["unet"]),
-        "vae": VaeNames(inner["vae"]),
-        "te1": TextEncoderNames(SD1_PREFIX if sd1 else TEXT_ENCODER_PREFIX),
+    renamers: dict[str, Callable[[str, TensorSpot], tuple[str, TensorSpot]]] = {
+        "unet": UnetNames(inner["unet"]).rename,
+        "vae": VaeNames(inner["vae"]).rename,
+        "te1": partial(name_in_clip, SD1_PREFIX if sd1 else TEXT_ENCODER_PREFIX),
     }
     clip_part = part_of_clip(header.tensors)
     tensors: dict[str, TensorSpot] = {}
@@ -138,14 +139,13 @@ def read_layout(header: Header, sd1: bool = False) -> Layout:
         part = clip_part if part == "clip" else part
         name, new_spot = key, spot
         if part == "te2":
-            found = name_in_open_clip(path, spot)
-            if isinstance(found, Fused):
-                fused.setdefault(found.key, {})[found.place] = key, spot
+            name, new_spot, place = name_in_open_clip(path, spot)
+            if place is not None:
+                fused.setdefault(name, {})[place] = key, spot
                 forms.append("in diffusers' form")
                 continue
-            name, new_spot = found
         elif part in renamers and path:
-            name, new_spot = renamers[part].rename(path, spot)
+            name, new_spot = renamers[part](path, spot)
         if name != key:
             forms.append(form_of(key, path))
         if name in tensors:
@@ -285,34 +285,19 @@ class VaeNames:
         return f"{VAE_PREFIX}{half}.{place}.{module}.{ending}", spot
 
 
-@dataclass(frozen=True)
-class TextEncoderNames:
-    """Names of the first text encoder, which are the same everywhere."""
-
-    prefix: str
-    """Of the single file."""
-
-    def rename(self, path: str, spot: TensorSpot) -> tuple[str, TensorSpot]:
-        """The single-file name of a tensor."""
-        return (path if path.startswith("con") else f"{self.prefix}{path}"), spot
+def name_in_clip(prefix: str, path: str, spot: TensorSpot) -> tuple[str, TensorSpot]:
+    """The name of a tensor of the first text encoder, which is the same everywhere behind the single file's prefix."""
+    return (path if path.startswith("con") else f"{prefix}{path}"), spot
 
 
-@dataclass(frozen=True)
-class Fused:
-    """A tensor that is one part of a fused one."""
+def name_in_open_clip(path: str, spot: TensorSpot) -> tuple[str, TensorSpot, int | None]:
+    """The single-file name of a tensor of the second text encoder, from transformers' names or OpenCLIP's.
 
-    key: str
-    """Of the fused tensor."""
-
-    place: int
-    """Among query, key and value."""
-
-
-def name_in_open_clip(path: str, spot: TensorSpot) -> Fused | tuple[str, TensorSpot]:
-    """The single-file name of a tensor of the second text encoder, from transformers' names or OpenCLIP's."""
+    Behind it the place among query, key and value of one that is part of a fused tensor, whose name it then is.
+    """
     if path == "text_projection.weight":
         swapped = replace(spot, shape=spot.shape[::-1], is_transposed=True)
-        return f"{TEXT_ENCODER_2_PREFIX}text_projection", swapped
+        return f"{TEXT_ENCODER_2_PREFIX}text_projection", swapped, None
     layer = CLIP_LAYER.fullmatch(path)
     if not layer:
         module, kind = split_kind(path)
@@ -321,14 +306,14 @@ def name_in_open_clip(path: str, spot: TensorSpot) -> Fused | tuple[str, TensorS
             named.get(module.removeprefix("text_model.").replace(".", "_")) if path.startswith("text_model.") else None
         )
         ending = "" if found == "positional_embedding" else f".{kind}"
-        return f"{TEXT_ENCODER_2_PREFIX}{f'{found}{ending}' if found else path}", spot
+        return f"{TEXT_ENCODER_2_PREFIX}{f'{found}{ending}' if found else path}", spot, None
     block = f"{TEXT_ENCODER_2_PREFIX}transformer.resblocks.{layer.group(1)}"
     module, kind = split_kind(layer.group(2))
     for place, name in enumerate(FUSED_PARTS):
         if module == f"self_attn.{name}":
-            return Fused(f"{block}.attn.in_proj_{kind}", place)
+            return f"{block}.attn.in_proj_{kind}", spot, place
     named = {name: key for key, name in MODULES_OF_RESBLOCK.items()}
-    return f"{block}.{named.get(module.replace('.', '_'), module)}.{kind}", spot
+    return f"{block}.{named.get(module.replace('.', '_'), module)}.{kind}", spot, None
 
 
 def join_fused(key: str, shares: Mapping[int, tuple[str, TensorSpot]]) -> dict[str, TensorSpot]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,9 @@ def is_path(text: str) -> bool:
 
 def roots_here() -> frozenset[str]:
     """The first folders of this machine's paths."""
-    try:
+    with suppress(OSError):
         return frozenset(path.name for path in Path("/").iterdir())
-    except OSError:
-        return frozenset()
+    return frozenset()
 
 
 def last_part(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -180,11 +181,9 @@ def with_offsets(dates: pa.Array, zone: str) -> pa.Array:
 
 
 def _is_day(text: str) -> bool:
-    try:
-        datetime.date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
+    with suppress(ValueError):
+        return bool(datetime.date.fromisoformat(text))
+    return False
 
 
 def count_favourites(source: Source) -> dict[int, tuple[Int64Array, Int64Array]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -275,8 +276,7 @@ def find_unfit_values(values: Mapping[str, Any], on_cpu: bool) -> list[Problem]:
 
 def is_literal(text: str) -> bool:
     """Whether Python reads the text as a number, tuple or other literal."""
-    try:
+    with suppress(ValueError, SyntaxError):
         ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return False
-    return True
+        return True
+    return False

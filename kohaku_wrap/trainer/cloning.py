@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from kohaku_wrap.files import expand_user
@@ -79,13 +80,8 @@ def small_configs(folder: Path, commit: str) -> list[str]:
     """The JSON files of `configs/` that are there and small."""
     names = run_git(["ls-tree", "-r", "--name-only", commit, "configs/"], folder).split("\n")
     small = []
-    for name in names:
-        if not name.endswith(".json"):
-            continue
-        try:
-            size_bytes = int(run_git(["cat-file", "-s", f"{commit}:{name}"], folder))
-        except InstallFailed:
-            continue
-        if size_bytes < SMALL_FILE_BYTES:
-            small.append(name)
+    for name in (name for name in names if name.endswith(".json")):
+        with suppress(InstallFailed):  # a mirror may lack it
+            if int(run_git(["cat-file", "-s", f"{commit}:{name}"], folder)) < SMALL_FILE_BYTES:
+                small.append(name)
     return small

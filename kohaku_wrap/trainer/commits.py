@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,9 @@ def list_known() -> Iterator[SupportedCommit]:
     yield from SUPPORTED
     paths = sorted((home_folder() / "proofs").glob("*.json"))
     for path in [*paths, *map(Path, filter(None, [os.environ.get(TRIAL_VARIABLE)]))]:
-        try:
+        with suppress(OSError, ValueError, TypeError, KeyError):  # of no proof of this kwrap nothing is known
             document = parse_json(read_regular(path))
             yield SupportedCommit(**{field.name: document[field.name] for field in fields(SupportedCommit)})
-        except (OSError, ValueError, TypeError, KeyError):
-            # Not a proof of this kwrap: what it proved is not known.
-            continue
 
 
 def write_proof(proved: SupportedCommit, about: Mapping[str, Any], path: Path | None = None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,9 @@ def read_trainer_commit(checkout: Path) -> str:
 
 def find_version(package: str) -> str:
     """The installed version without its build; empty where the package is missing."""
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package).split("+")[0]
-    except metadata.PackageNotFoundError:
-        return ""
+    return ""
 
 
 def list_versions(folders: Sequence[Path] = ()) -> dict[str, str]:
@@ -175,10 +175,9 @@ def ask_optimizer(path: str) -> list[str] | None:
         kept = cached_table_file(f"optimizer-{path}-{version}")
     except metadata.PackageNotFoundError:
         kept = None  # a file of the person's own, which changes
-    try:
+    with suppress(NoAnswer):
         return kept_answer(kept, lambda found: read_arguments(found[path]), lambda: ask_reader("list_optimizers", path))
-    except NoAnswer:
-        return None
+    return None
 
 
 def read_arguments(optimizer: Mapping[str, Any]) -> list[str] | None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,10 +162,9 @@ def require_requirements() -> None:
 
 
 def installed_version(requirement: Requirement) -> str:
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(requirement.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "of unknown version"
+    return "of unknown version"
 
 
 def requirement_paths() -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +88,9 @@ def look_on_disk(folder: Path, files: pa.Array, ids: Int64Array) -> tuple[BoolAr
     bounds = np.searchsorted(codes[order], np.arange(len(shards.dictionary) + 1))
     for number, shard in enumerate(shards.dictionary.to_pylist()):
         rows = order[bounds[number] : bounds[number + 1]]
-        try:
-            with os.scandir(folder / shard) as entries:
-                names = {entry.name for entry in entries}
-        except FileNotFoundError:
-            continue
+        names: set[str] = set()
+        with suppress(FileNotFoundError), os.scandir(folder / shard) as entries:
+            names = {entry.name for entry in entries}
         skip = len(shard) + 1
         on_disk[rows] = [name[skip:] in names for name in files.take(pa.array(rows)).to_pylist()]
         has_text[rows] = [f"{post_id}.txt" in names for post_id in ids[rows].tolist()]

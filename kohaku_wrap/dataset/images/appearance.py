@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+from contextlib import suppress
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -52,11 +53,10 @@ def show_plainly(image: Image.Image, content: bytes) -> Image.Image | None:
 
 def read_orientation(image: Image.Image) -> int:
     """The EXIF orientation, or that of XMP where EXIF has none; upright where neither can be read."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except (SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
-        return UPRIGHT
-    return orientation if isinstance(orientation, int) else UPRIGHT
+    with suppress(SyntaxError, ValueError, LookupError, TypeError, OSError, struct.error):
+        if isinstance(orientation := image.getexif().get(ExifTags.Base.Orientation), int):
+            return orientation
+    return UPRIGHT
 
 
 def scale_to_8_bits(image: Image.Image) -> Image.Image:

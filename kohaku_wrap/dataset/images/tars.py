@@ -12,11 +12,12 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from kohaku_wrap.errors import KwrapError, refusing
+from kohaku_wrap.errors import DAMAGE, KwrapError, refusing
 from kohaku_wrap.files import open_regular
 from kohaku_wrap.formats.disguises import START_BYTES, name_disguise
 
@@ -214,7 +215,7 @@ def join_listings(walked: TarListing, index: TarListing, descriptor: int) -> Tar
 
 def read_index(path: Path, size_bytes: int) -> TarListing | None:
     """The listing of a tar of `size_bytes` from its index, or None when it has none that fits."""
-    try:
+    with suppress(*DAMAGE):
         with open_regular(path) as stream:
             index = json.loads(stream.read(INDEX_LIMIT_BYTES))
         if "files" in index and index["filesize"] != size_bytes:
@@ -229,9 +230,8 @@ def read_index(path: Path, size_bytes: int) -> TarListing | None:
             if offset < tarfile.BLOCKSIZE or member_bytes < 0 or offset + member_bytes > size_bytes:
                 return None
             listing.add(Member(name, offset, member_bytes, str(place.get("sha256") or "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return listing
+        return listing
+    return None
 
 
 def place_of(start: int, end: int) -> dict[str, Any]:
@@ -272,10 +272,9 @@ class TarReader:
 
 def follows_header(descriptor: int, member: Member) -> bool:
     """True when a header with the right checksum, size and name lies before the member's data."""
-    try:
+    with suppress(tarfile.HeaderError):
         header = parse_header(os.pread(descriptor, tarfile.BLOCKSIZE, member.offset - tarfile.BLOCKSIZE))
-    except tarfile.HeaderError:
-        return False
-    # A long name stands in a header of its own; this one then holds its beginning.
-    named = header.name == member.name or len(header.name) >= 99
-    return header.isreg() and not header.issparse() and header.size == member.size_bytes and named
+        # A long name stands in a header of its own; this one then holds its beginning.
+        named = header.name == member.name or len(header.name) >= 99
+        return header.isreg() and not header.issparse() and header.size == member.size_bytes and named
+    return False

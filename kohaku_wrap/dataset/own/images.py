@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,7 @@ def write_imported(images: Path, rows: Iterable[ImportedImage]) -> None:
 
 def is_kept(image: ImportedImage, task: ImageTask, images: Path, copy: bool) -> bool:
     """Whether an image is there as this call would put it."""
-    try:
+    with suppress(OSError):
         status = Path(task.source).stat()
         place = images / image.file
         same = (image.source_bytes, image.source_mtime_ns) == (status.st_size, status.st_mtime_ns)
@@ -128,8 +129,7 @@ def is_kept(image: ImportedImage, task: ImageTask, images: Path, copy: bool) -> 
         if image.how == "linked":
             return not copy and place.is_symlink() and place.samefile(task.source)
         return (copy or image.how == "rewritten") and place.is_file() and not place.is_symlink()
-    except OSError:
-        return False
+    return False
 
 
 def check_images(
