@@ -278,9 +278,8 @@ def drop_unset(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def name_inputs(site: Site) -> dict[str, Any]:
     """The run's inputs by path, nothing hashed."""
-    paths = {"base_model": site.paths.base_model, "images": site.paths.images}
-    paths |= {name: path for name, path in (("vae", site.paths.vae), ("tokenizers", site.paths.tokenizers)) if path}
-    return {name: str(path) for name, path in paths.items()}
+    names = ("base_model", "images", "vae", "tokenizers")
+    return {name: str(path) for name in names if (path := getattr(site.paths, name))}
 
 
 def hash_inputs(
@@ -293,13 +292,10 @@ def hash_inputs(
     The selection's sha256 is the one that the captions were made from.
     """
     inputs = name_inputs(site)
-    files = {"base_model": site.paths.base_model, "vae": site.paths.vae}
-    for name, path in files.items():
-        if path is None:
-            continue
+    for name in [name for name in ("base_model", "vae") if name in inputs]:
+        path = Path(inputs[name])
         if not path.is_file():
             raise MissingInput(f"{path}: {describe_absence(path)} ({name})", f"Fix paths.{name} in {site.path}.")
-        inputs[name] = str(path)
         inputs[f"{name}_sha256"] = kept_sha256(path, on_bytes)
     data = effective.get("kwrap.data")
     inputs |= describe_data(data, site.paths.images, flatten_dataset(compose_dataset(effective, site.paths.images)))

@@ -144,7 +144,7 @@ def select_posts(
         seed=recipe.seed,
         layout=source.edition.layout,
         edition=source.edition.name,
-        lacks=find_lacks(source.edition, drops.deleted(), drops.no_offset()),
+        lacks=find_lacks(source.edition, *(int(drops.of(name).sum()) for name in ("deleted", "no_offset"))),
         duplicate_ids=scanned.duplicates,
         posts=len(ids),
         outside_strata=outside,
@@ -185,38 +185,21 @@ def select_posts(
     return report
 
 
+@dataclass(frozen=True)
 class Drops:
     """Which filter drops which post."""
 
-    def __init__(self, bits: Int64Array, names: Sequence[str], by_tag: Mapping[str, BoolArray]) -> None:
-        """`bits`: for each of `names` whether it drops the post, above them for each whether it is unknown; then
-        whether the post is deleted, and whether its date says no offset."""
-        self._bits = bits
-        self._place = {name: place for place, name in enumerate(names)}
-        self._by_tag = by_tag
+    bits: Int64Array
+    """(posts,) a bit for each answer."""
+
+    places: Mapping[str, int]
+    """The bit of each filter by its name, of what it does not know by `unknown NAME`, of `deleted` and `no_offset`."""
 
     def of(self, name: str) -> BoolArray:
-        """(posts,) true where the filter or condition `name` drops the post."""
-        if name in self._by_tag:
-            return self._by_tag[name]
-        return self._bit(self._place[name])
-
-    def unknown_to(self, name: str) -> BoolArray:
-        """(posts,) true where the database does not say what `name` asks; never for tags."""
-        if name in self._by_tag:
-            return np.zeros(len(self._bits), dtype=bool)
-        return self._bit(len(self._place) + self._place[name])
-
-    def deleted(self) -> int:
-        """How many posts are deleted."""
-        return int(self._bit(2 * len(self._place)).sum())
-
-    def no_offset(self) -> int:
-        """How many posts have a date without an offset."""
-        return int(self._bit(2 * len(self._place) + 1).sum())
-
-    def _bit(self, place: int) -> BoolArray:
-        mask: BoolArray = (self._bits >> place) & 1 == 1
+        """(posts,) true where the answer is yes; nothing is unknown to conditions on tags."""
+        if name not in self.places:
+            return np.zeros(len(self.bits), dtype=bool)
+        mask: BoolArray = (self.bits >> self.places[name]) & 1 == 1
         return mask
 
 
@@ -226,18 +209,18 @@ def find_drops(source: Source, recipe: SelectionRecipe, on_progress: Progress | 
     One scan of the post table for all but the tag conditions, which read the tags' own posts.
     """
     names = (*recipe.before_sample, *recipe.after_sample)
-    tags = read_tags(source) if any(name in TAG_CONDITIONS for name in names) else None
-    tag_conditions = [name for name in names if name in TAG_CONDITIONS]
+    on_tags = [name for name in names if name in TAG_CONDITIONS]
+    tags = read_tags(source) if on_tags else None
     wanted_tags = {
         name: tags.find_names(recipe.conditions[name], f"selection.drop.unless.{name}").tolist()
-        for name in tag_conditions
+        for name in on_tags
         if tags
     }
-    in_sql = [name for name in names if name not in TAG_CONDITIONS]
-    made = [build_filter(name, recipe.conditions.get(name)) for name in in_sql]
-    unknown = [filters.Filter(one.name, one.unknown) for one in made]
-    counted = [filters.flag_filter("deleted"), filters.Filter("no_offset", filters.NO_OFFSET)]
-    scanned = read_drops(source, [*made, *unknown, *counted], on_progress)
+    made = [build_filter(name, recipe.conditions.get(name)) for name in names if name not in TAG_CONDITIONS]
+    asked = [*made, *(filters.Filter(f"unknown {one.name}", one.unknown) for one in made)]
+    asked += [filters.flag_filter("deleted"), filters.Filter("no_offset", filters.NO_OFFSET)]
+    scanned = read_drops(source, asked, on_progress)
+    bits, places = scanned.drops, {one.name: place for place, one in enumerate(asked)}
     holders = (
         posts_with_tags(source, tags, sorted({tag for some in wanted_tags.values() for tag in some})) if tags else {}
     )
@@ -247,8 +230,10 @@ def find_drops(source: Source, recipe: SelectionRecipe, on_progress: Progress | 
         "tags_any": lambda masks: ~np.logical_or.reduce(masks),
         "tags_none": lambda masks: np.logical_or.reduce(masks),
     }
-    by_tag = {name: combine[name]([has_tag[tag] for tag in some]) for name, some in wanted_tags.items()}
-    return scanned, Drops(scanned.drops, in_sql, by_tag)
+    for place, (name, some) in enumerate(wanted_tags.items(), len(asked)):
+        places[name] = place
+        bits |= combine[name]([has_tag[tag] for tag in some]).astype(np.int64) << place
+    return scanned, Drops(bits, places)
 
 
 def build_filter(name: str, value: Any) -> filters.Filter:
@@ -294,7 +279,7 @@ def count_first_reasons(names: Sequence[str], drops: Drops, kept: BoolArray, unk
     """
     counts = {}
     for name in names:
-        if asked := int((kept & drops.unknown_to(name)).sum()):
+        if asked := int((kept & drops.of(f"unknown {name}")).sum()):
             unknown[name] = asked
         drop = drops.of(name)
         counts[name] = int((kept & drop).sum())

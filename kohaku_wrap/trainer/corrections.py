@@ -104,10 +104,8 @@ def parse_source(text: str, path: Path) -> ast.Module:
         return ast.parse(text, filename=str(path))
 
 
-@cache
-def parse_once(text: str, path: Path) -> ast.Module:
-    """The syntax tree to look at; whoever changes one takes a tree of his own."""
-    return parse_source(text, path)
+parse_once = cache(parse_source)
+"""The syntax tree to look at; whoever changes one takes a tree of his own."""
 
 
 @cache

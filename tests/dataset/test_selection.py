@@ -143,15 +143,16 @@ def test_filters_take_in_turn_and_count_what_they_cannot_know() -> None:
     drop = {"a": [1, 0, 0, 1, 0, 0], "b": [1, 1, 0, 0, 0, 0], "c": [0, 0, 0, 0, 0, 1]}
     unknown = {"a": [0, 1, 1, 0, 0, 0], "b": [1, 0, 0, 1, 1, 0], "c": [0, 0, 0, 0, 0, 0]}
     deleted, no_offset = [1, 0, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]
-    columns = [*drop.values(), *unknown.values(), deleted, no_offset]
+    tags = [0, 0, 1, 1, 0, 0]
+    columns = [*drop.values(), *unknown.values(), deleted, no_offset, tags]
     bits = sum(np.array(column, dtype=np.int64) << place for place, column in enumerate(columns))
-    tags = np.array([0, 0, 1, 1, 0, 0], dtype=bool)
-    drops = selection.Drops(bits, list(drop), {"tags": tags})
+    names = [*drop, *(f"unknown {name}" for name in unknown), "deleted", "no_offset", "tags"]
+    drops = selection.Drops(bits, {name: place for place, name in enumerate(names)})
     for name in drop:
         assert drops.of(name).tolist() == [bool(one) for one in drop[name]]
-        assert drops.unknown_to(name).tolist() == [bool(one) for one in unknown[name]]
-    assert (drops.deleted(), drops.no_offset()) == (2, 3)
-    assert drops.of("tags").tolist() == tags.tolist() and not drops.unknown_to("tags").any()
+        assert drops.of(f"unknown {name}").tolist() == [bool(one) for one in unknown[name]]
+    assert [int(drops.of(name).sum()) for name in ("deleted", "no_offset")] == [2, 3]
+    assert drops.of("tags").tolist() == [bool(one) for one in tags] and not drops.of("unknown tags").any()
     kept = np.array([1, 1, 1, 1, 1, 0], dtype=bool)
     asked = {"before": 7}
     counts = selection.count_first_reasons(["tags", "a", "b", "c"], drops, kept, asked)

@@ -267,10 +267,7 @@ def replace_if_changed(path: Path, changes: dict[str, Changes], name: str, entri
 
 def remove_text_files(folder: Path, files: Sequence[str]) -> int:
     """Remove the .txt of images that are no longer captioned; how many there were."""
-    removed = 0
-    for name in files:
-        path = (folder / name).with_suffix(".txt")
-        if path.is_file():
-            path.unlink()
-            removed += 1
-    return removed
+    there = [path for name in files if (path := (folder / name).with_suffix(".txt")).is_file()]
+    for path in there:
+        path.unlink()
+    return len(there)
