@@ -20,8 +20,9 @@ from kohaku_wrap.files import describe_absence, expand_user, kept_answer
 from kohaku_wrap.processes import NoAnswer
 from kohaku_wrap.toml_files import TableReader, load_toml
 from kohaku_wrap.trainer.engines import ENGINES
-from kohaku_wrap.trainer.installed import ask_reader, find_version
+from kohaku_wrap.trainer.installed import ask_reader
 from kohaku_wrap.trainer.options import Option, UnfitValue, cached_table_file, check_value
+from kohaku_wrap.trainer.requirements import find_version
 from kohaku_wrap.wording import suggest
 
 PATH_DEFAULTS = {

@@ -19,8 +19,8 @@ from kohaku_wrap.planning.doctor_torch import Finding, find_torch_faults
 from kohaku_wrap.planning.sizes import MIB, machine_memory_bytes, total_of
 from kohaku_wrap.planning.training_plan import TrainingPlan, find_builtin_faults
 from kohaku_wrap.trainer.checkout import report_trainer, require_transformers
-from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer, find_version
-from kohaku_wrap.trainer.requirements import SETS, TESTED, find_set, packages_of
+from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
+from kohaku_wrap.trainer.requirements import SETS, TESTED, find_set, find_version, packages_of
 from kohaku_wrap.wording import show_bytes
 
 TESTED_TOGETHER = ("accelerate", "transformers", "diffusers", "huggingface-hub")

@@ -30,7 +30,8 @@ from kohaku_wrap.proving.gpu_runs import SCALES, Workplace
 from kohaku_wrap.proving.killing import run_kwrap
 from kohaku_wrap.proving.likeness import Difference, compare_networks, compare_runs
 from kohaku_wrap.proving.step_clock import median_of
-from kohaku_wrap.trainer.installed import find_trainer, find_version
+from kohaku_wrap.trainer.installed import find_trainer
+from kohaku_wrap.trainer.requirements import find_version
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.wording import show_bytes

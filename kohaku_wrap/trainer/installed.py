@@ -105,13 +105,6 @@ def read_trainer_commit(checkout: Path) -> str:
     return read_commit(checkout) if (checkout / ".git").exists() else ""
 
 
-def find_version(package: str) -> str:
-    """The installed version without its build; empty where the package is missing."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package).split("+")[0]
-    return ""
-
-
 def list_versions(folders: Sequence[Path] = ()) -> dict[str, str]:
     """Every installed package and its version, by name; of `folders` too, which come last on the import path."""
     found: dict[str, str] = {}

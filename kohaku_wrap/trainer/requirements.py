@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
@@ -162,9 +162,7 @@ def require_requirements() -> None:
 
 
 def installed_version(requirement: Requirement) -> str:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(requirement.distribution)
-    return "of unknown version"
+    return find_version(requirement.distribution) or "of unknown version"
 
 
 def requirement_paths() -> list[Path]:
@@ -200,3 +198,10 @@ def install_package(requirement: Requirement) -> None:
                 f"Install it yourself (pip install --no-deps {pinned}), then: kwrap trainer show",
             )
         place_folder(part / "packages", final)
+
+
+def find_version(package: str) -> str:
+    """The installed version without its build; empty where the package is missing."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package).split("+")[0]
+    return ""

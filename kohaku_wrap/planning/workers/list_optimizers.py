@@ -13,7 +13,8 @@ from typing import Any
 
 from kohaku_wrap.config.code_names import load_signatures
 from kohaku_wrap.processes import answer
-from kohaku_wrap.trainer.installed import find_version, plain_name
+from kohaku_wrap.trainer.installed import plain_name
+from kohaku_wrap.trainer.requirements import find_version
 
 NOT_ARGUMENTS = ("self", "params", "lr")
 """What the trainer passes itself."""
