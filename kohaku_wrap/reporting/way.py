@@ -15,7 +15,7 @@ from kohaku_wrap.merging.inspecting import FileReport, inspect_file
 from kohaku_wrap.merging.replays import as_table
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST
-from kohaku_wrap.training.records.networks import list_network_files, list_written
+from kohaku_wrap.training.records.networks import list_written
 from kohaku_wrap.training.records.states import list_states
 
 COMMAND_FILE = "command.txt"
@@ -84,7 +84,7 @@ def follow_way(run: Run, data: Mapping[str, Any]) -> Iterator[Step]:
     if states := list_states(run.states):
         told = [Thing(f"optimizer step {step:,}", digest_of_manifest(path), "its manifest") for step, path in states]
         yield Step("States", tuple(told), (command_line("resume", run.folder, "--step", states[-1][0]),))
-    here = {path.name for path in list_network_files(run)}
+    here = {path.name for path in run.network_files}
     if written := list_written(run):
         told = [Thing(name, sha256, "" if name in here else "not there now") for name, sha256 in written.items()]
         yield Step("Checkpoints", tuple(told))

@@ -25,7 +25,7 @@ from kohaku_wrap.sampling.expanding import Defaults, KnownModel, expand_sheet
 from kohaku_wrap.sampling.running import DrawingJob, draw_sheet, find_waiting
 from kohaku_wrap.sampling.sheets import Sheet, SheetPrompt
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.networks import list_network_files, shorter_end, step_of_network
+from kohaku_wrap.training.records.networks import shorter_end, step_of_network
 from kohaku_wrap.training.records.samples import Pictures, list_pictures
 from kohaku_wrap.training.supervising.places import read_places
 
@@ -37,7 +37,7 @@ def models_of_run(run: Run, steps: str | None, vae: Path | None = None) -> list[
     """
     end = shorter_end(run) or run.lock.total_optimizer_steps
     kept: dict[int, Path] = {}
-    for path in list_network_files(run):
+    for path in run.network_files:
         step = step_of_network(run, path, end) if path.suffix == ".safetensors" else None
         if step is not None:
             kept[step] = path

@@ -25,6 +25,9 @@ from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.lock import BadRunFolder, Lock, refuse_later_lock
 from kohaku_wrap.training.records.origin import ORIGIN_FOLDER
 
+SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
+"""Of networks, as `save_model_as` has them."""
+
 STATE_NAME = re.compile(r"optimizer-step-([0-9]{8,})")
 
 
@@ -69,7 +72,12 @@ class Run:
     @property
     def networks(self) -> list[Path]:
         """The network of the last optimizer step, in each form that is there."""
-        return sorted(path for path in self.checkpoints.glob("*") if path.is_file() and path.stem == self.output_name)
+        return [path for path in self.network_files if path.stem == self.output_name]
+
+    @property
+    def network_files(self) -> list[Path]:
+        """The networks on the disk among its checkpoints, by name; other tools put pictures and notes beside them."""
+        return sorted(path for path in self.checkpoints.glob("[!.]*") if path.suffix in SUFFIXES and path.is_file())
 
     attempts = Place("attempts")
     states = Place("states")

@@ -22,9 +22,6 @@ NETWORKS_FILE = "networks.json"
 OF_STEP, OF_EPOCH = re.compile(r"-step(\d{8,})"), re.compile(r"-(\d{6,})")
 """What stands between a run's name and the ending, which may be digits like these themselves, such as a date."""
 
-SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
-"""Of networks, as `save_model_as` has them."""
-
 OF_THE_DATASET = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
 """Options that the trainer writes into networks as its own options file has them, while the dataset's decides."""
 
@@ -128,17 +125,12 @@ def step_of_network(run: Run, path: Path, end: int) -> int | None:
     return end if path.stem == run.output_name else None
 
 
-def list_network_files(run: Run) -> list[Path]:
-    """The networks on the disk among the run's checkpoints, by name."""
-    return sorted(path for path in run.checkpoints.glob("[!.]*") if path.suffix in SUFFIXES and path.is_file())
-
-
 def compare_networks(run: Run, on_bytes: Callable[[int], None] | None = None) -> Iterator[Network]:
     """Each network among the run's checkpoints, by name, and the last one of a finished run where it is gone.
 
     Others that are gone were removed by the run itself, as its options say. `on_bytes` gets the bytes that are read.
     """
-    written, files = list_written(run), list_network_files(run)
+    written, files = list_written(run), run.network_files
     for path in files:
         sha256 = written.get(path.name, "")
         yield Network(path, sha256, kept_sha256(path, on_bytes) if sha256 else "")
@@ -150,6 +142,4 @@ def compare_networks(run: Run, on_bytes: Callable[[int], None] | None = None) ->
 def bytes_of_networks(run: Run) -> int:
     """Bytes of the run's networks whose hash is not kept, so that a comparison reads them; for progress."""
     written = list_written(run)
-    return sum(
-        path.stat().st_size for path in list_network_files(run) if path.name in written and not keeps_sha256(path)
-    )
+    return sum(path.stat().st_size for path in run.network_files if path.name in written and not keeps_sha256(path))

@@ -15,7 +15,7 @@ from kohaku_wrap.config.samples import KWRAP
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.training.records.folder import STATE_NAME, Run
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.records.networks import list_network_files, shorter_end, step_of_network
+from kohaku_wrap.training.records.networks import shorter_end, step_of_network
 
 CONTACT_SHEET = "contact-sheet.png"
 """Written last: where it is, all pictures are."""
@@ -72,7 +72,7 @@ def list_pictures(run: Run) -> list[Pictures]:
         return []
     every, end = int(asked.get("every") or 1), shorter_end(run) or run.lock.total_optimizer_steps
     found: dict[int, Path] = {}
-    for path in list_network_files(run):
+    for path in run.network_files:
         step = step_of_network(run, path, end)
         if step is not None and path.suffix == ".safetensors" and (step % every == 0 or step == end):
             found[step] = path
