@@ -32,7 +32,7 @@ from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.status import read_status
 from kohaku_wrap.training.supervising.stop_signals import StopSignals
-from kohaku_wrap.training.supervising.supervise import RunStopped, TrainerFailed, await_orphans, supervise_run
+from kohaku_wrap.training.supervising.supervise import Loggers, RunStopped, TrainerFailed, await_orphans, supervise_run
 from kohaku_wrap.training.supervising.verify import verify_run
 from kohaku_wrap.training.supervising.watch import WatchOptions, start_launcher
 
@@ -417,3 +417,12 @@ def test_variables_of_the_shell_for_accelerate_have_no_say(tmp_path: Path, monke
     launch = Launch((sys.executable, "-c", program), {}, tmp_path)
     assert start_launcher(launch, tmp_path / "log").wait() == 0
     assert (tmp_path / "log").read_text() == "{'KEPT': 'yes', 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS': None}\n"
+
+
+def test_a_logging_process_whose_own_log_is_gone_ends_no_training(new_run: NewRun) -> None:
+    told: list[str] = []
+    loggers = Loggers(Attempt(new_run(), 1, 1, 1, 0, 0, None), told.append)
+    loggers.children["wandb"] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    loggers.children["wandb"].wait()
+    loggers.look()
+    assert "no longer logged to wandb: the process ended with code 3" in told[0]

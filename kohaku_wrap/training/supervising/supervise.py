@@ -27,6 +27,7 @@ from kohaku_wrap.training.supervising.ends import (
     AttemptEnd,
     advice_after,
     log_tails,
+    tail_of,
     write_end,
 )
 from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
@@ -254,8 +255,7 @@ class Loggers:
             child.stdin.close()
         if child.returncode == 0:
             return
-        said = self.log_of(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        why = said[-1] if said else f"the process ended with code {child.returncode}"
+        why = next(iter(tail_of(self.log_of(name), 1)), f"the process ended with code {child.returncode}")
         again = "the next attempt writes what is missing"
         if name == "tensorboard":
             again += f", and so does `{command_line('status', self.attempt.run.folder, '--to', name, 'DIR')}`"
