@@ -111,9 +111,9 @@ def ccip(
 
     if preset not in PRESETS:
         raise UsageError(f"--preset: there is no {preset}", f"There are {', '.join(PRESETS)}.")
-    for path in against:
-        ccip_run.read_other(path)
     judge = open_judge(judge_folder, ("ccip",), asked["threads"] or 1)
+    for path in against:
+        ccip_run.read_other(path, {"judge": judge.describe(), "prompts": {"template": PRESETS[preset]}})
     listed = list_models(models, asked, site_file)
     found = list_characters(characters, db, tag_table, images, site_file, out)
     choice = ccip_run.choose_characters(found, min_posts)

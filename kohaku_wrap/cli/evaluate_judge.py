@@ -66,9 +66,9 @@ def judge(
     from kohaku_wrap.evaluation.sheet_pairs import lay_over, read_other
     from kohaku_wrap.files import write_text
 
-    for path in against:
-        read_other(path, KINDS)
     opened = open_judge(judge_folder, threads=threads)
+    for path in against:
+        read_other(path, KINDS, opened.describe())
     if opened.kind.name not in MEASURES and reference is None:
         raise UsageError(
             f"a judge of kind {opened.kind.name} says nothing of a picture alone",

@@ -91,8 +91,6 @@ def loss(
     from kohaku_wrap.formats.caption_columns import Columns
     from kohaku_wrap.sampling.expanding import name_models
 
-    for path in against:
-        held_out.read_other(path)
     paths = [Path(each) for each in targets]
     run = None
     if len(targets) == 1 and not paths[0].is_file():
@@ -112,6 +110,8 @@ def loss(
     candidates = held_out.choose_rows(run, columns, leave_out_trained, allow_trained)
     rows = draw_posts(columns, candidates, posts, load_dataset("epsilon").caption)
     job = prepare(run, columns, rows, timesteps, out, template, folders, asked)
+    for path in against:
+        held_out.read_other(path, held_out.describe_job(job))
     forwards = len(job.chunks) * timesteps * len(models)
     if dry_run:
         show_plan(job, len(models), forwards)

@@ -24,9 +24,16 @@ from kohaku_wrap.evaluation.characters import INFERRED, PRESETS, Character
 from kohaku_wrap.evaluation.exposure import Exposure, NoSuchTag
 from kohaku_wrap.evaluation.judges import Features
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, list_versions, read_result
+from kohaku_wrap.evaluation.other_results import FORMAT, add_models, list_versions, read_result, refuse_differing
 from kohaku_wrap.files import Progress
 from kohaku_wrap.sampling.expanding import PlacedCell
+
+COMPARED = {
+    "another judge": ("judge", "sha256"),
+    "another threshold": ("judge", "threshold"),
+    "other prompts": ("prompts", "template"),
+}
+"""What two results must have in common."""
 
 
 class NoCharacters(KwrapError):
@@ -199,21 +206,16 @@ def compose_result(
     }
 
 
-def read_other(path: Path) -> dict[str, Any]:
-    """A document that an evaluation wrote. Raises OtherResult."""
-    return read_result(path, "ccip", ("ccip",), "ccip.json")
+def read_other(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """A result by the judge and the prompts of this call, or of another result. Raises OtherResult."""
+    other = read_result(path, "ccip", ("ccip",), "ccip.json")
+    refuse_differing(path, "made with", "Only results of the same judge and prompts compare.", about, other, COMPARED)
+    return other
 
 
 def lay_over(result: dict[str, Any], path: Path) -> None:
     """Add the models of another result, with the pairs that they make. Raises OtherResult where they differ."""
-    other = read_other(path)
-    for what, one, two in (
-        ("another judge", result["judge"]["sha256"], other["judge"]["sha256"]),
-        ("another threshold", result["judge"]["threshold"], other["judge"]["threshold"]),
-        ("other prompts", result["prompts"]["template"], other["prompts"]["template"]),
-    ):
-        if one != two:
-            raise OtherResult(f"{path}: made with {what}", "Only results of the same judge and prompts compare.")
+    other = read_other(path, result)
     own = {each["tag"]: each["references_sha256"] for each in result["characters"]}
     same = {each["tag"] for each in other["characters"] if own.get(each["tag"]) == each["references_sha256"]}
     for model in other["models"]:

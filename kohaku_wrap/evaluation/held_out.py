@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import FORMAT, OtherResult, add_models, list_versions, read_result
+from kohaku_wrap.evaluation.other_results import FORMAT, add_models, list_versions, read_result, refuse_differing
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import ask_in_lines
@@ -32,6 +32,14 @@ TOLERANCE = 1e-4
 
 MOST_COMPARED = 12
 """Models that are compared each with each; of more, those of two results at the same optimizer step."""
+
+
+COMPARED = {
+    "other posts": ("posts", "ids_sha256"), "other captions": ("posts", "captions_digest"),
+    "other time steps": ("settings", "timesteps"), "other dataset options": ("settings", "dataset_options"),
+    "other tokenizers": ("settings", "tokenizers"),
+}  # fmt: skip
+"""What two results must have in common."""
 
 
 class CannotMeasure(KwrapError):
@@ -206,12 +214,28 @@ def describe_posts(
     ids: npt.NDArray[np.int64], captions_digest: str, held_out: str, losses: Sequence[Losses]
 ) -> dict[str, Any]:
     """What was measured on; `held_out`: what is known of whether it was trained."""
-    odd = ~np.isfinite(np.stack(losses)).all(axis=(0, 2))
+    odd = ~np.isfinite(np.stack(losses)).all(axis=(0, 2)) if losses else np.zeros(len(ids), dtype=bool)
     return {
         "count": len(ids), "captions_digest": captions_digest, "held_out": held_out,
         "ids_sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
         "ids": ids.tolist(), "unreadable": ids[odd].tolist(),
     }  # fmt: skip
+
+
+def describe_settings(job: LossJob) -> dict[str, Any]:
+    """What was measured, and how."""
+    return {
+        "timesteps": list(job.timesteps), "dataset_options": dict(job.dataset_options),
+        "max_token_length": job.max_token_length, "compute": asdict(job.compute),
+        "tokenizers": job.tokenizers_digest, "chunks": len(job.chunks),
+        "tolerance_of_another_batch": TOLERANCE,
+    }  # fmt: skip
+
+
+def describe_job(job: LossJob) -> dict[str, Any]:
+    """What is known before anything is measured, as a result has it."""
+    ids = job.columns.ids[list(job.rows)]
+    return {"posts": describe_posts(ids, job.columns.digest, "", ()), "settings": describe_settings(job)}
 
 
 def compose_result(
@@ -226,12 +250,7 @@ def compose_result(
         "rule": "mean squared error of the prediction, without weights; noise, sample of the latents and time steps "
         "follow from the post alone; captions whole, no flip, crop in the middle; networks as they are baked",
         "posts": describe_posts(job.columns.ids[list(job.rows)], job.columns.digest, held_out, losses),
-        "settings": {
-            "timesteps": list(job.timesteps), "dataset_options": dict(job.dataset_options),
-            "max_token_length": job.max_token_length, "compute": asdict(job.compute),
-            "tokenizers": job.tokenizers_digest, "chunks": len(job.chunks),
-            "tolerance_of_another_batch": TOLERANCE,
-        },
+        "settings": describe_settings(job),
         "models": [
             {
                 "title": title, "identity": known.identity, "optimizer_step": known.model.optimizer_step,
@@ -244,23 +263,17 @@ def compose_result(
     }  # fmt: skip
 
 
-def read_other(path: Path) -> dict[str, Any]:
-    """A document that an evaluation wrote. Raises OtherResult."""
-    return read_result(path, "loss", ("loss",), "loss.json")
+def read_other(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """A result on the posts, and with the settings, of a job or of another result. Raises OtherResult."""
+    other = read_result(path, "loss", ("loss",), "loss.json")
+    advice = "Only results on the same posts compare; for a MODEL --template says whose dataset options hold."
+    refuse_differing(path, "measured on", advice, about, other, COMPARED)
+    return other
 
 
 def lay_over(result: dict[str, Any], path: Path) -> None:
     """Add the models of another result, and the pairs that they make. Raises OtherResult where they differ."""
-    other = read_other(path)
-    for what, one, two in (
-        ("other posts", result["posts"]["ids_sha256"], other["posts"]["ids_sha256"]),
-        ("other captions", result["posts"]["captions_digest"], other["posts"]["captions_digest"]),
-        ("other time steps", result["settings"]["timesteps"], other["settings"]["timesteps"]),
-        ("other dataset options", result["settings"]["dataset_options"], other["settings"]["dataset_options"]),
-        ("other tokenizers", result["settings"]["tokenizers"], other["settings"]["tokenizers"]),
-    ):
-        if one != two:
-            raise OtherResult(f"{path}: measured on {what}", "Only results on the same posts compare.")
+    other = read_other(path, result)
     own = len(result["models"])
     add_models(result, other["models"], path)
     listed = result["models"]

@@ -23,6 +23,10 @@ def list_versions(*packages: str) -> dict[str, str]:
     return own | {name: version(name) for name in packages}
 
 
+Facts = Mapping[str, tuple[str, str]]
+"""What must be the same, by the words for what is not: the table of a result, and the key in it."""
+
+
 class OtherResult(UsageError):
     """A result that cannot be compared with this one."""
 
@@ -34,6 +38,15 @@ def read_result(path: Path, command: str, measures: Collection[str], usual_name:
         if document["format"] != FORMAT or document["measure"] not in measures or not document["models"]:
             raise ValueError("another form")
     return dict(document)
+
+
+def refuse_differing(
+    path: Path, made: str, advice: str, here: Mapping[str, Any], there: Mapping[str, Any], facts: Facts
+) -> None:
+    """Raise OtherResult where a fact of the result at `path` is not that of the one here; `made`: with or on what."""
+    for what, (table, name) in facts.items():
+        if here[table][name] != there.get(table, {}).get(name):
+            raise OtherResult(f"{path}: {made} {what}", advice)
 
 
 def add_models(result: dict[str, Any], models: Iterable[Mapping[str, Any]], path: Path) -> list[dict[str, Any]]:

@@ -38,27 +38,27 @@ def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def read_other(path: Path, kinds: Collection[str]) -> dict[str, Any]:
-    """A result of `kwrap evaluate judge`. Raises OtherResult."""
+def read_other(path: Path, kinds: Collection[str], judge: Mapping[str, Any]) -> dict[str, Any]:
+    """A result of `kwrap evaluate judge` by this judge, as results describe it. Raises OtherResult."""
     document = read_result(path, "judge", kinds, "judged-KIND.json")
     if any("judged" not in model for model in document["models"]):
         raise OtherResult(
             f"{path}: of an earlier kwrap, without the value of each picture",
             f"Judge {path.parent} again: what the judge said is kept, so it takes seconds.",
         )
+    judges = [[each[name] for name in ("kind", "sha256", "threshold")] for each in (judge, document["judge"])]
+    if judges[0] != judges[1]:
+        raise OtherResult(
+            f"{path}: judged by {document['judge']['title']} ({document['judge']['kind']}), "
+            "not by the same files with the same threshold",
+            "Judge both folders with one judge.",
+        )
     return document
 
 
 def lay_over(result: dict[str, Any], path: Path, kinds: Collection[str]) -> None:
     """Add the models of another result, and the pairs that they make. Raises OtherResult where nothing compares."""
-    other = read_other(path, kinds)
-    judges = [[each["judge"][name] for name in ("kind", "sha256", "threshold")] for each in (result, other)]
-    if judges[0] != judges[1]:
-        raise OtherResult(
-            f"{path}: judged by {other['judge']['title']} ({other['judge']['kind']}), "
-            "not by the same files with the same threshold",
-            "Judge both folders with one judge.",
-        )
+    other = read_other(path, kinds, result["judge"])
     added = add_models(result, other["models"], path)
     result["pairs"] = compare_models(result["models"])
     new = {each["title"] for each in added}

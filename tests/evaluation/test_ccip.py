@@ -203,6 +203,7 @@ def test_killed_and_called_again_two_checkpoints_have_the_same_result(
         (["--characters", "{index}", "--preset", "best"], "there is no best"),
         (["--characters", "{index}", "--judge", "{tmp}"], "without model_feat.onnx"),
         (["--characters", "{index}", "--against", "{index}/characters.json"], "no result of `kwrap evaluate ccip`"),
+        (["--characters", "{index}", "--against", "{tmp}/ccip.json"], "ccip.json: made with another judge"),
         (["--characters", "{empty}"], "none of 1 characters can be scored: dora"),
     ],
 )
@@ -214,6 +215,7 @@ def test_what_cannot_be_scored_is_one_message(
     empty.mkdir()
     (empty / "characters.json").write_text('[{"tag": "dora"}]')
     (tmp_path / "model_metrics.onnx").write_bytes(b"")
+    (tmp_path / "ccip.json").write_text('{"format": 1, "measure": "ccip", "models": [{}], "judge": {"sha256": {}}}')
     words = [word.format(tmp=tmp_path, index=index, empty=empty) for word in words]
     judge = [] if "--judge" in words else ["--judge", str(judges / "ccip")]
     model = str(world / "base" / "model.safetensors")

@@ -211,13 +211,16 @@ def read(out: Path) -> dict[str, Any]:
         (["{world}/base/model.safetensors", "--images", "{world}/none"], "not there"),
         (["{world}/base/model.safetensors", "--checkpoints", "all"], "--checkpoints is of a run"),
         (["{world}/base/model.safetensors", "--against", "{world}/demo.json"], "no result of `kwrap evaluate loss`"),
+        (["{world}/base/model.safetensors", "--against", "{tmp}/loss.json"], "loss.json: measured on other posts"),
         (["nothing"], "nothing: no such run"),
     ],
 )
 def test_what_cannot_be_measured_is_one_message(
     words: list[str], message: str, extracted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [word.format(world=extracted) for word in words]
+    (tmp_path / "loss.json").write_text('{"format": 1, "measure": "loss", "models": [{}], "posts": {}}')
+    given = [word.format(world=extracted, tmp=tmp_path) for word in words]
     images = [] if "--images" in given else ["--images", str(extracted / "images")]
     assert run_program(["evaluate", "loss", *given, *images, "--out", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists(), "refused before anything was measured"
