@@ -23,6 +23,7 @@ from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import ask_in_lines
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.expanding import KnownModel
+from kohaku_wrap.training.data.items import UNUSED_BY_TRAINING
 from kohaku_wrap.training.records.evaluations import Losses, average
 from kohaku_wrap.training.records.folder import Run
 
@@ -40,6 +41,11 @@ COMPARED = {
     "other tokenizers": ("settings", "tokenizers"),
 }  # fmt: skip
 """What two results must have in common."""
+
+NOT_OF_WHOLE_POSTS = UNUSED_BY_TRAINING | {
+    "num_repeats", "flip_aug", "random_crop", "caption_dropout_rate", "caption_dropout_every_n_epochs"
+}  # fmt: skip
+"""Dataset options in which two results may differ: a post that is measured whole is the same with any of them."""
 
 
 class CannotMeasure(KwrapError):
@@ -263,11 +269,22 @@ def compose_result(
     }  # fmt: skip
 
 
+def keep_deciding(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result with those of its dataset options that decide what a post is."""
+
+    def keep(options: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in options.items() if name not in NOT_OF_WHOLE_POSTS}
+        return kept | {name: [keep(each) for each in kept[name]] for name in ("later_subsets",) if name in kept}
+
+    settings = result.get("settings", {})
+    return {**result, "settings": {**settings, "dataset_options": keep(settings.get("dataset_options", {}))}}
+
+
 def read_other(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """A result on the posts, and with the settings, of a job or of another result. Raises OtherResult."""
     other = read_result(path, "loss", ("loss",), "loss.json")
     advice = "Only results on the same posts compare; for a MODEL --template says whose dataset options hold."
-    refuse_differing(path, "measured on", advice, about, other, COMPARED)
+    refuse_differing(path, "measured on", advice, keep_deciding(about), keep_deciding(other), COMPARED)
     return other
 
 

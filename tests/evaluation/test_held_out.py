@@ -24,7 +24,16 @@ from kohaku_wrap.dataset.captions.groups import draw_posts, group_posts
 from kohaku_wrap.dataset.fixed_chunks import cut_chunks, list_timesteps
 from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.demo.base_model import write_base_model
-from kohaku_wrap.evaluation.held_out import LossJob, TrainedPosts, choose_rows, compare_losses, measure_losses
+from kohaku_wrap.evaluation.held_out import (
+    LossJob,
+    TrainedPosts,
+    choose_rows,
+    compare_losses,
+    describe_job,
+    measure_losses,
+    read_other,
+)
+from kohaku_wrap.evaluation.other_results import OtherResult
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.predictions import Prediction
@@ -167,6 +176,21 @@ def test_an_unreadable_picture_is_no_number_and_changes_no_other(job: LossJob, k
     assert np.isnan(broken[3]).all()
     assert np.array_equal(np.delete(broken, 3, axis=0), np.delete(losses, 3, axis=0))
     assert np.array_equal(measure_losses(elsewhere, known, 1, lambda done, total: None), losses), "put right, it counts"
+
+
+def test_options_that_change_no_whole_post_do_not_part_two_results(job: LossJob, tmp_path: Path) -> None:
+    """A run's options are those of its lock, a template's its own: its batch size is only in the lock."""
+
+    def write(**options: object) -> None:
+        other = describe_job(replace(job, dataset_options={**job.dataset_options, **options}))
+        (tmp_path / "loss.json").write_text(json.dumps({"format": 1, "measure": "loss", "models": [{}], **other}))
+
+    write(batch_size=4, num_repeats=3, flip_aug=True, later_subsets=[{"batch_size": 4}])
+    here = describe_job(replace(job, dataset_options={**job.dataset_options, "later_subsets": [{"batch_size": 1}]}))
+    assert read_other(tmp_path / "loss.json", here)["models"] == [{}]
+    write(caption_prefix="safe")
+    with pytest.raises(OtherResult, match="measured on other dataset options"):
+        read_other(tmp_path / "loss.json", describe_job(job))
 
 
 def start(*words: object) -> subprocess.Popen[bytes]:
