@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -49,8 +50,10 @@ def run_worker(begin: Callable[[Attempt, int], Engine]) -> int:
 def end_loader_workers() -> None:
     """SIGKILL to loader workers that wait in the middle of an epoch, with nothing left to do.
 
-    Python and torch end them by SIGTERM, which they do not take (`data/loader.py`), and wait for them for ever.
+    Python and torch end them by SIGTERM, which they do not take (`data/loader.py`), and wait for them for ever. torch
+    would also take the death of a worker for a crash.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 

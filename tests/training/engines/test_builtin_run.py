@@ -262,12 +262,17 @@ def test_a_signal_to_every_process_saves_a_state(world: World, tmp_path: Path, p
 
 
 HELD_LOADER = """
+import multiprocessing
+
 from kohaku_wrap.training.data.loader import make_loader
 from kohaku_wrap.training.engines.worker import end_loader_workers
 
 loader = make_loader([{}] * 9, list(range(9)), 2, True, 0)
 next(iter(loader))
+workers = multiprocessing.active_children()
 end_loader_workers()
+for worker in workers:
+    worker.join()
 """
 """As sd-scripts ends: its accelerator still holds the loader."""
 
