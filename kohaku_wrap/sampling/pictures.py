@@ -179,6 +179,12 @@ def read_record(path: Path) -> tuple[Record, str]:
     """What a picture says of itself, and the sha256 of the pixels that it has now. Raises NotOurs."""
     try:
         texts, pixels = read_texts(path)
+        if CHUNK not in texts:
+            raise NotOurs(
+                f"{path}: no picture of kwrap: it has "
+                + ("the webui's text alone" if PARAMETERS in texts else "no text of kwrap"),
+                "Galleries and editors often take such texts out; look at the picture as it was drawn.",
+            )
         document = parse_json(texts[CHUNK])
         files = tuple(ModelFile(**each) for each in document["files"])
         record = Record(
@@ -187,14 +193,9 @@ def read_record(path: Path) -> tuple[Record, str]:
         )  # fmt: skip
         if not files or not isinstance(record.versions, dict) or not is_known(record):
             raise ValueError("its text is of a later kwrap, or was changed")
-    except KeyError as error:
-        has = "the webui's text" if PARAMETERS in locals().get("texts", {}) else "no text"
-        raise NotOurs(
-            f"{path}: no picture of kwrap: it has {has}, and no {error} of the `kwrap` chunk",
-            "Galleries and editors often take such texts out; look at the picture as it was drawn.",
-        ) from None
-    except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-        raise NotOurs(f"{path}: not a whole PNG of kwrap ({error})", "Draw it again.") from None
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
+        why = f"its text has no {error}" if isinstance(error, KeyError) else error
+        raise NotOurs(f"{path}: not a whole PNG of kwrap ({why})", "Draw it again.") from None
     return record, pixels
 
 

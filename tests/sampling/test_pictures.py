@@ -98,11 +98,23 @@ def test_the_name_follows_from_the_content(cell: Cell) -> None:
     assert replace(cell, prompt="../../日本").name.startswith("picture_3_")
 
 
-@pytest.mark.parametrize("kind", ["plain", "parameters", "noise", "json", "other format"])
-def test_other_pictures_are_named_as_such(tmp_path: Path, cell: Cell, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("plain", "no picture of kwrap: it has no text of kwrap"),
+        ("parameters", "no picture of kwrap: it has the webui's text alone"),
+        ("part", "not a whole PNG of kwrap (its text has no 'files')"),
+        ("noise", "not a whole PNG of kwrap"),
+        ("json", "not a whole PNG of kwrap"),
+        ("other format", "not a whole PNG of kwrap"),
+    ],
+)
+def test_other_pictures_are_named_as_such(tmp_path: Path, cell: Cell, kind: str, words: str) -> None:
     path, text = tmp_path / "a.png", PngInfo()
     if kind == "parameters":
         text.add_text("parameters", "a cat\nSteps: 3")
+    if kind == "part":
+        text.add_text("kwrap", json.dumps({"cell": cell.describe()}))
     if kind == "json":
         text.add_text("kwrap", "[" * 5000)
     if kind == "other format":
@@ -112,7 +124,7 @@ def test_other_pictures_are_named_as_such(tmp_path: Path, cell: Cell, kind: str)
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(200)))
     with pytest.raises(NotOurs) as refused:
         read_record(path)
-    assert refused.value.message.startswith(str(path)) and refused.value.next_step
+    assert refused.value.message.startswith(f"{path}: {words}") and refused.value.next_step
 
 
 def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
