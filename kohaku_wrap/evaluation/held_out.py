@@ -38,7 +38,7 @@ MOST_COMPARED = 12
 COMPARED = {
     "other posts": ("posts", "ids_sha256"), "other captions": ("posts", "captions_digest"),
     "other time steps": ("settings", "timesteps"), "other dataset options": ("settings", "dataset_options"),
-    "other tokenizers": ("settings", "tokenizers"),
+    "other tokenizers": ("settings", "tokenizers"), "another length of captions": ("settings", "max_token_length"),
 }  # fmt: skip
 """What two results must have in common."""
 

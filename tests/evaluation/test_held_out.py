@@ -181,13 +181,16 @@ def test_an_unreadable_picture_is_no_number_and_changes_no_other(job: LossJob, k
 def test_options_that_change_no_whole_post_do_not_part_two_results(job: LossJob, tmp_path: Path) -> None:
     """A run's options are those of its lock, a template's its own: its batch size is only in the lock."""
 
-    def write(**options: object) -> None:
-        other = describe_job(replace(job, dataset_options={**job.dataset_options, **options}))
+    def write(tokens: int = 75, **options: object) -> None:
+        other = describe_job(replace(job, max_token_length=tokens, dataset_options={**job.dataset_options, **options}))
         (tmp_path / "loss.json").write_text(json.dumps({"format": 1, "measure": "loss", "models": [{}], **other}))
 
     write(batch_size=4, num_repeats=3, flip_aug=True, later_subsets=[{"batch_size": 4}])
     here = describe_job(replace(job, dataset_options={**job.dataset_options, "later_subsets": [{"batch_size": 1}]}))
     assert read_other(tmp_path / "loss.json", here)["models"] == [{}]
+    write(tokens=225)
+    with pytest.raises(OtherResult, match="measured on another length of captions"):
+        read_other(tmp_path / "loss.json", describe_job(job))
     write(caption_prefix="safe")
     with pytest.raises(OtherResult, match="measured on other dataset options"):
         read_other(tmp_path / "loss.json", describe_job(job))
