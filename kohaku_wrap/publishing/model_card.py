@@ -68,8 +68,6 @@ def list_values(table: Mapping[str, Any], names: Sequence[str] | None = None) ->
 def show_value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
     if isinstance(value, list | tuple):
         return ", ".join(show_value(item) for item in value)
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
@@ -117,6 +115,8 @@ def compose_card(facts: CardFacts) -> str:
     total = plan.get("total_optimizer_steps")
     step = facts.optimizer_step if facts.optimizer_step is not None else total
     at = f"optimizer step {step:,} of {total:,}" if isinstance(step, int) and isinstance(total, int) else "the end"
+    # Options stand as one types them, and only counts are grouped: 1,024, 1,024 is no resolution.
+    counts = {name: f"{value:,}" if isinstance(value, int) else value for name, value in plan.items()}
     inputs = lock.get("inputs", {})
     name = inputs.get("captions_dataset") or run.get("dataset")
     dataset = f", dataset `{name}`" if name else ""
@@ -140,8 +140,8 @@ def compose_card(facts: CardFacts) -> str:
         ),
         table_of(
             "Dataset",
-            list_values({"images in an epoch, repeats counted": plan.get("images")})
-            + list_values(plan, ("batches", "epochs"))
+            list_values({"images in an epoch, repeats counted": counts.get("images")})
+            + list_values(counts, ("batches", "epochs"))
             + list_values(lock.get("dataset", {}), DATASET_VALUES)
             + list_values(inputs, ("selection_sha256", "captions_digest")),
         ),
@@ -151,7 +151,7 @@ def compose_card(facts: CardFacts) -> str:
             + list_values(
                 {f"trainer_{name}": lock.get("trainer", {}).get(name) or None for name in ("commit", "support")}
             )
-            + list_values(plan, ("optimizer_steps_per_epoch", "total_optimizer_steps"))
+            + list_values(counts, ("optimizer_steps_per_epoch", "total_optimizer_steps"))
             + list_values(lock.get("values", {}), TRAINING_VALUES)
             + list_values(lock.get("optimizer_args", {})),
         ),

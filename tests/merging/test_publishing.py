@@ -70,8 +70,8 @@ def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
             "micro_batches_per_epoch": 325664,
             "epochs": 1,
         },
-        "values": {"unet_lr": 2e-5, "optimizer_type": "Lion8bit"},
-        "dataset": {"keep_tokens_separator": "|||"},
+        "values": {"unet_lr": 2e-5, "optimizer_type": "Lion8bit", "seed": 20240131},
+        "dataset": {"keep_tokens_separator": "|||", "resolution": [1024, 1024]},
         "network_args": {"algo": "lokr", "factor": 8},
         "preset": {"unet_target_name": [".*time_embed\\..+", "^out\\..+"]},
         "trainer": {"commit": "48d368f"},
@@ -100,6 +100,7 @@ def test_a_step_is_published_whole(tmp_path: Path, run: tuple[Path, dict[str, An
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest == report.files[name]
     card = (out / "README.md").read_text()
     facts = ["optimizer step 13,600 of 20,354", "5,210,319", "2e-05", "Fair AI", report.ledger_sha256]
+    facts += ["| seed | 20240131 |", "| resolution | 1024, 1024 |", "| batches | 1,302,656 |"]
     facts += ["| 1 | 0 | 4 | 16 | crash at optimizer step 15,300 |", "| 2 | 13600 |"]
     facts += [
         "<artists>, <general tags>",
