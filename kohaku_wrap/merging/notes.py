@@ -26,6 +26,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
 """Algorithms that alpha / rank scales."""
 
+MOST = 1 << 32
+"""Of an alpha and of a rank that a config means."""
+
 
 def find_scales(header: Header) -> Iterator[tuple[str, float, float, float]]:
     """What the configs of PEFT and diffusers say other than a scale of 1: where, alpha, rank, and the scale."""
@@ -39,7 +42,7 @@ def find_scales(header: Header) -> Iterator[tuple[str, float, float, float]]:
             document = parse_json(text)
         for part in ("", "unet.", "text_encoder.", "text_encoder_2.") if isinstance(document, dict) else ():
             alpha, rank = (document.get(f"{part}{key}") for key in ("lora_alpha", "r"))
-            if all(isinstance(each, int | float) and each > 0 for each in (alpha, rank)) and alpha != rank:
+            if all(isinstance(each, int | float) and 0 < each < MOST for each in (alpha, rank)) and alpha != rank:
                 yield where, alpha, rank, alpha / (rank**0.5 if document.get(f"{part}use_rslora") else rank)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def test_an_alpha_of_0_is_told(write_model: WriteModel, write_network: WriteNetw
         ("adapter_model", {}, {"lora_alpha": 8, "r": 4}, ["adapter_config.json says lora_alpha 8 and r 4"]),
         ("adapter_model", {}, {"lora_alpha": 4, "r": 4}, []),
         ("adapter_model", {}, ["odd"], []),
+        ("adapter_model", {}, {"lora_alpha": 10**400, "r": 4}, []),
+        ("a", {"unet.lora_alpha": 8, "unet.r": math.inf}, None, []),
     ],
 )
 def test_a_scale_that_only_peft_reads_is_named(
