@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kohaku_wrap.formats.layouts import read_layout
 from kohaku_wrap.formats.safetensors import Header, MalformedFile, TensorSpot
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 
+torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
