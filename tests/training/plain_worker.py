@@ -138,6 +138,8 @@ def main() -> int:
     network.write_bytes(weights)
     note_network(attempt, network)
     attempt.finish("finished", done)
+    if faults.get("hang") == "end":
+        hang()
     return 0
 
 

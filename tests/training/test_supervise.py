@@ -115,6 +115,14 @@ def test_is_named_and_recovered_from(new_run: NewRun, whole: bytes, fault: dict[
     assert told["condition"] == "finished" and kind in told["last_error"]
 
 
+def test_a_process_that_does_not_end_after_its_last_word_is_ended(new_run: NewRun, whole: bytes) -> None:
+    run = new_run()
+    misbehave(run, every={"hang": "end"})
+    train(run, ending_seconds=1.0)
+    assert ends(run) == ["finished"] and weights(run) == whole
+    assert not list_processes(run)
+
+
 def test_a_failure_at_the_same_step_stops_at_the_third(new_run: NewRun) -> None:
     run = new_run()
     misbehave(run, every={"crash": True, "at": 3})

@@ -70,6 +70,9 @@ class WatchOptions:
     bad_steps: int | None = None
     """Optimizer steps in a row, skipped or without a number as loss, that end an attempt; 0 for never."""
 
+    ending_seconds: float = 60.0
+    """How long processes may take to end once all is written: drivers and libraries may wait there for ever."""
+
     poll_seconds: float = 0.2
     """Between two looks."""
 
@@ -181,9 +184,10 @@ class AttemptWatch:
                 stop_told = True
                 self.attempt.request_stop()
                 self.tell("stop", "finishing the optimizer step and saving a state; once more to stop at once")
-            if self.attempt.machines > 1 and self.attempt.machines_left():
+            is_over = self.attempt.result() is not None
+            if is_over or (self.attempt.machines > 1 and self.attempt.machines_left()):
                 left_at = min(left_at, time.monotonic())
-                if time.monotonic() - left_at > LEFT_SECONDS:
+                if time.monotonic() - left_at > (self.options.ending_seconds if is_over else LEFT_SECONDS):
                     end_processes(self.attempt.run, self.attempt.number, 0)
                     return judge_end(self.attempt, exit_code=1)
             fault = self.find_hang()
