@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ from kohaku_wrap.demo.base_model import write_base_model
 from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.trainer.checkout import TrainerMissing, find_checkout
 from kohaku_wrap.trainer.requirements import requirement_paths
+from kohaku_wrap.training.records.folder import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine_world import CAPTION, World, write_images
+from engine_world import CAPTION, World, kwrap, train_arguments, write_images
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +38,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     machine = {"engine": "builtin", "gpus": 0, "batch_per_gpu": 2, "workers": 0}
     world.site.write_text(toml.dumps({"paths": paths, "machine": machine}), encoding="utf-8")
     return world
+
+
+@pytest.fixture(scope="session")
+def whole(world: World, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Run:
+    """An uninterrupted run of seven images in two epochs: one for all workers of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        shared = shared.parent
+    with (shared / "whole-run").open("a+", encoding="utf-8") as made:
+        fcntl.flock(made, fcntl.LOCK_EX)
+        made.seek(0)
+        if folder := made.read():
+            return Run(Path(folder))
+        result = kwrap(*train_arguments(world.site, "whole"))
+        assert result.returncode == 0, result.stdout + result.stderr
+        run = Run(world.folder / "runs" / "whole")
+        made.write(str(run.folder))
+        return run
 
 
 @pytest.fixture(scope="session")

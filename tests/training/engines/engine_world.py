@@ -1,7 +1,10 @@
-"""What a tiny world for both engines is made of: pictures in two shapes, their captions, dataset options."""
+"""A tiny world for both engines: pictures in two shapes, their captions, options, and `kwrap` as a process in it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,20 @@ DATASET_OPTIONS = {
     "caption_tag_dropout_rate": 0.3,
     "keep_tokens_separator": "|||",
 }
+
+
+SETTINGS = (
+    "effective_batch=4",
+    "max_train_epochs=2",
+    "save_every_n_steps=1",
+    "save_last_n_steps=2",
+    "save_precision=float",
+    "max_token_length=150",
+    "states.keep=2",
+    "dataset_options.resolution=[64, 64]",
+    "dataset_options.min_bucket_reso=32",
+    "dataset_options.max_bucket_reso=128",
+)
 
 
 @dataclass(frozen=True)
@@ -74,3 +91,28 @@ def write_images(folder: Path, sizes: Sequence[tuple[int, int]] = SIZES) -> None
                 np.array(heights, np.int32),
                 pa.array(captions),
             )
+
+
+def train_arguments(site: Path, name: str, *settings: str) -> tuple[str, ...]:
+    chosen = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    return ("train", "demo", "--site", str(site), "--run", name, *chosen)
+
+
+def kwrap(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kohaku_wrap", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def flip_byte(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def await_text(log: Path, words: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while words not in log.read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import toml
-from engine_world import World
-from test_builtin_run import await_text, kwrap, train_arguments
+from engine_world import World, await_text, kwrap, train_arguments
 
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics

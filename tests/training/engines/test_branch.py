@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,8 @@ from typing import Any
 import pytest
 import schedulefree
 import torch
-from engine_world import World
+from engine_world import World, kwrap, train_arguments
 from kwrap_0_1 import make_older
-from test_builtin_run import kwrap, train_arguments
 
 from kohaku_wrap.proving.likeness import METRICS, compare_networks
 from kohaku_wrap.training.engines.branching import list_hyperparameters, take_moments
@@ -121,8 +121,12 @@ def test_a_branch_trains_at_its_own_rates_and_is_whole_without_its_parent(parent
     assert not verify(Run(away))["proved"], "the state that it began from was changed"
 
 
-def dry_run(parent: Run, *arguments: str) -> dict[str, Any]:
-    shown = kwrap("branch", str(parent.folder), "--run", "other", *arguments, "--dry-run", "--json")
+OTHER = f"other-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+"""A branch that is refused or only tried: each worker's own, as the run that it begins from is there for all."""
+
+
+def dry_run(run: Run, *arguments: str) -> dict[str, Any]:
+    shown = kwrap("branch", str(run.folder), "--run", OTHER, *arguments, "--dry-run", "--json")
     assert shown.returncode == 0, shown.stderr
     document: dict[str, Any] = json.loads(shown.stdout)
     return document
@@ -137,33 +141,34 @@ def dry_run(parent: Run, *arguments: str) -> dict[str, Any]:
         ("dataset_options.max_bucket_reso=96", "the bucket options changed"),
     ],
 )
-def test_what_changes_the_order_begins_its_own_epoch(parent: Run, setting: str, words: str) -> None:
-    shown = dry_run(parent, "--step", "2", "--set", setting)
+def test_what_changes_the_order_begins_its_own_epoch(whole: Run, setting: str, words: str) -> None:
+    shown = dry_run(whole, "--step", "3", "--set", setting)
     assert shown["start_optimizer_step"] == 0 and shown["begins_anew"][0].startswith(words), shown
 
 
-def test_what_leaves_the_order_goes_on(parent: Run) -> None:
-    shown = dry_run(parent, "--step", "3", "--set", "max_grad_norm=0.5", "--set", "lr_scheduler=constant")
+def test_what_leaves_the_order_goes_on(whole: Run) -> None:
+    settings = ("max_grad_norm=0.5", "lr_scheduler=constant", "lr_warmup_steps=0")
+    shown = dry_run(whole, "--step", "3", *[word for setting in settings for word in ("--set", setting)])
     assert shown["start_optimizer_step"] == 3 and shown["total_optimizer_steps"] == 4
     changed = {each["option"]: each["new"] for each in shown["options"]}
-    assert changed == {"max_grad_norm": 0.5, "lr_scheduler": "constant"}
+    assert changed == {"max_grad_norm": 0.5, "lr_scheduler": "constant", "lr_warmup_steps": 0}
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         ((), 2, "would end after optimizer step 4 and begins after step 4"),
-        (("--set", "unet_lr=1e-5"), 2, "--step 4 --run other --set unet_lr=1e-5 --set max_train_epochs=3"),
-        (("--step", "7"), 1, "States there are: 1, 2, 3, 4"),
-        (("--step", "2", "--set", "network_args.factor=2"), 1, "does not fit these options"),
-        (("--step", "2", "--set", "unet_lrr=1"), 1, "unet_lr"),
-        (("--step", "2", "--template", "no-such"), 2, "no template is called no-such"),
+        (("--set", "unet_lr=1e-5"), 2, "--step 4 --run OTHER --set unet_lr=1e-5 --set max_train_epochs=3"),
+        (("--step", "7"), 1, "States there are: 3, 4"),
+        (("--step", "3", "--set", "network_args.factor=2"), 1, "does not fit these options"),
+        (("--step", "3", "--set", "unet_lrr=1"), 1, "unet_lr"),
+        (("--step", "3", "--template", "no-such"), 2, "no template is called no-such"),
     ],
 )
-def test_a_branch_that_cannot_be_is_refused(parent: Run, arguments: tuple[str, ...], code: int, words: str) -> None:
-    refused = kwrap("branch", str(parent.folder), "--run", "other", *arguments)
-    assert refused.returncode == code and words in refused.stderr, refused.stderr
-    assert not (parent.folder.parent / "other").exists()
+def test_a_branch_that_cannot_be_is_refused(whole: Run, arguments: tuple[str, ...], code: int, words: str) -> None:
+    refused = kwrap("branch", str(whole.folder), "--run", OTHER, *arguments)
+    assert refused.returncode == code and words.replace("OTHER", OTHER) in refused.stderr, refused.stderr
+    assert not (whole.folder.parent / OTHER).exists()
 
 
 @pytest.mark.slow
@@ -187,8 +192,8 @@ def train_one(kind: type, **options: Any) -> tuple[Any, torch.nn.Parameter]:
 
 
 @pytest.mark.timeout(900)
-def test_a_run_of_kwrap_0_1_is_no_beginning(parent: Run, tmp_path: Path) -> None:
-    old = make_older(Run(shutil.copytree(parent.folder, tmp_path / "old")))
+def test_a_run_of_kwrap_0_1_is_no_beginning(whole: Run, tmp_path: Path) -> None:
+    old = make_older(Run(shutil.copytree(whole.folder, tmp_path / "old")))
     refused = kwrap("branch", str(old.folder), "--run", "new")
     assert refused.returncode == 2
     assert "it cannot be the beginning of a branch" in refused.stderr

@@ -8,13 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import toml
-from engine_world import World
+from engine_world import World, await_text, flip_byte, kwrap, train_arguments
 from safetensors import safe_open
 
 from kohaku_wrap.proving.killing import Kill, train_with_kills
@@ -29,40 +28,8 @@ from kohaku_wrap.training.records.states import list_states, verify_state
 from kohaku_wrap.training.supervising.ends import read_end
 from kohaku_wrap.training.supervising.processes import list_processes
 
-SETTINGS = (
-    "effective_batch=4",
-    "max_train_epochs=2",
-    "save_every_n_steps=1",
-    "save_last_n_steps=2",
-    "save_precision=float",
-    "max_token_length=150",
-    "states.keep=2",
-    "dataset_options.resolution=[64, 64]",
-    "dataset_options.min_bucket_reso=32",
-    "dataset_options.max_bucket_reso=128",
-)
-
 ROOM_BYTES = 3_300_000
 """A checkpoint has 2.2 MB, a state 3.3 MB."""
-
-
-def train_arguments(site: Path, name: str, *settings: str) -> tuple[str, ...]:
-    chosen = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
-    return ("train", "demo", "--site", str(site), "--run", name, *chosen)
-
-
-def kwrap(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kohaku_wrap", *arguments], capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(world: World) -> Run:
-    """An uninterrupted run of seven images in two epochs."""
-    result = kwrap(*train_arguments(world.site, "whole"))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return Run(world.folder / "runs" / "whole")
 
 
 def test_a_run_trains_every_step_and_proves_it(whole: Run) -> None:
@@ -101,12 +68,6 @@ def test_a_killed_run_resumes_bit_for_bit(world: World, whole: Run, tmp_path: Pa
     likeness = compare_runs(whole, run)
     assert likeness.attempts == 2
     assert likeness.tensors > 3000
-
-
-def flip_byte(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(bytes(data))
 
 
 def place_in_last_record(field: str) -> int:
@@ -211,14 +172,6 @@ def test_a_full_disk_pauses_a_run_that_then_ends_as_the_whole_one(
         kwrap_process.wait()
     assert log.read_text().count("the disk is full") == 1
     assert compare_runs(whole, run).attempts == 1
-
-
-def await_text(log: Path, words: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while words not in log.read_text():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
 
 
 @pytest.mark.slow

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import toml
-from engine_world import World
-from test_builtin_run import flip_byte, kwrap, train_arguments
+from engine_world import World, flip_byte, kwrap, train_arguments
 
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import toml
 import torch
-from engine_world import DATASET_OPTIONS, World
-from test_builtin_run import flip_byte, kwrap, train_arguments
+from engine_world import DATASET_OPTIONS, World, flip_byte, kwrap, train_arguments
 from test_cached_latents import cache, hashes, site
 
 from kohaku_wrap.config.base_model import read_sizes

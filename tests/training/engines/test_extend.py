@@ -9,8 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from engine_world import World
-from test_builtin_run import kwrap, train_arguments
+from engine_world import World, kwrap, train_arguments
 
 from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.site import load_site

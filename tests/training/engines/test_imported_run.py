@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import toml
-from engine_world import World
+from engine_world import World, kwrap, train_arguments
 from PIL import Image
-from test_builtin_run import kwrap, train_arguments
 
 from kohaku_wrap.proving.killing import Kill, train_with_kills
 from kohaku_wrap.training.records.folder import Run

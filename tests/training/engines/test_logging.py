@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from engine_world import World
-from test_builtin_run import kwrap, train_arguments
+from engine_world import World, kwrap, train_arguments
 
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics

@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import toml
-from engine_world import DATASET_OPTIONS, SIZES, World
-from test_builtin_run import kwrap, train_arguments
+from engine_world import DATASET_OPTIONS, SIZES, World, kwrap, train_arguments
 
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata

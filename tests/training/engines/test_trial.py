@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from engine_world import World
-from test_builtin_run import kwrap, train_arguments
+from engine_world import World, kwrap, train_arguments
 
 
 @pytest.mark.slow

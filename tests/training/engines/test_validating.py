@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import toml
 import torch
-from engine_world import SIZES, World, write_images
-from test_builtin_run import kwrap, train_arguments
+from engine_world import SIZES, World, kwrap, train_arguments, write_images
 
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
