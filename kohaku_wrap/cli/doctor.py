@@ -56,7 +56,7 @@ def command(
     what was found, why it matters and what to do. Exit code 1 when something would break the run.
 
     --deep needs no site of yours: on GPUs it trains a full-size SDXL with random weights, with and without kwrap, and
-    takes 10 GB of disk; without a GPU it trains a tiny model and says what it could not measure.
+    takes 35 GB of disk and some 20 minutes; without a GPU it trains a tiny model and says what it could not measure.
     """
     from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.config.layers import resolve_template
