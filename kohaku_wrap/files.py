@@ -22,6 +22,10 @@ Progress = Callable[[int, int], None]
 """Called with what is done and the total, in the unit that the caller announced."""
 
 
+def unheard(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the names in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -13,7 +13,7 @@ from kohaku_wrap.arrays import BoolArray, Int64Array
 from kohaku_wrap.dataset.recipe import RANGES, TAG_CONDITIONS, DatasetRecipe, SelectionRecipe, Stratum
 from kohaku_wrap.dataset.selection_file import write_selection
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.metadata import filters
 from kohaku_wrap.metadata.editions import find_lacks
 from kohaku_wrap.metadata.posts import PostDrops, posts_with_tags, read_drops, read_posts
@@ -103,9 +103,7 @@ class SelectionReport:
     """What the recipe asked for and the database does not have."""
 
 
-def select_posts(
-    source: Source, dataset: DatasetRecipe, out: Path, on_progress: Progress | None = None
-) -> SelectionReport:
+def select_posts(source: Source, dataset: DatasetRecipe, out: Path, on_progress: Progress = unheard) -> SelectionReport:
     """Select by the recipe and write `out`, a Parquet file of one row a post by ascending id.
 
     Raises EmptySelection when nothing is left, UnknownTags for a tag the database does not have.
@@ -203,7 +201,7 @@ class Drops:
         return mask
 
 
-def find_drops(source: Source, recipe: SelectionRecipe, on_progress: Progress | None = None) -> tuple[PostDrops, Drops]:
+def find_drops(source: Source, recipe: SelectionRecipe, on_progress: Progress = unheard) -> tuple[PostDrops, Drops]:
     """All post ids, ascending, and what each filter and condition of the recipe says about them.
 
     One scan of the post table for all but the tag conditions, which read the tags' own posts.

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.metadata.chunks import relation_columns
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.filters import Filter
@@ -99,19 +99,18 @@ def order_of_posts(source: Source) -> str:
     return " ORDER BY id" if source.edition.unique_ids else " ORDER BY id, place"
 
 
-def read_drops(source: Source, filters: Sequence[Filter], on_posts: Progress | None = None) -> PostDrops:
+def read_drops(source: Source, filters: Sequence[Filter], on_posts: Progress = unheard) -> PostDrops:
     """All posts and what drops them. Of several rows of one post the first counts."""
     bits = bits_sql([one.drops for one in filters])
     scanned = [(np.empty(0, dtype=np.int64),) * 2]
     done = 0
-    total = source.count_posts() if on_posts else 0
+    total = source.count_posts()
     order = "" if source.edition.has_tag_strings else order_of_posts(source)
     query = f"SELECT id, {bits} AS drops FROM ({source.edition.posts}) AS post{order}"
     for batch in source.scan(query):
         scanned.append((post_ids(source, batch.column(0)), batch.column(1).to_numpy()))
         done += batch.num_rows
-        if on_posts:
-            on_posts(min(done, total), total)
+        on_posts(min(done, total), total)
     ids, drops = map(np.concatenate, zip(*scanned, strict=True))
     rows = len(ids)
     in_order = bool((ids[1:] > ids[:-1]).all())
@@ -122,7 +121,7 @@ def read_drops(source: Source, filters: Sequence[Filter], on_posts: Progress | N
 
 
 def read_posts(
-    source: Source, wanted: Int64Array, on_posts: Progress | None = None, in_order: bool = False
+    source: Source, wanted: Int64Array, on_posts: Progress = unheard, in_order: bool = False
 ) -> Iterator[pa.RecordBatch]:
     """The posts with the ids `wanted` (ascending) as batches of POST_SCHEMA, ascending.
 
@@ -145,8 +144,7 @@ def read_posts(
             arrays[4] = with_offsets(arrays[4], source.edition.zone)
             yield pa.RecordBatch.from_arrays(arrays, schema=POST_SCHEMA)
         done += kept.num_rows
-        if on_posts:
-            on_posts(done, len(wanted))
+        on_posts(done, len(wanted))
 
 
 def _as_type(column: pa.Array, kind: pa.DataType) -> pa.Array:

@@ -20,13 +20,15 @@ from kohaku_wrap.dataset.captions.text_table import TextTable
 from kohaku_wrap.dataset.captions.tokens import CountTokens, Lengths, choose_counter
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.selection_file import read_selected_posts
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.metadata.chunks import RowsOutOfOrder, TagChunk
 from kohaku_wrap.metadata.relations import map_tag_chunks
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.tags import read_tags
 
 POPULARITIES = (100, 1000)
+MOST_FREQUENT = 10
+"""Words of each group, or of each subset, that are shown."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,9 @@ def measure_captions(
     recipe: CaptionRecipe,
     tokenizer: Path | None,
     spill_folder: Path,
-    most_frequent: int = 10,
     rare_below: int = 0,
     threads: int = 1,
-    on_progress: Progress | None = None,
+    on_progress: Progress = unheard,
     texts: TextTable | None = None,
 ) -> CaptionStatistics:
     """Make all captions of the selection without writing them, and count; `texts` go in with tags and text."""
@@ -138,8 +139,7 @@ def measure_captions(
         tally = Tally(plan, count)
         for result in map_tag_chunks(database, tags, posts.ids, arrange, threads, folder):
             tally.add(*result)
-            if on_progress:
-                on_progress(tally.counts.posts, len(posts))
+            on_progress(tally.counts.posts, len(posts))
         return tally
 
     try:
@@ -158,7 +158,7 @@ def measure_captions(
         tags=dict(zip(FATES, tally.counts.tags.tolist(), strict=True)),
         lacking=dict(zip(POST_COUNTS, tally.counts.lacking.tolist(), strict=True)),
         distinct_words=int((tally.uses > 0).sum()) - len(plan.separators),
-        frequent=most_frequent_words(plan, tally.uses, most_frequent),
+        frequent=most_frequent_words(plan, tally.uses),
         rare=rare_words(plan, tally.uses, rare_below),
         popularity={str(least): int((tags.popularity >= least).sum()) for least in POPULARITIES},
         used_popularity={str(least): int((used & (tags.popularity >= least)).sum()) for least in POPULARITIES},
@@ -168,19 +168,19 @@ def measure_captions(
     )
 
 
-def most_frequent_words(plan: CaptionPlan, uses: Int64Array, most: int) -> dict[str, tuple[tuple[str, int], ...]]:
+def most_frequent_words(plan: CaptionPlan, uses: Int64Array) -> dict[str, tuple[tuple[str, int], ...]]:
     """For each group its most frequent words and their counts, ties by word."""
     found = {}
     for number, slot in enumerate(plan.slots):
         if slot == SEPARATOR:
             continue
         here = np.flatnonzero((plan.slot_of == number) & (uses > 0))
-        if len(here) > most:
-            here = here[uses[here] >= np.partition(uses[here], -most)[-most]]
+        if len(here) > MOST_FREQUENT:
+            here = here[uses[here] >= np.partition(uses[here], -MOST_FREQUENT)[-MOST_FREQUENT]]
         words = sorted(
             ((plan.texts[int(place)].as_py(), int(uses[place])) for place in here), key=lambda w: (-w[1], w[0])
         )
-        found[slot] = tuple(words[:most])
+        found[slot] = tuple(words[:MOST_FREQUENT])
     return found
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.tokens import Lengths, choose_counter, first_lines, split_captions
 from kohaku_wrap.dataset.captions.words import SEPARATOR
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.formats.caption_rows import find_captions, read_batches
 from kohaku_wrap.metadata.parallel import map_in_order, usable_threads
 
@@ -28,7 +28,7 @@ SCORE_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 def summarise_captions(
-    images: Path, groups: Mapping[str, Iterable[str]], on_progress: Progress = lambda done, total: None
+    images: Path, groups: Mapping[str, Iterable[str]], on_progress: Progress = unheard
 ) -> dict[str, Any]:
     """Counts of words and lengths over the folder's captions; `groups`: the words of quality and the like by name.
 

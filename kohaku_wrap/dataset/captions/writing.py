@@ -38,7 +38,7 @@ from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE, refuse_other_kin
 from kohaku_wrap.dataset.selection_file import read_selected_posts
 from kohaku_wrap.errors import DAMAGE, KwrapError, command_line
 from kohaku_wrap.file_hashes import sha256_of_file
-from kohaku_wrap.files import Progress, blamed_on
+from kohaku_wrap.files import Progress, blamed_on, unheard
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, read_batches
 from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.data_summary import write_summary
@@ -62,7 +62,7 @@ def write_captions(
     formats: Sequence[str],
     dataset: str = "",
     threads: int = 1,
-    on_progress: Progress | None = None,
+    on_progress: Progress = unheard,
     texts: TextTable | None = None,
     count_tokens: CountTokens = estimate_tokens,
     made_by: str = "",
@@ -158,9 +158,7 @@ class Written:
     digest: str = ""
 
 
-def write_pieces(
-    work: Work, pieces: Iterator[Piece], about: Mapping[str, str], on_progress: Progress | None
-) -> Written:
+def write_pieces(work: Work, pieces: Iterator[Piece], about: Mapping[str, str], on_progress: Progress) -> Written:
     """Write all pieces in order."""
     counts, text_counts = CaptionCounts(), TextCounts()
     images = work.images
@@ -197,8 +195,7 @@ def write_pieces(
                 sizes = images.widths[here], images.heights[here]
                 columns.write(images.ids[here], files, *sizes, piece.captions, *(piece.texts or ()))
                 same += earlier.count_same(images.ids[here], piece.captions, piece.texts and piece.texts[0])
-            if on_progress:
-                on_progress(counts.posts, len(work.posts))
+            on_progress(counts.posts, len(work.posts))
         if cache:
             cache.write(b"{}\n" if first_entry else b"\n}\n")
         if columns and images:
@@ -214,7 +211,7 @@ def write_pieces(
     return Written(counts, text_counts, changes, digest)
 
 
-def write_texts(work: Work, images: CaptionImages, columns: Path, on_progress: Progress | None) -> tuple[int, int]:
+def write_texts(work: Work, images: CaptionImages, columns: Path, on_progress: Progress) -> tuple[int, int]:
     """Write the .txt files of the captions in a finished `captions.arrow`; how many were written and how many kept.
 
     One thread does it after all captions are made: beside other threads it would wait for the interpreter's lock
@@ -237,8 +234,7 @@ def write_texts(work: Work, images: CaptionImages, columns: Path, on_progress: P
     written = kept = 0
     for wrote, left in map_in_order(write_batch, read_batches(columns, *names), 1):
         written, kept = written + wrote, kept + left
-        if on_progress:
-            on_progress(written + kept, len(images))
+        on_progress(written + kept, len(images))
     return written, kept
 
 

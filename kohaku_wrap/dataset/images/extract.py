@@ -39,7 +39,7 @@ from kohaku_wrap.dataset.images.pool import count_processes, run_in_pool
 from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, TarFolder, find_tars
 from kohaku_wrap.dataset.selection_file import AGAIN, BadSelection, open_selection, take_numbers
 from kohaku_wrap.errors import refusing
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.metadata.places import NOWHERE, find_places
 from kohaku_wrap.processes import safe_children
 
@@ -81,7 +81,7 @@ def extract_images(
     images: Path,
     jobs: int | None = None,
     max_pixels: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: Progress = unheard,
 ) -> ExtractReport:
     """Extract every image of the selection that is not there yet, verify it, and record what is verified.
 
@@ -162,7 +162,7 @@ class Extraction:
     total: int
     """Posts in all."""
 
-    on_progress: Progress | None
+    on_progress: Progress
     """Told the posts that are settled."""
 
     done: int = 0
@@ -178,8 +178,7 @@ class Extraction:
     def count_done(self, posts: int) -> None:
         """Add settled posts and tell so."""
         self.done += posts
-        if self.on_progress:
-            self.on_progress(self.done, self.total)
+        self.on_progress(self.done, self.total)
 
     def run_in_pool(self, tasks: Iterable[ShardTask], processes: int) -> Iterator[ShardResult]:
         """Run the tasks in `processes` processes; an interrupt or a failure ends them after the image at hand.

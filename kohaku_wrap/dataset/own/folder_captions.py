@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 
 from kohaku_wrap.dataset.captions.mixing import BOTH, put_text, put_texts
+from kohaku_wrap.dataset.captions.statistics import MOST_FREQUENT
 from kohaku_wrap.dataset.captions.tokens import Lengths, choose_counter, join_parts
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.own.images import read_imported
 from kohaku_wrap.dataset.own.report import REPORT_FILE
 from kohaku_wrap.errors import DAMAGE, KwrapError
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Subset, find_captions, read_batches, read_subsets
 
@@ -184,9 +185,8 @@ def trained_lines(caption: str, options: Mapping[str, Any]) -> tuple[str, ...]:
 def measure_folder(
     folder: Path,
     tokenizer: Path | None,
-    most_frequent: int = 10,
     rare_below: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: Progress = unheard,
 ) -> FolderStatistics:
     """Count what the captions of an image folder are made of, a batch of rows at a time. Raises NoImages."""
     columns = Columns.open(folder)
@@ -213,8 +213,7 @@ def measure_folder(
             captions = put_texts(captions, own, batch["text_at"].to_numpy(), forms)
         lengths.add(count(join_parts(captions)))
         done += len(captions)
-        if on_progress:
-            on_progress(done, len(columns))
+        on_progress(done, len(columns))
     images = np.bincount(columns.subsets, minlength=len(subsets)).tolist()
     total = sum(uses, Counter())
     return FolderStatistics(
@@ -230,7 +229,7 @@ def measure_folder(
         without_separator=whole,
         distinct_words=len(total),
         frequent={
-            each.name: tuple(sorted(some.items(), key=lambda word: (-word[1], word[0]))[:most_frequent])
+            each.name: tuple(sorted(some.items(), key=lambda word: (-word[1], word[0]))[:MOST_FREQUENT])
             for each, some in zip(subsets, uses, strict=True)
         },
         rare=tuple(sorted(((w, n) for w, n in total.items() if n < rare_below), key=lambda word: (word[1], word[0]))),

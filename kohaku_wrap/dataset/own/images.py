@@ -138,7 +138,7 @@ def check_images(
     copy: bool,
     dry_run: bool,
     jobs: int | None,
-    on_progress: Progress | None,
+    on_progress: Progress,
 ) -> Iterator[ImportedImage | Refusal]:
     """Check images and put them into the folder, in any order; each is in the journal before it is given back.
 
@@ -157,8 +157,7 @@ def check_images(
             if isinstance(result, ImportedImage):
                 stream.write(json.dumps(vars(result)) + "\n")
                 stream.flush()
-            if on_progress:
-                on_progress(done, len(tasks))
+            on_progress(done, len(tasks))
             yield result
 
 

@@ -25,7 +25,7 @@ from kohaku_wrap.dataset.own.images import (
 from kohaku_wrap.dataset.own.report import ImportReport, describe_images, describe_sources, write_report
 from kohaku_wrap.dataset.own.texts import Texts, read_texts
 from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
-from kohaku_wrap.files import Progress
+from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
 from kohaku_wrap.locks import clear_leavings
@@ -71,7 +71,7 @@ class ImportOptions:
 
 
 def import_folders(
-    arguments: Sequence[Path], images: Path, options: ImportOptions, on_progress: Progress | None = None
+    arguments: Sequence[Path], images: Path, options: ImportOptions, on_progress: Progress = unheard
 ) -> ImportReport:
     """Import folders into an image folder; what an earlier call of the same folders placed is kept.
 
@@ -101,7 +101,7 @@ def import_folders(
 
 
 def run_import(
-    founds: Sequence[Found], texts: Sequence[Texts], images: Path, options: ImportOptions, on_progress: Progress | None
+    founds: Sequence[Found], texts: Sequence[Texts], images: Path, options: ImportOptions, on_progress: Progress
 ) -> ImportReport:
     """Check, place and write; the folder is ours alone."""
     known = read_imported(images) if images.is_dir() else {}
