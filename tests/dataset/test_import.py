@@ -26,6 +26,7 @@ from PIL import Image
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.own.images import ImageTask, check_images, read_imported
+from kohaku_wrap.files import unheard
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.caption_rows import find_captions, open_captions, read_subsets
 from kohaku_wrap.formats.caption_writer import check_columns
@@ -266,7 +267,7 @@ def test_a_journal_that_a_full_disk_cut_goes_on_with_whole_lines(tmp_path: Path,
     out.mkdir()
     (out / ".importing.jsonl").write_text('{"id": 1, "lab')
     task = ImageTask(7, "mine", "a.png", "mine", str(source), "mine/a.png")
-    assert len(list(check_images([task], out, copy=False, dry_run=False, jobs=1, on_progress=None))) == 1
+    assert len(list(check_images([task], out, copy=False, dry_run=False, jobs=1, on_progress=unheard))) == 1
     assert set(read_imported(out)) == {7}
 
 
