@@ -463,6 +463,12 @@ def test_one_spelling_of_a_name(tmp_path: Path, out: Path) -> None:
     assert captions_of(out) == {unicodedata.normalize("NFC", "é.png"): "x"}
 
 
+def test_folders_that_the_disk_spells_otherwise_are_imported_again(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "mine" / unicodedata.normalize("NFD", "ü/é.png"), text="x")
+    run(tmp_path / "mine", "--out", out)
+    assert run(tmp_path / "mine", "--out", out)["kept"] == 1
+
+
 @pytest.mark.parametrize("place", [".", "inside", ".."])
 def test_the_image_folder_is_not_among_the_images(mine: Path, place: str) -> None:
     assert "beside the images" in run(mine, "--out", mine / place, code=2)

@@ -152,8 +152,7 @@ def refuse_other_folders(known: Iterable[ImportedImage], labels: dict[str, Path]
     for image in known:
         if image.label not in labels:
             continue
-        source = Path(image.source)
-        root = Path(image.source.removesuffix(image.path)) if image.source.endswith(image.path) else source.parent
+        root = Path(image.source).parents[image.path.count("/")]  # The disk may spell the path otherwise: NFD.
         if root in seen:
             continue
         seen.add(root)
