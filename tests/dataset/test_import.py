@@ -463,6 +463,18 @@ def test_one_spelling_of_a_name(tmp_path: Path, out: Path) -> None:
     assert captions_of(out) == {unicodedata.normalize("NFC", "é.png"): "x"}
 
 
+def test_a_subset_with_its_own_words_gets_no_advice_for_others(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "mine" / "a.png", text="1girl, hat")
+    paint(tmp_path / "mine" / "b.png", seed=2)
+    config = tmp_path / "d.toml"
+    config.write_text(
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "mine"\nclass_tokens = "cat"\nkeep_tokens = 1\n'
+        'caption_extension = ".txt"\n'
+    )
+    notes = run(config, "--out", out)["notes"]
+    assert [note.partition("trained with ")[2] for note in notes] == ["'cat', its class_tokens, as sd-scripts does it"]
+
+
 def test_folders_that_the_disk_spells_otherwise_are_imported_again(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "mine" / unicodedata.normalize("NFD", "ü/é.png"), text="x")
     run(tmp_path / "mine", "--out", out)

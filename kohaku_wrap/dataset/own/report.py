@@ -165,7 +165,9 @@ def describe_sources(
                 "class_text": source.class_text,
             }
         )
-        report.notes += note_whole(f"{source.folder}:", [each for each in own if each and SEPARATOR not in each])
+        if not source.subset.options.get("keep_tokens"):
+            separator = str(source.subset.options.get("keep_tokens_separator") or SEPARATOR)
+            report.notes += note_whole(f"{source.folder}:", [each for each in own if each and separator not in each])
         if own and not any(own) and len(found.unread) == 1:
             report.notes.append(
                 f"{source.folder}: no image has a caption. If they are in {found.unread[0].name}, run this again with "
@@ -173,7 +175,8 @@ def describe_sources(
             )
         replaced = len(text.without_caption) + len(text.empty_caption)
         if replaced:
-            name = f"{source.class_text!r}, the folder's name, as sd-scripts does it"
+            origin = "its class_tokens" if source.folder == source.root else "the folder's name"
+            name = f"{source.class_text!r}, {origin}, as sd-scripts does it"
             report.notes.append(
                 f"{source.folder}: {count_of(replaced, 'image')} without a caption: trained with "
                 f"{name if source.class_text else 'an empty one'}"
