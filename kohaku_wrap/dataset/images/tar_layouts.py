@@ -101,8 +101,8 @@ class TarFolder:
             return f"{(-1 - group) * FOLDERS}.tar"
         name = next((each.name for each in BY_SHARD if each.name in self.counts), "")
         if not name:
-            start = "no tar" if not self.files else "no file"
-            return f"{start} for ids ending in {group:03}"
+            kind = "tar" if not self.files else "file"
+            return f"{kind} for ids ending in {group:03}"
         return f"{name.replace('NNN', f'{group:03}')} for ids ending in {group:03}"
 
 

@@ -19,6 +19,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.data.columns import content_digest
 from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.data.torch_streams import seed_generators, step_seed
+from kohaku_wrap.training.engines.devices import WrongProcesses, require_gpus
 from kohaku_wrap.training.engines.step_sums import StepSums, begin_ledger
 from kohaku_wrap.training.engines.validating import Validation, leaving_no_trace
 from kohaku_wrap.training.records.attempts import Attempt, Outcome
@@ -31,16 +32,6 @@ from kohaku_wrap.training.records.signs import Phase
 
 LONGEST_WRITE_SECONDS = 1.0
 """Writing the ledger's records takes far less; more is a pause for want of room."""
-
-
-class WrongProcesses(KwrapError):
-    """accelerate joined another number of processes than the attempt was planned for."""
-
-    def __init__(self, joined: int, planned: int) -> None:
-        super().__init__(
-            f"{joined} processes train together, the attempt is one of {planned}",
-            "Start the run with `kwrap train` or `kwrap resume`, or give accelerate the same number.",
-        )
 
 
 class OutOfOrder(KwrapError):
@@ -76,6 +67,7 @@ class Engine(ABC):
     """Size that the next state will have at least, where the states of the run do not tell."""
 
     def __init__(self, attempt: Attempt, rank: int) -> None:
+        require_gpus(attempt)
         self.attempt = attempt
         self.rank = rank
         self.seed = attempt.lock.seed

@@ -214,6 +214,18 @@ def test_a_signal_to_every_process_saves_a_state(world: World, tmp_path: Path, p
     assert not list_processes(run)
 
 
+def test_a_run_of_gpus_does_not_train_on_the_cpu_instead(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A torch without CUDA, a driver that is too old, no GPU in a job: all look like this.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    document = toml.loads(world.site.read_text(encoding="utf-8"))
+    document["machine"]["gpus"] = 1
+    site = world.site.with_name("gpu.toml")
+    site.write_text(toml.dumps(document), encoding="utf-8")
+    result = kwrap(*train_arguments(site, "gpu"), "--restarts", "3")
+    assert result.returncode == 1 and "torch sees 0 GPUs" in result.stderr and "gpus = 0" in result.stderr
+    assert not (world.folder / "runs" / "gpu").exists(), "nothing was trained: the run is taken back"
+
+
 HELD_LOADER = """
 import multiprocessing
 
