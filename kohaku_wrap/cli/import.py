@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.next_steps import plan_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, retype
 from kohaku_wrap.cli.output import print_answer, print_aside, print_next, progress_bar, verb
 from kohaku_wrap.errors import command_line
@@ -106,7 +105,9 @@ def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: 
     payload = {"out": str(images), "dry_run": dry_run, **as_document(report), **where}
     print_answer(payload, "Images of your own", rows_of_report(report, where))
     report.check(max_missing)
-    print_next("run it again without --dry-run" if dry_run else plan_command("own-images", images.parent))
+    print_next(
+        "run it again without --dry-run" if dry_run else command_line("template", "cp", "own-images", "mine.toml")
+    )
 
 
 def rows_of_report(report: ImportReport, where: dict[str, str]) -> list[tuple[str, Any]]:

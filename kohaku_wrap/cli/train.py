@@ -143,6 +143,7 @@ def try_run(
     from kohaku_wrap.proving.trial import SETTINGS, SUFFIX, clear_earlier, finish_trial
     from kohaku_wrap.training.supervising.create import plan_new_run
     from kohaku_wrap.training.supervising.resume import plan_resume
+    from kohaku_wrap.training.supervising.supervise import RunStopped
 
     site = load_site(site_file)
     effective = resolve_template(template, site, overrides, trust=trust)
@@ -152,12 +153,16 @@ def try_run(
     print_trust(new.effective)
     print_aside(f"engine: {new.engine} ({new.engine_origin})")
     run = make_run(new, None)
-    train_run(run, allow, options)
 
     def resume_from(step: int) -> RunReport:
         return watch_run(run, lambda: plan_resume(run, step, allow=allow), allow, options)
 
-    trial = finish_trial(run, resume_from)
+    try:
+        train_run(run, allow, options)
+        trial = finish_trial(run, resume_from)
+    except RunStopped as stopped:
+        again = command_line("train", template, "--site", site_file, "--try", *retype("site_file", "is_trial"))
+        raise RunStopped(f"the trial was stopped: {stopped.message}", f"Try again with: {again}") from None
     plan = plan_training(effective, read_training_sizes(effective, site.paths.images), trial.seconds_per_step)
     print_trial(trial, plan, repeat_command(template, site_file))
 

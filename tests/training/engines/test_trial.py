@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from engine_world import World, kwrap, train_arguments
@@ -25,3 +28,16 @@ def test_a_trial_resumes_exactly_and_leaves_nothing(world: World) -> None:
 def test_a_trial_has_no_lock_to_keep_to(world: World) -> None:
     refused = kwrap(*train_arguments(world.site, "trial"), "--try", "--dry-run")
     assert refused.returncode == 2 and "trains two steps of its own" in refused.stderr
+
+
+def test_a_stopped_trial_advises_to_try_again(world: World) -> None:
+    command = [sys.executable, "-m", "kohaku_wrap", *train_arguments(world.site, "stopped"), "--try"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = ""
+    while "start: attempt 1" not in said:
+        said += process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said + rest
+    assert "Try again with: kwrap train demo --site" in rest and " --try" in rest and "kwrap resume" not in rest
