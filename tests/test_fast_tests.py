@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,10 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 def test_all_are_found_without_heavy_packages() -> None:
     root = Path(__file__).parents[1]
-    planned = subprocess.run(["make", "-n", "test-fast"], cwd=root, capture_output=True, text=True, check=True)
+    # Of the make that may run these tests, neither its variables nor its words.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | {"PYTEST_ARGS": ""}
+    plan = ["make", "-n", "test-fast"]
+    planned = subprocess.run(plan, cwd=root, capture_output=True, text=True, check=True, env=alone)
     words = shlex.split(planned.stdout.splitlines()[-1])
     chosen = words[words.index("pytest") + 1 :]
     command = [sys.executable, "-c", COLLECT, *chosen, "-n", "0", "-q", "--collect-only", "-p", "no:cacheprovider"]
