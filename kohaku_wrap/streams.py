@@ -37,7 +37,7 @@ def seed_of(*parts: str | int) -> int:
 def seeds_of(numbers: Iterable[int], *parts: str | int | None) -> UInt64Array:
     """(n,) `seed_of` the parts for each number, which stands in the place of None; a microsecond each."""
     empty = parts.index(None)
-    before, after = ([part for part in side if part is not None] for side in (parts[:empty], parts[empty + 1 :]))
+    before, after = ([part for part in side if part is not None] for side in (parts[:empty], parts[empty:]))
     head, tail = join_parts([*before, 0])[:-1].encode(), join_parts([0, *after])[len("int:0") :].encode()
     digests = [hashlib.blake2b(b"%b%d%b" % (head, number, tail), digest_size=8).digest() for number in numbers]
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64) >> np.uint64(1)
