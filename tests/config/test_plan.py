@@ -137,8 +137,8 @@ def test_repeats_and_steps_come_from_the_template(tmp_path: Path, make_site: Mak
     assert plan_steps(effective, suppose_sizes(10, effective)).images == 10
 
 
-def template_of(dataset: str) -> Any:
-    return SimpleNamespace(get={"kwrap.dataset": dataset, "kwrap.data": "kwrap"}.get)
+def template_of(dataset: str, data: str = "kwrap") -> Any:
+    return SimpleNamespace(get={"kwrap.dataset": dataset, "kwrap.data": data}.get)
 
 
 def test_captions_of_another_dataset_are_told(
@@ -149,6 +149,9 @@ def test_captions_of_another_dataset_are_told(
         found = note_other_dataset(template_of(named), tmp_path)
         assert bool(found) is told
         assert not told or ("the dataset demo" in found[0] and named in found[0])
+    assert note_other_dataset(template_of("epsilon", "sd-scripts"), tmp_path) == [], (
+        "the trainer reads captions of its own"
+    )
     with pa.OSFile(str(tmp_path / "captions.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([])):
         pass
     assert read_captions_metadata(tmp_path) == {}
