@@ -140,7 +140,7 @@ def shape_batch(effective: Effective) -> BatchShape:
         raise BadBatch(f"{effective.name} states no effective_batch", "Write for example effective_batch = 256.")
     machine = site.machine
     at_once = machine.processes * machine.batch_per_gpu
-    fitting = [size for size in range(1, machine.batch_per_gpu * 4 + 1) if wanted % (machine.processes * size) == 0]
+    fitting = [size for size in range(1, machine.batch_per_gpu * 4) if wanted % (machine.processes * size) == 0]
     advice = f"batch_per_gpu may be {', '.join(map(str, fitting))}" if fitting else "change gpus or effective_batch"
     raise BadBatch(
         f"effective_batch = {wanted} ({effective.origin('effective_batch')}) is no multiple of {at_once}: "
