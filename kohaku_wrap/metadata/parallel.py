@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from kohaku_wrap.processes import count_cores
@@ -16,6 +17,20 @@ Result = TypeVar("Result")
 def usable_threads() -> int:
     """How many processor cores this process may use, at most four: more only wait for the disk."""
     return min(count_cores(), 4)
+
+
+def read_ahead(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The same pieces, the next of which is read in a thread of its own while the caller works with one."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            ahead = pool.submit(lambda: list(islice(pieces, 1)))
+            while piece := ahead.result():
+                ahead = pool.submit(lambda: list(islice(pieces, 1)))
+                yield piece[0]
+        finally:
+            # Where it was opened: a connection of sqlite may be closed in its own thread alone.
+            if isinstance(pieces, Generator):
+                pool.submit(pieces.close)
 
 
 def map_in_order(work: Callable[[Piece], Result], pieces: Iterable[Piece], threads: int) -> Iterator[Result]:

@@ -16,7 +16,7 @@ from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.metadata.chunks import TagChunk, count_rows
 from kohaku_wrap.metadata.database import Database
 from kohaku_wrap.metadata.layouts import Layout
-from kohaku_wrap.metadata.parallel import map_in_order
+from kohaku_wrap.metadata.parallel import map_in_order, read_ahead
 from kohaku_wrap.metadata.source import Source
 from kohaku_wrap.metadata.spill import sorted_pieces
 from kohaku_wrap.metadata.streamed import streamed_pieces, unordered_rows
@@ -63,7 +63,7 @@ def map_tag_chunks(
         rows, batches = unordered_rows(source, tags, post_ids)
         pieces = sorted_pieces(rows, batches, len(post_ids), spill_folder, threads)
     else:
-        pieces = streamed_pieces(source, tags, post_ids)
+        pieces = read_ahead(streamed_pieces(source, tags, post_ids))
     yield from map_in_order(lambda piece: work(piece()), pieces, threads)
 
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -18,7 +19,7 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.config.training_data import read_training_sizes
-from kohaku_wrap.dataset.captions.summary import summarise_captions
+from kohaku_wrap.dataset.captions.summary import CaptionSummary, summarise_captions
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.caption_rows import read_captions_metadata
@@ -115,6 +116,21 @@ def test_of_many_captions_an_even_part_is_looked_at(world: Path, monkeypatch: py
     monkeypatch.setattr("kohaku_wrap.dataset.captions.summary.CAPTIONS_LOOKED_AT", rows // 3)
     found = summarise_captions(world / "images", {})
     assert found["captions_looked_at"] == -(-rows // 3) and found["images"] == rows
+
+
+def test_however_captions_come_in_stretches_the_summary_is_the_same(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kohaku_wrap.dataset.captions.summary.CAPTIONS_LOOKED_AT", 12)
+    monkeypatch.setattr("kohaku_wrap.dataset.captions.summary.LENGTHS_LOOKED_AT", 7)
+    columns = Columns.open(world / "images")
+    captions = pa.array([columns.caption_of(row) for row in range(len(columns))])
+    summary = CaptionSummary(len(captions))
+    whole = summary.describe([summary.look_at(0, captions)], {})
+    assert whole == summarise_captions(world / "images", {}) and whole["tokens"]["captions"] == 7
+    for size in (1, 2, 3, 5, 7, len(captions) - 1):
+        seen = [summary.look_at(first, captions.slice(first, size)) for first in range(0, len(captions), size)]
+        assert summary.describe(seen[::-1], {}) == whole
 
 
 def test_a_new_run_keeps_buckets_and_examples_as_they_are_trained(world: Path, tmp_path: Path) -> None:

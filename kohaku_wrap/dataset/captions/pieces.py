@@ -14,6 +14,7 @@ from kohaku_wrap.dataset.captions.making import CaptionCounts, arrange_elements,
 from kohaku_wrap.dataset.captions.mixing import BOTH, TextMix, put_texts
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages
 from kohaku_wrap.dataset.captions.plan import CaptionPlan
+from kohaku_wrap.dataset.captions.summary import CaptionSummary, Seen
 from kohaku_wrap.dataset.captions.text_table import TextCounts, TextTable
 from kohaku_wrap.dataset.captions.tokens import TOKEN_LIMITS, CountTokens, join_parts
 from kohaku_wrap.dataset.selection_file import SelectedPosts
@@ -35,6 +36,9 @@ class Piece:
     texts: tuple[pa.Array, Int32Array] | None
     """Of the images: their texts, and the bytes of each caption before the place of its text."""
 
+    seen: Seen | None
+    """What the captions of the images add to the folder's summary."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -49,6 +53,8 @@ class Work:
     formats: tuple[str, ...]
     texts: TextTable | None
     count_tokens: CountTokens
+    summary: CaptionSummary | None
+    """Of the captions of all images, where there are any."""
 
     def make_piece(self, chunk: TagChunk) -> Piece:
         """Make the captions of a chunk and put them into buffers of the forms that are one file."""
@@ -78,7 +84,8 @@ class Work:
                 files = self.images.files.slice(here.start, here.stop - here.start)
                 sizes = self.images.widths[here], self.images.heights[here]
                 entries = formats_of.cache_entries(prefix, files, escaped.take(rows), *sizes)
-        return Piece(chunk.stop - chunk.first, counts, here, own, lines, entries, text_counts, with_texts)
+        seen = self.summary.look_at(here.start, own) if self.summary else None
+        return Piece(chunk.stop - chunk.first, counts, here, own, lines, entries, text_counts, with_texts, seen)
 
     def _lines(self, chunk: TagChunk, here: slice, escaped: pa.Array, prefix: str) -> pa.Buffer:
         """Every post's line: with its image's own name and size, or with the name that it would have."""

@@ -14,12 +14,12 @@ from kohaku_wrap.metadata.places import NOWHERE, find_places
 from kohaku_wrap.metadata.source import Source
 
 
-def gather_relations(database: Source, selection: Path, ids: Int64Array) -> Relations:
-    """The parents and md5 of the posts `ids` (ascending), which are in the selection."""
+def gather_relations(selection: Path, ids: Int64Array, parents: Int64Array) -> Relations:
+    """The given parents and the md5 of the posts `ids` (ascending), which are in the selection."""
     table = read_columns(selection, "id", "md5")
     places = np.searchsorted(table["id"].to_numpy(), ids)
     contents = take_texts(selection, "md5", table["md5"]).take(pa.array(places)).combine_chunks()
-    return Relations(ids, read_parents(database, ids), contents)
+    return Relations(ids, parents, contents)
 
 
 def read_parents(database: Source, ids: Int64Array) -> Int64Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 from kohaku_wrap.dataset.captions.groups import GROUPS
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages
 from kohaku_wrap.dataset.captions.plan import CaptionPlan
-from kohaku_wrap.dataset.captions.summary import count_values, describe_scores, summarise_captions
+from kohaku_wrap.dataset.captions.summary import CaptionSummary, Seen, count_values, describe_scores
 from kohaku_wrap.dataset.images.extracted import REPORT_FILE
 from kohaku_wrap.dataset.selection_file import SelectedPosts, read_columns, take_numbers
 from kohaku_wrap.dataset.years import UNKNOWN_YEAR
@@ -27,12 +28,14 @@ def summarise_posts(
     plan: CaptionPlan,
     posts: SelectedPosts,
     images: CaptionImages,
+    captions: tuple[CaptionSummary, Sequence[Seen]],
     selection: Path,
     folder: Path,
     made_by: str,
 ) -> dict[str, Any]:
-    """Counts over the posts whose images are there, of captions that the command `made_by` wrote just now."""
+    """Counts over the posts whose images are there; `captions`: what was seen of them while `made_by` wrote them."""
     here = images.places
+    summary, seen = captions
     texts = plan.texts.slice(0, len(plan.slot_of))
     groups = {
         slot: texts.filter(pa.array(plan.slot_of == number)).to_pylist()
@@ -42,7 +45,7 @@ def summarise_posts(
     column = read_columns(selection, "score")["score"]
     scores = take_numbers(selection, "score", column, UNKNOWN_NUMBER)[here]
     return {
-        **summarise_captions(folder, groups),
+        **summary.describe(seen, groups),
         "db_digest": posts.about.get("db_digest", ""),
         "edition": posts.about.get("edition", {}).get("name", ""),
         "seed": posts.about.get("seed"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from heapq import nsmallest
 from pathlib import Path
 from typing import Any
@@ -27,53 +28,81 @@ TAGS_SHOWN = 30
 SCORE_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What one stretch of a folder's captions adds to its summary."""
+
+    captions: int
+    """Captions looked at."""
+
+    words: pa.DictionaryArray
+    """Their words, each once a caption."""
+
+    tokens: Int64Array
+    """Tokens of each of those that were measured."""
+
+
+class CaptionSummary:
+    """Counts of words and lengths over the `rows` captions of a folder, which come in stretches, in any threads."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._step = max(1, rows // CAPTIONS_LOOKED_AT)
+        self._counted_by, self._count_tokens = choose_counter(None)
+
+    def look_at(self, first: int, captions: pa.Array) -> Seen:
+        """The captions of the rows from `first` on, those of them that are looked at."""
+        looked_at_before = -(-first // self._step)
+        texts = first_lines(captions.take(np.arange(-first % self._step, len(captions), self._step)))
+        measured = texts[: max(0, LENGTHS_LOOKED_AT - looked_at_before)]
+        tokens = self._count_tokens(pc.replace_substring(measured, SEPARATOR, ""))
+        return Seen(len(texts), words_of_captions(texts), tokens)
+
+    def describe(self, seen: Sequence[Seen], groups: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+        """The summary of all stretches; `groups`: the words of quality and the like by name."""
+        lengths = Lengths()
+        for each in seen:
+            lengths.add(each.tokens)
+        uses = count_words([each.words for each in seen])
+        frequent = nsmallest(TAGS_SHOWN, uses.items(), key=by_frequency)
+        others = uses.items() - set(frequent)
+        named = {name: {word: uses[word] for word in words if word in uses} for name, words in groups.items()}
+        return {
+            "images": self._rows,
+            "captions_looked_at": sum(each.captions for each in seen),
+            "distinct_tags": len(uses),
+            "frequent_tags": frequent,
+            "rare_tags": nsmallest(TAGS_SHOWN, others, key=lambda each: (each[1], each[0])),
+            "words": {name: sorted(words.items(), key=by_frequency) for name, words in named.items()},
+            "tokens": {
+                "counted_by": self._counted_by.partition(" ")[0],
+                "captions": sum(len(each.tokens) for each in seen),
+                "quantiles": lengths.quantiles(),
+                "longer_than": lengths.beyond_limits(),
+            },
+        }
+
+
 def summarise_captions(
     images: Path, groups: Mapping[str, Iterable[str]], on_progress: Progress = unheard
 ) -> dict[str, Any]:
-    """Counts of words and lengths over the folder's captions; `groups`: the words of quality and the like by name.
+    """`CaptionSummary` of captions that lie in a folder.
 
     `on_progress` is told captions. Raises what opening the captions raises.
     """
     path = find_captions(images)
     rows = sum(batch.num_rows for batch in read_batches(path, "id"))
-    step = max(1, rows // CAPTIONS_LOOKED_AT)
-    by, count = choose_counter(None)
+    summary = CaptionSummary(rows)
 
-    def take_captions() -> Iterator[tuple[pa.Array, int]]:
-        first = looked_at = 0
+    def read_stretches() -> Iterator[tuple[int, pa.Array]]:
+        first = 0
         for batch in read_batches(path, "caption"):
-            captions = batch.column("caption").take(np.arange(-first % step, batch.num_rows, step))
+            yield first, batch.column("caption")
             first += batch.num_rows
             on_progress(first, rows)
-            yield captions, max(0, LENGTHS_LOOKED_AT - looked_at)
-            looked_at += len(captions)
 
-    def look_at(captions: tuple[pa.Array, int]) -> tuple[int, pa.Array, Int64Array]:
-        texts, measured = first_lines(captions[0]), captions[1]
-        return len(texts), words_of_captions(texts), count(pc.replace_substring(texts[:measured], SEPARATOR, ""))
-
-    seen = list(map_in_order(look_at, take_captions(), usable_threads()))
-    lengths = Lengths()
-    for _, _, measured in seen:
-        lengths.add(measured)
-    uses = count_words([words for _, words, _ in seen])
-    frequent = nsmallest(TAGS_SHOWN, uses.items(), key=by_frequency)
-    others = uses.items() - set(frequent)
-    named = {name: {word: uses[word] for word in words if word in uses} for name, words in groups.items()}
-    return {
-        "images": rows,
-        "captions_looked_at": sum(some for some, _, _ in seen),
-        "distinct_tags": len(uses),
-        "frequent_tags": frequent,
-        "rare_tags": nsmallest(TAGS_SHOWN, others, key=lambda each: (each[1], each[0])),
-        "words": {name: sorted(words.items(), key=by_frequency) for name, words in named.items()},
-        "tokens": {
-            "counted_by": by.partition(" ")[0],
-            "captions": sum(len(measured) for _, _, measured in seen),
-            "quantiles": lengths.quantiles(),
-            "longer_than": lengths.beyond_limits(),
-        },
-    }
+    seen = map_in_order(lambda stretch: summary.look_at(*stretch), read_stretches(), usable_threads())
+    return summary.describe(list(seen), groups)
 
 
 def by_frequency(word: tuple[str, int]) -> tuple[int, str]:

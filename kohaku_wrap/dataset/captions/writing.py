@@ -7,7 +7,7 @@ import filecmp
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +21,7 @@ from kohaku_wrap.dataset.captions.making import POST_COUNTS, CaptionCounts
 from kohaku_wrap.dataset.captions.on_disk import CaptionImages, find_images
 from kohaku_wrap.dataset.captions.pieces import Piece, Work, mix_once
 from kohaku_wrap.dataset.captions.plan import FATES, plan_captions
-from kohaku_wrap.dataset.captions.post_relations import gather_relations
+from kohaku_wrap.dataset.captions.post_relations import gather_relations, read_parents
 from kohaku_wrap.dataset.captions.posts_summary import summarise_posts
 from kohaku_wrap.dataset.captions.quality import find_cutoffs
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
@@ -32,9 +32,10 @@ from kohaku_wrap.dataset.captions.report import (
     describe_texts,
     find_stale_files,
 )
+from kohaku_wrap.dataset.captions.summary import CaptionSummary, Seen
 from kohaku_wrap.dataset.captions.text_table import NoTexts, TextCounts, TextTable
 from kohaku_wrap.dataset.captions.tokens import CountTokens, estimate_tokens
-from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE, refuse_other_kind
+from kohaku_wrap.dataset.images.extracted import EXTRACTED_FILE, IMPORTED_FILE, refuse_other_kind
 from kohaku_wrap.dataset.selection_file import read_selected_posts
 from kohaku_wrap.errors import DAMAGE, KwrapError, command_line
 from kohaku_wrap.file_hashes import sha256_of_file
@@ -92,9 +93,11 @@ def write_captions(
                 f"Run `{extract}` first, or ask for --format jsonl.",
             )
         cutting = pool.submit(find_cutoffs, recipe.quality, database, posts)
+        parents_of = posts.ids if (folder / EXTRACTED_FILE).is_file() else posts.ids[:0]
+        relating = pool.submit(read_parents, database, parents_of)
         tags = read_tags(database, posts.ids, folder)
         plan = plan_captions(recipe, tags)
-        cutoffs, images = cutting.result(), finding.result()
+        cutoffs, images, parents = cutting.result(), finding.result(), relating.result()
     if not images:
         without = f"{WITHOUT[images is None]} {folder}"
         notes.append(f"{without}: only captions.jsonl was written; run `kwrap extract`, then this again")
@@ -103,7 +106,8 @@ def write_captions(
     if posts.about.get("db_digest") not in (None, database.digest()):
         notes.append("the database is not the one that the selection was made from")
     notes += [f"the recipe names {name!r}, which fits no tag of the database" for name in plan.unused]
-    work = Work(database, plan, posts, cutoffs, images, folder, tuple(formats), texts, count_tokens)
+    seen_of = CaptionSummary(len(images)) if images else None
+    work = Work(database, plan, posts, cutoffs, images, folder, tuple(formats), texts, count_tokens, seen_of)
     about = {
         "dataset": dataset,
         "style": plan.recipe.style,
@@ -122,11 +126,12 @@ def write_captions(
         except RowsOutOfOrder:
             written = read_and_write(folder)
             sorted_rows = True
-    if images and written.digest:
+    if images and seen_of and written.digest:
         with contextlib.suppress(KwrapError, *DAMAGE):  # what is only shown fails no captions
-            summary = summarise_posts(database, plan, posts, images, selection, folder, made_by)
+            seen = seen_of, written.seen
+            summary = summarise_posts(database, plan, posts, images, seen, selection, folder, made_by)
             write_summary(folder, written.digest, summary)
-        write_relations(folder, gather_relations(database, selection, images.ids))
+        write_relations(folder, gather_relations(selection, images.ids, parents[images.places]))
     counts = written.counts
     if texts:
         notes += describe_texts(texts, written.text_counts, posts=counts.posts)
@@ -156,6 +161,7 @@ class Written:
     text_counts: TextCounts
     changes: dict[str, Changes]
     digest: str = ""
+    seen: list[Seen] = field(default_factory=list)
 
 
 def write_pieces(work: Work, pieces: Iterator[Piece], about: Mapping[str, str], on_progress: Progress) -> Written:
@@ -163,6 +169,7 @@ def write_pieces(work: Work, pieces: Iterator[Piece], about: Mapping[str, str], 
     counts, text_counts = CaptionCounts(), TextCounts()
     images = work.images
     changes: dict[str, Changes] = {}
+    seen: list[Seen] = []
     same = 0
     digest = ""
     earlier = EarlierCaptions(work.folder / CAPTIONS_FILE)
@@ -182,6 +189,7 @@ def write_pieces(work: Work, pieces: Iterator[Piece], about: Mapping[str, str], 
         for piece in pieces:
             counts.add(piece.counts)
             text_counts.add(piece.text_counts)
+            seen += [piece.seen] if piece.seen else []
             if lines and piece.lines is not None:
                 lines.write(piece.lines)
             if cache and piece.entries is not None and piece.entries.size:
@@ -208,7 +216,7 @@ def write_pieces(work: Work, pieces: Iterator[Piece], about: Mapping[str, str], 
                 changes["txt"] = Changes(written, kept, remove_text_files(work.folder, gone))
     if images:
         changes["arrow"] = Changes(len(images) - same, same, len(gone))
-    return Written(counts, text_counts, changes, digest)
+    return Written(counts, text_counts, changes, digest, seen)
 
 
 def write_texts(work: Work, images: CaptionImages, columns: Path, on_progress: Progress) -> tuple[int, int]:
