@@ -31,7 +31,7 @@ ONLY_IF_ANY = {
     metavar="DIR",
     required=True,
     type=PATH,
-    help="Folder of the tars, searched through, or of ID.ext files; `kwrap inspect` names its layout.",
+    help="Folder of the tars, searched through, or of images named by their ids; `kwrap inspect` names its layout.",
 )
 @click.option("--out", "images", metavar="IMAGES", required=True, type=PATH, help="Folder of the images.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes that read tars; default: one a core.")
@@ -53,9 +53,9 @@ ONLY_IF_ANY = {
 def command(selection: Path, tars: Path, images: Path, jobs: int | None, max_missing: int, max_pixels: int) -> None:
     """Extract and verify the selected images.
 
-    Reads every published layout of tars, and folders of ID.ext files, decodes every image to its last
-    pixel and writes it to IMAGES/NNNN/ID.ext: as it came, but upright, on white where it is transparent, and
-    with 8 bits where it has 16. IMAGES/extracted.parquet lists what is verified with real
+    Reads every published layout of tars, and folders of images named ID.ext, or as gallery-dl names them; decodes every
+    image to its last pixel and writes it to IMAGES/NNNN/ID.ext: as it came, but upright, on white where it is
+    transparent, and with 8 bits where it has 16. IMAGES/extracted.parquet lists what is verified with real
     sizes, IMAGES/extract-report.json what is missing or corrupt and why. Run it again to go on: what is
     there and verified is kept.
     """

@@ -194,14 +194,15 @@ def inspect_tars(folder: Path) -> None:
 
 def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) -> None:
     """Show a metadata database."""
-
+    from kohaku_wrap.dataset.images.tar_layouts import count_plain
     from kohaku_wrap.dataset.recipe import load_dataset
     from kohaku_wrap.metadata.columns import DANBOORU
     from kohaku_wrap.metadata.description import describe_database
 
     mapping = load_dataset(dataset).metadata if dataset else DANBOORU
     described = asdict(describe_database(file, replace(mapping, tag_table=tag_table)))
-    payload = {"file": str(file), "kind": "metadata database", **described}
+    images = count_plain(file) if file.is_dir() else {}
+    payload = {"file": str(file), "kind": "metadata database", **described, "images": images}
     rows: list[tuple[str, Any]] = [("kind", "metadata database")]
     for name, value in described.items():
         if isinstance(value, Mapping):
@@ -218,6 +219,7 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) ->
             name, value = "size", f"{show_bytes(value)} ({value:,} bytes)"
         if name != "path" and value not in (None, ""):
             rows.append((name.replace("_", " "), value))
+    rows += [(f"images: {layout}", says) for layout, says in images.items()]
     name = dataset or "epsilon"
     words = ["--tags", tag_table] if tag_table else []
     next_step = command_line("select", name, "--db", file, "--out", f"{Path(name).stem}.parquet", *words)

@@ -23,10 +23,14 @@ def read_site_paths(near: Path) -> SitePaths | None:
         return None
 
 
-def extract_command(selection: Path, images: Path | None = None) -> str:
-    """`kwrap extract`; words in capitals stand for what no site file tells."""
+def extract_command(selection: Path, images: Path | None = None, db: Path | None = None) -> str:
+    """`kwrap extract`; words in capitals stand for what no site file tells. `db`: posts' images may lie beside it."""
+    from kohaku_wrap.dataset.images.tar_layouts import is_image_of_post
+
     paths = read_site_paths(selection.parent)
     tars = show_path(paths.tars) if paths and paths.tars.is_dir() else "TARS"
+    if db and db.is_dir() and any(is_image_of_post(path.name) for path in db.rglob("*")):
+        tars = str(db)
     folder = images or (show_path(paths.images) if paths else "IMAGES")
     return command_line("extract", selection, "--tars", tars, "--out", folder)
 

@@ -48,7 +48,7 @@ def command(dataset: str, db: Path, out: Path, tag_table: Path | None) -> None:
     for warning in report.warnings:
         print_aside(f"note: {warning}")
     title = f"Selection {recipe.name}, seed {report.seed}"
-    print_answer(payload, title, rows_of_report(report, out), extract_command(out))
+    print_answer(payload, title, rows_of_report(report, out), extract_command(out, db=db))
 
 
 def rows_of_report(report: SelectionReport, out: Path) -> list[tuple[str, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import socket
 import tarfile
@@ -19,7 +21,7 @@ from PIL import Image
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.images.extract import extract_images
-from kohaku_wrap.dataset.images.tar_layouts import NoTars, find_tars
+from kohaku_wrap.dataset.images.tar_layouts import NoTars, SeveralSites, find_tars
 from kohaku_wrap.dataset.images.tars import list_tar
 
 IDS = (7, 1_007, 2_345, 12_345, 999_999, 7_501_000, 7_501_999, 7_502_001)
@@ -52,10 +54,17 @@ def name_of(layout: str, post_id: int) -> str:
     return names[layout]
 
 
+def name_by_site(site: str, post_id: int) -> str:
+    """As gallery-dl names files by default; some sites have words before the md5."""
+    words = "__some_tags_drawn_by_someone__" if post_id % 2 else ""
+    return f"{site}_{post_id}_{words}{hashlib.md5(draw(post_id)).hexdigest()}.png"
+
+
 def write_layout(folder: Path, layout: str) -> None:
-    if layout == "ID.ext":
+    if layout in ("ID.ext", "SITE_ID_MD5.ext"):
         for post_id in IDS:
-            path = folder / f"{post_id % 100:02}" / f"{post_id}.png"
+            name = f"{post_id}.png" if layout == "ID.ext" else name_by_site("danbooru", post_id)
+            path = folder / f"{post_id % 100:02}" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(draw(post_id))
         return
@@ -75,8 +84,9 @@ def selection(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "layout",
-    ["data-0NNN.tar", "images/0NNN.tar", "images/D/0NNN.tar", "{start_id}.tar", "updates/*-D.tar", "ID.ext"],
-)
+    ["data-0NNN.tar", "images/0NNN.tar", "images/D/0NNN.tar", "{start_id}.tar", "updates/*-D.tar", "ID.ext",
+     "SITE_ID_MD5.ext"],
+)  # fmt: skip
 def test_every_layout_gives_every_post_and_is_named(layout: str, selection: Path, tmp_path: Path) -> None:
     tars = tmp_path / "set"
     write_layout(tars, layout)
@@ -88,6 +98,61 @@ def test_every_layout_gives_every_post_and_is_named(layout: str, selection: Path
     document = json.loads(shown.stdout)
     assert list(document["layouts"]) == [layout]
     assert document["tars"] + document["files_without_tar"] == sum(1 for path in tars.rglob("*.*") if path.is_file())
+
+
+def test_posts_that_gallery_dl_fetched_are_selected_by_its_json_and_extracted(tmp_path: Path) -> None:
+    folder, images = tmp_path / "gallery-dl", tmp_path / "images"
+    write_layout(folder, "SITE_ID_MD5.ext")
+    for path in list(folder.rglob("*.png")):
+        post_id = int(path.name.split("_")[1])
+        post = {"id": post_id, "category": "danbooru", "md5": path.stem[-32:], "file_ext": "png", "rating": "g",
+                "created_at": "2023-05-01T10:00:00.000-04:00", "score": 1, "fav_count": 1, "tag_string": "1girl",
+                "tag_string_general": "1girl", "image_width": 40, "image_height": 30}  # fmt: skip
+        path.with_name(f"{path.name}.json").write_text(json.dumps(post))
+    (tmp_path / "all.toml").write_text('[[selection.strata]]\nsample = "all"\n')
+
+    def kwrap(*words: object) -> str:
+        done = CliRunner().invoke(program, [*map(str, words)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    described = json.loads(kwrap("inspect", folder, "--json"))
+    assert described["kind"] == "metadata database"
+    assert described["images"] == {"SITE_ID_MD5.ext": "8, each with one post, as gallery-dl names it"}
+    assert "SITE_ID_MD5.ext  8, each with one post" in " ".join(kwrap("inspect", folder).split(maxsplit=0))
+    said = kwrap("select", tmp_path / "all.toml", "--db", folder, "--out", tmp_path / "s.parquet")
+    typed = shlex.split(said.partition("Next: kwrap ")[2])
+    assert typed[:4] == ["extract", str(tmp_path / "s.parquet"), "--tars", str(folder)]
+    assert json.loads(kwrap(*typed[:-1], images, "--json"))["written"] == len(IDS)
+
+
+def test_of_two_files_of_a_post_a_whole_one_is_taken(selection: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    whole, cut = name_by_site("e621", 7), f"e621_7_{'f' * 32}.png"
+    (folder / whole).write_bytes(draw(7))
+    (folder / cut).write_bytes(draw(7)[:60])
+    report = extract_images(selection, folder, tmp_path / "images")
+    assert report.written == 1 and not report.corrupt
+    assert (tmp_path / "images" / "0007" / "7.png").read_bytes() == draw(7)
+
+
+def test_ids_of_two_sites_are_not_taken_for_those_of_one(selection: Path, tmp_path: Path) -> None:
+    for site in ("danbooru", "gelbooru"):
+        (tmp_path / "set" / site).mkdir(parents=True)
+        (tmp_path / "set" / site / name_by_site(site, 7)).write_bytes(draw(7))
+    with pytest.raises(SeveralSites, match="posts of danbooru and of gelbooru") as refused:
+        extract_images(selection, tmp_path / "set", tmp_path / "images")
+    assert str(tmp_path / "set" / "danbooru") in refused.value.next_step
+    assert extract_images(selection, tmp_path / "set" / "gelbooru", tmp_path / "images").written == 1
+
+
+@pytest.mark.parametrize("name", ["IMG_20240101_120000.png", "cat_7_beach.png", f"danbooru_x7_{'0' * 32}.png"])
+def test_a_number_in_a_name_is_not_taken_for_a_post(name: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / name).write_bytes(draw(7))
+    with pytest.raises(NoTars):
+        find_tars(tmp_path / "set")
 
 
 def test_layouts_beside_each_other_fill_each_others_gaps(selection: Path, tmp_path: Path) -> None:

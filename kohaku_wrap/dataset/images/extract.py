@@ -88,7 +88,7 @@ def extract_images(
     `jobs`: processes, by default one a core. `max_pixels`: reduce larger images; 0 keeps all as they are.
     Writes images/NNNN/ID.ext, images/extracted.parquet and images/extract-report.json. Can be stopped at any
     moment: what was written is found again. The caller decides with ExtractReport.check what is too little.
-    Raises BadSelection, NoTars, FolderBusy, ExtractedUnreadable, OtherKind, WorkerDied.
+    Raises BadSelection, NoTars, SeveralSites, FolderBusy, ExtractedUnreadable, OtherKind, WorkerDied.
     """
     refuse_other_kind(images, IMPORTED_FILE)
     selected = read_selected_images(selection)

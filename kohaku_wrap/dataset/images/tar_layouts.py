@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,13 @@ from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
 FOLDERS = 1000
 """Posts are sorted by their id modulo this, or by ranges of so many ids."""
 
-NAME = re.compile(r"(?:.*/)?0*(\d{1,18})\.([A-Za-z0-9]{1,5})", re.DOTALL)
+NAME = re.compile(r"(?:.*/)?0*(?P<id>\d{1,18})\.(?P<ext>[A-Za-z0-9]{1,5})", re.DOTALL)
 """A member of the published tars: `<id>.<ext>`, perhaps under a folder."""
+
+SITE_NAME = re.compile(
+    r"(?:.*/)?(?P<site>[a-z0-9]+)_0*(?P<id>\d{1,18})_[^/]*[0-9a-f]{32}[^/]*\.(?P<ext>[A-Za-z0-9]{1,5})", re.DOTALL
+)
+"""A post's image by the defaults of gallery-dl, `{category}_{id}_{filename}`, whose file name holds the md5."""
 
 LAYOUT_FOLDERS = ("original", "recent", "images")
 """Tried in this order where several hold the same posts."""
@@ -27,11 +32,15 @@ LAYOUT_FOLDERS = ("original", "recent", "images")
 TABLE_ENDINGS = (".parquet", ".duckdb", ".csv", ".json", ".jsonl")
 """A folder that has one of these beside its images is a metadata set."""
 
-ADVICE = "Give the folder that holds original/ or images/, or a folder of ID.ext files."
+ADVICE = "Give the folder that holds original/ or images/, or one of images named ID.ext or SITE_ID_MD5.ext."
 
 
 class NoTars(UsageError):
     """The folder holds no tar that could hold images of posts."""
+
+
+class SeveralSites(UsageError):
+    """One id would mean posts of several sites."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,12 @@ THOUSANDS = Layout("images/D/0NNN.tar", re.compile(r"(?:.*/)?\d/0(\d{3})\.tar"),
 NUMBERED = Layout("images/0NNN.tar", re.compile(r"(?:.*/)?0(\d{3})\.tar"), "id % 1000")
 RANGES = Layout("{start_id}.tar", re.compile(r"(?:.*/)?((?:[1-9]\d*)?000|0)\.tar"), "1,000 ids from its name on")
 PLAIN = Layout("ID.ext", NAME, "one post, without a tar")
+BY_SITE = Layout("SITE_ID_MD5.ext", SITE_NAME, "one post, as gallery-dl names it")
 LAYOUTS = (DATA, UPDATES, THOUSANDS, NUMBERED, RANGES)
 """The first that fits counts. Source: danbooru2023, danbooru2024 and gelbooru sets; cheesechaser's data pools."""
+
+WITHOUT_TARS = (PLAIN, BY_SITE)
+"""Looked for where no tar is."""
 
 BY_SHARD = (DATA, THOUSANDS, NUMBERED)
 
@@ -108,18 +121,20 @@ class TarFolder:
 
 def read_id(name: str) -> tuple[int, str] | None:
     """Post id and extension of a member's name, or None for a member that is no picture of a post."""
-    match = NAME.fullmatch(name)
-    return (int(match[1]), match[2].lower()) if match else None
+    match = NAME.fullmatch(name) or SITE_NAME.fullmatch(name)
+    return (int(match["id"]), match["ext"].lower()) if match else None
 
 
 def find_tars(folder: Path) -> TarFolder:
-    """Sort all tars below `folder` by their names; where there are none, images named by their ids. Raises NoTars.
+    """Sort all tars below `folder` by their names; where there are none, images named by their ids.
+
+    Raises NoTars, SeveralSites.
 
     What is no regular file stays among them, so that whoever reads it says so.
     """
     if not folder.is_dir():
         raise NoTars(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder of tars'}", ADVICE)
-    found: dict[str, dict[int, list[Path]]] = {layout.name: {} for layout in (*LAYOUTS, PLAIN)}
+    found: dict[str, dict[int, list[Path]]] = {layout.name: {} for layout in LAYOUTS}
     for path in sorted(folder.rglob("*.tar")):
         below = path.relative_to(folder.parent).as_posix()
         for layout in LAYOUTS:
@@ -127,7 +142,7 @@ def find_tars(folder: Path) -> TarFolder:
                 found[layout.name].setdefault(int(match[1]), []).append(path)
                 break
     if not any(found.values()):
-        found[PLAIN.name] = find_plain(folder)
+        found |= find_plain(folder)
     if not any(found.values()):
         raise NoTars(f"{folder}: no tar in it is named as any published set names them", ADVICE)
     shards: dict[int, list[Path]] = {}
@@ -138,19 +153,53 @@ def find_tars(folder: Path) -> TarFolder:
         of_shard={shard: tuple(sorted(paths, key=rank)) for shard, paths in shards.items()},
         of_range={start // FOLDERS: tuple(paths) for start, paths in found[RANGES.name].items()},
         updates={digit: tuple(reversed(paths)) for digit, paths in found[UPDATES.name].items()},
-        files={shard: tuple(paths) for shard, paths in found[PLAIN.name].items()},
+        files=join_numbers(found.get(layout.name, {}) for layout in WITHOUT_TARS),
         counts={name: sum(map(len, numbers.values())) for name, numbers in found.items() if numbers},
     )
 
 
-def find_plain(folder: Path) -> dict[int, list[Path]]:
-    """Images below a folder that are named by their post's id, by id modulo 1000."""
-    found: dict[int, list[Path]] = {}
+def find_plain(folder: Path) -> dict[str, dict[int, list[Path]]]:
+    """Images below a folder that are named by their post's id: by layout, then by id modulo 1000.
+
+    Raises SeveralSites.
+    """
+    found: dict[str, dict[int, list[Path]]] = {layout.name: {} for layout in WITHOUT_TARS}
+    sites: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        named = read_id(path.name)
-        if named and named[1] in STILL_EXTENSIONS:
-            found.setdefault(named[0] % FOLDERS, []).append(path)
+        for layout in WITHOUT_TARS:
+            match = layout.pattern.fullmatch(path.name)
+            if match and match["ext"].lower() in STILL_EXTENSIONS:
+                found[layout.name].setdefault(int(match["id"]) % FOLDERS, []).append(path)
+                if layout is BY_SITE:
+                    sites.setdefault(match["site"], path)
+                break
+    if len(sites) > 1:
+        raise SeveralSites(
+            f"{folder}: posts of {' and of '.join(sites)} lie in it, and one id is another post on each",
+            f"Give the folder of one site's files, such as {next(iter(sites.values())).parent}.",
+        )
     return found
+
+
+def join_numbers(parts: Iterable[Mapping[int, Sequence[Path]]]) -> dict[int, tuple[Path, ...]]:
+    """The paths of all parts by number, in order."""
+    joined: dict[int, list[Path]] = {}
+    for part in parts:
+        for number, paths in part.items():
+            joined.setdefault(number, []).extend(paths)
+    return {number: tuple(sorted(paths)) for number, paths in joined.items()}
+
+
+def count_plain(folder: Path) -> dict[str, str]:
+    """What `kwrap inspect` says of images beside a metadata set, by their layout; raises SeveralSites."""
+    found = find_plain(folder)
+    return describe_counts({name: sum(map(len, numbers.values())) for name, numbers in found.items() if numbers})
+
+
+def describe_counts(counts: Mapping[str, int]) -> dict[str, str]:
+    """How many there are of each layout, and what one holds."""
+    says = {layout.name: layout.says for layout in (*LAYOUTS, *WITHOUT_TARS)}
+    return {name: f"{count:,}, each with {says[name]}" for name, count in counts.items()}
 
 
 def holds_images(folder: Path) -> bool:
@@ -158,8 +207,13 @@ def holds_images(folder: Path) -> bool:
     if next(folder.rglob("*.tar"), None) is not None:
         return True
     names = [path.name.lower() for path in folder.rglob("*")]
-    is_image = any((named := read_id(name)) is not None and named[1] in STILL_EXTENSIONS for name in names)
-    return is_image and not any(name.endswith(TABLE_ENDINGS) for name in names)
+    return any(map(is_image_of_post, names)) and not any(name.endswith(TABLE_ENDINGS) for name in names)
+
+
+def is_image_of_post(name: str) -> bool:
+    """Whether a file's name is that of a post's still image."""
+    named = read_id(name)
+    return named is not None and named[1] in STILL_EXTENSIONS
 
 
 def rank(path: Path) -> int:
@@ -168,9 +222,8 @@ def rank(path: Path) -> int:
 
 
 def describe_tars(folder: Path, count_members: Callable[[Path], int]) -> dict[str, Any]:
-    """What `kwrap inspect` says of a folder of tars; raises NoTars."""
+    """What `kwrap inspect` says of a folder of tars; raises NoTars, SeveralSites."""
     tars = find_tars(folder)
-    says = {layout.name: layout.says for layout in (*LAYOUTS, PLAIN)}
     paths = [path for group in (tars.of_shard, tars.of_range, tars.updates) for each in group.values() for path in each]
     files = [path for each in tars.files.values() for path in each]
     odd = sorted(path.name for path in (*paths, *files) if not path.is_file())
@@ -178,7 +231,7 @@ def describe_tars(folder: Path, count_members: Callable[[Path], int]) -> dict[st
     indexes = sum(path.with_suffix(".json").is_file() for path in paths)
     sizes = Counter(path.stat().st_size for path in paths)
     return {
-        "layouts": {name: f"{count:,}, each with {says[name]}" for name, count in tars.counts.items()},
+        "layouts": describe_counts(tars.counts),
         "tars": len(paths),
         "with_index": indexes,
         "size_bytes": sum(size * count for size, count in sizes.items()),
