@@ -134,6 +134,13 @@ def test_tokenizer_folder_is_found_one_level_down(tokenizer: Path) -> None:
         find_tokenizer(tokenizer.parent / "nothing")
 
 
+def test_a_cache_of_the_hub_that_cannot_be_read_holds_no_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / ("x" * 300)))  # too long a name for any disk
+    assert find_tokenizer(None) is None
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
 def test_a_damaged_tokenizer_is_named_and_one_that_was_only_found_is_left(
     database: Database, selection: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,10 @@ def find_tokenizer(folder: Path | None) -> Path | None:
             f"{folder}: no tokenizer.json, nor vocab.json with merges.txt", "Give a CLIP tokenizer's folder."
         )
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"), "hub")
-    snapshots = sorted(cache.glob("models--openai--clip-vit-large-patch14/snapshots/*"))
-    return next((path for path in snapshots if _holds_tokenizer(path)), None)
+    with suppress(OSError):  # a cache that may not be read is none
+        snapshots = sorted(cache.glob("models--openai--clip-vit-large-patch14/snapshots/*"))
+        return next((path for path in snapshots if _holds_tokenizer(path)), None)
+    return None
 
 
 def _holds_tokenizer(folder: Path) -> bool:

@@ -93,11 +93,11 @@ def write_captions(
                 f"Run `{extract}` first, or ask for --format jsonl.",
             )
         cutting = pool.submit(find_cutoffs, recipe.quality, database, posts)
-        parents_of = posts.ids if (folder / EXTRACTED_FILE).is_file() else posts.ids[:0]
-        relating = pool.submit(read_parents, database, parents_of)
+        has_images = (folder / EXTRACTED_FILE).is_file()
+        relating = pool.submit(read_parents, database, posts.ids) if has_images else None
         tags = read_tags(database, posts.ids, folder)
         plan = plan_captions(recipe, tags)
-        cutoffs, images, parents = cutting.result(), finding.result(), relating.result()
+        cutoffs, images = cutting.result(), finding.result()
     if not images:
         without = f"{WITHOUT[images is None]} {folder}"
         notes.append(f"{without}: only captions.jsonl was written; run `kwrap extract`, then this again")
@@ -126,12 +126,14 @@ def write_captions(
         except RowsOutOfOrder:
             written = read_and_write(folder)
             sorted_rows = True
-    if images and seen_of and written.digest:
+    if images and written.digest:
         with contextlib.suppress(KwrapError, *DAMAGE):  # what is only shown fails no captions
-            seen = seen_of, written.seen
-            summary = summarise_posts(database, plan, posts, images, seen, selection, folder, made_by)
-            write_summary(folder, written.digest, summary)
-        write_relations(folder, gather_relations(selection, images.ids, parents[images.places]))
+            if seen_of:
+                seen = seen_of, written.seen
+                summary = summarise_posts(database, plan, posts, images, seen, selection, folder, made_by)
+                write_summary(folder, written.digest, summary)
+        parents = relating.result()[images.places] if relating else read_parents(database, images.ids)
+        write_relations(folder, gather_relations(selection, images.ids, parents))
     counts = written.counts
     if texts:
         notes += describe_texts(texts, written.text_counts, posts=counts.posts)
