@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 SHOWN_BEFORE, SHOWN_AFTER = 60, 50
 """Characters around a fault in a text."""
+
+NAMES_SHOWN = 3
+"""Of many, where all are counted."""
 
 UNPRINTABLE = "\N{REPLACEMENT CHARACTER}"
 
@@ -23,6 +26,11 @@ def name_apart(name: str, taken: Collection[str]) -> str:
     """The name, with a number behind it where it is taken."""
     numbered = (f"{name} ({number})" for number in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if each not in taken)
+
+
+def name_first(names: Sequence[str]) -> str:
+    """The first NAMES_SHOWN names, and a sign of more."""
+    return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
 
 
 def format_share(share: float) -> str:

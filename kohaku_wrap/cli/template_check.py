@@ -31,7 +31,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
 
     from kohaku_wrap.config.base_model import note_other_prediction
     from kohaku_wrap.config.check_files import check_file, kind_of, list_files
-    from kohaku_wrap.config.training_data import note_whole_captions
+    from kohaku_wrap.config.training_data import check_texts, note_whole_captions
     from kohaku_wrap.planning.training_plan import check_engine
     from kohaku_wrap.trainer.installed import find_option_table
 
@@ -42,7 +42,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
         for _, problems, effective in reports:
             problems += check_modules(effective, on_site)
     for _, problems, effective in reports:
-        problems += check_engine(effective) if effective and on_site else []
+        problems += [*check_engine(effective), *check_texts(effective)] if effective and on_site else []
     faulty = [(path, problems) for path, problems, _ in reports if problems]
     resolved = [(path, effective) for path, _, effective in reports if effective]
     notes = sorted(

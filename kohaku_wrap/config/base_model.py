@@ -16,9 +16,7 @@ from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.predictions import find_prediction
 from kohaku_wrap.formats.safetensors import Header, MalformedFile, read_header
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
-
-NAMES_SHOWN = 3
-
+from kohaku_wrap.wording import name_first
 
 WEIGHT_OPTIONS = ("pretrained_model_name_or_path", "vae", "network_weights", "base_weights")
 """The trainer's options that name files of weights."""
@@ -58,8 +56,7 @@ def check_base_model(path: Path, with_vae: bool = True, sizes_of: Path | None = 
     for part, names in list_tensor_names(read_sizes(sizes_of or path)).items():
         missing = [name for name in names if name not in held]
         if missing and (with_vae or part != "the VAE"):
-            shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
-            faults.append(f"{part} lacks {len(missing):,} of {len(names):,} tensors ({shown})")
+            faults.append(f"{part} lacks {len(missing):,} of {len(names):,} tensors ({name_first(missing)})")
     if faults:
         is_network = any(name.startswith("lora_") for name in held)
         what = "a network, not a base model" if is_network else "not a whole SDXL"

@@ -19,9 +19,13 @@ from kohaku_wrap.dataset.own.folders import IMAGE_ENDINGS, TEXT_ENDINGS
 from kohaku_wrap.errors import refusing
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, read_subsets
+from kohaku_wrap.wording import name_first
 
 ENDINGS = (*IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS))
 DEFAULT_CAPTION_EXTENSION = ".caption"
+FIXES = {"empty": "Write a caption into each empty one, or remove it.", "not UTF-8": "Save as UTF-8 what is not."}
+"""What to do about a caption file at which sd-scripts ends."""
+
 MOST_GUESSES = 64
 """Paths of a cache, of no known place, for which an earlier place of the image folder is looked for."""
 
@@ -68,7 +72,7 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
     """What sd-scripts' own dataset reads: the cache where `cache_info` is set and it is there, else the folder's files.
 
     Sub-folders are not looked into without the cache. Raises NoImages.
-    Source: DreamBoothDataset in library/train_util.py at v0.10.1.
+    Source: DreamBoothDataset in library/train_util.py at v0.10.1, library/dreambooth_dataset.py at v0.11.1.
     """
     if subsets := read_subsets(images):
         places = [images / each.name for each in subsets] if len(subsets) > 1 else [images]
@@ -77,28 +81,48 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
         files, captions = ([each for part in parts for each in getattr(part, name)] for name in ("files", "captions"))
         every = np.concatenate([each.sizes for each in parts])
         return TrainerRows(f"the images in {images}", files, captions, every, repeats)
+    if reads_cache(images, dataset):
+        return read_cache(images, images / CACHE_FILE)
+    paths = list_images(images)
+    found = read_texts(images, paths, dataset)
+    with ThreadPoolExecutor(STAT_THREADS) as threads:
+        sizes = list(threads.map(read_size, paths))
+    captions = [str(dataset.get("class_tokens") or "") if caption is None else caption for caption in found]
+    source = f"the images in {images} and their {extension_of(dataset)} files"
+    if lacking := found.count(None):
+        source += f"; {lacking:,} without one"
+    if blank := found.count(""):
+        source += f"; {blank:,} with an empty first line, trained with an empty caption"
+    return TrainerRows(source, [relative_to(path, images) for path in paths], captions, as_pairs(sizes))
+
+
+def check_trainer_texts(images: Path, dataset: Mapping[str, Any]) -> None:
+    """Read the captions as `read_trainer_rows` does, but no image. Raises NoImages."""
+    if not read_subsets(images) and not reads_cache(images, dataset):
+        read_texts(images, list_images(images), dataset)
+
+
+def reads_cache(images: Path, dataset: Mapping[str, Any]) -> bool:
+    """Whether sd-scripts reads the folder's cache in place of its files."""
+    return bool(dataset.get("cache_info")) and (images / CACHE_FILE).is_file()
+
+
+def list_images(images: Path) -> list[str]:
+    """The images directly in a folder, as sd-scripts sorts them. Raises NoImages for none."""
     if not images.is_dir():
         raise NoImages(f"{images}: no such folder", "Fix paths.images in the site, or image_dir in dataset.toml.")
-    cache = images / CACHE_FILE
-    if dataset.get("cache_info") and cache.is_file():
-        return read_cache(images, cache)
     paths = sorted(str(path) for path in images.iterdir() if path.name.endswith(ENDINGS) and path.name[0] != ".")
     if not paths:
         raise NoImages(
             f"{images}: no image lies in it, and sd-scripts' own dataset looks into no sub-folder",
             f"Gather them with `kwrap import {images} --out IMAGES`, which also reads N_name folders.",
         )
-    extension = str(dataset.get("caption_extension") or DEFAULT_CAPTION_EXTENSION)
-    with ThreadPoolExecutor(STAT_THREADS) as threads:
-        found = list(
-            threads.map(lambda path: read_caption(path, extension, bool(dataset.get("enable_wildcard"))), paths)
-        )
-        sizes = list(threads.map(read_size, paths))
-    captions = [str(dataset.get("class_tokens") or "") if caption is None else caption for caption in found]
-    lacking = f"; {found.count(None):,} of them have none" if None in found else ""
-    files = [relative_to(path, images) for path in paths]
-    source = f"the images in {images} and their {extension} files{lacking}"
-    return TrainerRows(source, files, captions, as_pairs(sizes))
+    return paths
+
+
+def extension_of(dataset: Mapping[str, Any]) -> str:
+    """The ending of caption files."""
+    return str(dataset.get("caption_extension") or DEFAULT_CAPTION_EXTENSION)
 
 
 def find_caption_extension(images: Path) -> str | None:
@@ -171,10 +195,40 @@ def as_pairs(sizes: Sequence[Sequence[int]]) -> Int64Array:
     return pairs
 
 
-def read_caption(image: str, extension: str, all_lines: bool = False) -> str | None:
+@dataclass(frozen=True)
+class FaultyText:
+    """A caption file at which sd-scripts ends."""
+
+    name: str
+    """Of the file."""
+
+    what: str
+    """One of FIXES."""
+
+
+def read_texts(images: Path, paths: Sequence[str], dataset: Mapping[str, Any]) -> list[str | None]:
+    """The caption of each image's file; None where there is none. Raises NoImages with all that the trainer ends at."""
+    extension, all_lines = extension_of(dataset), bool(dataset.get("enable_wildcard"))
+    with ThreadPoolExecutor(STAT_THREADS) as threads:
+        found = list(threads.map(lambda path: read_caption(path, extension, all_lines), paths))
+    faults: dict[str, list[str]] = {}
+    for each in found:
+        if isinstance(each, FaultyText):
+            faults.setdefault(each.what, []).append(each.name)
+    if faults:
+        there = len(found) - found.count(None)
+        raise NoImages(
+            f"{images}: sd-scripts ends at {sum(map(len, faults.values())):,} of {there:,} caption files: "
+            + "; ".join(f"{what} {name_first(names)}" for what, names in faults.items()),
+            " ".join(FIXES[what] for what in faults),
+        )
+    return [each for each in found if not isinstance(each, FaultyText)]
+
+
+def read_caption(image: str, extension: str, all_lines: bool = False) -> str | FaultyText | None:
     """The text of the image's caption file, by the two names that sd-scripts tries; None where there is none.
 
-    It is the first line, or `all_lines` that are not empty. Raises NoImages for a text that the trainer fails at.
+    It is the first line, or `all_lines` that are not empty.
     """
     stem = str(Path(image).with_suffix(""))
     words = stem.split("_")
@@ -182,14 +236,12 @@ def read_caption(image: str, extension: str, all_lines: bool = False) -> str | N
     for path in (Path(name + extension) for name in names):
         try:
             text = read_regular(path)
-        except UnicodeDecodeError as error:
-            raise NoImages(
-                f"{path}: not UTF-8 ({error.reason})", "Save it as UTF-8; sd-scripts reads no other."
-            ) from None
+        except UnicodeDecodeError:
+            return FaultyText(path.name, "not UTF-8")
         except OSError:
             continue
         if not text:
-            raise NoImages(f"{path}: empty, at which sd-scripts ends", "Write a caption into it, or remove it.")
+            return FaultyText(path.name, "empty")
         lines = text.split("\n")
         return "\n".join(line.strip() for line in lines if line.strip()) if all_lines else lines[0].strip()
     return None

@@ -15,9 +15,16 @@ import pyarrow.compute as pc
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.config.run_files import flatten_dataset, merge_subsets
-from kohaku_wrap.config.trainer_rows import STAT_THREADS, digest_of, find_caption_extension, read_trainer_rows
+from kohaku_wrap.config.trainer_rows import (
+    STAT_THREADS,
+    check_trainer_texts,
+    digest_of,
+    find_caption_extension,
+    read_trainer_rows,
+)
 from kohaku_wrap.config.validation import settle_held_out
 from kohaku_wrap.dataset.own.report import note_whole
+from kohaku_wrap.errors import Problem
 from kohaku_wrap.formats.caption_rows import (
     OWN_STYLE,
     ImageSizes,
@@ -77,6 +84,19 @@ def compose_dataset(effective: Effective, images: Path) -> dict[str, Any]:
         for each in found
     ]
     return {"datasets": [{**dataset, "subsets": subsets or [subset]}]}
+
+
+def check_texts(effective: Effective) -> list[Problem]:
+    """What sd-scripts' own dataset would end at in the captions of the site's images; none where they are not there."""
+    if effective.site is None or effective.get("kwrap.data") != "sd-scripts" or not effective.get("effective_batch"):
+        return []
+    images = effective.site.paths.images
+    try:
+        if images.is_dir():
+            check_trainer_texts(images, flatten_dataset(compose_dataset(effective, images)))
+    except NoImages as fault:
+        return [Problem("paths.images", f"{fault.message}. {fault.next_step}")]
+    return []
 
 
 def note_whole_captions(effective: Effective) -> list[str]:

@@ -16,11 +16,10 @@ from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.formula import Blocks, Only, walk_formula
 from kohaku_wrap.merging.networks import Change, is_network
 from kohaku_wrap.merging.plan import TensorPlan
-from kohaku_wrap.wording import count_of
+from kohaku_wrap.wording import count_of, name_first
 
 LIKE = "(like)"
 VAE = "(vae)"
-KEYS_SHOWN = 3
 ADAPTER_METADATA = "lora_adapter_metadata"
 ADAPTER_CONFIG = "adapter_config.json"
 SCALED = ("LoRA", "LoHa", "LoKr", "GLoRA")
@@ -60,8 +59,7 @@ class Notes:
     def lines(self) -> list[str]:
         lines = []
         for line, keys in self.noted.items():
-            shown = ", ".join(keys[:KEYS_SHOWN]) + (", …" if len(keys) > KEYS_SHOWN else "")
-            lines.append(f"{line}: {count_of(len(keys), 'tensor')} ({shown})" if any(keys) else line)
+            lines.append(f"{line}: {count_of(len(keys), 'tensor')} ({name_first(keys)})" if any(keys) else line)
         return lines
 
     def shown(self, name: str) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
-from kohaku_wrap.config.trainer_rows import find_caption_extension
+from kohaku_wrap.cli import program
+from kohaku_wrap.config.trainer_rows import find_caption_extension, read_trainer_rows
 from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, spread_evenly
 from kohaku_wrap.formats.caption_rows import NoImages
 
@@ -126,6 +128,49 @@ def test_a_text_that_the_trainer_fails_at_is_named(tmp_path: Path, content: byte
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(NoImages, match=r"a\.txt"):
         describe_data("sd-scripts", tmp_path, FILES)
+
+
+def test_all_texts_that_the_trainer_fails_at_are_named_at_once(tmp_path: Path) -> None:
+    for name, content in {"a": b"", "b": b"fine", "c": b"", "d": "猫".encode("cp932"), "e": b"\n"}.items():
+        paint(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    with pytest.raises(NoImages) as refused:
+        describe_data("sd-scripts", tmp_path, FILES)
+    assert refused.value.message == (
+        f"{tmp_path}: sd-scripts ends at 3 of 5 caption files: empty a.txt, c.txt; not UTF-8 d.txt"
+    )
+
+
+def test_what_is_trained_with_an_empty_caption_is_counted(tmp_path: Path) -> None:
+    for name, content in {"a": "\nsecond line", "b": "fine", "c": None}.items():
+        paint(tmp_path / f"{name}.png")
+        if content:
+            (tmp_path / f"{name}.txt").write_text(content)
+    rows = read_trainer_rows(tmp_path, {**FILES, "class_tokens": "cat"})
+    assert list(rows.captions) == ["", "fine", "cat"]
+    assert rows.source.endswith(
+        "their .txt files; 1 without one; 1 with an empty first line, trained with an empty caption"
+    )
+
+
+def test_check_reads_the_texts_that_the_trainer_would(tmp_path: Path) -> None:
+    world = tmp_path / "images"
+    world.mkdir()
+    paint(world / "a.png")
+    (world / "a.txt").write_text("")
+    site = tmp_path / "site.toml"
+    site.write_text('[paths]\nimages = "images"\nbase_model = "b"\nruns = "runs"\n[machine]\ngpus = 0\n')
+    template = tmp_path / "t.toml"
+    template.write_text('extends = "demo"\n[kwrap]\ndata = "sd-scripts"\n[dataset_options]\ncache_info = false\n')
+
+    def check() -> tuple[int, list[str]]:
+        done = CliRunner().invoke(program, ["template", "check", str(template), "--site", str(site), "--json"])
+        return done.exit_code, [each["what"] for each in json.loads(done.stdout)["problems"]]
+
+    code, said = check()
+    assert code == 1 and any("sd-scripts ends at 1 of 1 caption files: empty a.txt" in each for each in said)
+    (world / "a.txt").write_text("1girl")
+    assert not any("a.txt" in each for each in check()[1])
 
 
 def test_the_ending_of_texts_is_found_and_of_two_none_is_chosen(tmp_path: Path, images: Path) -> None:

@@ -190,10 +190,13 @@ def test_n_name_folders_repeat_as_the_trainer_does(tmp_path: Path, out: Path) ->
         cache = json.loads((out / each.name / "metadata_cache.json").read_text())
         assert set(cache) == {str(out / file) for file in rows if file.startswith(f"{each.name}/")}
     assert any("1 image without a caption: trained with 'alice'" in note for note in report["notes"])
+    empty = next(note for note in report["notes"] if "1 image with an empty caption" in note)
+    assert "trained with 'bob of b', the folder's name; sd-scripts' own dataset ends at an empty file" in empty
     assert any("0_none" in note for note in report["notes"])
     plain = run(folder, "--out", tmp_path / "plain", "--plain")
     assert {row["repeats"] for row in rows_of(tmp_path / "plain").values()} == {1}
-    assert any(note.endswith("3 images without a caption: trained with an empty one") for note in plain["notes"])
+    assert any(note.endswith("2 images without a caption: trained with an empty one") for note in plain["notes"])
+    assert any("1 image with an empty caption: trained with an empty one; sd-sc" in note for note in plain["notes"])
     assert plain["found"] == 5
 
 

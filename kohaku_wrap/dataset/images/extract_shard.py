@@ -24,6 +24,7 @@ from kohaku_wrap.dataset.images.tar_layouts import FOLDERS, read_id
 from kohaku_wrap.dataset.images.tars import Member, TarReader, TarUnreadable
 from kohaku_wrap.files import becoming, has_size, open_regular
 from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
+from kohaku_wrap.wording import name_first
 
 PART_SUFFIX = ".part"
 
@@ -242,7 +243,7 @@ def explain_missing(task: ShardTask, result: ShardResult) -> str:
     """Why nothing was found for a post of the task."""
     if not task.tars:
         return "no file is named by this id" if task.files else f"there is no {task.pattern}"
-    names = ", ".join(tar.name for tar in task.tars[:3]) + (", …" if len(task.tars) > 3 else "")
+    names = name_first([tar.name for tar in task.tars])
     if not result.damaged:
         return f"not in {names}"
     tar, reason = result.damaged[0]

@@ -173,14 +173,7 @@ def describe_sources(
                 f"{source.folder}: no image has a caption. If they are in {found.unread[0].name}, run this again with "
                 f"{shlex.join(('--captions', str(found.unread[0])))}"
             )
-        replaced = len(text.without_caption) + len(text.empty_caption)
-        if replaced:
-            origin = "its class_tokens" if source.folder == source.root else "the folder's name"
-            name = f"{source.class_text!r}, {origin}, as sd-scripts does it"
-            report.notes.append(
-                f"{source.folder}: {count_of(replaced, 'image')} without a caption: trained with "
-                f"{name if source.class_text else 'an empty one'}"
-            )
+        report.notes += note_lacking(source, text)
         report.notes += [
             f"{link}: a link to a folder, which is not followed; import it by a path of its own" for link in found.links
         ]
@@ -193,6 +186,23 @@ def describe_sources(
             for name, read in skipped_children(source)
         ]
     report.other_files = dict(sum((found.others for found in founds), Counter()))
+
+
+def note_lacking(source: Source, texts: Texts) -> list[str]:
+    """What images without a caption, or with an empty one, are trained with."""
+    origin = "its class_tokens" if source.folder == source.root else "the folder's name"
+    trained = f"trained with {source.class_text!r}, {origin}" if source.class_text else "trained with an empty one"
+    notes = []
+    if lacking := len(texts.without_caption):
+        plain = ", as sd-scripts does it" if source.class_text and texts.are_files else ""
+        notes.append(f"{source.folder}: {count_of(lacking, 'image')} without a caption: {trained}{plain}")
+    if empty := sum(not texts.of_image[image] for image in texts.empty_caption):
+        plain = "; sd-scripts' own dataset ends at an empty file, and trains a blank first line as an empty caption"
+        notes.append(
+            f"{source.folder}: {count_of(empty, 'image')} with an empty caption: {trained}"
+            f"{plain if texts.are_files else ''}"
+        )
+    return notes
 
 
 def note_whole(subject: str, captions: Sequence[str]) -> list[str]:

@@ -62,6 +62,9 @@ class Texts:
     missing: list[str] = field(default_factory=list)
     """Images that the table names and that are not there."""
 
+    are_files: bool = False
+    """Whether each caption is a file beside its image, which sd-scripts reads too."""
+
 
 def read_texts(found: Found, wanted: str, text_column: str) -> Texts:
     """The captions of a source. `wanted`: an ending or a file, empty to take what is there.
@@ -99,7 +102,7 @@ def find_table(found: Found, name: str) -> Path:
 
 def read_neighbours(found: Found, ending: str) -> Texts:
     """Captions in files of the images' names."""
-    texts = Texts(f"{ending} files")
+    texts = Texts(f"{ending} files", are_files=True)
     by_stem = defaultdict(list)
     for image in found.images:
         by_stem[image.rpartition(".")[0]].append(image)

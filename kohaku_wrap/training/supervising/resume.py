@@ -37,6 +37,7 @@ from kohaku_wrap.training.supervising.length import settle_length
 from kohaku_wrap.training.supervising.machines import refuse_machines
 from kohaku_wrap.training.supervising.places import Places, read_places, write_trainer_data
 from kohaku_wrap.training.supervising.site_places import settle_places
+from kohaku_wrap.wording import name_first
 
 
 class RunFinished(KwrapError):
@@ -232,8 +233,6 @@ def later_checkpoints(run: Run, optimizer_step: int) -> list[Path]:
 DRAWN = 100
 """Images whose sha256 is compared after a move."""
 
-NAMES_SHOWN = 3
-
 
 def compare_moved_images(places: Places, deep: bool, are_others: bool) -> tuple[list[Problem], list[str]]:
     """Problems and notes about images that lie elsewhere than at the attempt before, or all of them with `deep`.
@@ -254,7 +253,7 @@ def compare_moved_images(places: Places, deep: bool, are_others: bool) -> tuple[
     missing = [files[at] for at in np.flatnonzero(read_lengths(folder, files) < 0).tolist()]
     if missing:
         return [
-            Problem("image_files", f"{folder}: {len(missing):,} of {len(files):,} are not there: {name(missing)}")
+            Problem("image_files", f"{folder}: {len(missing):,} of {len(files):,} are not there: {name_first(missing)}")
         ], []
     if are_others:
         return [], []
@@ -265,7 +264,7 @@ def compare_moved_images(places: Places, deep: bool, are_others: bool) -> tuple[
     other = [file for file in chosen if sha256_of_file(folder / file) != known[file]]
     if other:
         return [
-            Problem("image_files", f"{folder}: {len(other):,} of {len(chosen):,} are other files: {name(other)}")
+            Problem("image_files", f"{folder}: {len(other):,} of {len(chosen):,} are other files: {name_first(other)}")
         ], []
     compared = f"the sha256 of {len(chosen):,} is the same" if chosen else "their sha256 is not known"
     return [], [f"images: all {len(files):,} are at {folder}; {compared}"]
@@ -284,8 +283,3 @@ def draw(files: list[str]) -> Iterator[str]:
     """DRAWN of them, the same ones each time."""
     order = np.argsort(draws(stream_key("moved images"), np.arange(len(files))))
     return (files[at] for at in np.sort(order[:DRAWN]).tolist())
-
-
-def name(files: list[str]) -> str:
-    """The first few, for people."""
-    return ", ".join(files[:NAMES_SHOWN]) + (", …" if len(files) > NAMES_SHOWN else "")
