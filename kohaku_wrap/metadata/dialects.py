@@ -177,7 +177,8 @@ class Duck(Dialect):
     def text(self, column: str) -> str:
         name, kind = self._columns[column]
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            name = f"array_to_string(list_transform({name}, lambda one: replace(one, ' ', '_')), ' ')"
+            # A separator that stands in no tag: the blanks of all tags of a row are replaced at once.
+            name = f"replace(replace(array_to_string({name}, chr(31)), ' ', '_'), chr(31), ' ')"
         elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             name = f"CASE WHEN octet_length({name}) > 0 THEN decode({name}) END"
         elif not is_text(kind):
