@@ -23,7 +23,7 @@ from kohaku_wrap.config.trainer_rows import (
     read_trainer_rows,
 )
 from kohaku_wrap.config.validation import settle_held_out
-from kohaku_wrap.dataset.own.report import note_whole
+from kohaku_wrap.dataset.own.notes import note_whole
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.formats.caption_rows import (
     OWN_STYLE,
@@ -109,16 +109,15 @@ def note_whole_captions(effective: Effective) -> list[str]:
         return []
     if read_about(reader.schema).get("style") != OWN_STYLE:
         return []
-    table, notes = reader.read_all(), []
+    table, captions_of = reader.read_all(), {}
     subsets = merge_subsets(compose_dataset(effective, images))
     for place, (options, subset) in enumerate(zip(subsets, read_subsets(images), strict=True)):
         changes = options.get("shuffle_caption") or options.get("caption_tag_dropout_rate")
         if changes and not options.get("keep_tokens"):
             separator = options.get("keep_tokens_separator")
             captions = table["caption"].filter(pc.equal(table["subset"], place)).to_pylist()
-            whole = [each for each in captions if not separator or separator not in each]
-            notes += note_whole(f"{subset.name}:", whole)
-    return notes
+            captions_of[subset.name] = [each for each in captions if not separator or separator not in each]
+    return note_whole(captions_of)
 
 
 def describe_data(data: str, images: Path, dataset: Mapping[str, Any], digest: str = "") -> dict[str, str]:

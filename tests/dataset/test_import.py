@@ -200,6 +200,30 @@ def test_n_name_folders_repeat_as_the_trainer_does(tmp_path: Path, out: Path) ->
     assert plain["found"] == 5
 
 
+def test_many_folders_are_told_of_once_each_kind(tmp_path: Path, out: Path) -> None:
+    for number in range(12):
+        folder = tmp_path / "img" / f"{number + 1}_name{number:02}"
+        for name in ("a", "b"):
+            paint(folder / f"{name}.png", seed=number, text=f"name{number:02}, {name}")
+        paint(folder / "c.png", seed=number)
+        (folder / "d.txt").write_text("")
+        paint(folder / "d.png", seed=number)
+    for number in range(2):
+        paint(tmp_path / "img" / f"0_none{number}" / "a.png")
+    notes = run(tmp_path / "img", "--out", out)["notes"]
+    places = f"12 folders ({tmp_path}/img/10_name09, {tmp_path}/img/11_name10, {tmp_path}/img/12_name11, …)"
+    assert notes == [
+        f"{places}: 48 captions without |||: a template that shuffles or drops tags does so with all of theirs, and the"
+        " tags with which those of a folder begin ('name09', 'name10', 'name11', …) move and drop out with them."
+        " dataset_options.keep_tokens = 1 keeps the first tag in its place",
+        f"{places}: 12 images without a caption: trained with the folder's name, as sd-scripts does it",
+        f"{places}: 12 images with an empty caption: trained with the folder's name; sd-scripts' own dataset ends at"
+        " an empty file, and trains a blank first line as an empty caption",
+        f"2 folders ({tmp_path}/img/0_none0, {tmp_path}/img/0_none1): a number below 1 in front; sd-scripts leaves such"
+        " a folder out, and so does this",
+    ]
+
+
 Table = Callable[[Path, dict[str, str]], list[object]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.dataset.captions.words import SEPARATOR
-from kohaku_wrap.dataset.own.folders import Found, Source, make_id
+from kohaku_wrap.dataset.own.folders import Found, make_id
 from kohaku_wrap.dataset.own.images import ImportedImage
+from kohaku_wrap.dataset.own.notes import note_sources
 from kohaku_wrap.dataset.own.texts import Texts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
-from kohaku_wrap.wording import count_of
 
 REPORT_FILE = "import-report.json"
 LISTS = (
@@ -27,10 +25,6 @@ LISTS = (
     "similar", "too_small",
 )  # fmt: skip
 """What the report lists, the gravest first."""
-
-
-TRIGGER_SHARE = 0.9
-"""Of a subset's captions that begin with one tag, from which on it counts as a trigger word."""
 
 
 class ImportLacking(KwrapError):
@@ -148,6 +142,7 @@ def describe_sources(
     captions: Mapping[int, str],
 ) -> None:
     """What each folder's captions are like, and what a template should know of them."""
+    owns = []
     for found, text in zip(founds, texts, strict=True):
         source = found.source
         ids = [make_id(source.label, found.path_below_root(image)) for image in found.images]
@@ -165,71 +160,9 @@ def describe_sources(
                 "class_text": source.class_text,
             }
         )
-        if not source.subset.options.get("keep_tokens"):
-            separator = str(source.subset.options.get("keep_tokens_separator") or SEPARATOR)
-            report.notes += note_whole(f"{source.folder}:", [each for each in own if each and separator not in each])
-        if own and not any(own) and len(found.unread) == 1:
-            report.notes.append(
-                f"{source.folder}: no image has a caption. If they are in {found.unread[0].name}, run this again with "
-                f"{shlex.join(('--captions', str(found.unread[0])))}"
-            )
-        report.notes += note_lacking(source, text)
-        report.notes += [
-            f"{link}: a link to a folder, which is not followed; import it by a path of its own" for link in found.links
-        ]
-        if text.repeated:
-            report.notes.append(
-                f"{text.origin}: {count_of(text.repeated, 'row')} of images that have a later row; the last one counts"
-            )
-        report.notes += [
-            f"{source.folder / name}: sd-scripts leaves out a folder with {read}_ in front, and so does this"
-            for name, read in skipped_children(source)
-        ]
+        owns.append(own)
+    report.notes += note_sources(founds, texts, owns)
     report.other_files = dict(sum((found.others for found in founds), Counter()))
-
-
-def note_lacking(source: Source, texts: Texts) -> list[str]:
-    """What images without a caption, or with an empty one, are trained with."""
-    origin = "its class_tokens" if source.folder == source.root else "the folder's name"
-    trained = f"trained with {source.class_text!r}, {origin}" if source.class_text else "trained with an empty one"
-    notes = []
-    if lacking := len(texts.without_caption):
-        plain = ", as sd-scripts does it" if source.class_text and texts.are_files else ""
-        notes.append(f"{source.folder}: {count_of(lacking, 'image')} without a caption: {trained}{plain}")
-    if empty := sum(not texts.of_image[image] for image in texts.empty_caption):
-        plain = "; sd-scripts' own dataset ends at an empty file, and trains a blank first line as an empty caption"
-        notes.append(
-            f"{source.folder}: {count_of(empty, 'image')} with an empty caption: {trained}"
-            f"{plain if texts.are_files else ''}"
-        )
-    return notes
-
-
-def note_whole(subject: str, captions: Sequence[str]) -> list[str]:
-    """What happens to captions without a separator where a template shuffles or drops tags; nothing for none."""
-    if not captions:
-        return []
-    trigger = find_trigger(captions)
-    with_it = f", and {trigger!r}, with which they begin, moves and drops out with them" if trigger else ""
-    return [
-        f"{subject} {count_of(len(captions), 'caption')} without {SEPARATOR}: a template that shuffles or drops tags "
-        f"does so with all of theirs{with_it}. dataset_options.keep_tokens = 1 keeps the first tag in its place"
-    ]
-
-
-def skipped_children(source: Source) -> list[tuple[str, str]]:
-    """Folders named 0_name or below, which are not trained."""
-    names = ((name, name.partition("_")[0]) for name in sorted(source.left_out))
-    return [(name, number) for name, number in names if int(number) < 1]
-
-
-def find_trigger(captions: Sequence[str]) -> str:
-    """The first tag that nearly all captions begin with; empty where there is none."""
-    first = Counter(caption.partition(",")[0].strip() for caption in captions if caption)
-    if len(captions) < 2 or not first:
-        return ""
-    tag, uses = first.most_common(1)[0]
-    return tag if uses >= TRIGGER_SHARE * len(captions) else ""
 
 
 def as_document(report: ImportReport) -> dict[str, Any]:
