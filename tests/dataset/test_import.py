@@ -214,7 +214,7 @@ def test_many_folders_are_told_of_once_each_kind(tmp_path: Path, out: Path) -> N
     places = f"12 folders ({tmp_path}/img/10_name09, {tmp_path}/img/11_name10, {tmp_path}/img/12_name11, …)"
     assert notes == [
         f"{places}: 48 captions without |||: a template that shuffles or drops tags does so with all of theirs, and the"
-        " tags with which those of a folder begin ('name09', 'name10', 'name11', …) move and drop out with them."
+        " tag with which those of a folder begin ('name09', 'name10', 'name11', …) moves and drops out too."
         " dataset_options.keep_tokens = 1 keeps the first tag in its place",
         f"{places}: 12 images without a caption: trained with the folder's name, as sd-scripts does it",
         f"{places}: 12 images with an empty caption: trained with the folder's name; sd-scripts' own dataset ends at"

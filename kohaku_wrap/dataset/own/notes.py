@@ -69,12 +69,11 @@ def note_whole(captions_of: Mapping[str, Sequence[str]]) -> list[str]:
     captions_of = {place: captions for place, captions in captions_of.items() if captions}
     if not captions_of:
         return []
-    triggers = list(dict.fromkeys(repr(tag) for each in captions_of.values() if (tag := find_trigger(each))))
+    found = dict.fromkeys(map(find_trigger, captions_of.values()))
+    triggers = [repr(tag) for tag in found if tag]
     with_it = f", and {triggers[0]}, with which they begin, moves and drops out with them" if triggers else ""
-    if len(triggers) > 1:
-        with_it = (
-            f", and the tags with which those of a folder begin ({name_first(triggers)}) move and drop out with them"
-        )
+    if triggers and len(found) > 1:
+        with_it = f", and the tag with which those of a folder begin ({name_first(triggers)}) moves and drops out too"
     return [
         f"{name_places(list(captions_of))}: {count_of(sum(map(len, captions_of.values())), 'caption')} without "
         f"{SEPARATOR}: a template that shuffles or drops tags does so with all of theirs{with_it}. "
