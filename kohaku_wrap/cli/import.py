@@ -31,6 +31,7 @@ ONLY_IF_ANY = {
     "doubles": "groups of the same file",
     "similar": "groups that look the same",
     "too_small": "smaller than their bucket",
+    "beyond_sd_scripts": "which plain sd-scripts would not train",
 }
 """Counts that are shown where there are any."""
 

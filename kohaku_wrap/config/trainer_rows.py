@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.dataset.own.folders import IMAGE_ENDINGS, TEXT_ENDINGS
 from kohaku_wrap.errors import refusing
 from kohaku_wrap.files import parse_json, read_regular
-from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, read_subsets
+from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, Subset, read_subsets
 from kohaku_wrap.wording import name_first
 
 ENDINGS = (*IMAGE_ENDINGS, *(ending.upper() for ending in IMAGE_ENDINGS))
@@ -74,7 +75,7 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
     Sub-folders are not looked into without the cache. Raises NoImages.
     Source: DreamBoothDataset in library/train_util.py at v0.10.1, library/dreambooth_dataset.py at v0.11.1.
     """
-    if subsets := read_subsets(images):
+    if subsets := read_imported_subsets(images, dataset):
         places = [images / each.name for each in subsets] if len(subsets) > 1 else [images]
         parts = [read_cache(images, place / CACHE_FILE) for place in places]
         repeats = np.repeat([each.repeats for each in subsets], [len(part.files) for part in parts])
@@ -93,13 +94,40 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
         source += f"; {lacking:,} without one"
     if blank := found.count(""):
         source += f"; {blank:,} with an empty first line, trained with an empty caption"
+    if below := count_below(images):
+        source += f"; {below:,} in sub-folders are not trained"
     return TrainerRows(source, [relative_to(path, images) for path in paths], captions, as_pairs(sizes))
 
 
 def check_trainer_texts(images: Path, dataset: Mapping[str, Any]) -> None:
     """Read the captions as `read_trainer_rows` does, but no image. Raises NoImages."""
-    if not read_subsets(images) and not reads_cache(images, dataset):
+    if not read_imported_subsets(images, dataset) and not reads_cache(images, dataset):
         read_texts(images, list_images(images), dataset)
+
+
+def read_imported_subsets(images: Path, dataset: Mapping[str, Any]) -> list[Subset]:
+    """The subsets of an imported folder, none for another one.
+
+    Raises NoImages where sd-scripts would look for their captions beside the images, where none are.
+    """
+    subsets = read_subsets(images)
+    if subsets and not dataset.get("cache_info"):
+        raise NoImages(
+            f"{images}: the captions of imported images lie in {CACHE_FILE}, which sd-scripts reads with "
+            "cache_info = true alone",
+            'Set it under [dataset_options] of the template, or data = "kwrap" under its [kwrap].',
+        )
+    return subsets
+
+
+def count_below(images: Path) -> int:
+    """Images in sub-folders, hidden ones left out."""
+    number = 0
+    for parent, folders, files in os.walk(images):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if Path(parent) != images:
+            number += sum(name.endswith(ENDINGS) and name[0] != "." for name in files)
+    return number
 
 
 def reads_cache(images: Path, dataset: Mapping[str, Any]) -> bool:

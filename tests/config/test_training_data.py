@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.config.trainer_rows import find_caption_extension, read_trainer_rows
+from kohaku_wrap.config.trainer_rows import check_trainer_texts, find_caption_extension, read_trainer_rows
 from kohaku_wrap.config.training_data import MOST_LENGTHS, describe_data, spread_evenly
 from kohaku_wrap.formats.caption_rows import NoImages
 
@@ -151,6 +151,31 @@ def test_what_is_trained_with_an_empty_caption_is_counted(tmp_path: Path) -> Non
     assert rows.source.endswith(
         "their .txt files; 1 without one; 1 with an empty first line, trained with an empty caption"
     )
+
+
+def test_images_in_sub_folders_are_said_to_be_left_out(tmp_path: Path) -> None:
+    for name in ("a", "3_x/b", "3_x/.hidden/c", "y/z/d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        paint(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("some")
+    rows = read_trainer_rows(tmp_path, FILES)
+    assert list(rows.files) == ["a.png"]
+    assert rows.source.endswith("their .txt files; 2 in sub-folders are not trained")
+
+
+def test_imported_captions_are_only_in_the_cache(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("some")
+    (mine := tmp_path / "mine").mkdir()
+    for name in ("a.png", "a.txt"):
+        (tmp_path / name).rename(mine / name)
+    images = tmp_path / "images"
+    assert CliRunner().invoke(program, ["import", str(mine), "--out", str(images)]).exit_code == 0
+    assert list(read_trainer_rows(images, {"cache_info": True}).captions) == ["some"]
+    with pytest.raises(NoImages, match="reads with cache_info = true alone"):
+        read_trainer_rows(images, FILES)
+    with pytest.raises(NoImages, match="reads with cache_info = true alone"):
+        check_trainer_texts(images, FILES)
 
 
 def test_check_reads_the_texts_that_the_trainer_would(tmp_path: Path) -> None:

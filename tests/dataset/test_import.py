@@ -224,6 +224,47 @@ def test_many_folders_are_told_of_once_each_kind(tmp_path: Path, out: Path) -> N
     ]
 
 
+BEYOND = "of which plain sd-scripts would train none"
+
+
+def test_what_plain_sd_scripts_would_not_train_is_said_once_and_listed(tmp_path: Path, out: Path) -> None:
+    names = ("3_a/1.png", "3_a/in/2.png", "3_a/in/3.png", "5_b/4.png", "some/5.png", "some/7_c/6.png", "7.png")
+    for seed, name in enumerate(names):
+        paint(tmp_path / "img" / name, seed=seed, text="a ||| b ||| c")
+    report = run(tmp_path / "img", "--out", out)
+    beyond = [str(tmp_path / "img" / names[place]) for place in (1, 2, 4, 5, 6)]
+    assert report["total"] == 7 and report["beyond_sd_scripts"] == 5
+    assert json.loads((out / "import-report.json").read_text())["lists"]["beyond_sd_scripts"] == sorted(beyond)
+    [note] = [note for note in report["notes"] if BEYOND in note]
+    assert note == (
+        f"4 folders ({tmp_path}/img, {tmp_path}/img/3_a/in, {tmp_path}/img/some, …): 5 images, {BEYOND}: it takes what"
+        " lies directly in an N_name folder. kwrap trains them all; move away what is not meant"
+    )
+    assert "which plain sd-scripts would not train  5" in " ".join(
+        CliRunner().invoke(program, ["import", str(tmp_path / "img"), "--out", str(out)]).output.split(" " * 3)
+    )
+
+
+def test_nothing_is_said_of_plain_sd_scripts_where_it_would_train_all_or_is_not_meant(tmp_path: Path) -> None:
+    for name in ("kohya/3_a/1.png", "plain/2.png", "plain/sub/3.png", "8_own/4.png"):
+        paint(tmp_path / name, text="a ||| b ||| c")
+    for words in (["kohya"], ["plain"], ["8_own"], ["kohya", "--plain"]):
+        report = run(tmp_path / words[0], *words[1:], "--out", tmp_path / "out" / "".join(words))
+        assert report["beyond_sd_scripts"] == 0 and BEYOND not in str(report["notes"])
+
+
+def test_sub_folders_of_a_dataset_file_and_of_one_n_name_folder_are_beyond_sd_scripts(tmp_path: Path) -> None:
+    for name in ("8_own/1.png", "8_own/in/2.png"):
+        paint(tmp_path / name, text="a ||| b ||| c")
+    (tmp_path / "set.toml").write_text(
+        f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{tmp_path}/8_own"\ncaption_extension = ".txt"\n'
+    )
+    for given, place in (("8_own", "an N_name folder"), ("set.toml", "an image_dir")):
+        report = run(tmp_path / given, "--out", tmp_path / f"of {given}")
+        [note] = [note for note in report["notes"] if BEYOND in note]
+        assert note.startswith(f"{tmp_path}/8_own/in: 1 image, {BEYOND}: it takes what lies directly in {place}.")
+
+
 Table = Callable[[Path, dict[str, str]], list[object]]
 
 

@@ -51,6 +51,7 @@ WHAT_THEY_TAKE = {bool: "true or false", int: "a whole number from 0 on", float:
 HANDLED_OPTIONS = frozenset(
     {"image_dir", "num_repeats", "class_tokens", "caption_extension", "metadata_file", "cache_info"}
 )
+N_NAME = "an N_name folder"
 ID_BITS = 63
 
 
@@ -90,6 +91,9 @@ class Source:
 
     left_out: frozenset[str] = frozenset()
     """Folders directly in it that are sources of their own, or that the trainer would skip."""
+
+    in_sd_scripts: str = ""
+    """What sd-scripts' own dataset takes it for, which then trains what lies directly in it; empty for nothing."""
 
 
 @dataclass
@@ -230,10 +234,11 @@ def list_sources(root: Path, label: str, plain: bool) -> list[Source]:
             Subset(label, own[0] if own else 1),
             own[1] if own else None,
             left_out=frozenset(repeated),
+            in_sd_scripts=N_NAME if own else "",
         )
     ]
     sources += [
-        Source(label, root, root / child, Subset(normalise(f"{label}-{child}"), repeats), text)
+        Source(label, root, root / child, Subset(normalise(f"{label}-{child}"), repeats), text, in_sd_scripts=N_NAME)
         for child, (repeats, text) in repeated.items()
     ]
     return sources
@@ -297,7 +302,8 @@ def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, An
     label = normalise(folder.resolve().name)
     captions = str(both.get("metadata_file") or both.get("caption_extension") or "")
     class_text = reader.text("class_tokens") or None
-    return Source(label, folder, folder, Subset(label, repeats, options), class_text, captions)
+    known = "" if both.get("metadata_file") or both.get("cache_info") else "an image_dir"
+    return Source(label, folder, folder, Subset(label, repeats, options), class_text, captions, in_sd_scripts=known)
 
 
 def fits(value: Any, kind: type) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.dataset.own.folders import Found, Source, read_repeats
@@ -124,6 +125,27 @@ def note_skipped(folders: Sequence[str]) -> list[str]:
         return []
     which = "number below 1 in front; sd-scripts leaves such a folder out, and so does this"
     return [f"{name_places(folders)}: a {which}"]
+
+
+def is_beyond_sd_scripts(source: Source, image: str) -> bool:
+    """Whether plain sd-scripts, given what kwrap was given, would not train an image of the source.
+
+    Source: DreamBoothDataset and generate_dreambooth_subsets_config_by_subdirs at v0.11.1.
+    """
+    return "/" in image if source.in_sd_scripts else bool(source.left_out)
+
+
+def note_beyond(beyond: Mapping[str, str]) -> list[str]:
+    """What plain sd-scripts would not train. `beyond`: by image, what would have to hold it directly."""
+    if not beyond:
+        return []
+    folders = sorted({str(Path(image).parent) for image in beyond})
+    holders = " or ".join(sorted(set(beyond.values())))
+    counted = f"{name_places(folders)}: {count_of(len(beyond), 'image')}"
+    return [
+        f"{counted}, of which plain sd-scripts would train none: it takes what lies directly in {holders}. kwrap trains"
+        " them all; move away what is not meant"
+    ]
 
 
 def skipped_children(source: Source) -> list[str]:

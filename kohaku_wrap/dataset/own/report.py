@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.dataset.own.folders import Found, make_id
+from kohaku_wrap.dataset.own.folders import N_NAME, Found, make_id
 from kohaku_wrap.dataset.own.images import ImportedImage
-from kohaku_wrap.dataset.own.notes import note_sources
+from kohaku_wrap.dataset.own.notes import is_beyond_sd_scripts, note_beyond, note_sources
 from kohaku_wrap.dataset.own.texts import Texts
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_text
@@ -22,7 +22,7 @@ from kohaku_wrap.files import write_text
 REPORT_FILE = "import-report.json"
 LISTS = (
     "missing", "corrupt", "not_utf8", "without_caption", "empty_caption", "several_lines", "shared_text", "doubles",
-    "similar", "too_small",
+    "similar", "too_small", "beyond_sd_scripts",
 )  # fmt: skip
 """What the report lists, the gravest first."""
 
@@ -142,7 +142,8 @@ def describe_sources(
     captions: Mapping[int, str],
 ) -> None:
     """What each folder's captions are like, and what a template should know of them."""
-    owns = []
+    owns: list[list[str]] = []
+    beyond: dict[str, str] = {}
     for found, text in zip(founds, texts, strict=True):
         source = found.source
         ids = [make_id(source.label, found.path_below_root(image)) for image in found.images]
@@ -161,7 +162,13 @@ def describe_sources(
             }
         )
         owns.append(own)
-    report.notes += note_sources(founds, texts, owns)
+        beyond |= {
+            str(source.folder / image): source.in_sd_scripts or N_NAME
+            for image, id in zip(found.images, ids, strict=True)
+            if id in now and is_beyond_sd_scripts(source, image)
+        }
+    report.lists["beyond_sd_scripts"] = sorted(beyond)
+    report.notes += [*note_sources(founds, texts, owns), *note_beyond(beyond)]
     report.other_files = dict(sum((found.others for found in founds), Counter()))
 
 
