@@ -141,6 +141,18 @@ def test_accelerate_follows_the_runs_file_and_not_the_users(
     assert judge_processes(facts, effective).status == "ok"
 
 
+@pytest.mark.slow
+def test_processes_are_counted_where_the_gpus_of_the_site_are_hidden(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    effective = resolve_template("demo", make_site("gpus = 2\nbatch_per_gpu = 1"))
+    facts = count_processes(effective)
+    assert (facts.get("ranks"), facts.get("device")) == ([0, 1], "cpu"), facts
+    assert judge_processes(facts, effective).status == "broken"
+
+
 @pytest.mark.parametrize(
     ("stderr", "reason"),
     [

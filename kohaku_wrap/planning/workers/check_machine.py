@@ -151,7 +151,7 @@ def count_ranks() -> Facts:
     from accelerate import Accelerator
 
     # On the CPU accelerate joins processes only where it is told so, as the engines do.
-    accelerator = Accelerator(cpu=os.environ.get("CUDA_VISIBLE_DEVICES") == "")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     ranks = accelerator.gather(torch.tensor([accelerator.process_index], device=accelerator.device))
     # A process that ends while gloo's threads still run is aborted now and then; the other must have its answer first.
     accelerator.wait_for_everyone()
