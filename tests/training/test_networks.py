@@ -75,6 +75,15 @@ def test_metadata_tell_nothing_of_what_did_nothing(tmp_path: Path) -> None:
     assert without_idle(told, Lock(used, tmp_path)).keys() == told.keys() - {"ss_prior_loss_weight"}
 
 
+@pytest.mark.parametrize(("resolution", "said"), [([64, 96], "64x96"), (512, "512x512"), (None, "1024x1024")])
+def test_the_resolution_in_metadata_is_that_of_the_dataset(tmp_path: Path, resolution: object, said: str) -> None:
+    """The trainer writes what its own options say, and where they say nothing SDXL's."""
+    dataset = {} if resolution is None else {"resolution": resolution}
+    told = {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "modelspec.resolution": "1024x1024"}
+    tables = {"run": {"data": "kwrap"}, "values": {}, "dataset": dataset, "files": {"dataset.toml": "[[datasets]]\n"}}
+    assert without_idle(told, Lock(tables, tmp_path)) == {**told, "modelspec.resolution": said}
+
+
 def test_a_run_is_finished_by_its_newest_attempt_at_its_last_step(new_run: NewRun) -> None:
     run = new_run("long", epochs=60)
     total = run.lock.total_optimizer_steps

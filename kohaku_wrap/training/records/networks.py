@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import OWN_DATA, list_lacking
+from kohaku_wrap.dataset.buckets import parse_resolution
 from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256
 from kohaku_wrap.files import write_json
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
@@ -25,9 +26,16 @@ OF_STEP, OF_EPOCH = re.compile(r"-step(\d{8,})"), re.compile(r"-(\d{6,})")
 OF_THE_DATASET = ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
 """Options that the trainer writes into networks as its own options file has them, while the dataset's decides."""
 
+ARCHITECTURE = "modelspec.architecture"
+"""Where a network has it, a resolution belongs beside it: the trainer knows that of its own options file alone, and
+writes SDXL's 1024x1024 where the dataset has one."""
+
 
 def without_idle(metadata: Mapping[str, str], lock: Lock) -> dict[str, str]:
-    """The metadata without `ss_` fields of options that did nothing in the run, such as a rate that no part has."""
+    """The metadata without `ss_` fields of options that did nothing in the run, such as a rate that no part has.
+
+    What the dataset's options decide is that of the dataset.
+    """
     values, dataset = lock.values, lock.table("dataset")
     arguments = {f"network_args.{name}": value for name, value in lock.table("network_args").items()}
     beside = {**values, **arguments, OWN_DATA: lock.data}
@@ -41,6 +49,8 @@ def without_idle(metadata: Mapping[str, str], lock: Lock) -> dict[str, str]:
         own = {str(subset.get(name, dataset.get(name))) for subset in lock.subsets}
         if kept.pop(f"ss_{name}", None) is not None and len(own) == 1:
             kept[f"ss_{name}"] = own.pop()
+    if ARCHITECTURE in kept and (resolution := dataset.get("resolution")):
+        kept["modelspec.resolution"] = "{}x{}".format(*parse_resolution(resolution))
     return kept
 
 
