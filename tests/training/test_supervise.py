@@ -229,6 +229,8 @@ def test_a_signal_saves_a_state_and_ends(new_run: NewRun, whole: bytes, number: 
     wait_for_step(run, 3)
     supervisor.send_signal(number)
     assert supervisor.wait(30) == 130
+    said = (run.folder / "supervisor.log").read_text()
+    assert "stop: finishing the optimizer step (a step takes about 1 s) and saving a state" in said
     assert ends(run) == ["stopped"]
     stopped_at = read_end(list_attempts(run)[0]).optimizer_step  # type: ignore[union-attr]
     assert stopped_at in [step for step, _ in list_states(run.states)]

@@ -22,7 +22,7 @@ from kohaku_wrap.training.supervising.processes import end_processes, list_proce
 from kohaku_wrap.training.supervising.resume import RunFinished, plan_resume
 from kohaku_wrap.training.supervising.stop_signals import StopSignals
 from kohaku_wrap.training.supervising.supervise import RunIsBusy, RunReport, RunStopped, log_events
-from kohaku_wrap.training.supervising.watch import Event, EventKind, OnEvent, start_launcher
+from kohaku_wrap.training.supervising.watch import Event, EventKind, OnEvent, describe_stop, start_launcher
 
 POLL_SECONDS = 0.3
 
@@ -156,7 +156,7 @@ class MachineWatch:
             if self.stop.count and not stop_told:
                 stop_told = True
                 self.attempt.request_stop()
-                self.tell("stop", "finishing the optimizer step and saving a state; once more to stop at once")
+                self.tell("stop", describe_stop(self.attempt.run))
             if not left and not self.is_training(process):
                 left = True
                 self.tell_left(process)

@@ -15,7 +15,15 @@ from typing import Any, Literal
 
 from kohaku_wrap.locks import hold_lock
 from kohaku_wrap.training.records.attempts import Attempt
-from kohaku_wrap.training.records.metrics import APART, RATE_WINDOW_STEPS, MetricsTail, number_of
+from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.metrics import (
+    APART,
+    RATE_WINDOW_STEPS,
+    MetricsTail,
+    NoMeasurement,
+    number_of,
+    read_step_seconds,
+)
 from kohaku_wrap.training.records.signs import Heartbeat, Phase
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import (
@@ -31,6 +39,7 @@ from kohaku_wrap.training.supervising.hooks import Hook
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.processes import ask_for_stacks, end_processes, is_alive
 from kohaku_wrap.training.supervising.stop_signals import StopSignals
+from kohaku_wrap.wording import format_duration
 
 TIMEOUT_SECONDS = 3600.0
 """How long a phase may go without a sign of life. 5.2 million images start in minutes."""
@@ -183,7 +192,7 @@ class AttemptWatch:
             if self.stop.count and not stop_told:
                 stop_told = True
                 self.attempt.request_stop()
-                self.tell("stop", "finishing the optimizer step and saving a state; once more to stop at once")
+                self.tell("stop", describe_stop(self.attempt.run))
             is_over = self.attempt.result() is not None
             if is_over or (self.attempt.machines > 1 and self.attempt.machines_left()):
                 left_at = min(left_at, time.monotonic())
@@ -305,6 +314,15 @@ class AttemptWatch:
 
     def tell(self, kind: EventKind, message: str, eta_seconds: float | None = None) -> None:
         self.on_event(Event(kind, message, self.done, self.total, eta_seconds))
+
+
+def describe_stop(run: Run) -> str:
+    """What a first signal leads to, with how long a step takes as far as one was measured."""
+    try:
+        takes = f" (a step takes about {format_duration(max(1.0, read_step_seconds(run)))})"
+    except NoMeasurement:
+        takes = ""
+    return f"finishing the optimizer step{takes} and saving a state; once more to stop at once"
 
 
 def start_launcher(launch: Launch, log_file: Path) -> subprocess.Popen[bytes]:
