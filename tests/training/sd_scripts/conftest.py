@@ -13,7 +13,7 @@ from kohaku_wrap.training.records.folder import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-SETTINGS = ("effective_batch=16", "save_every_n_steps=1", "states.keep=9")
+SETTINGS = ("effective_batch=16", "save_every_n_steps=1", "save_precision=float", "states.keep=9")
 
 
 @pytest.fixture(scope="session")
@@ -42,11 +42,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, kwrap: Callable[..., str]) -
 
 
 @pytest.fixture(scope="session")
-def train(trainer: object, kwrap: Callable[..., str], world: Path) -> Callable[[str, str], Run]:
+def train(trainer: object, kwrap: Callable[..., str], world: Path) -> Callable[..., Run]:
     """Trains a run of that name and engine in the world: two epochs, accumulation that does not divide the batches."""
 
-    def run(name: str, engine: str) -> Run:
-        options = [part for setting in SETTINGS for part in ("--set", setting)]
+    def run(name: str, engine: str, *settings: str) -> Run:
+        options = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
         kwrap("train", "demo", "--site", str(world / "site.toml"), "--run", name, "--engine", engine, *options)
         return Run(world / "runs" / name)
 
@@ -54,6 +54,6 @@ def train(trainer: object, kwrap: Callable[..., str], world: Path) -> Callable[[
 
 
 @pytest.fixture(scope="session")
-def whole(train: Callable[[str, str], Run]) -> Run:
+def whole(train: Callable[..., Run]) -> Run:
     """An uninterrupted run of the real trainer."""
     return train("whole", "sd-scripts")
