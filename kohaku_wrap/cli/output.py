@@ -62,6 +62,7 @@ class Verb(click.Command):
         heading = "Examples" if several else "Example"
         super().__init__(name, epilog="\b\n{}:\n{}".format(heading, examples.strip("\n")), **settings)
         self.writes, self.unless = writes, unless
+        self.first_example = re.sub(r"\s*\\\n\s*", " ", examples).strip().partition("\n")[0]
         self.params.append(click.Option(
             ["--json", WANTS_JSON], is_flag=True, expose_value=False, help="Print one JSON document and nothing else.",
             callback=lambda context, _option, value: context.meta.update({WANTS_JSON: value}),

@@ -90,7 +90,9 @@ def command(
         show_styles()
         return
     if not given and not style_name:
-        raise UsageError("no prompt is given", "Give TEXT, --tags, --post ID or --style; `kwrap prompt --help`.")
+        raise UsageError(
+            "no prompt is given", 'For example: `kwrap prompt "1girl, smile"`. Or give --tags, --post ID or --style.'
+        )
     if style_name == ALL_STYLES:
         raise UsageError("--style names no style", "`kwrap prompt --style` alone lists them.")
     style = find_style(style_name).prompt if style_name else ""

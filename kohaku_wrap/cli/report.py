@@ -67,7 +67,9 @@ def command(
         for unreadable in write_index(runs, page):
             print_note(f"note: left out: {unreadable}")
     elif not names:
-        raise UsageError("no RUN given", "Name a run or its folder, or give --index RUNS for a page over all.")
+        raise UsageError(
+            "no RUN given", "For example: `kwrap report epsilon`. Or give --index RUNS for a page over all."
+        )
     else:
         folders = runs_folders(site_file)
         runs = [find_run(name, folders) for name in names]

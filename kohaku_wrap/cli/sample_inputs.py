@@ -29,7 +29,10 @@ def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any
 
     if bool(texts) == (path is not None):
         what = "--prompt and --prompts cannot be combined" if texts else "no prompt is given"
-        raise UsageError(what, "Give --prompts FILE, with a prompt a line or as a sheet, or --prompt TEXT.")
+        raise UsageError(
+            what,
+            'Give --prompt TEXT, for example --prompt "1girl, smile", or --prompts FILE, a prompt a line or a sheet.',
+        )
     for text in (*texts, asked["negative"]):
         parse_prompt(text, asked["lenient"])
     for name, known in (("sampler", SAMPLERS), ("schedule", SCHEDULES), ("emphasis", EMPHASES)):

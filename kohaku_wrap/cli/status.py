@@ -72,7 +72,7 @@ def command(
         where = " or ".join(str(folder) for folder in folders)
         raise UsageError(
             f"no run in {where}",
-            "Start one with `kwrap train`, or say where it is: --site site.toml, or the path of the run.",
+            "Start one: `kwrap train epsilon`. Or say where it is: --site site.toml, or the path of the run.",
         )
     first = show_path(runs[0].folder)
     if tags:

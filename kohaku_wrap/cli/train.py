@@ -86,7 +86,9 @@ def command(
 
         template = template_of_lock(locked)
     if template is None:
-        raise UsageError("no TEMPLATE given", "See `kwrap template ls`.")
+        raise UsageError(
+            "no TEMPLATE given", "For example: `kwrap train epsilon`. `kwrap template ls` lists the templates."
+        )
     options = watch_options(**watch)
     refuse_unknown(allow)
     if parent is not None:

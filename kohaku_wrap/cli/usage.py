@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 import click
 
+from kohaku_wrap.cli.output import Verb
+
 
 def describe_usage_error(error: click.UsageError, program: click.Group, arguments: Sequence[str]) -> tuple[str, str]:
     """What is wrong with these arguments of the program, and what to type next."""
     words = error.ctx.command_path if error.ctx else find_command(program, arguments)
     what = "the commands" if error.ctx and isinstance(error.ctx.command, click.Group) else "its options and examples"
-    return f"{words}: {describe_fault(error)}", f"Run `{words} --help` to see {what}."
+    following = f"Run `{words} --help` to see {what}."
+    if isinstance(error, click.MissingParameter) and error.ctx and isinstance(error.ctx.command, Verb):
+        following = f"For example: `{error.ctx.command.first_example}`. {following}"
+    return f"{words}: {describe_fault(error)}", following
 
 
 def describe_fault(error: click.UsageError) -> str:
