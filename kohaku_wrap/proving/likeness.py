@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,13 +203,16 @@ def compare_networks(one: Path, other: Path) -> int:
 
 
 def read_tensors(path: Path) -> Mapping[str, tuple[str, tuple[int, ...], bytes]]:
-    """Each tensor's dtype, shape and bytes, in whichever of the trainer's formats; numpy has no bf16."""
+    """Each tensor's dtype, shape and bytes, the same ones in whichever of the trainer's formats; numpy has no bf16."""
     if path.suffix != ".safetensors":
         import torch
+        from safetensors.torch import save_file
 
         tensors: Mapping[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        flat = {name: tensor.contiguous().reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
-        return {name: (str(each.dtype), tuple(each.shape), bytes(flat[name].numpy())) for name, each in tensors.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            same = Path(folder, "network.safetensors")
+            save_file({name: each.detach().contiguous() for name, each in tensors.items()}, same)
+            return read_tensors(same)
     header, data = read_header(path), path.read_bytes()
     start = header.data_start
     return {

@@ -21,6 +21,9 @@ def test_networks_are_compared_in_every_format_and_type_that_is_saved(
     for path, tensor in zip(files, ([1, 2], [1, 2], [1, 3], [1, 2, 3]), strict=True):
         save({"scale": torch.tensor(1, dtype=dtype), "weight": torch.tensor(tensor, dtype=dtype)}, path)
     assert compare_networks(files[0], files[1]) == 2
+    plain = tmp_path / "plain.safetensors"
+    save_file({"scale": torch.tensor(1, dtype=dtype), "weight": torch.tensor([1, 2], dtype=dtype)}, plain)
+    assert compare_networks(files[0], plain) == 2, "the census compares one format with the other"
     for path in files[2:]:
         with pytest.raises(Difference, match="1 of 2 tensors differ, the first weight"):
             compare_networks(files[0], path)
