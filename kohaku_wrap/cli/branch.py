@@ -85,7 +85,7 @@ def command(
     print_aside(f"from run {parent.name}, optimizer step {branch.origin.optimizer_step:,}: {describe_place(branch)}")
     for key, before, now in branch.changes:
         print_aside(f"{key}: {show_value(before)} in {parent.name}, {show_value(now)} here")
-    run = make_run(branch.new, None)
+    run = make_run(branch.new, None, allow)
     report = train_run(run, allow, options)
     print_taken(run)
     print_finished(report)

@@ -51,7 +51,7 @@ def command(
     """
     from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.site import load_site
-    from kohaku_wrap.training.supervising.caching import find_damaged, make_shards, require_room
+    from kohaku_wrap.training.supervising.caching import find_damaged, make_shards, require_images, require_room
 
     site = load_site(site_file)
     effective = resolve_template(template, site, overrides, trust=trust)
@@ -64,6 +64,7 @@ def command(
                 damaged.append(shape)
                 print_aside(f"damaged: {shape.file_in(cache.folder)}: {fault}{'' if dry_run else '; it is made again'}")
         payload[cache.name] = describe(cache, damaged)
+    require_images(caches)
     free = require_room(caches)
     for cache in caches:
         about = payload[cache.name]

@@ -76,7 +76,7 @@ def command(
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.metrics import read_step_seconds
     from kohaku_wrap.training.records.samples import read_drawing_seconds
-    from kohaku_wrap.training.supervising.create import list_absent_places
+    from kohaku_wrap.training.supervising.create import list_absent_images, list_absent_places
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")
@@ -101,6 +101,7 @@ def command(
             notes.append("[validation]: posts that are held out are counted as trained here; captions say which.")
     else:
         notes += [*note_other_dataset(effective, site.paths.images), *list_absent_places(site)]
+        notes += list_absent_images(effective, site)
     payload = {**describe_plan(plan, notes), "caching": plan_caching(effective, site, sizes.exact)}
     payload["trust"] = describe_trust(effective)
     print_trust(effective)

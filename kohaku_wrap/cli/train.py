@@ -121,7 +121,7 @@ def command(
                 print_note(f"warning: {absent}")
             print_note(f"Next: {repeat_command(template, site_file)}")
         return
-    run = make_run(new, locked)
+    run = make_run(new, locked, allow)
     with keeping_page(run, has_page):
         report = train_run(run, allow, options)
     print_finished(report)
@@ -154,7 +154,7 @@ def try_run(
     new = plan_new_run(template, site_file, own, engine, (*overrides, *SETTINGS), trust)
     print_trust(new.effective)
     print_aside(f"engine: {new.engine} ({new.engine_origin})")
-    run = make_run(new, None)
+    run = make_run(new, None, allow)
 
     def resume_from(step: int) -> RunReport:
         return watch_run(run, lambda: plan_resume(run, step, allow=allow), allow, options)
@@ -203,14 +203,14 @@ def repeat_command(template: str, site_file: Path) -> str:
     return command_line("train", template, "--site", site_file, *retype("site_file", "dry_run", "is_trial"))
 
 
-def make_run(new: NewRun, locked: Path | None) -> Run:
+def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
     from kohaku_wrap.config.checks import note_rare_saves
     from kohaku_wrap.config.samples import note_shared_gpu
     from kohaku_wrap.training.supervising.create import create_run, hashed_bytes
 
     with counting_bytes("hashing the base model", hashed_bytes(new)) as count:
-        run = create_run(new, sys.argv, locked, count)
+        run = create_run(new, sys.argv, locked, count, allow)
     print_aside(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
     for note in note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective):
         print_aside(f"note: {note}")

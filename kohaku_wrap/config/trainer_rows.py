@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.dataset.own.folders import IMAGE_ENDINGS, TEXT_ENDINGS
-from kohaku_wrap.errors import refusing
+from kohaku_wrap.errors import DAMAGE, refusing
 from kohaku_wrap.files import parse_json, read_regular
 from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, Subset, read_subsets
 from kohaku_wrap.wording import name_first
@@ -88,6 +88,12 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
     found = read_texts(images, paths, dataset)
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         sizes = list(threads.map(read_size, paths))
+    if broken := [Path(path).name for path, size in zip(paths, sizes, strict=True) if size is None]:
+        raise NoImages(
+            f"{images}: {len(broken):,} of {len(paths):,} images cannot be read, or link to nothing: "
+            f"{name_first(broken)}",
+            "Fix them, or move them away.",
+        )
     captions = [str(dataset.get("class_tokens") or "") if caption is None else caption for caption in found]
     source = f"the images in {images} and their {extension_of(dataset)} files"
     if lacking := found.count(None):
@@ -96,7 +102,8 @@ def read_trainer_rows(images: Path, dataset: Mapping[str, Any]) -> TrainerRows:
         source += f"; {blank:,} with an empty first line, trained with an empty caption"
     if below := count_below(images):
         source += f"; {below:,} in sub-folders are not trained"
-    return TrainerRows(source, [relative_to(path, images) for path in paths], captions, as_pairs(sizes))
+    whole = [size for size in sizes if size is not None]
+    return TrainerRows(source, [relative_to(path, images) for path in paths], captions, as_pairs(whole))
 
 
 def check_trainer_texts(images: Path, dataset: Mapping[str, Any]) -> None:
@@ -275,13 +282,13 @@ def read_caption(image: str, extension: str, all_lines: bool = False) -> str | F
     return None
 
 
-def read_size(image: str) -> tuple[int, int]:
-    """Width and height from the image's header. Raises NoImages for a broken one."""
+def read_size(image: str) -> tuple[int, int] | None:
+    """Width and height from the image's header; None for a broken one."""
     from PIL import Image
 
-    fix = "Fix the image, or move it away."
-    with refusing(NoImages, f"{image}: its size cannot be read", fix), Image.open(image) as opened:
+    with suppress(*DAMAGE, Image.DecompressionBombError), Image.open(image) as opened:
         return opened.size
+    return None
 
 
 def relative_to(path: str, folder: Path) -> str:

@@ -24,7 +24,7 @@ from kohaku_wrap.config.trainer_rows import (
 )
 from kohaku_wrap.config.validation import settle_held_out
 from kohaku_wrap.dataset.own.notes import note_whole
-from kohaku_wrap.errors import Problem
+from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.formats.caption_rows import (
     OWN_STYLE,
     ImageSizes,
@@ -35,11 +35,19 @@ from kohaku_wrap.formats.caption_rows import (
     read_subsets,
 )
 from kohaku_wrap.formats.held_out import HeldOut
+from kohaku_wrap.wording import name_first
 
 STAT_CHUNK = 512
 
 MOST_LENGTHS = 65_536
 """Image files whose length is looked at, spread evenly: asking a network file system for millions takes minutes."""
+
+
+PUT_BACK = "Put them back, or make the folder again by `kwrap extract` or `kwrap import`"
+
+
+class ImagesGone(KwrapError):
+    """Image files of the dataset are not there."""
 
 
 def read_training_sizes(effective: Effective, images: Path) -> ImageSizes:
@@ -144,6 +152,33 @@ def describe_data(data: str, images: Path, dataset: Mapping[str, Any], digest: s
         "rows_digest": digest_of(np.ascontiguousarray(column.astype("<i8")).tobytes() for column in numbers),
         "image_files_digest": digest_lengths(images, table["file"].take(spread_evenly(len(table))).to_pylist()),
     }
+
+
+def find_absent(effective: Effective, images: Path) -> tuple[str, bool]:
+    """How many of the images that a training opens are not there, for people, and whether all are gone; "" for none.
+
+    Of more than MOST_LENGTHS files as many are looked for. Where latents are cached none is opened. Raises NoImages.
+    """
+    if effective.get("cache.latents"):
+        return "", False
+    if effective.get("kwrap.data") == "sd-scripts":
+        files: Any = read_trainer_rows(images, flatten_dataset(compose_dataset(effective, images))).files
+        looked_for = [files[at] for at in spread_evenly(len(files))]
+    else:
+        files = open_captions(images).read_all()["file"]
+        looked_for = files.take(spread_evenly(len(files))).to_pylist()
+    gone = [looked_for[at] for at in np.flatnonzero(read_lengths(images, looked_for) < 0).tolist()]
+    if not gone:
+        return "", False
+    of_all = "" if len(looked_for) == len(files) else f" that were looked for, of {len(files):,},"
+    return describe_gone(images, gone, len(looked_for), of_all), len(gone) == len(looked_for)
+
+
+def describe_gone(images: Path, gone: Sequence[str], looked_for: int, of_all: str = "") -> str:
+    """How many image files are not there, with the first names."""
+    first = images / gone[0]
+    target = f"; the first links to {first.readlink()}" if first.is_symlink() else ""
+    return f"{images}: {len(gone):,} of {looked_for:,} image files{of_all} are not there: {name_first(gone)}{target}"
 
 
 def spread_evenly(count: int) -> Int64Array:

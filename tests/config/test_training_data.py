@@ -141,6 +141,14 @@ def test_all_texts_that_the_trainer_fails_at_are_named_at_once(tmp_path: Path) -
     )
 
 
+def test_all_images_that_cannot_be_read_are_named_at_once(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "away.png")
+    (tmp_path / "c.png").write_text("<html>")
+    with pytest.raises(NoImages, match=r"2 of 3 images cannot be read, or link to nothing: b\.png, c\.png"):
+        read_trainer_rows(tmp_path, FILES)
+
+
 def test_what_is_trained_with_an_empty_caption_is_counted(tmp_path: Path) -> None:
     for name, content in {"a": "\nsecond line", "b": "fine", "c": None}.items():
         paint(tmp_path / f"{name}.png")

@@ -8,6 +8,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from click.testing import CliRunner, Result
 from plain_runs import write_base_model, write_captions
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.config import training_data
 from kohaku_wrap.config.run_files import digest_lock
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.caption_rows import open_captions
 from kohaku_wrap.trainer import requirements
 from kohaku_wrap.training.supervising import create
-from kohaku_wrap.training.supervising.create import RunRefused, create_run, plan_new_run
+from kohaku_wrap.training.supervising.create import ImagesGone, RunRefused, create_run, plan_new_run, require_images
 from kohaku_wrap.training.supervising.places import DifferentRun
 from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
 
@@ -42,11 +45,23 @@ BATCH = "effective_batch=4"
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A site with captions and a base model of no use."""
+    """A site with captions, and images and a base model of no use."""
     write_captions(tmp_path / "images", 30)
+    put_files(tmp_path / "images", list_files(tmp_path / "images"))
     write_base_model(tmp_path / "model.safetensors")
     (tmp_path / "tokenizers").mkdir()
     return write_site(tmp_path)
+
+
+def list_files(images: Path) -> list[str]:
+    names: list[str] = open_captions(images).read_all()["file"].to_pylist()
+    return names
+
+
+def put_files(images: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(b"some")
 
 
 def write_site(folder: Path, engine: str = 'engine = "builtin"', processes: int = 1) -> Path:
@@ -160,6 +175,49 @@ def test_a_run_is_made_whole(site: Path) -> None:
     assert first == "kwrap train demo" and "accelerate" in second
     plan = plan_resume(run)
     assert (plan.state, plan.start_optimizer_step, plan.processes) == (None, 0, 1), "nothing differs from the lock"
+
+
+def test_images_that_are_gone_are_counted_before_a_run_is_made(site: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    files = list_files(images)
+    for name in files[:3]:
+        (images / name).unlink()
+    (images / files[0]).symlink_to(tmp_path / "away" / "a.png")
+    named = f"{images}: 3 of 30 image files are not there: {', '.join(files[:3])}"
+    refused = call("train", "demo", "--site", site, "--set", BATCH).exception
+    assert isinstance(refused, ImagesGone) and refused.exit_code == 1
+    assert refused.message == f"{named}; the first links to {tmp_path}/away/a.png"
+    assert "--allow bad-images" in refused.next_step and not (tmp_path / "runs").exists()
+    for words in (("train", "demo", "--dry-run"), ("plan", "demo", "--no-modules")):
+        done = call(*words, "--site", site, "--set", BATCH)
+        assert done.exception is None and named in done.stderr, done.stderr
+    cached = ["--set", "cache.latents=true", "--set", "dataset_options.random_crop=false"]
+    refused = call("cache", "demo", "--site", site, "--set", BATCH, *cached).exception
+    assert isinstance(refused, ImagesGone) and named in refused.message
+    require_images(plan_new_run("demo", site, "first", overrides=[BATCH]), ["bad-images"])
+    for path in images.rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ImagesGone, match="30 of 30"):
+        require_images(plan_new_run("demo", site, "first", overrides=[BATCH]), ["bad-images"])
+    require_images(plan_new_run("demo", site, "first", overrides=[BATCH, "cache.latents=true"]), ())
+
+
+def test_of_very_many_images_some_are_looked_for(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_data, "MOST_LENGTHS", 10)
+    for path in (site.parent / "images").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(ImagesGone, match=r"10 of 10 image files that were looked for, of 30, are not there"):
+        require_images(plan_new_run("demo", site, "first", overrides=[BATCH]), ())
+
+
+def test_a_cache_that_names_images_that_are_gone_is_named_too(site: Path, tmp_path: Path) -> None:
+    paths = [str(tmp_path / "images" / f"{number}.png") for number in range(4)]
+    cache = {path: {"caption": "a", "resolution": [64, 64]} for path in paths}
+    (tmp_path / "images" / "metadata_cache.json").write_text(json.dumps(cache))
+    put_files(tmp_path / "images", ["2.png"])
+    settings = [BATCH, "kwrap.data=sd-scripts", "cache.text_encoders=false"]
+    with pytest.raises(ImagesGone, match=r"3 of 4 image files are not there: 0\.png, 1\.png, 3\.png"):
+        require_images(plan_new_run("demo", site, "first", overrides=settings), ())
 
 
 def test_a_failure_while_making_it_leaves_nothing(site: Path) -> None:

@@ -20,7 +20,14 @@ from kohaku_wrap.config.kernels import choose_kernels, kernel_settings
 from kohaku_wrap.config.render import MissingInput, hash_named_files
 from kohaku_wrap.config.run_files import merge_subsets
 from kohaku_wrap.config.site import Site
-from kohaku_wrap.config.training_data import compose_dataset, read_lengths, spread_evenly
+from kohaku_wrap.config.training_data import (
+    PUT_BACK,
+    ImagesGone,
+    compose_dataset,
+    describe_gone,
+    read_lengths,
+    spread_evenly,
+)
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.file_hashes import kept_sha256
@@ -267,6 +274,15 @@ def require_room(caches: Sequence[Cache]) -> int:
             f"Set paths.latents in {site} to a larger disk{', or write less: ' * bool(less)}{', '.join(less)}.",
         )
     return free
+
+
+def require_images(caches: Sequence[Cache]) -> None:
+    """Raise ImagesGone where an image is to be encoded whose file is not there; models are not loaded for it."""
+    for cache in caches:
+        gone = np.flatnonzero(cache.wanted.lengths < 0) if isinstance(cache.rule, Rule) else ()
+        if len(gone):
+            names = [cache.columns.files[int(row)] for row in gone]
+            raise ImagesGone(describe_gone(cache.columns.folder, names, len(cache.wanted.ids)), f"{PUT_BACK}.")
 
 
 def make_shards(cache: Cache, on_progress: Progress) -> int:

@@ -9,7 +9,8 @@ import secrets
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs,
 from kohaku_wrap.config.run_files import LAYERS_FILE
 from kohaku_wrap.config.samples import with_own_prompts
 from kohaku_wrap.config.site import Site, load_site
-from kohaku_wrap.config.training_data import read_training_sizes
+from kohaku_wrap.config.training_data import PUT_BACK, ImagesGone, find_absent, read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, fsync_folder, write_json, write_text
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages
 from kohaku_wrap.formats.caption_writer import check_columns
 from kohaku_wrap.locks import making_folder
 from kohaku_wrap.planning.parent_network import fit_parent
@@ -187,13 +188,29 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
 def list_absent(new: NewRun) -> list[str]:
     """What `create_run` would miss, what is to be cached too, with what to do; a dry run made for another machine may
     lack it."""
-    absent = list_absent_places(new.site)
+    absent = list_absent_places(new.site) or list_absent_images(new.effective, new.site)
     if not absent:
         try:
             lock_caches(new.effective, new.site)
         except KwrapError as missing:
             return [f"{missing.message}. {missing.next_step}"]
     return absent
+
+
+def list_absent_images(effective: Effective, site: Site) -> list[str]:
+    """A sentence where image files are not there; nothing where that cannot be said, as captions are not there."""
+    with suppress(NoImages):
+        said, _ = find_absent(effective, site.paths.images)
+        return [f"{said}; put them back before you train"] if said else []
+    return []
+
+
+def require_images(new: NewRun, allow: Collection[str]) -> None:
+    """Raise ImagesGone for image files that are not there; where bad images are allowed, if all are. Looks at some."""
+    said, are_all = find_absent(new.effective, new.site.paths.images)
+    if said and (are_all or "bad-images" not in allow):
+        allowed = "" if are_all else "; or train substitutes in their place with --allow bad-images"
+        raise ImagesGone(said, f"{PUT_BACK}{allowed}.")
 
 
 def list_absent_places(site: Site) -> list[str]:
@@ -219,17 +236,21 @@ def create_run(
     command: Sequence[str],
     locked: Path | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    allow: Collection[str] | None = None,
 ) -> Run:
     """Count the steps, hash the inputs and make the run's folder, whole or not at all.
 
     `command` is what the person typed, kept as `command.txt`. `locked`: the lock that the new one must equal.
-    Raises MissingExtra, NoImages, DamagedCaptions, MissingInput, ProblemsFound with every
+    `allow`: the faults that are accepted; image files are only looked for where it is given.
+    Raises MissingExtra, NoImages, DamagedCaptions, ImagesGone, MissingInput, ProblemsFound with every
     difference from `locked`.
     """
     find_engine(new.engine).require_packages()
     sizes = read_training_sizes(new.effective, new.site.paths.images)
     if new.effective.get("kwrap.data") != "sd-scripts":
         check_columns(new.site.paths.images / CAPTIONS_FILE)
+    if allow is not None:
+        require_images(new, allow)
     plan = plan_steps(new.effective, sizes)
     with making_folder(new.folder.parent, f".{new.name}.partial-") as part:
         effective, parent = settle_parent(new, part / PARENT_FILE)
