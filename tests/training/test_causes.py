@@ -13,7 +13,7 @@ from plain_runs import misbehave
 
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising import watch
+from kohaku_wrap.training.supervising import memory_kills, watch
 from kohaku_wrap.training.supervising.causes import LOST_CONNECTION
 from kohaku_wrap.training.supervising.ends import AttemptEnd, judge_end, read_end
 from kohaku_wrap.training.supervising.launch import Launch
@@ -45,7 +45,7 @@ def train_two(run: Run) -> AttemptEnd:
     ("first", "second", "rank", "kind", "words"),
     [
         ("raise later", "raise", 1, "crash", "rank 1: ValueError: this rank fails, as if"),
-        ("wait", "SIGKILL", 1, "crash", "rank 1: killed by SIGKILL, perhaps because memory ran out"),
+        ("wait", "SIGKILL", 1, "crash", "rank 1: killed by SIGKILL after"),
         ("wait", "allocate", 1, "out-of-memory", "rank 1: RuntimeError: "),
         ("wait", "exit 0", 1, "exited-early", "rank 1: ended with exit code 0 after optimizer step 3"),
         ("sleep", "exit 0", 1, "exited-early", "rank 1: ended with exit code 0 after optimizer step 3, rank 0 waits"),
@@ -120,9 +120,46 @@ def test_a_rank_that_torchrun_killed_is_no_cause(attempt: Attempt) -> None:
     (attempt.folder / "failure-rank-001.json").unlink()
     assert judge_end(attempt, 1).message == "rank 1: ended with exit code 1 after optimizer step 0"
     write_launcher_log(attempt, code=-9, name="(SIGKILL)")
-    assert judge_end(attempt, 1).message.startswith("rank 1: killed by SIGKILL, perhaps because memory ran out")
+    assert judge_end(attempt, 1).message.endswith(
+        "rank 1: killed by SIGKILL after optimizer step 0, by a person or a program (kill -9), or by the system as "
+        "memory ran out (see dmesg)"
+    )
     write_launcher_log(attempt, killed="", code=-6, name="(SIGABRT)")
     assert judge_end(attempt, 1).rank == 0, "a process aborts where it lost another one"
+
+
+def test_memory_is_named_where_the_system_counted_a_kill_for_it(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_kills, "ROOT", tmp_path)
+    assert memory_kills.count_memory_kills() is None
+    group, machine = tmp_path / "sys/fs/cgroup/user.slice/memory.events", tmp_path / "proc/vmstat"
+    for path in (group, machine):
+        path.parent.mkdir(parents=True)
+    machine.write_text("oom_kill 7\n")
+    assert memory_kills.count_memory_kills() == 7
+    (tmp_path / "proc" / "self").mkdir()
+    (tmp_path / "proc" / "self" / "cgroup").write_text("9:name=systemd:/\n0::/user.slice\n")
+    group.write_text("low 0\noom 1\noom_kill 2\noom_group_kill 0\n")
+    assert memory_kills.count_memory_kills() == 2
+    write_launcher_log(attempt, code=-9, name="(SIGKILL)")
+    said = "rank 1: killed by SIGKILL after optimizer step 0, "
+    assert judge_end(attempt, 1, 1).message == f"{said}as memory ran out (the system counted 1 such kill)"
+    for before in (2, None):
+        assert judge_end(attempt, 1, before).message.startswith(f"{said}by a person or a program (kill -9), or")
+
+
+def test_the_count_of_kills_for_memory_is_found_in_cgroup_v1_and_in_containers(tmp_path: Path) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    groups = tmp_path / "proc" / "self" / "cgroup"
+    for line, name in (("4:memory:/job", "memory/job/memory.oom_control"), ("0::/docker/1", "memory.events")):
+        groups.write_text(f"{line}\n")
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n")
+        assert memory_kills.count_memory_kills(tmp_path) == 3
+        path.unlink()
+        assert memory_kills.count_memory_kills(tmp_path) is None
 
 
 def test_lost_connections_come_after_their_cause(attempt: Attempt) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from kohaku_wrap.files import read_tail
 from kohaku_wrap.training.records.attempts import Attempt
+from kohaku_wrap.training.supervising.memory_kills import describe_sigkill
 
 LAUNCHER_LOGS = ("launcher.log", "launcher-machine-*.log")
 REPORT_BYTES = 1 << 16
@@ -87,10 +88,13 @@ class ReportedProcess:
     """Whether torchrun itself killed it, since it did not end when another one failed."""
 
 
-def find_first_cause(attempt: Attempt, optimizer_step: int) -> Cause | None:
-    """What ended the attempt first; None where no rank, machine or report tells of anything."""
+def find_first_cause(attempt: Attempt, optimizer_step: int, memory_kills: int | None = None) -> Cause | None:
+    """What ended the attempt first; None where no rank, machine or report tells of anything.
+
+    `memory_kills`: as `count_memory_kills` was when it began.
+    """
     reported = read_reports(attempt)
-    causes = [*failure_causes(attempt), *death_causes(attempt, reported, optimizer_step)]
+    causes = [*failure_causes(attempt), *death_causes(attempt, reported, optimizer_step, memory_kills)]
     for why, seconds in attempt.machines_left():
         causes.append(Cause("crash", why, seconds, depth=1 if "ended with exit code" in why else 0))
     if causes and all(cause.depth == 2 for cause in causes):
@@ -115,7 +119,9 @@ def failure_causes(attempt: Attempt) -> list[Cause]:
     return causes
 
 
-def death_causes(attempt: Attempt, reported: list[ReportedProcess], optimizer_step: int) -> list[Cause]:
+def death_causes(
+    attempt: Attempt, reported: list[ReportedProcess], optimizer_step: int, memory_kills: int | None
+) -> list[Cause]:
     """Ranks that died of a signal, or ended without a word, by torchrun's report."""
     spoke = {failure.rank for failure in attempt.failures()}
     causes = []
@@ -128,8 +134,10 @@ def death_causes(attempt: Attempt, reported: list[ReportedProcess], optimizer_st
             causes.append(replace(cause, is_explained=False))
         elif -process.exit_code in DEADLY:
             name = signal.Signals(-process.exit_code).name
-            why = ", perhaps because memory ran out (see dmesg)," if -process.exit_code == signal.SIGKILL else ""
-            message = f"rank {process.rank}: killed by {name}{why} after optimizer step {optimizer_step:,}"
+            message = f"rank {process.rank}: killed by {name} after optimizer step {optimizer_step:,}"
+            if -process.exit_code == signal.SIGKILL:
+                is_here = process.rank < attempt.processes_here
+                message += f", {describe_sigkill(memory_kills if is_here else None)}"
             # A process aborts by itself where a collective cannot go on, too.
             depth = 2 if -process.exit_code == signal.SIGABRT else 0
             causes.append(Cause("crash", message, process.unix_seconds, process.rank, depth))

@@ -19,6 +19,7 @@ from kohaku_wrap.training.records.documents import read_records
 from kohaku_wrap.training.records.metrics import iterate_lines
 from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.causes import find_first_cause
+from kohaku_wrap.training.supervising.memory_kills import describe_sigkill
 
 TAIL_LINES = 12
 REPORT_LINES = 200
@@ -82,8 +83,11 @@ class AttemptEnd:
         return self.is_failure and self.kind not in LASTING and not self.is_lasting
 
 
-def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
-    """What an attempt that ended by itself came to."""
+def judge_end(attempt: Attempt, exit_code: int, memory_kills: int | None = None) -> AttemptEnd:
+    """What an attempt that ended by itself came to.
+
+    `memory_kills`: as `count_memory_kills` was when it began.
+    """
     done = steps_done(attempt)
     total = attempt.lock.total_optimizer_steps
     result = attempt.result()
@@ -98,7 +102,7 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
         return end(FINISHED, f"all {total:,} optimizer steps are done")
     if result and result["outcome"] == STOPPED:
         return end(STOPPED, f"stopped after optimizer step {result['optimizer_step']:,}, its state is saved")
-    cause = find_first_cause(attempt, done)
+    cause = find_first_cause(attempt, done, memory_kills)
     if cause is not None and cause.is_explained:
         return replace(end(cause.kind, cause.message, cause.rank), is_lasting=cause.is_lasting)
     if exit_code == 0:
@@ -117,7 +121,7 @@ def judge_end(attempt: Attempt, exit_code: int) -> AttemptEnd:
         return end("out-of-memory", f"{who}out of memory after optimizer step {done:,}", rank)
     if exit_code == -signal.SIGKILL or KILLED_BY_SYSTEM.search(text):
         why = "killed by SIGKILL after optimizer step"
-        return end("crash", f"{who}{why} {done:,}, perhaps because memory ran out (see dmesg)", rank)
+        return end("crash", f"{who}{why} {done:,}, {describe_sigkill(memory_kills)}", rank)
     if cause is not None:
         return end(cause.kind, cause.message, rank)
     return end("crash", f"the trainer ended with exit code {exit_code} after optimizer step {done:,}")

@@ -37,6 +37,7 @@ from kohaku_wrap.training.supervising.ends import (
 )
 from kohaku_wrap.training.supervising.hooks import Hook
 from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.supervising.memory_kills import count_memory_kills
 from kohaku_wrap.training.supervising.processes import ask_for_stacks, end_processes, is_alive
 from kohaku_wrap.training.supervising.stop_signals import StopSignals
 from kohaku_wrap.wording import format_duration
@@ -139,6 +140,7 @@ class AttemptWatch:
         self.pause_told = ""
         self.beats_seen: list[Heartbeat] = []
         self.changed_at = time.monotonic()
+        self.memory_kills = count_memory_kills()
 
     def run(self) -> AttemptEnd:
         """The attempt's end, also written beside its logs; no process of it is left."""
@@ -186,7 +188,7 @@ class AttemptWatch:
                 # The launcher of a single process dies of a signal to all; the rank saves its state and ends by itself.
                 self.attempt.request_stop()
             elif exit_code is not None:
-                return judge_end(self.attempt, exit_code)
+                return judge_end(self.attempt, exit_code, self.memory_kills)
             if self.stop.count >= 2:
                 return self.end_now(KILLED, "ended at once by a second signal; the newest state is the last one saved")
             if self.stop.count and not stop_told:
@@ -198,7 +200,7 @@ class AttemptWatch:
                 left_at = min(left_at, time.monotonic())
                 if time.monotonic() - left_at > (self.options.ending_seconds if is_over else LEFT_SECONDS):
                     end_processes(self.attempt.run, self.attempt.number, 0)
-                    return judge_end(self.attempt, exit_code=1)
+                    return judge_end(self.attempt, 1, self.memory_kills)
             fault = self.find_hang()
             if fault is not None:
                 return fault
