@@ -27,6 +27,7 @@ from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import list_states, state_folder
 from kohaku_wrap.training.supervising.branch import plan_branch
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, NoWholeState
+from kohaku_wrap.training.supervising.create import RunExists
 from kohaku_wrap.training.supervising.differences import list_changes
 from kohaku_wrap.training.supervising.places import DifferentRun
 from kohaku_wrap.training.supervising.resume import RunFinished, begin_attempt, plan_resume
@@ -148,6 +149,16 @@ def test_a_branch_from_before_the_first_step_lists_the_states_there_are(new_run:
             plan_branch(run, "other", step=0)
         assert missing.value.next_step == advice
         state_folder(run.states, 12).mkdir(exist_ok=True)
+
+
+def test_a_branch_asks_first_whether_its_name_is_taken(new_run: NewRun) -> None:
+    """Before a state is looked for and models are hashed, which takes minutes."""
+    run = new_run(format=2)
+    with pytest.raises(NoSuchState):
+        plan_branch(run, "other")
+    for name, error in ((run.name, RunExists), ("a/b", UsageError)):
+        with pytest.raises(error):
+            plan_branch(run, name)
 
 
 def test_without_a_state_it_starts_again(new_run: NewRun) -> None:

@@ -30,7 +30,7 @@ from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state,
 from kohaku_wrap.training.records.origin import Origin, name_optimizer, write_origin
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.choose_state import NoSuchState, find_state
-from kohaku_wrap.training.supervising.create import NewRun, settle_engine, settle_new_run
+from kohaku_wrap.training.supervising.create import NewRun, place_new_run, settle_engine, settle_new_run
 from kohaku_wrap.training.supervising.extend import refuse_old
 from kohaku_wrap.training.supervising.held_out_checks import refuse_trained
 from kohaku_wrap.training.supervising.other_lock import compare_options
@@ -99,6 +99,8 @@ def plan_branch(
     and what `settle_new_run` raises.
     """
     refuse_old(parent, "be the beginning of a branch")
+    # First: to verify a state and to hash models takes minutes.
+    place_new_run(load_site(site_file).paths.runs if site_file else parent.folder.parent, name)
     lock = parent.lock
     attempts, damaged = list_attempts(parent), list[DamagedState]()
     state, step = find_state(parent, attempts, step, damaged, on_bytes)

@@ -121,9 +121,7 @@ def plan_new_run(
 def settle_new_run(effective: Effective, site: Site, name: str, engine: str, engine_origin: str) -> NewRun:
     """A run of these options, checked as far as neither images nor whole models are read; raises what is wrong."""
     shape = shape_batch(effective)
-    check_name(name)
-    folder = site.paths.runs / name
-    refuse_taken(folder)
+    folder = place_new_run(site.paths.runs, name)
     if engine == "builtin":
         # The worker would refuse them too, but only after the run is made and torch is loaded.
         BuiltinOptions.from_config(compose_trainer(effective, folder, name), on_cpu=site.machine.gpus == 0)
@@ -137,6 +135,13 @@ def settle_new_run(effective: Effective, site: Site, name: str, engine: str, eng
         folder, engine, 1, shape.processes, shape.accumulation, on_cpu, machines=machines, kernels=kernels
     )
     return NewRun(name, folder, engine, engine_origin, effective, site, launch)
+
+
+def place_new_run(runs: Path, name: str) -> Path:
+    """The folder of a new run of that name. Raises UsageError for what is no name, RunExists where it is taken."""
+    check_name(name)
+    refuse_taken(runs / name)
+    return runs / name
 
 
 LONGEST_NAME_BYTES = 150
