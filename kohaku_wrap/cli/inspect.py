@@ -156,6 +156,10 @@ def inspect_picture(file: Path) -> None:
     rows += [(name.replace("_", " "), value) for name, value in cell.describe().items()
              if name not in ("prompt", "negative", "format", "compute", "model", "tokenizers", "seed")]  # fmt: skip
     rows += [("seed", str(cell.seed)), ("computed", ", ".join(f"{k} {v}" for k, v in asdict(cell.compute).items()))]
+    sizes = f"original and target {cell.width}x{cell.height}, crop at 0, 0"
+    if second := cell.second_size:
+        sizes += f"; in the second pass {second[1]}x{second[0]}"
+    rows.append(("size conditions", sizes))
     for number, each in enumerate(record.files):
         weight = f" at {each.weight}" if each.weight else ""
         kind = "VAE" if each.part else "network" if number else "checkpoint"

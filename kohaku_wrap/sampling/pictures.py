@@ -128,7 +128,8 @@ def compose_parameters(record: Record) -> str:
 
 
 def describe_record(record: Record) -> dict[str, Any]:
-    """What a picture and `kwrap inspect` tell of it, as JSON."""
+    """What a picture and `kwrap inspect` say of it, as JSON; sizes are height and width, as the UNet got them."""
+    size = [record.cell.height, record.cell.width]
     return {
         "cell": record.cell.describe(),
         "cell_sha256": record.cell.digest,
@@ -138,14 +139,16 @@ def describe_record(record: Record) -> dict[str, Any]:
         "prediction_from": record.prediction_from,
         "device": record.device_name,
         "versions": dict(record.versions),
+        "original_size": size,
+        "crop_top_left": [0, 0],
+        "target_size": size,
+        "second_pass_size": record.cell.second_size,
     }
 
 
 def compose_chunk(record: Record) -> str:
     """The JSON of the `kwrap` chunk."""
-    size, second = [record.cell.height, record.cell.width], record.cell.second_size
-    sizes = {"original_size": size, "crop_top_left": [0, 0], "target_size": size, "second_pass_size": second}
-    return json.dumps(describe_record(record) | sizes, ensure_ascii=False)
+    return json.dumps(describe_record(record), ensure_ascii=False)
 
 
 def write_picture(path: Path, image: Image.Image, record: Record) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from kohaku_wrap.cli import program
 from kohaku_wrap.sampling.cells import Cell, Hires, read_cell
 from kohaku_wrap.sampling.pictures import (
     ModelFile,
@@ -65,6 +67,19 @@ def test_a_record_comes_back_whole(tmp_path: Path, cell: Cell) -> None:
     record = draw(tmp_path / "a.png", cell)
     assert read_record(tmp_path / "a.png") == (record, record.pixels_sha256)
     assert read_cell(json.loads(json.dumps(cell.describe()))) == cell
+
+
+def test_inspect_shows_the_sizes_that_the_picture_has(tmp_path: Path, cell: Cell) -> None:
+    path = tmp_path / "a.png"
+    draw(path, replace(cell, width=64, height=128, hires=Hires(1.5)))
+    with Image.open(path) as image:
+        kept = json.loads(image.text["kwrap"])
+    found = json.loads(CliRunner().invoke(program, ["inspect", str(path), "--json"]).stdout)
+    for name, size in {"original_size": [128, 64], "crop_top_left": [0, 0], "target_size": [128, 64],
+                       "second_pass_size": [192, 96]}.items():  # fmt: skip
+        assert kept[name] == found[name] == size, name
+    shown = CliRunner().invoke(program, ["inspect", str(path)]).stdout
+    assert "original and target 64x128, crop at 0, 0; in the second pass 96x192" in shown
 
 
 def test_a_picture_counts_as_drawn_only_when_it_is_whole_and_of_this_cell(tmp_path: Path, cell: Cell) -> None:
