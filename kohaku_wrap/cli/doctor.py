@@ -50,7 +50,7 @@ def command(
     deep: bool,
     folder: Path,
 ) -> None:
-    """Tell whether this machine is ready to train a template.
+    """Say whether this machine is ready to train a template.
 
     With TEMPLATE and --site the paths, GPUs, memory and disk that this training needs are tried. Each finding says
     what was found, why it matters and what to do. Exit code 1 when something would break the run.

@@ -48,7 +48,7 @@ def judge(
 ) -> None:
     """Judge a folder of pictures.
 
-    A tagger tells how many of the prompted tags it sees, by tag and model; an aesthetic judge how good the pictures
+    A tagger shows how many of the prompted tags it sees, by tag and model; an aesthetic judge how good the pictures
     look; a corruption judge which are broken; and any of them how far the pictures are from --reference. Each picture
     is looked at once: what a judge says of it is kept beside the sheet. Two models, or two results with --against, are
     compared over the pictures that both drew from the same prompt, seed, size and sampler.

@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Fill a folder with network, baked model, card, page and hashes.
 
-    The card tells recipe, hyperparameters, dataset counts, attempts and prompt format from the run's lock, and the
+    The card shows recipe, hyperparameters, dataset counts, attempts and prompt format from the run's lock, and the
     digest of its ledger. report.html is the page of `kwrap report`, without paths of your machine and without pictures
     of the dataset. SHA256SUMS is written last: a folder that has it is whole.
     """

@@ -57,7 +57,8 @@ def command(
     """Show what a run is doing and what happened to it.
 
     Progress, rate, ETA, loss, learning rates, attempts, states, disk and the last error. Without RUN: one line for
-    each run, or the whole of the only one.
+    each run, or the whole of the only one. Only the run's folder is read: what changed beside it, such as captions,
+    cached latents and models, `kwrap verify RUN` and `kwrap resume RUN --dry-run` show.
     """
     from kohaku_wrap.training.records.folder import find_run, list_runs
 

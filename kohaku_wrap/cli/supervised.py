@@ -44,7 +44,7 @@ supervisor_options = option_group(
     click.option("--allow", multiple=True, metavar="KEY",
                  help="Accept: bad-images, nan-latents, non-finite-loss; on resume a difference."),
     click.option("--hook", default="", metavar="COMMAND",
-                 help="Shell command on start, state, crash, stop, finish; KWRAP_EVENT and KWRAP_MESSAGE tell."),
+                 help="Shell command on start, state, crash, stop, finish; KWRAP_EVENT and KWRAP_MESSAGE say which."),
 )  # fmt: skip
 """What `train`, `resume`, `extend` and `branch` share."""
 

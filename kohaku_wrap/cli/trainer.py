@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.proving.prove_trainer import Proof
 
 
-@click.group(epilog="Start with `kwrap trainer install`; `kwrap trainer show` tells what is there.")
+@click.group(epilog="Start with `kwrap trainer install`; `kwrap trainer show` shows what is there.")
 def command() -> None:
     """Get or look at the sd-scripts that kwrap trains with.
 

@@ -165,7 +165,7 @@ def test_the_count_of_kills_for_memory_is_found_in_cgroup_v1_and_in_containers(t
 def test_lost_connections_come_after_their_cause(attempt: Attempt) -> None:
     attempt.fail(0, "error", LOST, 2)
     alone = judge_end(attempt, 1)
-    assert alone.rank == 0 and alone.message.endswith("; nothing tells why its partner was lost")
+    assert alone.rank == 0 and alone.message.endswith("; nothing says why its partner was lost")
     attempt.leave(1, "the processes of machine 1 were killed")
     assert judge_end(attempt, 1).message == "the processes of machine 1 were killed"
     attempt.leave(1, "the processes of machine 1 ended with exit code 1")

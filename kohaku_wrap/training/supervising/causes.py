@@ -101,7 +101,7 @@ def find_first_cause(attempt: Attempt, optimizer_step: int, memory_kills: int | 
         causes += silent_causes(attempt, reported)
     first = min(causes, key=lambda cause: (cause.depth, cause.unix_seconds), default=None)
     if first is not None and first.depth == 2:
-        return replace(first, message=f"{first.message}; nothing tells why its partner was lost")
+        return replace(first, message=f"{first.message}; nothing says why its partner was lost")
     return first
 
 

@@ -127,5 +127,5 @@ def foreign_step(state: Path) -> int:
         return int(parse_json(read_regular(state / "train_state.json"))["current_step"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(
-            f"{state}: neither its name nor train_state.json tells the optimizer step", "Say it with `--step N`."
+            f"{state}: neither its name nor train_state.json has the optimizer step", "Say it with `--step N`."
         ) from None

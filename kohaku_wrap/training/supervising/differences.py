@@ -123,7 +123,7 @@ def compare_lock(run: Run) -> Iterator[Problem]:
     except UnreadableRunFile:
         is_whole = False
     if not is_whole:
-        yield Problem(LOCK_FILE, "was changed after the run was made; its own digest tells")
+        yield Problem(LOCK_FILE, "was changed after the run was made; its own digest shows it")
 
 
 def compare_models(

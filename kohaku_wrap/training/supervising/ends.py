@@ -198,7 +198,7 @@ def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
         "nan-latents": f"Fix the VAE's precision for a new run, or accept it: {resume} --allow nan-latents",
         "bad-state": f"Choose another state: {resume} --step N",
         "hang": f"The stacks of the hang are in the logs under {attempt.folder}. Go on with: {resume}",
-        "exited-early": f"The logs under {attempt.folder} may tell why. Go on with: {resume}",
+        "exited-early": f"The logs under {attempt.folder} may say why. Go on with: {resume}",
     }
     if end.kind == "bad-image" and attempt.lock.data != "kwrap":
         return f'Fix the image, then: {resume}. Only kwrap\'s dataset (data = "kwrap") can train a substitute.'
