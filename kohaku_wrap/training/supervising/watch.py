@@ -319,7 +319,7 @@ class AttemptWatch:
 
 
 def describe_stop(run: Run) -> str:
-    """What a first signal leads to, with how long a step takes as far as one was measured."""
+    """What a first signal does, with how long a step takes as far as one was measured."""
     try:
         takes = f" (a step takes about {format_duration(max(1.0, read_step_seconds(run)))})"
     except NoMeasurement:
