@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import click
 
 from kohaku_wrap.cli.caption_shown import print_explanation, print_folder, print_image, print_statistics
 from kohaku_wrap.cli.next_steps import extract_command, plan_command
-from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, retype, tags_option
+from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, refuse_idle, retype, tags_option
 from kohaku_wrap.cli.output import (
     print_answer,
     print_aside,
@@ -122,6 +123,7 @@ def command(
     from kohaku_wrap.dataset.captions.writing import FORMATS, write_captions
     from kohaku_wrap.metadata.parallel import usable_threads
 
+    refuse_idle_options(selection, post_id, image, stats, relocate, text)
     if relocate:
         report = relocate_captions(require(out, "--out IMAGES", "--relocate"))
         payload = {"relocated": report.files, "missing": report.missing, "out": str(report.folder)}
@@ -168,6 +170,33 @@ def command(
         print_aside(f"note: {note}")
     next_step = next_command(written, selection, out, found.name)
     print_answer(payload, f"Captions, {written.style} style", rows_of_report(written), next_step)
+
+
+READ_BY_USES: Mapping[str, tuple[str, ...]] = {
+    "with --relocate": ("relocate", "out"),
+    "with --image FILE": ("image", "out"),
+    "with --post ID": ("post_id", "selection", "db", "tag_table", "dataset", "style", "text", "text_column", "out"),
+    "with --stats without SEL.parquet": ("stats", "out", "rare", "tokenizer"),
+}
+"""What each use but that of a selection reads."""
+
+
+def refuse_idle_options(
+    selection: Path | None, post_id: int | None, image: Path | None, stats: bool, relocate: bool, text: Path | None
+) -> None:
+    """Raise UsageError for options that this use of the command would not read."""
+    asked = (relocate, image is not None, post_id is not None, stats and selection is None)
+    for use, is_asked in zip(READ_BY_USES, asked, strict=True):
+        if is_asked:
+            refuse_idle(use, but=READ_BY_USES[use])
+            break
+    if text is None:
+        refuse_idle("without --text FILE", of=("text_column",) if stats else ("text_column", "tokenizer"))
+    if stats and selection is not None:
+        # A table of texts is sorted beside the images.
+        refuse_idle("with --stats of SEL.parquet", of=("formats",) if text else ("formats", "out"))
+    if not stats:
+        refuse_idle("without --stats", of=("rare",))
 
 
 def require(value: Path | None, what: str, purpose: str) -> Path:

@@ -12,8 +12,10 @@ import click
 from click.core import ParameterSource
 
 from kohaku_wrap.cli.output import print_aside, print_note
+from kohaku_wrap.cli.usage import name_parameter
 from kohaku_wrap.config.code_names import check_trust, list_trusted
 from kohaku_wrap.config.site import load_site
+from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.config.effective import Effective
@@ -70,12 +72,33 @@ threads_option = click.option(
 
 def list_given() -> Iterator[tuple[click.Option, Any]]:
     """The options that the running command was given, each with its value."""
+    for parameter in list_given_parameters():
+        if isinstance(parameter, click.Option):
+            yield parameter, click.get_current_context().params[parameter.name or ""]
+
+
+def list_given_parameters() -> Iterator[click.Parameter]:
+    """The options and arguments that the running command was given."""
     context = click.get_current_context()
-    for option in context.command.params:
-        name = option.name or ""
-        is_given = name in context.params and context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if isinstance(option, click.Option) and is_given:
-            yield option, context.params[name]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in context.params and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            yield parameter
+
+
+def refuse_idle(use: str, but: Container[str] = (), of: Container[str] = ()) -> None:
+    """Raise UsageError for what the running command was given and does not read in this `use`: as in `retype`."""
+    idle = [
+        name_parameter(parameter).strip("[]")
+        for parameter in list_given_parameters()
+        if parameter.name not in but and (not of or parameter.name in of)
+    ]
+    if idle:
+        *names, last = idle
+        which = f"{', '.join(names)} and {last} do" if names else f"{last} does"
+        words = click.get_current_context().command_path.split()[1:]
+        shown = command_line(*words, "--help")
+        raise UsageError(f"{which} nothing {use}", f"Leave that out; `{shown}` has examples of each use.")
 
 
 def retype(*but: str, of: Container[str] = (), absolute: bool = False) -> list[str]:

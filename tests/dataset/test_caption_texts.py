@@ -23,7 +23,7 @@ from kohaku_wrap.dataset.captions.mixing import ALONE, BOTH, TAGS, TEXT, TextMix
 from kohaku_wrap.dataset.captions.text_table import NoTexts, TextTable, read_text_table
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
-from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.errors import ProblemsFound, UsageError
 from kohaku_wrap.formats.caption_rows import open_captions, read_captions_metadata
 from kohaku_wrap.formats.caption_writer import DamagedCaptions, check_columns
 from kohaku_wrap.metadata.database import open_database
@@ -215,6 +215,31 @@ def test_what_is_no_parquet_is_refused_in_one_message(world: World) -> None:
     assert "no-such" in world.call("--text", world.path / "no-such", "--out", world.images, code=2)
     said = world.call("--text", world.path / "texts.parquet", "--out", world.images, "--style", "hakubooru", code=2)
     assert "hakubooru has no place for texts" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--relocate --out I --stats --rare 3", "--stats and --rare do nothing with --relocate"),
+        ("S --relocate --out I", "SEL.parquet does nothing with --relocate"),
+        ("--image I/a.png --format txt --style kohaku", "--format and --style do nothing with --image FILE"),
+        ("--stats --out I --db D --jobs 2", "--db and --jobs do nothing with --stats without SEL.parquet"),
+        ("S --db D --stats --format txt --out I", "--out and --format do nothing with --stats of SEL.parquet"),
+        ("--post 3 --db D --stats --rare 1", "--stats and --rare do nothing with --post ID"),
+        ("S --db D --out I --rare 7", "--rare does nothing without --stats"),
+        (
+            "S --db D --out I --text-column t --tokenizer K",
+            "--text-column and --tokenizer do nothing without --text FILE",
+        ),
+        ("S --db D --stats --text-column t", "--text-column does nothing without --text FILE"),
+        ("--post 3 --db D --text-column t", "--text-column does nothing without --text FILE"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: str, said: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(program, ["caption", *words.split()], standalone_mode=False)
+    assert isinstance(done.exception, UsageError), done.output
+    assert done.exception.message.startswith(said), done.exception.message
+    assert "kwrap caption --help" in done.exception.next_step
 
 
 @pytest.mark.parametrize(

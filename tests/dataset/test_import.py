@@ -617,6 +617,15 @@ def test_repeats_beyond_counting_are_refused(tmp_path: Path, out: Path) -> None:
     run(tmp_path / "mine", "--out", out, "--plain")
 
 
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path, out: Path, mine: Path) -> None:
+    said = run(mine, "--out", out, "--text-column", "text", code=2)
+    assert said.startswith(f"--text-column does nothing here: the captions of {mine} are .txt files")
+    (tmp_path / "set.toml").write_text(f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{mine}"\n')
+    said = run(tmp_path / "set.toml", "--out", out, "--plain", code=2)
+    assert said.startswith("--plain does nothing with dataset files alone")
+    assert not out.exists()
+
+
 def caption(*words: object, code: int = 0) -> Any:
     """The document of `kwrap caption … --json`, or what is said of one that ends otherwise."""
     result = CliRunner().invoke(program, ["caption", *map(str, words), "--json"])

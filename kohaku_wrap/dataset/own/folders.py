@@ -167,6 +167,8 @@ def find_sources(arguments: Sequence[Path], labels: Sequence[str], plain: bool, 
         raise UsageError(
             f"{len(labels)} labels for {len(arguments)} folders", "Give --label once a folder, in their order."
         )
+    if plain and all(path.suffix.lower() == ".toml" for path in arguments):
+        raise UsageError("--plain does nothing with dataset files alone", "Leave it out: they say their repeats.")
     sources: list[Source] = []
     for place, path in enumerate(arguments):
         given = labels[place] if labels else ""

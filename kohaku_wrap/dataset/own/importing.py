@@ -25,6 +25,7 @@ from kohaku_wrap.dataset.own.images import (
 from kohaku_wrap.dataset.own.report import ImportReport, describe_images, describe_sources, write_report
 from kohaku_wrap.dataset.own.texts import Texts, read_texts
 from kohaku_wrap.dataset.own.writing import read_earlier, write_columns
+from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
@@ -88,6 +89,12 @@ def import_folders(
             "Images end in .png, .jpg, .jpeg, .webp, .bmp, .avif or .jxl.",
         )
     texts = [read_texts(found, options.captions, options.text_column) for found in founds]
+    if options.text_column and all(text.are_files for text in texts):
+        folder, origin = sources[0].folder, texts[0].origin
+        why = f"the captions of {folder} are {origin}" if texts[0].of_image else f"{folder} has no table of captions"
+        raise UsageError(
+            f"--text-column does nothing here: {why}", "Leave it out, or name the table with --captions FILE."
+        )
     if options.dry_run:
         return run_import(founds, texts, images, options, on_progress)
     with lock_captions(images):
