@@ -117,6 +117,8 @@ def rows_of_report(report: ImportReport, where: dict[str, str]) -> list[tuple[st
     counts = {name: report.count(name) if count is None else count for name, count in counts.items()}
     rows: list[tuple[str, Any]] = [(name, getattr(report, name)) for name in ("dataset", "found", "written", "kept")]
     for subset in report.subsets:
+        if not subset["images"] and subset["holds_others"]:
+            continue
         once = "" if subset["repeats"] == 1 else f" × {subset['repeats']}"
         rows.append(
             (subset["name"], f"{count_of(subset['images'], 'image')}{once}, captions from {subset['captions']}")

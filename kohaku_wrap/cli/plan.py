@@ -189,9 +189,11 @@ def keep_summary(images: Path) -> None:
     from kohaku_wrap.dataset.captions.recipe import words_of_recipe
     from kohaku_wrap.dataset.captions.summary import summarise_captions
     from kohaku_wrap.dataset.recipe import load_dataset
-    from kohaku_wrap.formats.caption_rows import read_captions_metadata
+    from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, read_captions_metadata
     from kohaku_wrap.formats.data_summary import read_summary, write_summary
 
+    if not (images / CAPTIONS_FILE).exists():  # sd-scripts' own dataset needs none
+        return
     try:
         about = read_captions_metadata(images)
         digest = str(about.get("digest", ""))

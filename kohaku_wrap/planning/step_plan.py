@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.config.effective import Effective, shape_batch
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
-from kohaku_wrap.formats.caption_rows import ImageSizes, NoImages, read_captions_metadata
+from kohaku_wrap.formats.caption_rows import OWN_STYLE, ImageSizes, NoImages, read_captions_metadata
 from kohaku_wrap.steps import Bucket, StepPlan
 
 
@@ -88,14 +88,15 @@ def note_other_dataset(effective: Effective, images: Path) -> list[str]:
     if effective.get("kwrap.data") != "kwrap" or not named:
         return []
     try:
-        captioned = read_captions_metadata(images).get("dataset", "")
+        about = read_captions_metadata(images)
     except NoImages:
         return []
+    captioned, is_own = about.get("dataset", ""), about.get("style") == OWN_STYLE
     if not captioned or Path(captioned).stem == Path(named).stem:
         return []
     return [
         f"the captions are of the dataset {captioned}, the template names {named}: "
-        f'write dataset = "{captioned}" under its [kwrap], or caption with --dataset {named}'
+        f'write dataset = "{captioned}" under its [kwrap]{"" if is_own else f", or caption with --dataset {named}"}'
     ]
 
 

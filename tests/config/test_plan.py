@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError
@@ -156,6 +157,11 @@ def test_captions_of_another_dataset_are_told(
         pass
     assert read_captions_metadata(tmp_path) == {}
     assert note_other_dataset(template_of("demo"), tmp_path) == []
+    about = json.dumps({"dataset": "mine", "style": "own"})
+    with pa.OSFile(str(tmp_path / "captions.arrow"), "wb") as sink:
+        pa.ipc.new_file(sink, pa.schema([], {"kwrap": about})).close()
+    [note] = note_other_dataset(template_of("demo"), tmp_path)
+    assert note.endswith('write dataset = "mine" under its [kwrap]'), "imported captions are made by no dataset"
     assert note_other_dataset(template_of("epsilon"), tmp_path / "no-images") == []
 
 

@@ -186,6 +186,18 @@ def test_imported_captions_are_only_in_the_cache(tmp_path: Path) -> None:
         check_trainer_texts(images, FILES)
 
 
+def test_a_plan_of_the_trainers_own_data_asks_for_no_captions_file(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    paint(tmp_path / "images" / "a.png")
+    site = tmp_path / "site.toml"
+    site.write_text(
+        '[paths]\nimages = "images"\nbase_model = "b"\nruns = "runs"\n[machine]\ngpus = 0\nbatch_per_gpu = 1\n'
+    )
+    words = ["plan", "demo", "--site", str(site), "--no-modules", "--set", "kwrap.data=sd-scripts"]
+    done = CliRunner().invoke(program, words)
+    assert done.exit_code == 0 and "captions.arrow" not in done.stderr, done.output
+
+
 def test_check_reads_the_texts_that_the_trainer_would(tmp_path: Path) -> None:
     world = tmp_path / "images"
     world.mkdir()

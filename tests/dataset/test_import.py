@@ -211,6 +211,8 @@ def test_many_folders_are_told_of_once_each_kind(tmp_path: Path, out: Path) -> N
     for number in range(2):
         paint(tmp_path / "img" / f"0_none{number}" / "a.png")
     notes = run(tmp_path / "img", "--out", out)["notes"]
+    shown = CliRunner().invoke(program, ["import", str(tmp_path / "img"), "--out", str(out)]).output
+    assert "0 images" not in shown and "img-10_name09" in shown
     places = f"12 folders ({tmp_path}/img/10_name09, {tmp_path}/img/11_name10, {tmp_path}/img/12_name11, …)"
     assert notes == [
         f"{places}: 48 captions without |||: a template that shuffles or drops tags does so with all of theirs, and the"

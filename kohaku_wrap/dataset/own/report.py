@@ -159,6 +159,7 @@ def describe_sources(
                 "options": dict(source.subset.options),
                 "captions": text.origin,
                 "class_text": source.class_text,
+                "holds_others": bool(source.left_out),
             }
         )
         owns.append(own)
