@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 from kohaku_wrap.config.site import SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.wording import show_path
+
+FILES_LOOKED_AT = 10_000
+"""Of a folder of metadata, in which images may lie: millions would take minutes."""
 
 
 def find_site(near: Path) -> Path | None:
@@ -29,7 +33,7 @@ def extract_command(selection: Path, images: Path | None = None, db: Path | None
 
     paths = read_site_paths(selection.parent)
     tars = show_path(paths.tars) if paths and paths.tars.is_dir() else "TARS"
-    if db and db.is_dir() and any(is_image_of_post(path.name) for path in db.rglob("*")):
+    if db and db.is_dir() and any(is_image_of_post(path.name) for path in islice(db.rglob("*"), FILES_LOOKED_AT)):
         tars = str(db)
     folder = images or (show_path(paths.images) if paths else "IMAGES")
     return command_line("extract", selection, "--tars", tars, "--out", folder)
