@@ -200,6 +200,45 @@ def test_n_name_folders_repeat_as_the_trainer_does(tmp_path: Path, out: Path) ->
     assert plain["found"] == 5
 
 
+def test_names_as_long_as_the_disk_takes(tmp_path: Path, out: Path) -> None:
+    name = "x" * 251 + ".png"
+    paint(tmp_path / "mine" / name, text="long")
+    assert run(tmp_path / "mine", "--out", out)["written"] == 1
+    assert run(tmp_path / "mine", "--out", out, "--copy")["copied"] == 1
+    assert captions_of(out) == {name: "long"}
+
+
+def test_endings_of_captions_in_capitals_are_read(tmp_path: Path, out: Path) -> None:
+    for place, name in enumerate(("A.TXT", "B.Txt", "C.txt")):
+        paint((tmp_path / "mine" / name).with_suffix(".PNG"), seed=place)
+        (tmp_path / "mine" / name).write_text(name)
+    (tmp_path / "mine" / "C.TXT").write_text("not this one")
+    report = run(tmp_path / "mine", "--out", out)
+    assert captions_of(out) == {"A.PNG": "A.TXT", "B.PNG": "B.Txt", "C.PNG": "C.txt"}
+    [note] = [note for note in report["notes"] if "in capitals" in note]
+    assert note == (
+        f"{tmp_path}/mine: 2 caption files with their ending in capitals (A.TXT, B.Txt) are read; sd-scripts reads .txt"
+        " alone where names differ by case"
+    )
+    assert report["without_caption"] == 0
+
+
+def test_options_of_a_dataset_file_that_are_not_taken_are_named(tmp_path: Path, out: Path) -> None:
+    for place, name in enumerate(("a", "b")):
+        paint(tmp_path / name / "1.png", seed=place, text="a ||| b ||| c")
+    config = tmp_path / "set.toml"
+    config.write_text(
+        '[general]\ncaption_extension = ".txt"\nenable_bucket = true\nshuffle_caption = true\n'
+        '[[datasets]]\nresolution = 512\nbatch_size = 8\n[[datasets.subsets]]\nimage_dir = "a"\n'
+        '[[datasets]]\nresolution = 1024\nbatch_size = 8\n[[datasets.subsets]]\nimage_dir = "b"\n'
+    )
+    [note] = [note for note in run(config, "--out", out)["notes"] if "not taken" in note]
+    assert note == (
+        f"{config}: not taken: batch_size = 8, enable_bucket = true, resolution = 512 or 1024; one template trains all"
+        " of its images alike: set them there, batch_size by the site"
+    )
+
+
 def test_many_folders_are_told_of_once_each_kind(tmp_path: Path, out: Path) -> None:
     for number in range(12):
         folder = tmp_path / "img" / f"{number + 1}_name{number:02}"
@@ -573,7 +612,7 @@ def test_a_killed_import_goes_on(tmp_path: Path, out: Path) -> None:
         assert process.returncode in (-sign, 130)
         assert not (out / "captions.arrow").exists()
     # Left by a process that was killed between writing a file and naming it; no process has this number.
-    (out / "mine" / ".0.png.99999999.part").touch()
+    (out / "mine" / ".99999999.part").touch()
     report = run(folder, "--out", out)
     assert report["kept"] >= 60
     assert report["kept"] + report["written"] == report["total"] == 900

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ class Source:
 
     in_sd_scripts: str = ""
     """What sd-scripts' own dataset takes it for, which then trains what lies directly in it; empty for nothing."""
+
+    about_file: str = ""
+    """What a person should know of the dataset file that names it."""
 
 
 @dataclass
@@ -264,15 +268,29 @@ def read_dataset_file(path: Path) -> list[Source]:
     problems: list[Problem] = []
     top = TableReader("", document, tuple(document), problems)
     sources = []
+    every: dict[str, list[str]] = {}
     for dataset in top.tables("datasets"):
-        for table in TableReader("datasets", dataset, tuple(dataset), problems).tables("subsets"):
-            inherited = {**top.table("general"), **{key: dataset[key] for key in dataset if key != "subsets"}}
-            sources.append(read_subset(path, inherited, table, problems))
+        inherited = {**top.table("general"), **{key: dataset[key] for key in dataset if key != "subsets"}}
+        for key, value in inherited.items():
+            every.setdefault(key, []).append(json.dumps(value, default=str))
+        tables = TableReader("datasets", dataset, tuple(dataset), problems).tables("subsets")
+        sources += [read_subset(path, inherited, table, problems) for table in tables]
     if problems:
         raise ProblemsFound(str(path), problems, "Give sd-scripts' dataset_config in TOML.")
     if not sources:
         raise UsageError(f"{path}: names no [[datasets.subsets]]", "Give sd-scripts' dataset_config, or folders.")
-    return sources
+    about = note_not_taken(path, every)
+    return [replace(source, about_file=about) for source in sources]
+
+
+def note_not_taken(path: Path, every: Mapping[str, Sequence[str]]) -> str:
+    """What of a dataset file's options no subset keeps; `every`: by option its values in the file's datasets."""
+    kept = {*HANDLED_OPTIONS, *(name for names in SUBSET_OPTIONS.values() for name in names)}
+    values = (f"{key} = {' or '.join(dict.fromkeys(every[key]))}" for key in sorted(every.keys() - kept))
+    if not (left := ", ".join(values)):
+        return ""
+    site = ", batch_size by the site" if "batch_size" in every else ""
+    return f"{path}: not taken: {left}; one template trains all of its images alike: set them there{site}"
 
 
 def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, Any], problems: list[Problem]) -> Source:

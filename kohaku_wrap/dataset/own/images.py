@@ -197,7 +197,7 @@ def take_image(task: ImageTask, images: Path, copy: bool, dry_run: bool) -> Impo
 def place_file(place: Path, content: bytes | None, source: Path) -> None:
     """Write `content` under its name, or a link to `source`; whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}{PART_SUFFIX}")
+    part = place.with_name(f".{os.getpid()}{PART_SUFFIX}")  # names may be as long as the disk takes
     try:
         with becoming(place, part):
             if content is None:

@@ -43,11 +43,18 @@ def note_sources(founds: Sequence[Found], texts: Sequence[Texts], captions: Sequ
                 f"{source.folder}: no image has a caption. If they are in {found.unread[0].name}, run this again with "
                 f"{shlex.join(('--captions', str(found.unread[0])))}"
             )
+        if text.in_capitals:
+            ending = text.origin.removesuffix(" files")
+            notes.append(
+                f"{source.folder}: {count_of(len(text.in_capitals), 'caption file')} with their ending in capitals "
+                f"({name_first(text.in_capitals)}) are read; sd-scripts reads {ending} alone where names differ by case"
+            )
         if text.repeated:
             notes.append(
                 f"{text.origin}: {count_of(text.repeated, 'row')} of images that have a later row; the last one counts"
             )
     return [
+        *dict.fromkeys(found.source.about_file for found in founds if found.source.about_file),
         *notes,
         *note_whole(whole),
         *note_lacking(without, "without a caption"),

@@ -62,6 +62,9 @@ class Texts:
     missing: list[str] = field(default_factory=list)
     """Images that the table names and that are not there."""
 
+    in_capitals: list[str] = field(default_factory=list)
+    """Caption files whose ending is not in small letters."""
+
     are_files: bool = False
     """Whether each caption is a file beside its image, which sd-scripts reads too."""
 
@@ -77,7 +80,8 @@ def read_texts(found: Found, wanted: str, text_column: str) -> Texts:
     if wanted:
         return read_table(found, [find_table(found, wanted)], text_column)
     stems = {image.rpartition(".")[0] for image in found.images}
-    there = [ending for ending in TEXT_ENDINGS if any(f"{stem}{ending}" in found.texts for stem in stems)]
+    index = index_texts(found)
+    there = [ending for ending in TEXT_ENDINGS if any(f"{stem}{ending}" in index for stem in stems)]
     tables = [path for path in found.tables if path.name != CACHE_FILE]
     there += sorted({path.name for path in tables})
     if len(there) > 1:
@@ -89,6 +93,16 @@ def read_texts(found: Found, wanted: str, text_column: str) -> Texts:
         caches = [path for path in found.tables if path.name == CACHE_FILE]
         return read_table(found, caches, text_column) if caches else read_neighbours(found, TEXT_ENDINGS[0])
     return read_table(found, tables, text_column) if tables else read_neighbours(found, there[0])
+
+
+def index_texts(found: Found) -> dict[str, str]:
+    """Caption files by their path with the ending in small letters; one that is spelled so counts before others."""
+    index: dict[str, str] = {}
+    for name in sorted(found.texts):
+        stem, dot, ending = name.rpartition(".")
+        key = f"{stem}{dot}{ending.lower()}"
+        index[key] = name if key == name else index.get(key, name)
+    return index
 
 
 def find_table(found: Found, name: str) -> Path:
@@ -103,11 +117,14 @@ def find_table(found: Found, name: str) -> Path:
 def read_neighbours(found: Found, ending: str) -> Texts:
     """Captions in files of the images' names."""
     texts = Texts(f"{ending} files", are_files=True)
+    index = index_texts(found)
     by_stem = defaultdict(list)
     for image in found.images:
         by_stem[image.rpartition(".")[0]].append(image)
     for stem, images in by_stem.items():
-        path = found.source.folder / f"{stem}{ending}"
+        name = index.get(f"{stem}{ending}", f"{stem}{ending}")
+        texts.in_capitals += [name] * (name != f"{stem}{ending}")
+        path = found.source.folder / name
         try:
             text: str | None = read_regular(path)
         except FileNotFoundError:
