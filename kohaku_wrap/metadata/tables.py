@@ -92,6 +92,8 @@ def open_files(files: TableFiles, zone: str) -> tuple[duckdb.DuckDBPyConnection,
         "threads": usable_threads(),
         "temp_directory": tempfile.gettempdir(),
         "autoinstall_known_extensions": False,
+        # It makes a join of a list of words, and the rows of a join come in any order.
+        "disabled_optimizers": "in_clause",
     }
     with explained(files.path):
         is_database = files.kind == "duckdb"

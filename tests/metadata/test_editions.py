@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo
 
 import duckdb
 import edition_writer as editions
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -395,6 +396,20 @@ def test_columns_may_have_dots_in_their_names(tmp_path: Path) -> None:
     described = describe_database(table)
     assert described.would_drop["no_still_image"] == described.unknown["score"] == 0
     assert described.tag_types["general"] == 1 and described.columns["score"] == "score.total"
+
+
+def test_rows_come_in_the_order_of_the_files(tmp_path: Path) -> None:
+    """Several threads read them, and a join in the plan would hand them over as they come."""
+    row = "2023-05-01T10:00:00.000-04:00,g,5,9,png,10,10,f,f,1girl solo,1girl solo"
+    header = "id,created_at,rating,score,fav_count,file_ext,image_width,image_height,is_deleted,is_banned,tag_string,"
+    for shard in range(12):
+        lines = (f"{shard * 5000 + number},{row}\n" for number in range(5000))
+        (tmp_path / f"posts-{shard:02}.csv").write_text(f"{header}tag_string_general\n{''.join(lines)}")
+    source = open_metadata(tmp_path)
+    for _ in range(4):
+        batches = source.scan(f"SELECT id, is_deleted FROM ({source.edition.posts}) AS post WHERE is_deleted = 0")
+        ids = np.concatenate([batch.column(0).to_numpy() for batch in batches])
+        assert (ids == np.arange(60_000)).all()
 
 
 def test_a_dump_in_csv_is_filtered_by_tags(tmp_path: Path, world: duckdb.DuckDBPyConnection) -> None:
