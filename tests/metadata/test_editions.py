@@ -25,6 +25,7 @@ from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import DatasetRecipe, load_dataset, read_dataset
 from kohaku_wrap.dataset.selection import SelectionReport, select_posts
 from kohaku_wrap.errors import KwrapError, ProblemsFound
+from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.metadata.columns import DANBOORU, SiteMapping
 from kohaku_wrap.metadata.description import describe_database
 from kohaku_wrap.metadata.dialects import Duck
@@ -396,6 +397,24 @@ def test_columns_may_have_dots_in_their_names(tmp_path: Path) -> None:
     described = describe_database(table)
     assert described.would_drop["no_still_image"] == described.unknown["score"] == 0
     assert described.tag_types["general"] == 1 and described.columns["score"] == "score.total"
+
+
+def test_the_lines_for_e621s_json_read_it(tmp_path: Path) -> None:
+    text = (shipped_folder("datasets") / "e621.toml").read_text(encoding="utf-8")
+    lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ") and " = " in line]
+    (tmp_path / "mine.toml").write_text(text.replace('tags = "tag_string"', "\n".join(lines)), encoding="utf-8")
+    post = {
+        "id": 7, "created_at": "2022-01-01T00:00:00.000-05:00", "rating": "s", "fav_count": 9,
+        "file": {"width": 70, "height": 60, "ext": "png", "md5": "0" * 32, "url": "https://a/b.png"},
+        "score": {"up": 5, "down": -1, "total": 4}, "flags": {"deleted": False, "pending": False},
+        "tags": {"general": ["hat"], "species": ["cat"], "artist": ["bob"], "copyright": [], "character": ["ann"],
+                 "meta": ["hi_res"], "lore": [], "invalid": []},
+    }  # fmt: skip
+    (tmp_path / "posts").mkdir()
+    (tmp_path / "posts" / "e621_7.png.json").write_text(json.dumps(post))
+    _, rows, captions = make(tmp_path / "posts", tmp_path / "out", load_dataset(str(tmp_path / "mine.toml")))
+    assert captions == ["ann, bob ||| hat, cat ||| worst quality, newest, hi res, safe"]
+    assert (rows[0]["score"], rows[0]["image_width"], rows[0]["file_ext"]) == (4, 70, "png")
 
 
 def test_rows_come_in_the_order_of_the_files(tmp_path: Path) -> None:
