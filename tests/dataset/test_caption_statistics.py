@@ -8,13 +8,14 @@ from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from kohaku_wrap.cli.caption import command
 from kohaku_wrap.dataset.captions.recipe import CaptionRecipe
 from kohaku_wrap.dataset.captions.statistics import CaptionStatistics, measure_captions
-from kohaku_wrap.dataset.captions.tokens import NoTokenizer, estimate_tokens, find_tokenizer, load_counter
+from kohaku_wrap.dataset.captions.tokens import Lengths, NoTokenizer, estimate_tokens, find_tokenizer, load_counter
 from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import read_dataset
 from kohaku_wrap.dataset.selection import select_posts
@@ -126,6 +127,17 @@ def test_without_a_tokenizer_the_estimate_is_named(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     assert measure(database, selection, CaptionRecipe(), None).tokens_by == "estimate"
     assert estimate_tokens(["1girl, long hair", ">_<", "hatsune miku"]).tolist() == [5, 3, 3]
+
+
+def test_the_longest_caption_is_shown_as_long_as_it_is() -> None:
+    lengths = Lengths()
+    for tokens in ([3, 20_001], [4], [30_000, 5]):
+        lengths.add(np.array(tokens, dtype=np.int64))
+    assert lengths.quantiles() == {"5%": 3, "25%": 4, "50%": 5, "75%": 20_001, "95%": 30_000, "99%": 30_000} | {
+        "maximum": 30_000
+    }
+    assert lengths.beyond_limits() == {"75": 2, "150": 2, "225": 2}
+    assert Lengths().quantiles()["maximum"] == 0
 
 
 def test_tokenizer_folder_is_found_one_level_down(tokenizer: Path) -> None:

@@ -32,9 +32,6 @@ ESTIMATED_BY_ARROW = r"\p{L}{1,5}|\p{N}|_|[^\s\p{L}\p{N}_]+"
 """One for each digit and each run of signs, one for every five letters begun; the same as Arrow writes it."""
 
 
-LONGEST = 2000
-"""Longer captions count as this long."""
-
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -152,11 +149,14 @@ class Lengths:
     """How many texts have how many tokens."""
 
     def __init__(self) -> None:
-        self._texts = np.zeros(LONGEST + 1, dtype=np.int64)
+        self._texts = np.zeros(1, dtype=np.int64)
+        """By the number of tokens; as long as the longest text needs it."""
 
     def add(self, tokens: Int64Array) -> None:
         """Count these texts too, by the tokens of each."""
-        self._texts += np.bincount(np.minimum(tokens, LONGEST), minlength=LONGEST + 1)
+        more = np.bincount(tokens, minlength=len(self._texts))
+        more[: len(self._texts)] += self._texts
+        self._texts = more
 
     def quantiles(self) -> dict[str, int]:
         """Nearest-rank quantiles, and the maximum."""
