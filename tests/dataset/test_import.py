@@ -524,6 +524,17 @@ def test_the_same_files_under_another_label_are_told(mine: Path, out: Path) -> N
     assert again["total"] == 10 and "under the label 'mine' too, and are trained twice" in str(again["notes"])
 
 
+def test_images_of_a_renamed_folder_that_lead_nowhere_are_shown(mine: Path, out: Path) -> None:
+    run(mine, "--out", out)
+    new = mine.rename(mine.with_name("new"))
+    again = run(new, "--out", out)
+    linked = sum((out / file).is_symlink() for file in rows_of(out) if file.startswith("mine/"))
+    assert again["others"] == 5 and linked
+    [note] = [note for note in again["notes"] if "no longer there" in note]
+    assert f"the files of {linked} image" in note and "--label mine" in note and "a new folder" in note
+    assert "no longer there" not in str(run(new, "--label", "mine", "--out", out)["notes"])
+
+
 def test_a_moved_folder_keeps_its_ids(mine: Path, out: Path) -> None:
     run(mine, "--out", out)
     before = {row["id"] for row in rows_of(out).values()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
 from kohaku_wrap.locks import clear_leavings
+from kohaku_wrap.wording import count_of
 
 
 class OtherFolder(NamesCollide):
@@ -131,6 +134,13 @@ def run_import(
     report.kept, report.others, report.total = len(kept), len(others), len(now) + len(others)
     report.removed = sum(image.label in labels and id not in now for id, image in known.items())
     here = {image.source for image in now.values()}
+    lost = Counter(image.label for image in others.values() if not (images / image.file).exists())
+    report.notes += [
+        f"{images}: the files of {count_of(number, 'image')} of the label {label!r} are no longer there. "
+        "Put them back before you train; or, where the folder has another name now, import it into a new folder with "
+        f"{shlex.join(('--label', label))}, which keeps the ids"
+        for label, number in sorted(lost.items())
+    ]
     report.notes += [
         f"{images}: these files lie there under the label {label!r} too, and are trained twice; import them into a new "
         "folder to have them once"
