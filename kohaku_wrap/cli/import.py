@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.next_steps import plan_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, retype
 from kohaku_wrap.cli.output import print_answer, print_aside, print_next, progress_bar, verb
 from kohaku_wrap.errors import command_line
@@ -106,9 +107,15 @@ def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: 
     payload = {"out": str(images), "dry_run": dry_run, **as_document(report), **where}
     print_answer(payload, "Images of your own", rows_of_report(report, where))
     report.check(max_missing)
-    print_next(
-        "run it again without --dry-run" if dry_run else command_line("template", "cp", "own-images", "mine.toml")
-    )
+    print_next("run it again without --dry-run" if dry_run else next_command(images))
+
+
+def next_command(images: Path) -> str:
+    """A template of one's own to copy, or its plan where a file of that name is there, as of a second import."""
+    template = "mine.toml"
+    if Path(template).exists():
+        return plan_command(template, images.parent)
+    return command_line("template", "cp", "own-images", template)
 
 
 def rows_of_report(report: ImportReport, where: dict[str, str]) -> list[tuple[str, Any]]:

@@ -29,13 +29,15 @@ def read_site_paths(near: Path) -> SitePaths | None:
 
 def extract_command(selection: Path, images: Path | None = None, db: Path | None = None) -> str:
     """`kwrap extract`; words in capitals stand for what no site file tells. `db`: posts' images may lie beside it."""
+    from kohaku_wrap.dataset.images.extracted import IMPORTED_FILE
     from kohaku_wrap.dataset.images.tar_layouts import is_image_of_post
 
     paths = read_site_paths(selection.parent)
     tars = show_path(paths.tars) if paths and paths.tars.is_dir() else "TARS"
     if db and db.is_dir() and any(is_image_of_post(path.name) for path in islice(db.rglob("*"), FILES_LOOKED_AT)):
         tars = str(db)
-    folder = images or (show_path(paths.images) if paths else "IMAGES")
+    is_own = paths and (paths.images / IMPORTED_FILE).exists()
+    folder = images or (show_path(paths.images) if paths and not is_own else "IMAGES")
     return command_line("extract", selection, "--tars", tars, "--out", folder)
 
 

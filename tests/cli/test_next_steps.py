@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import command_line
@@ -38,6 +39,19 @@ def test_the_way_to_a_plan_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mon
     assert follow(["cache", *cached, "--dry-run"]) == ["cache", *cached]
     dry = CliRunner().invoke(program, ["train", *cached, "--dry-run"], catch_exceptions=False)
     assert "32 of 32 images have no latents there. Make them first: kwrap cache" in dry.stderr
+
+
+def test_posts_are_not_sent_into_a_folder_of_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = follow(["demo", "world", "--posts", "40"])
+    Path("mine").mkdir()
+    Image.new("RGB", (64, 64)).save("mine/a.png")
+    words_after_import = follow(["import", "mine", "--out", "world/images"])
+    assert words_after_import == ["template", "cp", "own-images", "mine.toml"]
+    assert CliRunner().invoke(program, words_after_import).exit_code == 0
+    again = follow(["import", "mine", "--out", "world/images"])  # A second copy would be refused.
+    assert again == ["plan", "mine.toml", "--site", "world/site.toml"]
+    assert follow(words)[-2:] == ["--out", "IMAGES"]
 
 
 def test_a_plan_hands_its_overrides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
