@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kohaku_wrap.cli.output import print_answer, print_lines, progress_bar, wants_json
-from kohaku_wrap.wording import format_share
+from kohaku_wrap.wording import count_of, format_share
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.explanation import PostExplanation
@@ -108,9 +108,9 @@ def rows_of_rare(words: tuple[tuple[str, int], ...], below: int) -> list[tuple[s
 
 def rows_of_tokens(statistics: CaptionStatistics | FolderStatistics, captions: int) -> list[tuple[str, Any]]:
     """Lengths in tokens, and what is cut, as lines of a table."""
-    quantiles = ", ".join(f"{name}: {length}" for name, length in statistics.token_quantiles.items())
+    quantiles = ", ".join(f"{name}: {length:,}" for name, length in statistics.token_quantiles.items())
     how = "an estimate, no tokenizer at hand" if statistics.tokens_by == "estimate" else statistics.tokens_by
-    cut = [(f"cut at max_token_length {limit}", f"{count:,} captions ({format_share(count / captions)})")
+    cut = [(f"cut at max_token_length {limit}", f"{count_of(count, 'caption')} ({format_share(count / captions)})")
            for limit, count in statistics.cut.items()]  # fmt: skip
     return [("tokens a caption", f"{quantiles} ({how})"), *cut]
 

@@ -47,7 +47,7 @@ def find_lacks(edition: Edition, deleted: int, no_offset: int) -> dict[str, str]
     if no_offset:
         lacks["zone"] = f"{no_offset:,} dates say no offset: they are read in {edition.zone}"
     if edition.has_tag_strings and not deleted and "is_deleted" not in lacks:
-        lacks["deleted posts"] = "no post is marked as deleted: only active ones are in it"
+        lacks["deleted posts"] = "no post is marked as deleted, so it may hold active ones only"
     return lacks
 
 

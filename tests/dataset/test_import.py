@@ -217,8 +217,8 @@ def test_endings_of_captions_in_capitals_are_read(tmp_path: Path, out: Path) -> 
     assert captions_of(out) == {"A.PNG": "A.TXT", "B.PNG": "B.Txt", "C.PNG": "C.txt"}
     [note] = [note for note in report["notes"] if "in capitals" in note]
     assert note == (
-        f"{tmp_path}/mine: 2 caption files with their ending in capitals (A.TXT, B.Txt) are read; sd-scripts reads .txt"
-        " alone where names differ by case"
+        f"{tmp_path}/mine: 2 caption files with an ending in capitals (A.TXT, B.Txt), which kwrap reads; sd-scripts "
+        "reads .txt alone where names differ by case"
     )
     assert report["without_caption"] == 0
 
@@ -467,7 +467,7 @@ def test_odd_captions_are_counted_and_listed(tmp_path: Path, out: Path) -> None:
     assert "not UTF-8" in run(folder, "--out", out, code=1)
     report = run(folder, "--out", out, "--max-missing", 2)
     names = ("several_lines", "empty_caption", "without_caption", "shared_text", "not_utf8", "corrupt", "total")
-    assert [report[name] for name in names] == [1, 1, 2, 2, 1, 1, 7]
+    assert [report[name] for name in names] == [1, 1, 1, 2, 1, 1, 7]
     assert report["other_files"] == {".mp4": 1}
     captions = captions_of(out)
     assert captions["lines.png"] == "first\nsecond"
@@ -522,6 +522,19 @@ def test_the_same_files_under_another_label_are_told(mine: Path, out: Path) -> N
     assert "twice" not in str(run(mine, "--out", out)["notes"])
     again = run(mine, "--label", "other", "--out", out)
     assert again["total"] == 10 and "under the label 'mine' too, and are trained twice" in str(again["notes"])
+
+
+def test_refused_images_are_not_counted_as_trained_without_a_caption(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "mine" / "good.png")
+    for name, text in (("torn.png", None), ("blank.png", ""), ("lines.png", "a\nb")):
+        (tmp_path / "mine" / name).write_bytes(b"")
+        if text is not None:
+            (tmp_path / "mine" / name).with_suffix(".txt").write_text(text)
+    report = run(tmp_path / "mine", "--out", out, "--max-missing", 3)
+    assert (report["corrupt"], report["total"]) == (3, 1)
+    assert (report["without_caption"], report["empty_caption"], report["several_lines"]) == (1, 0, 0)
+    assert "mine: 1 image without a caption: trained" in str(report["notes"])
+    assert "empty caption" not in str(report["notes"])
 
 
 def test_images_of_a_renamed_folder_that_lead_nowhere_are_shown(mine: Path, out: Path) -> None:

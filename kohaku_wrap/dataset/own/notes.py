@@ -46,8 +46,9 @@ def note_sources(founds: Sequence[Found], texts: Sequence[Texts], captions: Sequ
         if text.in_capitals:
             ending = text.origin.removesuffix(" files")
             notes.append(
-                f"{source.folder}: {count_of(len(text.in_capitals), 'caption file')} with their ending in capitals "
-                f"({name_first(text.in_capitals)}) are read; sd-scripts reads {ending} alone where names differ by case"
+                f"{source.folder}: {count_of(len(text.in_capitals), 'caption file')} with an ending in capitals "
+                f"({name_first(text.in_capitals)}), which kwrap reads; sd-scripts reads {ending} alone "
+                "where names differ by case"
             )
         if text.repeated:
             notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,20 @@ def describe_sources(
 ) -> None:
     """What each folder's captions are like, and what a template should know of them."""
     owns: list[list[str]] = []
+    trained: list[Texts] = []
     beyond: dict[str, str] = {}
     for found, text in zip(founds, texts, strict=True):
         source = found.source
         ids = [make_id(source.label, found.path_below_root(image)) for image in found.images]
         own = [captions[id] for id in ids if id in now]
+        used = {image for image, id in zip(found.images, ids, strict=True) if id in now}  # Refused images are not.
+        text = replace(
+            text,
+            without_caption=[image for image in text.without_caption if image in used],
+            empty_caption=[image for image in text.empty_caption if image in used],
+            several_lines=[image for image in text.several_lines if image in used],
+        )
+        trained.append(text)
         for name in ("without_caption", "empty_caption", "several_lines", "shared_text"):
             report.lists[name] += [str(source.folder / image) for image in getattr(text, name)]
         report.subsets.append(
@@ -169,7 +178,7 @@ def describe_sources(
             if id in now and is_beyond_sd_scripts(source, image)
         }
     report.lists["beyond_sd_scripts"] = sorted(beyond)
-    report.notes += [*note_sources(founds, texts, owns), *note_beyond(beyond)]
+    report.notes += [*note_sources(founds, trained, owns), *note_beyond(beyond)]
     report.other_files = dict(sum((found.others for found in founds), Counter()))
 
 
