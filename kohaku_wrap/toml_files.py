@@ -16,6 +16,8 @@ SIZE_LIMIT_BYTES = 16 << 20
 DEPTH_LIMIT = 32
 """Tables and lists within each other; kwrap's own files need six."""
 
+BYTE_ORDER_MARK = "\ufeff"
+
 LARGEST_INTEGER = (1 << 63) - 1
 """TOML's own limit."""
 
@@ -35,6 +37,9 @@ class TooMuch(ValueError):
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a text. Raises ValueError, whose message says what is wrong and where."""
+    if text.startswith(BYTE_ORDER_MARK):
+        # Shown, since no editor shows it and a trainer stops at it.
+        raise ValueError("begins with a byte-order mark, which editors of Windows write: save it as UTF-8 without one")
     if long := LONG_KEY.search(strip_long_texts(text)):
         raise TooMuch(f"a key of more than {DEPTH_LIMIT} parts: {long[0][:40]}…")
     try:

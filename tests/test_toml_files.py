@@ -40,6 +40,12 @@ def test_the_mark_that_windows_puts_before_a_text_is_no_statement(tmp_path: Path
     assert load_toml(path) == {"title": "é"}
 
 
+def test_the_mark_is_named_where_a_trainer_would_stop_at_it() -> None:
+    """In files of a run, which are read as they stand."""
+    with pytest.raises(ValueError, match="byte-order mark.*save it as UTF-8 without one"):
+        parse_toml("\ufeffa = 1\n")
+
+
 def test_rows_of_dots_in_a_text_are_no_key() -> None:
     assert parse_toml('a = """\n' + "x." * 100 + 'x\n"""\nb.c.d = 1\n')["b"] == {"c": {"d": 1}}
 
