@@ -42,7 +42,7 @@ def test_the_mark_that_windows_puts_before_a_text_is_no_statement(tmp_path: Path
 
 def test_the_mark_is_named_where_a_trainer_would_stop_at_it() -> None:
     """In files of a run, which are read as they stand."""
-    with pytest.raises(ValueError, match="byte-order mark.*save it as UTF-8 without one"):
+    with pytest.raises(ValueError, match=r"byte-order mark.*save it as UTF-8 without one"):
         parse_toml("\ufeffa = 1\n")
 
 

@@ -34,6 +34,8 @@ MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
 """Only where several machines train together."""
 
 
+ATTEMPT_FILE = "attempt.json"
+
 NUMBER = re.compile("[0-9]+")
 
 FORMAT = 2
@@ -264,12 +266,12 @@ def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:
         "environment": dict(environment),
     }
     attempt.folder.mkdir(parents=True)
-    write_json(attempt.folder / "attempt.json", document)
+    write_json(attempt.folder / ATTEMPT_FILE, document)
 
 
 def read_attempt(run: Run, number: int) -> Attempt:
     """One attempt of a run; raises BadAttempt when its file is missing, not what it should be, or of a later kwrap."""
-    path = run.attempts / str(number) / "attempt.json"
+    path = run.attempts / str(number) / ATTEMPT_FILE
     with refusing(BadAttempt, f"{path}: cannot be read", "Restore the run's folder, or start a new run."):
         document = parse_json(read_regular(path))
         if document.get("format", 1) not in range(1, FORMAT + 1):
@@ -307,7 +309,7 @@ def attempt_numbers(run: Run) -> list[int]:
 def list_attempts(run: Run) -> list[Attempt]:
     """All attempts of a run, by number."""
     numbers = attempt_numbers(run)
-    return [read_attempt(run, number) for number in numbers if (run.attempts / str(number) / "attempt.json").exists()]
+    return [read_attempt(run, number) for number in numbers if (run.attempts / str(number) / ATTEMPT_FILE).exists()]
 
 
 def last_kept_steps(attempts: list[Attempt]) -> dict[int, float]:

@@ -309,6 +309,16 @@ def read_ledger_file(path: Path) -> LedgerFile:
     return LedgerFile(header, records[~is_step], records[is_step].view(STEP_RECORD), before[is_step])
 
 
+def read_beginning(path: Path) -> tuple[LedgerHeader, int | None]:
+    """The header, and the optimizer step of the first record; None where there is none. Raises BadLedger."""
+    with open_regular(path) as stream:
+        data = stream.read(HEADER.size + RECORD.itemsize)
+    header, start = unpack_header(path, data)
+    if len(data) < start + RECORD.itemsize:
+        return header, None
+    return header, int(np.frombuffer(data, dtype=RECORD, count=1, offset=start)["optimizer_step"][0]) or None
+
+
 def list_ledger_files(ledger: Path) -> list[tuple[int, int, Path]]:
     """Attempt, rank and path of each file, in that order; a file cut before its header ended holds no record."""
     found = match_names(ledger, FILE_NAME)

@@ -33,9 +33,9 @@ from kohaku_wrap.trainer.installed import (
     read_trainer_commit,
 )
 from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS, open_latents, open_texts, require_same
-from kohaku_wrap.training.records.attempts import attempt_numbers
+from kohaku_wrap.training.records.attempts import ATTEMPT_FILE, list_attempts
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.ledger import recorded_attempts
+from kohaku_wrap.training.records.ledger import ledger_file, read_beginning, recorded_attempts
 from kohaku_wrap.training.records.manifest import Fingerprint, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import read_manifests
@@ -104,14 +104,33 @@ def list_notes(run: Run, places: Places) -> list[str]:
 
 
 def list_missing_records(run: Run) -> Iterator[str]:
-    """Attempts whose record or ledger is gone: the run goes on, and `verify` will not prove them."""
-    known, recorded = set(attempt_numbers(run)), recorded_attempts(run.ledger)
+    """Attempts whose record or ledger is gone or is another's: the run goes on, and `verify` goes by the ledger."""
+    attempts = list_attempts(run)
+    known, recorded = {attempt.number for attempt in attempts}, recorded_attempts(run.ledger)
     found = (manifest for _, manifest in read_manifests(run.states))
     saved = {manifest.attempt for manifest in found if manifest.fingerprint.run_id == run.lock.run_id}
-    for attempt in sorted((recorded | saved) - known):
-        yield f"{run.attempts / str(attempt)} is gone: what it trained may count twice for `kwrap verify`"
-    for attempt in sorted(saved - recorded):
-        yield f"{run.ledger} has no file of attempt {attempt}: `kwrap verify` cannot prove what it trained"
+    for number in sorted((recorded | saved) - known):
+        folder = run.attempts / str(number)
+        path = folder / ATTEMPT_FILE if folder.is_dir() else folder
+        yield f"{path} is gone: what it trained may count twice for `kwrap verify`"
+    for number in sorted(saved - recorded):
+        yield f"{run.ledger} has no file of attempt {number}: `kwrap verify` cannot prove what it trained"
+    for attempt in attempts:
+        path = ledger_file(run.ledger, attempt.number, 0)
+        with suppress(KwrapError, OSError):
+            header, first = read_beginning(path)
+            start = attempt.start_optimizer_step if first is None else first - 1
+            written = (attempt.processes, attempt.accumulation, attempt.start_optimizer_step)
+            if written != (header.processes, header.accumulation, start):
+                yield (
+                    f"{attempt.folder / ATTEMPT_FILE} was changed: {describe_shape(*written)}; by its ledger it was "
+                    f"{describe_shape(header.processes, header.accumulation, start)}"
+                )
+
+
+def describe_shape(processes: int, accumulation: int, start: int) -> str:
+    """How an attempt trained, for people."""
+    return f"{processes:,} processes, accumulation {accumulation:,}, from optimizer step {start:,} on"
 
 
 def compare_lock(run: Run) -> Iterator[Problem]:

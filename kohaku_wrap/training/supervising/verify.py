@@ -25,7 +25,7 @@ from kohaku_wrap.training.records.networks import compare_networks, is_finished
 from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
 from kohaku_wrap.training.supervising.deep_checks import check_caches, check_deep
-from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes
+from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes, list_missing_records
 from kohaku_wrap.training.supervising.held_out_checks import check_held_out
 from kohaku_wrap.training.supervising.ledger_checks import (
     BoolArray,
@@ -169,11 +169,12 @@ def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Arra
 
 
 def list_changed(run: Run, places: Places | None, on_bytes: Callable[[int], None] | None = None) -> list[str]:
-    """What of the run's files, models and captions is no longer what its lock says."""
+    """What of the run's files, models and captions is no longer what its lock says, and of its attempts' records."""
+    records = list(list_missing_records(run))
     try:
-        return [f"{problem.where}: {problem.what}" for problem in list_changes(run, None, on_bytes, places)]
+        return [f"{problem.where}: {problem.what}" for problem in list_changes(run, None, on_bytes, places)] + records
     except KwrapError as error:
-        return [error.message]
+        return [error.message, *records]
 
 
 def has_other_captions(run: Run) -> bool:

@@ -330,6 +330,23 @@ TOLD: dict[str, tuple[str, Callable[[Stage], None]]] = {
         "is gone: what it trained may count twice for `kwrap verify`",
         lambda stage: shutil.rmtree(stage.run.attempts / "1"),
     ),
+    "an attempt's file gone": (
+        "attempt.json is gone: what it trained may count twice for `kwrap verify`",
+        remove("attempts/1/attempt.json"),
+    ),
+    "an attempt's folder under another name": (
+        "is gone: what it trained may count twice for `kwrap verify`",
+        lambda stage: (stage.run.attempts / "1").rename(stage.run.attempts / "01"),
+    ),
+    "an attempt's processes": (
+        "was changed: 2 processes, accumulation 2, from optimizer step 0 on; by its ledger it was 1 processes",
+        edit("attempts/1/attempt.json", '"processes": 1', '"processes": 2'),
+    ),
+    "an attempt's start": (
+        "accumulation 2, from optimizer step 1 on; by its ledger it was 1 processes, accumulation 2, from optimizer "
+        "step 0 on",
+        edit("attempts/1/attempt.json", '"start_optimizer_step": 0', '"start_optimizer_step": 1'),
+    ),
     "the ledger gone": (
         "has no file of attempt 1: `kwrap verify` cannot prove what it trained",
         lambda stage: shutil.rmtree(stage.run.ledger),
@@ -393,6 +410,14 @@ def test_what_has_no_effect_is_told(stage: Stage, name: str) -> None:
     change(stage)
     plan = plan_resume(stage.run, step=STEP)
     assert not plan.differences and any(words in note for note in plan.notes), plan.notes
+
+
+@pytest.mark.parametrize("name", [name for name in TOLD if name.startswith("an attempt's")])
+def test_verify_shows_that_an_attempt_s_record_is_another(stage: Stage, name: str) -> None:
+    words, change = TOLD[name]
+    change(stage)
+    report = verify_run(stage.run)
+    assert report.is_proved and any(words in each for each in report.changed_after), report.changed_after
 
 
 def test_an_attempt_never_takes_the_number_of_one_in_the_ledger(stage: Stage) -> None:
