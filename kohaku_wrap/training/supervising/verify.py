@@ -14,6 +14,7 @@ from kohaku_wrap.config.fates import list_unverified
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import read_captions_metadata
+from kohaku_wrap.formats.caption_writer import DamagedCaptions
 from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
@@ -25,7 +26,12 @@ from kohaku_wrap.training.records.networks import compare_networks, is_finished
 from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.ancestry import Until, check_origin, find_origin
 from kohaku_wrap.training.supervising.deep_checks import check_caches, check_deep
-from kohaku_wrap.training.supervising.differences import NOT_KEPT_BY_0_1, list_changes, list_missing_records
+from kohaku_wrap.training.supervising.differences import (
+    NOT_KEPT_BY_0_1,
+    check_captions,
+    list_changes,
+    list_missing_records,
+)
 from kohaku_wrap.training.supervising.held_out_checks import check_held_out
 from kohaku_wrap.training.supervising.ledger_checks import (
     BoolArray,
@@ -94,7 +100,8 @@ def verify_run(
     ]
     changed = [] if until else list_changed(run, places, on_bytes)
     networks = [] if until else list(compare_networks(run, on_bytes))
-    captions_changed = has_other_captions(run)
+    damage = "" if until else find_damaged_captions(run)
+    captions_changed = bool(damage) or has_other_captions(run)
     order = check_order(run, checker, captions_changed)
     held_out = check_held_out(run, checker, order)
     overlaps = checker.check_overlaps(list_conditions(run, attempts, files))
@@ -136,7 +143,12 @@ def verify_run(
             *latents,
         ),
         unverified=list_unverified(run.lock.files),
-        changed_after=(*changed, *latents_changed, *(network.change for network in networks if network.is_changed)),
+        changed_after=(
+            *changed,
+            *filter(None, [damage]),
+            *latents_changed,
+            *(network.change for network in networks if network.is_changed),
+        ),
     )
 
 
@@ -175,6 +187,17 @@ def list_changed(run: Run, places: Places | None, on_bytes: Callable[[int], None
         return [f"{problem.where}: {problem.what}" for problem in list_changes(run, None, on_bytes, places)] + records
     except KwrapError as error:
         return [error.message, *records]
+
+
+def find_damaged_captions(run: Run) -> str:
+    """What is wrong with captions whose rows do not have the digest that their file records; empty for none."""
+    try:
+        check_captions(run, run.find_images())
+    except DamagedCaptions as error:
+        return error.message
+    except KwrapError:
+        return ""
+    return ""
 
 
 def has_other_captions(run: Run) -> bool:
