@@ -170,6 +170,12 @@ def test_files_of_kwrap_0_1_say_nothing_of_options_and_steps(run: Run, new_run: 
     assert before == (False, "kwrap 0.1 did not record a digest of the options: the run was made by it")
 
 
+def test_lost_records_are_not_laid_to_kwrap_0_1(run: Run) -> None:
+    """An attempt of today whose file is gone."""
+    ok, detail = checks(check(run, write_file(1, 9)))["skipped steps"]
+    assert not ok and detail.endswith("; there is no record any more of them in the ledger for 3 steps: by the metrics")
+
+
 def test_steps_of_plain_sd_scripts_are_not_missed(run: Run) -> None:
     said = checks(check(run, write_file(4, 12), foreign=3))
     assert said["skipped steps"] == (True, "0 of 12 optimizer steps skipped, 0 with a loss that is no number")

@@ -16,6 +16,10 @@ from kohaku_wrap.training.supervising.ledger_checks import Fault, Int64Array
 from kohaku_wrap.training.supervising.step_checks import LineOfSteps, StepChecker, Steps
 
 OLD = "kwrap 0.1 did not record"
+
+LOST = "there is no record any more of"
+"""Of files that a kwrap since then wrote."""
+
 NAMED_ATTEMPTS = 5
 
 
@@ -68,8 +72,9 @@ def check_steps(
     checker.check_ranks()
     line = checker.line()
     checker.check_updates(line)
-    bad_steps, skipped = count_bad_steps(run, checker, line, steps, foreign)
-    rates = check_rates(run, checker, line, steps, foreign)
+    lacks = OLD if any(file.header.version < 3 for file in files) else LOST
+    bad_steps, skipped = count_bad_steps(run, checker, line, steps, foreign, lacks)
+    rates = check_rates(run, checker, line, steps, foreign, lacks)
     chapters = check_chapters(run, files, checker)
     return LineReport(bad_steps, (options, skipped, rates, *chapters), checker.faults)
 
@@ -134,7 +139,7 @@ def check_chapters(run: Run, files: Sequence[LedgerFile], checker: StepChecker) 
 
 
 def count_bad_steps(
-    run: Run, checker: StepChecker, line: LineOfSteps, steps: int, foreign: int
+    run: Run, checker: StepChecker, line: LineOfSteps, steps: int, foreign: int, lacks: str
 ) -> tuple[BadSteps, Check]:
     """How many steps of the line were skipped or had a loss that is no number."""
     told = BadSteps()
@@ -158,15 +163,15 @@ def count_bad_steps(
     left = steps - foreign - sum(step > foreign for step in recorded)
     if left:
         return told, Check(
-            "skipped steps", False, f"{counts}; {OLD} them in the ledger for {left:,} steps: by the metrics"
+            "skipped steps", False, f"{counts}; {lacks} them in the ledger for {left:,} steps: by the metrics"
         )
     return told, Check("skipped steps", True, counts)
 
 
-def check_rates(run: Run, checker: StepChecker, line: LineOfSteps, steps: int, foreign: int) -> Check:
+def check_rates(run: Run, checker: StepChecker, line: LineOfSteps, steps: int, foreign: int, lacks: str) -> Check:
     """The rates of all groups against the lock's schedule."""
     if not len(line):
-        return Check("rates", False, f"{OLD} the rates of all groups")
+        return Check("rates", False, f"{lacks} the rates of all groups")
     if foreign > run.first_optimizer_step:
         return Check("rates", False, "the updates before the state of plain sd-scripts are not known")
     try:
@@ -176,7 +181,7 @@ def check_rates(run: Run, checker: StepChecker, line: LineOfSteps, steps: int, f
     right = checker.check_rates(line, expected)
     detail = f"{right:,} optimizer steps of {line.rates.shape[1]} groups as the lock's schedule has them"
     if left := steps - foreign - len(line):
-        return Check("rates", False, f"{detail}; {OLD} those of {left:,} steps")
+        return Check("rates", False, f"{detail}; {lacks} those of {left:,} steps")
     return Check("rates", True, detail)
 
 
