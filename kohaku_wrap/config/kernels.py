@@ -113,16 +113,32 @@ def switches_of_the_shell() -> dict[str, str]:
 def list_other_switches(kernels: Mapping[str, Any]) -> list[str]:
     """How the caller's switches differ from the run's, which hold; or which are set where a run recorded none."""
     now, locked = switches_of_the_shell(), kernels.get("switches")
+    notes = list_other_choices(kernels)
     if locked is None:
-        return [
+        return notes + [
             f"{name}={value} is set here and can change bits; whether it was when the run was made is not recorded"
             for name, value in now.items()
         ]
-    return [
+    return notes + [
         f"{name} is {show_switch(now.get(name))} here and was {show_switch(locked.get(name))} when the run was made: "
         "the run keeps it as it was"
         for name in SWITCHES
         if now.get(name) != locked.get(name)
+    ]
+
+
+def list_other_choices(kernels: Mapping[str, Any]) -> list[str]:
+    """The back end and KWRAP_DETERMINISTIC of the caller, where they are set and the run's lock has others."""
+    if not kernels:
+        return []
+    chosen = {
+        BACKEND_VARIABLE: str(kernels["lycoris_backend"]),
+        DETERMINISTIC_VARIABLE: str(int(kernels["deterministic"])),
+    }
+    return [
+        f"{name} is {given} here: the run keeps {own}, as it was made"
+        for name, own in chosen.items()
+        if (given := os.environ.get(name)) and given.lower() != own
     ]
 
 

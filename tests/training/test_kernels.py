@@ -139,3 +139,17 @@ def test_threads_stay_those_of_the_attempt_before(tmp_path: Path, monkeypatch: p
     assert begin_attempt(plan)[1].environment["OMP_NUM_THREADS"] == "3"
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert plan_resume(run).notes == ()
+
+
+def test_a_choice_that_has_no_effect_any_more_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides when a run is made, and not between two attempts."""
+    kernels = {"lycoris_backend": "torch", "lycoris_tuning": False, "deterministic": False, "switches": {}}
+    monkeypatch.setenv("KWRAP_DETERMINISTIC", "1")
+    monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", "triton")
+    assert [note for note in list_other_switches(kernels) if "the run keeps" in note and "as it was made" in note] == [
+        "LYCORIS_KERNEL_BACKEND is triton here: the run keeps torch, as it was made",
+        "KWRAP_DETERMINISTIC is 1 here: the run keeps 0, as it was made",
+    ]
+    monkeypatch.setenv("KWRAP_DETERMINISTIC", "0")
+    monkeypatch.setenv("LYCORIS_KERNEL_BACKEND", "Torch")
+    assert not [note for note in list_other_switches(kernels) if "as it was made" in note]
