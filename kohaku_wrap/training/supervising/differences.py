@@ -43,6 +43,7 @@ from kohaku_wrap.training.supervising.accepting import KEY_OF_FINGERPRINT, OTHER
 from kohaku_wrap.training.supervising.file_changes import compare_files, list_moves
 from kohaku_wrap.training.supervising.places import Places
 from kohaku_wrap.training.supervising.site_places import MODELS, settle_places
+from kohaku_wrap.wording import count_of
 
 NAMED_FILES = {name: f"{name}_sha256" for name in ("tokenizers", "base_weights", "network_weights")}
 """What else options name, and the lock's entry for its content."""
@@ -130,7 +131,7 @@ def list_missing_records(run: Run) -> Iterator[str]:
 
 def describe_shape(processes: int, accumulation: int, start: int) -> str:
     """How an attempt trained, for people."""
-    return f"{processes:,} processes, accumulation {accumulation:,}, from optimizer step {start:,} on"
+    return f"{count_of(processes, 'process')}, accumulation {accumulation:,}, from optimizer step {start:,} on"
 
 
 def compare_lock(run: Run) -> Iterator[Problem]:

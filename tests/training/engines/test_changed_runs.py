@@ -340,11 +340,11 @@ TOLD: dict[str, tuple[str, Callable[[Stage], None]]] = {
         lambda stage: (stage.run.attempts / "1").rename(stage.run.attempts / "01"),
     ),
     "an attempt's processes": (
-        "was changed: 2 processes, accumulation 2, from optimizer step 0 on; by its ledger it was 1 processes",
+        "was changed: 2 processes, accumulation 2, from optimizer step 0 on; by its ledger it was 1 process",
         edit("attempts/1/attempt.json", '"processes": 1', '"processes": 2'),
     ),
     "an attempt's start": (
-        "accumulation 2, from optimizer step 1 on; by its ledger it was 1 processes, accumulation 2, from optimizer "
+        "accumulation 2, from optimizer step 1 on; by its ledger it was 1 process, accumulation 2, from optimizer "
         "step 0 on",
         edit("attempts/1/attempt.json", '"start_optimizer_step": 0', '"start_optimizer_step": 1'),
     ),
