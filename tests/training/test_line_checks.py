@@ -22,6 +22,7 @@ from kohaku_wrap.training.records.ledger import (
     LedgerHeader,
     compute_checksums,
 )
+from kohaku_wrap.training.records.origin import Origin
 from kohaku_wrap.training.supervising import expected_rates
 from kohaku_wrap.training.supervising.line_checks import LineReport, check_steps, list_due, name_attempts
 
@@ -183,6 +184,14 @@ def test_steps_of_plain_sd_scripts_are_not_missed(run: Run) -> None:
     for first, left in ((5, 1), (7, 3)):
         said = checks(check(run, write_file(first, 12), foreign=3))
         assert f"for {left} steps" in said["skipped steps"][1] and not said["skipped steps"][0]
+
+
+def test_a_branch_counts_its_own_steps(new_run: NewRun) -> None:
+    origin = Origin("parent", "0f" * 16, "digest", 3, 1, "state", "digest", "AdamW", 3)
+    own = {"id": IDS["run_id"], "options_digest": IDS["options_digest"]}
+    branch = new_run(run=own, format=2, parent=origin.document())
+    said = checks(check(branch, write_file(4, 12, skipped=(5,)), foreign=3))
+    assert said["skipped steps"] == (True, "1 of 9 optimizer steps skipped, 0 with a loss that is no number")
 
 
 @pytest.mark.parametrize(
