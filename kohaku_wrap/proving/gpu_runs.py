@@ -54,8 +54,16 @@ class Scale:
 
 
 SMALL_PICTURES = ("resolution=[64, 64]", "min_bucket_reso=32", "max_bucket_reso=128")
-EQUAL_BATCHES = ("dataset_options.bucket_no_upscale=false", "dataset_options.num_repeats=4")
-"""Every batch is full, so that all steps of two runs cost the same in any order."""
+EQUAL_BATCHES = (
+    "dataset_options.bucket_no_upscale=false",
+    "dataset_options.num_repeats=4",
+    "dataset_options.min_bucket_reso=1024",
+    "dataset_options.max_bucket_reso=1024",
+)
+"""Every batch is full and of one shape, so that all steps of two runs cost the same in any order.
+
+The first step of each shape takes twice as long on a GPU, as kernels are chosen for it.
+"""
 
 SCALES = {
     "full": Scale("full", "epsilon", 16, 4, 1, EQUAL_BATCHES, Kill(0.6)),

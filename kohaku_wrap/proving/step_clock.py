@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
-PROGRESS = re.compile(rb"(\d+)/\d+ \[\d")
-"""tqdm's count of steps."""
+PROGRESS = re.compile(rb"steps:[^\r\n]*?(\d+)/\d+ \[\d")
+"""tqdm's count of steps; the trainer draws other bars, as of the images it looks at."""
 
 POLL_SECONDS = 0.01
 MEMORY_EVERY = 50

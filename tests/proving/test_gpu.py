@@ -108,6 +108,7 @@ def test_steps_are_seen_in_a_log_that_grows(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with StepClock(log, lambda: [os.getpid()], on_gpu=False) as clock:
         with log.open("ab", buffering=0) as stream:
+            stream.write(b"\r100%| | 4/4 [00:00<00:00, 900it/s]\n")
             for step in range(6):
                 stream.write(b"\rsteps:  1%%| | %d" % step)
                 time.sleep(0.05)
@@ -118,5 +119,6 @@ def test_steps_are_seen_in_a_log_that_grows(tmp_path: Path) -> None:
         while not clock.peak_bytes and time.monotonic() < deadline:
             time.sleep(0.01)
     assert sorted(clock.ended_at) == list(range(6))
+    assert list(clock.ended_at.values()) == sorted(clock.ended_at.values()), "the bar of images counts no steps"
     assert len(clock.step_seconds) == 3 and min(clock.step_seconds) > 0
     assert clock.peak_bytes > 10**6
