@@ -196,6 +196,13 @@ def inspect_tars(folder: Path) -> None:
     print_answer(payload, str(folder), rows, next_step)
 
 
+def describe_entry(name: str, value: Any) -> str:
+    """A count, or the column of the file that a column is read from, once where both have one name."""
+    if isinstance(value, int):
+        return f"{name} {value:,}"
+    return name if name == value else f"{name}: {value}"
+
+
 def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) -> None:
     """Show a metadata database."""
     from kohaku_wrap.dataset.images.tar_layouts import count_plain
@@ -213,10 +220,7 @@ def inspect_database(file: Path, dataset: str | None, tag_table: Path | None) ->
             if name == "lacks":
                 rows += [(f"lacks: {what}", sentence) for what, sentence in value.items()]
                 continue
-            counted = (
-                f"{key} {count:,}" if isinstance(count, int) else f"{key}: {count}" for key, count in value.items()
-            )
-            value = ", ".join(counted)
+            value = ", ".join(describe_entry(*entry) for entry in value.items())
         elif isinstance(value, tuple):
             value = ", ".join(value)
         elif name == "size_bytes":

@@ -20,7 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.captions.writing import write_captions
 from kohaku_wrap.dataset.recipe import DatasetRecipe, load_dataset, read_dataset
 from kohaku_wrap.dataset.selection import SelectionReport, select_posts
@@ -446,6 +448,12 @@ def test_inspect_knows_what_is_metadata(tmp_path: Path) -> None:
     model = tmp_path / "model.safetensors"
     model.write_bytes((2).to_bytes(8, "little") + b"{}")
     assert not is_metadata(model)
+
+
+def test_inspect_names_a_column_once_where_both_names_are_one(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(program, ["inspect", str(small(tmp_path / "a.parquet"))]).output
+    (columns,) = (line for line in shown.splitlines() if line.startswith("columns"))
+    assert columns.split(maxsplit=1)[1] == "id, general tags: tag_string_general"
 
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.float32()])
