@@ -86,7 +86,7 @@ def plan_resume(
 
     Raises RunFinished, NoSuchState with those there are, DamagedState for an explicit step, NoWholeState where states
     were saved and none is whole (step 0 then starts from the beginning), DifferentRun with the list of differences
-    between state and run, BadOrder for a number of processes that does not divide.
+    between state and run, DamagedCaptions, BadOrder for a number of processes that does not divide.
     """
     refuse_unknown(allow, run)
     asked = {"processes": processes or machines, "workers": workers is not None}
@@ -122,6 +122,10 @@ def plan_resume(
         changes = [problem for problem in changes if not faults or problem not in others] + faults
     accepted = list_accepted(run, allow, last, changes)
     refuse_changes(f"run {run.name}", changes, accepted, run.lock.format, places.hint)
+    number = max([0, *attempt_numbers(run), *recorded_attempts(run.ledger)]) + 1
+    if number > 1:
+        # Those of the first attempt were read when the run was made.
+        check_captions(run, places.images)
     there = {problem.where: problem.what for problem in changes if problem.where in accepted}
     abandons = [
         path
@@ -131,7 +135,7 @@ def plan_resume(
     abandons += [path for path in later_checkpoints(run, optimizer_step) if path != state]
     return ResumePlan(
         run=run,
-        number=max([0, *attempt_numbers(run), *recorded_attempts(run.ledger)]) + 1,
+        number=number,
         processes=processes,
         accumulation=accumulation,
         workers=next(
@@ -198,13 +202,10 @@ def begin_attempt(plan: ResumePlan) -> tuple[Attempt, Launch]:
     """Make the attempt, move what no longer counts to `abandoned/`, and say how to start it.
 
     The attempt is written first: from then on the ledger and the states of the line left behind are known as such,
-    even if this process dies in the middle. Raises MissingExtra, MissingRequirements, DamagedCaptions.
+    even if this process dies in the middle. Raises MissingExtra, MissingRequirements.
     """
     find_engine(plan.run.lock.engine).require_packages()
     places = plan.places or read_places(plan.run)
-    if plan.number > 1:
-        # Those of the first attempt were read when the run was made.
-        check_captions(plan.run, places.images)
     places.write()
     settle_length(plan.run, plan.abandons)
     launch = plan_attempt_launch(plan)
