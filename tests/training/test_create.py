@@ -154,6 +154,18 @@ def test_a_trainer_that_lacks_a_package_is_refused_before_a_run_is_made(
         begin_attempt(plan_resume(run))
 
 
+def test_a_dry_run_reads_the_captions_as_the_training_would(site: Path) -> None:
+    captions = site.parent / "images" / "captions.arrow"
+    texts = captions.read_bytes()
+    assert texts.count(b"tag 3 |||") == 1
+    captions.write_bytes(texts.replace(b"tag 3 |||", b"tug 3 |||"))
+    train = ("train", "demo", "--site", site, "--set", BATCH)
+    (said,) = json.loads(call(*train, "--dry-run", "--json").stdout)["absent"]
+    assert said.startswith(f"{captions}: damaged: its rows have the digest") and "kwrap caption" in said
+    refused = call(*train).exception
+    assert isinstance(refused, KwrapError) and refused.message in said
+
+
 def test_several_processes_are_started_by_torchrun(site: Path) -> None:
     write_site(site.parent, processes=2)
     told = json.loads(call("train", "demo", "--site", site, "--set", BATCH, "--dry-run", "--json").stdout)

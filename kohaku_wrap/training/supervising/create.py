@@ -191,15 +191,23 @@ def settle_engine(site: Site, asked: str | None) -> tuple[str, str]:
 
 
 def list_absent(new: NewRun) -> list[str]:
-    """What `create_run` would miss, what is to be cached too, with what to do; a dry run made for another machine may
-    lack it."""
+    """What `create_run` would miss or refuse of files, caches too, with what to do; a dry run made for another machine
+    may lack it."""
     absent = list_absent_places(new.site) or list_absent_images(new.effective, new.site)
     if not absent:
         try:
+            check_rows(new)
             lock_caches(new.effective, new.site)
         except KwrapError as missing:
             return [f"{missing.message}. {missing.next_step}"]
     return absent
+
+
+def check_rows(new: NewRun) -> None:
+    """Read the captions that would be trained, where there are some; raises DamagedCaptions."""
+    captions = new.site.paths.images / CAPTIONS_FILE
+    if new.effective.get("kwrap.data") != "sd-scripts" and captions.is_file():
+        check_columns(captions)
 
 
 def list_absent_images(effective: Effective, site: Site) -> list[str]:
@@ -252,8 +260,7 @@ def create_run(
     """
     find_engine(new.engine).require_packages()
     sizes = read_training_sizes(new.effective, new.site.paths.images)
-    if new.effective.get("kwrap.data") != "sd-scripts":
-        check_columns(new.site.paths.images / CAPTIONS_FILE)
+    check_rows(new)
     if allow is not None:
         require_images(new, allow)
     plan = plan_steps(new.effective, sizes)
