@@ -114,8 +114,6 @@ class Claims:
 
 def clear_leavings(out: Path, *patterns: str) -> None:
     """Remove what killed processes left: locks that nobody holds, and half-written files of these patterns."""
-    from psutil import pid_exists
-
     for path in (out / LOCKS).glob("*.lock"):
         with suppress(OSError), locking(path, os.O_RDWR) as is_ours:
             if is_ours:
@@ -124,8 +122,18 @@ def clear_leavings(out: Path, *patterns: str) -> None:
         (out / LOCKS).rmdir()
     for part in (part for pattern in patterns for part in out.glob(pattern)):
         number = part.name.split(".")[-2]
-        if number.isdecimal() and not pid_exists(int(number)):
+        if number.isdecimal() and not is_alive(int(number)):
             part.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether that process is there and more than a zombie: in a container nobody may ever wait for an orphan."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

@@ -31,7 +31,6 @@ from kohaku_wrap.errors import UsageError
 from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.formats.data_summary import write_summary
-from kohaku_wrap.locks import clear_leavings
 from kohaku_wrap.wording import count_of
 
 
@@ -101,13 +100,21 @@ def import_folders(
     if options.dry_run:
         return run_import(founds, texts, images, options, on_progress)
     with lock_captions(images):
-        if (images / JOURNAL_FILE).is_file():  # An import was killed.
-            clear_leavings(images, f"**/.*{PART_SUFFIX}")
+        was_killed = (images / JOURNAL_FILE).is_file()
         report = run_import(founds, texts, images, options, on_progress)
+        if was_killed:  # At the end, when the processes of that import are gone, too; those of this one have ended.
+            clear_parts(images)
         with suppress(OSError, NoImages):  # what is only shown fails no import
             made_by = {"import": options.made_by}
             write_summary(images, report.digest, {**summarise_captions(images, {}), "made_by": made_by})
     return report
+
+
+def clear_parts(images: Path) -> None:
+    """Remove the half-written files that processes of a killed import left; the folder is ours alone."""
+    for part in images.rglob(f".*{PART_SUFFIX}"):
+        if part.name.split(".")[-2].isdecimal():
+            part.unlink(missing_ok=True)
 
 
 def run_import(

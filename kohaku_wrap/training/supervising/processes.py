@@ -62,14 +62,6 @@ def ask_for_stacks(attempt: Attempt) -> None:
         time.sleep(STACKS_SECONDS)
 
 
-def is_alive(pid: int) -> bool:
-    """Whether that process is there and more than a zombie."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def send_signal(pid: int, number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)

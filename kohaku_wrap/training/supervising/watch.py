@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from kohaku_wrap.locks import hold_lock
+from kohaku_wrap.locks import hold_lock, is_alive
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import (
@@ -38,7 +38,7 @@ from kohaku_wrap.training.supervising.ends import (
 from kohaku_wrap.training.supervising.hooks import Hook
 from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.memory_kills import count_memory_kills
-from kohaku_wrap.training.supervising.processes import ask_for_stacks, end_processes, is_alive
+from kohaku_wrap.training.supervising.processes import ask_for_stacks, end_processes
 from kohaku_wrap.training.supervising.stop_signals import StopSignals
 from kohaku_wrap.wording import format_duration
 
