@@ -32,7 +32,7 @@ from kohaku_wrap.training.data.latent_rules import make_rule
 from kohaku_wrap.training.data.latent_shards import write_shard
 from kohaku_wrap.training.data.latent_store import LatentStore
 from kohaku_wrap.training.engines.encode_latents import ShardMaker
-from kohaku_wrap.training.supervising.caching import compose_job, open_caches
+from kohaku_wrap.training.starting.caching import compose_job, open_caches
 
 RULE = make_rule({"keep": "moments", "precision": "fp16"}, {}, [{"resolution": 1024}], "0" * 64, 1)
 SIZES = np.array([(1024, 1024), (832, 1216), (1216, 832), (896, 1152)], np.int32)

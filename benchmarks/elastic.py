@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from kohaku_wrap.proving.killing import ProcessFailed, run_kwrap
 from kohaku_wrap.proving.prove import Bench, Configuration
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising.verify import verify_run
+from kohaku_wrap.training.verifying.verify import verify_run
 
 SETTINGS = (
     "effective_batch=8", "max_train_epochs=2", "save_every_n_steps=1", "save_precision=float", "states.keep=20",

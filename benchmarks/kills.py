@@ -28,9 +28,9 @@ from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.manifest import DamagedState
 from kohaku_wrap.training.records.states import list_states, verify_state
+from kohaku_wrap.training.starting.resume import is_finished
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes, send_signal
-from kohaku_wrap.training.supervising.resume import is_finished
-from kohaku_wrap.training.supervising.verify import verify_run
+from kohaku_wrap.training.verifying.verify import verify_run
 
 CONFIGURATION = Configuration()
 

@@ -21,7 +21,7 @@ from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
-    from kohaku_wrap.training.supervising.branch import Branch
+    from kohaku_wrap.training.starting.branch import Branch
 
 
 @verb(
@@ -64,8 +64,8 @@ def command(
     counts from RUN's beginning; otherwise it begins at epoch 0, step 0, and says why. NEW holds the state itself and is
     whole without RUN.
     """
-    from kohaku_wrap.training.supervising.accepting import refuse_unknown
-    from kohaku_wrap.training.supervising.branch import plan_branch
+    from kohaku_wrap.training.comparing.accepting import refuse_unknown
+    from kohaku_wrap.training.starting.branch import plan_branch
 
     options = watch_options(**watch)
     refuse_unknown(allow)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.config.effective import Effective
     from kohaku_wrap.config.site import Site
     from kohaku_wrap.training.data.latent_shards import ShardShape
-    from kohaku_wrap.training.supervising.caching import Cache
+    from kohaku_wrap.training.starting.caching import Cache
 
 
 @verb(
@@ -51,7 +51,7 @@ def command(
     """
     from kohaku_wrap.config.layers import resolve_template
     from kohaku_wrap.config.site import load_site
-    from kohaku_wrap.training.supervising.caching import find_damaged, make_shards, require_images, require_room
+    from kohaku_wrap.training.starting.caching import find_damaged, make_shards, require_images, require_room
 
     site = load_site(site_file)
     effective = resolve_template(template, site, overrides, trust=trust)
@@ -88,7 +88,7 @@ def command(
 def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> list[Cache]:
     """What a template caches, with a bar while models are hashed. Raises what `open_caches` does."""
     from kohaku_wrap.file_hashes import keeps_sha256
-    from kohaku_wrap.training.supervising.caching import open_caches
+    from kohaku_wrap.training.starting.caching import open_caches
 
     models = {site.paths.vae or site.paths.base_model} if effective.get("cache.latents") else set()
     models |= {site.paths.base_model} if effective.get("cache.text_encoders") else set()

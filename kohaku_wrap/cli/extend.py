@@ -27,8 +27,8 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_path
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.supervising.extend import Extension
-    from kohaku_wrap.training.supervising.resume import ResumePlan
+    from kohaku_wrap.training.starting.extend import Extension
+    from kohaku_wrap.training.starting.resume import ResumePlan
 
 MOST_MORE = 1_000_000_000
 """Steps or epochs more, so that their product stays a number of 64 bits."""
@@ -74,7 +74,7 @@ def command(
     the start. For others (cosine, linear, polynomial, a warm-up given as a share) --schedule says how the rates go on;
     the ledger records it. Images and models that were moved are taken from --site, as `kwrap resume` does.
     """
-    from kohaku_wrap.training.supervising.extend import plan_extension
+    from kohaku_wrap.training.starting.extend import plan_extension
 
     options = watch_options(**watch)
     run = open_run(name, site_file)
@@ -113,7 +113,7 @@ def describe(extension: Extension) -> str:
 
 def show(extension: Extension) -> None:
     """The chapter, and the rates around it."""
-    from kohaku_wrap.training.supervising.expected_rates import NoExpectedRates, preview_rates
+    from kohaku_wrap.training.starting.expected_rates import NoExpectedRates, preview_rates
 
     run, chapter, before = extension.run, extension.chapter, extension.before
     rates: dict[int, list[float]] = {}

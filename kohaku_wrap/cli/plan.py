@@ -76,7 +76,7 @@ def command(
     from kohaku_wrap.training.records.folder import find_run
     from kohaku_wrap.training.records.metrics import read_step_seconds
     from kohaku_wrap.training.records.samples import read_drawing_seconds
-    from kohaku_wrap.training.supervising.create import list_absent_images, list_absent_places
+    from kohaku_wrap.training.starting.create import list_absent_images, list_absent_places
 
     if selection and images:
         raise click.UsageError("--selection and --images are two sources of sizes: give one")

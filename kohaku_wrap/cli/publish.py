@@ -61,8 +61,8 @@ def command(
 
 def find_base_model(run: Run, site_file: Path | None) -> Path | None:
     """Where the run's base model lies now; None where its files cannot be read: the lock's place is tried then."""
-    from kohaku_wrap.training.supervising.places import DifferentRun
-    from kohaku_wrap.training.supervising.site_places import settle_places
+    from kohaku_wrap.training.comparing.places import DifferentRun
+    from kohaku_wrap.training.comparing.site_places import settle_places
 
     try:
         found = settle_places(run, site_file).options.get("pretrained_model_name_or_path")

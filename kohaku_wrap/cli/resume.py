@@ -26,7 +26,7 @@ from kohaku_wrap.wording import show_bytes, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
-    from kohaku_wrap.training.supervising.resume import ResumePlan
+    from kohaku_wrap.training.starting.resume import ResumePlan
 
 JOINING = frozenset({"site_file", "machine_rank", "dry_run"})
 """What a machine may say that trains along."""
@@ -110,10 +110,10 @@ def command(
     With --machine-rank K this machine makes no attempt: it trains along in those of machine 0, which runs `kwrap train`
     or `kwrap resume`, joins the next one after a restart, and returns when the run is finished or stopped.
     """
+    from kohaku_wrap.training.comparing.site_places import bytes_to_hash
     from kohaku_wrap.training.records.folder import find_run
+    from kohaku_wrap.training.starting.resume import plan_resume
     from kohaku_wrap.training.supervising.join import join_run
-    from kohaku_wrap.training.supervising.resume import plan_resume
-    from kohaku_wrap.training.supervising.site_places import bytes_to_hash
 
     if foreign_state is not None and not foreign:
         raise UsageError("--state is for states of plain sd-scripts", "Add --foreign, or leave --state out.")
@@ -187,7 +187,7 @@ def states_bytes(run: Run, step: int | None) -> int:
 
 def show_dry_run(plan: ResumePlan) -> None:
     """The exact position and the command."""
-    from kohaku_wrap.training.supervising.launch import plan_attempt_launch
+    from kohaku_wrap.training.starting.launch import plan_attempt_launch
 
     launch = plan_attempt_launch(plan)
     position = plan.start

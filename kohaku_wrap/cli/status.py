@@ -161,8 +161,8 @@ def show(runs: list[Run], single: bool) -> None:
 
 def show_comparison(run: Run, other: Run) -> None:
     """What two runs have otherwise, and their losses at equal steps."""
+    from kohaku_wrap.training.comparing.other_lock import compare_options
     from kohaku_wrap.training.records.metrics import compare_losses
-    from kohaku_wrap.training.supervising.other_lock import compare_options
 
     options = compare_options(run.lock.tables, other.lock.tables)
     losses = compare_losses(run, other)

@@ -20,8 +20,8 @@ from kohaku_wrap.wording import format_duration, format_share, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
-    from kohaku_wrap.training.supervising.launch import Launch
-    from kohaku_wrap.training.supervising.resume import ResumePlan
+    from kohaku_wrap.training.starting.launch import Launch
+    from kohaku_wrap.training.starting.resume import ResumePlan
     from kohaku_wrap.training.supervising.supervise import RunReport
     from kohaku_wrap.training.supervising.watch import Event, OnEvent, WatchOptions
 
@@ -112,7 +112,7 @@ def printing_events() -> Iterator[OnEvent]:
 
 def watch_run(run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...], options: WatchOptions) -> RunReport:
     """Supervise a run from the attempt that `first` plans; the following ones start from the newest whole state."""
-    from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+    from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
     from kohaku_wrap.training.supervising.supervise import supervise_run
 
     with printing_events() as on_event:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kohaku_wrap.planning.training_plan import TrainingPlan
     from kohaku_wrap.proving.trial import Trial
     from kohaku_wrap.training.records.folder import Run
-    from kohaku_wrap.training.supervising.create import NewRun
+    from kohaku_wrap.training.starting.create import NewRun
     from kohaku_wrap.training.supervising.supervise import RunReport
     from kohaku_wrap.training.supervising.watch import WatchOptions
 
@@ -78,11 +78,11 @@ def command(
     """
     from kohaku_wrap.config.base_model import note_other_prediction
     from kohaku_wrap.planning.step_plan import note_other_dataset
-    from kohaku_wrap.training.supervising.accepting import refuse_unknown
-    from kohaku_wrap.training.supervising.create import check_parent, list_absent, plan_new_run
+    from kohaku_wrap.training.comparing.accepting import refuse_unknown
+    from kohaku_wrap.training.starting.create import check_parent, list_absent, plan_new_run
 
     if template is None and locked is not None:
-        from kohaku_wrap.training.supervising.other_lock import template_of_lock
+        from kohaku_wrap.training.comparing.other_lock import template_of_lock
 
         template = template_of_lock(locked)
     if template is None:
@@ -143,8 +143,8 @@ def try_run(
     from kohaku_wrap.config.training_data import read_training_sizes
     from kohaku_wrap.planning.training_plan import plan_training
     from kohaku_wrap.proving.trial import SETTINGS, SUFFIX, clear_earlier, finish_trial
-    from kohaku_wrap.training.supervising.create import plan_new_run
-    from kohaku_wrap.training.supervising.resume import plan_resume
+    from kohaku_wrap.training.starting.create import plan_new_run
+    from kohaku_wrap.training.starting.resume import plan_resume
     from kohaku_wrap.training.supervising.supervise import RunStopped
 
     site = load_site(site_file)
@@ -207,7 +207,7 @@ def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
     from kohaku_wrap.config.checks import note_rare_saves
     from kohaku_wrap.config.samples import note_shared_gpu
-    from kohaku_wrap.training.supervising.create import create_run, hashed_bytes
+    from kohaku_wrap.training.starting.create import create_run, hashed_bytes
 
     with counting_bytes("hashing the base model", hashed_bytes(new)) as count:
         run = create_run(new, sys.argv, locked, count, allow)
@@ -219,9 +219,9 @@ def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
 
 def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunReport:
     """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
+    from kohaku_wrap.training.starting.create import RunRefused, take_back_run
+    from kohaku_wrap.training.starting.resume import plan_resume
     from kohaku_wrap.training.supervising.causes import find_first_cause
-    from kohaku_wrap.training.supervising.create import RunRefused, take_back_run
-    from kohaku_wrap.training.supervising.resume import plan_resume
     from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
     try:

@@ -15,8 +15,8 @@ from kohaku_wrap.wording import count_of, show_path
 FILLS = "to fill an epoch's last optimizer step with a batch of it"
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.supervising.ledger_checks import Fault
-    from kohaku_wrap.training.supervising.verify_report import VerifyReport
+    from kohaku_wrap.training.verifying.ledger_checks import Fault
+    from kohaku_wrap.training.verifying.verify_report import VerifyReport
 
 
 @verb("""
@@ -40,10 +40,10 @@ def command(name: str, deep_samples: int, site_file: Path | None) -> int:
     Captions, models, files or networks that were changed after the run are shown, and change neither verdict nor exit
     code. The result is kept in the run for `kwrap report`, with the ledger's sha256 and the date.
     """
+    from kohaku_wrap.training.comparing.site_places import bytes_to_hash
     from kohaku_wrap.training.records.networks import bytes_of_networks
     from kohaku_wrap.training.records.verification import keep_verification, seal_ledger
-    from kohaku_wrap.training.supervising.site_places import bytes_to_hash
-    from kohaku_wrap.training.supervising.verify import verify_run
+    from kohaku_wrap.training.verifying.verify import verify_run
 
     run = open_run(name, site_file)
     total = bytes_to_hash(run, site_file) + bytes_of_networks(run)

@@ -10,14 +10,14 @@ import numpy as np
 
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.training.data.items import Items
+from kohaku_wrap.training.records.ancestry import Until, find_origin
 from kohaku_wrap.training.records.attempts import last_kept_steps, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import SUBSTITUTE, LedgerFile
-from kohaku_wrap.training.supervising.ancestry import Until, find_origin
-from kohaku_wrap.training.supervising.deep_checks import CannotRecompute, recompute_content
-from kohaku_wrap.training.supervising.ledger_checks import Checker, Int64Array, Records
-from kohaku_wrap.training.supervising.ledger_files import read_files
-from kohaku_wrap.training.supervising.verify import limits_of, list_foreign
+from kohaku_wrap.training.verifying.deep_checks import CannotRecompute, recompute_content
+from kohaku_wrap.training.verifying.ledger_checks import Checker, Int64Array, Records
+from kohaku_wrap.training.verifying.ledger_files import read_files
+from kohaku_wrap.training.verifying.verify import limits_of, list_foreign
 
 
 class LedgerDiffers(KwrapError):

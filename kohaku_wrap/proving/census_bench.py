@@ -26,8 +26,8 @@ from kohaku_wrap.proving.likeness import read_positions, read_tensors
 from kohaku_wrap.proving.prove import BATCH_PER_PROCESS, Bench, write_site_of
 from kohaku_wrap.trainer.options import flatten_sections
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising.create import create_run, plan_new_run
-from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.starting.create import create_run, plan_new_run
+from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
 
 BASE_TEMPLATE = shipped_folder("proofs") / "census.toml"
 NETWORK = "NETWORK"

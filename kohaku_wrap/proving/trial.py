@@ -12,7 +12,7 @@ from kohaku_wrap.proving.likeness import Difference, compare_networks
 from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import read_manifests
-from kohaku_wrap.training.supervising.create import take_back_run
+from kohaku_wrap.training.starting.create import take_back_run
 from kohaku_wrap.training.supervising.supervise import LOCK_FILE, RunIsBusy
 
 STEPS = 2

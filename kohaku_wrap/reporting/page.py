@@ -28,10 +28,10 @@ from kohaku_wrap.reporting.facts import RunFacts, describe_machine, list_version
 from kohaku_wrap.reporting.pictures import refer
 from kohaku_wrap.reporting.story import show_time
 from kohaku_wrap.reporting.way import follow_file
+from kohaku_wrap.training.comparing.other_lock import compare_options
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.verification import judge_verification
-from kohaku_wrap.training.supervising.other_lock import compare_options
 from kohaku_wrap.training.supervising.status import read_status
 from kohaku_wrap.wording import format_duration
 

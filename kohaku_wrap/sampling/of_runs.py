@@ -24,10 +24,10 @@ from kohaku_wrap.sampling.contact_sheet import write_contact_sheet
 from kohaku_wrap.sampling.expanding import Defaults, KnownModel, expand_sheet
 from kohaku_wrap.sampling.running import DrawingJob, draw_sheet, find_waiting
 from kohaku_wrap.sampling.sheets import Sheet, SheetPrompt
+from kohaku_wrap.training.comparing.places import read_places
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import shorter_end, step_of_network
 from kohaku_wrap.training.records.samples import Pictures, list_pictures
-from kohaku_wrap.training.supervising.places import read_places
 
 
 def models_of_run(run: Run, steps: str | None, vae: Path | None = None) -> list[Model]:

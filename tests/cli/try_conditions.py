@@ -22,7 +22,7 @@ from plain_kwrap import begin_plain_attempt
 
 import kohaku_wrap.__main__
 from kohaku_wrap.cli import SECTIONS
-from kohaku_wrap.training.supervising import resume
+from kohaku_wrap.training.starting import resume
 
 AT_ONCE = 2
 LOADED = (
@@ -30,8 +30,8 @@ LOADED = (
     "kohaku_wrap.dataset.images.extract",
     "kohaku_wrap.demo.world",
     "kohaku_wrap.planning.doctor",
-    "kohaku_wrap.training.supervising.verify",
-    "kohaku_wrap.training.supervising.create",
+    "kohaku_wrap.training.verifying.verify",
+    "kohaku_wrap.training.starting.create",
     "kohaku_wrap.training.supervising.status",
     "kohaku_wrap.training.supervising.supervise",
 )

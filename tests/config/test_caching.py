@@ -20,7 +20,7 @@ from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.formats.caption_rows import ImageSizes
 from kohaku_wrap.planning.sizes import weigh_caches
 from kohaku_wrap.training.data.latent_store import NoLatents
-from kohaku_wrap.training.supervising.caching import lock_caches
+from kohaku_wrap.training.starting.caching import lock_caches
 
 FIXED = (
     "network_train_unet_only=true",

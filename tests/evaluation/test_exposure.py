@@ -28,9 +28,9 @@ from kohaku_wrap.streams import seed_of, seeds_of
 from kohaku_wrap.training.data.captions import keep_whole
 from kohaku_wrap.training.data.items import ItemOptions, Items
 from kohaku_wrap.training.data.run_items import open_items
+from kohaku_wrap.training.records.ancestry import Until
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_file
-from kohaku_wrap.training.supervising.ancestry import Until
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from plain_runs import make_run, misbehave, train

@@ -30,7 +30,7 @@ from kohaku_wrap.reporting.page import compose_page, write_page
 from kohaku_wrap.reporting.pictures import list_pictures, make_gallery
 from kohaku_wrap.sampling.lint import vocabulary_of_captions
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising.run_data import keep_run_data
+from kohaku_wrap.training.starting.run_data import keep_run_data
 
 NewRun = Callable[..., Run]
 

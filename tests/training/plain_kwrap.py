@@ -6,8 +6,8 @@ from plain_runs import plain_launch
 
 import kohaku_wrap.__main__
 from kohaku_wrap.training.records.attempts import Attempt
-from kohaku_wrap.training.supervising import resume
-from kohaku_wrap.training.supervising.launch import Launch
+from kohaku_wrap.training.starting import resume
+from kohaku_wrap.training.starting.launch import Launch
 
 begin_attempt = resume.begin_attempt
 

@@ -18,8 +18,8 @@ from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising.launch import Launch
-from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.starting.launch import Launch
+from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.supervise import RunReport, supervise_run
 from kohaku_wrap.training.supervising.watch import Event, WatchOptions
 

@@ -22,7 +22,7 @@ from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.networks import note_network
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
-from kohaku_wrap.training.supervising.run_order import read_order
+from kohaku_wrap.training.verifying.run_order import read_order
 
 
 def hang() -> None:

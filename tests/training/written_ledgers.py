@@ -25,8 +25,8 @@ from kohaku_wrap.training.records.ledger import (
     ledger_file,
     pack_header,
 )
-from kohaku_wrap.training.supervising.ledger_checks import digest_blocks
-from kohaku_wrap.training.supervising.run_order import read_order
+from kohaku_wrap.training.verifying.ledger_checks import digest_blocks
+from kohaku_wrap.training.verifying.run_order import read_order
 
 Change = Callable[[Records], Records]
 

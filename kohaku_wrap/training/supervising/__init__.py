@@ -1,1 +1,1 @@
-"""What is done with a run: created, resumed, watched, joined, ended, verified."""
+"""What is done with a run while its attempts run: watched, joined, ended, told."""

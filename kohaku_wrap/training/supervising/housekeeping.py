@@ -15,11 +15,11 @@ from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.files import fsync_folder, read_regular
 from kohaku_wrap.locks import holding_lock
+from kohaku_wrap.training.comparing.places import DifferentRun, read_trainer
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run, list_runs
 from kohaku_wrap.training.records.networks import list_written
-from kohaku_wrap.training.supervising.create import RunExists, check_name
-from kohaku_wrap.training.supervising.places import DifferentRun, read_trainer
+from kohaku_wrap.training.starting.create import RunExists, check_name
 from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.supervise import LOCK_FILE as SUPERVISOR_LOCK
 from kohaku_wrap.training.supervising.supervise import RunIsBusy

@@ -9,17 +9,17 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.trainer.engines import find_engine
+from kohaku_wrap.training.comparing.accepting import refuse_changes
+from kohaku_wrap.training.comparing.differences import list_changes
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.records.signs import RunLog
-from kohaku_wrap.training.supervising.accepting import refuse_changes
-from kohaku_wrap.training.supervising.differences import list_changes
+from kohaku_wrap.training.starting.launch import Launch, plan_attempt_launch
+from kohaku_wrap.training.starting.machines import refuse_rank
+from kohaku_wrap.training.starting.resume import RunFinished, plan_resume
 from kohaku_wrap.training.supervising.ends import FINISHED, KILLED, STOPPED, AttemptEnd, read_end, tail_of
-from kohaku_wrap.training.supervising.launch import Launch, plan_attempt_launch
-from kohaku_wrap.training.supervising.machines import refuse_rank
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
-from kohaku_wrap.training.supervising.resume import RunFinished, plan_resume
 from kohaku_wrap.training.supervising.stop_signals import StopSignals
 from kohaku_wrap.training.supervising.supervise import RunIsBusy, RunReport, RunStopped, log_events
 from kohaku_wrap.training.supervising.watch import Event, EventKind, OnEvent, describe_stop, start_launcher

@@ -20,6 +20,7 @@ from kohaku_wrap.training.records.remembered import read_secrets
 from kohaku_wrap.training.records.signs import RunLog
 from kohaku_wrap.training.records.states import DiskFull, is_disk_full
 from kohaku_wrap.training.records.trackers import read_logbook
+from kohaku_wrap.training.starting.launch import Launch
 from kohaku_wrap.training.supervising.ends import (
     FINISHED,
     KILLED,
@@ -31,7 +32,6 @@ from kohaku_wrap.training.supervising.ends import (
     write_end,
 )
 from kohaku_wrap.training.supervising.hooks import Hook, HookEvent
-from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.pictures import PictureMaker
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 from kohaku_wrap.training.supervising.stop_signals import StopSignals

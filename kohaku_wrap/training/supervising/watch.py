@@ -26,6 +26,7 @@ from kohaku_wrap.training.records.metrics import (
 )
 from kohaku_wrap.training.records.signs import Heartbeat, Phase
 from kohaku_wrap.training.records.states import list_states
+from kohaku_wrap.training.starting.launch import Launch
 from kohaku_wrap.training.supervising.ends import (
     KILLED,
     LAUNCHER_LOG,
@@ -36,7 +37,6 @@ from kohaku_wrap.training.supervising.ends import (
     write_end,
 )
 from kohaku_wrap.training.supervising.hooks import Hook
-from kohaku_wrap.training.supervising.launch import Launch
 from kohaku_wrap.training.supervising.memory_kills import count_memory_kills
 from kohaku_wrap.training.supervising.processes import ask_for_stacks, end_processes
 from kohaku_wrap.training.supervising.stop_signals import StopSignals

@@ -17,7 +17,7 @@ from kohaku_wrap.processes import python_command
 from kohaku_wrap.proving.killing import Kill, train_with_kills
 from kohaku_wrap.proving.likeness import compare_runs
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising.caching import make_shards, open_caches, require_all
+from kohaku_wrap.training.starting.caching import make_shards, open_caches, require_all
 
 MOMENTS = ("cache.latents=true", "cache.precision=fp32")
 

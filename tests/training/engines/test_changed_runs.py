@@ -26,16 +26,16 @@ from kohaku_wrap.demo.tokenizers import write_tokenizers
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.sampling.of_runs import models_of_run
+from kohaku_wrap.training.comparing.places import DifferentRun, read_trainer
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import MANIFEST, read_manifest
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import state_folder, write_state
-from kohaku_wrap.training.supervising.choose_state import NoSuchState
-from kohaku_wrap.training.supervising.create import create_run, plan_new_run
-from kohaku_wrap.training.supervising.places import DifferentRun, read_trainer
-from kohaku_wrap.training.supervising.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.supervising.verify import verify_run
+from kohaku_wrap.training.starting.choose_state import NoSuchState
+from kohaku_wrap.training.starting.create import create_run, plan_new_run
+from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
+from kohaku_wrap.training.verifying.verify import verify_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

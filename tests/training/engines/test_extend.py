@@ -15,8 +15,8 @@ from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
-from kohaku_wrap.training.supervising.extend import plan_extension
-from kohaku_wrap.training.supervising.length import with_length
+from kohaku_wrap.training.starting.extend import plan_extension
+from kohaku_wrap.training.starting.length import with_length
 
 RATE = 1e-3
 COSINE = (

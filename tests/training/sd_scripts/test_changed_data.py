@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from kohaku_wrap.training.comparing.places import DifferentRun
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.supervising.create import create_run, plan_new_run
-from kohaku_wrap.training.supervising.places import DifferentRun
-from kohaku_wrap.training.supervising.resume import ResumePlan, plan_resume
+from kohaku_wrap.training.starting.create import create_run, plan_new_run
+from kohaku_wrap.training.starting.resume import ResumePlan, plan_resume
 
 pytestmark = [pytest.mark.sd_scripts, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,0 +1,1 @@
+"""What is decided before an attempt runs: made, made longer, branched, resumed."""

@@ -1,0 +1,1 @@
+"""What the ledger proves of a run."""
