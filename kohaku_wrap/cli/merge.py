@@ -72,7 +72,7 @@ def choose_options(given: dict[str, Any]) -> MergeOptions:
 
 def describe_plan(plan: MergePlan) -> dict[str, Any]:
     """What `--dry-run --json` shows."""
-    from kohaku_wrap.merging.formula import format_formula
+    from kohaku_wrap.merging.formula.tree import format_formula
 
     rights = join_licenses(plan.headers)
     return {
@@ -278,8 +278,8 @@ def command(
 
 def print_network(plan: MergePlan, output: Path, metadata: dict[str, str], threads: int) -> None:
     """Write a change as a network, and print how exact it is."""
-    from kohaku_wrap.merging.changes import write_network
-    from kohaku_wrap.merging.layers import describe_fits
+    from kohaku_wrap.merging.extraction.changes import write_network
+    from kohaku_wrap.merging.extraction.layers import describe_fits
 
     note_compiling()
     with progress_bar("fit", "numbers") as report:

@@ -20,7 +20,7 @@ from kohaku_wrap.cli.options import PATH, option_group
 from kohaku_wrap.cli.output import print_answer, progress_bar
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, parse_json, read_regular, write_text
-from kohaku_wrap.merging.grids import Point, list_points, read_axis
+from kohaku_wrap.merging.formula.grids import Point, list_points, read_axis
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.processes import end_child, python_command, safe_environment
 from kohaku_wrap.wording import show_bytes

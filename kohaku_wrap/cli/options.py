@@ -182,7 +182,7 @@ def print_trust(effective: Effective) -> None:
 
 def note_compiling() -> None:
     """Say that a merge will take longer where its loops are not compiled yet."""
-    from kohaku_wrap.merging.kernels import loops_are_compiled
+    from kohaku_wrap.merging.arithmetic.kernels import loops_are_compiled
 
     if not loops_are_compiled():
         print_note("note: the first merge of an installation compiles its loops first, for some ten seconds")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kohaku_wrap.merging.loops import compiled
+from kohaku_wrap.merging.arithmetic.loops import compiled
 
 WORDS = 624
 APART = 397

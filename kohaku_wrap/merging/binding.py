@@ -8,8 +8,8 @@ from pathlib import Path
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.merging.blocks import PARTS
-from kohaku_wrap.merging.coefficients import Formula
-from kohaku_wrap.merging.formula import names_of_models, names_of_networks
+from kohaku_wrap.merging.formula.coefficients import Formula
+from kohaku_wrap.merging.formula.tree import names_of_models, names_of_networks
 
 
 class UnboundName(UsageError):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout, part_of_key
-from kohaku_wrap.merging.coefficients import Formula
-from kohaku_wrap.merging.networks import describe_network, is_network
+from kohaku_wrap.merging.formula.coefficients import Formula
+from kohaku_wrap.merging.networks.files import describe_network, is_network
 from kohaku_wrap.merging.notes import VAE
 from kohaku_wrap.merging.plan import TensorPlan
 

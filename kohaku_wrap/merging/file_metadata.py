@@ -13,7 +13,7 @@ import kohaku_wrap
 from kohaku_wrap.formats.layouts import read_layout
 from kohaku_wrap.formats.machine_paths import clean_value, without_paths
 from kohaku_wrap.formats.safetensors import Header
-from kohaku_wrap.merging.formula import format_formula
+from kohaku_wrap.merging.formula.tree import format_formula
 from kohaku_wrap.merging.hashes import FileHashes
 from kohaku_wrap.merging.plan import DEFAULT_FACTOR, DEFAULT_RANK, MergeOptions, MergePlan
 from kohaku_wrap.merging.recipes import Recipe

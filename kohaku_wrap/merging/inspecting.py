@@ -12,8 +12,8 @@ from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.layouts import WORDS_OF_PART, part_of_key, read_layout
 from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.merging.hashes import FileHashes, find_auto_v1, hash_files, name_recorded_hash
-from kohaku_wrap.merging.modules import algorithm_of
-from kohaku_wrap.merging.networks import describe_network, group_modules, is_network
+from kohaku_wrap.merging.networks.files import describe_network, group_modules, is_network
+from kohaku_wrap.merging.networks.modules import algorithm_of
 from kohaku_wrap.merging.replays import RECIPE_TYPE, as_table, command_of_recipe, parse_json
 
 SHOWN = 200

@@ -12,9 +12,9 @@ from kohaku_wrap.formats.layouts import WORDS_OF_PART, Layout
 from kohaku_wrap.formats.predictions import MARKS
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.blocks import blocks_of_key
-from kohaku_wrap.merging.coefficients import Formula
-from kohaku_wrap.merging.formula import Blocks, Only, walk_formula
-from kohaku_wrap.merging.networks import Change, is_network
+from kohaku_wrap.merging.formula.coefficients import Formula
+from kohaku_wrap.merging.formula.tree import Blocks, Only, walk_formula
+from kohaku_wrap.merging.networks.files import Change, is_network
 from kohaku_wrap.merging.plan import TensorPlan
 from kohaku_wrap.wording import count_of, name_first
 

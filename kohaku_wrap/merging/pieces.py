@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE, TensorSpot
-from kohaku_wrap.merging.calls import WeightedSum
-from kohaku_wrap.merging.networks import Change
+from kohaku_wrap.merging.formula.calls import WeightedSum
+from kohaku_wrap.merging.networks.files import Change
 from kohaku_wrap.merging.plan import MergePlan, TensorPlan
 
 CHUNK_ELEMENTS = 1 << 18

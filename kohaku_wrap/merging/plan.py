@@ -8,9 +8,9 @@ from fractions import Fraction
 
 from kohaku_wrap.formats.network_names import Target
 from kohaku_wrap.formats.safetensors import Header, TensorSpot
-from kohaku_wrap.merging.calls import Call, WeightedSum
-from kohaku_wrap.merging.coefficients import Formula
-from kohaku_wrap.merging.networks import Change
+from kohaku_wrap.merging.formula.calls import Call, WeightedSum
+from kohaku_wrap.merging.formula.coefficients import Formula
+from kohaku_wrap.merging.networks.files import Change
 
 DEFAULT_RANK = 32
 DEFAULT_FACTOR = 8

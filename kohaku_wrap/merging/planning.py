@@ -16,16 +16,16 @@ from kohaku_wrap.formats.predictions import MARKS
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot, lay_out_tensors, read_header
 from kohaku_wrap.merging.binding import bind_names, choose_file, split_parts
 from kohaku_wrap.merging.blocks import is_in_part
-from kohaku_wrap.merging.calls import WeightedSum
-from kohaku_wrap.merging.coefficients import Formula, Reduction
 from kohaku_wrap.merging.coverage import UnfitInputs, check_contribution, check_coverage, refuse_unusable
-from kohaku_wrap.merging.formula import Blocks, Part, names_of_models, names_of_networks, walk_formula
-from kohaku_wrap.merging.networks import Change, is_network, match_modules, raise_problems
+from kohaku_wrap.merging.formula.calls import WeightedSum
+from kohaku_wrap.merging.formula.coefficients import Formula, Reduction
+from kohaku_wrap.merging.formula.parser import parse_formula
+from kohaku_wrap.merging.formula.tree import Blocks, Part, names_of_models, names_of_networks, walk_formula
+from kohaku_wrap.merging.networks.files import Change, is_network, match_modules, raise_problems
+from kohaku_wrap.merging.networks.shapes import shapes_of_networks
 from kohaku_wrap.merging.notes import LIKE, VAE, Notes
-from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan, TensorPlan
 from kohaku_wrap.merging.predictions import mark_change, mark_prediction
-from kohaku_wrap.merging.shapes import shapes_of_networks
 
 
 def plan_merge(source: str, paths: Mapping[str, Path], options: MergeOptions | None = None) -> MergePlan:

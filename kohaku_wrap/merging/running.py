@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kohaku_wrap.errors import Problem
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.safetensors import encode_header
-from kohaku_wrap.merging.networks import raise_problems
+from kohaku_wrap.merging.networks.files import raise_problems
 from kohaku_wrap.merging.open_files import Files, check_output, new_file, write_at
 from kohaku_wrap.merging.pieces import KeyFinder, Task, cut_pieces, list_tasks
 from kohaku_wrap.merging.plan import MergePlan

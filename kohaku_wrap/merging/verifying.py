@@ -12,9 +12,9 @@ import numpy as np
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
-from kohaku_wrap.merging.kernels import BITS_DTYPES, as_numbers
+from kohaku_wrap.merging.arithmetic.kernels import BITS_DTYPES, as_numbers
+from kohaku_wrap.merging.arithmetic.rounding import FORMATS, Combination, round_fraction
 from kohaku_wrap.merging.pieces import RAW, Piece, Source
-from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
 from kohaku_wrap.merging.worker import Worker
 from kohaku_wrap.streams import draws, stream_key
 

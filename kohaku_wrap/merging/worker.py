@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE
-from kohaku_wrap.merging.calls import WeightedSum
-from kohaku_wrap.merging.deltas import Delta
-from kohaku_wrap.merging.functions import TensorFunctions
-from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Scratch, as_bits, as_numbers, widen_bytes
-from kohaku_wrap.merging.networks import Change
+from kohaku_wrap.merging.arithmetic.deltas import Delta
+from kohaku_wrap.merging.arithmetic.functions import TensorFunctions
+from kohaku_wrap.merging.arithmetic.kernels import BITS_DTYPES, Kernel, Scratch, as_bits, as_numbers, widen_bytes
+from kohaku_wrap.merging.arithmetic.rounding import FORMATS, Combination, round_array
+from kohaku_wrap.merging.formula.calls import WeightedSum
+from kohaku_wrap.merging.networks.files import Change
 from kohaku_wrap.merging.open_files import Files, write_at
 from kohaku_wrap.merging.pieces import CHUNK_ELEMENTS, RAW, KeyFinder, Piece, Source, Task, list_chunks
 from kohaku_wrap.merging.plan import MergePlan
-from kohaku_wrap.merging.rounding import FORMATS, Combination, round_array
 
 NUMPY_DTYPES = {"I64": np.int64, "I32": np.int32}
 BYTES_OF_KIND = {name: BITS_OF_DTYPE[name] // 8 for name in (*FORMATS, RAW)}

@@ -14,7 +14,7 @@ from kohaku_wrap.files import Progress, describe_absence
 from kohaku_wrap.formats.safetensors import Header, read_header
 from kohaku_wrap.formats.sdxl import VAE_PREFIX, list_tensor_names
 from kohaku_wrap.merging.hashes import FileHashes, hash_files
-from kohaku_wrap.merging.networks import is_network
+from kohaku_wrap.merging.networks.files import is_network
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.sampling.sizes import find_sizes

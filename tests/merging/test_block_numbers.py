@@ -8,12 +8,12 @@ import pytest
 
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
 from kohaku_wrap.merging.blocks import load_presets
-from kohaku_wrap.merging.coefficients import Formula
-from kohaku_wrap.merging.formula import format_formula
-from kohaku_wrap.merging.parser import parse_formula
+from kohaku_wrap.merging.formula.coefficients import Formula
+from kohaku_wrap.merging.formula.parser import parse_formula
+from kohaku_wrap.merging.formula.tokens import FormulaError
+from kohaku_wrap.merging.formula.tree import format_formula
 from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
-from kohaku_wrap.merging.tokens import FormulaError
 
 from .conftest import WriteModel
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kohaku_wrap.cli import program, run_program
-from kohaku_wrap.merging import kernels
+from kohaku_wrap.merging.arithmetic import kernels
 
 from .conftest import WriteModel
 

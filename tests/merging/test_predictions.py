@@ -17,7 +17,7 @@ from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
 
 from .conftest import Tensors, WriteModel
-from .test_foreign_keys import LORA
+from .networks.test_foreign_keys import LORA
 
 EPSILON, V, STATED_V = "epsilon", "v", "v by modelspec"
 

@@ -15,12 +15,12 @@ from kohaku_wrap.cli import run_program
 from kohaku_wrap.errors import ProblemsFound, UsageError
 from kohaku_wrap.files import shipped_folder
 from kohaku_wrap.merging import hashes as hashing
-from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.file_metadata import build_metadata
-from kohaku_wrap.merging.formula import names_of_models, names_of_networks
+from kohaku_wrap.merging.formula.coefficients import Formula
+from kohaku_wrap.merging.formula.parser import parse_formula
+from kohaku_wrap.merging.formula.tree import names_of_models, names_of_networks
 from kohaku_wrap.merging.hashes import hash_files
 from kohaku_wrap.merging.inspecting import describe_report, inspect_file
-from kohaku_wrap.merging.parser import parse_formula
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import find_recipe, read_recipe

@@ -21,15 +21,15 @@ from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.merging import open_files, pieces, worker
+from kohaku_wrap.merging.arithmetic.rounding import FORMATS, round_fraction
 from kohaku_wrap.merging.binding import UnboundName
 from kohaku_wrap.merging.coverage import UnfitInputs
+from kohaku_wrap.merging.formula.tokens import FormulaError
 from kohaku_wrap.merging.open_files import BadOutput, new_file
 from kohaku_wrap.merging.pieces import cut_pieces
 from kohaku_wrap.merging.plan import MergeOptions, MergePlan
 from kohaku_wrap.merging.planning import plan_merge
-from kohaku_wrap.merging.rounding import FORMATS, round_fraction
 from kohaku_wrap.merging.running import run_merge
-from kohaku_wrap.merging.tokens import FormulaError
 from kohaku_wrap.merging.verifying import MismatchFound
 
 from .conftest import SHAPES, UNET, Tensors, WriteModel

@@ -10,8 +10,8 @@ from pathlib import Path
 from kohaku_wrap.formats.network_names import Target, checkpoint_name, is_diffusers_name, table_of_targets
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, TensorSpot
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
-from kohaku_wrap.merging.modules import Module, Shape
-from kohaku_wrap.merging.networks import LeaveOut, read_modules
+from kohaku_wrap.merging.networks.files import LeaveOut, read_modules
+from kohaku_wrap.merging.networks.modules import Module, Shape
 
 CONVOLUTIONS = (
     (re.compile(r"lora_unet_.*(_in_layers_2|_out_layers_3|_op|_conv)|lora_unet_(input_blocks_0_0|out_2)"), (3, 3)),

@@ -14,9 +14,8 @@ import torch
 from kohaku_wrap.errors import KwrapError, Problem
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.safetensors import BITS_OF_DTYPE, TensorSpot, encode_header
-from kohaku_wrap.merging.deltas import STORED
-from kohaku_wrap.merging.factors import scale_of
-from kohaku_wrap.merging.fitting import (
+from kohaku_wrap.merging.arithmetic.deltas import STORED
+from kohaku_wrap.merging.extraction.fitting import (
     Fit,
     fit_kronecker,
     fit_low_rank,
@@ -26,9 +25,10 @@ from kohaku_wrap.merging.fitting import (
     squares_lost,
     sum_squares,
 )
-from kohaku_wrap.merging.layers import Layer, LayerFit, NetworkResult, list_layers
-from kohaku_wrap.merging.modules import shapes_of_kron
-from kohaku_wrap.merging.networks import raise_problems
+from kohaku_wrap.merging.extraction.layers import Layer, LayerFit, NetworkResult, list_layers
+from kohaku_wrap.merging.networks.factors import scale_of
+from kohaku_wrap.merging.networks.files import raise_problems
+from kohaku_wrap.merging.networks.modules import shapes_of_kron
 from kohaku_wrap.merging.open_files import Files, check_output, new_file, write_at
 from kohaku_wrap.merging.pieces import KeyFinder
 from kohaku_wrap.merging.plan import DEFAULT_RANK, MergePlan

@@ -17,12 +17,12 @@ from torch import nn
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.formats.network_names import checkpoint_name, find_targets, table_of_targets
 from kohaku_wrap.formats.safetensors import read_header
-from kohaku_wrap.merging.networks import NotANetwork, match_modules
+from kohaku_wrap.merging.networks.files import NotANetwork, match_modules
 from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.running import run_merge
 
-from .conftest import SHAPES, TE2, UNET, Tensors, WriteModel
+from ..conftest import SHAPES, TE2, UNET, Tensors, WriteModel
 
 lycoris = pytest.importorskip("lycoris")
 

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kohaku_wrap.merging.formula import (
+from kohaku_wrap.merging.formula.parser import RESERVED, parse_formula
+from kohaku_wrap.merging.formula.tokens import FormulaError
+from kohaku_wrap.merging.formula.tree import (
     Blocks,
     BlockWeight,
     Brackets,
@@ -24,8 +26,6 @@ from kohaku_wrap.merging.formula import (
     names_of_models,
     names_of_networks,
 )
-from kohaku_wrap.merging.parser import RESERVED, parse_formula
-from kohaku_wrap.merging.tokens import FormulaError
 
 GAMMA = "beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.merging.grids import list_points, read_axis
-from kohaku_wrap.merging.parser import parse_formula
+from kohaku_wrap.merging.formula.grids import list_points, read_axis
+from kohaku_wrap.merging.formula.parser import parse_formula
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kohaku_wrap.merging.calls import Call, WeightedSum
-from kohaku_wrap.merging.loops import add_term, divide
+from kohaku_wrap.merging.arithmetic.loops import add_term, divide
+from kohaku_wrap.merging.arithmetic.rounding import Combination
+from kohaku_wrap.merging.formula.calls import Call, WeightedSum
 from kohaku_wrap.merging.pieces import Piece, list_chunks
-from kohaku_wrap.merging.rounding import Combination
 from kohaku_wrap.streams import draws, stream_key
 
 Array = NDArray[np.float64]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kohaku_wrap.merging.loops import BFLOAT, HALF, SINGLE, combine
-from kohaku_wrap.merging.rounding import FORMATS, Combination, FloatFormat, sum_exactly
+from kohaku_wrap.merging.arithmetic.loops import BFLOAT, HALF, SINGLE, combine
+from kohaku_wrap.merging.arithmetic.rounding import FORMATS, Combination, FloatFormat, sum_exactly
 
 CODES = {"F16": HALF, "BF16": BFLOAT, "F32": SINGLE}
 BITS_DTYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 
-from kohaku_wrap.merging.coefficients import Formula, Reduction
-from kohaku_wrap.merging.parser import parse_formula
-from kohaku_wrap.merging.tokens import FormulaError
+from kohaku_wrap.merging.formula.coefficients import Formula, Reduction
+from kohaku_wrap.merging.formula.parser import parse_formula
+from kohaku_wrap.merging.formula.tokens import FormulaError
 
 GAMMA = "beta7 + 0.8 * (anxl3 - anxl2) + 0.5 * (base7 - beta7)"
 IN04 = "model.diffusion_model.input_blocks.4.1.proj_in.weight"

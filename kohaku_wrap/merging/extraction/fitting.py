@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kohaku_wrap.merging.factors import factorization
+from kohaku_wrap.merging.networks.factors import factorization
 from kohaku_wrap.merging.plan import DEFAULT_FACTOR
 from kohaku_wrap.streams import draws, stream_key
 

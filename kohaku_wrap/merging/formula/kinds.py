@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kohaku_wrap.merging import formula as nodes
-from kohaku_wrap.merging.calls import SIGNATURES
-from kohaku_wrap.merging.tokens import FormulaError
+from kohaku_wrap.merging.formula import tree as nodes
+from kohaku_wrap.merging.formula.calls import SIGNATURES
+from kohaku_wrap.merging.formula.tokens import FormulaError
 
 
 def kind_of(node: nodes.Node) -> str:

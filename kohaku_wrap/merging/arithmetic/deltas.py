@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kohaku_wrap.merging.kernels import Product
-from kohaku_wrap.merging.loops import fill_kronecker
-from kohaku_wrap.merging.modules import MADE_OF_WEIGHT
+from kohaku_wrap.merging.arithmetic.kernels import Product
+from kohaku_wrap.merging.arithmetic.loops import fill_kronecker
+from kohaku_wrap.merging.networks.modules import MADE_OF_WEIGHT
 
 Array = NDArray[np.float32]
 
@@ -40,12 +40,12 @@ class Delta:
             if "lokr_w1" in arrays and "lokr_w2" in arrays:
                 self.outer, self.inner = arrays["lokr_w1"], arrays["lokr_w2"]
             else:
-                from kohaku_wrap.merging.factors import find_kronecker_factors
+                from kohaku_wrap.merging.networks.factors import find_kronecker_factors
 
                 self.outer, self.inner, self.scale = find_kronecker_factors(arrays)
             self.period = self.inner.shape[0]
         elif algorithm not in MADE_OF_WEIGHT:
-            from kohaku_wrap.merging.factors import LowRank
+            from kohaku_wrap.merging.networks.factors import LowRank
 
             self.low_rank = LowRank(algorithm, arrays)
 
@@ -117,7 +117,7 @@ class Delta:
 
         `base`: from row `first` on, (some of `rows`, in, …); all of them where not each row has its norm.
         """
-        from kohaku_wrap.merging.factors import change_weight, decompose_weight
+        from kohaku_wrap.merging.networks.factors import change_weight, decompose_weight
 
         if self.algorithm in MADE_OF_WEIGHT:
             return change_weight(self.algorithm, self.arrays, base, multiplier).reshape(-1)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kohaku_wrap.merging.kernels import BITS_DTYPES, Kernel, Product, Scratch, as_numbers, infinity_bits
-from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction
+from kohaku_wrap.merging.arithmetic.kernels import BITS_DTYPES, Kernel, Product, Scratch, as_numbers, infinity_bits
+from kohaku_wrap.merging.arithmetic.rounding import FORMATS, Combination, round_fraction
 
 GAMMA = (Fraction(1, 2), Fraction(4, 5), Fraction(-4, 5), Fraction(1, 2))
 COEFFICIENTS = [

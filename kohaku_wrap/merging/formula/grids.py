@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.merging.formula import format_number
-from kohaku_wrap.merging.tokens import FormulaError, split_tokens
+from kohaku_wrap.merging.formula.tokens import FormulaError, split_tokens
+from kohaku_wrap.merging.formula.tree import format_number
 
 MOST_POINTS = 1000
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -11,7 +11,7 @@ from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.formats.network_keys import KOHYA_PREFIXES, is_network_key, read_network_key
 from kohaku_wrap.formats.network_names import Target, find_targets, is_diffusers_name
 from kohaku_wrap.formats.safetensors import FLOAT_DTYPES, Header, MalformedFile, TensorSpot
-from kohaku_wrap.merging.modules import (
+from kohaku_wrap.merging.networks.modules import (
     ALGORITHMS,
     MADE_OF_WEIGHT,
     Module,

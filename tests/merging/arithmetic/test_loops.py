@@ -12,8 +12,8 @@ import numba
 import numpy as np
 import pytest
 
-from kohaku_wrap.merging import loops as compiled_loops
-from kohaku_wrap.merging.rounding import FORMATS, round_fraction
+from kohaku_wrap.merging.arithmetic import loops as compiled_loops
+from kohaku_wrap.merging.arithmetic.rounding import FORMATS, round_fraction
 
 NOTHING = np.empty((0, 0), np.uint16)
 NO_PRODUCT = np.empty(0, np.float32), np.empty((0, 0), np.float32)

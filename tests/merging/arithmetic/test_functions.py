@@ -15,18 +15,18 @@ from safetensors.torch import load_file
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.merging import pieces
-from kohaku_wrap.merging.changes import write_network
-from kohaku_wrap.merging.coefficients import Formula
 from kohaku_wrap.merging.coverage import UnfitInputs
-from kohaku_wrap.merging.formula import format_formula, names_of_models, names_of_networks
-from kohaku_wrap.merging.parser import parse_formula
+from kohaku_wrap.merging.extraction.changes import write_network
+from kohaku_wrap.merging.formula.coefficients import Formula
+from kohaku_wrap.merging.formula.parser import parse_formula
+from kohaku_wrap.merging.formula.tokens import FormulaError
+from kohaku_wrap.merging.formula.tree import format_formula, names_of_models, names_of_networks
 from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.running import run_merge
-from kohaku_wrap.merging.tokens import FormulaError
 from kohaku_wrap.streams import draws, stream_key
 
-from .conftest import SHAPES, TE2, UNET, Tensors, WriteModel
+from ..conftest import SHAPES, TE2, UNET, Tensors, WriteModel
 
 DOUBLE = torch.float64
 ULPS = 2

@@ -18,11 +18,11 @@ from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.formats.network_keys import read_network_key
 from kohaku_wrap.formats.safetensors import MalformedFile, read_header
 from kohaku_wrap.merging.inspecting import inspect_file
-from kohaku_wrap.merging.networks import is_network
+from kohaku_wrap.merging.networks.files import is_network
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.running import run_merge
 
-from .conftest import Tensors, WriteModel
+from ..conftest import Tensors, WriteModel
 from .test_networks import CONV, LINEAR, NAME_OF_CONV, NAME_OF_LINEAR
 
 WriteNetwork = Callable[[str, Tensors], Path]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from kohaku_wrap.merging import formula as nodes
 from kohaku_wrap.merging.blocks import PARTS, is_block, load_presets, name_numbers
-from kohaku_wrap.merging.calls import SIGNATURES
-from kohaku_wrap.merging.tokens import Reader, Token
+from kohaku_wrap.merging.formula import tree as nodes
+from kohaku_wrap.merging.formula.calls import SIGNATURES
+from kohaku_wrap.merging.formula.tokens import Reader, Token
 
 DIGITS_LIMIT = 24
 RESERVED = ("net", "blocks", "only", "else")

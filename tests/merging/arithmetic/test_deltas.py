@@ -8,7 +8,7 @@ import torch
 from lycoris.functional import locon, loha, lokr
 from lycoris.functional.general import weight_decompose
 
-from kohaku_wrap.merging.deltas import Delta
+from kohaku_wrap.merging.arithmetic.deltas import Delta
 
 
 def draw(generator: np.random.Generator, *shape: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.running import run_merge
 
-from .conftest import Tensors, WriteModel
+from ..conftest import Tensors, WriteModel
 from .test_networks import CASES, LINEAR, NAME_OF_LINEAR, WriteNetwork, bake, named, train_module, weight_in_training
 
 lycoris = pytest.importorskip("lycoris")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kohaku_wrap.errors import UsageError
-from kohaku_wrap.merging.formula import Node, Span
+from kohaku_wrap.merging.formula.tree import Node, Span
 from kohaku_wrap.wording import mark_place
 
 LENGTH_LIMIT = 10_000

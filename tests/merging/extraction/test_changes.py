@@ -18,9 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.formats.safetensors import read_header
-from kohaku_wrap.merging.fitting import fit_kronecker, fit_low_rank, split_kronecker, squares_lost, sum_squares
+from kohaku_wrap.merging.extraction.fitting import (
+    fit_kronecker,
+    fit_low_rank,
+    split_kronecker,
+    squares_lost,
+    sum_squares,
+)
 
-from .conftest import SHAPES, TE2, UNET, Tensors, WriteModel, make_tensors
+from ..conftest import SHAPES, TE2, UNET, Tensors, WriteModel, make_tensors
 
 WriteNetwork = Callable[[str, Tensors], Path]
 NOT_IN_NETWORKS = ("first_stage_model.", "v_pred", "position_ids")

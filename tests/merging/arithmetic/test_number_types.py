@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.errors import ProblemsFound
-from kohaku_wrap.merging.kernels import as_bits, as_numbers
+from kohaku_wrap.merging.arithmetic.kernels import as_bits, as_numbers
+from kohaku_wrap.merging.arithmetic.rounding import FORMATS, Combination, round_fraction, sum_exactly
 from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
-from kohaku_wrap.merging.rounding import FORMATS, Combination, round_fraction, sum_exactly
 from kohaku_wrap.merging.running import run_merge
 
-from .conftest import UNET, Tensors, WriteModel
+from ..conftest import UNET, Tensors, WriteModel
 
 TYPES = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kohaku_wrap.merging.rounding import (
+from kohaku_wrap.merging.arithmetic.rounding import (
     FORMATS,
     Combination,
     narrow_to_odd,

@@ -9,11 +9,11 @@ from fractions import Fraction
 from functools import cache
 from typing import TypeVar
 
-from kohaku_wrap.merging import formula as nodes
 from kohaku_wrap.merging.blocks import blocks_of_key, is_in_part
-from kohaku_wrap.merging.calls import SIGNATURES, Call, WeightedSum, fault_of_number
-from kohaku_wrap.merging.kinds import bind_arguments, check_kinds, kind_of
-from kohaku_wrap.merging.tokens import FormulaError
+from kohaku_wrap.merging.formula import tree as nodes
+from kohaku_wrap.merging.formula.calls import SIGNATURES, Call, WeightedSum, fault_of_number
+from kohaku_wrap.merging.formula.kinds import bind_arguments, check_kinds, kind_of
+from kohaku_wrap.merging.formula.tokens import FormulaError
 
 SIZE_LIMIT_BITS = 256
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.demo.base_model import write_base_model
-from kohaku_wrap.merging.changes import write_network
+from kohaku_wrap.merging.extraction.changes import write_network
 from kohaku_wrap.merging.plan import MergeOptions
 from kohaku_wrap.merging.planning import plan_merge
 

@@ -1,0 +1,1 @@
+"""What a merge computes: exact sums rounded once, functions over tensors, deltas of networks."""

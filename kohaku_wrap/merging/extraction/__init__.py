@@ -1,0 +1,1 @@
+"""A change of weights written as a network."""

@@ -1,0 +1,1 @@
+"""Network files: their modules, and what those change."""
