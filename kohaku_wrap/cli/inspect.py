@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kohaku_wrap.cli.options import tags_option
+from kohaku_wrap.cli.options import refuse_idle, tags_option
 from kohaku_wrap.cli.output import (
     ESCAPES_IN_LINES,
     print_answer,
@@ -130,9 +130,11 @@ def command(file: Path, dataset: str | None, tag_table: Path | None, no_hash: bo
     from kohaku_wrap.sampling.pictures import is_png
 
     if is_png(file):
+        refuse_idle("with a picture", of=("dataset", "tag_table"))
         inspect_picture(file)
         return
     if file.is_dir() and holds_images(file):
+        refuse_idle("with tars", of=("dataset", "tag_table"))
         inspect_tars(file)
         return
     if dataset or tag_table or is_metadata(file):

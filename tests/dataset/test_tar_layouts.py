@@ -100,6 +100,15 @@ def test_every_layout_gives_every_post_and_is_named(layout: str, selection: Path
     assert document["tars"] + document["files_without_tar"] == sum(1 for path in tars.rglob("*.*") if path.is_file())
 
 
+def test_inspect_says_which_options_it_does_not_read(tmp_path: Path) -> None:
+    write_layout(tmp_path / "tars", "ID.ext")
+    picture = tmp_path / "drawn.png"
+    picture.write_bytes(draw(7))
+    for place, use in ((tmp_path / "tars", "with tars"), (picture, "with a picture")):
+        refused = CliRunner().invoke(program, ["inspect", str(place), "--dataset", "e621"], standalone_mode=False)
+        assert refused.exception and f"--dataset does nothing {use}" in str(refused.exception)
+
+
 def test_posts_that_gallery_dl_fetched_are_selected_by_its_json_and_extracted(tmp_path: Path) -> None:
     folder, images = tmp_path / "gallery-dl", tmp_path / "images"
     write_layout(folder, "SITE_ID_MD5.ext")
