@@ -110,14 +110,19 @@ def list_descendants(run: Run, with_checkpoints: bool) -> Iterator[Run]:
 
 
 def remove_run(removal: Removal) -> None:
-    """Remove the run; networks that stay lie in its `checkpoints/`, with its lock beside them. Raises RunIsBusy."""
+    """Remove the run; networks that stay lie in its `checkpoints/`, with its lock beside them.
+
+    Raises RunIsBusy, BadRunFolder.
+    """
     run = removal.run
+    # First, as the lock is read for it: nothing is moved where that cannot be read.
+    lock_name = f"{run.output_name}.lock.toml" if removal.kept else ""
     with holding(run):
         away = run.folder.with_name(f".{run.name}.{os.getpid()}.removed")
         run.folder.rename(away)
         if removal.kept:
             run.folder.mkdir()
-            (away / LOCK_FILE).rename(away / run.checkpoints.name / f"{run.output_name}.lock.toml")
+            (away / LOCK_FILE).rename(away / run.checkpoints.name / lock_name)
             (away / run.checkpoints.name).rename(run.checkpoints)
             fsync_folder(run.folder)
         try:

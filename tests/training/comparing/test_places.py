@@ -28,6 +28,7 @@ from kohaku_wrap.training.comparing.site_places import settle_places
 from kohaku_wrap.training.data.latent_index import StoreRule
 from kohaku_wrap.training.data.latent_rules import find_folder
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import BadRunFolder
 from kohaku_wrap.training.records.networks import is_finished
 from kohaku_wrap.training.starting.create import RunExists
 from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
@@ -339,6 +340,22 @@ def test_rename_keeps_checkpoints_and_refuses_names_that_are_taken(new_run: NewR
     moved = rename_run(run, "new")
     assert is_finished(moved) and read_places(moved).options["output_dir"] == str(moved.checkpoints)
     assert [path.name for path in moved.networks] == ["first.safetensors"] and other.folder.is_dir()
+
+
+def test_a_run_alone_in_its_folder_keeps_its_networks_or_is_not_touched(new_run: NewRun) -> None:
+    """Nothing else has read its lock by then."""
+    run = new_run("epsilon")
+    network = run.checkpoints / "epsilon.safetensors"
+    network.write_bytes(b"weights")
+    text = run.lock_file.read_text()
+    run.lock_file.write_text("run = [")
+    with pytest.raises(BadRunFolder, match="not TOML"):
+        remove_run(plan_removal(Run(run.folder), with_checkpoints=False))
+    assert network.is_file() and run.attempts.is_dir()
+    run.lock_file.write_text(text)
+    remove_run(plan_removal(Run(run.folder), with_checkpoints=False))
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["epsilon.lock.toml", "epsilon.safetensors"]
+    assert not list(run.folder.parent.glob(".*"))
 
 
 def test_a_signal_in_the_middle_of_a_removal_leaves_nothing(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
