@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from kohaku_wrap.errors import KwrapError, command_line
+from kohaku_wrap.files import match_names
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
+    FILE_NAME,
     BadLedger,
     LedgerFile,
     list_ledger_files,
@@ -18,13 +22,15 @@ class NoLedger(KwrapError):
     """The run has trained nothing yet, or its ledger is gone."""
 
 
-def read_files(run: Run) -> list[LedgerFile]:
-    """All files of the ledger, by attempt and rank.
+def read_files(run: Run, last_attempt: float = math.inf) -> list[LedgerFile]:
+    """The files of the ledger up to an attempt, by attempt and rank.
 
     Raises NoLedger where there is no record, BadLedger for a file under another's name.
     """
     files = []
     for attempt, rank, path in list_ledger_files(run.ledger):
+        if attempt > last_attempt:
+            break
         file = read_ledger_file(path)
         header = file.header
         if (header.attempt, header.rank) != (attempt, rank) or not header.processes:
@@ -35,7 +41,7 @@ def read_files(run: Run) -> list[LedgerFile]:
         files.append(file)
     if any(len(file.records) for file in files):
         return files
-    if names := sorted(path.name for path in run.ledger.glob("attempt-*")):
+    if names := sorted(path.name for name, path in match_names(run.ledger, FILE_NAME) if int(name[1]) <= last_attempt):
         raise NoLedger(
             f"{run.ledger}: no whole record in {', '.join(names)}",
             f"If the run has trained, they are damaged: restore them. See `{command_line('status', run.folder)}`.",

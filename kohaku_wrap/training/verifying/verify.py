@@ -76,7 +76,7 @@ def verify_run(
         run = places.find_run()
     count = run.lock.count
     last_attempt, last_step = (until.attempt, until.optimizer_step) if until else (math.inf, math.inf)
-    files = [file for file in read_files(run) if file.header.attempt <= last_attempt]
+    files = read_files(run, last_attempt)
     records = Records.of_files(files, count)
     attempts = [attempt for attempt in list_attempts(run) if attempt.number <= last_attempt]
     kept_until = {number: min(step, last_step) for number, step in last_kept_steps(attempts).items()}

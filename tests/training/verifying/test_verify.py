@@ -17,6 +17,7 @@ from written_ledgers import Change, expected_records, hold_out, set_losses, set_
 from kohaku_wrap.cli import program
 from kohaku_wrap.training.comparing.differences import NOT_KEPT_BY_0_1
 from kohaku_wrap.training.data.order import order_digest
+from kohaku_wrap.training.records.ancestry import Until
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
@@ -169,6 +170,20 @@ def test_a_ledger_that_ends_before_the_newest_state_is_found(new_run: NewRun) ->
     path.write_bytes(path.read_bytes()[: HEADER.size + RECORD.itemsize * (3 * 5 - 1) - 1])
     # The newest state is of step 4; of the four records of step 3 one is torn.
     assert faults(run) == {"missing": (5, 3, 11)}
+
+
+def test_the_part_of_a_run_that_left_no_record_is_said(new_run: NewRun) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 5)
+    write_life(run, 2, 1, 4, 9)
+    assert verify_run(run, until=Until(1, 4)).is_proved
+    path = ledger_file(run.ledger, 1, 0)
+    path.write_bytes(path.read_bytes()[: HEADER.size])
+    with pytest.raises(NoLedger, match=r"no whole record in attempt-0001-rank-000\.bin\n"):
+        verify_run(run, until=Until(1, 4))
+    path.unlink()
+    with pytest.raises(NoLedger, match="no record of any training"):
+        verify_run(run, until=Until(1, 4))
 
 
 def test_a_file_under_the_name_of_another_is_refused(new_run: NewRun) -> None:
