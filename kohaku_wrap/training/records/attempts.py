@@ -25,8 +25,9 @@ from kohaku_wrap.training.records.signs import Failure, Heartbeat, Phase, leave_
 Outcome = Literal["finished", "stopped"]
 
 SUPERVISOR_BEAT = "supervisor-beat"
-MESSAGE_LENGTH = 500
-"""Of a heartbeat's message, so that a sign of life holds it in any alphabet."""
+MESSAGE_LENGTH = 300
+"""Of a heartbeat's message, so that a sign of life holds it in any alphabet: JSON takes up to 12 bytes for a character.
+"""
 
 RUN_VARIABLE = "KWRAP_RUN"
 ATTEMPT_VARIABLE = "KWRAP_ATTEMPT"

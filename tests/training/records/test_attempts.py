@@ -63,6 +63,9 @@ def test_signs_of_life_failures_and_results(attempt: Attempt) -> None:
     assert attempt.failures()[0].message == "3.png"
     attempt.finish("stopped", 8)
     assert (attempt.result() or {})["outcome"] == "stopped"
+    attempt.beat(0, "paused", 8, message="\N{GRINNING FACE}" * 1000)
+    attempt.beat(0, "saving", 9)
+    assert attempt.heartbeats()[0].optimizer_step == 9, "a long one is covered in any alphabet"
     (attempt.folder / "heartbeat-rank-000.json").write_text("{")
     assert [beat.rank for beat in attempt.heartbeats()] == [1], "one that is being written is left out"
 
