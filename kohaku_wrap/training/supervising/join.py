@@ -10,7 +10,8 @@ from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.outlets import telling_losses
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.training.comparing.accepting import refuse_changes
-from kohaku_wrap.training.comparing.differences import list_changes
+from kohaku_wrap.training.comparing.differences import check_captions, list_changes
+from kohaku_wrap.training.comparing.site_places import settle_places
 from kohaku_wrap.training.records.attempts import Attempt, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.networks import is_finished
@@ -36,8 +37,8 @@ LAST_SECONDS = 30.0
 def check_join(run: Run, machine_rank: int) -> None:
     """Everything that this machine can be refused for, before it waits.
 
-    Raises UsageError for a rank that the run does not have, RunFinished, MissingExtra, MissingRequirements, and
-    DifferentRun where models, captions or the trainer of this machine are not the run's.
+    Raises UsageError for a rank that the run does not have, RunFinished, MissingExtra, MissingRequirements,
+    DifferentRun where models, captions or the trainer of this machine are not the run's, DamagedCaptions.
     """
     refuse_rank(run, machine_rank)
     if is_finished(run):
@@ -45,7 +46,10 @@ def check_join(run: Run, machine_rank: int) -> None:
     find_engine(run.lock.engine).require_packages()
     attempts = list_attempts(run)
     accepted = attempts[-1].allow if attempts else frozenset()
-    refuse_changes(f"run {run.name} on machine {machine_rank}", list_changes(run), accepted, run.lock.format)
+    places = settle_places(run)
+    changes = list_changes(run, places=places)
+    refuse_changes(f"run {run.name} on machine {machine_rank}", changes, accepted, run.lock.format)
+    check_captions(run, places.images)
 
 
 def describe_join(run: Run, machine_rank: int) -> Launch:

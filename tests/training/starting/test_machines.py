@@ -16,6 +16,7 @@ from plain_runs import misbehave, train
 from kohaku_wrap.cli import program
 from kohaku_wrap.config.site import check_accelerate, find_contradictions, load_site
 from kohaku_wrap.errors import KwrapError, ProblemsFound, UsageError
+from kohaku_wrap.formats.caption_writer import DamagedCaptions
 from kohaku_wrap.training.records.attempts import Attempt, read_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.starting.launch import plan_attempt_launch
@@ -141,6 +142,15 @@ def test_who_may_join(new_run: NewRun) -> None:
         assert isinstance(error, KwrapError)
         assert words in error.message
         assert error.exit_code == 2
+
+
+def test_a_machine_whose_own_captions_are_damaged_does_not_join(new_run: NewRun) -> None:
+    run = new_run(processes=4, accumulation=1, machine=MACHINE)
+    join.check_join(run, 1)
+    captions = run.folder.parent.parent / "images" / "captions.arrow"
+    captions.write_bytes(captions.read_bytes().replace(b"1girl ||| tag 3 |||", b"1girl ||| tug 3 |||"))
+    with pytest.raises(DamagedCaptions, match="its rows have the digest"):
+        join.check_join(run, 1)
 
 
 def test_an_attempt_that_another_machine_left_is_ended(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
