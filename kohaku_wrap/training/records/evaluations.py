@@ -93,9 +93,10 @@ def list_evaluation_files(run: Run) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in match_names(run.evaluations, NAME) if path.is_file())
 
 
-def read_evaluations(run: Run) -> Iterator[Evaluation]:
+def read_evaluations(run: Run, newest_first: bool = False) -> Iterator[Evaluation]:
     """All evaluations of a run by optimizer step; files that are none are left out."""
-    for step, path in list_evaluation_files(run):
+    files = list_evaluation_files(run)
+    for step, path in reversed(files) if newest_first else files:
         with suppress(OSError, ValueError):
             found = read_evaluation(path)
             if found.optimizer_step == step:
@@ -104,7 +105,4 @@ def read_evaluations(run: Run) -> Iterator[Evaluation]:
 
 def read_last_evaluation(run: Run) -> Evaluation | None:
     """That after the latest step; None where there is none that can be read."""
-    for _, path in reversed(list_evaluation_files(run)):
-        with suppress(OSError, ValueError):
-            return read_evaluation(path)
-    return None
+    return next(read_evaluations(run, newest_first=True), None)

@@ -55,15 +55,17 @@ def test_an_evaluation_comes_back_to_the_bit(new_run: NewRun) -> None:
 
 def test_files_that_are_none_are_left_out(new_run: NewRun) -> None:
     run = new_run()
-    write_evaluation(run, measured(2, 0.2))
+    for step in (2, 3):
+        write_evaluation(run, measured(step, 0.2))
     evaluation_file(run, 4).write_bytes(b"torn")
     pq.write_table(pa.table({"id": [1]}), evaluation_file(run, 6))
     newer = pq.read_table(evaluation_file(run, 2)).replace_schema_metadata({b"kwrap": b'{"format": 2}'})
     pq.write_table(newer, evaluation_file(run, 8))
+    evaluation_file(run, 10).write_bytes(evaluation_file(run, 2).read_bytes())
     (run.evaluations / "notes.txt").write_text("mine")
-    assert [each.optimizer_step for each in read_evaluations(run)] == [2]
+    assert [each.optimizer_step for each in read_evaluations(run)] == [2, 3]
     last = read_last_evaluation(run)
-    assert last is not None and last.optimizer_step == 2
+    assert last is not None and last.optimizer_step == 3
     with pytest.raises(ValueError, match="format 2, and this kwrap reads 1"):
         read_evaluation(evaluation_file(run, 8))
 
