@@ -112,6 +112,25 @@ def sort_files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Folders from the top down, as os.walk gives them.
+
+    Raises OSError for one that cannot be listed: passed by, what is in it would be missing and nobody would know.
+    """
+
+    def refuse(error: OSError) -> None:
+        if Path(str(error.filename)).name != "lost+found":  # The system's own, at the top of many disks.
+            raise error
+
+    return os.walk(folder, onerror=refuse)
+
+
+def list_below(folder: Path) -> Iterator[Path]:
+    """All files and folders below a folder, in any order. Raises OSError as `walk` does."""
+    for parent, folders, files in walk(folder):
+        yield from (Path(parent, name) for name in (*folders, *files))
+
+
 def describe_absence(path: Path, wanted: str = "file") -> str:
     """Why there is no regular file to read: nothing of the name, a folder, or a pipe, a socket or a device."""
     if not path.exists():

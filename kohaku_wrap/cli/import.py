@@ -106,7 +106,7 @@ def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: 
         print_aside(f"note: {note}")
     payload = {"out": str(images), "dry_run": dry_run, **as_document(report), **where}
     print_answer(payload, "Images of your own", rows_of_report(report, where))
-    report.check(max_missing)
+    report.check(max_missing, dry_run)
     print_next("run it again without --dry-run" if dry_run else next_command(images))
 
 

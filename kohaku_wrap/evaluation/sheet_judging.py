@@ -20,7 +20,7 @@ from kohaku_wrap.evaluation.judges import WORST_TO_BEST, Features, Judge, Unread
 from kohaku_wrap.evaluation.looking import Looker
 from kohaku_wrap.evaluation.other_results import FORMAT, list_versions
 from kohaku_wrap.evaluation.sheet_pairs import compare_models
-from kohaku_wrap.files import Progress, sort_files
+from kohaku_wrap.files import Progress, list_below, sort_files
 from kohaku_wrap.sampling.compose import words_of_prompt
 from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
 from kohaku_wrap.sampling.pictures import PARAMETERS, NotOurs, read_record, read_texts
@@ -90,7 +90,7 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def choose_references(folder: Path) -> list[Path]:
     """Pictures of a folder and of those below it, at most MOST_REFERENCES, drawn by their names. Raises NoPictures."""
-    found = sort_files(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS)
+    found = sort_files(path for path in list_below(folder) if path.suffix.lower() in ENDINGS)
     if not found:
         raise NoPictures(f"{folder}: no picture in it or below it", "Give a folder such as the extracted images.")
     keys = np.array([stream_key(path.relative_to(folder).as_posix()) for path in found], dtype=np.uint64)

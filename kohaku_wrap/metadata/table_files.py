@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
-from kohaku_wrap.files import sort_files
+from kohaku_wrap.files import list_below, sort_files
 from kohaku_wrap.formats.disguises import START_BYTES, name_disguise
 from kohaku_wrap.metadata.source import DatabaseDamaged
 
@@ -100,7 +100,7 @@ def find_table_files(path: Path) -> TableFiles:
 
 def _find_in_folder(folder: Path) -> TableFiles:
     for kind, endings in SUFFIXES.items():
-        deep = sort_files(one for one in folder.rglob("*") if one.name.lower().endswith(endings))
+        deep = sort_files(one for one in list_below(folder) if one.name.lower().endswith(endings))
         deep = [one for one in deep if one.name != "info.json" and not one.name.startswith(".")]
         files = [one for one in deep if one.parent == folder] or deep
         if not files:

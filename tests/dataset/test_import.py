@@ -350,6 +350,109 @@ def test_captions_come_from_tables(tmp_path: Path, out: Path, write: Table) -> N
     assert captions_of(out) == {"a.png": "one, two", "ü b.png": 'three, "four" ☂'}
 
 
+def dictionaries(path: Path) -> None:
+    columns = {"file_name": ["a.png", "b.png"], "text": ["one", "two"]}
+    table = pa.table({name: pa.array(some).dictionary_encode() for name, some in columns.items()})
+    pq.write_table(table, path / "metadata.parquet")
+
+
+def lists(path: Path) -> None:
+    table = pa.table({"file_name": ["a.png", "b.png"], "text": [["one", "another"], ["two"]]})
+    pq.write_table(table, path / "metadata.parquet")
+
+
+def lists_in_lines(path: Path) -> None:
+    rows = ({"file_name": "a.png", "text": ["one", "another"]}, {"file_name": "b.png", "text": "two"})
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("write", [dictionaries, lists, lists_in_lines])
+def test_captions_of_any_type_of_text_are_read(tmp_path: Path, out: Path, write: Callable[[Path], None]) -> None:
+    folder = tmp_path / "mine"
+    for seed, name in enumerate(("a.png", "b.png")):
+        paint(folder / name, seed=seed)
+    write(folder)
+    report = run(folder, "--out", out)
+    several = write is not dictionaries
+    assert captions_of(out) == {"a.png": "one\nanother" if several else "one", "b.png": "two"}
+    assert report["several_lines"] == several
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metadata.csv", "file_name,Caption\na.png,one\n", "no captions: none of text, caption"),
+        ("metadata.csv", "file_name,Caption\na.png,one\n", "its columns: file_name, Caption"),
+        ("metadata.csv", "", "it holds no row"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": {"en": "one"}}', 'row 1: {"en": "one"} is no caption'),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": true}', "row 1: true is no caption"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "one"}\n\n{"file_name": ', "line 3 is no JSON"),
+        ("metadata_cache.json", '{"a.png": {"caption": [["one"]]}}', 'a.png: [["one"]] is no caption'),
+    ],
+)
+def test_a_table_that_says_no_captions_is_refused(tmp_path: Path, out: Path, name: str, text: str, said: str) -> None:
+    folder = tmp_path / "mine"
+    paint(folder / "a.png")
+    (folder / name).write_text(text)
+    assert said in run(folder, "--out", out, code=2)
+    assert not out.exists()
+
+
+def test_tags_of_a_table_follow_the_separator_of_their_subset(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "mine" / "a.png")
+    (tmp_path / "meta.json").write_text('{"a": {"caption": "one", "tags": "two; three"}}')
+    (tmp_path / "set.toml").write_text(
+        f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{tmp_path}/mine"\n'
+        f'metadata_file = "{tmp_path}/meta.json"\ncaption_separator = ";"\n'
+    )
+    run(tmp_path / "set.toml", "--out", out)
+    assert captions_of(out) == {"a.png": "one;two; three"}
+
+
+def test_a_face_without_a_caption_has_that_of_its_picture_as_in_sd_scripts(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "4_me"
+    for seed, name in enumerate(("x_y_10_20_30_40.png", "x_y_1_2_3_4.png", "own_1_2_3_4.png", "none_1_2_3_4.png")):
+        paint(folder / name, seed=seed)
+    (folder / "x_y.txt").write_text("of both")
+    (folder / "own.txt").write_text("of the picture")
+    (folder / "own_1_2_3_4.txt").write_text("of the face")
+    report = run(folder, "--out", out)
+    assert captions_of(out) == {
+        "x_y_10_20_30_40.png": "of both",
+        "x_y_1_2_3_4.png": "of both",
+        "own_1_2_3_4.png": "of the face",
+        "none_1_2_3_4.png": "me",
+    }
+    assert (report["without_caption"], report["shared_text"]) == (1, 2)
+
+
+def test_a_folder_that_nobody_may_list_is_named_not_passed_by(mine: Path, out: Path) -> None:
+    run(mine, "--out", out)
+    (mine / "sub dir").chmod(0o000)
+    rights = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    argv = [*rights, sys.executable, "-m", "kohaku_wrap", "import", str(mine), "--out", str(out)]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
+    (mine / "sub dir").chmod(0o755)
+    assert (ended.returncode, len(rows_of(out))) == (1, 5)
+    assert f"{mine}/sub dir: Permission denied" in ended.stderr
+
+
+def test_a_dry_run_does_not_name_a_report_as_if_it_were_there(tmp_path: Path, out: Path) -> None:
+    folder = tmp_path / "mine"
+    paint(folder / "a.png", text="one")
+    (folder / "b.png").write_bytes(b"")
+    assert "\nWithout --dry-run" in run_plainly(folder, "--out", out, "--dry-run")
+    assert "\nWithout --dry-run" not in run_plainly(folder, "--out", out)
+
+
+def run_plainly(*words: object) -> str:
+    """What is shown by an import that ends with 1."""
+    argv = [sys.executable, "-m", "kohaku_wrap", "import", *map(str, words)]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    return ended.stderr
+
+
 def test_a_table_that_names_what_is_not_there_is_counted(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "mine" / "a.png")
     lines(tmp_path / "mine", {"a.png": "a", "gone.png": "b"})

@@ -13,6 +13,7 @@ import numpy as np
 
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.files import list_below
 from kohaku_wrap.metadata.filters import STILL_EXTENSIONS
 
 FOLDERS = 1000
@@ -135,7 +136,7 @@ def find_tars(folder: Path) -> TarFolder:
     if not folder.is_dir():
         raise NoTars(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder of tars'}", ADVICE)
     found: dict[str, dict[int, list[Path]]] = {layout.name: {} for layout in LAYOUTS}
-    for path in sorted(folder.rglob("*.tar")):
+    for path in sorted(path for path in list_below(folder) if path.suffix == ".tar"):
         below = path.relative_to(folder.parent).as_posix()
         for layout in LAYOUTS:
             if match := layout.pattern.fullmatch(below):
@@ -165,7 +166,7 @@ def find_plain(folder: Path) -> dict[str, dict[int, list[Path]]]:
     """
     found: dict[str, dict[int, list[Path]]] = {layout.name: {} for layout in WITHOUT_TARS}
     sites: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(list_below(folder)):
         for layout in WITHOUT_TARS:
             match = layout.pattern.fullmatch(path.name)
             if match and match["ext"].lower() in STILL_EXTENSIONS:
@@ -204,9 +205,10 @@ def describe_counts(counts: Mapping[str, int]) -> dict[str, str]:
 
 def holds_images(folder: Path) -> bool:
     """Whether a folder is one of tars, or of images named by their ids with no table or JSON among them."""
-    if next(folder.rglob("*.tar"), None) is not None:
+    paths = list(list_below(folder))
+    if any(path.suffix == ".tar" for path in paths):
         return True
-    names = [path.name.lower() for path in folder.rglob("*")]
+    names = [path.name.lower() for path in paths]
     return any(map(is_image_of_post, names)) and not any(name.endswith(TABLE_ENDINGS) for name in names)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, UsageError
+from kohaku_wrap.files import walk
 from kohaku_wrap.formats.caption_rows import Subset
 from kohaku_wrap.toml_files import TableReader, load_toml
 from kohaku_wrap.wording import is_utf8
@@ -252,7 +253,7 @@ def list_sources(root: Path, label: str, plain: bool) -> list[Source]:
 
 def refuse_regularisation(root: Path) -> None:
     """Raise NotForTraining where the folder, or one at any depth that would be read, has such a folder's name."""
-    for parent, folders, _ in os.walk(root):
+    for parent, folders, _ in walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         folder = Path(parent)
         if (folder.resolve() if folder == root else folder).name.casefold() in REGULARISATION_NAMES:
@@ -336,7 +337,7 @@ def fits(value: Any, kind: type) -> bool:
 def scan(source: Source) -> Found:
     """List the files of a source with those in its sub-folders; hidden ones are left out."""
     found = Found(source)
-    for parent, folders, files in os.walk(source.folder):
+    for parent, folders, files in walk(source.folder):
         below = os.path.relpath(parent, source.folder)
         start = "" if below == "." else f"{below}/"
         folders[:] = sorted(

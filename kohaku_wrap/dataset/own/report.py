@@ -87,7 +87,7 @@ class ImportReport:
         """The length of a list."""
         return len(self.lists[name])
 
-    def check(self, max_missing: int) -> None:
+    def check(self, max_missing: int, dry_run: bool) -> None:
         """Raise ImportLacking when more than `max_missing` images are missing or were refused, or all of them."""
         kinds = {"missing": "named, but not there", "corrupt": "no whole still image", "not_utf8": "caption not UTF-8"}
         lacking, wanted = sum(map(self.count, kinds)), self.found + self.count("missing")
@@ -95,11 +95,12 @@ class ImportReport:
             return
         first = next(entry for name in kinds for entry in self.lists[name])
         counts = ", ".join(f"{self.count(name):,} {words}" for name, words in kinds.items() if self.count(name))
+        when = "Without --dry-run " if dry_run else ""
         allow = f", or add --max-missing {lacking} to go on without them" if self.total else ""
         raise ImportLacking(
             f"{lacking:,} of {wanted:,} images cannot be used ({counts}); the first is "
             f"{first['image']}: {first['reason']}",
-            f"{self.images / REPORT_FILE} lists them all. Fix them and run the same command again{allow}.",
+            f"{when}{self.images / REPORT_FILE} lists them all. Fix them and run the same command again{allow}.",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from kohaku_wrap.metadata.dialects import is_text
 
 PATH_COLUMNS = ("file_name", "image_path", "image", "path", "file", "filename")
 TAGS_COLUMN = "tags"
+FORMS = "Give .jsonl, .json, .csv or .parquet in UTF-8."
 
 
 class CaptionsUnclear(UsageError):
@@ -81,7 +83,7 @@ def read_texts(found: Found, wanted: str, text_column: str) -> Texts:
         return read_table(found, [find_table(found, wanted)], text_column)
     stems = {image.rpartition(".")[0] for image in found.images}
     index = index_texts(found)
-    there = [ending for ending in TEXT_ENDINGS if any(f"{stem}{ending}" in index for stem in stems)]
+    there = [ending for ending in TEXT_ENDINGS if any(find_neighbour(index, stem, ending) for stem in stems)]
     tables = [path for path in found.tables if path.name != CACHE_FILE]
     there += sorted({path.name for path in tables})
     if len(there) > 1:
@@ -105,6 +107,13 @@ def index_texts(found: Found) -> dict[str, str]:
     return index
 
 
+def find_neighbour(index: Mapping[str, str], stem: str, ending: str) -> str:
+    """The caption file of an image; of a face NAME_X_Y_W_H that has none, NAME's, as sd-scripts takes it. Or empty."""
+    folder, slash, name = stem.rpartition("/")
+    stems = (stem, f"{folder}{slash}{name.rsplit('_', 4)[0]}") if name.count("_") >= 4 else (stem,)
+    return next((index[f"{each}{ending}"] for each in stems if f"{each}{ending}" in index), "")
+
+
 def find_table(found: Found, name: str) -> Path:
     """The file of captions that a person named. Raises NoTable."""
     for path in (found.source.folder / name, Path(name)):
@@ -118,12 +127,12 @@ def read_neighbours(found: Found, ending: str) -> Texts:
     """Captions in files of the images' names."""
     texts = Texts(f"{ending} files", are_files=True)
     index = index_texts(found)
-    by_stem = defaultdict(list)
+    images_of = defaultdict(list)
     for image in found.images:
-        by_stem[image.rpartition(".")[0]].append(image)
-    for stem, images in by_stem.items():
-        name = index.get(f"{stem}{ending}", f"{stem}{ending}")
-        texts.in_capitals += [name] * (name != f"{stem}{ending}")
+        stem = image.rpartition(".")[0]
+        images_of[find_neighbour(index, stem, ending) or f"{stem}{ending}"].append(image)
+    for name, images in images_of.items():
+        texts.in_capitals += [name] * (not name.endswith(ending))
         path = found.source.folder / name
         try:
             text: str | None = read_regular(path)
@@ -159,8 +168,9 @@ def read_table(found: Found, tables: list[Path], text_column: str) -> Texts:
     places = {normalise(image): image for image in found.images}
     by_stem = {name.rpartition(".")[0]: image for name, image in places.items()}
     text_of: dict[str, str | None] = {}
+    separator = str(found.source.subset.options.get("caption_separator") or ",")
     for table in tables:
-        for key, text in read_entries(table, text_column):
+        for key, text in read_entries(table, text_column, separator):
             names = list(name_ways(found, table, key))
             image = next((places[name] for name in names if name in places), None)
             image = image or next((by_stem[name] for name in names if name in by_stem), None)
@@ -185,10 +195,11 @@ def name_ways(found: Found, table: Path, key: str) -> Iterator[str]:
                 yield whole.relative_to(normalise(str(root))).as_posix()
 
 
-def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None]]:
-    """Path and caption of each entry of a table. Raises NoTable."""
-    kinds = "Give .jsonl, .json, .csv or .parquet in UTF-8."
-    with refusing(NoTable, f"{path}: cannot be read", kinds, csv.Error, pa.ArrowException):
+def read_entries(path: Path, text_column: str, separator: str) -> Iterator[tuple[str, str | None]]:
+    """Path and caption of each entry of a table; `separator` stands before its tags. Raises NoTable."""
+    columns: dict[str, None] = {}
+    has_captions = bool(text_column)
+    with refusing(NoTable, f"{path}: cannot be read", FORMS, csv.Error, pa.ArrowException):
         for number, (key, row) in enumerate(read_rows(path), 1):
             if key is None:
                 column = next((name for name in PATH_COLUMNS if isinstance(row.get(name), str)), None)
@@ -197,8 +208,18 @@ def read_entries(path: Path, text_column: str) -> Iterator[tuple[str, str | None
                         f"{path}: row {number} has no path: none of {', '.join(PATH_COLUMNS)}",
                         "Name the column of paths file_name.",
                     )
-                key = row[column]
-            yield key, find_text(path, row, text_column)
+                entry, key = f"row {number}", row[column]
+            else:
+                entry = key
+            has_captions = has_captions or any(name in row for name in (*TEXT_COLUMNS, TAGS_COLUMN))
+            columns |= dict.fromkeys(map(str, row))
+            yield key, find_text(path, entry, row, text_column, separator)
+    if not has_captions:
+        there = f"its columns: {', '.join(columns)}" if columns else "it holds no row"
+        raise NoTable(
+            f"{path}: no captions: none of {', '.join((*TEXT_COLUMNS, TAGS_COLUMN))}; {there}",
+            "Name the column with --text-column, or say where captions are: --captions .txt or another file.",
+        )
 
 
 def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
@@ -208,19 +229,33 @@ def read_rows(path: Path) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
         raise OSError("not a regular file")
     if ending == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches():
-            names = [each.name for each in batch.schema if each.name == TAGS_COLUMN or is_text(each.type)]
+            names = [each.name for each in batch.schema if holds_texts(each.type)]
             yield from ((None, row) for row in batch.select(names).to_pylist())
     elif ending == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as stream:
             yield from ((None, row) for row in csv.DictReader(stream))
     elif ending == ".jsonl":
         with path.open(encoding="utf-8-sig") as stream:
-            yield from ((None, parse_json(line)) for line in stream if line.strip())
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = parse_json(line)
+                except ValueError as error:
+                    raise NoTable(f"{path}: line {number} is no JSON", "Write one object a line.") from error
+                yield None, row
     else:
         yield from parse_json(path.read_text(encoding="utf-8-sig")).items()
 
 
-def find_text(path: Path, row: Mapping[str, Any], text_column: str) -> str | None:
+def holds_texts(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts or lists of texts, each once with numbers in their place too."""
+    while pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return is_text(kind)
+
+
+def find_text(path: Path, entry: str, row: Mapping[str, Any], text_column: str, separator: str) -> str | None:
     """The caption of one entry, with the tags of sd-scripts' fine-tuning files after it, joined as it does.
 
     Raises CaptionsUnclear, NoTable.
@@ -228,14 +263,24 @@ def find_text(path: Path, row: Mapping[str, Any], text_column: str) -> str | Non
     if text_column:
         if text_column not in row:
             raise NoTable(f"{path}: no column {text_column}", f"Its columns: {', '.join(map(str, row))}.")
-        return None if row[text_column] is None else str(row[text_column])
+        return None if row[text_column] is None else as_text(path, entry, row[text_column], "\n")
     there = [name for name in TEXT_COLUMNS if row.get(name) is not None]
     if len(there) > 1:
         raise CaptionsUnclear(
             f"{path}: captions stand in {' and in '.join(there)}, and one is meant",
             f"Say which: --text-column {there[0]} or --text-column {there[1]}.",
         )
-    tags = row.get(TAGS_COLUMN)
-    parts = [str(row[name]) for name in there]
-    parts += [", ".join(map(str, tags)) if isinstance(tags, list) else str(tags)] if tags else []
-    return ",".join(part for part in parts if part) if parts else None
+    parts = [as_text(path, entry, row[name], "\n") for name in there]
+    parts += [as_text(path, entry, row[TAGS_COLUMN], ", ")] if row.get(TAGS_COLUMN) else []
+    return separator.join(part for part in parts if part) if parts else None
+
+
+def as_text(path: Path, entry: str, value: Any, joint: str) -> str:
+    """A caption as it stands, several of them joined. Raises NoTable for what is no text."""
+    several = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str | int | float) and not isinstance(each, bool) for each in several):
+        raise NoTable(
+            f"{path}: {entry}: {json.dumps(value, ensure_ascii=False, default=str)[:60]} is no caption",
+            "Write a text there, or a list of texts.",
+        )
+    return joint.join(map(str, several))
