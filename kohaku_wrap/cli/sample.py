@@ -130,7 +130,7 @@ def command(
     PNG says how it was made, for galleries and for `kwrap inspect`. Seeds do not give the webui's pictures: the noise
     of a picture follows from its seed and step alone, on every device.
     """
-    from kohaku_wrap.sampling.contact_sheet import choose_axes, write_contact_sheet
+    from kohaku_wrap.sampling.contact_sheet import choose_axes, write_contact_sheets
     from kohaku_wrap.sampling.running import draw_sheet, find_waiting
     from kohaku_wrap.training.records.samples import ASKED_FOLDER
 
@@ -155,12 +155,11 @@ def command(
         print_note(f"note: {name} does not say what it predicts; epsilon is assumed (--prediction)")
     waiting = find_waiting(job)
     if dry_run:
-        show(job, waiting, None, dry_run=True)
+        show(job, waiting, [], dry_run=True)
         return
     with progress_bar("draw", "pictures") as report:
         draw_sheet(job, waiting, report)
-    contact = write_contact_sheet(out, job.cells, sheet.rows, sheet.columns)
-    show(job, waiting, contact, dry_run=False)
+    show(job, waiting, write_contact_sheets(out, job.cells, sheet.rows, sheet.columns), dry_run=False)
 
 
 def draw_queued(site: Path | None, asked: dict[str, Any], dry_run: bool) -> None:
@@ -203,7 +202,7 @@ def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path
     return DrawingJob(cells, known, hashes, folders, out, asked["jobs"], asked["offload"])
 
 
-def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, dry_run: bool) -> None:
+def show(job: DrawingJob, waiting: list[PlacedCell], contacts: list[Path], dry_run: bool) -> None:
     """Print what was drawn, or would be."""
     from kohaku_wrap.training.records.samples import ASKED_FOLDER
 
@@ -217,7 +216,8 @@ def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, dry_r
     ]  # fmt: skip
     compute = job.cells[0].cell.compute
     payload = {"dry_run": dry_run, "pictures": pictures, "compute": asdict(compute),
-               "contact_sheet": str(contact) if contact else None}  # fmt: skip
+               "contact_sheet": str(contacts[0]) if contacts else None,
+               "further_contact_sheets": list(map(str, contacts[1:]))}  # fmt: skip
     kept = len(pictures) - len(new)
     rows: list[tuple[str, Any]] = [
         ("pictures", f"{len(pictures):,}: {len(new):,} {'to draw' if dry_run else 'drawn'}, {kept:,} there already"),
@@ -228,7 +228,8 @@ def show(job: DrawingJob, waiting: list[PlacedCell], contact: Path | None, dry_r
     if dry_run:
         rows += [("picture", job.out / each.cell.name) for each in job.cells]
     else:
-        rows.append(("contact sheet", contact))
+        rows.append(("contact sheet", contacts[0]))
+        rows += [("further sheets", f"{len(contacts) - 1:,}, to {contacts[-1].name}")] if contacts[1:] else []
     following = command_line("inspect", pictures[0]["file"])
     if job.out.name == ASKED_FOLDER:
         following = command_line("report", show_path(job.out.parent.parent))

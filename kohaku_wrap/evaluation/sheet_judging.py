@@ -25,7 +25,7 @@ from kohaku_wrap.sampling.compose import words_of_prompt
 from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
 from kohaku_wrap.sampling.pictures import PARAMETERS, NotOurs, read_record, read_texts
 from kohaku_wrap.streams import draws, stream_key
-from kohaku_wrap.training.records.samples import CONTACT_SHEET, read_sheet_record
+from kohaku_wrap.training.records.samples import CONTACT_SHEETS, read_sheet_record
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 CORRUPTED = "corrupted"
@@ -81,7 +81,7 @@ def list_pictures(folder: Path) -> list[Path]:
         raise NoPictures(f"{folder}: no such folder", "Give the folder that `kwrap sample --out` wrote.")
     found = sort_files(
         path for path in folder.iterdir()
-        if path.suffix.lower() in ENDINGS and path.name != CONTACT_SHEET and not path.name.startswith(".")
+        if path.suffix.lower() in ENDINGS and not CONTACT_SHEETS.fullmatch(path.name) and not path.name.startswith(".")
     )  # fmt: skip
     if not found:
         raise NoPictures(f"{folder}: no picture in it", "Draw some: `kwrap sample MODEL --prompt TEXT --out DIR`.")

@@ -13,7 +13,7 @@ from kohaku_wrap.reporting.evaluations import DEEPEST, list_single
 from kohaku_wrap.reporting.page import render
 from kohaku_wrap.reporting.pictures import list_files, name_row, place_of_row, refer
 from kohaku_wrap.training.records.documents import read_json_files
-from kohaku_wrap.training.records.samples import CONTACT_SHEET, read_sheet_record
+from kohaku_wrap.training.records.samples import CONTACT_SHEETS, read_sheet_record
 
 LEFT_OUT = ("scores", "pictures", "pictures_without_known_tag", "unknown_tags", "threshold", "reference_pictures")
 """Of a score, what says nothing of how good the model is in all, by a part of its name."""
@@ -63,7 +63,7 @@ def list_rows(points: Sequence[GridPoint], folder: Path) -> list[tuple[str, list
     for place, point in enumerate(points):
         labels = read_sheet_record(point.pictures).get("pictures", {})
         for path in list_files(point.pictures):
-            if path.name != CONTACT_SHEET:
+            if not CONTACT_SHEETS.fullmatch(path.name):
                 row = rows.setdefault(name_row(path, labels.get(path.name), []), [""] * len(points))
                 row[place] = refer(path, folder)
     return sorted(rows.items(), key=lambda row: place_of_row(row[0]))

@@ -15,6 +15,7 @@ from kohaku_wrap.training.records.folder import STATE_NAME, Run
 from kohaku_wrap.training.records.samples import (
     ASKED_FOLDER,
     CONTACT_SHEET,
+    CONTACT_SHEETS,
     TRAINER_FOLDER,
     TRAINER_PICTURE,
     read_sheet_record,
@@ -82,7 +83,7 @@ def list_pictures(run: Run) -> Iterator[Picture]:
             continue
         labels = read_sheet_record(folder).get("pictures", {})
         for path in list_files(folder):
-            if path.name != CONTACT_SHEET:
+            if not CONTACT_SHEETS.fullmatch(path.name):
                 yield Picture(name_row(path, labels.get(path.name), prompts), int(found[1]), path)
     for path in list_files(run.checkpoints / TRAINER_FOLDER):
         if (step := step_of_trainer_picture(run, path)) is not None:

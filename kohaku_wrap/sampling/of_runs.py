@@ -20,7 +20,7 @@ from kohaku_wrap.sampling.checkpoints import (
     identify_model,
 )
 from kohaku_wrap.sampling.chunks import digest_tokenizers, find_tokenizers
-from kohaku_wrap.sampling.contact_sheet import write_contact_sheet
+from kohaku_wrap.sampling.contact_sheet import write_contact_sheets
 from kohaku_wrap.sampling.expanding import Defaults, KnownModel, expand_sheet
 from kohaku_wrap.sampling.running import DrawingJob, draw_sheet, find_waiting
 from kohaku_wrap.sampling.sheets import Sheet, SheetPrompt
@@ -126,7 +126,7 @@ def draw_queue(run: Run, compute: Compute, on_bytes: Progress, on_picture: Progr
         try:
             job = job_of_run(run, pictures, compute, on_bytes)
             draw_sheet(job, find_waiting(job), on_picture)
-            write_contact_sheet(job.out, job.cells)
+            write_contact_sheets(job.out, job.cells)
         except (KwrapError, OSError):
             if pictures.network.is_file():
                 raise

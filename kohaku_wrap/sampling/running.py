@@ -109,7 +109,7 @@ def draw_sheet(job: DrawingJob, waiting: Sequence[PlacedCell], on_progress: Prog
             too_large |= dict.fromkeys(answer.get("too_large", ()), answer.get("what", ""))
             drawn |= {answer["drawn"]} if "drawn" in answer else set()
             on_progress(len(drawn), len(waiting))
-    clear_leavings(job.out, f".{SHEET_RECORD}.*.part", ".contact-sheet.png.*.part")
+    clear_leavings(job.out, f".{SHEET_RECORD}.*.part", ".contact-sheet*.part")
     if missing := [each.cell.name for each in find_waiting(job) if each.cell.name in too_large]:
         more = f" (and for {len(missing) - 1:,} more of the sheet)" if missing[1:] else ""
         raise TooLittleMemory(

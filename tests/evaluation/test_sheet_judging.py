@@ -38,7 +38,8 @@ def sheet(tmp_path: Path) -> Path:
     draw(3).save(folder / "3.png", pnginfo=text)
     draw(4).save(folder / "4.jpg")
     (folder / "5.png").write_bytes((folder / "1.png").read_bytes()[:200])
-    draw(5).save(folder / "contact-sheet.png")
+    for name in ("contact-sheet.png", "contact-sheet-2.png"):
+        draw(5).save(folder / name)
     return folder
 
 

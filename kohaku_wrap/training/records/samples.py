@@ -20,6 +20,9 @@ from kohaku_wrap.training.records.networks import shorter_end, step_of_network
 CONTACT_SHEET = "contact-sheet.png"
 """Written last: where it is, all pictures are."""
 
+CONTACT_SHEETS = re.compile(r"contact-sheet(?:-[0-9]+)?\.png")
+"""It, and the further ones of many rows or columns."""
+
 SHEET_RECORD = "sheet.json"
 """Beside the pictures, before the first: where the files lie that draw them, and each picture's place on the sheet."""
 
@@ -58,6 +61,11 @@ class Pictures:
     def are_drawn(self) -> bool:
         """Whether all are there."""
         return self.sheet.is_file()
+
+
+def name_contact_sheet(number: int) -> str:
+    """The file of the first contact sheet, or of a further one."""
+    return CONTACT_SHEET if number == 1 else f"contact-sheet-{number}.png"
 
 
 def folder_of_pictures(run: Run, optimizer_step: int) -> Path:
@@ -124,7 +132,7 @@ def read_drawing_seconds(run: Run) -> float | None:
     ]  # fmt: skip
     pixel_steps = statistics.mean([math.prod(each) for each in sizes] or [0])
     folders = [path for path in sorted(run.samples.glob("*")) if STATE_NAME.fullmatch(path.name)]
-    counts = {path: sum(each.name != CONTACT_SHEET for each in path.glob("*.png")) for path in folders}
+    counts = {path: sum(not CONTACT_SHEETS.fullmatch(each.name) for each in path.glob("*.png")) for path in folders}
     if not pixel_steps or not any(counts.values()):
         return None
     if asked.get("by") == KWRAP:
