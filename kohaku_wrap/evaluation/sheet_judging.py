@@ -75,14 +75,16 @@ class Looked:
     """A digest of prompt, seed, size and sampler: all but the model; empty where the file does not say."""
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is called like a picture, and is no contact sheet and none that is being written."""
+    return path.suffix.lower() in ENDINGS and not CONTACT_SHEETS.fullmatch(path.name) and not path.name.startswith(".")
+
+
 def list_pictures(folder: Path) -> list[Path]:
     """The pictures of a folder by name, contact sheets left out. Raises NoPictures."""
     if not folder.is_dir():
         raise NoPictures(f"{folder}: no such folder", "Give the folder that `kwrap sample --out` wrote.")
-    found = sort_files(
-        path for path in folder.iterdir()
-        if path.suffix.lower() in ENDINGS and not CONTACT_SHEETS.fullmatch(path.name) and not path.name.startswith(".")
-    )  # fmt: skip
+    found = sort_files(filter(is_picture, folder.iterdir()))
     if not found:
         raise NoPictures(f"{folder}: no picture in it", "Draw some: `kwrap sample MODEL --prompt TEXT --out DIR`.")
     return found
@@ -90,7 +92,7 @@ def list_pictures(folder: Path) -> list[Path]:
 
 def choose_references(folder: Path) -> list[Path]:
     """Pictures of a folder and of those below it, at most MOST_REFERENCES, drawn by their names. Raises NoPictures."""
-    found = sort_files(path for path in list_below(folder) if path.suffix.lower() in ENDINGS)
+    found = sort_files(filter(is_picture, list_below(folder)))
     if not found:
         raise NoPictures(f"{folder}: no picture in it or below it", "Give a folder such as the extracted images.")
     keys = np.array([stream_key(path.relative_to(folder).as_posix()) for path in found], dtype=np.uint64)

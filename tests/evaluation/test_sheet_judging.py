@@ -142,12 +142,12 @@ def test_results_that_do_not_compare_are_refused_with_the_reason(
 def test_the_distance_names_its_weakness_and_is_0_to_the_same_pictures(sheet: Path, judges: Path) -> None:
     found = judge(sheet, judges / "ccip", "--reference", sheet)
     distance = found["all"]["frechet"]
-    # The reference has the contact sheet too.
-    assert (distance["pictures"], distance["reference_pictures"]) == (4, 5)
+    # Of the reference the contact sheets are left out, too.
+    assert (distance["pictures"], distance["reference_pictures"]) == (4, 4)
     assert "disagrees with people" in distance["weakness"] and distance["is_few"]
     kept = len(list((sheet / ".judged").rglob("*.npy")))
     assert judge(sheet, judges / "ccip", "--reference", sheet) == found
-    assert len(list((sheet / ".judged").rglob("*.npy"))) == kept == 5
+    assert len(list((sheet / ".judged").rglob("*.npy"))) == kept == 4
 
 
 def test_the_distance_is_that_of_two_normal_distributions() -> None:
