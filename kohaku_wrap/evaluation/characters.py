@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ PRESETS = {
 INFERRED = {"published": "inferred: the pages name the score, not the prompts that it was made with"}
 
 Int64Array = npt.NDArray[np.int64]
+NONE: Int64Array = np.zeros(0, dtype=np.int64)
 
 
 class BadCharacters(KwrapError):
@@ -181,25 +182,50 @@ def find_characters(
     if names is not None:
         tags.find_names(names, "--characters")
         wanted = np.array([tags.row_of_name[name] for name in names])
-    solo = tags.row_of_name[SOLO]
-
-    collect = partial(find_solo, tags=tags, solo=solo)
-    parts = list(map_tag_chunks(database, tags, columns.ids, collect, threads, spill_folder))
-    none: Int64Array = np.zeros(0, dtype=np.int64)
-    posts, rows, pairs = (np.concatenate([none, *(part[place] for part in parts)]) for place in range(3))
-    pairs, counts = np.unique(pairs, return_counts=True)
-    width = len(tags)
+    posts, rows, held = [NONE], [NONE], [(NONE, NONE)]
+    collect = partial(find_solo, tags=tags, solo=tags.row_of_name[SOLO], wanted=wanted)
+    for alone, of_alone, pairs in map_tag_chunks(database, tags, columns.ids, collect, threads, spill_folder):
+        posts.append(alone)
+        rows.append(of_alone)
+        add_counts(held, pairs)
+    pairs, counts = reduce(merge_counts, reversed(held))
+    row_of_post, width = np.concatenate(rows), len(tags)
+    order = np.argsort(row_of_post, kind="stable")
+    own, row_of_post = np.concatenate(posts)[order], row_of_post[order]
     found = []
-    for row in np.unique(rows).tolist() if wanted is None else wanted.tolist():
-        own = posts[rows == row]
+    for row in np.unique(row_of_post).tolist() if wanted is None else wanted.tolist():
+        first, last = np.searchsorted(row_of_post, [row, row + 1])
         begin, end = np.searchsorted(pairs, [row * width, (row + 1) * width])
         beside = dict(zip((pairs[begin:end] % width).tolist(), counts[begin:end].tolist(), strict=True))
-        found.append(describe_character(tags, row, own, beside, columns))
+        found.append(describe_character(tags, row, own[first:last], beside, columns))
     return found
 
 
-def find_solo(chunk: TagChunk, tags: TagTable, solo: int) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Of a chunk: the posts with one character alone, the character of each, and character and tag of each pair."""
+def add_counts(held: list[tuple[Int64Array, Int64Array]], keys: Int64Array) -> None:
+    """Count keys into parts that are merged as soon as they are of one size: memory grows with different keys alone."""
+    held.append(np.unique(keys, return_counts=True))
+    while len(held) > 1 and len(held[-2][0]) <= 2 * len(held[-1][0]):
+        held[-2:] = [merge_counts(*held[-2:])]
+
+
+def merge_counts(
+    one: tuple[Int64Array, Int64Array], other: tuple[Int64Array, Int64Array]
+) -> tuple[Int64Array, Int64Array]:
+    """Keys, each once and ascending, with their counts in both."""
+    keys, counts = (np.concatenate(each) for each in zip(one, other, strict=True))
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[starts], np.add.reduceat(counts[order], starts) if len(starts) else counts
+
+
+def find_solo(
+    chunk: TagChunk, tags: TagTable, solo: int, wanted: Int64Array | None = None
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Of a chunk: the posts with one character alone, the character of each, and character and tag of each pair.
+
+    `wanted`: rows of the characters that count; None for all.
+    """
     is_known = chunk.tags != NO_TAG
     # A post may have a tag twice.
     once = np.unique(chunk.posts[is_known].astype(np.int64) * len(tags) + chunk.tags[is_known])
@@ -210,6 +236,8 @@ def find_solo(chunk: TagChunk, tags: TagTable, solo: int) -> tuple[Int64Array, I
     alone = (count == 1) & (np.bincount(posts[rows == solo], minlength=size) > 0)
     character = np.zeros(size, dtype=np.int64)
     character[posts[is_character]] = rows[is_character]
+    if wanted is not None:
+        alone &= np.isin(character, wanted)
     here = np.flatnonzero(alone)
     inside = alone[posts]
     return here + chunk.first, character[here], character[posts[inside]] * len(tags) + rows[inside]

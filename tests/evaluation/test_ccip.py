@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import signal
@@ -23,7 +24,15 @@ from kohaku_wrap.demo.posts import make_posts
 from kohaku_wrap.demo.vocabulary import SERIES
 from kohaku_wrap.evaluation.ccip import compare_models, correlate_ranks, score_differences, score_pictures
 from kohaku_wrap.evaluation.ccip_run import choose_characters, look_at_references
-from kohaku_wrap.evaluation.characters import Character, find_characters, read_index, write_prompt
+from kohaku_wrap.evaluation.characters import (
+    NONE,
+    Character,
+    add_counts,
+    find_characters,
+    merge_counts,
+    read_index,
+    write_prompt,
+)
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
 from kohaku_wrap.evaluation.judge_folders import open_judge
 from kohaku_wrap.evaluation.looking import Looker
@@ -138,6 +147,17 @@ def test_characters_of_a_database_stand_alone_in_their_posts(extracted: Path, tm
     assert all(each.series == series[each.tag] and each.posts == len(solo[each.tag]) for each in found)
     (one,) = find_characters(source, extracted / "images", [found[0].tag], tmp_path)
     assert one == found[0]
+
+
+def test_pairs_are_counted_without_holding_all_of_them() -> None:
+    draw = np.random.default_rng(5)
+    parts = [draw.integers(0, 500, size) for size in (*([300] * 200), 1, 0, 40)]
+    held = [(NONE, NONE)]
+    for part in parts:
+        add_counts(held, part)
+        assert sum(len(keys) for keys, _ in held) <= 2 * 500
+    found = functools.reduce(merge_counts, reversed(held))
+    assert np.array_equal(found, np.unique(np.concatenate(parts), return_counts=True))
 
 
 def test_an_unreadable_reference_is_counted_and_leaves_too_few(judges: Path, tmp_path: Path) -> None:
