@@ -426,6 +426,18 @@ def test_a_face_without_a_caption_has_that_of_its_picture_as_in_sd_scripts(tmp_p
     assert (report["without_caption"], report["shared_text"]) == (1, 2)
 
 
+def test_any_line_of_a_caption_with_wildcards_is_trained_as_in_sd_scripts(tmp_path: Path, out: Path) -> None:
+    for seed, (name, text) in enumerate({"a.png": "\n\none\n \ntwo", "b.png": "{x|y}", "c.png": " \n\t\n"}.items()):
+        paint(tmp_path / "mine" / name, seed=seed, text=text)
+    (tmp_path / "set.toml").write_text(
+        f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{tmp_path}/mine"\ncaption_extension = ".txt"\n'
+        "enable_wildcard = true\n"
+    )
+    report = run(tmp_path / "set.toml", "--out", out)
+    assert captions_of(out) == {"a.png": "one\ntwo", "b.png": "{x|y}", "c.png": ""}
+    assert (report["several_lines"], report["empty_caption"]) == (0, 1)
+
+
 def test_a_folder_that_nobody_may_list_is_named_not_passed_by(mine: Path, out: Path) -> None:
     run(mine, "--out", out)
     (mine / "sub dir").chmod(0o000)

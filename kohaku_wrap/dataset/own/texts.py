@@ -50,7 +50,7 @@ class Texts:
     """Images whose caption holds nothing in its first line."""
 
     several_lines: list[str] = field(default_factory=list)
-    """Images whose caption has further lines, which are only trained as wildcards."""
+    """Images whose caption has further lines, which are not trained."""
 
     not_utf8: list[str] = field(default_factory=list)
     """Images whose caption file is no UTF-8; they are not imported."""
@@ -66,6 +66,9 @@ class Texts:
 
     in_capitals: list[str] = field(default_factory=list)
     """Caption files whose ending is not in small letters."""
+
+    any_line: bool = False
+    """Whether any line of a caption may be trained, as with sd-scripts' wildcards; blank ones are then no lines."""
 
     are_files: bool = False
     """Whether each caption is a file beside its image, which sd-scripts reads too."""
@@ -125,7 +128,7 @@ def find_table(found: Found, name: str) -> Path:
 
 def read_neighbours(found: Found, ending: str) -> Texts:
     """Captions in files of the images' names."""
-    texts = Texts(f"{ending} files", are_files=True)
+    texts = Texts(f"{ending} files", any_line=trains_any_line(found), are_files=True)
     index = index_texts(found)
     images_of = defaultdict(list)
     for image in found.images:
@@ -148,6 +151,11 @@ def read_neighbours(found: Found, ending: str) -> Texts:
     return texts
 
 
+def trains_any_line(found: Found) -> bool:
+    """Whether the source's own options say so."""
+    return bool(found.source.subset.options.get("enable_wildcard"))
+
+
 def take_text(texts: Texts, image: str, text: str | None) -> None:
     """Note one caption: the first line, then those that are not empty, each without blanks around it."""
     if text is None:
@@ -155,16 +163,18 @@ def take_text(texts: Texts, image: str, text: str | None) -> None:
         return
     first, *later = (line.strip() for line in text.removeprefix("\ufeff").replace("\r", "\n").split("\n"))
     later = [line for line in later if line]
+    if texts.any_line and later:
+        first, *later = [first, *later] if first else later
     if not first:
         texts.empty_caption.append(image)
-    if later:
+    if later and not texts.any_line:
         texts.several_lines.append(image)
     texts.of_image[image] = "\n".join([first, *later]) if first or later else ""
 
 
 def read_table(found: Found, tables: list[Path], text_column: str) -> Texts:
     """Captions of tables: one entry an image, its path relative to the table or to the folder, or absolute."""
-    texts = Texts(", ".join(str(path) for path in tables))
+    texts = Texts(", ".join(str(path) for path in tables), any_line=trains_any_line(found))
     places = {normalise(image): image for image in found.images}
     by_stem = {name.rpartition(".")[0]: image for name, image in places.items()}
     text_of: dict[str, str | None] = {}
