@@ -19,8 +19,8 @@ PYTHONS ?= python3.12 python3.13
 FAST_TESTS := tests/formats tests/metadata tests/templates tests/test_files.py tests/test_file_hashes.py \
 	tests/test_locks.py tests/test_streams.py tests/test_toml_files.py tests/test_architecture.py \
 	tests/test_count_lines.py tests/cli/test_help.py tests/cli/test_output.py tests/cli/test_next_steps.py \
-	tests/config/test_layers.py tests/config/test_render.py tests/config/test_plan.py tests/config/test_toml_text.py \
-	tests/dataset/test_recipe.py tests/dataset/test_tars.py tests/dataset/test_captions.py \
+	tests/config/test_layers.py tests/config/test_render.py tests/planning/test_step_plan.py \
+	tests/dataset/test_recipe.py tests/dataset/images/test_tars.py tests/dataset/captions/test_making.py \
 	tests/sampling/test_grammar.py tests/training/data/test_order.py tests/training/records/test_ledger.py tests/training/records/test_states.py
 FAST_ARGS := -n 2 -m "not slow and not sd_scripts and not torch" $(or $(filter tests/$(ROOM)%,$(if $(ROOM),$(FAST_TESTS))),$(FAST_TESTS))
 MUTANTS_ARGS ?=

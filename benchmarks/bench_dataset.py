@@ -29,8 +29,8 @@ from dataset_worlds import write_posts_database
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "metadata"))
-from edition_writer import EDITIONS, load_world  # noqa: E402  # lies beside the tests that use it too
+sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+from edition_writer import EDITIONS, load_world  # noqa: E402  # the tests use it too
 
 BENCH = ROOT / ".bench" / "dataset"
 POSTS = 300_000

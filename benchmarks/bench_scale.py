@@ -166,7 +166,7 @@ def time_resume(run_folder: Path) -> float:
 
 def make_trained_run(folder: Path, images: int) -> None:
     """A run whose ledger says that it trained up to Epsilon's published step, with 40 tags a caption."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "training"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     from written_ledgers import write_life
 
     run = make_run(folder, images, draws_tags=True)

@@ -20,12 +20,12 @@ import click
 import psutil
 import pytest
 from PIL import Image
+from plain_runs import make_run
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.dataset.own.images import JOURNAL_FILE
 
 TRY_CONDITIONS = Path(__file__).with_name("try_conditions.py")
-TRAINING = Path(__file__).parents[1] / "training"
 WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """For root, whom no permission of a file stops."""
 
@@ -231,9 +231,6 @@ class Place:
 def place() -> Iterator[Place]:
     """An empty world, two runs that nobody has trained, and a folder that nobody may enter."""
     place = Place(Path(tempfile.mkdtemp(prefix="kwrap-conditions-")))
-    sys.path.insert(0, str(TRAINING))
-    from plain_runs import make_run
-
     for name in ("plain", "fresh"):
         make_run(place.folder / name / "runs" / "r")
     place.world.mkdir()

@@ -36,8 +36,8 @@ def generated_sizes(count: int, seed: int) -> list[tuple[int, int]]:
     return [(int(width), int(height)) for width, height in generator.integers(60, 400, size=(count, 2))]
 
 
-def test_recorded_table_is_what_the_parser_says(checkout: Path) -> None:
-    live = parse_table(ask_trainer(checkout), "live")
+def test_recorded_table_is_what_the_parser_says(trainer: Any) -> None:
+    live = parse_table(ask_trainer(trainer.checkout.path), "live")
     recorded = load_recorded_table()
     assert live.options == recorded.options
     assert live.dataset_options == recorded.dataset_options
@@ -45,7 +45,7 @@ def test_recorded_table_is_what_the_parser_says(checkout: Path) -> None:
 
 @pytest.mark.parametrize("template", ["demo", "epsilon"])
 def test_every_value_arrives_and_counts_are_equal(
-    template: str, checkout: Path, make_site: Callable[..., Site], tmp_path: Path
+    template: str, trainer: Any, make_site: Callable[..., Site], tmp_path: Path
 ) -> None:
     site = make_site()
     overrides = ["samples.prompts=1girl, solo", "samples.every=2", "lr_scheduler=cosine"]
@@ -64,7 +64,7 @@ def test_every_value_arrives_and_counts_are_equal(
     plan = plan_steps(effective, ImageSizes(widths, heights, "generated"))
     run = compose_run(effective, site, tmp_path / "runs" / "first", "first", plan).write()
 
-    answer = ask_about(checkout, run.folder)
+    answer = ask_about(trainer.checkout.path, run.folder)
     for name, value in run.trainer.items():
         assert answer["namespace"][name] == value, name
     for name, value in effective.subtable("dataset_options").items():

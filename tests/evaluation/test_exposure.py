@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from plain_runs import make_run, misbehave, train
+from written_ledgers import hold_out
 
 from kohaku_wrap.cli import program, run_program
 from kohaku_wrap.evaluation.caption_blocks import split_tags
@@ -31,10 +32,6 @@ from kohaku_wrap.training.data.run_items import open_items
 from kohaku_wrap.training.records.ancestry import Until
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_file
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from plain_runs import make_run, misbehave, train
-from written_ledgers import hold_out
 
 BUCKETS = {
     "resolution": [64, 64],

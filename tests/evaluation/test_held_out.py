@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from plain_runs import make_run
 
 from kohaku_wrap.cli import run_program
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
@@ -41,9 +42,6 @@ from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.checkpoints import Model
 from kohaku_wrap.sampling.expanding import KnownModel
 from kohaku_wrap.training.data.captions import CaptionOptions, keep_whole
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from plain_runs import make_run
 
 RECIPE = load_dataset("epsilon").caption
 OPTIONS = {

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from plain_runs import misbehave, train
 from reading_pages import HOSTILE
-from test_sections import add_pictures
 
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.reporting import page as page_of
 from kohaku_wrap.reporting import pictures
 from kohaku_wrap.reporting.page import write_index, write_page
 from kohaku_wrap.training.records.folder import Run, list_runs
+
+from .test_sections import add_pictures
 
 NewRun = Callable[..., Run]
 NAMES = ("chromium", "chromium-browser", "google-chrome")

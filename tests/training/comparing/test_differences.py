@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import toml
 from list_imports import COMPUTES_NOTHING
-from plain_runs import write_captions
+from plain_runs import HELPERS, write_captions
 
 from kohaku_wrap.errors import KwrapError, Problem, UsageError
 from kohaku_wrap.trainer.installed import is_decisive
@@ -55,7 +55,7 @@ def keys(problems: Any) -> list[str]:
 
 def prove_compared(engine: str) -> None:
     """Each package that the engine imports is compared between attempts, or computes nothing."""
-    program = Path(__file__).parents[1] / "list_imports.py"
+    program = HELPERS / "list_imports.py"
     done = subprocess.run([sys.executable, program, engine], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     imported = set(json.loads(done.stdout.splitlines()[-1]))

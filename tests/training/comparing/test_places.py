@@ -1,61 +1,36 @@
-"""Runs, images and models that were moved: found again by digest, told of, and trained on as before."""
+"""Runs, images and models that were moved: found again by digest, shown, and trained on as before."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toml
 from click.testing import CliRunner
-from plain_runs import misbehave, train, write_base_model, write_captions
+from plain_runs import make_placed_run, misbehave, train, write_base_model, write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.cli.options import open_run
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.file_hashes import kept_sha256
 from kohaku_wrap.formats.caption_rows import open_captions
-from kohaku_wrap.locks import hold_lock
-from kohaku_wrap.training.comparing.places import DifferentRun, read_places, read_trainer
+from kohaku_wrap.training.comparing.places import DifferentRun, read_trainer
 from kohaku_wrap.training.comparing.site_places import settle_places
 from kohaku_wrap.training.data.latent_index import StoreRule
 from kohaku_wrap.training.data.latent_rules import find_folder
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.lock import BadRunFolder
 from kohaku_wrap.training.records.networks import is_finished
-from kohaku_wrap.training.starting.create import RunExists
 from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
-from kohaku_wrap.training.supervising.housekeeping import NeededByOthers, plan_removal, remove_run, rename_run
-from kohaku_wrap.training.supervising.processes import list_processes
 from kohaku_wrap.training.supervising.status import read_status
-from kohaku_wrap.training.supervising.supervise import RunIsBusy, TrainerFailed
+from kohaku_wrap.training.supervising.supervise import TrainerFailed
 from kohaku_wrap.training.verifying.verify import verify_run
 
 NewRun = Callable[..., Run]
-
-
-def make(new_run: NewRun, name: str = "first", **tables: Any) -> Run:
-    """A run whose files name places: its own folder, a base model, and a network to start from."""
-    folder = new_run(name).folder
-    run = Run(folder)
-    base = folder.parent.parent / "base.safetensors"
-    write_base_model(base)
-    options = {"output_dir": str(run.checkpoints), "output_name": name, "pretrained_model_name_or_path": str(base)}
-    document = toml.loads(run.trainer_config.read_text())
-    document["model"] = options | tables.pop("trainer", {})
-    run.trainer_config.write_text(toml.dumps(document))
-    lock = toml.loads(run.lock_file.read_text())
-    lock["values"] |= document["model"]
-    lock["inputs"] |= {"base_model": str(base), "base_model_sha256": kept_sha256(base), **tables.pop("inputs", {})}
-    run.lock_file.write_text(toml.dumps(lock))
-    return Run(folder)
 
 
 def write_site(path: Path, trainer: dict[str, Any] | None = None, machine: Any = None, **paths: str) -> Path:
@@ -77,7 +52,7 @@ def weights_of(run: Run) -> bytes:
 
 
 def test_a_run_moved_and_renamed_between_kills_ends_with_the_same_bits(new_run: NewRun, tmp_path: Path) -> None:
-    whole, run = make(new_run, "whole"), make(new_run)
+    whole, run = make_placed_run(new_run, "whole"), make_placed_run(new_run)
     train(whole)
     misbehave(run, attempt_1={"die": "step", "at": 5}, attempt_2={"die": "step", "at": 9})
     with pytest.raises(TrainerFailed):
@@ -102,7 +77,7 @@ def test_a_run_moved_and_renamed_between_kills_ends_with_the_same_bits(new_run: 
 
 
 def test_image_files_that_are_gone_are_named(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run, inputs={"image_files_digest": "0" * 64})
+    run = make_placed_run(new_run, inputs={"image_files_digest": "0" * 64})
     files = read_files(tmp_path / "images")
     for file in files:
         file.parent.mkdir(exist_ok=True)
@@ -116,7 +91,7 @@ def test_image_files_that_are_gone_are_named(new_run: NewRun, tmp_path: Path) ->
 
 
 def test_verify_names_the_base_model_where_it_lies_now(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run)
+    run = make_placed_run(new_run)
     train(run)
     (tmp_path / "disk").mkdir()
     moved = (tmp_path / "base.safetensors").rename(tmp_path / "disk" / "sdxl.safetensors")
@@ -126,7 +101,7 @@ def test_verify_names_the_base_model_where_it_lies_now(new_run: NewRun, tmp_path
 
 
 def test_a_copy_trains_into_itself(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run)
+    run = make_placed_run(new_run)
     misbehave(run, attempt_1={"die": "step", "at": 5})
     with pytest.raises(TrainerFailed):
         train(run)
@@ -136,7 +111,7 @@ def test_a_copy_trains_into_itself(new_run: NewRun, tmp_path: Path) -> None:
 
 
 def test_images_and_base_model_are_found_by_a_site_and_remembered(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run)
+    run = make_placed_run(new_run)
     misbehave(run, attempt_1={"die": "step", "at": 5}, attempt_2={"die": "step", "at": 7})
     with pytest.raises(TrainerFailed):
         train(run)
@@ -182,7 +157,7 @@ def test_a_site_says_to_every_command_where_the_images_lie_now(new_run: NewRun, 
 
 
 def test_other_images_and_models_are_not_taken(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run)
+    run = make_placed_run(new_run)
     write_captions(tmp_path / "disk" / "images", 45, last_tag="oldest")
     write_base_model(tmp_path / "disk" / "base.safetensors", weights="others")
     site = write_site(tmp_path / "disk" / "site.toml", images="images", base_model="base.safetensors")
@@ -196,7 +171,7 @@ def test_other_images_and_models_are_not_taken(new_run: NewRun, tmp_path: Path) 
 
 
 def test_numbers_of_a_site_that_keep_the_batch_are_taken(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run)
+    run = make_placed_run(new_run)
     machine = {"processes": 2, "workers": 3, "batch_per_gpu": 4}
     site = write_site(tmp_path / "site.toml", {"unet_lr": 0.5}, machine)
     plan = plan_resume(run, site_file=site)
@@ -219,7 +194,7 @@ def test_a_network_that_is_gone_is_found_by_name_and_digest(new_run: NewRun, tmp
     network = tmp_path / "earlier.safetensors"
     write_base_model(network, weights="network")
     locked = hashlib.sha256(kept_sha256(network).encode()).hexdigest()
-    run = make(new_run, trainer={"network_weights": str(network)}, inputs={"network_weights_sha256": locked})
+    run = make_placed_run(new_run, trainer={"network_weights": str(network)}, inputs={"network_weights_sha256": locked})
     there = tmp_path / "runs" / "parent" / "checkpoints" / network.name
     there.parent.mkdir(parents=True)
     network.rename(there)
@@ -234,7 +209,7 @@ def test_a_network_that_is_gone_is_found_by_name_and_digest(new_run: NewRun, tmp
 
 
 def test_cached_latents_are_found_by_a_site_and_remembered(new_run: NewRun, tmp_path: Path) -> None:
-    run, rule = make(new_run, inputs={"latents": str(tmp_path / "old")}), StoreRule("fp16")
+    run, rule = make_placed_run(new_run, inputs={"latents": str(tmp_path / "old")}), StoreRule("fp16")
     lock = toml.loads(run.lock_file.read_text())
     lock["cache"] = {"latents": True}
     run.lock_file.write_text(toml.dumps(lock))
@@ -262,7 +237,7 @@ def test_a_cache_is_copied_with_the_paths_of_today(new_run: NewRun, tmp_path: Pa
     entries = {f"{old}/0001/{n}.png": {"caption": f"tag {n}", "resolution": [64, 64]} for n in (1, 2)}
     (images / "metadata_cache.json").write_text(json.dumps(entries))
     digests = describe_data("sd-scripts", images, {"cache_info": True})
-    run = make(new_run, inputs={**digests, "images": str(images)})
+    run = make_placed_run(new_run, inputs={**digests, "images": str(images)})
     lock = toml.loads(run.lock_file.read_text())
     lock["run"]["data"], lock["dataset"]["cache_info"] = "sd-scripts", True
     run.lock_file.write_text(toml.dumps(lock))
@@ -277,136 +252,3 @@ def test_a_cache_is_copied_with_the_paths_of_today(new_run: NewRun, tmp_path: Pa
     own = toml.loads((run.trainer_data / "dataset.toml").read_text())
     assert own["datasets"][0]["subsets"][0]["image_dir"] == str(copy.parent) and copy.parent.name == away.name
     assert toml.loads(run.dataset_config.read_text())["datasets"][0]["subsets"][0]["image_dir"] == str(away)
-
-
-@pytest.fixture
-def holder(new_run: NewRun) -> Iterator[tuple[Run, subprocess.Popen[bytes]]]:
-    """A run with a process that works in its folder as a worker does."""
-    run = make(new_run)
-    settings = {**os.environ, "KWRAP_RUN": str(run.folder), "KWRAP_ATTEMPT": "1"}
-    process = subprocess.Popen([sys.executable, "-c", "input()"], cwd=run.folder, env=settings, stdin=subprocess.PIPE)
-    yield run, process
-    process.kill()
-    process.wait()
-
-
-def test_a_run_that_a_process_holds_is_neither_renamed_nor_removed(
-    holder: tuple[Run, subprocess.Popen[bytes]],
-) -> None:
-    run, process = holder
-    for act in (lambda: rename_run(run, "other"), lambda: remove_run(plan_removal(run, False))):
-        with pytest.raises(RunIsBusy, match="a process holds it"):
-            act()
-    moved = Run(run.folder.rename(run.folder.with_name("by-hand")))
-    assert list_processes(moved) == [process.pid], "found where the folder went"
-    process.kill()
-    process.wait()
-    lock = hold_lock(moved.folder / ".supervisor.lock")
-    with pytest.raises(RunIsBusy):
-        rename_run(moved, "other")
-    assert lock is not None
-    os.close(lock)
-    assert rename_run(moved, "other").folder.name == "other"
-
-
-def test_a_network_is_kept_for_a_run_that_knows_it_by_an_earlier_name(new_run: NewRun) -> None:
-    run = make(new_run)
-    train(run)
-    network = run.networks[0]
-    inputs = {"network": str(network), "network_sha256": kept_sha256(network)}
-    make(new_run, "child", trainer={"network_weights": str(network)}, inputs=inputs)
-    with pytest.raises(NeededByOthers, match="child"):
-        plan_removal(rename_run(run, "renamed"), with_checkpoints=True)
-
-
-def test_a_renamed_run_that_is_moved_by_hand_before_it_trains_goes_on(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run)
-    misbehave(run, attempt_1={"die": "step", "at": 5})
-    with pytest.raises(TrainerFailed):
-        train(run)
-    moved = Run(rename_run(run, "renamed").folder.rename(tmp_path / "elsewhere"))
-    train(moved)
-    assert is_finished(moved) and verify_run(moved).is_proved
-
-
-def test_rename_keeps_checkpoints_and_refuses_names_that_are_taken(new_run: NewRun) -> None:
-    run, other = make(new_run), make(new_run, "taken")
-    train(run)
-    with pytest.raises(RunExists):
-        rename_run(run, "taken")
-    for name in ("", "a/b", "..", ".hidden", " ", "end ", "two\nlines", "\x1b[2J", "n" * 300, "é" * 100):
-        with pytest.raises(UsageError, match="is not a run's name"):
-            rename_run(run, name)
-    moved = rename_run(run, "new")
-    assert is_finished(moved) and read_places(moved).options["output_dir"] == str(moved.checkpoints)
-    assert [path.name for path in moved.networks] == ["first.safetensors"] and other.folder.is_dir()
-
-
-def test_a_run_alone_in_its_folder_keeps_its_networks_or_is_not_touched(new_run: NewRun) -> None:
-    """Nothing else has read its lock by then."""
-    run = new_run("epsilon")
-    network = run.checkpoints / "epsilon.safetensors"
-    network.write_bytes(b"weights")
-    text = run.lock_file.read_text()
-    run.lock_file.write_text("run = [")
-    with pytest.raises(BadRunFolder, match="not TOML"):
-        remove_run(plan_removal(Run(run.folder), with_checkpoints=False))
-    assert network.is_file() and run.attempts.is_dir()
-    run.lock_file.write_text(text)
-    remove_run(plan_removal(Run(run.folder), with_checkpoints=False))
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["epsilon.lock.toml", "epsilon.safetensors"]
-    assert not list(run.folder.parent.glob(".*"))
-
-
-def test_a_signal_in_the_middle_of_a_removal_leaves_nothing(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, real, calls = new_run("epsilon"), shutil.rmtree, []
-
-    def cut_short(path: Path, **options: bool) -> None:
-        calls.append(path)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        real(path, **options)
-
-    monkeypatch.setattr(shutil, "rmtree", cut_short)
-    with pytest.raises(KeyboardInterrupt):
-        remove_run(plan_removal(run, with_checkpoints=True))
-    assert not run.folder.exists()
-    assert not list(run.folder.parent.glob(".*.removed"))
-
-
-def test_a_network_that_another_run_names_by_a_link_is_not_removed(new_run: NewRun, tmp_path: Path) -> None:
-    run = make(new_run)
-    train(run)
-    link = tmp_path / "linked"
-    link.symlink_to(run.folder.parent)
-    network = link / "first" / "checkpoints" / run.networks[0].name
-    make(new_run, "child", trainer={"base_weights": ["elsewhere.safetensors", str(network)]})
-    with pytest.raises(NeededByOthers, match="child"):
-        plan_removal(run, with_checkpoints=True)
-
-
-def test_remove_keeps_networks_and_what_others_came_from(new_run: NewRun) -> None:
-    run = make(new_run)
-    train(run)
-    network = run.networks[0]
-    lock = toml.loads(run.lock_file.read_text())
-    lock |= {"format": 2, "run": {**lock["run"], "id": "1d" * 16}}
-    run.lock_file.write_text(toml.dumps(lock))
-    run = Run(run.folder)
-    child = make(new_run, "child", trainer={"network_weights": str(network)})
-    with pytest.raises(NeededByOthers, match="child"):
-        plan_removal(run, with_checkpoints=True)
-    copy = Run(shutil.copytree(run.folder, run.folder.with_name("copy")))
-    with pytest.raises(NeededByOthers, match=r"came from it: child\n"):
-        plan_removal(run, with_checkpoints=True)
-    remove_run(plan_removal(copy, with_checkpoints=True))
-    assert not copy.folder.exists() and network.is_file(), "a copy is no descendant, and has none"
-    before = plan_removal(run, with_checkpoints=False).size_bytes
-    (run.checkpoints / "sample").mkdir()
-    (run.checkpoints / "sample" / "a.png").write_bytes(bytes(7))
-    assert plan_removal(run, with_checkpoints=False).size_bytes == before, "what stays makes no room"
-    remove_run(plan_removal(run, with_checkpoints=False))
-    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoints"]
-    assert network.is_file() and (run.checkpoints / "first.lock.toml").is_file()
-    remove_run(plan_removal(child, with_checkpoints=True))
-    assert not child.folder.exists() and not list(child.folder.parent.glob(".*"))

@@ -12,7 +12,6 @@ import pytest
 import toml
 import torch
 from engine_world import DATASET_OPTIONS, World, flip_byte, kwrap, train_arguments
-from test_cached_latents import cache, hashes, site
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.caption_columns import Columns
@@ -30,6 +29,8 @@ from kohaku_wrap.training.engines.builtin.loss import LossOfBatch
 from kohaku_wrap.training.engines.builtin.models import load_base_model
 from kohaku_wrap.training.engines.encode_texts import TYPES, CaptionEncoder
 from kohaku_wrap.training.records.folder import Run
+
+from .test_cached_latents import cache, hashes, site
 
 __all__ = ["site"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from plain_runs import train
+from reading_pages import make_page
 from written_ledgers import hold_out
 
 from kohaku_wrap.cli import program
@@ -26,9 +26,6 @@ from kohaku_wrap.training.records.evaluations import (
 )
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "reporting"))
-from reading_pages import make_page
 
 NewRun = Callable[..., Run]
 POSTS = np.array([3, 10, 17], dtype=np.int64)

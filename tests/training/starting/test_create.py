@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from plain_runs import write_base_model, write_captions
+from plain_runs import HELPERS, write_base_model, write_captions
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.config import training_data
@@ -341,7 +341,7 @@ def test_a_run_refused_at_its_start_is_taken_back(site: Path) -> None:
 
 def test_of_two_at_once_one_trains_and_the_other_says_why_it_does_not(site: Path, tmp_path: Path) -> None:
     (tmp_path / "meeting").mkdir()
-    driver = AT_ONCE.format(room=str(Path(__file__).parents[1]), meeting=str(tmp_path / "meeting"))
+    driver = AT_ONCE.format(room=str(HELPERS), meeting=str(tmp_path / "meeting"))
     options = ["--set", BATCH, "--set", "max_train_steps=4", "--run", "r"]
     argv = [sys.executable, "-c", driver, "train", "demo", "--site", str(site), *options]
     both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -6,14 +6,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from plain_runs import misbehave, train
+from plain_runs import KWRAP, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.training.records.folder import Run
@@ -89,7 +87,7 @@ def test_several_runs_take_a_line_each(new_run: NewRun, monkeypatch: pytest.Monk
 def test_a_stop_that_was_asked_for_says_what_it_waits_for(new_run: NewRun) -> None:
     run = new_run()
     misbehave(run, every={"seconds_per_step": 4})
-    command = [sys.executable, str(Path(__file__).parents[1] / "plain_kwrap.py"), "resume", str(run.folder)]
+    command = [*KWRAP, "resume", str(run.folder)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         await_true(lambda: run.metrics.exists())

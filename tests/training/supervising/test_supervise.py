@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from plain_runs import make_run, misbehave, train
+from plain_runs import HELPERS, make_run, misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.errors import EXIT_TRAINER_FAILED
@@ -196,8 +196,7 @@ def start_supervisor(run: Run) -> subprocess.Popen[bytes]:
         "try: train(Run(Path(sys.argv[2])))\n"
         "except KwrapError as error: sys.exit(error.exit_code)"
     )
-    here = str(Path(__file__).parents[1])
-    return subprocess.Popen([sys.executable, "-c", code, here, str(run.folder)])
+    return subprocess.Popen([sys.executable, "-c", code, str(HELPERS), str(run.folder)])
 
 
 def wait_for_step(run: Run, step: int) -> None:

@@ -6,14 +6,13 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plain_runs import misbehave
+from plain_runs import KWRAP, misbehave
 
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
@@ -21,7 +20,6 @@ from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.supervising.ends import read_end
 
 NewRun = Callable[..., Run]
-KWRAP = [sys.executable, str(Path(__file__).parents[1] / "plain_kwrap.py")]
 
 
 @pytest.fixture

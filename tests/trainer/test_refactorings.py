@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refactorings import (
+
+from kohaku_wrap.trainer.anchors import TRAINER
+from kohaku_wrap.trainer.checkout import inspect_checkout
+from kohaku_wrap.trainer.commits import IMPORTED_FOLDERS, TRAINING_SCRIPTS
+from kohaku_wrap.trainer.corrections import AnchorsMissing, correct_loop, require_anchors
+
+from .refactorings import (
     Edit,
     add_argument,
     add_lines,
@@ -19,11 +25,6 @@ from refactorings import (
     move_function,
     rename,
 )
-
-from kohaku_wrap.trainer.anchors import TRAINER
-from kohaku_wrap.trainer.checkout import inspect_checkout
-from kohaku_wrap.trainer.commits import IMPORTED_FOLDERS, TRAINING_SCRIPTS
-from kohaku_wrap.trainer.corrections import AnchorsMissing, correct_loop, require_anchors
 
 pytestmark = pytest.mark.sd_scripts
 

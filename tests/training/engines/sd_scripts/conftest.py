@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,22 +9,7 @@ import pytest
 
 from kohaku_wrap.training.records.folder import Run
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 SETTINGS = ("effective_batch=16", "save_every_n_steps=1", "save_precision=float", "states.keep=9")
-
-
-@pytest.fixture(scope="session")
-def kwrap() -> Callable[..., str]:
-    """Runs one `kwrap` command in its own process; its output. Fails with its last lines."""
-
-    def run(*arguments: str, expect: int = 0) -> str:
-        command = [sys.executable, "-m", "kohaku_wrap", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == expect, (done.stdout + done.stderr)[-4000:]
-        return done.stdout + done.stderr
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from kohaku_wrap.trainer.commits import SupportedCommit, digest_sources, write_p
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import digest_of_ledger
 
-from .conftest import WriteModel
+from ..merging.conftest import WriteModel
 
 pytest.importorskip("lycoris")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import toml
 
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
+from kohaku_wrap.file_hashes import kept_sha256
 from kohaku_wrap.formats.caption_rows import read_captions_metadata
 from kohaku_wrap.formats.caption_writer import ColumnsWriter
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, list_tensor_names
@@ -23,7 +25,11 @@ from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising.supervise import RunReport, supervise_run
 from kohaku_wrap.training.supervising.watch import Event, WatchOptions
 
-WORKER = Path(__file__).parent / "plain_worker.py"
+HELPERS = Path(__file__).parent
+WORKER = HELPERS / "plain_worker.py"
+KWRAP = (sys.executable, str(HELPERS / "plain_kwrap.py"))
+"""The real command, with the plain worker in place of a trainer."""
+
 DATASET_OPTIONS = {
     "resolution": [64, 64],
     "enable_bucket": True,
@@ -124,6 +130,23 @@ def train(run: Run, restarts: int = 0, allow: tuple[str, ...] = (), **options: A
 
     watch = WatchOptions(restarts=restarts, first_pause_seconds=0.01, poll_seconds=0.02, **options)
     return supervise_run(run, begin, begin, watch, events.append), events
+
+
+def make_placed_run(new_run: Callable[..., Run], name: str = "first", **tables: Any) -> Run:
+    """A run whose files name places: its own folder, a base model, and a network to start from."""
+    folder = new_run(name).folder
+    run = Run(folder)
+    base = folder.parent.parent / "base.safetensors"
+    write_base_model(base)
+    options = {"output_dir": str(run.checkpoints), "output_name": name, "pretrained_model_name_or_path": str(base)}
+    document = toml.loads(run.trainer_config.read_text())
+    document["model"] = options | tables.pop("trainer", {})
+    run.trainer_config.write_text(toml.dumps(document))
+    lock = toml.loads(run.lock_file.read_text())
+    lock["values"] |= document["model"]
+    lock["inputs"] |= {"base_model": str(base), "base_model_sha256": kept_sha256(base), **tables.pop("inputs", {})}
+    run.lock_file.write_text(toml.dumps(lock))
+    return Run(folder)
 
 
 def misbehave(run: Run, **by_attempt: dict[str, Any]) -> None:
