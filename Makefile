@@ -5,6 +5,8 @@ VENV := .venv$(addprefix -,$(SET))
 CONSTRAINTS := constraints$(addprefix -,$(SET)).txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# For what needs no torch: the environment that is there, else the small one.
+LIGHT := $(if $(wildcard $(READY)),$(VENV),.venv-fast)
 TORCH_INDEX ?=
 SITE ?=
 MAX_MISSING ?=
@@ -16,12 +18,14 @@ SINCE ?=
 PYTHONS ?= python3.12 python3.13
 
 # What needs neither torch nor a training, and is quick: whole folders where that holds for all in them.
-FAST_TESTS := tests/formats tests/metadata tests/templates tests/test_files.py tests/test_file_hashes.py \
-	tests/test_locks.py tests/test_streams.py tests/test_toml_files.py tests/test_architecture.py \
-	tests/test_count_lines.py tests/cli/test_help.py tests/cli/test_output.py tests/cli/test_next_steps.py \
-	tests/config/test_layers.py tests/config/test_render.py tests/planning/test_step_plan.py \
+FAST_TESTS := tests/docs tests/formats tests/metadata tests/planning tests/templates tests/trainer tests/test_files.py \
+	tests/test_file_hashes.py tests/test_locks.py tests/test_streams.py tests/test_toml_files.py \
+	tests/test_architecture.py tests/test_count_lines.py \
+	tests/cli/test_help.py tests/cli/test_output.py tests/cli/test_next_steps.py \
+	tests/config/test_effective.py tests/config/test_fates.py tests/config/test_layers.py tests/config/test_render.py \
 	tests/dataset/test_recipe.py tests/dataset/images/test_tars.py tests/dataset/captions/test_making.py \
-	tests/sampling/test_grammar.py tests/training/data/test_order.py tests/training/records/test_ledger.py tests/training/records/test_states.py
+	tests/sampling/test_grammar.py tests/training/data/test_captions.py tests/training/data/test_order.py \
+	tests/training/records/test_ledger.py tests/training/records/test_states.py
 FAST_ARGS := -n 2 -m "not slow and not sd_scripts and not torch" $(or $(filter tests/$(ROOM)%,$(if $(ROOM),$(FAST_TESTS))),$(FAST_TESTS))
 MUTANTS_ARGS ?=
 
@@ -131,8 +135,8 @@ bench-kills: $(READY)  ## 20 SIGKILLs at random moments of whole runs
 bench-elastic: $(READY)  ## the same run on 2, 1 and again 2 processes (ENGINE=)
 	$(BIN)/python benchmarks/elastic.py --engine $(ENGINE)
 
-docs: $(READY)  ## write the reference of commands, docs/commands.md, anew
-	$(BIN)/python docs/make_reference.py
+docs: $(LIGHT)/.ready  ## write the reference of commands, docs/commands.md, anew
+	$(LIGHT)/bin/python docs/make_reference.py
 
 pictures: $(READY)  ## the README's pictures, of a run that crashes (Chromium)
 	$(BIN)/python docs/make_pictures.py

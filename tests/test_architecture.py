@@ -78,3 +78,12 @@ def test_the_table_of_rooms_has_the_order_of_the_contract() -> None:
     rooms = [room for room in rooms_of_contract("rooms") if (ROOT / "kohaku_wrap" / room).is_dir()]
     places = [text.index(f"| `kohaku_wrap/{room}/` |") for room in rooms]
     assert places == sorted(places)
+
+
+def test_tests_lie_in_folders_with_the_names_of_the_codes() -> None:
+    tests = ROOT / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert len(folders) >= 30
+    assert [
+        each for each in folders if not any((above / each).is_dir() for above in (ROOT / "kohaku_wrap", ROOT))
+    ] == []

@@ -1,1 +1,1 @@
-"""Template layers, the trainer's options and their check, rendering and the step plan."""
+"""Templates in layers, what each option decides, the check of both, and a run's files rendered from them."""

@@ -1,1 +1,1 @@
-"""Selections, captions, images out of tars, and the folder that kohya reads."""
+"""Selections, captions, images out of tars or of folders that one has, and their buckets."""

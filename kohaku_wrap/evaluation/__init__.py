@@ -1,1 +1,1 @@
-"""What a training came to: how often each tag was trained, and what judges say of the pictures."""
+"""What a training came to: how often each tag was trained, the loss on other posts, and what judges say of pictures."""

@@ -1,1 +1,1 @@
-"""Launch, supervision, exact resume, states and the ledger of a run."""
+"""Runs: what they write down, how they are started, watched, compared and proved, and the engines that train."""

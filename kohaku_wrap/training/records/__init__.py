@@ -1,1 +1,1 @@
-"""What a run writes down about itself: sealed states, the ledger, metrics, and the proof from them."""
+"""What a run writes down about itself: lock, attempts, sealed states, ledger, metrics, networks and pictures."""

@@ -1,1 +1,1 @@
-"""What is decided before an attempt runs: made, made longer, branched, resumed."""
+"""What is decided before an attempt runs: a run made, made longer, branched or resumed, its caches, the command."""

@@ -1,1 +1,1 @@
-"""kohya sd-scripts: its checkout, the places that kwrap corrects, and its worker."""
+"""kohya sd-scripts in its own process: the worker, the corrected loop, and the calls of it that kwrap takes over."""
