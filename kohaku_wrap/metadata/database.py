@@ -25,6 +25,7 @@ from kohaku_wrap.metadata.layouts import (
     ids_of_text,
     is_danbooru2023,
     missing_parts,
+    no_posts,
     recognise_layout,
     token_base,
 )
@@ -176,6 +177,8 @@ def open_database(path: Path, mapping: SiteMapping = DANBOORU) -> Database:
             return Database(
                 path, edition, (path,), uri, private_wal_index, Layout.API, columns, frozenset(), 0, has_views, False
             )
+        if not any(table in columns for table in READ_TABLES):
+            raise no_posts(str(path), columns)
         layout = recognise_layout(columns)
         if missing := missing_parts(layout, columns):
             layouts = f"kwrap reads the danbooru2023 database in these layouts: {LAYOUT_NAMES}."

@@ -215,5 +215,6 @@ def is_text(kind: pa.DataType) -> bool:
 def is_leaf(kind: pa.DataType) -> bool:
     """Whether a column of this type holds one value, or one list of texts, a row."""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return is_text(kind.value_type)
+        inner = kind.value_type
+        return is_text(inner.value_type if pa.types.is_dictionary(inner) else inner)
     return not pa.types.is_nested(kind)

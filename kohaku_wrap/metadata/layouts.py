@@ -71,6 +71,20 @@ def find_posts_table(
     return (named[0], found[named[0]]) if named else None
 
 
+def no_posts(where: str, columns: Mapping[str, Collection[str]], schemas: str = "") -> ProblemsFound:
+    """The error for tables of which none holds posts; `schemas`: names of those that have tables, in DuckDB."""
+    problems = [Problem(table, f"columns {', '.join(list(some)[:40])}") for table, some in columns.items()]
+    elsewhere = f"no table in the schema main; there are some in {schemas}" if schemas else "no table in it"
+    needed = "kwrap needs an id and tags (tag_string, tags, or a column for each category). Name them in [metadata]"
+    return ProblemsFound(
+        where,
+        problems or [Problem("tables", elsewhere)],
+        "Give kwrap the table as a Parquet file: COPY schema.table TO 'posts.parquet'."
+        if schemas and not problems
+        else f"{needed} of a dataset file: see datasets/gelbooru.toml.",
+    )
+
+
 def recognise_layout(columns: Mapping[str, frozenset[str]]) -> Layout:
     """The layout that the tables and columns show; the nearest one where parts are missing."""
     post = columns.get("post", frozenset())

@@ -52,9 +52,9 @@ class TableFiles:
         """All files."""
         return tuple(path for paths in self.tables.values() for path in paths) or (self.path,)
 
-    def describe(self) -> str:
-        """Such as "10 Parquet files"."""
-        files = sum(map(len, self.tables.values()))
+    def describe(self, table: str = "") -> str:
+        """Such as "10 Parquet files"; of one table, where it is named."""
+        files = sum(len(paths) for name, paths in self.tables.items() if table in ("", name))
         name = NAMES_OF_KINDS[self.kind]
         return name if files <= 1 else f"{files:,} {name} files"
 

@@ -19,7 +19,13 @@ from kohaku_wrap.metadata.columns import FoundColumns, SiteMapping
 from kohaku_wrap.metadata.dialects import Duck, is_leaf, name_sql
 from kohaku_wrap.metadata.editions import danbooru_posts_sql, make_edition
 from kohaku_wrap.metadata.filters import quote
-from kohaku_wrap.metadata.layouts import find_posts_table, is_danbooru2023, missing_parts, recognise_layout
+from kohaku_wrap.metadata.layouts import (
+    find_posts_table,
+    is_danbooru2023,
+    missing_parts,
+    no_posts,
+    recognise_layout,
+)
 from kohaku_wrap.metadata.parallel import usable_threads
 from kohaku_wrap.metadata.source import ROWS_A_BATCH, DatabaseDamaged, Edition, Source, digest_of_files
 from kohaku_wrap.metadata.sqlite_files import DatabaseLocked, DatabaseUnreadable
@@ -34,7 +40,8 @@ MEMORY_LIMIT = "768MB"
 PLACE_COLUMNS = ("file_index", "file_row_number")
 """What DuckDB adds to the rows of Parquet files: where they stand."""
 
-_TEXT_TYPES = re.compile(r"\b(TIMESTAMP( WITH TIME ZONE|_[A-Z]+)?|DATE|TIME|UUID)\b(?!\")")
+_TEXT_TYPES = re.compile(r"\b(TIMESTAMP( WITH TIME ZONE|_[A-Z]+)?|DATE|TIME|UUID|JSON)\b(?!\")")
+"""Of JSON, what is read as texts; DuckDB's own JSON is what holds values of several kinds."""
 
 Columns = Mapping[str, Mapping[str, tuple[str, pa.DataType]]]
 """By table, its columns of one value or a list of texts a row, each with its SQL and type; `a.b` may be b in the
@@ -111,7 +118,7 @@ def _recognise(
     mapping: SiteMapping,
     ask: Callable[[str], Any],
 ) -> Edition:
-    where, kind = str(files.path), files.describe()
+    where = str(files.path)
     known = {table: frozenset(map(str.lower, some)) for table, some in columns.items()}
     place = "file_index * 1099511627776 + file_row_number" if files.kind == "parquet" else "row_number() OVER ()"
     if is_danbooru2023(known):
@@ -123,15 +130,14 @@ def _recognise(
             raise ProblemsFound(where, missing, "kwrap reads the tables post, tag and posttagrelation of danbooru2023.")
         has_parents = "parent_id" in known["post"]
         sql = danbooru_posts_sql(Duck(columns["post"]), place, has_parents)
-        return Edition(f"danbooru2023 {layout.value}, {kind}", layout.value, sql, has_parents=has_parents)
+        return Edition(f"danbooru2023 {layout.value}, {files.describe()}", layout.value, sql, has_parents=has_parents)
     found = find_posts_table({table: list(some) for table, some in columns.items()}, mapping, where)
     if not found:
-        problems = [Problem(table, f"columns {', '.join(list(some)[:40])}") for table, some in columns.items()]
-        needed = "kwrap needs an id and tags (tag_string, tags, or a column for each category). Name them in [metadata]"
-        raise ProblemsFound(where, problems, f"{needed} of a dataset file: see datasets/gelbooru.toml.")
+        raise no_posts(where, columns, ask("SELECT string_agg(DISTINCT schema_name, ', ') FROM duckdb_tables()") or "")
     table, some = found
     _refuse_mixed(files, table, some)
-    name = f"API columns, {kind}" if files.tables else f"API columns in the table {table}, {kind}"
+    named = "" if files.tables else f" in the table {table}"
+    name = f"API columns{named}, {files.describe(table)}"
     return make_edition(name, some, Duck(columns[table]), name_sql(table), place, ask, mapping)
 
 

@@ -329,6 +329,11 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
     no_relation = editions.write_dump(world, tmp_path / "dump")
     (no_relation / "tag.parquet").unlink()
     words = write_table(tmp_path / "words.parquet", id=pa.array(["x-1"]), tags=pa.array(["a"]))
+    aside, bare, notes = tmp_path / "aside.duckdb", tmp_path / "bare.duckdb", tmp_path / "notes.db"
+    duckdb.connect(str(aside)).execute("CREATE SCHEMA dan; CREATE TABLE dan.posts (id INTEGER, tags TEXT)").close()
+    duckdb.connect(str(bare)).close()
+    with closing(sqlite3.connect(notes)) as database:
+        database.execute("CREATE TABLE notes (number, body)")
     for place, said in (
         (shards, "missing 1 of 3 files: 1"),
         (cut, "cut off or damaged"),
@@ -342,6 +347,9 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
         (several, "has an id and tags"),
         (no_relation, "no such table"),
         (words, "no whole number"),
+        (aside, "there are some in dan"),
+        (bare, "no table in it"),
+        (notes, "notes  columns"),
     ):
         with pytest.raises(KwrapError) as caught:
             describe_database(place)
@@ -417,6 +425,27 @@ def test_the_lines_for_e621s_json_read_it(tmp_path: Path) -> None:
     _, rows, captions = make(tmp_path / "posts", tmp_path / "out", load_dataset(str(tmp_path / "mine.toml")))
     assert captions == ["ann, bob ||| hat, cat ||| worst quality, newest, hi res, safe"]
     assert (rows[0]["score"], rows[0]["image_width"], rows[0]["file_ext"]) == (4, 70, "png")
+
+
+def test_json_of_several_kinds_of_values_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"id": 7, "tag_string": "x y", "tag_string_general": "x y", "score": 5}')
+    (tmp_path / "b.json").write_text('{"id": "8", "tag_string": "z", "tag_string_general": "z", "score": "many"}')
+    described = describe_database(tmp_path)
+    assert (described.posts, described.tag_types["general"], described.unknown["score"]) == (2, 3, 1)
+
+
+def test_a_file_that_is_no_posts_is_not_counted_among_them(tmp_path: Path) -> None:
+    small(tmp_path / "posts.parquet")
+    write_table(tmp_path / "other.parquet", x=pa.array([1]))
+    assert describe_database(tmp_path).edition == "API columns, Parquet"
+
+
+def test_lists_of_words_that_stand_once_are_read(tmp_path: Path) -> None:
+    words = pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), pa.array(["x", "y", "x"]).dictionary_encode())
+    described = describe_database(
+        write_table(tmp_path / "lists.parquet", id=pa.array([1, 2]), tag_string_general=words)
+    )
+    assert (described.tags, described.tag_types["general"]) == (2, 2)
 
 
 def test_rows_come_in_the_order_of_the_files(tmp_path: Path) -> None:
