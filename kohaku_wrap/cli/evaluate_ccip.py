@@ -17,7 +17,7 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     verb,
 )
-from kohaku_wrap.cli.sample import drawing_options, model_options, prepare
+from kohaku_wrap.cli.sample import GUIDANCE, SIZE, drawing_options, model_options, prepare
 from kohaku_wrap.cli.sample_inputs import list_models
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, write_text
@@ -36,8 +36,6 @@ ASSUMED_SECONDS = 6.0
 
 BYTES_A_PIXEL = 1.6
 """Of a PNG, about."""
-
-UNASKED = ("styles", "sampler", "schedule", "clip_skip", "emphasis", "zero_terminal_snr", "template", "hires")
 
 
 @verb(
@@ -70,8 +68,8 @@ UNASKED = ("styles", "sampler", "schedule", "clip_skip", "emphasis", "zero_termi
 )
 @click.option("--preset", default="safe", show_default=True, metavar="NAME", help="Prompts: safe, core or published.")
 @click.option("--negative", default="", metavar="TEXT", help="The negative prompt.")
-@click.option("--size", "sizes", metavar="WxH", help="Usually what the model is for.")
-@click.option("--guidance", type=float, metavar="CFG", help="Usually 5.")
+@click.option("--size", type=SIZE, metavar="WxH", help="Usually what the model is for.")
+@click.option("--guidance", type=GUIDANCE, metavar="CFG", help="Usually 5.")
 @click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24.")
 @click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says.")
 @click.option("--against", multiple=True, type=PATH, metavar="FILE", help="Another ccip.json.")
@@ -107,7 +105,7 @@ def ccip(
     from kohaku_wrap.evaluation.judge_folders import open_judge
     from kohaku_wrap.evaluation.looking import Looker
     from kohaku_wrap.sampling.running import draw_sheet, find_waiting
-    from kohaku_wrap.sampling.sheets import Sheet, SheetPrompt, check_guidance, read_size
+    from kohaku_wrap.sampling.sheets import Sheet, SheetPrompt
 
     if preset not in PRESETS:
         raise UsageError(f"--preset: there is no {preset}", f"There are {', '.join(PRESETS)}.")
@@ -119,20 +117,15 @@ def ccip(
     choice = ccip_run.choose_characters(found, min_posts)
     recipe = load_dataset("epsilon").caption
     prompts = {each.tag: write_prompt(each, preset, recipe) for each in choice.scored}
-    try:
-        sizes = (read_size(asked["sizes"]),) if asked["sizes"] else ()
-        guidances = (check_guidance(asked["guidance"]),) if asked["guidance"] is not None else ()
-    except ValueError as error:
-        raise UsageError(str(error), "See `kwrap evaluate ccip --help`.") from None
     sheet = Sheet(
         tuple(SheetPrompt(prompts[each.tag], each.tag) for each in choice.scored),
         seeds=tuple(range(images_per_character)),
-        sizes=sizes,
-        guidances=guidances,
+        sizes=tuple(filter(None, [asked["size"]])),
+        guidances=tuple(filter(None, [asked["guidance"]])),
         negative=asked["negative"],
         steps=asked["sampler_steps"],
     )
-    asked |= dict.fromkeys(UNASKED) | {"lenient": False}
+    asked |= {"template": None, "zero_terminal_snr": None, "lenient": False}
     job = prepare(sheet, listed, asked, site_file, out)
     waiting = find_waiting(job)
     if dry_run:

@@ -31,6 +31,22 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 """One that is there, or is to be made."""
 
 
+class Checked(click.ParamType):
+    """What a function reads from a text; the ValueError that it raises says what is wrong."""
+
+    name = "text"
+
+    def __init__(self, read: Callable[[str], Any]) -> None:
+        self.read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value that was read."""
+        try:
+            return self.read(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def option_group(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
     """Several options as one decorator, in this order."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import FOLDER, PATH, open_run, option_group, site_option
+from kohaku_wrap.cli.options import FOLDER, PATH, Checked, open_run, option_group, site_option
 from kohaku_wrap.cli.output import (
     print_answer,
     print_note,
@@ -17,7 +17,8 @@ from kohaku_wrap.cli.output import (
 )
 from kohaku_wrap.cli.sample_inputs import choose_sheet, choose_tokenizers, know_models, list_models
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.sampling.cells import MOST_STEPS
+from kohaku_wrap.sampling.cells import EMPHASES, MOST_SEED, MOST_STEPS, SAMPLERS, SCHEDULES
+from kohaku_wrap.sampling.sheets import check_guidance, read_hires, read_size
 from kohaku_wrap.wording import count_of, show_path
 
 if TYPE_CHECKING:
@@ -26,24 +27,33 @@ if TYPE_CHECKING:
     from kohaku_wrap.sampling.running import DrawingJob
     from kohaku_wrap.sampling.sheets import Sheet
 
+SEED = click.IntRange(0, MOST_SEED)
+SIZE, GUIDANCE = Checked(read_size), Checked(lambda text: check_guidance(float(text)))
 COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
 
 
 picture_options = option_group(
     click.option("--style", "styles", multiple=True, metavar="NAME", help="A style prompt, or none; repeatable."),
     click.option("--negative", default="", metavar="TEXT", help="The negative prompt."),
-    click.option("--seed", "seeds", multiple=True, type=int, metavar="N", help="Repeatable; usually 0."),
-    click.option("--size", "sizes", multiple=True, metavar="WxH", help="Repeatable; usually what the model is for."),
-    click.option("--guidance", "guidances", multiple=True, type=float, metavar="CFG", help="Repeatable; usually 5."),
-    click.option("--sampler", metavar="NAME", help="euler-a (usual), dpmpp-2m or dpmpp-2m-sde."),
-    click.option("--schedule", metavar="NAME", help="exponential (usual), karras or uniform."),
+    click.option("--seed", "seeds", multiple=True, type=SEED, metavar="N", help="Repeatable; usually 0."),
+    click.option(
+        "--size", "sizes", multiple=True, type=SIZE, metavar="WxH", help="Repeatable; usually what the model is for."
+    ),
+    click.option("--guidance", "guidances", multiple=True, type=GUIDANCE, metavar="CFG", help="Repeatable; usually 5."),
+    click.option("--sampler", type=click.Choice(tuple(SAMPLERS)), help="Usually euler-a."),
+    click.option("--schedule", type=click.Choice(tuple(SCHEDULES)), help="Usually exponential."),
     click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24."),
     click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="Usually 2, as SDXL is trained."),
-    click.option("--emphasis", metavar="NAME", help="How weights act: no-norm (usual), original or ignore."),
+    click.option("--emphasis", type=click.Choice(EMPHASES), help="How weights act; usually no-norm."),
     click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."),
     click.option("--zero-terminal-snr", is_flag=True, default=None, help="With --prediction v, as trained."),
     click.option("--template", metavar="NAME", help="Take the prediction from a template."),
-    click.option("--hires", metavar="SCALE[:S]", help="A second, larger pass over a share S of the steps."),
+    click.option(
+        "--hires",
+        type=Checked(read_hires),
+        metavar="SCALE[:S]",
+        help="A second, larger pass over a share S of the steps.",
+    ),
     click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does."),
 )
 """Options that decide a picture, over those of the sheet."""

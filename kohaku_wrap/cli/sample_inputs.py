@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any]) -> Sheet:
     """The sheet of --prompts or of --prompt, with what the command line says over it."""
     from kohaku_wrap.sampling import sheets
-    from kohaku_wrap.sampling.cells import EMPHASES, SAMPLERS, SCHEDULES
     from kohaku_wrap.sampling.grammar import parse_prompt
     from kohaku_wrap.sampling.styles import find_style
-    from kohaku_wrap.wording import suggest
 
     if bool(texts) == (path is not None):
         what = "--prompt and --prompts cannot be combined" if texts else "no prompt is given"
@@ -35,23 +33,10 @@ def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any
         )
     for text in (*texts, asked["negative"]):
         parse_prompt(text, asked["lenient"])
-    for name, known in (("sampler", SAMPLERS), ("schedule", SCHEDULES), ("emphasis", EMPHASES)):
-        if asked[name] and asked[name] not in known:
-            raise UsageError(f"--{name}: there is no {asked[name]}{suggest(asked[name], known)}",
-                             f"There are {', '.join(known)}.")  # fmt: skip
     sheet = sheets.read_sheet(path, asked["lenient"]) if path else sheets.Sheet(tuple(map(sheets.SheetPrompt, texts)))
-    try:
-        over: dict[str, Any] = {
-            "styles": tuple(None if name == sheets.NO_STYLE else find_style(name) for name in asked["styles"]),
-            "seeds": tuple(map(sheets.check_seed, asked["seeds"])),
-            "sizes": tuple(map(sheets.read_size, asked["sizes"])),
-            "guidances": tuple(map(sheets.check_guidance, asked["guidances"])),
-            "hires": sheets.read_hires(asked["hires"]) if asked["hires"] else None,
-        }
-    except ValueError as error:
-        raise UsageError(str(error), "See `kwrap sample --help`.") from None
-    names = ("negative", "sampler", "schedule", "clip_skip", "emphasis")
-    over |= {name: asked[name] for name in names} | {"steps": asked["sampler_steps"]}
+    names = ("seeds", "sizes", "guidances", "hires", "negative", "sampler", "schedule", "clip_skip", "emphasis")
+    styles = tuple(None if name == sheets.NO_STYLE else find_style(name) for name in asked["styles"])
+    over = {name: asked[name] for name in names} | {"styles": styles, "steps": asked["sampler_steps"]}
     return replace(sheet, **{name: value for name, value in over.items() if value})
 
 

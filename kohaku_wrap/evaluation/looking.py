@@ -22,7 +22,6 @@ class Looker:
     def __init__(self, judge: Judge, folder: Path) -> None:
         self.judge = judge
         self.folder = folder / judge.digest
-        self.looked_at = 0
 
     def look_at(self, path: Path) -> Features:
         """(outputs,) of one picture, kept or new. Raises UnreadablePicture."""
@@ -35,7 +34,6 @@ class Looker:
             if row.ndim == 1 and row.dtype == np.float32:
                 return np.asarray(row, dtype=np.float32)
         row = self.judge.look_at(path)
-        self.looked_at += 1
         with suppress(OSError), atomic_write(kept, "wb") as stream:  # of a folder that nobody may write to
             np.save(stream, row, allow_pickle=False)
         return row
