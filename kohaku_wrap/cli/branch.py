@@ -12,6 +12,7 @@ from kohaku_wrap.cli.output import (
     counting_bytes,
     print_answer,
     print_aside,
+    print_notes,
     verb,
 )
 from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch_options
@@ -78,8 +79,7 @@ def command(
         show(branch)
         return
     print_trust(branch.new.effective)
-    for damaged in branch.damaged:
-        print_aside(f"damaged, passed over: {damaged.message}")
+    print_notes((damaged.message for damaged in branch.damaged), "damaged, passed over")
     for note in branch.notes:
         print_aside(note)
     print_aside(f"from run {parent.name}, optimizer step {branch.origin.optimizer_step:,}: {describe_place(branch)}")
@@ -109,10 +109,9 @@ def print_taken(run: Run) -> None:
     from kohaku_wrap.training.records.origin import read_taken
 
     found = next((each for attempt in list_attempts(run) if (each := read_taken(attempt.folder))), None)
-    for words in found.taken if found else ():
-        print_aside(f"taken: {words}")
-    for words in found.left if found else ():
-        print_aside(f"not taken: {words}")
+    if found:
+        print_notes(found.taken, "taken")
+        print_notes(found.left, "not taken")
 
 
 def show(branch: Branch) -> None:

@@ -14,7 +14,7 @@ from kohaku_wrap.cli.next_steps import extract_command, plan_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, refuse_idle, retype, tags_option
 from kohaku_wrap.cli.output import (
     print_answer,
-    print_aside,
+    print_notes,
     progress_bar,
     verb,
 )
@@ -166,8 +166,7 @@ def command(
         )
     tokens_by = {"tokens_by": by} if texts else {}
     payload = {"out": str(out), **asdict(written.changes), **asdict(written), **tokens_by}
-    for note in written.notes:
-        print_aside(f"note: {note}")
+    print_notes(written.notes)
     next_step = next_command(written, selection, out, found.name)
     print_answer(payload, f"Captions, {written.style} style", rows_of_report(written), next_step)
 

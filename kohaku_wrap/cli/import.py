@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import plan_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, retype
-from kohaku_wrap.cli.output import print_answer, print_aside, print_next, progress_bar, verb
+from kohaku_wrap.cli.output import print_answer, print_next, print_notes, progress_bar, verb
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of
 
@@ -102,8 +102,7 @@ def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: 
     with progress_bar("check", "images") as progress:
         report = import_folders(folders, images, options, progress)
     where = {} if dry_run else {"report": str(images / REPORT_FILE)}
-    for note in report.notes:
-        print_aside(f"note: {note}")
+    print_notes(report.notes)
     payload = {"out": str(images), "dry_run": dry_run, **as_document(report), **where}
     print_answer(payload, "Images of your own", rows_of_report(report, where))
     report.check(max_missing, dry_run)

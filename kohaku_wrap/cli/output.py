@@ -112,6 +112,12 @@ def print_aside(text: str) -> None:
         print_note(text)
 
 
+def print_notes(notes: Iterable[str], kind: str = "note") -> None:
+    """Print each of these on stderr as of this kind, such as `warning`; nothing with `--json`."""
+    for note in notes:
+        print_aside(f"{kind}: {note}")
+
+
 def print_lines(text: str, err: bool = False, **style: Any) -> None:
     """Print lines, broken between words on a terminal; `style` is that of the first word."""
     text = text.translate(ESCAPES_IN_LINES)

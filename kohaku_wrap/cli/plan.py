@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, retype, set_option, trust_option
-from kohaku_wrap.cli.output import print_answer, print_aside, print_note, progress_bar, verb, waiting
+from kohaku_wrap.cli.output import print_answer, print_note, print_notes, progress_bar, verb, waiting
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
 
@@ -272,8 +272,7 @@ def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> N
         rows += list_picture_rows(plan.pictures)
     if plan.validation:
         rows += list_validation_rows(plan.validation)
-    for note in (*payload["notes"], *filter(None, [plan.not_counted])):
-        print_aside(f"note: {note}")
+    print_notes([*payload["notes"], *filter(None, [plan.not_counted])])
     print_answer(payload, f"Plan of {plan.template}", rows, "" if plan.problems else next_step)
 
 

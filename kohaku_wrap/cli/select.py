@@ -10,7 +10,7 @@ import click
 
 from kohaku_wrap.cli.next_steps import extract_command
 from kohaku_wrap.cli.options import PATH, leave_pandas_out, open_source, tags_option
-from kohaku_wrap.cli.output import print_answer, print_aside, progress_bar, verb
+from kohaku_wrap.cli.output import print_answer, print_notes, progress_bar, verb
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.selection import SelectionReport
@@ -45,8 +45,7 @@ def command(dataset: str, db: Path, out: Path, tag_table: Path | None) -> None:
     with progress_bar("select", "posts") as progress:
         report = select_posts(database, recipe, out, on_progress=progress)
     payload = {**asdict(report), "generator": GENERATOR, "db": str(db), "out": str(out)}
-    for warning in report.warnings:
-        print_aside(f"note: {warning}")
+    print_notes(report.warnings)
     title = f"Selection {recipe.name}, seed {report.seed}"
     print_answer(payload, title, rows_of_report(report, out), extract_command(out, db=db))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from kohaku_wrap.cli.options import option_group
-from kohaku_wrap.cli.output import ESCAPES, print_answer, print_aside, print_note, wants_json
+from kohaku_wrap.cli.output import ESCAPES, print_answer, print_aside, print_note, print_notes, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.training.records.signs import Phase
 from kohaku_wrap.wording import format_duration, format_share, show_path
@@ -127,10 +127,8 @@ def watch_run(run: Run, first: Callable[[], ResumePlan], allow: tuple[str, ...],
 
 def print_findings(plan: ResumePlan) -> None:
     """What the resume found and how it takes it, on stderr."""
-    for damaged in plan.damaged:
-        print_aside(f"damaged, passed over: {damaged.message}")
-    for where, what in plan.differences.items():
-        print_aside(f"accepted: {where}: {what}")
+    print_notes((damaged.message for damaged in plan.damaged), "damaged, passed over")
+    print_notes((f"{where}: {what}" for where, what in plan.differences.items()), "accepted")
     for note in plan.notes:
         print_aside(note)
     if plan.lineage:
@@ -151,8 +149,7 @@ def source_of(plan: ResumePlan) -> str:
 def print_start(plan: ResumePlan) -> None:
     """Where the attempt starts, and what moves for it, on stderr."""
     print_aside(f"attempt {plan.number} of {plan.run.name} from {source_of(plan)}")
-    for path in plan.abandons:
-        print_aside(f"to abandoned/: {path.relative_to(plan.run.folder)}")
+    print_notes((str(path.relative_to(plan.run.folder)) for path in plan.abandons), "to abandoned/")
 
 
 def describe_launch(launch: Launch) -> dict[str, Any]:

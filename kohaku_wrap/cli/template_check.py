@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, trust_option
-from kohaku_wrap.cli.output import print_json, print_lines, print_next, print_note, verb, wants_json
+from kohaku_wrap.cli.output import print_json, print_lines, print_next, print_notes, verb, wants_json
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line
@@ -61,8 +61,7 @@ def check(files: tuple[str, ...], site: Path | None, trust: tuple[str, ...], mod
         if faulty:
             raise click.exceptions.Exit(1)
         return
-    for note in notes:
-        print_note(f"note: {note}")
+    print_notes(notes)
     for _, effective in resolved:
         print_trust(effective)
     for path, problems in faulty:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, trust_option
-from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_json, print_note, verb, wants_json
+from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_json, print_notes, verb, wants_json
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.processes import python_command, safe_environment
@@ -101,8 +101,8 @@ def command(
     new = plan_new_run(template, site_file, name, engine, overrides, trust)
     print_trust(new.effective)
     print_aside(f"engine: {new.engine} ({new.engine_origin})")
-    for note in (*note_other_prediction(new.effective), *note_other_dataset(new.effective, new.site.paths.images)):
-        print_aside(f"warning: {note}")
+    notes = (*note_other_prediction(new.effective), *note_other_dataset(new.effective, new.site.paths.images))
+    print_notes(notes, "warning")
     if dry_run:
         check_parent(new)
         if wants_json():
@@ -117,9 +117,8 @@ def command(
             print_json(payload)
         else:
             click.echo(new.launch.text())
-            for absent in list_absent(new):
-                print_note(f"warning: {absent}")
-            print_note(f"Next: {repeat_command(template, site_file)}")
+            print_notes(list_absent(new), "warning")
+            print_aside(f"Next: {repeat_command(template, site_file)}")
         return
     run = make_run(new, locked, allow)
     with keeping_page(run, has_page):
@@ -212,8 +211,7 @@ def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
     with counting_bytes("hashing the base model", hashed_bytes(new)) as count:
         run = create_run(new, sys.argv, locked, count, allow)
     print_aside(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
-    for note in note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective):
-        print_aside(f"note: {note}")
+    print_notes(note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective))
     return run
 
 
