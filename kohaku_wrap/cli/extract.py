@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kohaku_wrap.cli.next_steps import caption_command
-from kohaku_wrap.cli.options import PATH, leave_pandas_out
+from kohaku_wrap.cli.options import PATH, leave_pandas_out, max_missing_option
 from kohaku_wrap.cli.output import print_answer, print_next, progress_bar, verb
 
 ONLY_IF_ANY = {
@@ -35,14 +35,7 @@ ONLY_IF_ANY = {
 )
 @click.option("--out", "images", metavar="IMAGES", required=True, type=PATH, help="Folder of the images.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes that read tars; default: one a core.")
-@click.option(
-    "--max-missing",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Missing and corrupt images that are not an error.",
-)
+@max_missing_option
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=0),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import plan_command
-from kohaku_wrap.cli.options import PATH, leave_pandas_out, retype
+from kohaku_wrap.cli.options import PATH, leave_pandas_out, max_missing_option, retype
 from kohaku_wrap.cli.output import print_answer, print_next, print_notes, progress_bar, verb
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import count_of
@@ -74,14 +74,7 @@ ONLY_IF_ANY = {
     help="Of the training, to list images that are too small.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Processes that check; default: one a core.")
-@click.option(
-    "--max-missing",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Missing and refused images that are not an error.",
-)
+@max_missing_option
 @click.option("--dry-run", is_flag=True, help="Check and report, write nothing.")
 def command(folders: tuple[Path, ...], images: Path, max_missing: int, dry_run: bool, **asked: Any) -> None:
     """Make a dataset of images and captions that you have.

@@ -86,6 +86,12 @@ threads_option = click.option(
 )
 
 
+max_missing_option = click.option(
+    "--max-missing", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+    help="Images that may be missing or unusable without an error.",
+)  # fmt: skip
+
+
 def list_given() -> Iterator[tuple[click.Option, Any]]:
     """The options that the running command was given, each with its value."""
     for parameter in list_given_parameters():

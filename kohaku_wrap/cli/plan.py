@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import PATH, describe_trust, print_trust, retype, set_option, trust_option
+from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, set_option, trust_option
 from kohaku_wrap.cli.output import print_answer, print_note, print_notes, progress_bar, verb, waiting
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
@@ -34,8 +34,7 @@ BUCKETS_SHOWN = 8
     writes=False,
 )
 @click.argument("template")
-@click.option("--site", "site_file", type=PATH, default=Path("site.toml"), show_default=True,
-              help="The machine: paths, GPUs, batch per GPU.")  # fmt: skip
+@machine_option
 @set_option
 @trust_option
 @click.option("--selection", type=PATH, help="Count the database's sizes in SEL.parquet, before any image is there.")
@@ -147,14 +146,9 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
         "problems": [vars(problem) for problem in plan.problems],
     }
     if counts:
-        document |= {
-            "unet_modules": counts[0].unet_modules,
-            "text_encoder_modules": counts[0].text_encoder_modules,
-            "unet_parameters": counts[0].unet_parameters,
-            "text_encoder_parameters": counts[0].text_encoder_parameters,
-            "parameters": counts[0].parameters,
-            "module_counts": [{**asdict(each), "parameters": each.parameters} for each in counts],
-        }
+        listed = [{**asdict(each), "parameters": each.parameters} for each in counts]
+        document |= {name: value for name, value in listed[0].items() if name.endswith(("modules", "parameters"))}
+        document["module_counts"] = listed
     if plan.pictures:
         memory = total_of(plan.pictures.memory) or None
         own = {"pictures": plan.pictures.pictures, "memory_bytes": memory, "is_beside": plan.pictures.is_beside}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, trust_option
+from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, set_option, trust_option
 from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_json, print_notes, verb, wants_json
 from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
 from kohaku_wrap.errors import UsageError, command_line
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @machine_option
 @click.option("--run", "name", metavar="NAME", help="The run's name; the template's where it is not given.")
 @click.option("--engine", metavar="ENGINE", help="sd-scripts or builtin, in place of the site's.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one value; again for more.")
+@set_option
 @click.option("--from", "parent", type=PATH, metavar="NETWORK",
               help="Train on from this network; the same as network_weights in a template or a site.")  # fmt: skip
 @trust_option

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-TOKENIZER_FOLDERS = ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k")
+from kohaku_wrap.sampling.chunks import FIRST_FOLDERS, SECOND_FOLDERS
+
+TOKENIZER_FOLDERS = (FIRST_FOLDERS[0], SECOND_FOLDERS[0])
 """Where sd-scripts looks below its tokenizer_cache_dir."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -146,16 +146,11 @@ def describe_record(record: Record) -> dict[str, Any]:
     }
 
 
-def compose_chunk(record: Record) -> str:
-    """The JSON of the `kwrap` chunk."""
-    return json.dumps(describe_record(record), ensure_ascii=False)
-
-
 def write_picture(path: Path, image: Image.Image, record: Record) -> None:
     """Write the picture under its name when it is whole."""
     text = PngInfo()
     text.add_itxt(PARAMETERS, compose_parameters(record))
-    text.add_itxt(CHUNK, compose_chunk(record))
+    text.add_itxt(CHUNK, json.dumps(describe_record(record), ensure_ascii=False))
     with atomic_write(path, "wb") as stream:
         image.save(stream, "PNG", pnginfo=text)
 

@@ -60,18 +60,15 @@ class Artist:
                 )
         return self.encoded[key]
 
-    def shape_of(self, cell: Cell) -> tuple[int, ...]:
-        """Cells of one group draw together where this is the same: the lengths of both prompts."""
-        return self.encode(cell).states.shape[1], self.encode(cell, negative=True).states.shape[1]
-
     @torch.inference_mode()
     def draw(self, cells: Sequence[Cell]) -> list[Image.Image]:
-        """The pictures of cells of one group and shape, as many as the batch at most.
+        """The pictures of cells of one group whose prompts have as many chunks, as many as the batch at most.
 
         Raises NotFinite with the cell and the step.
         """
-        for cell in cells:
-            self.shape_of(cell)
+        for cell in cells:  # while the encoders have their turn on the device
+            self.encode(cell)
+            self.encode(cell, negative=True)
         with self.placed(self.drawer.unet):
             latents = self.denoise(cells, None, cells[0].height, cells[0].width)
             if second := cells[0].second_size:
