@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.next_steps import read_site_paths
-from kohaku_wrap.cli.options import FOLDER, PATH, open_source, site_option, tags_option
+from kohaku_wrap.cli.options import FOLDER, PATH, open_source, read_by, site_option, tags_option
 from kohaku_wrap.cli.output import (
     print_answer,
     print_note,
     progress_bar,
     verb,
 )
-from kohaku_wrap.cli.sample import GUIDANCE, SIZE, drawing_options, model_options, prepare
+from kohaku_wrap.cli.sample import drawing_options, model_options, prepare
 from kohaku_wrap.cli.sample_inputs import list_models
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, write_text
 from kohaku_wrap.sampling.cells import MOST_STEPS
+from kohaku_wrap.sampling.sheets import check_guidance, read_size
 from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ BYTES_A_PIXEL = 1.6
 )
 @click.option("--preset", default="safe", show_default=True, metavar="NAME", help="Prompts: safe, core or published.")
 @click.option("--negative", default="", metavar="TEXT", help="The negative prompt.")
-@click.option("--size", type=SIZE, metavar="WxH", help="Usually what the model is for.")
-@click.option("--guidance", type=GUIDANCE, metavar="CFG", help="Usually 5.")
+@click.option("--size", callback=read_by(read_size), metavar="WxH", help="Usually what the model is for.")
+@click.option("--guidance", type=float, callback=read_by(check_guidance), metavar="CFG", help="Usually 5.")
 @click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24.")
 @click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says.")
 @click.option("--against", multiple=True, type=PATH, metavar="FILE", help="Another ccip.json.")

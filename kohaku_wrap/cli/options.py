@@ -31,20 +31,16 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 """One that is there, or is to be made."""
 
 
-class Checked(click.ParamType):
-    """What a function reads from a text; the ValueError that it raises says what is wrong."""
+def read_by(read: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A callback that reads each value of an option; the ValueError that `read` raises says what is wrong."""
 
-    name = "text"
-
-    def __init__(self, read: Callable[[str], Any]) -> None:
-        self.read = read
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value that was read."""
+    def convert(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
         try:
-            return self.read(value)
+            return tuple(map(read, value)) if isinstance(value, tuple) else None if value is None else read(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from None
+
+    return convert
 
 
 def option_group(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kohaku_wrap.cli.options import FOLDER, PATH, Checked, open_run, option_group, site_option
+from kohaku_wrap.cli.options import FOLDER, PATH, open_run, option_group, read_by, site_option
 from kohaku_wrap.cli.output import (
     print_answer,
     print_note,
@@ -27,19 +27,18 @@ if TYPE_CHECKING:
     from kohaku_wrap.sampling.running import DrawingJob
     from kohaku_wrap.sampling.sheets import Sheet
 
-SEED = click.IntRange(0, MOST_SEED)
-SIZE, GUIDANCE = Checked(read_size), Checked(lambda text: check_guidance(float(text)))
 COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
 
 
 picture_options = option_group(
     click.option("--style", "styles", multiple=True, metavar="NAME", help="A style prompt, or none; repeatable."),
     click.option("--negative", default="", metavar="TEXT", help="The negative prompt."),
-    click.option("--seed", "seeds", multiple=True, type=SEED, metavar="N", help="Repeatable; usually 0."),
-    click.option(
-        "--size", "sizes", multiple=True, type=SIZE, metavar="WxH", help="Repeatable; usually what the model is for."
-    ),
-    click.option("--guidance", "guidances", multiple=True, type=GUIDANCE, metavar="CFG", help="Repeatable; usually 5."),
+    click.option("--seed", "seeds", multiple=True, type=click.IntRange(0, MOST_SEED), metavar="N",
+                 help="Repeatable; usually 0."),
+    click.option("--size", "sizes", multiple=True, metavar="WxH", callback=read_by(read_size),
+                 help="Repeatable; usually what the model is for."),
+    click.option("--guidance", "guidances", multiple=True, type=float, metavar="CFG", callback=read_by(check_guidance),
+                 help="Repeatable; usually 5."),
     click.option("--sampler", type=click.Choice(tuple(SAMPLERS)), help="Usually euler-a."),
     click.option("--schedule", type=click.Choice(tuple(SCHEDULES)), help="Usually exponential."),
     click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24."),
@@ -48,14 +47,10 @@ picture_options = option_group(
     click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."),
     click.option("--zero-terminal-snr", is_flag=True, default=None, help="With --prediction v, as trained."),
     click.option("--template", metavar="NAME", help="Take the prediction from a template."),
-    click.option(
-        "--hires",
-        type=Checked(read_hires),
-        metavar="SCALE[:S]",
-        help="A second, larger pass over a share S of the steps.",
-    ),
+    click.option("--hires", metavar="SCALE[:S]", callback=read_by(read_hires),
+                 help="A second, larger pass over a share S of the steps."),
     click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does."),
-)
+)  # fmt: skip
 """Options that decide a picture, over those of the sheet."""
 
 
