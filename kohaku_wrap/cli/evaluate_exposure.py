@@ -112,7 +112,8 @@ def list_counts(title: str, rows: list[dict[str, Any]]) -> list[tuple[str, Any]]
     for row in rows:
         more = f"{row['next_epoch']:+,}", f"{row['one_more_repeat']:+,}"
         lines.append((row["tag"], (f"{row['trained']:,}", f"{row['images']:,}", *more)))
-    widths = (10, 10, 12, 17)
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines), strict=True)]
     return [
-        (name, "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))) for name, cells in lines
+        (name, "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+        for name, cells in lines
     ]

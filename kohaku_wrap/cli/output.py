@@ -28,6 +28,9 @@ SCHEMA_VERSION = 1
 WANTS_JSON = "as_json"
 PLAIN_LINE_EVERY_SECONDS = 10
 SHARE_BEFORE_RATE = 0.005
+NAME_SHARE = 0.4
+"""Of a terminal's width, for the names of a table whose values must be broken."""
+
 STEERING = (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
 """Characters that steer a terminal, end a line or turn the direction of what follows."""
 
@@ -155,17 +158,25 @@ def print_answer(payload: dict[str, Any], title: str, rows: Iterable[tuple[str, 
 def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") -> None:
     """Print a title, aligned name and value pairs, and the next command to try, on stdout.
 
-    On a terminal long values are broken within their column, paths never; elsewhere each row is one line.
+    On a terminal long values are broken within their column, paths never, and a name that would leave no room for them
+    stands on a line of its own; elsewhere each row is one line.
     """
     shown = [(name.translate(ESCAPES), show_value(value).translate(ESCAPES)) for name, value in rows]
-    column = max((len(name) for name, _ in shown), default=0) + 2
+    breakable = {place for place, (_, value) in enumerate(rows) if not isinstance(value, Path)}
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    longest = max((len(name) for name, _ in shown), default=0)
+    if any(longest + 2 + len(shown[place][1]) > columns for place in breakable):
+        longest = max((len(name) for name, _ in shown if len(name) <= columns * NAME_SHARE), default=0)
+    indent = " " * (longest + 2)
     if title:
         click.echo(paint(title.translate(ESCAPES), bold=True))
-    for (name, text), (_, value) in zip(shown, rows, strict=True):
-        if sys.stdout.isatty() and not isinstance(value, Path):
-            width = max(shutil.get_terminal_size().columns - column, 20)
-            text = wrap_line(text, width).replace("\n", f"\n{' ' * column}")
-        click.echo(f"{paint(name.ljust(column), fg='cyan')}{text}".rstrip())
+    for place, (name, text) in enumerate(shown):
+        if len(name) > longest:
+            click.echo(paint(name, fg="cyan"))
+            name = ""
+        if place in breakable:
+            text = wrap_line(text, max(columns - len(indent), 20)).replace("\n", f"\n{indent}")
+        click.echo(f"{paint(name.ljust(len(indent)), fg='cyan')}{text}".rstrip())
     if next_step:
         print_next(next_step)
 

@@ -85,6 +85,22 @@ def test_a_row_keeps_its_column_on_a_terminal(
     ]
 
 
+def test_a_name_that_leaves_no_room_stands_on_a_line_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    pair = "epsilon after optimizer step 13,600 → epsilon after optimizer step 14,400"
+    rows = [("held out", "none of them is in the dataset"), (pair, ("-0.00012 (-0.00020 to -0.00004) " * 3).strip())]
+    output.print_table("", rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["held out  none of them is in the dataset", pair]
+    assert all(line.startswith(" " * 10 + "-0.00012") and len(line) <= 80 for line in lines[2:])
+    # Where all of it fits, the columns are as in a pipe.
+    output.print_table("", [(pair, "1"), ("a", "2")])
+    assert capsys.readouterr().out.splitlines() == [f"{pair}  1", f"{'a':<{len(pair)}}  2"]
+
+
 def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert output.paint("error:", fg="red") == "error:"
