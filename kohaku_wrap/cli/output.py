@@ -41,7 +41,9 @@ ESCAPES_IN_LINES = {code: text for code, text in ESCAPES.items() if chr(code) no
 ESCAPES_IN_JSON = {code: f"\\u{code:04x}" for code in STEERING if code >= 32}
 """JSON itself escapes those below 32 in strings; outside of strings it has none of the others."""
 
-KEPT_TOGETHER = re.compile(r"`[^`]*`|\S: \d[\d,.]*|\d (?:%|(?:[kMGT]?B|s|min|h|d)\b)|[<>] \d")
+KEPT_TOGETHER = re.compile(
+    r"`[^`]*`|(?<=: )kwrap (?:(?!\. ).)*|\S: \d[\d,.]*|\d (?:%|(?:[kMGT]?B|s|min|h|d)\b)|[<>] \d"
+)
 
 
 def wants_json() -> bool:
@@ -134,8 +136,8 @@ def print_lines(text: str, err: bool = False, **style: Any) -> None:
 def wrap_line(line: str, width: int) -> str:
     """One line, broken between words, with later lines under its text or its second column.
 
-    What stands in backticks, a count and its name, and a number and its unit are kept together, and no word is broken,
-    so that commands and paths can be copied.
+    What stands in backticks, a command behind a colon, a count and its name, and a number and its unit are kept
+    together, and no word is broken, so that commands and paths can be copied.
     """
     if len(line) <= width:
         return line

@@ -21,6 +21,7 @@ from kohaku_wrap.wording import format_duration
         ("short", 20, ["short"]),
         ("one two three four", 10, ["one two", "three four"]),
         ("run `kwrap resume first` now", 16, ["run", "`kwrap resume first`", "now"]),
+        ("Type: kwrap resume first --step 3. Or not.", 16, ["Type:", "kwrap resume first --step 3.", "Or not."]),
         ("    indented words here", 16, ["    indented", "    words here"]),
         ("  seed    two words of text", 20, ["  seed    two words", "          of text"]),
         ("/a/path/longer/than/the/line is kept", 12, ["/a/path/longer/than/the/line", "is kept"]),
