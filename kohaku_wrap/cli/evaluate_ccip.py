@@ -22,7 +22,7 @@ from kohaku_wrap.cli.sample_inputs import list_models
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, write_text
 from kohaku_wrap.sampling.cells import MOST_STEPS
-from kohaku_wrap.sampling.sheets import check_guidance, read_size
+from kohaku_wrap.sampling.sheets import MOST_CELLS, check_guidance, read_size
 from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
 if TYPE_CHECKING:
@@ -116,6 +116,12 @@ def ccip(
     listed = list_models(models, asked, site_file)
     found = list_characters(characters, db, tag_table, images, site_file, out)
     choice = ccip_run.choose_characters(found, min_posts)
+    pictures = len(choice.scored) * images_per_character * len(listed)
+    if pictures > MOST_CELLS:
+        raise UsageError(
+            f"{pictures:,} pictures of {len(choice.scored):,} characters; at most {MOST_CELLS:,} can be drawn at once",
+            "Ask for fewer: a larger --min-posts, fewer --images-per-character, or a list of tags in --characters.",
+        )
     recipe = load_dataset("epsilon").caption
     prompts = {each.tag: write_prompt(each, preset, recipe) for each in choice.scored}
     sheet = Sheet(
@@ -137,11 +143,11 @@ def ccip(
     looker = Looker(judge, out / JUDGED)
     with progress_bar("references", "pictures") as report:
         references, left, unreadable = ccip_run.look_at_references(looker, choice.scored, min_posts, report)
-    pictures = ccip_run.group_cells(job.cells, out)
+    drawn = ccip_run.group_cells(job.cells, out)
     with progress_bar("judge", "pictures") as report:
-        scores, broken = ccip_run.score_models(looker, pictures, references, report)
+        scores, broken = ccip_run.score_models(looker, drawn, references, report)
     by_title = {each.labels["model"]: each for each in job.cells}
-    named = [(title, by_title[title].cell.model, by_title[title].model.optimizer_step) for title in pictures]
+    named = [(title, by_title[title].cell.model, by_title[title].model.optimizer_step) for title in drawn]
     exposures = find_exposures(asked["run"], [step for _, _, step in named], site_file)
     seen = ccip_run.look_up_exposures(exposures, sorted(references))
     first = job.cells[0].cell

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +226,7 @@ def test_killed_and_called_again_two_checkpoints_have_the_same_result(
         (["--characters", "{index}", "--judge", "{tmp}"], "without model_feat.onnx"),
         (["--characters", "{index}", "--against", "{index}/characters.json"], "no result of `kwrap evaluate ccip`"),
         (["--characters", "{index}", "--against", "{tmp}/ccip.json"], "ccip.json: made with another judge"),
+        (["--characters", "{many}", "--images-per-character", "1000"], "101,000 pictures .*--min-posts"),
         (["--characters", "{empty}"], "none of 1 characters can be scored: dora"),
     ],
 )
@@ -236,8 +239,11 @@ def test_what_cannot_be_scored_is_one_message(
     (empty / "characters.json").write_text('[{"tag": "dora"}]')
     (tmp_path / "model_metrics.onnx").write_bytes(b"")
     (tmp_path / "ccip.json").write_text('{"format": 1, "measure": "ccip", "models": [{}], "judge": {"sha256": {}}}')
-    words = [word.format(tmp=tmp_path, index=index, empty=empty) for word in words]
+    many, (first, *_) = tmp_path / "many", json.loads((index / "characters.json").read_text())
+    shutil.copytree(index / "a0", many / "a0")
+    (many / "characters.json").write_text(json.dumps([{**first, "tag": f"alice_{each}"} for each in range(101)]))
+    words = [word.format(tmp=tmp_path, index=index, empty=empty, many=many) for word in words]
     judge = [] if "--judge" in words else ["--judge", str(judges / "ccip")]
     model = str(world / "base" / "model.safetensors")
     assert run_program(["evaluate", "ccip", model, *words, *judge, "--out", str(tmp_path / "out"), "--dry-run"])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err, re.DOTALL)
