@@ -32,15 +32,20 @@ def read_tag_types(path: Path, categories: Mapping[str, int]) -> dict[str, int]:
     raw: dict[str, str] = {}
     column = ""
     for column, rows in _rows(path):  # noqa: B007 - all have the same
-        raw |= {str(name).strip().replace(" ", "_"): str(kind).strip().lower() for name, kind in rows}
+        raw |= {str(name).strip().replace(" ", "_"): _word_of(kind) for name, kind in rows}
     words = dict(categories)
     if column == "type" and "2" in raw.values():
         words |= {str(number): number for number in range(len(TAG_TYPES))}
     for name, kind in raw.items():
-        number = words.get(kind.removesuffix(".0"))
+        number = words.get(kind)
         if number is not None:
             types[name] = number
     return types
+
+
+def _word_of(kind: object) -> str:
+    """A category as the words for them are written; whole numbers may be those of a column of fractions."""
+    return str(kind).strip().lower().removesuffix(".0")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
@@ -69,4 +74,5 @@ def _find(path: Path, columns: Mapping[str, Collection[str]]) -> tuple[str, str,
         if name and kind:
             return table, name, kind
     problems = [Problem(table, f"columns {', '.join(sorted(some)[:40])}") for table, some in columns.items()]
+    problems = problems or [Problem("tables", "none in it, or none in DuckDB's schema main")]
     raise ProblemsFound(str(path), problems, "A table of tags has a column name and a column category (or type).")

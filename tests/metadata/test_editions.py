@@ -154,7 +154,9 @@ def test_a_table_of_tags_gives_categories(tmp_path: Path, world: duckdb.DuckDBPy
     report, others, written = make(place, tmp_path / "out", mapping=mapping)
     assert (others, written) == (rows, captions) and not report.lacks
     assert set(describe_database(place).lacks) == {"categories"}
-    for number, table in enumerate((sqlite_of(world), editions.write_dump(world, tmp_path / "dump"))):
+    dump = editions.write_dump(world, tmp_path / "dump")
+    fractions = editions.save(world, "SELECT name, type::DOUBLE AS type FROM tag", tmp_path / "fractions.parquet")
+    for number, table in enumerate((sqlite_of(world), dump, fractions)):
         # danbooru2023 counts its types in another way than the site.
         mapping = replace(DANBOORU, tag_table=table)
         assert make(place, tmp_path / f"out-{number}", mapping=mapping)[2] == captions
@@ -364,6 +366,7 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
         (tmp_path / "pipe.parquet", "not a regular file"),
         (torn, "cut off"),
         (page, "a web page"),
+        (aside, "none in DuckDB's schema main"),
     ):
         with pytest.raises(KwrapError, match=said):
             describe_database(posts, replace(DANBOORU, tag_table=table))

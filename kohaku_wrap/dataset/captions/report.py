@@ -13,6 +13,7 @@ from kohaku_wrap.dataset.captions.plan import CaptionPlan
 from kohaku_wrap.dataset.captions.quality import NEVER
 from kohaku_wrap.dataset.captions.text_table import TextCounts, TextTable
 from kohaku_wrap.metadata.filters import RATINGS
+from kohaku_wrap.wording import count_of
 
 
 @dataclass(frozen=True)
@@ -95,18 +96,18 @@ def describe_texts(texts: TextTable, counts: TextCounts, posts: int) -> Iterator
     )
     if counts.tight_commas:
         yield (
-            f"{counts.tight_commas:,} texts have a comma without one space after it, where plain sd-scripts writes one "
-            'when it shuffles; kwrap.data = "kwrap" changes no text'
+            f"{count_of(counts.tight_commas, 'text')} with a comma without one space after it, where plain sd-scripts "
+            'writes one when it shuffles; kwrap.data = "kwrap" changes no text'
         )
     if texts.repeated:
-        yield f"{texts.path}: {texts.repeated:,} rows repeat an id; the first of each counts"
+        yield f"{texts.path}: {count_of(texts.repeated, 'row')} of an id that an earlier row has; the first one counts"
 
 
 def find_stale_files(folder: Path, formats: Sequence[str], images: CaptionImages | None) -> Iterator[str]:
     """Files of other formats that lie there from an earlier call and were not written now."""
     if "txt" not in formats and images and images.has_text.any():
         texts = int(images.has_text.sum())
-        yield f".txt files beside {texts:,} images were not written now; add txt to --format to write them"
+        yield f".txt files beside {count_of(texts, 'image')} were not written now; add txt to --format to write them"
     for name, file in (("cache", formats_of.CACHE_FILE), ("jsonl", formats_of.LINES_FILE)):
         if name not in formats and (folder / file).exists():
             yield f"{folder / file} is from an earlier call; add {name} to --format to bring it up to date"

@@ -142,7 +142,7 @@ def test_texts_are_made_one_line_without_separators_and_all_of_it_is_counted(wor
     assert {id: world.rows[id]["text"] for id in odd} == {a: "one two three", b: "x | y|z", c: "1,000 girls", d: ""}
     counted = {name: report["texts"][name] for name in ("with_text", "line_ends", "separators", "tight_commas")}
     assert counted == {"with_text": 3, "line_ends": 1, "separators": 1, "tight_commas": 1}
-    assert any("1 texts have a comma without one space" in note for note in report["notes"])
+    assert any("1 text with a comma without one space" in note for note in report["notes"])
 
 
 def test_captions_beyond_the_limits_of_tokens_are_counted(world: World) -> None:
