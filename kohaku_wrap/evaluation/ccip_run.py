@@ -24,7 +24,14 @@ from kohaku_wrap.evaluation.characters import INFERRED, PRESETS, Character
 from kohaku_wrap.evaluation.exposure import Exposure, NoSuchTag
 from kohaku_wrap.evaluation.judges import Features
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.evaluation.other_results import FORMAT, add_models, list_versions, read_result, refuse_differing
+from kohaku_wrap.evaluation.other_results import (
+    FORMAT,
+    add_models,
+    list_versions,
+    read_result,
+    reading_result,
+    refuse_differing,
+)
 from kohaku_wrap.files import Progress
 from kohaku_wrap.sampling.expanding import PlacedCell
 
@@ -207,17 +214,25 @@ def compose_result(
 
 
 def read_other(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """A result by the judge and the prompts of this call, or of another result. Raises OtherResult."""
-    other = read_result(path, "ccip", ("ccip",), "ccip.json")
-    refuse_differing(path, "made with", "Only results of the same judge and prompts compare.", about, other, COMPARED)
+    """A whole result by the judge and the prompts of this call, or of another result. Raises OtherResult."""
+    with reading_result(path, "ccip", "ccip.json"):
+        other, advice = read_result(path, ("ccip",)), "Only results of the same judge and prompts compare."
+        refuse_differing(path, "made with", advice, about, other, COMPARED)
+        list_references(other)
+        for each in other["models"]:
+            compare_models([each["title"]] * 2, [each["scores"]] * 2)
     return other
+
+
+def list_references(result: Mapping[str, Any]) -> dict[str, str]:
+    """By character of a result, a digest of what its pictures were compared with."""
+    return {each["tag"]: each["references_sha256"] for each in result["characters"]}
 
 
 def lay_over(result: dict[str, Any], path: Path) -> None:
     """Add the models of another result, with the pairs that they make. Raises OtherResult where they differ."""
     other = read_other(path, result)
-    own = {each["tag"]: each["references_sha256"] for each in result["characters"]}
-    same = {each["tag"] for each in other["characters"] if own.get(each["tag"]) == each["references_sha256"]}
+    same = {tag for tag, _ in list_references(result).items() & list_references(other).items()}
     for model in other["models"]:
         model["scores"] = {tag: score for tag, score in model["scores"].items() if tag in same}
     add_models(result, other["models"], path)

@@ -17,7 +17,14 @@ import numpy.typing as npt
 from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import FORMAT, add_models, list_versions, read_result, refuse_differing
+from kohaku_wrap.evaluation.other_results import (
+    FORMAT,
+    add_models,
+    list_versions,
+    read_result,
+    reading_result,
+    refuse_differing,
+)
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import ask_in_lines
@@ -281,11 +288,22 @@ def keep_deciding(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_other(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """A result on the posts, and with the settings, of a job or of another result. Raises OtherResult."""
-    other = read_result(path, "loss", ("loss",), "loss.json")
+    """A whole result on the posts, and with the settings, of a job or of another result. Raises OtherResult."""
     advice = "Only results on the same posts compare; for a MODEL --template says whose dataset options hold."
-    refuse_differing(path, "measured on", advice, keep_deciding(about), keep_deciding(other), COMPARED)
+    shape = about["posts"]["count"], len(about["settings"]["timesteps"])
+    with reading_result(path, "loss", "loss.json"):
+        other = read_result(path, ("loss",))
+        refuse_differing(path, "measured on", advice, keep_deciding(about), keep_deciding(other), COMPARED)
+        for model in other["models"]:
+            if read_losses(model).shape != shape or "optimizer_step" not in model:
+                raise ValueError("another form")
     return other
+
+
+def read_losses(model: Mapping[str, Any]) -> Losses:
+    """(posts, time steps) as `list_losses` listed them."""
+    rows = [[np.nan if value is None else value for value in row] for row in model["losses"]]
+    return np.array(rows, dtype=np.float64)
 
 
 def lay_over(result: dict[str, Any], path: Path) -> None:
@@ -294,10 +312,7 @@ def lay_over(result: dict[str, Any], path: Path) -> None:
     own = len(result["models"])
     add_models(result, other["models"], path)
     listed = result["models"]
-    losses = [
-        np.array([[np.nan if value is None else value for value in row] for row in each["losses"]]) for each in listed
-    ]
-    names = [each["title"] for each in listed]
+    losses, names = [read_losses(each) for each in listed], [each["title"] for each in listed]
     if len(listed) <= MOST_COMPARED:
         result["pairs"] = compare_losses(names, losses)
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import OtherResult, add_models, read_result
+from kohaku_wrap.evaluation.other_results import OtherResult, add_models, read_result, reading_result
 
 
 def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -40,19 +40,22 @@ def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def read_other(path: Path, kinds: Collection[str], judge: Mapping[str, Any]) -> dict[str, Any]:
     """A result of `kwrap evaluate judge` by this judge, as results describe it. Raises OtherResult."""
-    document = read_result(path, "judge", kinds, "judged-KIND.json")
-    if any("judged" not in model for model in document["models"]):
-        raise OtherResult(
-            f"{path}: of an earlier kwrap, without the value of each picture",
-            f"Judge {path.parent} again: what the judge said is kept, so it takes seconds.",
-        )
-    judges = [[each[name] for name in ("kind", "sha256", "threshold")] for each in (judge, document["judge"])]
-    if judges[0] != judges[1]:
-        raise OtherResult(
-            f"{path}: judged by {document['judge']['title']} ({document['judge']['kind']}), "
-            "not by the same files with the same threshold",
-            "Judge both folders with one judge.",
-        )
+    with reading_result(path, "judge", "judged-KIND.json"):
+        document = read_result(path, kinds)
+        if any("judged" not in model for model in document["models"]):
+            raise OtherResult(
+                f"{path}: of an earlier kwrap, without the value of each picture",
+                f"Judge {path.parent} again: what the judge said is kept, so it takes seconds.",
+            )
+        judges = [[each[name] for name in ("kind", "sha256", "threshold")] for each in (judge, document["judge"])]
+        if judges[0] != judges[1]:
+            raise OtherResult(
+                f"{path}: judged by {document['judge']['title']} ({document['judge']['kind']}), "
+                "not by the same files with the same threshold",
+                "Judge both folders with one judge.",
+            )
+        for model in document["models"]:
+            compare_models([model, model])
     return document
 
 

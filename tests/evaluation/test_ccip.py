@@ -238,7 +238,9 @@ def test_what_cannot_be_scored_is_one_message(
     empty.mkdir()
     (empty / "characters.json").write_text('[{"tag": "dora"}]')
     (tmp_path / "model_metrics.onnx").write_bytes(b"")
-    (tmp_path / "ccip.json").write_text('{"format": 1, "measure": "ccip", "models": [{}], "judge": {"sha256": {}}}')
+    (tmp_path / "ccip.json").write_text(
+        '{"format": 1, "measure": "ccip", "models": [{"title": ""}], "judge": {"sha256": {}}}'
+    )
     many, (first, *_) = tmp_path / "many", json.loads((index / "characters.json").read_text())
     shutil.copytree(index / "a0", many / "a0")
     (many / "characters.json").write_text(json.dumps([{**first, "tag": f"alice_{each}"} for each in range(101)]))

@@ -181,11 +181,13 @@ def test_options_that_change_no_whole_post_do_not_part_two_results(job: LossJob,
 
     def write(tokens: int = 75, **options: object) -> None:
         other = describe_job(replace(job, max_token_length=tokens, dataset_options={**job.dataset_options, **options}))
-        (tmp_path / "loss.json").write_text(json.dumps({"format": 1, "measure": "loss", "models": [{}], **other}))
+        (tmp_path / "loss.json").write_text(json.dumps({"format": 1, "measure": "loss", "models": [model], **other}))
 
+    losses = np.zeros((len(job.rows), len(job.timesteps))).tolist()
+    model = {"title": "other", "optimizer_step": None, "losses": losses}
     write(batch_size=4, num_repeats=3, flip_aug=True, later_subsets=[{"batch_size": 4}])
     here = describe_job(replace(job, dataset_options={**job.dataset_options, "later_subsets": [{"batch_size": 1}]}))
-    assert read_other(tmp_path / "loss.json", here)["models"] == [{}]
+    assert read_other(tmp_path / "loss.json", here)["models"] == [model]
     write(tokens=225)
     with pytest.raises(OtherResult, match="measured on another length of captions"):
         read_other(tmp_path / "loss.json", describe_job(job))

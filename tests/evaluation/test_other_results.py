@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kohaku_wrap.evaluation import ccip_run
+from kohaku_wrap.evaluation import ccip_run, held_out
 from kohaku_wrap.evaluation.other_results import OtherResult, add_models
 
 
@@ -26,6 +26,38 @@ def test_another_threshold_is_another_score(tmp_path: Path) -> None:
     path.write_text(json.dumps(ccip_result(0.3)))
     with pytest.raises(OtherResult, match="made with another threshold"):
         ccip_run.lay_over(ccip_result(), path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"judge": "a judge"},
+        {"models": [{"title": "last"}]},
+        {"models": [{"title": ["last"], "scores": {}}]},
+        {"models": [{"title": "last", "scores": {"alice": {}}}]},
+        {"characters": [{"tag": "alice"}]},
+        {"prompts": None},
+    ],
+)
+def test_a_result_that_lacks_something_is_refused_before_the_work(tmp_path: Path, odd: dict[str, Any]) -> None:
+    path = tmp_path / "ccip.json"
+    path.write_text(json.dumps(ccip_result() | odd))
+    with pytest.raises(OtherResult, match="no result of `kwrap evaluate ccip`"):
+        ccip_run.read_other(path, ccip_result())
+
+
+def test_losses_of_another_number_are_refused_before_the_work(tmp_path: Path) -> None:
+    settings = {"timesteps": [1, 2], "dataset_options": {}, "tokenizers": "", "max_token_length": None}
+    model = {"title": "a", "optimizer_step": None, "losses": [[0.1, None]]}
+    posts = {"count": 2, "ids_sha256": "", "captions_digest": ""}
+    result = {"format": 1, "measure": "loss", "posts": posts, "settings": settings, "models": [model]}
+    path = tmp_path / "loss.json"
+    path.write_text(json.dumps(result))
+    with pytest.raises(OtherResult, match="no result of `kwrap evaluate loss`"):
+        held_out.read_other(path, result)
+    model["losses"] = [[0.1, None]] * 2
+    path.write_text(json.dumps(result))
+    assert held_out.read_other(path, result)["models"] == result["models"]
 
 
 def test_models_of_one_name_in_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
