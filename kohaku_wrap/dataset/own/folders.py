@@ -296,9 +296,10 @@ def note_not_taken(path: Path, every: Mapping[str, Sequence[str]]) -> str:
 
 def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, Any], problems: list[Problem]) -> Source:
     """One subset of a dataset file; faults of its numbers go to `problems`. Raises UsageError, NotForTraining."""
-    folder = Path(str(table.get("image_dir", "")))
-    folder = folder if folder.is_absolute() or folder.is_dir() else path.parent / folder
-    if "image_dir" not in table or not folder.is_dir():
+    if not table.get("image_dir"):
+        raise NothingToImport(f"{path}: a subset names no image_dir", "Add it: the folder of its images.")
+    folder = find_place(path, str(table["image_dir"]))
+    if not folder.is_dir():
         raise NothingToImport(f"{path}: {folder}: no such folder (image_dir)", "Fix the path in the file.")
     if table.get("is_reg"):
         raise NotForTraining(
@@ -321,10 +322,17 @@ def read_subset(path: Path, inherited: Mapping[str, Any], table: Mapping[str, An
     if repeats > MOST_REPEATS:
         reader.fault("num_repeats", f"{repeats} is above {MOST_REPEATS:,}")
     label = normalise(folder.resolve().name)
-    captions = str(both.get("metadata_file") or both.get("caption_extension") or "")
+    table_file = str(both.get("metadata_file") or "")
+    captions = str(find_place(path, table_file)) if table_file else str(both.get("caption_extension") or "")
     class_text = reader.text("class_tokens") or None
     known = "" if both.get("metadata_file") or both.get("cache_info") else "an image_dir"
     return Source(label, folder, folder, Subset(label, repeats, options), class_text, captions, in_sd_scripts=known)
+
+
+def find_place(file: Path, name: str) -> Path:
+    """What a dataset file means by a path: from where one is, as sd-scripts does, or else from the file's folder."""
+    place = Path(name)
+    return place if place.is_absolute() or place.exists() or not (beside := file.parent / name).exists() else beside
 
 
 def fits(value: Any, kind: type) -> bool:

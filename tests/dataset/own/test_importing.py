@@ -409,6 +409,17 @@ def test_tags_of_a_table_follow_the_separator_of_their_subset(tmp_path: Path, ou
     assert captions_of(out) == {"a.png": "one;two; three"}
 
 
+def test_paths_of_a_dataset_file_may_begin_at_it(tmp_path: Path, out: Path) -> None:
+    paint(tmp_path / "deep" / "mine" / "a.png")
+    (tmp_path / "deep" / "meta.json").write_text('{"a": {"caption": "one"}}')
+    subset = '[[datasets]]\n[[datasets.subsets]]\nmetadata_file = "meta.json"\n'
+    (tmp_path / "deep" / "set.toml").write_text(f'{subset}image_dir = "mine"\n')
+    run(tmp_path / "deep" / "set.toml", "--out", out)
+    assert captions_of(out) == {"a.png": "one"}
+    (tmp_path / "deep" / "set.toml").write_text(subset)
+    assert "names no image_dir" in run(tmp_path / "deep" / "set.toml", "--out", out, code=2)
+
+
 def test_a_face_without_a_caption_has_that_of_its_picture_as_in_sd_scripts(tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "4_me"
     for seed, name in enumerate(("x_y_10_20_30_40.png", "x_y_1_2_3_4.png", "own_1_2_3_4.png", "none_1_2_3_4.png")):
