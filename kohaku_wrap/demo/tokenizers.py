@@ -54,16 +54,8 @@ def join_pair(symbols: Word, pair: tuple[str, str]) -> Word:
     """The word with every neighbouring `pair` made one symbol."""
     if pair[0] not in symbols:
         return symbols
-    joined: list[str] = []
-    index = 0
-    while index < len(symbols):
-        if symbols[index : index + 2] == pair:
-            joined.append(pair[0] + pair[1])
-            index += 2
-        else:
-            joined.append(symbols[index])
-            index += 1
-    return tuple(joined)
+    first, last = map(re.escape, pair)
+    return tuple(re.sub(rf"(?<!\S){first} {last}(?!\S)", lambda _: "".join(pair), " ".join(symbols)).split(" "))
 
 
 def write_tokenizers(folder: Path, texts: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,10 @@ EXPOSURES = (0, 1, 10, 100, 1_000, 10_000)
 class Score:
     """How well a model draws one character."""
 
-    below: float
+    score: float
     """The share of references whose difference from a picture is below the threshold, mean over the pictures."""
 
-    below_or_equal: float
+    score_or_equal: float
     """The same with differences of exactly the threshold."""
 
     upper_bound: float | None
@@ -43,16 +43,10 @@ class Score:
     @property
     def of_bound(self) -> float | None:
         """The score divided by the upper bound; None where that is unknown or 0."""
-        return self.below / self.upper_bound if self.upper_bound else None
+        return self.score / self.upper_bound if self.upper_bound else None
 
     def document(self) -> dict[str, Any]:
-        return {
-            "score": self.below,
-            "score_or_equal": self.below_or_equal,
-            "upper_bound": self.upper_bound,
-            "upper_bound_or_equal": self.upper_bound_or_equal,
-            "score_of_bound": self.of_bound,
-        }
+        return {**asdict(self), "score_of_bound": self.of_bound}
 
 
 def score_differences(differences: Features, references: int, threshold: float) -> Score:
@@ -80,7 +74,7 @@ def score_pictures(judge: Judge, references: Features, pictures: Features) -> Sc
 
 def summarise(scores: Mapping[str, Score]) -> dict[str, Any]:
     """What one model's scores come to, over its characters."""
-    raw = [score.below for score in scores.values()]
+    raw = [score.score for score in scores.values()]
     of_bound = [score.of_bound for score in scores.values() if score.of_bound is not None]
     return {
         "characters": len(raw),

@@ -166,7 +166,7 @@ def compose_result(
         against = None
         if tags:
             counts = np.array([known[tag] for tag in tags], dtype=np.int64)
-            against = group_by_exposure(counts, np.array([of_model[tag].below for tag in tags]))
+            against = group_by_exposure(counts, np.array([of_model[tag].score for tag in tags]))
         documents.append(
             {
                 "title": title,

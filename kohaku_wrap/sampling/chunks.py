@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from kohaku_wrap.dataset.captions.tokens import ESTIMATED_TOKENS, find_tokenizer, load_tokenizer
@@ -72,13 +73,8 @@ class Chunk:
     """The texts that the tokens stand for."""
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A token and the piece that it comes from."""
-
-    token: Token
-    piece: Piece
-    number: int
+Placed = tuple[Token, Piece]
+"""A token and the piece that it comes from; neighbours of a part differ."""
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -142,7 +138,7 @@ def cut_chunks(prompt: Prompt, tokenizer: Tokenizer) -> list[Chunk]:
     for part in prompt.parts:
         full.append([])
         last_comma = -1
-        for number, piece in enumerate(part):
+        for piece in part:
             for token in tokenizer.encode(piece.text):
                 chunk = full[-1]
                 if token.id == tokenizer.comma:
@@ -154,7 +150,7 @@ def cut_chunks(prompt: Prompt, tokenizer: Tokenizer) -> list[Chunk]:
                 if len(full[-1]) == CHUNK_TOKENS:
                     full.append([])
                     last_comma = -1
-                full[-1].append(Placed(token, piece, number))
+                full[-1].append((token, piece))
     if len(full) > 1 and not full[-1]:
         full.pop()
     return [make_chunk(placed) for placed in full]
@@ -162,11 +158,10 @@ def cut_chunks(prompt: Prompt, tokenizer: Tokenizer) -> list[Chunk]:
 
 def make_chunk(placed: list[Placed]) -> Chunk:
     """Tokens, weights, and the stretches of text that they cover."""
-    chunk = Chunk([each.token.id for each in placed], [each.piece.weight for each in placed])
-    for number in dict.fromkeys(each.number for each in placed):
-        own = [each for each in placed if each.number == number]
-        text = own[0].piece.text[own[0].token.start : own[-1].token.end]
-        chunk.pieces.append(Piece(text, own[0].piece.weight))
+    chunk = Chunk([token.id for token, _ in placed], [piece.weight for _, piece in placed])
+    for piece, own in groupby(placed, key=lambda each: each[1]):
+        tokens = [token for token, _ in own]
+        chunk.pieces.append(Piece(piece.text[tokens[0].start : tokens[-1].end], piece.weight))
     return chunk
 
 

@@ -25,7 +25,6 @@ NO_TEXT = re.compile(r"[\ud800-\udfff]")
 COMPOSITION = re.compile(r"\bAND\b")
 DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 LIKE_A_NUMBER = re.compile(r"\s*[+-]?(?:[0-9][0-9.,]*(?:e[+-]?[0-9]+)?%?|nan|inf(?:inity)?)\s*", re.IGNORECASE)
-SCHEDULE = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)\s*")
 
 MOST_SHOWN = 50
 """Characters of what is wrong."""
@@ -193,7 +192,7 @@ class Parser:
         """Raise PromptError for `[a:b:0.5]` and `[a|b]`, which change the prompt while a picture is drawn."""
         whole = place + 1 - bracket.place
         advice = "Write \\[ and \\] for the characters themselves, or put both prompts in the sheet."
-        if bracket.colons and SCHEDULE.fullmatch(self.source[bracket.colons[-1] + 1 : place]):
+        if bracket.colons and DECIMAL.fullmatch(self.source[bracket.colons[-1] + 1 : place].strip()):
             raise PromptError("schedules, as [a:b:0.5], are not read", self.source, bracket.place, whole, advice)
         if bracket.bars:
             raise PromptError("alternations, as [a|b], are not read", self.source, bracket.place, whole, advice)

@@ -68,7 +68,7 @@ def test_the_arithmetic_is_that_of_the_facts_on_planted_features(judges: Path) -
         exact[np.abs(exact - limit) < 1e-5] = 0  # too near to the limit for float32
         score = score_pictures(judge, features[:6], features[6:])
         below = score_by_numpy(judge.compare(features), 6, limit, False)
-        assert (score.below, score.upper_bound) == pytest.approx(below, abs=1e-12)
+        assert (score.score, score.upper_bound) == pytest.approx(below, abs=1e-12)
 
 
 @pytest.mark.parametrize("limit", [0.178475, 0.5, 0.213231])
@@ -81,15 +81,15 @@ def test_ties_count_in_one_of_the_two_scores(limit: float) -> None:
         differences = np.minimum(differences, differences.T)
         score = score_differences(differences, 10, limit)
         strict, loose = (score_by_numpy(differences, 10, limit, ties) for ties in (False, True))
-        assert (score.below, score.upper_bound) == pytest.approx(strict, abs=1e-12)
-        assert (score.below_or_equal, score.upper_bound_or_equal) == pytest.approx(loose, abs=1e-12)
-        assert score.below < score.below_or_equal
+        assert (score.score, score.upper_bound) == pytest.approx(strict, abs=1e-12)
+        assert (score.score_or_equal, score.upper_bound_or_equal) == pytest.approx(loose, abs=1e-12)
+        assert score.score < score.score_or_equal
         assert score.of_bound == pytest.approx(strict[0] / strict[1])
 
 
 def test_a_single_reference_has_no_bound() -> None:
     score = score_differences(np.zeros((3, 3), dtype=np.float32), 1, 0.2)
-    assert (score.below, score.upper_bound, score.of_bound) == (1.0, None, None)
+    assert (score.score, score.upper_bound, score.of_bound) == (1.0, None, None)
 
 
 def test_an_interval_without_a_shift_holds_0_nineteen_times_of_twenty() -> None:
