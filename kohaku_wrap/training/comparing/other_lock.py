@@ -11,7 +11,7 @@ from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.toml_files import parse_toml
-from kohaku_wrap.training.records.lock import refuse_later_lock
+from kohaku_wrap.training.records.lock import refuse_other_format
 
 OF_ONE_RUN = LOCK_PLACES | {"format", "digest", "run.id", "run.options_digest", "inputs.site_sha256"}
 """Entries that say where things are and which run it is, not what is trained."""
@@ -59,7 +59,7 @@ def read_lock(path: Path) -> dict[str, Any]:
     """The tables of a lock file."""
     with refusing(KwrapError, f"{path}: not a lock", "Give the run.lock.toml of a run."):
         tables = parse_toml(read_regular(path))
-    refuse_later_lock(path, tables)
+    refuse_other_format(path, tables)
     return tables
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.render import NETWORK_FILES
 from kohaku_wrap.config.run_files import (
     DATASET_FILE,
     PLACE_KEYS,
     find_image_folder,
     flatten_dataset,
+    is_place,
     merge_subsets,
 )
 from kohaku_wrap.config.trainer_rows import load_cache
@@ -136,9 +138,32 @@ def read_dataset(path: Path) -> dict[str, Any]:
 def read_run_file(path: Path) -> dict[str, Any]:
     """A TOML file of the run; raises DifferentRun when it cannot be read."""
     try:
-        return parse_toml(read_regular(path))
+        document = parse_toml(read_regular(path))
+        refuse_odd_shape(document)
+        return document
     except (OSError, ValueError) as error:
         raise DifferentRun(str(path), [Problem(path.name, reason_of(error))], "Restore the run's own files.") from error
+
+
+def refuse_odd_shape(document: Mapping[str, Any]) -> None:
+    """Raise ValueError where tables or places are something else, which no trainer could read."""
+    if not isinstance(general := document.get("general", {}), Mapping):
+        raise ValueError(f"general is {str(general)[:40]}, not a table")
+    datasets = require_tables(document, "datasets")
+    for dataset in datasets:
+        require_tables(dataset, "subsets")
+    for key, value in {**flatten_sections(document), **flatten_dataset(document)}.items():
+        listed = value if isinstance(value, list) and key in NETWORK_FILES else [value]
+        if is_place(key) and not all(isinstance(each, str) for each in listed):
+            raise ValueError(f"{key} is {str(value)[:40]}, not a path")
+
+
+def require_tables(document: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """A list of tables; none where it is not set. Raises ValueError where it is something else."""
+    value = document.get(key, [])
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        return value
+    raise ValueError(f"{key} is {str(value)[:40]}, not a list of tables")
 
 
 def read_places(run: Run) -> Places:

@@ -22,7 +22,7 @@ from kohaku_wrap.errors import UsageError, reason_of
 from kohaku_wrap.files import describe_absence, read_regular
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.toml_files import parse_toml
-from kohaku_wrap.training.records.lock import BadRunFolder, Lock, refuse_later_lock
+from kohaku_wrap.training.records.lock import BadRunFolder, Lock, refuse_other_format
 from kohaku_wrap.training.records.origin import ORIGIN_FOLDER
 
 SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
@@ -120,7 +120,7 @@ class Run:
             raise BadRunFolder(
                 f"{self.lock_file}: not TOML ({reason_of(error)})", "Restore it from a backup, or start a new run."
             ) from error
-        refuse_later_lock(self.lock_file, tables)
+        refuse_other_format(self.lock_file, tables)
         return Lock(tables, self.lock_file)
 
     def forget_lock(self) -> None:

@@ -225,10 +225,18 @@ class Lock:
         return str(self.table("run").get("secrets_file", ""))
 
 
-def refuse_later_lock(path: Path, tables: Mapping[str, Any]) -> None:
-    """Raise BadRunFolder for a lock of a format that this kwrap does not know."""
+def refuse_other_format(path: Path, tables: Mapping[str, Any]) -> None:
+    """Raise BadRunFolder for a lock of a format that this kwrap does not know, and for one that hides its own.
+
+    Locks of kwrap 0.1 have no digest. One of today that passed for such a lock would be held against almost nothing.
+    """
     if tables.get("format", 1) not in range(1, LOCK_FORMAT + 1):
         raise BadRunFolder(
             f"{path}: has format {tables['format']}; this kwrap reads 1 to {LOCK_FORMAT}",
             "Use the kwrap that made the run, or a newer one.",
+        )
+    if tables.get("format", 1) == 1 and "digest" in tables:
+        raise BadRunFolder(
+            f"{path}: the line `format = {LOCK_FORMAT}` was changed or taken out",
+            f"Write it back above the lock's first table: format = {LOCK_FORMAT}",
         )

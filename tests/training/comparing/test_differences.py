@@ -36,6 +36,7 @@ from kohaku_wrap.training.comparing.differences import (
 from kohaku_wrap.training.comparing.places import DifferentRun, read_run_file, read_trainer
 from kohaku_wrap.training.comparing.site_places import settle_places
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.lock import BadRunFolder
 from kohaku_wrap.training.records.saving import fingerprint_of
 from kohaku_wrap.training.records.states import write_state
 
@@ -160,6 +161,32 @@ def test_a_lock_of_0_1_has_no_digest_and_one_of_today_must(new_run: NewRun) -> N
     assert list(compare_lock(new_run())) == []
     assert keys(compare_lock(new_run("today", format=2))) == ["run.lock.toml"]
     assert keys(compare_lock(new_run("odd", format=2, digest="0" * 64))) == ["run.lock.toml"]
+    hidden = new_run("hidden")
+    for line in ("", "format = 1\n", "format = true\n"):
+        text = hidden.lock_file.read_text(encoding="utf-8")
+        hidden.lock_file.write_text(f'{line}digest = "0"\n{text}', encoding="utf-8")
+        with pytest.raises(BadRunFolder, match="the line `format = 2` was changed or taken out"):
+            _ = Run(hidden.folder).lock
+        hidden.lock_file.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("datasets = 3", "datasets is 3, not a list of tables"),
+        ("datasets = [1]", r"datasets is \[1\], not a list of tables"),
+        ("[[datasets]]\nsubsets = 5", "subsets is 5, not a list of tables"),
+        ("[[datasets]]\n[datasets.subsets]\na = 1", r"subsets is \{'a': 1\}, not a list of tables"),
+        ("general = 1", "general is 1, not a table"),
+        ("[[datasets]]\n[[datasets.subsets]]\n[[datasets.subsets]]\nimage_dir = 5", "image_dir is 5, not a path"),
+        ('[model]\npretrained_model_name_or_path = ["x"]', r"pretrained_\w+ is \['x'\], not a path"),
+        ("[network]\nbase_weights = [1]", r"base_weights is \[1\], not a path"),
+    ],
+)
+def test_files_of_a_run_of_another_shape_are_refused(tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "dataset.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(DifferentRun, match=rf"dataset\.toml +(datasets\S+)?{what}\nRestore the run's own files"):
+        read_run_file(tmp_path / "dataset.toml")
 
 
 def test_packages_that_can_change_bits_are_compared(new_run: NewRun) -> None:
