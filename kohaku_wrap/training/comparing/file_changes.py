@@ -21,6 +21,7 @@ from kohaku_wrap.config.run_files import (
 from kohaku_wrap.errors import Problem, reason_of
 from kohaku_wrap.files import read_regular
 from kohaku_wrap.formats.held_out import HELD_OUT_FILE
+from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.accelerate_file import BY_LAUNCH, describe_attempt_accelerate
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
@@ -64,8 +65,11 @@ def compare_files(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, An
         elif name in (PROMPTS_FILE, HELD_OUT_FILE):
             if before != now:
                 yield Problem(KEY_OF_PLACE.get(name, name), f"{name} was changed")
-        else:
-            yield from compare_values(before, now)
+        elif changes := list(compare_values(before, now)):
+            yield from changes
+        elif name == PRESET_FILE and parse_toml(written) != parse_toml(read_text(run.folder / name)):
+            # [a.b] and ["a.b"] are one key here and two tables for LyCORIS.
+            yield Problem(name, "its tables have other names, by quotes or dots")
 
 
 def with_lengths_of_lock(run: Run, before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

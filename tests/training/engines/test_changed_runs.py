@@ -269,6 +269,10 @@ REFUSED: dict[str, tuple[str, Callable[[Stage], None]]] = {
     "general options": ("flip_aug", edit("dataset.toml", r"\A", "[general]\nflip_aug = true\n\n")),
     "preset.toml changed": ("preset.", edit("preset.toml", r"^enable_conv = .*|^unet_target_module = \[.*", "")),
     "preset.toml added to": ("preset.lora_prefix", edit("preset.toml", r"\A", 'lora_prefix = "x"\n')),
+    "preset.toml: a table by another name": (
+        "preset.toml",
+        edit("preset.toml", r"^\[module_algo_map\.FeedForward\]", '["module_algo_map.FeedForward"]'),
+    ),
     "preset.toml gone": ("preset.toml", remove("preset.toml")),
     "accelerate.yaml: precision": (
         "accelerate.mixed_precision",
