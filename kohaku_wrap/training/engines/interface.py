@@ -23,7 +23,7 @@ from kohaku_wrap.training.engines.devices import WrongProcesses, require_gpus
 from kohaku_wrap.training.engines.step_sums import StepSums, begin_ledger
 from kohaku_wrap.training.engines.validating import Validation, leaving_no_trace
 from kohaku_wrap.training.records.attempts import Attempt, Outcome
-from kohaku_wrap.training.records.bad_steps import BadSteps
+from kohaku_wrap.training.records.bad_steps import BadSteps, check_weights
 from kohaku_wrap.training.records.evaluations import write_evaluation
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.networks import note_network
@@ -212,7 +212,7 @@ class Engine(ABC):
     def end_step(self) -> None:
         """Count the optimizer step just made, record it, and ask whether to stop.
 
-        Raises NonFiniteLoss or TooManyBadSteps, after the step's line of metrics.
+        Raises NonFiniteLoss or TooManyBadSteps, after the step's line of metrics and before anything is saved.
         """
         self.stopping |= self.sums.sum_over_ranks(self.attempt, self.rank, self.accelerator.device)
         self.optimizer_steps += 1
@@ -231,6 +231,8 @@ class Engine(ABC):
         self.write_ledger()
         try:
             self.bad_steps.check_step(self.attempt, self.optimizer_steps, loss, self.step_skipped)
+            if self.may_save:
+                check_weights(self.attempt, self.optimizer_steps, self.has_finite_weights())
         except KwrapError:
             self.write_metrics()
             raise
@@ -285,6 +287,17 @@ class Engine(ABC):
         """Whether a checkpoint is written after this optimizer step."""
         every = self.options.save_every_n_steps
         return bool(every) and self.optimizer_steps % every == 0
+
+    @property
+    def may_save(self) -> bool:
+        """Whether a network or a state may be written before the next optimizer step."""
+        ends_epoch = self.optimizer_steps % self.count.optimizer_steps_per_epoch == 0
+        return self.is_checkpoint_due or self.stopping or self.is_last_step or ends_epoch
+
+    def has_finite_weights(self) -> bool:
+        """Whether every trained weight is a number: a gradient can be none where the loss was one."""
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        return bool(torch.stack([weight.detach().isfinite().all() for weight in weights]).all())
 
     def is_state_due(self, epochs_done: int | None) -> bool:
         """Whether a state is written after this optimizer step."""

@@ -120,6 +120,16 @@ class BadSteps:
             )
 
 
+def check_weights(attempt: Attempt, optimizer_step: int, is_finite: bool) -> None:
+    """Raise NonFiniteLoss where a network is to be saved that has weights which are no numbers."""
+    if not is_finite and ALLOWED not in attempt.allow:
+        raise NonFiniteLoss(
+            f"weights of the network are no numbers after optimizer step {optimizer_step}; nothing was saved of it",
+            f"Resume from an earlier state, or start a new run with lower rates. To save it all the same: "
+            f"`--allow {ALLOWED}`.",
+        )
+
+
 def is_mostly_skipped(skipped: int, optimizer_steps: int) -> bool:
     """Whether more than half of the steps were skipped."""
     return 2 * skipped > optimizer_steps

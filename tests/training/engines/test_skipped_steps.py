@@ -35,11 +35,14 @@ SETTINGS = (
 TRAINER_FAILED = 3
 
 
-def kwrap(*arguments: object, nan_from: int = 0, nan_to: int = 0) -> subprocess.CompletedProcess[str]:
+def kwrap(
+    *arguments: object, nan_from: int = 0, nan_to: int = 0, nan_gradient: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """With a GradScaler, or without one where a gradient is to be no number."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(SCALER), os.environ.get("PYTHONPATH", "")]),
-        "EMULATED_SCALE": "1024",
+        **({"NAN_GRADIENT": str(nan_gradient)} if nan_gradient else {"EMULATED_SCALE": "1024"}),
     }
     if nan_from:
         environment |= {"NAN_FROM": str(nan_from), "NAN_TO": str(nan_to or sys.maxsize)}
@@ -47,9 +50,9 @@ def kwrap(*arguments: object, nan_from: int = 0, nan_to: int = 0) -> subprocess.
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def train(site: Path, name: str, *options: str, nan_from: int, nan_to: int = 0) -> subprocess.CompletedProcess[str]:
+def train(site: Path, name: str, *options: str, **spoiled: int) -> subprocess.CompletedProcess[str]:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    return kwrap("train", "demo", "--site", site, "--run", name, *settings, *options, nan_from=nan_from, nan_to=nan_to)
+    return kwrap("train", "demo", "--site", site, "--run", name, *settings, *options, **spoiled)
 
 
 def ask(verb: str, run: Run) -> dict[str, Any]:
@@ -120,12 +123,26 @@ def prove_half(site: Path, runs: Path, engine: str) -> None:
     assert [fault["kind"] for fault in report["faults"]] == ["skipped"]
 
 
+def prove_weights(site: Path, runs: Path, engine: str) -> None:
+    """A gradient that is no number where the loss is one: what came of it is not saved, and the way back works."""
+    options = ("--engine", engine, "--set", "optimizer_type=AdamW")
+    failed = train(site, f"weights-{engine}", *options, nan_gradient=4)
+    run = Run(runs / f"weights-{engine}")
+    assert failed.returncode == TRAINER_FAILED, failed.stdout + failed.stderr
+    assert "weights of the network are no numbers after optimizer step 2; nothing was saved of it" in failed.stderr
+    assert [step for step, _ in list_states(run.states)] == [1]
+    assert last_end(run, 1)["kind"] == "non-finite-loss" and f"kwrap resume {run.folder} --step 1" in failed.stderr
+    assert kwrap("resume", run.folder, "--step", 1, nan_gradient=sys.maxsize).returncode == 0
+    assert ask("verify", run)["proved"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_builtin_engine_ends_where_steps_are_skipped_for_ever(world: World) -> None:
     prove_limit(world.site, world.folder / "runs", "builtin")
     prove_few(world.site, world.folder / "runs", "builtin")
     prove_half(world.site, world.folder / "runs", "builtin")
+    prove_weights(world.site, world.folder / "runs", "builtin")
 
 
 @pytest.mark.sd_scripts
@@ -137,3 +154,4 @@ def test_the_real_trainer_ends_where_steps_are_skipped_for_ever(world: World, sd
     prove_limit(world.site, world.folder / "runs", "sd-scripts")
     prove_few(world.site, world.folder / "runs", "sd-scripts")
     prove_half(world.site, world.folder / "runs", "sd-scripts")
+    prove_weights(world.site, world.folder / "runs", "sd-scripts")

@@ -1,7 +1,7 @@
 """Put on PYTHONPATH by tests: a GradScaler on the CPU, and predictions that are no number, in the workers' processes.
 
-EMULATED_SCALE: the scaler's first scale. NAN_FROM, NAN_TO: the first and the last call of the UNet, counted from 1 in
-each process, whose prediction is NaN.
+EMULATED_SCALE: the scaler's first scale; without it there is none. NAN_FROM, NAN_TO: the first and the last call of the
+UNet, counted from 1 in each process, whose prediction is NaN. NAN_GRADIENT: the call whose gradient alone is NaN.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ def give_scaler(module: Any) -> None:
     """What accelerate makes under fp16 on a GPU."""
     import torch
 
+    if "EMULATED_SCALE" not in os.environ:
+        return
     made = module.Accelerator.__init__
 
     def make(self: Any, *arguments: Any, **keywords: Any) -> None:
@@ -29,13 +31,15 @@ def give_scaler(module: Any) -> None:
 
 
 def spoil(kind: Any, name: str) -> None:
-    """Let a method return NaN in calls NAN_FROM to NAN_TO."""
+    """Let a method return NaN in calls NAN_FROM to NAN_TO, and what has no gradient in call NAN_GRADIENT."""
     method, calls = getattr(kind, name), 0
 
     def predict(self: Any, *arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
         predicted = method(self, *arguments, **keywords)
+        if calls == int(os.environ.get("NAN_GRADIENT", 0)):
+            predicted.register_hook(lambda gradient: gradient * float("nan"))
         first, last = (int(os.environ.get(each, sys.maxsize)) for each in ("NAN_FROM", "NAN_TO"))
         return predicted * float("nan") if first <= calls <= last else predicted
 
@@ -71,5 +75,5 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "EMULATED_SCALE" in os.environ:
+if os.environ.keys() & {"EMULATED_SCALE", "NAN_GRADIENT"}:
     sys.meta_path.insert(0, Finder())
