@@ -219,19 +219,17 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunRep
     """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
     from kohaku_wrap.training.starting.create import RunRefused, take_back_run
     from kohaku_wrap.training.starting.resume import plan_resume
-    from kohaku_wrap.training.supervising.causes import find_first_cause
     from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
     try:
         return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options)
     except TrainerFailed as failed:
         if failed.end.kind == "refused" and failed.end.optimizer_step == run.first_optimizer_step:
-            cause = find_first_cause(failed.attempt, failed.end.optimizer_step)
-            told = [cause.next_step] if cause is not None and cause.next_step else []
             take_back_run(run)
+            again = "Nothing of the run is kept: fix this and give the same command again."
             raise RunRefused(
                 f"run {run.name} was refused before its first step: {failed.end.message}",
-                "\n".join([*told[:1], "Nothing of the run is kept: fix this and give the same command again."]),
+                f"{failed.end.next_step}\n{again}".lstrip(),
             ) from None
         raise
 

@@ -74,6 +74,9 @@ class AttemptEnd:
     is_lasting: bool = False
     """Whether the next attempt would only meet the same fault, whatever the kind."""
 
+    next_step: str = ""
+    """What to do about it, where a rank knew."""
+
     @property
     def is_failure(self) -> bool:
         return self.kind not in (FINISHED, STOPPED, KILLED)
@@ -104,7 +107,8 @@ def judge_end(attempt: Attempt, exit_code: int, memory_kills: int | None = None)
         return end(STOPPED, f"stopped after optimizer step {result['optimizer_step']:,}, its state is saved")
     cause = find_first_cause(attempt, done, memory_kills)
     if cause is not None and cause.is_explained:
-        return replace(end(cause.kind, cause.message, cause.rank), is_lasting=cause.is_lasting)
+        found = end(cause.kind, cause.message, cause.rank)
+        return replace(found, is_lasting=cause.is_lasting, next_step=cause.next_step)
     if exit_code == 0:
         return end(
             "exited-early",
@@ -184,7 +188,7 @@ def go_back(attempt: Attempt) -> str:
 
 
 def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
-    """What to do after a failure of this kind."""
+    """What to do after a failure: by its kind, else as a rank said."""
     resume = command_line("resume", attempt.run.folder)
     advice = {
         "bad-image": "Remove the image and run `kwrap extract` again, which makes it anew, or put one that "
@@ -202,4 +206,5 @@ def advice_after(attempt: Attempt, end: AttemptEnd) -> str:
     }
     if end.kind == "bad-image" and attempt.lock.data != "kwrap":
         return f'Fix the image, then: {resume}. Only kwrap\'s dataset (data = "kwrap") can train a substitute.'
-    return advice.get(end.kind, f"The whole logs are in {attempt.folder}. Go on with: {resume}")
+    known = f"{end.next_step}\nThen: {resume}" if end.next_step else ""
+    return advice.get(end.kind) or known or f"The whole logs are in {attempt.folder}. Go on with: {resume}"

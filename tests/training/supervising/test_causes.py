@@ -17,7 +17,8 @@ from kohaku_wrap.training.starting.launch import Launch
 from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising import memory_kills, watch
 from kohaku_wrap.training.supervising.causes import LOST_CONNECTION
-from kohaku_wrap.training.supervising.ends import AttemptEnd, judge_end, read_end
+from kohaku_wrap.training.supervising.ends import AttemptEnd, judge_end, read_end, write_end
+from kohaku_wrap.training.supervising.status import advise
 from kohaku_wrap.training.supervising.supervise import TrainerFailed, supervise_run
 from kohaku_wrap.training.supervising.watch import WatchOptions
 
@@ -174,6 +175,12 @@ def test_lost_connections_come_after_their_cause(attempt: Attempt) -> None:
     attempt.fail(1, "bad-image", "0003/3.png cannot be read", 2)
     end = judge_end(attempt, 1)
     assert (end.kind, end.rank, end.message) == ("bad-image", 1, "rank 1: 0003/3.png cannot be read")
+
+
+def test_what_a_rank_knows_to_do_is_the_advice(attempt: Attempt) -> None:
+    attempt.fail(1, "refused", "the cached latents are not those of the run", 2, "Restore the shards.")
+    write_end(attempt, judge_end(attempt, 1))
+    assert advise(attempt.run) == f"Restore the shards.\nThen: kwrap resume {attempt.run.folder}"
 
 
 def test_failures_of_an_older_kwrap_have_no_time(attempt: Attempt) -> None:
