@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from kohaku_wrap.files import home_folder, open_regular, parse_json, read_regular, write_text
+from kohaku_wrap.files import home_folder, open_regular, read_json, write_text
 
 HASH_BLOCK_BYTES = 1 << 22
 
@@ -59,11 +59,8 @@ def key_of_file(path: Path) -> str:
 
 def load_hashes() -> dict[str, list[str]]:
     """The kept hashes by key: the sha256, for a safetensors file perhaps also that of its data; none if unreadable."""
-    with suppress(OSError, ValueError):
-        held = parse_json(read_regular(home_folder() / KEPT_HASHES))
-        if isinstance(held, dict):
-            return {key: hashes for key, hashes in held.items() if isinstance(hashes, list) and hashes}
-    return {}
+    held = read_json(home_folder() / KEPT_HASHES)
+    return {key: hashes for key, hashes in held.items() if isinstance(hashes, list) and hashes}
 
 
 def find_by_hash(sha256: str) -> Path | None:

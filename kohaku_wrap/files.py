@@ -166,6 +166,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where it is not there, cannot be read, or is none."""
+    with suppress(OSError, ValueError):
+        document = parse_json(read_regular(path))
+        return document if isinstance(document, dict) else {}
+    return {}
+
+
 def kept_answer(path: Path | None, parse: Callable[[Any], Kept], ask: Callable[[], Any]) -> Kept:
     """What `parse` makes of the JSON that was kept at `path`; where none can be read, `ask`, keep the answer, parse it.
 

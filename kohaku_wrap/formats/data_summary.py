@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.files import parse_json, read_regular, write_text
+from kohaku_wrap.files import read_json, read_regular, write_text
 
 SUMMARY_FILE = "data-summary.json"
 FORMAT = 1
@@ -26,8 +26,5 @@ def write_summary(images: Path, digest: str, summary: Mapping[str, Any]) -> None
 
 def read_summary(folder: Path, digest: str) -> dict[str, Any]:
     """The summary in a folder of images or of a run; empty where there is none, or it is of other captions."""
-    with suppress(OSError, ValueError):
-        document = parse_json(read_regular(folder / SUMMARY_FILE))
-        if isinstance(document, dict) and document.get("format") == FORMAT:
-            return document if document.get("captions_digest") == digest else {}
-    return {}
+    document = read_json(folder / SUMMARY_FILE)
+    return document if (document.get("format"), document.get("captions_digest")) == (FORMAT, digest) else {}

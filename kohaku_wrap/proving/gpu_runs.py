@@ -15,6 +15,7 @@ import numpy.typing as npt
 from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.site import load_site
+from kohaku_wrap.files import read_json
 from kohaku_wrap.formats.sdxl import SDXL_SIZES
 from kohaku_wrap.formats.untrained import write_untrained
 from kohaku_wrap.processes import accelerate_command, ask_python
@@ -22,7 +23,6 @@ from kohaku_wrap.proving.killing import PLAIN_WORKER, Kill, ProcessFailed, run_l
 from kohaku_wrap.proving.prove import Bench, write_site_of
 from kohaku_wrap.proving.step_clock import StepClock
 from kohaku_wrap.streams import seed_of
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.processes import list_processes
 
@@ -191,7 +191,7 @@ class Workplace:
 
 def environment_of(run: Run) -> dict[str, str]:
     """What the first attempt of a run was started with."""
-    environment: dict[str, str] = read_json_files(run.attempts / "1", "attempt.json")[0]["environment"]
+    environment: dict[str, str] = read_json(run.attempts / "1" / "attempt.json")["environment"]
     return environment
 
 

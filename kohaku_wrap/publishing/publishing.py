@@ -10,7 +10,7 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.file_hashes import HASH_BLOCK_BYTES, kept_sha256, sha256_of_file
-from kohaku_wrap.files import Progress, atomic_write, describe_absence, write_text
+from kohaku_wrap.files import Progress, atomic_write, describe_absence, read_json, write_text
 from kohaku_wrap.formats.machine_paths import without_paths
 from kohaku_wrap.formats.safetensors import encode_header, read_header
 from kohaku_wrap.locks import clear_leavings
@@ -20,7 +20,6 @@ from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe
 from kohaku_wrap.publishing.model_card import CardFacts, compose_card
 from kohaku_wrap.reporting.page import PAGE_FILE, compose_page
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import digest_of_ledger
 from kohaku_wrap.training.records.networks import list_written
@@ -93,7 +92,7 @@ def read_lineage(attempts: Path) -> list[dict[str, Any]]:
     for folder in sorted(attempts.glob("[0-9]*"), key=lambda path: path.name.zfill(8)):
         entry: dict[str, Any] = {"number": folder.name}
         for name in ("attempt.json", "result.json", "end.json"):
-            entry |= {name.removesuffix(".json"): found for found in read_json_files(folder, name)}
+            entry |= {name.removesuffix(".json"): found} if (found := read_json(folder / name)) else {}
         lineage.append(entry)
     return lineage
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
+from kohaku_wrap.files import read_json
 from kohaku_wrap.merging.replays import is_shallow
 from kohaku_wrap.reporting.charts import COLOURS, draw_chart
 from kohaku_wrap.reporting.curves import BINS, Piece
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 
 FOLDER = "evaluation"
@@ -81,7 +80,7 @@ def read_evaluations(run: Run) -> Iterator[Evaluation]:
     folder = run.folder / FOLDER
     found = (*folder.glob("*.json"), *folder.glob("*/*.json")) if folder.is_dir() else ()
     for path in sorted(found):
-        document = next(iter(read_json_files(path.parent, glob.escape(path.name))), {})
+        document = read_json(path)
         yield Evaluation(str(path.relative_to(folder)), document if is_shallow(document, DEEPEST) else {})
 
 

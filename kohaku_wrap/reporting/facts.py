@@ -11,6 +11,7 @@ from typing import Any
 from kohaku_wrap.config.run_files import LAYERS_FILE, flatten
 from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.errors import command_line
+from kohaku_wrap.files import read_json
 from kohaku_wrap.formats.data_summary import read_summary
 from kohaku_wrap.reporting.charts import Mark
 from kohaku_wrap.reporting.curves import Piece, Table, draw_curves, draw_evaluations, tabulate
@@ -27,7 +28,6 @@ from kohaku_wrap.reporting.story import (
 )
 from kohaku_wrap.reporting.way import Step, follow_way
 from kohaku_wrap.training.records.attempts import list_attempts
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.evaluations import read_evaluations as read_validation
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import iterate_lines, keep_lines
@@ -203,8 +203,7 @@ def list_options(run: Run) -> Iterator[Option]:
 
 def read_layers(run: Run) -> dict[str, str] | None:
     """The layer of each option that one set, by key; None where the run did not record them, as before 0.2."""
-    documents = read_json_files(run.folder, LAYERS_FILE)
-    return {key: str(origin) for key, origin in documents[0].items()} if documents else None
+    return {key: str(origin) for key, origin in read_json(run.folder / LAYERS_FILE).items()} or None
 
 
 def read_data(run: Run) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.files import write_text
+from kohaku_wrap.files import read_json, write_text
 from kohaku_wrap.merging.replays import is_shallow
 from kohaku_wrap.reporting.evaluations import DEEPEST, list_single
 from kohaku_wrap.reporting.page import render
 from kohaku_wrap.reporting.pictures import list_files, name_row, place_of_row, refer
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.samples import CONTACT_SHEETS, read_sheet_record
 
 LEFT_OUT = ("scores", "pictures", "pictures_without_known_tag", "unknown_tags", "threshold", "reference_pictures")
@@ -46,7 +45,7 @@ def read_scores(point: GridPoint) -> dict[str, float]:
     """Every number that the results say of the model, by measure and name."""
     found: dict[str, float] = {}
     for path in point.scores:
-        document: Any = next(iter(read_json_files(path.parent, path.name)), {})
+        document: Any = read_json(path)
         models = document.get("models") if is_shallow(document, DEEPEST) else None
         first = models[0] if isinstance(models, list) and models and isinstance(models[0], dict) else {}
         measure = str(document.get("measure") or path.parent.name)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.file_hashes import sha256_of_file
-from kohaku_wrap.files import atomic_write, open_regular, parse_json, read_regular, write_json
+from kohaku_wrap.files import atomic_write, open_regular, read_json, write_json
 from kohaku_wrap.formats.safetensors import (
     MalformedFile,
     PickledFile,
@@ -169,12 +169,8 @@ def stamp_of(path: Path) -> str:
 
 def read_record(folder: Path, shape: ShardShape) -> dict[str, Any] | None:
     """How a shard was made, with its sha256; None where it is not made yet."""
-    try:
-        document = parse_json(read_regular(shape.record_in(folder)))
-    except (OSError, ValueError):
-        return None
-    is_whole = isinstance(document, dict) and isinstance(document.get("sha256"), str)
-    return document if is_whole and shape.file_in(folder).is_file() else None
+    document = read_json(shape.record_in(folder))
+    return document if isinstance(document.get("sha256"), str) and shape.file_in(folder).is_file() else None
 
 
 def check_shard(folder: Path, shape: ShardShape, thorough: bool = False) -> str:

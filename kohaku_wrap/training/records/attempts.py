@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kohaku_wrap.errors import KwrapError, command_line, refusing
-from kohaku_wrap.files import match_names, parse_json, read_regular, write_json
+from kohaku_wrap.files import match_names, parse_json, read_json, read_regular, write_json
 from kohaku_wrap.locks import is_lock_free
 from kohaku_wrap.steps import Position
 from kohaku_wrap.training.records.documents import is_whole, read_json_files, read_records
@@ -245,10 +245,8 @@ class Attempt:
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None."""
-        found = read_json_files(self.folder, "result.json")
-        if not found or not is_whole(found[0].get("optimizer_step")) or "outcome" not in found[0]:
-            return None
-        return found[0]
+        found = read_json(self.folder / "result.json")
+        return found if is_whole(found.get("optimizer_step")) and "outcome" in found else None
 
 
 def write_attempt(attempt: Attempt, environment: Mapping[str, str]) -> None:

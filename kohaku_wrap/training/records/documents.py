@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from kohaku_wrap.files import read_regular
+from kohaku_wrap.files import read_json
 
 Record = TypeVar("Record")
 
@@ -18,15 +17,7 @@ LARGEST = 1 << 63
 
 def read_json_files(folder: Path, pattern: str) -> list[dict[str, Any]]:
     """The JSON documents of that name pattern, by name; those being written, and what is none, are left out."""
-    documents = []
-    for path in sorted(folder.glob(pattern)):
-        try:
-            document = json.loads(read_regular(path))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(document, dict):
-            documents.append(document)
-    return documents
+    return [document for path in sorted(folder.glob(pattern)) if (document := read_json(path))]
 
 
 def read_records(folder: Path, pattern: str, kind: type[Record]) -> list[Record]:
@@ -42,6 +33,11 @@ def read_records(folder: Path, pattern: str, kind: type[Record]) -> list[Record]
     return records
 
 
+def read_record(folder: Path, name: str, kind: type[Record]) -> Record | None:
+    """The record in a file, likewise; None where there is none."""
+    return next(iter(read_records(folder, name, kind)), None)
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of a field's type: whole, finite numbers of a usual size, and words of a choice."""
     if get_origin(hint) is Literal:
@@ -55,6 +51,6 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, get_origin(hint) or hint)
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether it is an integer of 64 bits, which numbers of steps and processes are."""
     return type(value) is int and abs(value) < LARGEST

@@ -11,9 +11,8 @@ from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import OWN_DATA, list_lacking
 from kohaku_wrap.dataset.buckets import parse_resolution
 from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256
-from kohaku_wrap.files import write_json
+from kohaku_wrap.files import read_json, write_json
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
-from kohaku_wrap.training.records.documents import read_json_files
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
 
@@ -93,8 +92,8 @@ def note_new_name(attempt: Attempt, name: str, new_name: str) -> None:
 
 def read_written(attempt_folder: Path) -> dict[str, str]:
     """The sha256 by name of what one attempt wrote; what is none is left out."""
-    documents = read_json_files(attempt_folder, NETWORKS_FILE)
-    return {name: sha256 for each in documents for name, sha256 in each.items() if isinstance(sha256, str)}
+    written = read_json(attempt_folder / NETWORKS_FILE)
+    return {name: sha256 for name, sha256 in written.items() if isinstance(sha256, str)}
 
 
 def list_written(run: Run) -> dict[str, str]:

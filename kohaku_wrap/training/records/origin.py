@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.files import parse_json, read_regular, write_json
+from kohaku_wrap.training.records.documents import read_record
 
 ORIGIN_FOLDER = "parent"
 """Of a run: holds the state that it began from."""
@@ -91,10 +92,10 @@ def name_optimizer(values: Mapping[str, Any]) -> str:
 class Taken:
     """What the first step of a branch found of its parent's state, in words."""
 
-    taken: tuple[str, ...]
+    taken: Sequence[str]
     """Weights, and moments of groups of the optimizer."""
 
-    left: tuple[str, ...]
+    left: Sequence[str]
     """What was not taken, and why."""
 
 
@@ -105,8 +106,4 @@ def write_taken(attempt_folder: Path, taken: Taken) -> None:
 
 def read_taken(attempt_folder: Path) -> Taken | None:
     """What an attempt took of a parent's state; None where it did not begin a branch, or is not so far."""
-    try:
-        document = parse_json(read_regular(attempt_folder / TAKEN_FILE))
-        return Taken(tuple(map(str, document["taken"])), tuple(map(str, document["left"])))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    return read_record(attempt_folder, TAKEN_FILE, Taken)

@@ -14,7 +14,7 @@ from typing import Any
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import write_json
-from kohaku_wrap.training.records.documents import read_records
+from kohaku_wrap.training.records.documents import read_record
 from kohaku_wrap.training.records.folder import Run
 
 SITE_FILE = "site.json"
@@ -40,9 +40,8 @@ class Remembered:
 
 def read_remembered(run: Run) -> Remembered:
     """What the run remembers, else what its lock says of the site that it was made on."""
-    for kept in read_records(run.folder, SITE_FILE, Remembered):
-        if kept.format == FORMAT:
-            return kept
+    if (kept := read_record(run.folder, SITE_FILE, Remembered)) and kept.format == FORMAT:
+        return kept
     inputs = run.lock.table("inputs")
     taken = {name: inputs[name] for name in ("base_model", "vae", "tokenizers", "images") if name in inputs}
     taken |= {"processes": run.lock.processes, "workers": run.lock.workers}

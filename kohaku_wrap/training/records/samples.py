@@ -12,7 +12,7 @@ from typing import Any
 
 from kohaku_wrap.config.run_files import PROMPTS_FILE
 from kohaku_wrap.config.samples import KWRAP
-from kohaku_wrap.files import parse_json, read_regular
+from kohaku_wrap.files import read_json
 from kohaku_wrap.training.records.folder import STATE_NAME, Run
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.networks import shorter_end, step_of_network
@@ -89,13 +89,9 @@ def list_pictures(run: Run) -> list[Pictures]:
 
 def read_sheet_record(folder: Path) -> dict[str, Any]:
     """What `record_sheet` wrote into a folder; empty where nothing did."""
-    try:
-        document = parse_json(read_regular(folder / SHEET_RECORD))
-    except (OSError, ValueError):
-        return {}
+    document = read_json(folder / SHEET_RECORD)
     tables = ("files", "tokenizers", "pictures")
-    is_ours = isinstance(document, dict) and all(isinstance(document.get(name), dict) for name in tables)
-    return document if is_ours else {}
+    return document if all(isinstance(document.get(name), dict) for name in tables) else {}
 
 
 def step_of_trainer_picture(run: Run, path: Path) -> int | None:

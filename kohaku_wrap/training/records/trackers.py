@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from kohaku_wrap.config.fates import list_decisive
 from kohaku_wrap.config.needs import list_trackers
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.files import read_regular, write_json
+from kohaku_wrap.files import read_json, read_regular, write_json
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.trainer.options import flatten_sections
-from kohaku_wrap.training.records.documents import is_whole, read_json_files
+from kohaku_wrap.training.records.documents import is_whole
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.metrics import read_metrics
 
@@ -94,7 +94,8 @@ class Tracker(Protocol):
     last_step: int
     """The last optimizer step that it has; later ones are to be written."""
 
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the numbers of one step; the caller notes it as the last one."""
 
     def flush(self) -> None: ...
 
@@ -119,7 +120,6 @@ class TensorBoard:
             self.writer = EventFileWriter(str(self.folder), filename_suffix=self.suffix)
         numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self.writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=numbers)))
-        self.last_step = step
 
     def flush(self) -> None:
         if self.writer is not None:
@@ -138,7 +138,20 @@ def read_last_step(path: Path) -> int:
     return max((int(Event.FromString(data).step) for data in RawEventFileLoader(str(path)).Load()), default=0)
 
 
-class WeightsAndBiases:
+class Line:
+    """The line of a run as the package of a tool holds it open."""
+
+    line: Any
+    last_step: int
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.line.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.line.finish()
+
+
+class WeightsAndBiases(Line):
     """A line of Weights & Biases under the run's id; its server leaves out a step that came twice.
 
     It cannot be asked offline what it has: a file beside its own says so, by run id.
@@ -148,8 +161,8 @@ class WeightsAndBiases:
         import wandb
 
         self.mark = book.folder / f"wandb-{book.run_id[:ID_LENGTH]}.json"
-        marks = read_json_files(self.mark.parent, self.mark.name)
-        self.last_step = next((int(each["last_step"]) for each in marks if is_whole(each.get("last_step"))), 0)
+        last_step = read_json(self.mark).get("last_step")
+        self.last_step = last_step if is_whole(last_step) else 0
         book.folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(console="off", quiet=True, disable_git=True, disable_code=True, x_disable_stats=True)
         chosen = {
@@ -160,19 +173,12 @@ class WeightsAndBiases:
         }
         self.line = wandb.init(dir=str(book.folder), id=book.run_id, resume="allow", settings=settings, **chosen)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.line.log(dict(values), step=step)
-        self.last_step = step
-
     def flush(self) -> None:
         """Called after what was written is with the tool."""
         write_json(self.mark, {"last_step": self.last_step}, None)
 
-    def close(self) -> None:
-        self.line.finish()
 
-
-class Trackio:
+class Trackio(Line):
     """A line of trackio, in a database of its own in the folder, which is asked what it has."""
 
     def __init__(self, book: Logbook) -> None:
@@ -187,15 +193,8 @@ class Trackio:
         self.last_step = int(SQLiteStorage.get_max_step_for_run(chosen["project"], chosen["name"]) or 0)
         self.line = trackio.init(config=dict(book.config), resume="allow", embed=False, **chosen)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.line.log(dict(values), step=step)
-        self.last_step = step
-
     def flush(self) -> None:
         """Left to trackio, which sends in a thread of its own."""
-
-    def close(self) -> None:
-        self.line.finish()
 
 
 TRACKERS: Mapping[str, Callable[[Logbook], Tracker]] = {
@@ -212,6 +211,7 @@ def write_lines(tracker: Tracker, lines: Iterable[Mapping[str, Any]]) -> int:
         step = int(line["optimizer_step"])
         if step > tracker.last_step:
             tracker.write(step, pick_numbers(line))
+            tracker.last_step = step
             count += 1
     if count:
         tracker.flush()

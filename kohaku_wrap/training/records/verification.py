@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import kohaku_wrap
 from kohaku_wrap.file_hashes import HASH_BLOCK_BYTES
-from kohaku_wrap.files import open_regular, write_text
+from kohaku_wrap.files import open_regular, read_json, write_text
 from kohaku_wrap.training.records.attempts import Attempt
-from kohaku_wrap.training.records.documents import is_whole, read_json_files
+from kohaku_wrap.training.records.documents import is_whole
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import digest_of_ledger, list_ledger_files
 
@@ -96,8 +96,8 @@ def keep_verification(run: Run, seal: Seal, report: Mapping[str, Any]) -> None:
 
 def judge_verification(run: Run, attempts: Sequence[Attempt]) -> Verdict:
     """What the kept result is worth for the ledger and the options of now; hashes the ledger."""
-    found = next((each for each in read_json_files(run.folder, VERIFICATION_FILE) if is_result(each)), None)
-    if found is None:
+    found = read_json(run.folder / VERIFICATION_FILE)
+    if not is_result(found):
         return Verdict("never")
     report, seconds = found["report"], float(found["unix_seconds"])
     if found["options_digest"] != run.lock.options_digest:

@@ -15,7 +15,7 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import read_tail, write_json
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.bad_steps import KEY_IN_STATE
-from kohaku_wrap.training.records.documents import read_records
+from kohaku_wrap.training.records.documents import read_record
 from kohaku_wrap.training.records.metrics import iterate_lines
 from kohaku_wrap.training.records.states import read_manifests
 from kohaku_wrap.training.supervising.causes import find_first_cause
@@ -158,7 +158,7 @@ def write_end(attempt: Attempt, end: AttemptEnd) -> None:
 
 def read_end(attempt: Attempt) -> AttemptEnd | None:
     """How the attempt ended; None while it runs, when its supervisor was killed with it, or the disk was full."""
-    return next(iter(read_records(attempt.folder, END_FILE, AttemptEnd)), None)
+    return read_record(attempt.folder, END_FILE, AttemptEnd)
 
 
 def log_tails(attempt: Attempt, lines: int = TAIL_LINES) -> dict[str, list[str]]:
