@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import numpy.typing as npt
 
@@ -75,17 +73,22 @@ def ask_rates(run: Run, groups: int | None = None) -> list[list[float]]:
     return rates
 
 
+def has_relative_steps(lock: Lock) -> bool:
+    """Whether the optimizer is Adafactor with relative steps, which takes no schedule."""
+    is_adafactor = str(lock.values.get("optimizer_type", "")).rpartition(".")[2].lower() == "adafactor"
+    return is_adafactor and bool(lock.table("optimizer_args").get("relative_step", True))
+
+
 def why_not(lock: Lock) -> str:
     """Why the rates do not follow from the lock; empty where they do."""
-    values: Mapping[str, object] = lock.values
+    values = lock.values
     if not values.get("network_module"):
         return "the run's lock names no network"
     chosen = str(values.get("optimizer_type") or "AdamW")
     name = chosen.rpartition(".")[2].lower().removeprefix("paged")
     if any(word in name for word in OWN_RATE):
         return f"{chosen} sets its own rate"
-    arguments = lock.table("optimizer_args")
-    if name == "adafactor" and arguments.get("relative_step", True):
+    if has_relative_steps(lock):
         return f"{chosen} with relative steps sets its own rate"
     if not name.startswith(PLAIN):
         return f"{chosen} may set its own rate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from kohaku_wrap.training.comparing.places import read_dataset
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.chapters import AGAIN, EPOCHS, RULES, STEPS, STRETCH, Chapter
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.starting.expected_rates import NoExpectedRates, preview_rates
+from kohaku_wrap.training.starting.expected_rates import NoExpectedRates, has_relative_steps, preview_rates
 from kohaku_wrap.training.starting.length import with_length
 from kohaku_wrap.training.starting.resume import ResumePlan, plan_resume
 
@@ -72,7 +72,7 @@ def plan_extension(
         raise UsageError("say how much longer: --epochs N or --steps N, one of them", "Such as --epochs 1.")
     refuse_old(run)
     before = lock.chapters[-1]
-    depends = tuple(list_dependent(lock.values, read_dataset(run.dataset_config), sets_own_rates(lock.tables)))
+    depends = tuple(list_dependent(lock.values, read_dataset(run.dataset_config), has_relative_steps(lock)))
     refuse_rule(run, depends, schedule, repeats_warmup)
     total, length = count_longer(run, before, epochs, steps)
     chapter = Chapter(0, 0, total, length, schedule, repeats_warmup, time.time())
@@ -135,12 +135,6 @@ def refuse_rule(run: Run, depends: Sequence[str], schedule: str, repeats_warmup:
             f"--schedule again: {share} is a share of the whole run and has no cycle",
             "Use --schedule stretch, or start a new run.",
         )
-
-
-def sets_own_rates(lock: Mapping[str, Any]) -> bool:
-    """Whether the optimizer is Adafactor with relative steps, which takes no schedule."""
-    is_adafactor = str(lock.get("values", {}).get("optimizer_type", "")).lower() == "adafactor"
-    return is_adafactor and bool(lock.get("optimizer_args", {}).get("relative_step", True))
 
 
 def count_longer(run: Run, before: Chapter, epochs: int | None, steps: int | None) -> tuple[int, dict[str, int]]:
