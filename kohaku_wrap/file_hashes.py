@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,6 +46,11 @@ def kept_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 def keeps_sha256(path: Path) -> bool:
     """Whether `kept_sha256` would not read the file."""
     return key_of_file(path) in load_hashes()
+
+
+def count_unhashed(paths: Iterable[Path]) -> int:
+    """Bytes of those of the files that are there and that `kept_sha256` would read; for progress."""
+    return sum(path.stat().st_size for path in set(paths) if path.is_file() and not keeps_sha256(path))
 
 
 def key_of_file(path: Path) -> str:

@@ -18,6 +18,9 @@ from kohaku_wrap.locks import making_folder
 
 Kept = TypeVar("Kept")
 
+REMOVED_SUFFIX = ".removed"
+"""Of the hidden name that a folder has while it is removed."""
+
 Progress = Callable[[int, int], None]
 """Called with what is done and the total, in the unit that the caller announced."""
 
@@ -204,6 +207,14 @@ def place_folder(part: Path, final: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     fsync_folder(final.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a crash on the way leaves no half of it under its name."""
+    away = folder.with_name(f".{folder.name}{REMOVED_SUFFIX}")
+    shutil.rmtree(away, ignore_errors=True)
+    folder.rename(away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def link_file(source: Path, place: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kohaku_wrap.file_hashes import find_by_hash, kept_sha256, sha256_of_file
+from kohaku_wrap.file_hashes import count_unhashed, find_by_hash, kept_sha256, sha256_of_file
 from kohaku_wrap.files import home_folder
 
 
@@ -22,6 +22,14 @@ def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
     assert read == [6, 5]
     (home_folder() / "file-hashes.json").write_text("[1")
     assert kept_sha256(path, read.append) == hashlib.sha256(b"after").hexdigest() and read == [6, 5, 5]
+
+
+def test_bytes_that_are_still_to_be_hashed_are_counted(tmp_path: Path) -> None:
+    known, unknown = tmp_path / "known.bin", tmp_path / "unknown.bin"
+    known.write_bytes(b"before")
+    unknown.write_bytes(b"behind it")
+    kept_sha256(known)
+    assert count_unhashed([known, unknown, unknown, tmp_path / "none.bin"]) == 9
 
 
 def test_bytes_changed_with_the_time_put_back_are_read_again(tmp_path: Path) -> None:

@@ -87,13 +87,12 @@ def command(
 
 def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> list[Cache]:
     """What a template caches, with a bar while models are hashed. Raises what `open_caches` does."""
-    from kohaku_wrap.file_hashes import keeps_sha256
+    from kohaku_wrap.file_hashes import count_unhashed
     from kohaku_wrap.training.starting.caching import open_caches
 
     models = {site.paths.vae or site.paths.base_model} if effective.get("cache.latents") else set()
     models |= {site.paths.base_model} if effective.get("cache.text_encoders") else set()
-    unread = sum(path.stat().st_size for path in models if path.is_file() and not keeps_sha256(path))
-    with counting_bytes("hashing the models", unread) as count:
+    with counting_bytes("hashing the models", count_unhashed(models)) as count:
         return open_caches(effective, site, count, all_files)
 
 

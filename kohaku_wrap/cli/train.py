@@ -206,9 +206,11 @@ def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
     """The run's folder, with a bar while the base model is hashed."""
     from kohaku_wrap.config.checks import note_rare_saves
     from kohaku_wrap.config.samples import note_shared_gpu
-    from kohaku_wrap.training.starting.create import create_run, hashed_bytes
+    from kohaku_wrap.file_hashes import count_unhashed
+    from kohaku_wrap.training.starting.create import create_run
 
-    with counting_bytes("hashing the base model", hashed_bytes(new)) as count:
+    unread = count_unhashed(filter(None, (new.site.paths.base_model, new.site.paths.vae)))
+    with counting_bytes("hashing the base model", unread) as count:
         run = create_run(new, sys.argv, locked, count, allow)
     print_aside(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
     print_notes(note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective))
@@ -217,7 +219,8 @@ def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
 
 def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunReport:
     """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
-    from kohaku_wrap.training.starting.create import RunRefused, take_back_run
+    from kohaku_wrap.files import remove_folder
+    from kohaku_wrap.training.starting.create import RunRefused
     from kohaku_wrap.training.starting.resume import plan_resume
     from kohaku_wrap.training.supervising.supervise import TrainerFailed
 
@@ -225,7 +228,7 @@ def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunRep
         return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options)
     except TrainerFailed as failed:
         if failed.end.kind == "refused" and failed.end.optimizer_step == run.first_optimizer_step:
-            take_back_run(run)
+            remove_folder(run.folder)
             again = "Nothing of the run is kept: fix this and give the same command again."
             raise RunRefused(
                 f"run {run.name} was refused before its first step: {failed.end.message}",

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kohaku_wrap.files import remove_folder
 from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.proving.likeness import Difference, compare_networks
 from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import read_manifests
-from kohaku_wrap.training.starting.create import take_back_run
 from kohaku_wrap.training.supervising.supervise import LOCK_FILE, RunIsBusy
 
 STEPS = 2
@@ -51,7 +51,7 @@ def clear_earlier(folder: Path) -> None:
         return
     busy = RunIsBusy(f"{folder}: another trial is training there", "Wait for it, or give --run NAME.")
     with holding_lock(folder / LOCK_FILE, busy):
-        take_back_run(Run(folder.resolve()))
+        remove_folder(folder.resolve())
 
 
 def finish_trial(run: Run, resume_from: Callable[[int], object]) -> Trial:
@@ -75,5 +75,5 @@ def finish_trial(run: Run, resume_from: Callable[[int], object]) -> Trial:
         network_bytes=networks[0].stat().st_size,
         difference=difference,
     )
-    take_back_run(run)
+    remove_folder(run.folder)
     return trial

@@ -73,7 +73,8 @@ def list_changes(
         *compare_dataset(run, places),
         *compare_caches(run, places),
         *compare_trainer(run),
-        *compare_versions(run),
+        # A run of kwrap 0.1 goes on all the same, as before: they are notes on it.
+        *(compare_packages(run) if run.lock.format > 1 else ()),
     ]
     told = {problem.where for problem in changes}
     made = [] if state is None else compare_fingerprint(read_manifest(state).fingerprint, run)
@@ -203,10 +204,10 @@ def compare_caches(run: Run, places: Places) -> Iterator[Problem]:
             yield Problem(name, f"{error.message}. {error.next_step}")
 
 
-def check_captions(run: Run, images: Path) -> None:
-    """Read the captions of a folder that would be trained; raises DamagedCaptions."""
-    path = find_captions(images, run.lock.dataset_digest)
-    if path.is_file() and run.lock.data == "kwrap":
+def check_captions(data: str, images: Path, digest: str = "") -> None:
+    """Read the captions of a folder that would be trained, see `find_captions`; raises DamagedCaptions."""
+    path = find_captions(images, digest)
+    if path.is_file() and data == "kwrap":
         check_columns(path)
 
 
@@ -220,12 +221,6 @@ def compare_trainer(run: Run) -> Iterator[Problem]:
         yield Problem("trainer_commit", f"was {run.lock.trainer_commit[:7]}, is now {commit[:7] or 'not installed'}")
     elif checkout and find_known(checkout) is None:
         yield Problem("trainer", f"{checkout}: files of sd-scripts {commit[:7]} were changed; restore them")
-
-
-def compare_versions(run: Run) -> Iterator[Problem]:
-    """Packages of other versions than the lock's; a run of kwrap 0.1 goes on all the same, as before."""
-    if run.lock.format > 1:
-        yield from compare_packages(run)
 
 
 def compare_packages(run: Run) -> Iterator[Problem]:

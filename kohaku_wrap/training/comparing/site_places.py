@@ -13,7 +13,7 @@ from kohaku_wrap.config.run_files import PLACE_KEYS
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256, sha256_of_file
+from kohaku_wrap.file_hashes import count_unhashed, kept_sha256, sha256_of_file
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import BadOrder
 from kohaku_wrap.training.comparing.file_changes import BY_ATTEMPT
@@ -88,7 +88,7 @@ def bytes_to_hash(run: Run, site_file: Path | None = None) -> int:
         return 0
     paths = {Path(str(places.options.get(option) or "")) for option in MODELS.values()}
     paths |= {path for name in MODELS if site is not None and (path := getattr(site.paths, name)) is not None}
-    return sum(path.stat().st_size for path in paths if path.is_file() and not keeps_sha256(path))
+    return count_unhashed(paths)
 
 
 class SiteTaker:

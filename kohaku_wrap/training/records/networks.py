@@ -10,7 +10,7 @@ from pathlib import Path
 from kohaku_wrap.config.fates import rows_of
 from kohaku_wrap.config.needs import OWN_DATA, list_lacking
 from kohaku_wrap.dataset.buckets import parse_resolution
-from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256
+from kohaku_wrap.file_hashes import count_unhashed, kept_sha256
 from kohaku_wrap.files import read_json, write_json
 from kohaku_wrap.training.records.attempts import Attempt, attempt_numbers, list_attempts
 from kohaku_wrap.training.records.folder import Run
@@ -151,4 +151,4 @@ def compare_networks(run: Run, on_bytes: Callable[[int], None] | None = None) ->
 def bytes_of_networks(run: Run) -> int:
     """Bytes of the run's networks whose hash is not kept, so that a comparison reads them; for progress."""
     written = list_written(run)
-    return sum(path.stat().st_size for path in run.network_files if path.name in written and not keeps_sha256(path))
+    return count_unhashed(path for path in run.network_files if path.name in written)

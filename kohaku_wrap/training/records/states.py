@@ -14,7 +14,7 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.file_hashes import sha256_of_file
-from kohaku_wrap.files import fsync_folder, match_names
+from kohaku_wrap.files import REMOVED_SUFFIX, fsync_folder, match_names, remove_folder
 from kohaku_wrap.training.records.folder import STATE_NAME
 from kohaku_wrap.training.records.manifest import (
     MANIFEST,
@@ -28,7 +28,6 @@ from kohaku_wrap.training.records.manifest import (
 from kohaku_wrap.wording import show_bytes
 
 PART_SUFFIX = ".partial"
-REMOVED_SUFFIX = ".removed"
 HASHING_THREADS = 4
 SPARE_BYTES = 1 << 20
 SIZE_MARGIN = 1.05
@@ -92,7 +91,7 @@ def write_state(
         )
         fsync_folder(states)
         if final.exists():
-            remove_state(final)
+            remove_folder(final)
         part.rename(final)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
@@ -167,14 +166,6 @@ def digest_or_none(path: Path, on_bytes: Callable[[int], None] | None) -> str | 
         return None
 
 
-def remove_state(state: Path) -> None:
-    """Remove a state so that a crash on the way leaves no half of it under its name."""
-    away = state.with_name(f".{state.name}{REMOVED_SUFFIX}")
-    shutil.rmtree(away, ignore_errors=True)
-    state.rename(away)
-    shutil.rmtree(away, ignore_errors=True)
-
-
 def remove_old_states(states: Path, keep: int, every: int = 0) -> list[int]:
     """Apply retention after a state was written; the steps removed.
 
@@ -191,7 +182,7 @@ def remove_old_states(states: Path, keep: int, every: int = 0) -> list[int]:
     if surplus and not any(is_state_there(state_folder(states, step)) for step in kept):
         surplus.remove(max(surplus))
     for step in surplus:
-        remove_state(state_folder(states, step))
+        remove_folder(state_folder(states, step))
     return sorted(surplus)
 
 

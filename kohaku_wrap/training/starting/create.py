@@ -7,7 +7,6 @@ import errno
 import os
 import secrets
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -27,8 +26,7 @@ from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import PUT_BACK, ImagesGone, find_absent, read_training_sizes
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, fsync_folder, write_json, write_text
-from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages
-from kohaku_wrap.formats.caption_writer import check_columns
+from kohaku_wrap.formats.caption_rows import NoImages
 from kohaku_wrap.locks import making_folder
 from kohaku_wrap.planning.parent_network import fit_parent
 from kohaku_wrap.planning.step_plan import plan_steps
@@ -38,6 +36,7 @@ from kohaku_wrap.trainer.checkout import find_checkout, require_supported
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.installed import CHECKOUT_VARIABLE, find_trainer
 from kohaku_wrap.trainer.requirements import require_requirements
+from kohaku_wrap.training.comparing.differences import check_captions
 from kohaku_wrap.training.comparing.other_lock import refuse_other_lock
 from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.starting.caching import lock_caches
@@ -196,18 +195,11 @@ def list_absent(new: NewRun) -> list[str]:
     absent = list_absent_places(new.site) or list_absent_images(new.effective, new.site)
     if not absent:
         try:
-            check_rows(new)
+            check_captions(new.effective.get("kwrap.data"), new.site.paths.images)
             lock_caches(new.effective, new.site)
         except KwrapError as missing:
             return [f"{missing.message}. {missing.next_step}"]
     return absent
-
-
-def check_rows(new: NewRun) -> None:
-    """Read the captions that would be trained, where there are some; raises DamagedCaptions."""
-    captions = new.site.paths.images / CAPTIONS_FILE
-    if new.effective.get("kwrap.data") != "sd-scripts" and captions.is_file():
-        check_columns(captions)
 
 
 def list_absent_images(effective: Effective, site: Site) -> list[str]:
@@ -238,12 +230,6 @@ def list_absent_places(site: Site) -> list[str]:
     ]
 
 
-def hashed_bytes(new: NewRun) -> int:
-    """Bytes that `create_run` will read to hash the base model and the VAE."""
-    paths = [path for path in (new.site.paths.base_model, new.site.paths.vae) if path is not None]
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
 def create_run(
     new: NewRun,
     command: Sequence[str],
@@ -260,7 +246,7 @@ def create_run(
     """
     find_engine(new.engine).require_packages()
     sizes = read_training_sizes(new.effective, new.site.paths.images)
-    check_rows(new)
+    check_captions(new.effective.get("kwrap.data"), new.site.paths.images)
     if allow is not None:
         require_images(new, allow)
     plan = plan_steps(new.effective, sizes)
@@ -319,10 +305,3 @@ def check_parent(new: NewRun) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         settle_parent(new, Path(folder) / PARENT_FILE)
-
-
-def take_back_run(run: Run) -> None:
-    """Remove a run that never trained a step, so that the same command can be given again."""
-    away = run.folder.with_name(f".{run.name}.{os.getpid()}.removed")
-    run.folder.rename(away)
-    shutil.rmtree(away, ignore_errors=True)

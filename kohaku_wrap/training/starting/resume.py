@@ -125,7 +125,7 @@ def plan_resume(
     number = max([0, *attempt_numbers(run), *recorded_attempts(run.ledger)]) + 1
     if number > 1:
         # Those of the first attempt were read when the run was made.
-        check_captions(run, places.images)
+        check_captions(run.lock.data, places.images, run.lock.dataset_digest)
     there = {problem.where: problem.what for problem in changes if problem.where in accepted}
     abandons = [
         path

@@ -13,7 +13,7 @@ from typing import Any
 from kohaku_wrap.config.reading import PARENT_OPTION
 from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import KwrapError, command_line
-from kohaku_wrap.files import fsync_folder, read_regular
+from kohaku_wrap.files import REMOVED_SUFFIX, fsync_folder, read_regular
 from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.training.comparing.places import DifferentRun, read_trainer
 from kohaku_wrap.training.records.attempts import list_attempts
@@ -118,7 +118,7 @@ def remove_run(removal: Removal) -> None:
     # First, as the lock is read for it: nothing is moved where that cannot be read.
     lock_name = f"{run.output_name}.lock.toml" if removal.kept else ""
     with holding(run):
-        away = run.folder.with_name(f".{run.name}.{os.getpid()}.removed")
+        away = run.folder.with_name(f".{run.name}.{os.getpid()}{REMOVED_SUFFIX}")
         run.folder.rename(away)
         if removal.kept:
             run.folder.mkdir()

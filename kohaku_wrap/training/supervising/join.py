@@ -49,7 +49,7 @@ def check_join(run: Run, machine_rank: int) -> None:
     places = settle_places(run)
     changes = list_changes(run, places=places)
     refuse_changes(f"run {run.name} on machine {machine_rank}", changes, accepted, run.lock.format)
-    check_captions(run, places.images)
+    check_captions(run.lock.data, places.images, run.lock.dataset_digest)
 
 
 def describe_join(run: Run, machine_rank: int) -> Launch:

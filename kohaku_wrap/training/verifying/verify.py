@@ -193,7 +193,7 @@ def list_changed(run: Run, places: Places | None, on_bytes: Callable[[int], None
 def find_damaged_captions(run: Run) -> str:
     """What is wrong with captions whose rows do not have the digest that their file records; empty for none."""
     try:
-        check_captions(run, run.find_images())
+        check_captions(run.lock.data, run.find_images(), run.lock.dataset_digest)
     except DamagedCaptions as error:
         return error.message
     except KwrapError:
