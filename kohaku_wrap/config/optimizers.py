@@ -68,7 +68,7 @@ def find_schedule_faults(effective: Effective) -> Faults:
     """Faults of the schedule, its arguments and its warm-up, which the trainer finds once the models are loaded."""
     warmup = effective.get("lr_warmup_steps", 0)
     chosen = effective.get("lr_scheduler", "constant")
-    if sets_own_rates(effective):
+    if sets_own_rates(effective.get("optimizer_type"), effective.subtable("optimizer_args")):
         for key in RATES_AND_SCHEDULE:
             is_same = str(effective.get(key) or "constant").partition(":")[0] in ("constant", ADAFACTOR)
             if not is_same and rank(effective, key) >= rank(effective, "optimizer_type"):
@@ -115,10 +115,10 @@ def find_schedule_faults(effective: Effective) -> Faults:
             yield f"lr_scheduler_args.{argument}", f"{chosen} takes no such argument{suggest(argument, allowed)}"
 
 
-def sets_own_rates(effective: Effective) -> bool:
-    """Whether the trainer puts Adafactor's own rates and schedule in place of the template's."""
-    if str(effective.get("optimizer_type")).lower() != ADAFACTOR:
-        return False
-    return effective.get("optimizer_args.relative_step") is not False or bool(
-        effective.get("optimizer_args.warmup_init")
-    )
+def sets_own_rates(optimizer: object, arguments: Mapping[str, object]) -> bool:
+    """Whether the trainer puts Adafactor's own rates and schedule in place of those that are asked for.
+
+    `optimizer`: as `optimizer_type` names it; `arguments`: its `optimizer_args`.
+    """
+    is_relative = arguments.get("relative_step", True) or arguments.get("warmup_init")
+    return str(optimizer).lower() == ADAFACTOR and bool(is_relative)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kohaku_wrap.config.optimizers import sets_own_rates
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.training.records.folder import Run
@@ -73,12 +74,6 @@ def ask_rates(run: Run, groups: int | None = None) -> list[list[float]]:
     return rates
 
 
-def has_relative_steps(lock: Lock) -> bool:
-    """Whether the optimizer is Adafactor with relative steps, which takes no schedule."""
-    is_adafactor = str(lock.values.get("optimizer_type", "")).rpartition(".")[2].lower() == "adafactor"
-    return is_adafactor and bool(lock.table("optimizer_args").get("relative_step", True))
-
-
 def why_not(lock: Lock) -> str:
     """Why the rates do not follow from the lock; empty where they do."""
     values = lock.values
@@ -88,7 +83,7 @@ def why_not(lock: Lock) -> str:
     name = chosen.rpartition(".")[2].lower().removeprefix("paged")
     if any(word in name for word in OWN_RATE):
         return f"{chosen} sets its own rate"
-    if has_relative_steps(lock):
+    if sets_own_rates(name, lock.table("optimizer_args")):
         return f"{chosen} with relative steps sets its own rate"
     if not name.startswith(PLAIN):
         return f"{chosen} may set its own rate"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kohaku_wrap.config.optimizers import sets_own_rates
 from kohaku_wrap.config.run_files import TRAINER_FILE, digest_lock
 from kohaku_wrap.config.schedules import list_dependent
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
@@ -17,7 +18,7 @@ from kohaku_wrap.training.comparing.places import read_dataset
 from kohaku_wrap.training.records.bad_steps import BadSteps
 from kohaku_wrap.training.records.chapters import AGAIN, EPOCHS, RULES, STEPS, STRETCH, Chapter
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.starting.expected_rates import NoExpectedRates, has_relative_steps, preview_rates
+from kohaku_wrap.training.starting.expected_rates import NoExpectedRates, preview_rates
 from kohaku_wrap.training.starting.length import with_length
 from kohaku_wrap.training.starting.resume import ResumePlan, plan_resume
 
@@ -72,7 +73,8 @@ def plan_extension(
         raise UsageError("say how much longer: --epochs N or --steps N, one of them", "Such as --epochs 1.")
     refuse_old(run)
     before = lock.chapters[-1]
-    depends = tuple(list_dependent(lock.values, read_dataset(run.dataset_config), has_relative_steps(lock)))
+    own_rates = sets_own_rates(lock.values.get("optimizer_type"), lock.table("optimizer_args"))
+    depends = tuple(list_dependent(lock.values, read_dataset(run.dataset_config), own_rates))
     refuse_rule(run, depends, schedule, repeats_warmup)
     total, length = count_longer(run, before, epochs, steps)
     chapter = Chapter(0, 0, total, length, schedule, repeats_warmup, time.time())

@@ -34,6 +34,7 @@ def lock_of(optimizer: str | None, arguments: dict[str, Any] | None = None, **va
         (lock_of("Adafactor"), "Adafactor with relative steps sets its own rate"),
         (lock_of("Adafactor", {"relative_step": True}), "with relative steps"),
         (lock_of("Adafactor", {"relative_step": False}), ""),
+        (lock_of("Adafactor", {"relative_step": False, "warmup_init": True}), "with relative steps"),
         (lock_of(None), ""),
         (lock_of("Lion8bit"), ""),
         (lock_of("PagedAdamW8bit"), ""),
