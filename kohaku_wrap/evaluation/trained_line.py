@@ -15,9 +15,9 @@ from kohaku_wrap.training.records.attempts import last_kept_steps, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import SUBSTITUTE, LedgerFile
 from kohaku_wrap.training.verifying.deep_checks import CannotRecompute, recompute_content
-from kohaku_wrap.training.verifying.ledger_checks import Checker, Int64Array, Records
+from kohaku_wrap.training.verifying.ledger_checks import Checker, Int64Array, Records, limits_of
 from kohaku_wrap.training.verifying.ledger_files import read_files
-from kohaku_wrap.training.verifying.verify import limits_of, list_foreign
+from kohaku_wrap.training.verifying.verify import list_foreign
 
 
 class LedgerDiffers(KwrapError):

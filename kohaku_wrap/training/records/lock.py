@@ -34,6 +34,17 @@ class Number:
         return lock.number(*self.entry)
 
 
+class Text:
+    """A word of the lock; `default` where it may be missing."""
+
+    def __init__(self, table: str, key: str, default: str | None = None) -> None:
+        self.entry = table, key, default
+
+    def __get__(self, lock: Lock, kind: type) -> str:
+        table, key, default = self.entry
+        return str(lock.entry(table, key) if default is None else lock.table(table).get(key, default))
+
+
 @dataclass(frozen=True)
 class Lock:
     """`run.lock.toml`, by meaning."""
@@ -89,14 +100,8 @@ class Lock:
             raise self.damaged(f"[{table}] {key} is {str(value)[:40]}, not a whole number from {at_least} on")
         return value
 
-    @property
-    def engine(self) -> str:
-        return str(self.entry("run", "engine"))
-
-    @property
-    def data(self) -> str:
-        return str(self.entry("run", "data"))
-
+    engine = Text("run", "engine")
+    data = Text("run", "data")
     seed = Number("run", "seed")
     effective_batch = Number("run", "effective_batch", 1)
     batch_per_gpu = Number("run", "batch_per_gpu", 1)
@@ -183,19 +188,15 @@ class Lock:
         """Every effective sd-scripts option."""
         return self.table("values")
 
-    @property
-    def dataset_digest(self) -> str:
-        """The digest of the captions and sizes that are trained; empty when the lock has none."""
-        return str(self.table("inputs").get("captions_digest", ""))
+    dataset_digest = Text("inputs", "captions_digest", "")
+    """The digest of the captions and sizes that are trained; empty when the lock has none."""
 
     @property
     def subsets(self) -> list[dict[str, Any]]:
         """The dataset's options of each subset, as the run was made with; none for a run of kwrap 0.1."""
         return merge_subsets(parse_toml(self.files.get(DATASET_FILE, "")))
 
-    @property
-    def trainer_commit(self) -> str:
-        return str(self.table("trainer").get("commit", ""))
+    trainer_commit = Text("trainer", "commit", "")
 
     @property
     def parent_network(self) -> str:
@@ -219,10 +220,8 @@ class Lock:
         old = [] if "format" in self.tables else [str(self.values.get(option, "")) for option in CODE_OPTIONS]
         return (*map(str, given), *filter(None, old))
 
-    @property
-    def secrets_file(self) -> str:
-        """The site file whose `[secrets]` the trainer gets; empty where there are none."""
-        return str(self.table("run").get("secrets_file", ""))
+    secrets_file = Text("run", "secrets_file", "")
+    """The site file whose `[secrets]` the trainer gets; empty where there are none."""
 
 
 def refuse_other_format(path: Path, tables: Mapping[str, Any]) -> None:

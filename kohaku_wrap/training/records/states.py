@@ -14,7 +14,7 @@ from typing import Any
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.file_hashes import sha256_of_file
-from kohaku_wrap.files import REMOVED_SUFFIX, fsync_folder, match_names, remove_folder
+from kohaku_wrap.files import REMOVED_SUFFIX, fsync_folder, match_names, remove_folder, write_text
 from kohaku_wrap.training.records.folder import STATE_NAME
 from kohaku_wrap.training.records.manifest import (
     MANIFEST,
@@ -112,13 +112,9 @@ def seal_files(folder: Path) -> dict[str, SealedFile]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the seal of a state, last, and make all names durable."""
-    with (folder / MANIFEST).open("w", encoding="utf-8") as stream:
-        stream.write(manifest_text(manifest))
-        stream.flush()
-        os.fsync(stream.fileno())
     for inner in sorted(path for path in folder.rglob("*") if path.is_dir()):
         fsync_folder(inner)
-    fsync_folder(folder)
+    write_text(folder / MANIFEST, manifest_text(manifest))
 
 
 def seal_file(path: Path) -> SealedFile:

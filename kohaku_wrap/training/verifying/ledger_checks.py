@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,9 +82,9 @@ UNKNOWN = Conditions(False, 0, 0, None, frozenset())
 """Of an attempt whose file is gone."""
 
 
-@dataclass
-class Records:
-    """All records of a run as columns, in the order of attempt, rank and time."""
+@dataclass(frozen=True)
+class Columns:
+    """What all records of a run have, of micro-batches and of steps, in the order of attempt, rank and time."""
 
     attempt: Int64Array
     """(records,) of the file."""
@@ -100,11 +101,36 @@ class Records:
     epoch: Int64Array
     """(records,)"""
 
-    position: Int64Array
-    """(records,) in the epoch."""
-
     flags: Int64Array
     """(records,)"""
+
+    damaged: BoolArray
+    """(records,) whether the record differs from its checksum."""
+
+    misplaced: BoolArray
+    """(records,) whether the record names another attempt or rank than its file does, or stands at a wrong place."""
+
+    def __len__(self) -> int:
+        return len(self.attempt)
+
+
+def read_columns(files: Sequence[LedgerFile], parts: Sequence[npt.NDArray[np.void]]) -> tuple[Any, dict[str, Any]]:
+    """The part of each file that `parts` has, as one table, and the values of `Columns`."""
+    table = np.concatenate(parts)
+    owners = [(file.header.attempt, file.header.rank, file.header.processes) for file in files]
+    attempt, rank, processes = np.repeat(np.array(owners, dtype=np.int64), [len(part) for part in parts], axis=0).T
+    columns = {name: table[name].astype(np.int64) for name in ("optimizer_step", "epoch", "flags")}
+    columns |= {"attempt": attempt, "rank": rank, "processes": processes}
+    misplaced = (table["attempt"] != attempt) | (table["rank"] != rank)
+    return table, {**columns, "damaged": table["checksum"] != compute_checksums(table), "misplaced": misplaced}
+
+
+@dataclass(frozen=True)
+class Records(Columns):
+    """All records of micro-batches of a run."""
+
+    position: Int64Array
+    """(records,) in the epoch."""
 
     order_digest: UInt64Array
     """(records,)"""
@@ -121,44 +147,24 @@ class Records:
     global_index: Int64Array
     """(records,) epoch times positions per epoch, plus position."""
 
-    strays: BoolArray
-    """(records,) whether the record names another attempt or rank than its file does."""
-
-    damaged: BoolArray
-    """(records,) whether the record differs from its checksum."""
-
-    file_starts: list[int] = field(default_factory=list)
+    file_starts: list[int]
     """Where each file's records begin."""
-
-    def __len__(self) -> int:
-        return len(self.attempt)
 
     @classmethod
     def of_files(cls, files: Sequence[LedgerFile], count: StepCount) -> Records:
         """The columns of all files that hold a record, in their order."""
         files = [file for file in files if len(file.records)]
-        table = np.concatenate([file.records for file in files])
-        owners = [(file.header.attempt, file.header.rank, file.header.processes) for file in files]
-        lengths = [len(file.records) for file in files]
-        owner = np.repeat(np.array(owners, dtype=np.int64), lengths, axis=0)
-        epoch = table["epoch"].astype(np.int64)
+        table, columns = read_columns(files, [file.records for file in files])
         position = np.minimum(table["position"], FARTHEST).astype(np.int64)
         return cls(
-            attempt=owner[:, 0],
-            rank=owner[:, 1],
-            processes=owner[:, 2],
-            optimizer_step=table["optimizer_step"].astype(np.int64),
-            epoch=epoch,
+            **columns,
             position=position,
-            flags=table["flags"].astype(np.int64),
             order_digest=table["order_digest"],
             content_digest=table["content_digest"],
             loss=table["loss"],
             learning_rate=table["learning_rate"],
-            global_index=epoch * count.positions_per_epoch + position,
-            damaged=table["checksum"] != compute_checksums(table),
-            strays=(table["attempt"] != owner[:, 0]) | (table["rank"] != owner[:, 1]),
-            file_starts=np.cumsum([0, *lengths[:-1]]).tolist(),
+            global_index=columns["epoch"] * count.positions_per_epoch + position,
+            file_starts=np.cumsum([0, *(len(file.records) for file in files[:-1])]).tolist(),
         )
 
 
@@ -219,7 +225,7 @@ class Checker:
         records, count = self.records, self.count
         steps = records.epoch * count.optimizer_steps_per_epoch + records.position // count.group + 1
         wrong = (records.position >= count.positions_per_epoch) | (records.optimizer_step != steps)
-        wrong |= (records.position % records.processes != records.rank) | records.strays
+        wrong |= (records.position % records.processes != records.rank) | records.misplaced
         what = "recorded under another optimizer step, attempt or rank than its position has"
         self.report("misplaced", np.flatnonzero(wrong), what)
         wrong = (records.position >= count.batches) != ((records.flags & FILL) > 0)
@@ -319,6 +325,12 @@ class Checker:
         self.report("loss", far, f"a loss more than {LOSS_TOLERANCE:.0%} from that of an earlier attempt there")
         largest = float(apart[loose].max(initial=0.0))
         return Overlaps(positions, int(exact.sum()), int(loose.sum()), int((~comparable).sum()), largest)
+
+
+def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Array:
+    """(records,) the last optimizer step of each record's attempt that still counts."""
+    limits = [min(kept_until.get(number, np.inf), 2.0**62) for number in range(int(attempt.max(initial=0)) + 1)]
+    return np.array(limits).astype(np.int64)[attempt]
 
 
 def digest_blocks(order: EpochOrder, ids: Int64Array, batch_size: int) -> Iterator[UInt64Array]:

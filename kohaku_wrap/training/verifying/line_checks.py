@@ -12,7 +12,7 @@ from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import LedgerFile
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.starting.expected_rates import NoExpectedRates, expect_rates
-from kohaku_wrap.training.verifying.ledger_checks import Fault, Int64Array
+from kohaku_wrap.training.verifying.ledger_checks import Fault, Int64Array, limits_of
 from kohaku_wrap.training.verifying.step_checks import LineOfSteps, StepChecker, Steps
 
 OLD = "kwrap 0.1 did not record"
@@ -61,14 +61,11 @@ def check_steps(
     `foreign`: the first ones of them, which plain sd-scripts trained.
     """
     table = Steps.of_files(list(files))
-    limits = {number: min(int(min(limit, 2.0**62)), steps) for number, limit in kept_until.items()}
-    kept = table.optimizer_step <= np.array(
-        [limits.get(each, steps) for each in table.attempt.tolist()], dtype=np.int64
-    )
+    kept = table.optimizer_step <= np.minimum(limits_of(kept_until, table.attempt), steps)
     checker = StepChecker(run.lock.count, table, kept)
     options = check_options(run, files, checker)
     checker.check_records()
-    checker.check_coverage(list_due(files, limits, steps, steps_due))
+    checker.check_coverage(list_due(files, kept_until, steps, steps_due))
     checker.check_ranks()
     line = checker.line()
     checker.check_updates(line)
@@ -79,7 +76,7 @@ def check_steps(
     return LineReport(bad_steps, (options, skipped, rates, *chapters), checker.faults)
 
 
-def list_due(files: Sequence[LedgerFile], limits: Mapping[int, int], steps: int, steps_due: int) -> Int64Array:
+def list_due(files: Sequence[LedgerFile], kept_until: Mapping[int, float], steps: int, steps_due: int) -> Int64Array:
     """(n, 3) attempt, rank and number of the optimizer steps on the line that must have been recorded.
 
     Those are the ones whose micro-batches are all there; a missing one is a fault of its own.
@@ -91,7 +88,7 @@ def list_due(files: Sequence[LedgerFile], limits: Mapping[int, int], steps: int,
             continue
         numbers, micro_batches = np.unique(file.records["optimizer_step"].astype(np.int64), return_counts=True)
         numbers = numbers[micro_batches >= file.header.accumulation]
-        numbers = numbers[numbers <= limits.get(file.header.attempt, steps)]
+        numbers = numbers[numbers <= min(kept_until.get(file.header.attempt, steps), steps)]
         if file.header.attempt == newest:
             # A crash may have come between the last micro-batch and the step.
             numbers = numbers[(numbers < steps) | (numbers <= steps_due)]

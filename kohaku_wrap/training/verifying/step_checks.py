@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.steps import StepCount
-from kohaku_wrap.training.records.ledger import NON_FINITE, SKIPPED, STEP_RATES, LedgerFile, compute_checksums
-from kohaku_wrap.training.verifying.ledger_checks import BoolArray, Fault, Int64Array
+from kohaku_wrap.training.records.ledger import NON_FINITE, SKIPPED, STEP_RATES, LedgerFile
+from kohaku_wrap.training.verifying.ledger_checks import BoolArray, Columns, Fault, Int64Array, read_columns
 
 RATE_TOLERANCE = 1e-9
 """Relative; libraries of two machines may round a cosine differently in its last bits."""
@@ -18,23 +18,8 @@ Rates = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The records of optimizer steps of a whole run as columns, in the order of attempt, rank and time."""
-
-    attempt: Int64Array
-    """(records,) of the file."""
-
-    rank: Int64Array
-    """(records,) of the file."""
-
-    optimizer_step: Int64Array
-    """(records,) counted from 1."""
-
-    epoch: Int64Array
-    """(records,)"""
-
-    flags: Int64Array
-    """(records,)"""
+class Steps(Columns):
+    """All records of optimizer steps of a run."""
 
     updates: Int64Array
     """(records,) of the weights, after the step."""
@@ -48,30 +33,13 @@ class Steps:
     rates: Rates
     """(records, STEP_RATES)"""
 
-    damaged: BoolArray
-    """(records,) whether the record differs from its checksum."""
-
-    misplaced: BoolArray
-    """(records,) whether it names another attempt, rank or step than stands before it in its file."""
-
-    def __len__(self) -> int:
-        return len(self.attempt)
-
     @classmethod
     def of_files(cls, files: list[LedgerFile]) -> Steps:
         """The columns of all files."""
-        table = np.concatenate([file.steps for file in files])
-        owner = np.concatenate(
-            [np.full((len(file.steps), 2), (file.header.attempt, file.header.rank), dtype=np.int64) for file in files]
-        )
-        misplaced = (table["attempt"] != owner[:, 0]) | (table["rank"] != owner[:, 1])
-        misplaced |= np.concatenate([find_misplaced(file) for file in files])
-        whole = {name: table[name].astype(np.int64) for name in ("optimizer_step", "epoch", "flags", "updates")}
-        whole |= {name: table[name].astype(np.int64) for name in ("groups", "first_group")}
-        damaged = table["checksum"] != compute_checksums(table)
-        return cls(
-            attempt=owner[:, 0], rank=owner[:, 1], rates=table["rates"], damaged=damaged, misplaced=misplaced, **whole
-        )
+        table, columns = read_columns(files, [file.steps for file in files])
+        columns["misplaced"] |= np.concatenate([find_misplaced(file) for file in files])
+        columns |= {name: table[name].astype(np.int64) for name in ("updates", "groups", "first_group")}
+        return cls(rates=table["rates"], **columns)
 
 
 def find_misplaced(file: LedgerFile) -> BoolArray:

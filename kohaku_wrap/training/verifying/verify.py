@@ -39,8 +39,8 @@ from kohaku_wrap.training.verifying.ledger_checks import (
     BoolArray,
     Checker,
     Fault,
-    Int64Array,
     Records,
+    limits_of,
 )
 from kohaku_wrap.training.verifying.ledger_files import list_conditions, read_files
 from kohaku_wrap.training.verifying.line_checks import Check, check_steps
@@ -175,12 +175,6 @@ def check_ancestry(run: Run, on_bytes: Callable[[int], None] | None) -> tuple[li
     return [*checks, Check("line", all(each.is_looked_at for each in above), detail)], faults
 
 
-def limits_of(kept_until: Mapping[int, float], attempt: Int64Array) -> Int64Array:
-    """(records,) the last optimizer step of each record's attempt that still counts."""
-    limits = [min(kept_until.get(number, np.inf), 2.0**62) for number in range(int(attempt.max(initial=0)) + 1)]
-    return np.array(limits).astype(np.int64)[attempt]
-
-
 def list_changed(run: Run, places: Places | None, on_bytes: Callable[[int], None] | None = None) -> list[str]:
     """What of the run's files, models and captions is no longer what its lock says, and of its attempts' records."""
     records = list(list_missing_records(run))
@@ -203,15 +197,10 @@ def find_damaged_captions(run: Run) -> str:
 
 def has_other_captions(run: Run) -> bool:
     """Whether the captions are others by now than those that the run was made with, or gone."""
-    if not run.lock.dataset_digest:
-        return False
-    try:
-        return (
-            str(read_captions_metadata(run.find_images(), run.lock.dataset_digest).get("digest", ""))
-            != run.lock.dataset_digest
-        )
-    except KwrapError:
-        return True
+    digest = run.lock.dataset_digest
+    with suppress(KwrapError):
+        return bool(digest) and read_captions_metadata(run.find_images(), digest).get("digest") != digest
+    return True
 
 
 def check_order(run: Run, checker: Checker, captions_changed: bool) -> Check:

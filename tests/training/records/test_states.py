@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kohaku_wrap.files import remove_folder
 from kohaku_wrap.training.records.manifest import (
     FORMAT,
     DamagedState,
@@ -30,7 +31,6 @@ from kohaku_wrap.training.records.states import (
     is_state_there,
     list_states,
     remove_old_states,
-    remove_state,
     state_folder,
     verify_state,
     write_state,
@@ -81,7 +81,13 @@ def test_all_of_a_state_is_on_disk_before_it_has_its_name(tmp_path: Path, monkey
     monkeypatch.setattr(os, "fsync", note)
     write(tmp_path, 2)
     part = tmp_path / ".optimizer-step-00000002.partial"
-    inner = {part / "network.bin", part / "inner/optimizer.bin", part / "manifest.json", part / "inner", part}
+    inner = {
+        part / "network.bin",
+        part / "inner/optimizer.bin",
+        part / f".manifest.json.{os.getpid()}.part",
+        part / "inner",
+        part,
+    }
     assert set(synced) == {str(path) for path in (*inner, tmp_path)}
     assert synced[-1] == str(tmp_path), "the name itself is durable too"
 
@@ -97,7 +103,7 @@ def test_what_cannot_be_removed_stays_under_a_hidden_name(tmp_path: Path, monkey
     state = write(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        remove_state(state)
+        remove_folder(state)
         assert [path.name for path in tmp_path.iterdir()] == [".optimizer-step-00000002.removed"]
         assert list_states(tmp_path) == []
         with pytest.raises(ValueError, match="in the middle"):
@@ -346,7 +352,7 @@ def test_what_crashes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".optimizer-step-1.kept", "optimizer-step-00000002"]
     for folder in (".optimizer-step-00000002.removed", ".optimizer-step-00000002.partial"):
         (tmp_path / folder).mkdir()
-    remove_state(state_folder(tmp_path, 2))
+    remove_folder(state_folder(tmp_path, 2))
     assert not state_folder(tmp_path, 2).exists() and not (tmp_path / ".optimizer-step-00000002.removed").exists()
 
 
