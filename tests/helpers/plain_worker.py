@@ -22,6 +22,7 @@ from kohaku_wrap.training.records.ledger import LedgerHeader, LedgerWriter
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.networks import note_network
 from kohaku_wrap.training.records.saving import save_run_state, wait_for_room
+from kohaku_wrap.training.records.signs import Failure
 from kohaku_wrap.training.verifying.run_order import read_order
 
 
@@ -114,7 +115,9 @@ def main() -> int:
             try:
                 bad_steps.check_step(attempt, done, loss, skipped)
             except TooManyBadSteps as error:
-                attempt.fail(0, "non-finite-loss", error.message, done, error.next_step, error.is_lasting)
+                attempt.fail(
+                    Failure(0, "non-finite-loss", error.message, done, error.next_step, is_lasting=error.is_lasting)
+                )
                 return 1
         if faults.get("nan_loss") == done:
             time.sleep(5)
@@ -132,7 +135,7 @@ def main() -> int:
     try:
         bad_steps.check_end(done)
     except MostlySkipped as error:
-        attempt.fail(0, error.kind, error.message, done, error.next_step, error.is_lasting)
+        attempt.fail(Failure(0, error.kind, error.message, done, error.next_step, is_lasting=error.is_lasting))
         return 1
     network = attempt.run.checkpoints / f"{attempt.run.output_name}.safetensors"
     network.write_bytes(weights)
@@ -156,7 +159,7 @@ def act(attempt: Attempt, faults: dict[str, object], done: int) -> None:
     if faults.get("exit_0"):
         sys.exit(0)
     if kind := faults.get("fail"):
-        attempt.fail(0, str(kind), f"{kind} at /images/0003/3.png", done)
+        attempt.fail(Failure(0, str(kind), f"{kind} at /images/0003/3.png", done))
         sys.exit(1)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.training.records.attempts import Attempt
 from kohaku_wrap.training.records.saving import wait_for_room
+from kohaku_wrap.training.records.signs import Failure
 from kohaku_wrap.training.records.states import DiskFull, is_disk_full
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def report_failures(attempt: Attempt, rank: int, optimizer_steps_done: Callable[
             os.write(STANDARD_ERROR, told.encode("utf-8", "backslashreplace"))
         # A full disk may not take the reason; the supervisor then looks at the disk itself.
         with suppress(OSError):
-            attempt.fail(rank, failure_kind(error), message, optimizer_steps_done(), next_step, is_lasting)
+            done = optimizer_steps_done()
+            attempt.fail(Failure(rank, failure_kind(error), message, done, next_step, is_lasting=is_lasting))
         # The other ranks may wait for this one inside a collective: a tidy exit would wait for them in turn.
         os._exit(1)
 

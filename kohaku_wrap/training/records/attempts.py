@@ -9,7 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -221,18 +221,10 @@ class Attempt:
         """The last sign of life of each rank, by rank."""
         return read_records(self.folder, "heartbeat-rank-*.json", Heartbeat)
 
-    def fail(
-        self,
-        rank: int,
-        kind: str,
-        message: str,
-        optimizer_step: int,
-        next_step: str = "",
-        is_lasting: bool = False,
-    ) -> None:
+    def fail(self, failure: Failure) -> None:
         """Leave the reason of a failure for the supervisor; the worker then exits with a code other than 0."""
-        failure = Failure(rank, kind, message, optimizer_step, next_step, time.time(), is_lasting)
-        write_json(self.folder / f"failure-rank-{rank:03d}.json", asdict(failure))
+        document = asdict(replace(failure, unix_seconds=time.time()))
+        write_json(self.folder / f"failure-rank-{failure.rank:03d}.json", document)
 
     def failures(self) -> list[Failure]:
         """What the ranks said about their failures, by rank."""

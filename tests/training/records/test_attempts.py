@@ -26,6 +26,7 @@ from kohaku_wrap.training.records.attempts import (
 )
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.saving import wait_for_room
+from kohaku_wrap.training.records.signs import Failure
 from kohaku_wrap.training.records.states import DiskFull
 from kohaku_wrap.training.supervising.processes import end_processes, list_processes
 
@@ -59,7 +60,7 @@ def test_signs_of_life_failures_and_results(attempt: Attempt) -> None:
         (0, "paused", 8, os.getpid()),
         (1, "saving", 8, os.getpid()),
     ]
-    attempt.fail(1, "bad-image", "3.png", 8)
+    attempt.fail(Failure(1, "bad-image", "3.png", 8))
     assert attempt.failures()[0].message == "3.png"
     attempt.finish("stopped", 8)
     assert (attempt.result() or {})["outcome"] == "stopped"

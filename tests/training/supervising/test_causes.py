@@ -13,6 +13,7 @@ from plain_runs import misbehave
 
 from kohaku_wrap.training.records.attempts import Attempt, write_attempt
 from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.signs import Failure
 from kohaku_wrap.training.starting.launch import Launch
 from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
 from kohaku_wrap.training.supervising import memory_kills, watch
@@ -111,7 +112,7 @@ def write_launcher_log(attempt: Attempt, killed: str = KILLED, code: int = 1, na
 def test_a_rank_that_torchrun_killed_is_no_cause(attempt: Attempt) -> None:
     """It sat in a collective, where no signal ends it."""
     write_launcher_log(attempt)
-    attempt.fail(1, "error", "RuntimeError: rank 1 dies here, as if out of memory", 0)
+    attempt.fail(Failure(1, "error", "RuntimeError: rank 1 dies here, as if out of memory", 0))
     end = judge_end(attempt, 1)
     assert (end.kind, end.rank, end.message) == (
         "crash",
@@ -164,7 +165,7 @@ def test_the_count_of_kills_for_memory_is_found_in_cgroup_v1_and_in_containers(t
 
 
 def test_lost_connections_come_after_their_cause(attempt: Attempt) -> None:
-    attempt.fail(0, "error", LOST, 2)
+    attempt.fail(Failure(0, "error", LOST, 2))
     alone = judge_end(attempt, 1)
     assert alone.rank == 0 and alone.message.endswith("; nothing says why its partner was lost")
     attempt.leave(1, "the processes of machine 1 were killed")
@@ -172,13 +173,13 @@ def test_lost_connections_come_after_their_cause(attempt: Attempt) -> None:
     attempt.leave(1, "the processes of machine 1 ended with exit code 1")
     assert "machine 1 ended" in judge_end(attempt, 1).message
     time.sleep(0.01)
-    attempt.fail(1, "bad-image", "0003/3.png cannot be read", 2)
+    attempt.fail(Failure(1, "bad-image", "0003/3.png cannot be read", 2))
     end = judge_end(attempt, 1)
     assert (end.kind, end.rank, end.message) == ("bad-image", 1, "rank 1: 0003/3.png cannot be read")
 
 
 def test_what_a_rank_knows_to_do_is_the_advice(attempt: Attempt) -> None:
-    attempt.fail(1, "refused", "the cached latents are not those of the run", 2, "Restore the shards.")
+    attempt.fail(Failure(1, "refused", "the cached latents are not those of the run", 2, "Restore the shards."))
     write_end(attempt, judge_end(attempt, 1))
     assert advise(attempt.run) == f"Restore the shards.\nThen: kwrap resume {attempt.run.folder}"
 
