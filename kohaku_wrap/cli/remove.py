@@ -36,7 +36,9 @@ def command(name: str, yes: bool, with_checkpoints: bool, site_file: Path | None
 
     removal = plan_removal(open_run(name, site_file), with_checkpoints)
     run = removal.run
-    kept = f"{count_of(len(removal.kept), 'network')} in {show_path(run.checkpoints)}" if removal.kept else "nothing"
+    kept = (
+        f"{count_of(len(run.network_files), 'network')} in {show_path(run.checkpoints)}" if removal.kept else "nothing"
+    )
     if not yes:
         if wants_json() or not sys.stdin.isatty():
             again = command_line("remove", show_path(run.folder), "--yes", *["--checkpoints"] * with_checkpoints)

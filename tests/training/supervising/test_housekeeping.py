@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import toml
+from click.testing import CliRunner
 from plain_runs import make_placed_run, misbehave, train
 
+from kohaku_wrap.cli import program
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.file_hashes import kept_sha256
 from kohaku_wrap.locks import hold_lock
@@ -103,8 +105,11 @@ def test_a_run_alone_in_its_folder_keeps_its_networks_or_is_not_touched(new_run:
         remove_run(plan_removal(Run(run.folder), with_checkpoints=False))
     assert network.is_file() and run.attempts.is_dir()
     run.lock_file.write_text(text)
-    remove_run(plan_removal(Run(run.folder), with_checkpoints=False))
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["epsilon.lock.toml", "epsilon.safetensors"]
+    (run.checkpoints / "sample").mkdir()
+    done = CliRunner().invoke(program, ["remove", str(run.folder), "--yes"])
+    assert "1 network in" in done.output, "what other tools put beside it stays, and is none"
+    left = ["epsilon.lock.toml", "epsilon.safetensors", "sample"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == left
     assert not list(run.folder.parent.glob(".*"))
 
 
