@@ -14,7 +14,7 @@ import kohaku_wrap
 from kohaku_wrap.file_hashes import HASH_BLOCK_BYTES
 from kohaku_wrap.files import open_regular, read_json, write_text
 from kohaku_wrap.training.records.attempts import Attempt
-from kohaku_wrap.training.records.documents import is_whole
+from kohaku_wrap.training.records.documents import fits, is_whole
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import digest_of_ledger, list_ledger_files
 
@@ -122,12 +122,14 @@ def is_result(document: Mapping[str, Any]) -> bool:
     report, files = document.get("report"), document.get("ledger_files")
     return (
         document.get("format") == FORMAT
-        and isinstance(document.get("unix_seconds"), int | float)
+        and fits(document.get("unix_seconds"), float)
+        and isinstance(document.get("options_digest"), str)
         and isinstance(files, dict)
         and all(isinstance(each, list) and len(each) == 2 and is_whole(each[0]) for each in files.values())
         and isinstance(report, dict)
         and isinstance(report.get("proved"), bool)
         and is_whole(report.get("optimizer_steps"))
-        and all(isinstance(each, dict) and {"name", "detail", "is_looked_at"} <= each.keys()
-                for each in report.get("checks", ()))
+        and all(isinstance(report.get(name, []), list) for name in ("checks", "faults", "unverified"))
+        and all(isinstance(each, dict) for name in ("checks", "faults") for each in report.get(name, ()))
+        and all({"name", "detail", "is_looked_at"} <= each.keys() for each in report.get("checks", ()))
     )  # fmt: skip

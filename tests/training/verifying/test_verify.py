@@ -18,7 +18,7 @@ from kohaku_wrap.cli import program
 from kohaku_wrap.training.comparing.differences import NOT_KEPT_BY_0_1
 from kohaku_wrap.training.data.order import order_digest
 from kohaku_wrap.training.records.ancestry import Until
-from kohaku_wrap.training.records.attempts import Attempt, write_attempt
+from kohaku_wrap.training.records.attempts import Attempt, list_attempts, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import (
     FILL,
@@ -34,6 +34,7 @@ from kohaku_wrap.training.records.ledger import (
     read_ledger_file,
 )
 from kohaku_wrap.training.records.networks import Network
+from kohaku_wrap.training.records.verification import VERIFICATION_FILE, judge_verification
 from kohaku_wrap.training.supervising.supervise import TrainerFailed
 from kohaku_wrap.training.verifying.ledger_checks import digest_blocks
 from kohaku_wrap.training.verifying.ledger_files import NoLedger
@@ -408,6 +409,29 @@ def test_the_trainers_own_dataset_is_compared_between_attempts(new_run: NewRun) 
         False,
         'data = "sd-scripts": the images at each position are compared between attempts only',
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("options_digest",), None),
+        (("unix_seconds",), 1e400),
+        (("report", "checks"), None),
+        (("report", "unverified"), 3),
+        (("report", "faults"), [1]),
+    ],
+)
+def test_a_kept_result_that_was_edited_counts_as_none(new_run: NewRun, path: tuple[str, ...], value: object) -> None:
+    run = new_run()
+    write_life(run, 1, 1, 0, 5)
+    CliRunner().invoke(program, ["verify", str(run.folder)])
+    assert judge_verification(run, list_attempts(run)).standing == "proved"
+    file = run.folder / VERIFICATION_FILE
+    document = json.loads(file.read_text())
+    table = document["report"] if len(path) == 2 else document
+    table[path[-1]] = value
+    file.write_text(json.dumps(document))
+    assert judge_verification(run, list_attempts(run)).standing == "never"
 
 
 def test_the_command_tells_and_exits(new_run: NewRun) -> None:
