@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -46,17 +47,20 @@ class Hook:
             "KWRAP_MESSAGE": message,
         }
         try:
-            done = subprocess.run(
-                ["sh", "-c", self.command],
-                env=environment,
-                cwd=self.run.folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=HOOK_TIMEOUT_SECONDS,
-                check=False,
-            )
+            # No pipe: it would be waited for as long as a process that the command left behind holds it.
+            with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+                done = subprocess.run(
+                    ["sh", "-c", self.command],
+                    env=environment,
+                    cwd=self.run.folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    timeout=HOOK_TIMEOUT_SECONDS,
+                    check=False,
+                )
+                said.seek(0)
+                last = (said.read().strip().splitlines() or [""])[-1]
         except subprocess.TimeoutExpired:
             self.on_trouble(f"the hook command did not end within {HOOK_TIMEOUT_SECONDS} s of {event}")
             return
@@ -64,5 +68,4 @@ class Hook:
             self.on_trouble(f"the hook command could not be started on {event}: {error}")
             return
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or [""])[-1]
             self.on_trouble(f"the hook command ended with exit code {done.returncode} on {event}: {last}".rstrip(": "))

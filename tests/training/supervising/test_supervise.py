@@ -176,6 +176,14 @@ def test_a_broken_hook_stops_nothing(new_run: NewRun) -> None:
     assert ends(run) == ["finished"]
 
 
+def test_a_hook_that_leaves_a_process_behind_holds_up_nothing(new_run: NewRun) -> None:
+    troubles: list[str] = []
+    begun = time.monotonic()
+    Hook("echo no route >&2; sleep 20 & exit 7", new_run(), troubles.append).call("start", "", 0)
+    assert time.monotonic() - begun < 10
+    assert troubles == ["the hook command ended with exit code 7 on start: no route"]
+
+
 def test_no_word_of_a_hook_and_no_loss_of_its_folder_stops_a_run(new_run: NewRun) -> None:
     run, troubles = new_run(), list[str]()
     Hook("printf 'kein Z\\374ri' >&2; exit 7", run, troubles.append).call("start", "", 0)
