@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError
@@ -143,7 +144,7 @@ def making_folder(parent: Path, prefix: str) -> Iterator[Path]:
     A folder that is locked is being filled by another process and stays.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(f"{prefix}*"):
+    for left in parent.glob(f"{escape(prefix)}*"):
         with suppress(OSError), locking(left, os.O_DIRECTORY | os.O_NOFOLLOW) as is_ours:
             if is_ours:
                 shutil.rmtree(left, ignore_errors=True)

@@ -13,13 +13,13 @@ from kohaku_wrap.locks import clear_leavings, making_folder
 def test_a_folder_that_a_killed_process_was_filling_goes(tmp_path: Path) -> None:
     code = (
         "import sys, os, signal; from pathlib import Path; from kohaku_wrap.locks import making_folder\n"
-        "with making_folder(Path(sys.argv[1]), '.x-') as part:\n"
+        "with making_folder(Path(sys.argv[1]), '.x [1]-') as part:\n"
         "    (part / 'half').touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     assert len(list(tmp_path.iterdir())) == 1
-    with making_folder(tmp_path, ".x-") as one, making_folder(tmp_path, ".x-") as other:
+    with making_folder(tmp_path, ".x [1]-") as one, making_folder(tmp_path, ".x [1]-") as other:
         assert sorted(tmp_path.iterdir()) == sorted([one, other])
     assert not list(tmp_path.iterdir())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from glob import escape
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,7 @@ class SiteTaker:
         places = [name, *([self.site.path.parent / str(listed[at])] if at < len(listed) and listed[at] else [])]
         places += [self.site.paths.base_model.parent / name.name]
         if self.site.paths.runs.is_dir():
-            places += sorted(self.site.paths.runs.glob(f"*/checkpoints/{name.name}"))
+            places += sorted(self.site.paths.runs.glob(f"*/checkpoints/{escape(name.name)}"))
         yield from dict.fromkeys(path for path in places if path.is_file())
 
     def take_numbers(self, asked: Collection[str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,7 +108,7 @@ class TensorBoard:
 
     def __init__(self, book: Logbook) -> None:
         self.folder, self.suffix = book.folder, f".{book.run_id[:ID_LENGTH]}"
-        self.last_step = max((read_last_step(path) for path in book.folder.glob(f"*{self.suffix}")), default=0)
+        self.last_step = max((read_last_step(path) for path in book.folder.glob(f"*{escape(self.suffix)}")), default=0)
         self.writer: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

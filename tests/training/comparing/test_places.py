@@ -190,8 +190,9 @@ def test_numbers_of_a_site_that_keep_the_batch_are_taken(new_run: NewRun, tmp_pa
         plan_resume(run, site_file=tmp_path / "missing.toml")
 
 
-def test_a_network_that_is_gone_is_found_by_name_and_digest(new_run: NewRun, tmp_path: Path) -> None:
-    network = tmp_path / "earlier.safetensors"
+@pytest.mark.parametrize("name", ["earlier.safetensors", "earlier [v2].safetensors"])
+def test_a_network_that_is_gone_is_found_by_name_and_digest(new_run: NewRun, tmp_path: Path, name: str) -> None:
+    network = tmp_path / name
     write_base_model(network, weights="network")
     locked = hashlib.sha256(kept_sha256(network).encode()).hexdigest()
     run = make_placed_run(new_run, trainer={"network_weights": str(network)}, inputs={"network_weights_sha256": locked})
