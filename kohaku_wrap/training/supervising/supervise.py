@@ -133,7 +133,7 @@ def supervise_run(
             if why_last:
                 pictures.finish(lambda: stop.count > 0)
                 raise give_up(attempt, end, why_last if options.restarts else "")
-            pause_seconds = min(options.first_pause_seconds * 2 ** (number - 1), options.longest_pause_seconds)
+            pause_seconds = options.pause_before(number)
             on_event(Event("restart", f"restart {number} of {options.restarts} in {pause_seconds:,.0f} s"))
             if stop.wait(pause_seconds):
                 raise RunStopped(f"run {run.name}: stopped while waiting for a restart", go_on)

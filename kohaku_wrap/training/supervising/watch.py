@@ -89,6 +89,11 @@ class WatchOptions:
     hook: str = ""
     """A shell command for start, state, crash, stop and finish."""
 
+    def pause_before(self, restart: int) -> float:
+        """Seconds before that restart, counted from 1."""
+        # No float holds all powers of two of the thousandth restart.
+        return min(self.first_pause_seconds * 2.0 ** min(restart - 1, 60), self.longest_pause_seconds)
+
     def timeout_of(self, phase: Phase) -> float:
         return self.timeouts_seconds.get(phase, STEP_TIMEOUT_SECONDS if phase == "step" else TIMEOUT_SECONDS)
 

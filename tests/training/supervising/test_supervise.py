@@ -176,6 +176,10 @@ def test_a_broken_hook_stops_nothing(new_run: NewRun) -> None:
     assert ends(run) == ["finished"]
 
 
+def test_pauses_double_up_to_the_longest_however_many_there_were() -> None:
+    assert [WatchOptions().pause_before(restart) for restart in (1, 2, 7, 5000)] == [10.0, 20.0, 600.0, 600.0]
+
+
 def test_a_hook_that_leaves_a_process_behind_holds_up_nothing(new_run: NewRun) -> None:
     troubles: list[str] = []
     begun = time.monotonic()
