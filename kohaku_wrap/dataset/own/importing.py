@@ -85,9 +85,12 @@ def import_folders(
     refuse_other_kind(images, EXTRACTED_FILE)
     sources = find_sources(arguments, options.labels, options.plain, images)
     founds = [scan(source) for source in sources]
-    if not any(found.images for found in founds):
+    # One of several too: it may be a disk that is not mounted, whose images would count as removed.
+    full = {found.source.root for found in founds if found.images}
+    empty = [str(root) for root in dict.fromkeys(found.source.root for found in founds) if root not in full]
+    if empty or not founds:
         raise NothingToImport(
-            f"{', '.join(str(path) for path in arguments)}: no image in there or below",
+            f"{', '.join(empty or map(str, arguments))}: no image in there or below",
             "Images end in .png, .jpg, .jpeg, .webp, .bmp, .avif or .jxl.",
         )
     texts = [read_texts(found, options.captions, options.text_column) for found in founds]

@@ -420,6 +420,14 @@ def test_paths_of_a_dataset_file_may_begin_at_it(tmp_path: Path, out: Path) -> N
     assert "names no image_dir" in run(tmp_path / "deep" / "set.toml", "--out", out, code=2)
 
 
+def test_an_empty_folder_among_others_takes_no_images_away(mine: Path, tmp_path: Path, out: Path) -> None:
+    image = paint(tmp_path / "disk" / "z.png", seed=9)
+    run(mine, tmp_path / "disk", "--out", out, "--copy")
+    image.unlink()
+    assert f"{tmp_path}/disk: no image in there" in run(mine, tmp_path / "disk", "--out", out, "--copy", code=2)
+    assert (out / "disk" / "z.png").is_file() and len(rows_of(out)) == 6
+
+
 def test_a_face_without_a_caption_has_that_of_its_picture_as_in_sd_scripts(tmp_path: Path, out: Path) -> None:
     folder = tmp_path / "4_me"
     for seed, name in enumerate(("x_y_10_20_30_40.png", "x_y_1_2_3_4.png", "own_1_2_3_4.png", "none_1_2_3_4.png")):
