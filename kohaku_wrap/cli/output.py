@@ -19,7 +19,7 @@ import click
 
 from kohaku_wrap.files import Progress
 from kohaku_wrap.outlets import go_on_without_reader
-from kohaku_wrap.wording import show_path
+from kohaku_wrap.wording import show_bytes, show_path
 
 if TYPE_CHECKING:
     import rich.progress
@@ -42,7 +42,7 @@ ESCAPES_IN_JSON = {code: f"\\u{code:04x}" for code in STEERING if code >= 32}
 """JSON itself escapes those below 32 in strings; outside of strings it has none of the others."""
 
 KEPT_TOGETHER = re.compile(
-    r"`[^`]*`|(?<=: )kwrap (?:(?!\. ).)*|\S: \d[\d,.]*|\d (?:%|(?:[kMGT]?B|s|min|h|d)\b)|[<>] \d"
+    r"`[^`]*`|(?<!error: )(?<=: )kwrap (?:(?!\. ).)*|\S: \d[\d,.]*|\d (?:%|(?:[kMGT]?B|s|min|h|d)\b)|[<>] \d"
 )
 
 
@@ -283,13 +283,14 @@ def live_bar(size: bool) -> rich.progress.Progress:
 
     class RateColumn(progress.ProgressColumn):
         def render(self, task: progress.Task) -> Text:
-            return Text(show_rate(task.speed) if task.speed else "")
+            speed = task.speed or 0.0
+            return Text("" if not speed else f"{show_bytes(int(speed))}/s" if size else show_rate(speed))
 
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(bar_width=24),
         progress.DownloadColumn() if size else progress.MofNCompleteColumn(),
-        progress.TransferSpeedColumn() if size else RateColumn(),
+        RateColumn(),
         progress.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,

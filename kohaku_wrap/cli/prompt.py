@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kohaku_wrap.sampling.compose import ComposedPrompt
     from kohaku_wrap.sampling.lint import Finding
 
+MOST_OF_CHUNK = 30
+"""Characters of its end that are shown."""
+
 ALL_STYLES = "?"
 """What --style means without a name."""
 
@@ -191,7 +194,8 @@ def show(document: dict[str, Any], lenient: bool) -> None:
     for number, entry in enumerate([first] if same else document["tokenizers"], start=1):
         for place, chunk in enumerate(entry["chunks"], start=1):
             whose = how if same else f"tokenizer {number}"
-            last = chunk["pieces"][-1][0].strip()[-30:] if chunk["pieces"] else "(empty)"
+            last = chunk["pieces"][-1][0].strip() if chunk["pieces"] else "(empty)"
+            last = last if len(last) <= MOST_OF_CHUNK else f"…{last[-MOST_OF_CHUNK:]}"
             rows.append((f"chunk {place}", f"{count_of(chunk['tokens'], 'token')} of 75, up to {last!r} ({whose})"))
     print_table("Prompt", rows)
     if findings := [(each["kind"], f"{each['word']}: {each['what']}".lstrip(": ")) for each in document["findings"]]:

@@ -22,6 +22,7 @@ from kohaku_wrap.wording import format_duration
         ("one two three four", 10, ["one two", "three four"]),
         ("run `kwrap resume first` now", 16, ["run", "`kwrap resume first`", "now"]),
         ("Type: kwrap resume first --step 3. Or not.", 16, ["Type:", "kwrap resume first --step 3.", "Or not."]),
+        ("error: kwrap plan: no such option", 20, ["error: kwrap plan:", "no such option"]),
         ("    indented words here", 16, ["    indented", "    words here"]),
         ("  seed    two words of text", 20, ["  seed    two words", "          of text"]),
         ("/a/path/longer/than/the/line is kept", 12, ["/a/path/longer/than/the/line", "is kept"]),
