@@ -20,7 +20,7 @@ from kohaku_wrap.training.records.ledger import (
     compute_checksums,
 )
 from kohaku_wrap.training.verifying import ledger_checks
-from kohaku_wrap.training.verifying.ledger_checks import UNKNOWN, Checker, Conditions, Overlaps, Records
+from kohaku_wrap.training.verifying.ledger_checks import UNKNOWN, Checker, Conditions, Overlaps, Records, limits_of
 
 COUNT = StepCount(batches=5, group=2)
 """Three optimizer steps of two positions; the last position of an epoch is a fill."""
@@ -282,3 +282,10 @@ def test_losses_of_a_position(losses: tuple[float, float], is_bit_exact: bool, i
     assert overlaps == Overlaps(1, left_out=1) and bad == 0
     both = dataclasses.replace(SAME, accepted=frozenset({"seed"}))
     assert compare(both, both)[0] == Overlaps(1, exact=1)
+
+
+def test_the_last_step_that_counts_is_that_of_each_records_attempt() -> None:
+    attempts = np.array([1, 3, 2, 3])
+    assert limits_of({1: 4, 3: 9.0, 4: 1}, attempts).tolist() == [4, 9, 2**62, 9]
+    assert limits_of({1: np.inf}, attempts[:1]).tolist() == [2**62]
+    assert limits_of({}, attempts[:0]).tolist() == []
