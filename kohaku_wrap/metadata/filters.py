@@ -52,10 +52,11 @@ FLAGS: Mapping[str, str] = {
 """Filters that need no value. Gold: posts that only a gold account sees, without md5 or file url in the metadata."""
 
 NO_OFFSET = (
-    "(day IS NOT NULL AND length(created_at) >= 19 AND substr(created_at, -6, 1) NOT IN ('+', '-') "
-    "AND substr(created_at, -1, 1) <> 'Z')"
+    "(day IS NOT NULL AND length(created_at) >= 19 AND substr(created_at, -1, 1) <> 'Z' "
+    + " ".join(f"AND substr(created_at, -{length}, 1) NOT IN ('+', '-')" for length in (3, 5, 6))
+    + ")"
 )
-"""SQL that is true for a post whose date says no zone."""
+"""SQL that is true for a post whose date says no zone: -04, -0400 and -04:00 are some."""
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,22 @@ def test_tags_between_commas(tmp_path: Path) -> None:
     assert make(tight, tmp_path / "out-b", everything)[2] == ["1girl ||| long hair ||| ", " ||| a b, c ||| "]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "sqlite"])
+def test_every_way_to_write_an_offset_is_one(tmp_path: Path, kind: str) -> None:
+    zones = ["-04", "-0400", "-04:00", "+00", "+0530", "Z", ""]
+    dates = [f"2020-05-01{between}10:00:00{rest}{zone}" for between in "T " for rest in ("", ".25") for zone in zones]
+    place = tmp_path / "posts.parquet"
+    if kind == "sqlite":
+        with closing(sqlite3.connect(tmp_path / "posts.db")) as database, database:
+            database.execute("CREATE TABLE posts (id INTEGER PRIMARY KEY, created_at, general)")
+            database.executemany("INSERT INTO posts (created_at, general) VALUES (?, 'a')", [(date,) for date in dates])
+        place = tmp_path / "posts.db"
+    else:
+        write_table(place, id=pa.array(range(len(dates))), created_at=pa.array(dates), general=["a"] * len(dates))
+    described = describe_database(place)
+    assert (described.no_offset, described.unknown_dates, described.posts) == (4, 0, 28)
+
+
 @pytest.mark.parametrize("name", ["gelbooru", "e621"])
 def test_the_shipped_mappings(tmp_path: Path, name: str) -> None:
     recipe = load_dataset(name)
