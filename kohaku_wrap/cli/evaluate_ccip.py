@@ -12,6 +12,7 @@ import click
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import FOLDER, PATH, open_source, read_by, site_option, tags_option
 from kohaku_wrap.cli.output import (
+    list_first,
     print_answer,
     print_note,
     progress_bar,
@@ -239,7 +240,7 @@ def show_plan(job: DrawingJob, waiting: int, choice: Any) -> None:
         ("disk", f"about {show_bytes(size_bytes)}"),
         ("first prompt", cell.prompt),
     ]
-    rows += [("not scored", f"{each['tag']}: {each['why']}") for each in choice.not_scored[:5]]
+    rows += list_first("not scored", [f"{each['tag']}: {each['why']}" for each in choice.not_scored])
     print_answer({"dry_run": True, **plan}, "CCIP", rows, "the same command without --dry-run")
 
 
@@ -254,10 +255,8 @@ def show_result(result: dict[str, Any], out: Path) -> None:
             rows.append(
                 (f"{pair['from']} → {pair['to']}", f"{shown}, {pair['wins']:,} wins, {pair['losses']:,} losses")
             )
-    rows += [("not scored", f"{each['tag']}: {each['why']}") for each in result["not_scored"][:5]]
-    if len(result["not_scored"]) > 5:
-        rows.append(("not scored", f"{len(result['not_scored']) - 5:,} more, in the file"))
-    rows += [("unreadable", each) for each in result["unreadable"][:5]]
+    rows += list_first("not scored", [f"{each['tag']}: {each['why']}" for each in result["not_scored"]])
+    rows += list_first("unreadable", result["unreadable"])
     rows += [("prompts", note)] if (note := result["prompts"]["note"]) else []
     rows += [("limits", result["limits"]), ("curve", out / CURVE), ("result", out / RESULT)]
     following = command_line("evaluate", "ccip", "MODEL", "--against", show_path(out / RESULT))

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kohaku_wrap.cli.options import FOLDER, PATH
-from kohaku_wrap.cli.output import print_answer, progress_bar, verb, wants_json
+from kohaku_wrap.cli.output import list_first, print_answer, progress_bar, verb, wants_json
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.outlets import go_on_without_reader
 from kohaku_wrap.wording import show_path
@@ -91,9 +91,7 @@ def judge(
     rows += [(f"{pair['from']} → {pair['to']}", describe_pair(pair)) for pair in document["pairs"]]
     if document["all"].get("frechet"):
         rows.append(("weakness", document["all"]["frechet"]["weakness"]))
-    rows += [("unreadable", each) for each in document["unreadable"][:5]]
-    if len(document["unreadable"]) > 5:
-        rows.append(("unreadable", f"{len(document['unreadable']) - 5:,} more, in the file"))
+    rows += list_first("unreadable", document["unreadable"])
     payload = {"file": file, "result": document}
     following = command_line("evaluate", "judge", "OTHER_DIR", "--judge", judge_folder, "--against", show_path(file))
     print_answer(payload, f"Pictures in {sheet}", [*rows, ("result", file)], following)

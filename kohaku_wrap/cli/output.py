@@ -157,6 +157,12 @@ def print_answer(payload: dict[str, Any], title: str, rows: Iterable[tuple[str, 
         print_table(title, list(rows), next_step)
 
 
+def list_first(name: str, values: Sequence[str], most: int = 5) -> list[tuple[str, Any]]:
+    """Rows of a table for the first of these, and how many more there are."""
+    rows: list[tuple[str, Any]] = [(name, value) for value in values[:most]]
+    return rows + [(name, f"{len(values) - most:,} more")] * (len(values) > most)
+
+
 def print_table(title: str, rows: list[tuple[str, Any]], next_step: str = "") -> None:
     """Print a title, aligned name and value pairs, and the next command to try, on stdout.
 

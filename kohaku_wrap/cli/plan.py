@@ -11,7 +11,7 @@ import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, set_option, trust_option
 from kohaku_wrap.cli.output import print_answer, print_note, print_notes, progress_bar, verb, waiting
-from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, command_line, reason_of
+from kohaku_wrap.errors import KwrapError, ProblemsFound, command_line, reason_of
 from kohaku_wrap.wording import count_of, format_duration, format_share, show_bytes
 
 if TYPE_CHECKING:
@@ -109,14 +109,8 @@ def command(
     next_step = command_line("train", *following, "--dry-run") if is_cached else command_line("cache", *following)
     print_plan(plan, payload, next_step)
     if plan.problems:
-        raise PlanCannotWork(template, plan.problems)
-
-
-class PlanCannotWork(ProblemsFound, KwrapError):
-    """The plan's numbers contradict the template or the machine."""
-
-    def __init__(self, template: str, problems: tuple[Problem, ...]) -> None:
-        super().__init__(template, problems, "Change these in the template, the site or by --set, and plan again.")
+        change = "Change these in the template, the site or by --set, and plan again."
+        raise ProblemsFound(template, plan.problems, change)
 
 
 def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -175,11 +176,17 @@ class Judge:
         options.log_severity_level = 3
         wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
         providers = [each for each in wanted if each in onnxruntime.get_available_providers()]
-        try:
+        with self.blaming(file, "not an ONNX model"):
             return onnxruntime.InferenceSession(str(self.folder / file), options, providers=providers)
-        except Exception as error:  # onnxruntime's own classes have no common one
+
+    @contextmanager
+    def blaming(self, file: str, what: str) -> Iterator[None]:
+        """Raise BadJudge where onnxruntime cannot do what is inside with a file."""
+        try:
+            yield
+        except Exception as error:  # its own classes have no common one
             why = " ".join(str(error).split())[:200]
-            raise BadJudge(f"{self.folder / file}: not an ONNX model ({why})", "Get the file again.") from None
+            raise BadJudge(f"{self.folder / file}: {what} ({why})", "Get the file again.") from None
 
     @cached_property
     def session(self) -> Any:
@@ -214,14 +221,9 @@ class Judge:
 
     def run(self, file: str, session: Any, output: str, values: Features) -> Features:
         """One output of a file for its one input. Raises BadJudge where it cannot be computed."""
-        try:
+        with self.blaming(file, f"computes nothing from {list(values.shape)}"):
             (found,) = session.run([output], {session.get_inputs()[0].name: values})
             return np.asarray(found, dtype=np.float32)
-        except Exception as error:  # onnxruntime's own classes have no common one
-            why = " ".join(str(error).split())[:200]
-            raise BadJudge(
-                f"{self.folder / file}: computes nothing from {list(values.shape)} ({why})", "Get the file again."
-            ) from None
 
     def look_at(self, path: Path) -> Features:
         """(outputs,) what the model says of one picture, looked at alone. Raises UnreadablePicture, BadJudge."""

@@ -152,3 +152,10 @@ def test_json_is_json_on_a_terminal_of_any_encoding(encoding: str) -> None:
         env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == {"schema_version": 1, "command": "a b", "é→😀": "ö"}
+
+
+@pytest.mark.parametrize(("count", "last"), [(0, None), (5, "4"), (7, "2 more")])
+def test_of_many_rows_the_first_are_shown_and_the_others_counted(count: int, last: str | None) -> None:
+    rows = output.list_first("unreadable", [str(number) for number in range(count)])
+    assert [value for _, value in rows[-1:]] == ([] if last is None else [last])
+    assert len(rows) == min(count, 6)
