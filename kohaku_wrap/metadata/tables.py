@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound
 from kohaku_wrap.metadata.columns import FoundColumns, SiteMapping
-from kohaku_wrap.metadata.dialects import Duck, is_leaf, name_sql
+from kohaku_wrap.metadata.dialects import Duck, is_leaf, is_text, name_sql
 from kohaku_wrap.metadata.editions import danbooru_posts_sql, make_edition
 from kohaku_wrap.metadata.filters import quote
 from kohaku_wrap.metadata.layouts import (
@@ -135,20 +135,29 @@ def _recognise(
     if not found:
         raise no_posts(where, columns, ask("SELECT string_agg(DISTINCT schema_name, ', ') FROM duckdb_tables()") or "")
     table, some = found
-    _refuse_mixed(files, table, some)
+    _refuse_mixed(files, table, some, columns[table])
     named = "" if files.tables else f" in the table {table}"
     name = f"API columns{named}, {files.describe(table)}"
     return make_edition(name, some, Duck(columns[table]), name_sql(table), place, ask, mapping)
 
 
-def _refuse_mixed(files: TableFiles, table: str, found: FoundColumns) -> None:
-    """Raise ProblemsFound for files of a table that lack the id or tags which the others have."""
+def _refuse_mixed(
+    files: TableFiles, table: str, found: FoundColumns, columns: Mapping[str, tuple[str, pa.DataType]]
+) -> None:
+    """Raise ProblemsFound for files of a table that lack the id or tags which the others have, or have them as texts
+    where others have lists."""
     needed = [found.posts["id"], *found.whole, *(name for names in found.typed.values() for name in names)]
     problems = []
     for path in files.tables.get(table, ()) if files.kind == "parquet" else ():
-        has = {name.lower() for name in _leaves(read_schema(path))}
+        has = {name.lower(): kind for name, (_, kind) in _leaves(read_schema(path)).items()}
         missing = [name for name in needed if name.lower() not in has]
         problems += [Problem(path.name, f"no column {', '.join(missing)}, which other files have")] if missing else []
+        texts = [
+            name
+            for name in needed
+            if pa.types.is_nested(columns[name][1]) and is_text(has.get(name.lower(), pa.null()))
+        ]
+        problems += [Problem(path.name, f"{', '.join(texts)}: text, in other files lists")] if texts else []
     if problems:
         raise ProblemsFound(str(files.path), problems, "These are files of different sets: give one set alone.")
 
