@@ -147,16 +147,13 @@ def _refuse_mixed(
     """Raise ProblemsFound for files of a table that lack the id or tags which the others have, or have them as texts
     where others have lists."""
     needed = [found.posts["id"], *found.whole, *(name for names in found.typed.values() for name in names)]
+    lists = [name for name in needed if pa.types.is_nested(columns[name][1])]
     problems = []
     for path in files.tables.get(table, ()) if files.kind == "parquet" else ():
         has = {name.lower(): kind for name, (_, kind) in _leaves(read_schema(path)).items()}
         missing = [name for name in needed if name.lower() not in has]
         problems += [Problem(path.name, f"no column {', '.join(missing)}, which other files have")] if missing else []
-        texts = [
-            name
-            for name in needed
-            if pa.types.is_nested(columns[name][1]) and is_text(has.get(name.lower(), pa.null()))
-        ]
+        texts = [name for name in lists if is_text(has.get(name.lower(), pa.null()))]
         problems += [Problem(path.name, f"{', '.join(texts)}: text, in other files lists")] if texts else []
     if problems:
         raise ProblemsFound(str(files.path), problems, "These are files of different sets: give one set alone.")

@@ -328,6 +328,10 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
     mixed.mkdir()
     small(mixed / "a-0.parquet")
     write_table(mixed / "a-1.parquet", id=pa.array([3]), other=pa.array(["c"]))
+    both = tmp_path / "both"
+    both.mkdir()
+    small(both / "a-0.parquet")
+    write_table(both / "a-1.parquet", id=pa.array([3]), tag_string_general=pa.array([["c"]]))
     empty = tmp_path / "empty"
     empty.mkdir()
     os.mkfifo(tmp_path / "pipe.parquet")
@@ -356,6 +360,7 @@ def test_odd_files_are_one_error(tmp_path: Path, world: duckdb.DuckDBPyConnectio
         (shards, "missing 1 of 3 files: 1"),
         (cut, "cut off or damaged"),
         (mixed, "which other files have"),
+        (both, "a-0.parquet  tag_string_general: text, in other files lists"),
         (empty, "no Parquet, CSV or JSON file"),
         (piped, "a-1.parquet: not a regular file"),
         (cut_off, "a-1.parquet: a link to nothing"),
