@@ -30,11 +30,11 @@ from kohaku_wrap.formats.caption_rows import (
     ImageSizes,
     NoImages,
     open_captions,
-    read_about,
     read_folder_sizes,
     read_subsets,
 )
 from kohaku_wrap.formats.held_out import HeldOut
+from kohaku_wrap.formats.schema_notes import read_notes
 from kohaku_wrap.wording import name_first
 
 STAT_CHUNK = 512
@@ -115,7 +115,7 @@ def note_whole_captions(effective: Effective) -> list[str]:
         reader = open_captions(images)
     except NoImages:
         return []
-    if read_about(reader.schema).get("style") != OWN_STYLE:
+    if read_notes(reader.schema).get("style") != OWN_STYLE:
         return []
     table, captions_of = reader.read_all(), {}
     subsets = merge_subsets(compose_dataset(effective, images))
@@ -148,7 +148,7 @@ def describe_data(data: str, images: Path, dataset: Mapping[str, Any], digest: s
     names = [name for name in ("id", "width", "height", "repeats", "subset") if name in table.column_names]
     numbers = [table[name].to_numpy() for name in names]
     return {
-        "captions_digest": str(read_about(table.schema).get("digest", "")),
+        "captions_digest": str(read_notes(table.schema).get("digest", "")),
         "rows_digest": digest_of(np.ascontiguousarray(column.astype("<i8")).tobytes() for column in numbers),
         "image_files_digest": digest_lengths(images, table["file"].take(spread_evenly(len(table))).to_pylist()),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from kohaku_wrap.arrays import Int8Array, Int16Array, Int32Array, Int64Array
 from kohaku_wrap.dataset.years import read_years
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write, describe_absence
+from kohaku_wrap.formats.schema_notes import KEY, read_notes, write_notes
 from kohaku_wrap.metadata.dialects import is_text
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.metadata.posts import POST_SCHEMA, UNKNOWN_NUMBER
 
-METADATA_KEY = b"kwrap"
 AGAIN = "Make it again with `kwrap select DATASET --db DB --out SEL.parquet`."
 
 
@@ -57,7 +56,7 @@ class SelectedPosts:
 
 def write_selection(path: Path, batches: Iterable[pa.RecordBatch], posts: int, about: Mapping[str, Any]) -> None:
     """Write the batches of POST_SCHEMA as the selection; `posts` rows are expected in all."""
-    schema = POST_SCHEMA.with_metadata({METADATA_KEY: json.dumps(about).encode()})
+    schema = POST_SCHEMA.with_metadata(write_notes(about))
     written = 0
     with (
         atomic_write(path, "wb") as stream,
@@ -78,16 +77,14 @@ def write_selection(path: Path, batches: Iterable[pa.RecordBatch], posts: int, a
 def read_about(path: Path) -> tuple[int, dict[str, Any]]:
     """The number of posts of a selection and how it came about. Raises BadSelection."""
     with open_selection(path) as file:
-        metadata = file.schema_arrow.metadata or {}
-        if METADATA_KEY not in metadata:
+        if KEY not in (file.schema_arrow.metadata or {}):
             raise BadSelection(f"{path}: a Parquet file, but not one of `kwrap select`", "Give the file that it wrote.")
         try:
-            about = json.loads(metadata[METADATA_KEY])
+            return file.metadata.num_rows, read_notes(file.schema_arrow)
         except (ValueError, RecursionError):
-            about = None
-        if not isinstance(about, dict):
-            raise BadSelection(f"{path}: what it says about itself (the metadata `kwrap`) is no JSON object", AGAIN)
-        return file.metadata.num_rows, about
+            raise BadSelection(
+                f"{path}: what it says about itself (the metadata `kwrap`) is no JSON object", AGAIN
+            ) from None
 
 
 def open_selection(path: Path, needed: Sequence[str] = POST_SCHEMA.names) -> pq.ParquetFile:

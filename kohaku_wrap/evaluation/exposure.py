@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.trained_line import Line, find_line
 from kohaku_wrap.files import Progress, atomic_write
-from kohaku_wrap.formats.caption_rows import METADATA_KEY
+from kohaku_wrap.formats.schema_notes import read_notes, write_notes
 from kohaku_wrap.training.records.folder import Run
 
 FORMAT = 1
@@ -102,10 +101,10 @@ def measure_exposure(
 
     tags, facts = count_line(line, threads, on_progress)
     exposure = Exposure(run, line.optimizer_step, tags, facts, path)
-    about = json.dumps({"key": key, "facts": facts}).encode()
+    about = write_notes({"key": key, "facts": facts})
     try:
         with atomic_write(path, "wb") as stream:
-            pq.write_table(tags.replace_schema_metadata({METADATA_KEY: about}), stream)
+            pq.write_table(tags.replace_schema_metadata(about), stream)
     except OSError as error:
         return replace(exposure, not_kept=str(error))
     return exposure
@@ -115,7 +114,7 @@ def read_kept(line: Line, path: Path, key: Mapping[str, Any]) -> Exposure | None
     """What was counted before for the same records; None where there is nothing whole of them."""
     with suppress(OSError, pa.ArrowException, ValueError, KeyError):
         table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[METADATA_KEY])
+        about = read_notes(table.schema)
         if about["key"] == key:
             return Exposure(line.run, line.optimizer_step, table, about["facts"], path)
     return None

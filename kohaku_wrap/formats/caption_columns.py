@@ -16,10 +16,10 @@ from kohaku_wrap.arrays import Int32Array, Int64Array
 from kohaku_wrap.formats.caption_rows import (
     find_captions,
     map_captions,
-    read_about,
     reading_captions,
     refuse_newer,
 )
+from kohaku_wrap.formats.schema_notes import read_notes
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Columns:
         mapped = map_captions(path)
         with reading_captions(path):
             table = pa.ipc.open_file(pa.BufferReader(mapped)).read_all()
-            refuse_newer(path, read_about(table.schema))
+            refuse_newer(path, read_notes(table.schema))
             stream = path.open("rb")
             has_texts = "text" in table.column_names
             return cls(
@@ -130,11 +130,11 @@ class Columns:
                 heights=np.array(table["height"]),
                 files=TextColumn.locate(table["file"], stream, mapped.address),
                 captions=TextColumn.locate(table["caption"], stream, mapped.address),
-                digest=str(read_about(table.schema).get("digest", "")),
+                digest=str(read_notes(table.schema).get("digest", "")),
                 subsets=subset_column(table),
                 texts=TextColumn.locate(table["text"], stream, mapped.address) if has_texts else None,
                 text_places=np.array(table["text_at"] if has_texts else (), dtype=np.int32),
-                text_shares=read_about(table.schema).get("text", {}),
+                text_shares=read_notes(table.schema).get("text", {}),
             )
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import pyarrow as pa
 from kohaku_wrap.arrays import BoolArray, Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import open_regular
+from kohaku_wrap.formats.schema_notes import read_notes
 
 CAPTIONS_FILE = "captions.arrow"
 """The images and captions of a folder, written by `kwrap caption` and `kwrap import`."""
@@ -29,8 +29,6 @@ FORMAT = 3
 """Of files with texts; 2 of those with subsets. Without the entry it is 1: one subset, each image once an epoch."""
 
 SUBSETS_FORMAT = 2
-
-METADATA_KEY = b"kwrap"
 
 
 FIELDS = (
@@ -131,13 +129,8 @@ def open_captions(images: Path, digest: str = "") -> Any:
     mapped = map_captions(path)
     with reading_captions(path):
         reader = pa.ipc.open_file(pa.BufferReader(mapped))
-        refuse_newer(path, read_about(reader.schema))
+        refuse_newer(path, read_notes(reader.schema))
         return reader
-
-
-def read_about(schema: Any) -> dict[str, Any]:
-    """What `kwrap caption` wrote about the rows into their schema: digest, count, dataset, style, selection."""
-    return dict(json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}")))
 
 
 def refuse_newer(path: Path, about: Mapping[str, Any]) -> None:
@@ -157,7 +150,7 @@ def read_subsets(images: Path) -> list[Subset]:
 
 def read_captions_metadata(images: Path, digest: str = "") -> dict[str, Any]:
     """What was written about the folder's captions, see `find_captions`. Raises NoImages."""
-    return read_about(open_captions(images, digest).schema)
+    return read_notes(open_captions(images, digest).schema)
 
 
 def read_folder_sizes(images: Path) -> ImageSizes:

@@ -19,14 +19,13 @@ from kohaku_wrap.formats.caption_rows import (
     FIELDS,
     FORMAT,
     GROUP_FIELDS,
-    METADATA_KEY,
     SUBSETS_FORMAT,
     TEXT_FIELDS,
     Subset,
-    read_about,
     read_batches,
     refuse_newer,
 )
+from kohaku_wrap.formats.schema_notes import read_notes, write_notes
 
 NO_DIGEST = "0" * 64
 """Stands in the file until all rows are written; the digest has the same length and takes its place."""
@@ -101,7 +100,7 @@ class ColumnsWriter:
             about = {**about, "format": FORMAT, "text": dict(text_shares)}
         self._digest = begin_digest(about)
         self._schema = pa.schema((*FIELDS, *(GROUP_FIELDS if subsets else TEXT_FIELDS if text_shares else ())))
-        metadata = {METADATA_KEY: json.dumps({"digest": NO_DIGEST, **about}).encode()}
+        metadata = write_notes({"digest": NO_DIGEST, **about})
         self._writer = pa.ipc.new_file(stream, self._schema.with_metadata(metadata))
 
     def __enter__(self) -> Self:
@@ -170,7 +169,7 @@ def check_columns(path: Path) -> None:
     ):
         for batch in read_batches(path):
             if digest is None:
-                about = read_about(batch.schema)
+                about = read_notes(batch.schema)
                 refuse_newer(path, about)
                 recorded, digest = str(about.get("digest", "")), begin_digest(about)
             batch.validate(full=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ import pyarrow.parquet as pq
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import atomic_write
+from kohaku_wrap.formats.schema_notes import read_notes, write_notes
 
 RELATIONS_FILE = "relations.parquet"
 FORMAT = 1
-METADATA_KEY = b"kwrap"
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.int64(), nullable=False),
@@ -55,9 +54,8 @@ def write_relations(images: Path, relations: Relations) -> None:
     table = pa.Table.from_arrays(
         [pa.array(relations.ids), parents, relations.contents.cast(pa.string())], schema=SCHEMA
     )
-    about = {METADATA_KEY: json.dumps({"format": FORMAT}).encode()}
     with atomic_write(images / RELATIONS_FILE, "wb") as stream:
-        pq.write_table(table.replace_schema_metadata(about), stream, compression="zstd")
+        pq.write_table(table.replace_schema_metadata(write_notes({"format": FORMAT})), stream, compression="zstd")
 
 
 def is_same(one: Relations, other: Relations) -> bool:
@@ -78,7 +76,7 @@ def read_relations(images: Path) -> Relations | None:
         pa.ArrowException,
     ):
         table = pq.read_table(path)
-        about = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+        about = read_notes(table.schema)
         if about.get("format") != FORMAT:
             raise ValueError(f"format {about.get('format')}, and this kwrap reads {FORMAT}")
         parents = table["parent"].fill_null(-1).to_numpy()

@@ -12,9 +12,9 @@ import pytest
 from kohaku_wrap.formats.caption_rows import (
     Subset,
     open_captions,
-    read_about,
 )
 from kohaku_wrap.formats.caption_writer import ColumnsWriter, check_columns
+from kohaku_wrap.formats.schema_notes import read_notes
 
 MANY = [Subset(f"folder {number:05d}") for number in range(20_000)]
 
@@ -32,5 +32,5 @@ def test_the_digest_stands_in_head_and_footer(tmp_path: Path, caption: str, subs
         writer.write(np.ones(1, dtype=np.int64), pa.array(["a.png"]), ones, ones, pa.array([caption]), *groups)
     footer, head = open_captions(tmp_path), pa.ipc.open_stream(pa.BufferReader(path.read_bytes()[8:]))
     assert footer.read_all()["caption"].to_pylist() == [caption]
-    assert read_about(footer.schema)["digest"] == read_about(head.schema)["digest"] == writer.digest
+    assert read_notes(footer.schema)["digest"] == read_notes(head.schema)["digest"] == writer.digest
     check_columns(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.errors import KwrapError, UsageError, refusing
 from kohaku_wrap.files import atomic_write, has_size
+from kohaku_wrap.formats.schema_notes import write_notes
 from kohaku_wrap.locks import take_lock
 
 EXTRACTED_FILE = "extracted.parquet"
@@ -154,6 +154,6 @@ def drop_absent_files(table: pa.Table, images: Path) -> pa.Table:
 
 def write_extracted(images: Path, table: pa.Table, about: Mapping[str, Any]) -> None:
     """Write the verified images' rows, by ascending id, as extracted.parquet."""
-    schema = SCHEMA.with_metadata({b"kwrap": json.dumps(about).encode()})
+    schema = SCHEMA.with_metadata(write_notes(about))
     with atomic_write(images / EXTRACTED_FILE, "wb") as stream:
         pq.write_table(table.cast(schema), stream, compression="zstd")

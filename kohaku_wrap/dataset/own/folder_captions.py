@@ -23,6 +23,7 @@ from kohaku_wrap.errors import DAMAGE, KwrapError
 from kohaku_wrap.files import Progress, unheard
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, Subset, find_captions, read_batches, read_subsets
+from kohaku_wrap.formats.schema_notes import read_notes
 
 ONE_SUBSET = [Subset("(all)")]
 """Of a folder of posts, and of its files before format 2."""
@@ -197,7 +198,7 @@ def measure_folder(
     empty = several = whole = done = 0
     style = ""
     for batch in read_batches(find_captions(folder), "caption", "text", "text_at"):
-        style = style or str(json.loads(batch.schema.metadata[b"kwrap"]).get("style", ""))
+        style = style or str(read_notes(batch.schema).get("style", ""))
         longest = []
         for raw, place in zip(batch["caption"].to_pylist(), columns.subsets[done:].tolist(), strict=False):
             lines = trained_lines(raw, subsets[place].options)

@@ -23,6 +23,7 @@ from kohaku_wrap.dataset.images.pool import count_processes, run_in_pool, tie_to
 from kohaku_wrap.dataset.images.tars import Refusal
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.files import Progress, atomic_write, becoming, open_regular
+from kohaku_wrap.formats.schema_notes import write_notes
 
 JOURNAL_FILE = ".importing.jsonl"
 IMAGES_A_TASK = 16
@@ -112,7 +113,7 @@ def write_imported(images: Path, rows: Iterable[ImportedImage]) -> None:
     columns = sorted(rows, key=lambda row: row.id)
     kinds = {"int": pa.int64(), "str": pa.string()}
     schema = pa.schema([(each.name, kinds[str(each.type)]) for each in fields(ImportedImage)])
-    schema = schema.with_metadata({b"kwrap": json.dumps({"format": FORMAT}).encode()})
+    schema = schema.with_metadata(write_notes({"format": FORMAT}))
     with atomic_write(images / IMPORTED_FILE, "wb") as stream:
         pq.write_table(pa.Table.from_pylist([vars(row) for row in columns], schema=schema), stream)
     (images / JOURNAL_FILE).unlink(missing_ok=True)

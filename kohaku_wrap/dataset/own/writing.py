@@ -20,10 +20,10 @@ from kohaku_wrap.formats.caption_rows import (
     NoImages,
     Subset,
     open_captions,
-    read_about,
     read_subsets,
 )
 from kohaku_wrap.formats.caption_writer import ColumnsWriter
+from kohaku_wrap.formats.schema_notes import read_notes
 
 
 def read_earlier(images: Path) -> tuple[dict[str, Any], dict[int, str]]:
@@ -33,7 +33,7 @@ def read_earlier(images: Path) -> tuple[dict[str, Any], dict[int, str]]:
     except NoImages:
         return {}, {}
     table = reader.read_all()
-    return read_about(reader.schema), dict(zip(table["id"].to_pylist(), table["caption"].to_pylist(), strict=True))
+    return read_notes(reader.schema), dict(zip(table["id"].to_pylist(), table["caption"].to_pylist(), strict=True))
 
 
 def write_columns(

@@ -20,13 +20,13 @@ import pyarrow as pa
 
 from kohaku_wrap.errors import KwrapError, reason_of
 from kohaku_wrap.files import atomic_write, open_regular, write_json
+from kohaku_wrap.formats.schema_notes import read_notes, write_notes
 from kohaku_wrap.locks import locked
 from kohaku_wrap.training.data.latent_shards import ShardShape
 
 INDEX_FILE, COPY_FILE = "index.arrow", "index-copy.arrow"
 RULE_FILE = "rule.json"
 FORMAT = 1
-METADATA_KEY = b"kwrap"
 SHARD_IMAGES = 1000
 
 FIELDS = (
@@ -170,7 +170,7 @@ class Index:
             "shards": [[each.width, each.height, each.count] for each in self.shapes],
         }
         about["crc32"] = checksum(self.columns, about)
-        schema = pa.schema(FIELDS, metadata={METADATA_KEY: json.dumps(about).encode()})
+        schema = pa.schema(FIELDS, metadata=write_notes(about))
         arrays = [pa.array(column, each.type) for column, each in zip(self.columns, FIELDS, strict=True)]
         for name in (COPY_FILE, INDEX_FILE):
             with atomic_write(folder / name, "wb") as stream, pa.ipc.new_file(stream, schema) as writer:
@@ -181,9 +181,8 @@ def map_columns(path: Path) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
     """What an index says of itself, and its columns in the order of FIELDS, mapped."""
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     table.validate()
-    about: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
     # To combine chunks would copy them; there is one.
-    return about, [table[each.name].chunk(0).to_numpy() for each in FIELDS]
+    return read_notes(table.schema), [table[each.name].chunk(0).to_numpy() for each in FIELDS]
 
 
 def checksum(columns: Sequence[npt.NDArray[Any]], about: Mapping[str, Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -17,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kohaku_wrap.files import atomic_write, match_names
+from kohaku_wrap.formats.schema_notes import read_notes, write_notes
 from kohaku_wrap.training.records.folder import Run
 
 FORMAT = 1
-METADATA_KEY = b"kwrap"
 NAME = re.compile(r"optimizer-step-([0-9]{8,})\.parquet")
 
 Losses = npt.NDArray[np.float64]
@@ -67,7 +66,7 @@ def write_evaluation(run: Run, evaluation: Evaluation) -> None:
     about = {"format": FORMAT, "optimizer_step": evaluation.optimizer_step, **evaluation.about}
     names = ["id", *(f"t{step:03d}" for step in evaluation.timesteps)]
     table = pa.table([evaluation.posts, *evaluation.losses.T.copy()], names=names).replace_schema_metadata(
-        {METADATA_KEY: json.dumps(about).encode()}
+        write_notes(about)
     )
     with atomic_write(evaluation_file(run, evaluation.optimizer_step), "wb") as stream:
         pq.write_table(table, stream)
@@ -77,7 +76,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """Raises ValueError for what is none, or of another format, and OSError."""
     try:
         table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[METADATA_KEY])
+        about = read_notes(table.schema)
         if about["format"] != FORMAT:
             raise ValueError(f"format {about['format']}, and this kwrap reads {FORMAT}")
         names = [name for name in table.column_names if name != "id"]
