@@ -7,6 +7,7 @@ from contextlib import suppress
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata, read_subsets
+from kohaku_wrap.formats.sdxl import CHUNK_TOKENS
 
 CHANGING_IMAGES = ("random_crop", "color_aug")
 """Dataset options that make another image each time."""
@@ -25,7 +26,6 @@ CHANGING_ENCODERS = ("base_weights", "fp8_base", "weighted_captions")
 """Options of sd-scripts that change the text encoders or their outputs in a way that is not followed."""
 
 LATENTS_KEY, TEXTS_KEY = "cache.latents", "cache.text_encoders"
-CHUNK_TOKENS = 77
 
 
 def refuse_cached_latents(effective: Effective) -> Faults:

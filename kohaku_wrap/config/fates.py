@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+from kohaku_wrap.config.run_files import DATASET_FILE, TRAINER_FILE
+from kohaku_wrap.config.schema import ARGUMENT_TABLES
 from kohaku_wrap.file_hashes import sha256_of_text
 from kohaku_wrap.trainer.options import load_recorded_table
 
@@ -28,7 +30,7 @@ FateKind = Literal["weights", "files", "refused", "unverified"]
 Apart = Literal["", "place", "length", "attempt"]
 """Why an option that decides the weights is not in the digest."""
 
-ARGUMENT_PLACES: tuple[Place, ...] = ("network_args", "optimizer_args", "lr_scheduler_args")
+ARGUMENT_PLACES = cast(tuple[Place, ...], ARGUMENT_TABLES)
 """Tables whose names belong to a class that may be anybody's."""
 
 OWN_KEYS: Mapping[str, FateKind] = {
@@ -162,9 +164,9 @@ def fate_of_key(key: str) -> Fate | None:
 def list_unverified(files: Mapping[str, str]) -> tuple[str, ...]:
     """Options of a run's files that are left to the trainer. `files`: the text of each by its name."""
     names: set[tuple[Place, str]] = set()
-    for section, values in tomllib.loads(files.get("trainer.toml", "")).items():
+    for section, values in tomllib.loads(files.get(TRAINER_FILE, "")).items():
         names |= {("option", name) for name in (values if isinstance(values, dict) else [section])}
-    for dataset in tomllib.loads(files.get("dataset.toml", "")).get("datasets", []):
+    for dataset in tomllib.loads(files.get(DATASET_FILE, "")).get("datasets", []):
         for table in (dataset, *dataset.get("subsets", [])):
             names |= {("dataset", name) for name in table if name != "subsets"}
     return tuple(sorted(name for place, name in names if fate_of(place, name).kind == "unverified"))

@@ -10,13 +10,11 @@ from typing import Any
 from kohaku_wrap.config.code_names import find_known, load_signatures
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import Fate, fate_of_key
+from kohaku_wrap.config.schema import NETWORK_FILES
 from kohaku_wrap.files import describe_absence
 
 OWN_DATA = "kwrap.data"
 """What kwrap's data cannot do is refused, whichever layer chose it."""
-
-INPUTS = ("base_weights", "network_weights")
-"""Options that name networks to begin with."""
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 """What `log_with` names; `all` means the first two, as in sd-scripts."""
@@ -110,7 +108,7 @@ def rank(effective: Effective, key: str) -> tuple[int, int]:
 
 def find_absent_inputs(effective: Effective) -> Faults:
     """Networks to begin with that are not there."""
-    for key in INPUTS:
+    for key in NETWORK_FILES:
         value = effective.get(key) or []
         for name in value if isinstance(value, list) else [value]:
             if not (path := Path(name).expanduser()).is_file():

@@ -27,7 +27,7 @@ from kohaku_wrap.config.run_files import (
     flatten_dataset,
 )
 from kohaku_wrap.config.samples import KWRAP, TRAINER, settle_samples, who_draws
-from kohaku_wrap.config.schema import ARGUMENT_TABLES
+from kohaku_wrap.config.schema import ARGUMENT_TABLES, NETWORK_FILES
 from kohaku_wrap.config.site import Site
 from kohaku_wrap.config.trainer_arguments import (
     describe_accelerate,
@@ -50,9 +50,6 @@ from kohaku_wrap.trainer.commits import find_known
 from kohaku_wrap.trainer.engines import find_engine
 from kohaku_wrap.trainer.git import read_commit
 from kohaku_wrap.trainer.installed import find_trainer, list_versions, read_trainer_commit
-
-NETWORK_FILES = ("base_weights", "network_weights")
-"""Options that name networks which decide the weights by their content."""
 
 TOKENIZER_FILES = frozenset(
     {

@@ -20,6 +20,9 @@ ACCELERATE_FILE = "accelerate.yaml"
 LOCK_FILE = "run.lock.toml"
 PROMPTS_FILE = "sample_prompts.txt"
 
+COMMAND_FILE = "command.txt"
+"""What the person typed, and the command that starts the trainer."""
+
 LAYERS_FILE = "layers.json"
 """The layer that set each option of a run, by key; for people, nothing follows from it."""
 

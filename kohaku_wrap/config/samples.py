@@ -17,6 +17,7 @@ from kohaku_wrap.dataset.recipe import load_dataset
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE, NoImages, read_captions_metadata
+from kohaku_wrap.formats.sdxl import LATENT_PIXELS
 from kohaku_wrap.streams import draws, stream_key
 
 KWRAP, TRAINER = "kwrap", "trainer"
@@ -137,7 +138,8 @@ def find_sample_faults(effective: Effective) -> Faults:
         yield key, "are never drawn: set every = N (optimizer steps) in [samples]"
     elif by == KWRAP:
         sides = {key: effective.get(key) for key in ("samples.width", "samples.height")}
-        yield from ((key, f"{side} is not a multiple of 8") for key, side in sides.items() if side and side % 8)
+        odd = [key for key, side in sides.items() if side and side % LATENT_PIXELS]
+        yield from ((key, f"{sides[key]} is not a multiple of {LATENT_PIXELS}") for key in odd)
         idle = (
             [key for key in TRAINERS_OWN if effective.is_set(key) and effective.get(key)]
             if effective.engine != "builtin"

@@ -53,13 +53,15 @@ EFFECTIVE_BATCH = Option("effective_batch", ("int",))
 TABLES = (*ARGUMENT_TABLES, *OWN_TABLES, "dataset_options", "preset")
 """Tables with a meaning; every other table is a section for people."""
 
+NETWORK_FILES = ("base_weights", "network_weights")
+"""Options that name networks to begin with, which decide the weights by their content."""
+
 PATH_OPTIONS = frozenset(
     {
-        "base_weights",
+        *NETWORK_FILES,
         "console_log_file",
         "logging_dir",
         "metadata_thumbnail",
-        "network_weights",
     }
 )
 """Options that hold a path of one machine: the site's `[trainer]` may set them, a template may not."""

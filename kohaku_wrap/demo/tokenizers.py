@@ -9,10 +9,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from kohaku_wrap.sampling.chunks import FIRST_FOLDERS, SECOND_FOLDERS
-
-TOKENIZER_FOLDERS = (FIRST_FOLDERS[0], SECOND_FOLDERS[0])
-"""Where sd-scripts looks below its tokenizer_cache_dir."""
+from kohaku_wrap.formats.sdxl import TOKENIZER_FOLDERS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 """The last two ids: sd-scripts and older transformers find the end of a text as its highest id."""

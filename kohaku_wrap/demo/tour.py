@@ -18,8 +18,10 @@ from pathlib import Path
 from kohaku_wrap.config.site import SitePaths, load_site
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
 from kohaku_wrap.outlets import EXIT_UNREAD, OUTLETS, run_as_work
 from kohaku_wrap.processes import python_command, safe_environment
+from kohaku_wrap.reporting.page import PAGE_FILE
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.samples import CONTACT_SHEET, folder_of_pictures
 from kohaku_wrap.wording import show_path
@@ -80,7 +82,7 @@ def dataset_stages(paths: SitePaths, dataset: str, max_missing: int) -> Iterator
     rules = (*database, *to_images, "--dataset", dataset)
     yield Stage("selection", ("select", dataset, *database, "--out", str(selection)), selection)
     yield Stage("images", ("extract", str(selection), *tars), paths.images)
-    yield Stage("captions", ("caption", str(selection), *rules), paths.images / "captions.arrow")
+    yield Stage("captions", ("caption", str(selection), *rules), paths.images / CAPTIONS_FILE)
 
 
 def training_stages(run: Path, template: str, at_site: tuple[str, ...]) -> Iterator[Stage]:
@@ -111,7 +113,7 @@ def result_stages(run: Path, base_model: Path, at_site: tuple[str, ...], demo: b
     yield Stage("baked model", ("merge", "base + 1.0 * net(epsilon)", *models, "-o", str(baked)), baked)
     yield Stage("inspection", ("inspect", str(baked)))
     yield Stage(PICTURES, ("sample", *sheet), drawn / CONTACT_SHEET)
-    yield Stage("page of the run", ("report", str(run)), run / "report.html")
+    yield Stage("page of the run", ("report", str(run)), run / PAGE_FILE)
 
 
 def shorten_paths(paths: SitePaths) -> SitePaths:

@@ -17,7 +17,7 @@ from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.trained_line import Line, find_line
 from kohaku_wrap.files import Progress, atomic_write
 from kohaku_wrap.formats.schema_notes import read_notes, write_notes
-from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.folder import Run, name_of_step
 
 FORMAT = 1
 EXPOSURE_FOLDER = "exposure"
@@ -77,7 +77,7 @@ class Exposure:
 
 def exposure_file(run: Run, optimizer_step: int) -> Path:
     """Where the exposure up to a step is kept."""
-    return run.folder / EXPOSURE_FOLDER / f"optimizer-step-{optimizer_step:08d}.parquet"
+    return run.folder / EXPOSURE_FOLDER / f"{name_of_step(optimizer_step)}.parquet"
 
 
 def measure_exposure(

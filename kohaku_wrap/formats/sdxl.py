@@ -13,6 +13,19 @@ VAE_PREFIX = "first_stage_model."
 TOKENIZERS = ("openai/clip-vit-large-patch14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k")
 """Of the two text encoders, by their names on the hub."""
 
+TOKENIZER_FOLDERS = tuple(name.replace("/", "_") for name in TOKENIZERS)
+"""What sd-scripts calls them on the disk."""
+
+CHUNK_TOKENS = 77
+"""What both text encoders read at once: a start, 75 tokens of text, and an end."""
+
+LATENT_CHANNELS = 4
+LATENT_PIXELS = 8
+"""Pixels of a picture along one side of a cell of its latents."""
+
+VAE_SCALING = 0.13025
+"""Latents are trained and drawn in this many of the VAE's own units."""
+
 RESNET = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
 TRANSFORMER_ENDS = ("norm", "proj_in", "proj_out")
 TRANSFORMER_BLOCK = ("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3", "attn1.to_out.0", "attn2.to_out.0")
@@ -27,7 +40,7 @@ VAE_ATTENTION = ("norm", "q", "k", "v", "proj_out")
 
 CLIP_SIZES = {
     "vocab_size": 49408,
-    "max_position_embeddings": 77,
+    "max_position_embeddings": CHUNK_TOKENS,
     "layer_norm_eps": 1e-5,
     "pad_token_id": 1,
     "bos_token_id": 0,
@@ -37,8 +50,8 @@ CLIP_SIZES = {
 SDXL_SIZES: dict[str, dict[str, Any]] = {
     "unet": {
         "sample_size": 128,
-        "in_channels": 4,
-        "out_channels": 4,
+        "in_channels": LATENT_CHANNELS,
+        "out_channels": LATENT_CHANNELS,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "block_out_channels": [320, 640, 1280],
@@ -76,7 +89,7 @@ SDXL_SIZES: dict[str, dict[str, Any]] = {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
         "block_out_channels": [128, 256, 512, 512],
-        "latent_channels": 4,
+        "latent_channels": LATENT_CHANNELS,
         "layers_per_block": 2,
     },
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.effective import Effective
+from kohaku_wrap.config.run_files import ACCELERATE_FILE
 from kohaku_wrap.config.trainer_arguments import describe_accelerate, render_yaml
 from kohaku_wrap.planning.module_counts import WORKER_SETTINGS
 from kohaku_wrap.processes import NoAnswer, accelerate_command, ask_python, safe_environment
@@ -209,7 +210,7 @@ def count_processes(effective: Effective) -> dict[str, Any]:
     several = ["--multi_gpu", "--main_process_port", "0"] if here > 1 else []
     several += ["--num_processes", str(here)]
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "accelerate.yaml"
+        config = Path(folder) / ACCELERATE_FILE
         config.write_text(render_yaml(table), encoding="utf-8")
         command = [*accelerate_command(), "launch", "--config_file", str(config), *several, "-m", WORKER, "ranks"]
         environment = safe_environment({**WORKER_SETTINGS, **({} if machine.gpus else {"CUDA_VISIBLE_DEVICES": ""})})

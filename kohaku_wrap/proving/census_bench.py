@@ -16,6 +16,7 @@ from typing import Any
 
 from kohaku_wrap.config.network import KOHYA_LORA
 from kohaku_wrap.config.schema import PATH_OPTIONS
+from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.files import shipped_folder, write_text
 from kohaku_wrap.formats.toml_text import toml_text
@@ -184,7 +185,7 @@ class CensusBench:
 def copy_images(source: Path, target: Path) -> None:
     """The images with their captions; the trainer's own cache names them by absolute paths."""
     shutil.copytree(source, target)
-    cache = target / "metadata_cache.json"
+    cache = target / CACHE_FILE
     if cache.is_file():
         cache.write_text(cache.read_text(encoding="utf-8").replace(str(source), str(target)), encoding="utf-8")
 

@@ -23,6 +23,7 @@ from kohaku_wrap.proving.killing import PLAIN_WORKER, Kill, ProcessFailed, run_l
 from kohaku_wrap.proving.prove import Bench, write_site_of
 from kohaku_wrap.proving.step_clock import StepClock
 from kohaku_wrap.streams import seed_of
+from kohaku_wrap.training.records.attempts import ATTEMPT_FILE
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.processes import list_processes
 
@@ -191,7 +192,7 @@ class Workplace:
 
 def environment_of(run: Run) -> dict[str, str]:
     """What the first attempt of a run was started with."""
-    environment: dict[str, str] = read_json(run.attempts / "1" / "attempt.json")["environment"]
+    environment: dict[str, str] = read_json(run.attempts / "1" / ATTEMPT_FILE)["environment"]
     return environment
 
 

@@ -17,7 +17,7 @@ import psutil
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.processes import count_cores, python_command, safe_environment
-from kohaku_wrap.training.records.attempts import Attempt, list_attempts
+from kohaku_wrap.training.records.attempts import ATTEMPT_FILE, Attempt, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.supervising.processes import end_processes, send_signal
 
@@ -234,7 +234,7 @@ def kill_midway(
 
 def find_attempt(run: Run, number: int) -> Attempt | None:
     """The attempt of that number, once it is there."""
-    if not (run.attempts / str(number) / "attempt.json").exists():
+    if not (run.attempts / str(number) / ATTEMPT_FILE).exists():
         return None
     return next((attempt for attempt in list_attempts(run) if attempt.number == number), None)
 

@@ -20,6 +20,7 @@ from kohaku_wrap.training.records.evaluations import read_evaluations
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import list_ledger_files, read_ledger_file
 from kohaku_wrap.training.records.metrics import read_metrics
+from kohaku_wrap.training.records.networks import STEP_ENDING
 
 CHECKED_FIELDS = {
     "flags": "flags",
@@ -172,7 +173,9 @@ def compare_names(whole: Run, interrupted: Run) -> list[str]:
 
     A run that was made longer keeps the network that it ended with before; a branch has none of before its beginning.
     """
-    ends = {f"-step{chapter.total_optimizer_steps:08d}.safetensors" for chapter in interrupted.lock.chapters[:-1]}
+    ends = {
+        f"{STEP_ENDING.format(chapter.total_optimizer_steps)}.safetensors" for chapter in interrupted.lock.chapters[:-1]
+    }
     for what, folder, pattern in (("states left", "states", "[!.]*"), ("checkpoints", "checkpoints", "*.safetensors")):
         names, others = (
             sorted(path.name.removeprefix(run.output_name) for path in (run.folder / folder).glob(pattern))

@@ -21,6 +21,7 @@ from typing import Any
 from kohaku_wrap.config.site import load_site
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.files import shipped_folder, write_text
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.outlets import run_as_work
 from kohaku_wrap.proving.killing import (
@@ -155,7 +156,7 @@ class Bench:
 
     def make_world(self) -> None:
         """The embedded world with its dataset made ready, by kwrap's own commands; what is there is kept."""
-        if (self.world / "images" / "captions.arrow").exists():
+        if (self.world / "images" / CAPTIONS_FILE).exists():
             return
         log = self.folder / "logs" / "world.log"
         run_kwrap(("demo", str(self.world), "--posts", str(POSTS)), log)

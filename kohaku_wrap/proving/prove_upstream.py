@@ -27,6 +27,7 @@ from kohaku_wrap.planning.step_plan import plan_steps
 from kohaku_wrap.processes import python_command
 from kohaku_wrap.proving.killing import ON_THE_CPU, PLAIN_WORKER, run_kwrap, run_logged
 from kohaku_wrap.trainer.installed import find_trainer
+from kohaku_wrap.training.records.networks import STEP_ENDING
 
 RUN_TIMEOUT_SECONDS = 900
 FLIPPED_BYTE_FROM_END = 1000
@@ -157,7 +158,7 @@ def read_network(path: Path) -> Mapping[str, Any]:
 
 def state_of(output: Path, step: int) -> Path:
     """Where plain sd-scripts keeps the state of a step."""
-    return output / f"plain-step{step:08d}-state"
+    return output / f"plain{STEP_ENDING.format(step)}-state"
 
 
 def damage_state(state: Path) -> None:

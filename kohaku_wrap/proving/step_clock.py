@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from kohaku_wrap.planning.sizes import MIB
+
 PROGRESS = re.compile(rb"steps:[^\r\n]*?(\d+)/\d+ \[\d")
 """tqdm's count of steps; the trainer draws other bars, as of the images it looks at."""
 
@@ -22,7 +24,6 @@ MEMORY_EVERY = 50
 """Polls between two looks at the memory."""
 
 WARM_UP_STEPS = 2
-MIB = 1 << 20
 
 
 class StepClock:

@@ -13,7 +13,7 @@ from kohaku_wrap.proving.likeness import Difference, compare_networks
 from kohaku_wrap.training.records.folder import Run, is_run
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.states import read_manifests
-from kohaku_wrap.training.supervising.supervise import LOCK_FILE, RunIsBusy
+from kohaku_wrap.training.supervising.supervise import SUPERVISOR_LOCK, RunIsBusy
 
 STEPS = 2
 SETTINGS = (
@@ -50,7 +50,7 @@ def clear_earlier(folder: Path) -> None:
     if not is_run(folder):
         return
     busy = RunIsBusy(f"{folder}: another trial is training there", "Wait for it, or give --run NAME.")
-    with holding_lock(folder / LOCK_FILE, busy):
+    with holding_lock(folder / SUPERVISOR_LOCK, busy):
         remove_folder(folder.resolve())
 
 

@@ -20,9 +20,11 @@ from kohaku_wrap.merging.planning import plan_merge
 from kohaku_wrap.merging.recipes import Recipe
 from kohaku_wrap.publishing.model_card import CardFacts, compose_card
 from kohaku_wrap.reporting.page import PAGE_FILE, compose_page
+from kohaku_wrap.training.records.attempts import ATTEMPT_FILE, RESULT_FILE
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import digest_of_ledger
-from kohaku_wrap.training.records.networks import list_written
+from kohaku_wrap.training.records.networks import STEP_ENDING, list_written
+from kohaku_wrap.training.supervising.ends import END_FILE
 
 CARD_NAME = "README.md"
 SUMS_NAME = "SHA256SUMS"
@@ -64,7 +66,7 @@ def find_network(run: Run, optimizer_step: int | None) -> Path:
 
     Raises CannotPublish with the list of those that there are.
     """
-    step = "" if optimizer_step is None else f"-step{optimizer_step:08d}"
+    step = "" if optimizer_step is None else STEP_ENDING.format(optimizer_step)
     path = run.checkpoints / f"{run.output_name}{step}.safetensors"
     if path.is_file():
         return path
@@ -91,7 +93,7 @@ def read_lineage(attempts: Path) -> list[dict[str, Any]]:
     lineage = []
     for folder in sorted(attempts.glob("[0-9]*"), key=lambda path: path.name.zfill(8)):
         entry: dict[str, Any] = {"number": folder.name}
-        for name in ("attempt.json", "result.json", "end.json"):
+        for name in (ATTEMPT_FILE, RESULT_FILE, END_FILE):
             entry |= {name.removesuffix(".json"): found} if (found := read_json(folder / name)) else {}
         lineage.append(entry)
     return lineage

@@ -78,7 +78,7 @@ def list_pictures(run: Run) -> Iterator[Picture]:
         labels = told.get(path.name)
         if isinstance(labels, dict) and isinstance(step := labels.get("optimizer_step"), int):
             yield Picture(name_row(path, labels, prompts), step, path)
-    for folder in sorted((run.folder / "samples").glob("optimizer-step-*")):
+    for folder in sorted(run.samples.glob("*")):
         if not (found := STATE_NAME.fullmatch(folder.name)):
             continue
         labels = read_sheet_record(folder).get("pictures", {})
@@ -127,7 +127,7 @@ def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
             # What labels do not tell, such as the sampler, makes a row; of a step trained again the newest counts.
             is_another = each.path.parent.name == ASKED_FOLDER and each.step in rows.get(each.row, {})
             rows.setdefault(f"{each.row}, {each.path.stem}" if is_another else each.row, {})[each.step] = address
-    sheets = sorted((run.folder / "samples").glob(f"optimizer-step-*/{CONTACT_SHEET}")) if page_folder else []
+    sheets = sorted(run.samples.glob(f"*/{CONTACT_SHEET}")) if page_folder else []
     return Gallery(
         steps=tuple(sorted({step for cells in rows.values() for step in cells})),
         rows=tuple(sorted(rows.items(), key=lambda row: place_of_row(row[0]))),

@@ -14,7 +14,7 @@ from kohaku_wrap.errors import command_line
 from kohaku_wrap.files import read_json
 from kohaku_wrap.reporting.charts import Mark
 from kohaku_wrap.reporting.curves import AXES, Table
-from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
+from kohaku_wrap.training.records.attempts import ATTEMPT_FILE, Attempt, last_kept_steps
 from kohaku_wrap.training.records.documents import is_whole
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.verification import Verdict
@@ -122,7 +122,7 @@ def tell_attempts(attempts: Sequence[Attempt], status: RunStatus) -> list[Chapte
     chapters = []
     for attempt in attempts:
         one = told[attempt.number]
-        record = read_json(attempt.folder / "attempt.json")
+        record = read_json(attempt.folder / ATTEMPT_FILE)
         started = record.get("started_unix_seconds")
         accepted = (*one.allow, *(f"{where}: {what}" for where, what in attempt.differences.items()))
         chapters.append(

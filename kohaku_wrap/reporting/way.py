@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kohaku_wrap.config.run_files import COMMAND_FILE
 from kohaku_wrap.errors import KwrapError, command_line
 from kohaku_wrap.file_hashes import keeps_sha256, kept_sha256, sha256_of_file
 from kohaku_wrap.files import read_regular
@@ -18,7 +19,6 @@ from kohaku_wrap.training.records.manifest import MANIFEST
 from kohaku_wrap.training.records.networks import list_written
 from kohaku_wrap.training.records.states import list_states
 
-COMMAND_FILE = "command.txt"
 NOT_KEPT = "not kept"
 CAPTIONS = {"captions_digest": "captions", "rows_digest": "rows", "image_files_digest": "image files"}
 MODELS = {

@@ -13,12 +13,14 @@ from itertools import groupby
 from pathlib import Path
 
 from kohaku_wrap.dataset.captions.tokens import ESTIMATED_TOKENS, find_tokenizer, load_tokenizer
+from kohaku_wrap.formats.sdxl import CHUNK_TOKENS, TOKENIZER_FOLDERS
 from kohaku_wrap.sampling.grammar import Piece, Prompt
 
-CHUNK_TOKENS = 75
+TEXT_TOKENS = CHUNK_TOKENS - 2
+"""Of a chunk, without its start and its end."""
+
 COMMA_REACH = 20
-FIRST_FOLDERS = ("openai_clip-vit-large-patch14", "tokenizer")
-SECOND_FOLDERS = ("laion_CLIP-ViT-bigG-14-laion2B-39B-b160k", "tokenizer_2")
+TOKENIZER_NAMES = tuple(zip(TOKENIZER_FOLDERS, ("tokenizer", "tokenizer_2"), strict=True))
 """Where sd-scripts and diffusers keep the two tokenizers of SDXL."""
 
 SECOND_PADDING = 0
@@ -98,9 +100,7 @@ def find_tokenizers(folder: Path | None) -> tuple[Path, Path] | None:
     Raises NoTokenizer where `folder` is given and holds none.
     """
     if folder is not None:
-        both = [
-            [folder / name for name in names if (folder / name).is_dir()] for names in (FIRST_FOLDERS, SECOND_FOLDERS)
-        ]
+        both = [[folder / name for name in names if (folder / name).is_dir()] for names in TOKENIZER_NAMES]
         if both[0] and both[1]:
             first, second = find_tokenizer(both[0][0]), find_tokenizer(both[1][0])
             return (first, second) if first and second else None
@@ -143,11 +143,11 @@ def cut_chunks(prompt: Prompt, tokenizer: Tokenizer) -> list[Chunk]:
                 chunk = full[-1]
                 if token.id == tokenizer.comma:
                     last_comma = len(chunk)
-                elif len(chunk) == CHUNK_TOKENS and last_comma != -1 and len(chunk) - last_comma <= COMMA_REACH:
+                elif len(chunk) == TEXT_TOKENS and last_comma != -1 and len(chunk) - last_comma <= COMMA_REACH:
                     full.append(chunk[last_comma + 1 :])
                     del chunk[last_comma + 1 :]
                     last_comma = -1
-                if len(full[-1]) == CHUNK_TOKENS:
+                if len(full[-1]) == TEXT_TOKENS:
                     full.append([])
                     last_comma = -1
                 full[-1].append((token, piece))
@@ -167,6 +167,6 @@ def make_chunk(placed: list[Placed]) -> Chunk:
 
 def fill_chunk(chunk: Chunk, tokenizer: Tokenizer, padding: int) -> tuple[list[int], list[float]]:
     """77 tokens and their weights: start, the chunk, end, and `padding`."""
-    rest = CHUNK_TOKENS - len(chunk.tokens)
+    rest = TEXT_TOKENS - len(chunk.tokens)
     tokens = [tokenizer.start, *chunk.tokens, tokenizer.end, *[padding] * rest]
     return tokens, [1.0, *chunk.weights, 1.0, *[1.0] * rest]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.formats.safetensors import read_header
+from kohaku_wrap.formats.sdxl import LATENT_PIXELS
 from kohaku_wrap.processes import asked_threads, count_cores
 from kohaku_wrap.sampling.cells import Compute
 from kohaku_wrap.sampling.sizes import find_sizes
 
-LATENT_PIXELS = 8
 GPU_BATCH = 4
 """Rows of a forward on a GPU, where --batch does not say it."""
 

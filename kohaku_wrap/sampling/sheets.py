@@ -10,6 +10,7 @@ from typing import Any
 
 from kohaku_wrap.errors import Problem, ProblemsFound, UsageError
 from kohaku_wrap.files import read_regular
+from kohaku_wrap.formats.sdxl import LATENT_PIXELS
 from kohaku_wrap.sampling.cells import EMPHASES, MOST_SEED, MOST_STEPS, SAMPLERS, SCHEDULES, Hires
 from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
 from kohaku_wrap.sampling.styles import Style, find_style
@@ -78,8 +79,8 @@ def read_size(text: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"{text!r} is not a size such as 832x1216")
     width, height = int(found[1]), int(found[2])
-    if width % 8 or height % 8 or not width or not height:
-        raise ValueError(f"{text}: width and height must be multiples of 8")
+    if width % LATENT_PIXELS or height % LATENT_PIXELS or not width or not height:
+        raise ValueError(f"{text}: width and height must be multiples of {LATENT_PIXELS}")
     return width, height
 
 
@@ -251,8 +252,8 @@ def check_prompt(prompt: SheetPrompt, where: str, lenient: bool, problems: list[
                 check(own[name])
             except ValueError as error:
                 problems.append(Problem(where, f"{name}: {error}"))
-    odd = [name for name in ("width", "height") if name in own and (own[name] % 8 or own[name] <= 0)]
-    problems += [Problem(where, f"{name} {own[name]} is not a multiple of 8") for name in odd]
+    odd = [name for name in ("width", "height") if name in own and (own[name] % LATENT_PIXELS or own[name] <= 0)]
+    problems += [Problem(where, f"{name} {own[name]} is not a multiple of {LATENT_PIXELS}") for name in odd]
     if not 1 <= own.get("steps", 1) <= MOST_STEPS:
         problems.append(Problem(where, f"steps {own['steps']} is not from 1 to {MOST_STEPS:,}"))
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from kohaku_wrap.demo.tokenizers import TOKENIZER_FOLDERS, join_pair, learn_merges, list_byte_symbols
+from kohaku_wrap.demo.tokenizers import join_pair, learn_merges, list_byte_symbols
+from kohaku_wrap.formats.sdxl import TOKENIZER_FOLDERS
 
 
 def test_merges_join_the_most_frequent_pair_first():

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from kohaku_wrap.arrays import Int64Array
 from kohaku_wrap.dataset.captions.words import SEPARATOR
 from kohaku_wrap.errors import UsageError, refusing
+from kohaku_wrap.formats.sdxl import TOKENIZERS
 
 CountTokens = Callable[[Sequence[str] | pa.Array], Int64Array]
 
@@ -53,7 +54,7 @@ def find_tokenizer(folder: Path | None) -> Path | None:
         )
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"), "hub")
     with suppress(OSError):  # a cache that may not be read is none
-        snapshots = sorted(cache.glob("models--openai--clip-vit-large-patch14/snapshots/*"))
+        snapshots = sorted(cache.glob(f"models--{TOKENIZERS[0].replace('/', '--')}/snapshots/*"))
         return next((path for path in snapshots if _holds_tokenizer(path)), None)
     return None
 

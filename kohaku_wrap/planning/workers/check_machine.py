@@ -20,7 +20,7 @@ os.environ.setdefault("LYCORIS_KERNEL_TUNE", "off")
 
 import torch
 
-from kohaku_wrap.formats.sdxl import TOKENIZERS
+from kohaku_wrap.formats.sdxl import TOKENIZER_FOLDERS, TOKENIZERS
 from kohaku_wrap.processes import answer
 
 Facts = dict[str, Any]
@@ -93,8 +93,8 @@ def load_tokenizers(request: Facts) -> Facts:
     from transformers import CLIPTokenizer
 
     folder = request.get("tokenizers")
-    for name in TOKENIZERS:
-        source = str(Path(folder) / name.replace("/", "_")) if folder else name
+    for name, below in zip(TOKENIZERS, TOKENIZER_FOLDERS, strict=True):
+        source = str(Path(folder) / below) if folder else name
         # Without it transformers would try the one format after the other and name a package that the last one needs.
         vocabulary = Path(source, "vocab.json") if folder else try_to_load_from_cache(name, "vocab.json")
         if not isinstance(vocabulary, str | Path) or not Path(vocabulary).is_file():

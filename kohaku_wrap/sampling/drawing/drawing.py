@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.sdxl import LATENT_CHANNELS, LATENT_PIXELS
 from kohaku_wrap.sampling.cells import Cell
 from kohaku_wrap.sampling.chunks import Tokenizer
 from kohaku_wrap.sampling.drawing.encoding import Encoded, encode_prompt
 from kohaku_wrap.sampling.drawing.models import Drawer
 from kohaku_wrap.sampling.drawing.samplers import FIRST_NOISE, HIRES_NOISE, Sampler, draw_noise
-
-LATENT_PIXELS = 8
 
 
 class NotFinite(KwrapError):
@@ -91,8 +90,8 @@ class Artist:
         )
         added = 0 if before is None else HIRES_NOISE
         sampler = Sampler(cell, first)
-        noise = draw_noise(seeds, added + FIRST_NOISE, (4, height // LATENT_PIXELS, width // LATENT_PIXELS))
-        noise = noise.to(self.device)
+        shape = (LATENT_CHANNELS, height // LATENT_PIXELS, width // LATENT_PIXELS)
+        noise = draw_noise(seeds, added + FIRST_NOISE, shape).to(self.device)
         if before is None:
             latents = sampler.begin(noise)
         else:

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from kohaku_wrap.config.base_model import read_sizes
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.safetensors import read_header
-from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
+from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX, VAE_SCALING
 from kohaku_wrap.merging.plan import MergePlan
 from kohaku_wrap.merging.running import merge_in_memory
 from kohaku_wrap.planning.workers.module_filling import Tensors, convert, fill_module, fill_vae
@@ -36,9 +36,6 @@ TORCH_OF_FILE = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-
-SDXL_SCALING = 0.13025
-"""Of SDXL's latents, where the sizes do not say it."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def load_drawer(model: Model, compute: Compute) -> Drawer:
         module.requires_grad_(False)
         module.eval()
         module.to(dtype=TORCH_DTYPES[compute.vae_dtype] if name == "vae" else wanted)
-    scaling = float(sizes["vae"].get("scaling_factor", SDXL_SCALING))
+    scaling = float(sizes["vae"].get("scaling_factor", VAE_SCALING))
     return Drawer(parts["unet"], (parts["text_encoder"], parts["text_encoder_2"]), parts["vae"], scaling)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.run_files import (
     ACCELERATE_FILE,
+    DATASET_FILE,
     PLACE_KEYS,
     PRESET_FILE,
     PROMPTS_FILE,
@@ -158,7 +159,7 @@ def list_moves(run: Run, trainer: Mapping[str, Any], dataset: Mapping[str, Any],
         return
     now = {**trainer, **dataset}
     before: dict[str, Any] = {}
-    for name in ("trainer.toml", "dataset.toml"):
+    for name in (TRAINER_FILE, DATASET_FILE):
         before |= read_run_text(name, run.lock.files.get(name, ""))
     for key in sorted(before.keys() & now.keys()):
         is_told = is_place(key) and (str(now[key]).startswith(f"{run.folder}/") or str(now[key]) in told)

@@ -9,8 +9,9 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.render import NETWORK_FILES, hash_named_files
+from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.config.run_files import PLACE_KEYS
+from kohaku_wrap.config.schema import NETWORK_FILES
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import describe_data
 from kohaku_wrap.errors import KwrapError

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from kohaku_wrap.config.run_files import find_image_folder, flatten_dataset, merge_subsets
+from kohaku_wrap.config.run_files import DATASET_FILE, find_image_folder, flatten_dataset, merge_subsets
 from kohaku_wrap.dataset.buckets import BucketAssignment, BucketOptions, assign_buckets
 from kohaku_wrap.dataset.captions.mixing import TAGS, TextMix, put_text
 from kohaku_wrap.errors import Problem, ProblemsFound
@@ -272,7 +272,7 @@ def read_dataset_options(document: Mapping[str, Any]) -> dict[str, Any]:
     subsets = merge_subsets(document) if len(datasets) == 1 else []
     if not subsets:
         problem = Problem("datasets", f"{len(datasets)} datasets and {len(subsets)} subsets; kwrap's dataset is one")
-        raise ProblemsFound("dataset.toml", [problem], 'Use data = "sd-scripts" with the sd-scripts engine.')
+        raise ProblemsFound(DATASET_FILE, [problem], 'Use data = "sd-scripts" with the sd-scripts engine.')
     if len(subsets) == 1:
         return subsets[0]
     folder = find_image_folder(flatten_dataset(document))

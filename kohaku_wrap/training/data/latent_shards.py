@@ -30,10 +30,7 @@ from kohaku_wrap.formats.safetensors import (
     lay_out_tensors,
     read_header,
 )
-
-CHANNELS = 4
-PIXELS_A_CELL = 8
-"""Of SDXL's latents: channels, and pixels of a side behind one number of them."""
+from kohaku_wrap.formats.sdxl import LATENT_PIXELS
 
 DTYPES: Mapping[str, tuple[str, np.dtype[Any]]] = {
     "fp16": ("F16", np.dtype("<f2")),
@@ -81,7 +78,7 @@ class ShardShape:
     precision: str
     """One of DTYPES."""
 
-    cell: int = PIXELS_A_CELL
+    cell: int = LATENT_PIXELS
     """Pixels of a side behind one number."""
 
     @property

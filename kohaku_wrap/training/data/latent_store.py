@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.sdxl import LATENT_CHANNELS, LATENT_PIXELS
 from kohaku_wrap.training.data.latent_index import Index, StoreRule
 from kohaku_wrap.training.data.latent_shards import (
-    CHANNELS,
     DTYPES,
-    PIXELS_A_CELL,
     DamagedLatents,
     Latents,
     Shard,
@@ -65,12 +64,12 @@ class Rule(StoreRule):
     """How images are resized, one a subset; empty where that follows from the direction."""
 
     constants: ClassVar[Mapping[str, Any]] = {"crop": "middle"}
-    cell = PIXELS_A_CELL
+    cell = LATENT_PIXELS
     what = "latents"
 
     @property
     def channels(self) -> int:
-        return CHANNELS * (2 if self.keep == MOMENTS else 1)
+        return LATENT_CHANNELS * (2 if self.keep == MOMENTS else 1)
 
     @property
     def variants(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from kohaku_wrap.training.data.latent_shards import CHANNELS
+from kohaku_wrap.formats.sdxl import LATENT_CHANNELS
 
 
 def moments_of(distribution: Any) -> torch.Tensor:
@@ -16,7 +16,7 @@ def moments_of(distribution: Any) -> torch.Tensor:
 
 def holds_moments(images: torch.Tensor) -> bool:
     """Whether a batch of what the VAE would encode holds moments in place of pixels."""
-    return images.shape[1] == 2 * CHANNELS
+    return images.shape[1] == 2 * LATENT_CHANNELS
 
 
 def sample_moments(moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from kohaku_wrap.errors import KwrapError
-from kohaku_wrap.formats.sdxl import TOKENIZERS
-
-CHUNK_TOKENS = 77
+from kohaku_wrap.formats.sdxl import CHUNK_TOKENS, TOKENIZER_FOLDERS
 
 
 class TokenizerMissing(KwrapError):
@@ -24,7 +22,7 @@ def tokenizer_folders(folder: Path) -> list[Path]:
 
     Raises TokenizerMissing, since a run must not depend on a download at its start.
     """
-    folders = [folder / name.replace("/", "_") for name in TOKENIZERS]
+    folders = [folder / name for name in TOKENIZER_FOLDERS]
     if missing := [str(path) for path in folders if not path.is_dir()]:
         raise TokenizerMissing(
             f"no tokenizer at {', '.join(missing)}", "Set `tokenizers` in site.toml to the folder that holds both."

@@ -17,10 +17,10 @@ import torch
 
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_columns import Columns
+from kohaku_wrap.formats.sdxl import LATENT_CHANNELS, LATENT_PIXELS
 from kohaku_wrap.processes import answer
 from kohaku_wrap.training.data.columns import ColumnsDataset, content_digest
 from kohaku_wrap.training.data.items import BatchKey, ItemOptions, read_dataset_options
-from kohaku_wrap.training.data.latent_shards import CHANNELS, PIXELS_A_CELL
 from kohaku_wrap.training.data.latent_store import SAMPLE
 from kohaku_wrap.training.data.run_items import read_locked_dataset
 from kohaku_wrap.training.data.torch_streams import draw_timesteps, seed_generators, step_seed
@@ -91,7 +91,7 @@ def recompute(run: Run, samples: list[list[int]]) -> list[int | str]:
             continue
         images, _, height, width = example["images"].shape
         seed_generators(step_seed(lock.seed, epoch, position))
-        shape = (images, CHANNELS, height // PIXELS_A_CELL, width // PIXELS_A_CELL)
+        shape = (images, LATENT_CHANNELS, height // LATENT_PIXELS, width // LATENT_PIXELS)
         draws_sample = lock.table("cache").get("keep") != SAMPLE
         steps = replay_timesteps(shape, values, lock.is_on_cpu, draws_sample)
         found.append(content_digest(example["kwrap"]["content"], steps))

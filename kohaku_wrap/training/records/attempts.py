@@ -36,6 +36,7 @@ MACHINE_VARIABLE = "KWRAP_MACHINE_RANK"
 
 
 ATTEMPT_FILE = "attempt.json"
+RESULT_FILE = "result.json"
 
 NUMBER = re.compile("[0-9]+")
 
@@ -233,11 +234,11 @@ class Attempt:
     def finish(self, outcome: Outcome, optimizer_step: int) -> None:
         """Rank 0's last word: all steps are done, or a stop was asked for and its state is saved."""
         result = {"outcome": outcome, "optimizer_step": optimizer_step, "unix_seconds": time.time()}
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / RESULT_FILE, result)
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None."""
-        found = read_json(self.folder / "result.json")
+        found = read_json(self.folder / RESULT_FILE)
         return found if is_whole(found.get("optimizer_step")) and "outcome" in found else None
 
 

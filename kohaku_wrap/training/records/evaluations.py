@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from kohaku_wrap.files import atomic_write, match_names
 from kohaku_wrap.formats.schema_notes import read_notes, write_notes
-from kohaku_wrap.training.records.folder import Run
+from kohaku_wrap.training.records.folder import STATE_NAME, Run, name_of_step
 
 FORMAT = 1
-NAME = re.compile(r"optimizer-step-([0-9]{8,})\.parquet")
+NAME = re.compile(rf"{STATE_NAME.pattern}\.parquet")
 
 Losses = npt.NDArray[np.float64]
 
@@ -58,7 +58,7 @@ def average(losses: Losses) -> float | None:
 
 def evaluation_file(run: Run, optimizer_step: int) -> Path:
     """Where the evaluation after a step is kept."""
-    return run.evaluations / f"optimizer-step-{optimizer_step:08d}.parquet"
+    return run.evaluations / f"{name_of_step(optimizer_step)}.parquet"
 
 
 def write_evaluation(run: Run, evaluation: Evaluation) -> None:

@@ -31,6 +31,11 @@ SUFFIXES = frozenset({".safetensors", ".ckpt", ".pt"})
 STATE_NAME = re.compile(r"optimizer-step-([0-9]{8,})")
 
 
+def name_of_step(optimizer_step: int) -> str:
+    """What the state, the pictures and the measurements of a step are called; STATE_NAME reads it."""
+    return f"optimizer-step-{optimizer_step:08d}"
+
+
 class NoSuchRun(UsageError):
     """The name or path given is not a run."""
 

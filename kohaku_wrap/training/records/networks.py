@@ -19,6 +19,9 @@ from kohaku_wrap.training.records.lock import Lock
 NETWORKS_FILE = "networks.json"
 """Of an attempt: the sha256 of each network that it wrote, by name."""
 
+STEP_ENDING, EPOCH_ENDING = "-step{:08d}", "-{:06d}"
+"""What the trainer puts after a run's name in that of a checkpoint, by its step or its epoch."""
+
 OF_STEP, OF_EPOCH = re.compile(r"-step(\d{8,})"), re.compile(r"-(\d{6,})")
 """What stands between a run's name and the ending, which may be digits like these themselves, such as a date."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from kohaku_wrap.config.run_files import PROMPTS_FILE
 from kohaku_wrap.config.samples import KWRAP
 from kohaku_wrap.files import read_json
-from kohaku_wrap.training.records.folder import STATE_NAME, Run
+from kohaku_wrap.training.records.folder import STATE_NAME, Run, name_of_step
 from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.records.networks import shorter_end, step_of_network
 
@@ -70,7 +70,7 @@ def name_contact_sheet(number: int) -> str:
 
 def folder_of_pictures(run: Run, optimizer_step: int) -> Path:
     """Where the pictures of a step lie, for `kwrap report` too."""
-    return run.samples / f"optimizer-step-{optimizer_step:08d}"
+    return run.samples / name_of_step(optimizer_step)
 
 
 def list_pictures(run: Run) -> list[Pictures]:

@@ -15,7 +15,7 @@ from typing import Any
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.file_hashes import sha256_of_file
 from kohaku_wrap.files import REMOVED_SUFFIX, fsync_folder, match_names, remove_folder, write_text
-from kohaku_wrap.training.records.folder import STATE_NAME
+from kohaku_wrap.training.records.folder import STATE_NAME, name_of_step
 from kohaku_wrap.training.records.manifest import (
     MANIFEST,
     DamagedState,
@@ -42,7 +42,7 @@ class DiskFull(KwrapError):
 
 def state_folder(states: Path, optimizer_step: int) -> Path:
     """Where the state of that step lies."""
-    return states / f"optimizer-step-{optimizer_step:08d}"
+    return states / name_of_step(optimizer_step)
 
 
 def list_states(states: Path) -> list[tuple[int, Path]]:
@@ -193,8 +193,8 @@ def is_state_there(state: Path) -> bool:
 
 def remove_leftovers(states: Path) -> None:
     """Remove what crashes left behind under hidden names."""
-    for path in states.glob(".optimizer-step-*"):
-        if path.name.endswith((PART_SUFFIX, REMOVED_SUFFIX)):
+    for path in states.glob(".*"):
+        if path.suffix in (PART_SUFFIX, REMOVED_SUFFIX) and STATE_NAME.fullmatch(path.stem[1:]):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -44,7 +44,7 @@ from kohaku_wrap.training.data.text_store import TextRule, stamp_of_caption
 from kohaku_wrap.training.starting.launch import default_threads
 from kohaku_wrap.wording import show_bytes
 
-WORKER = "kohaku_wrap.training.engines.encode_latents"
+ENCODE_WORKER = "kohaku_wrap.training.engines.encode_latents"
 
 SPARE_BYTES = 1 << 28
 """Left free on the disk."""
@@ -307,7 +307,7 @@ def make_shards(cache: Cache, on_progress: Progress) -> int:
     on_progress(0, total)
     try:
         failed = CachingFailed, "a process that encodes failed", "What is made is kept; run it again to go on."
-        with closing(ask_in_lines(WORKER, jobs, settings, *failed)) as answers:
+        with closing(ask_in_lines(ENCODE_WORKER, jobs, settings, *failed)) as answers:
             for answer in answers:
                 done += answer["images"]
                 on_progress(min(done, total), total)

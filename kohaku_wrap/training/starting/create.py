@@ -20,7 +20,7 @@ from kohaku_wrap.config.kernels import choose_kernels
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.reading import PARENT_OPTION
 from kohaku_wrap.config.render import compose_run, compose_trainer, hash_inputs, hash_named_files
-from kohaku_wrap.config.run_files import LAYERS_FILE
+from kohaku_wrap.config.run_files import COMMAND_FILE, LAYERS_FILE
 from kohaku_wrap.config.samples import with_own_prompts
 from kohaku_wrap.config.site import Site, load_site
 from kohaku_wrap.config.training_data import PUT_BACK, ImagesGone, find_absent, read_training_sizes
@@ -43,8 +43,6 @@ from kohaku_wrap.training.starting.caching import lock_caches
 from kohaku_wrap.training.starting.launch import Launch, plan_launch
 from kohaku_wrap.training.starting.machines import Machines
 from kohaku_wrap.training.starting.run_data import keep_run_data
-
-COMMAND_FILE = "command.txt"
 
 PARENT_FILE = "network.safetensors"
 """A run's own copy of the network that it began from, where that had names of another tool."""

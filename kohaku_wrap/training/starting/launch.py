@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.config.kernels import dropped_variables, kernel_settings
+from kohaku_wrap.config.run_files import ACCELERATE_FILE, DATASET_FILE, TRAINER_FILE
 from kohaku_wrap.files import expand_user
 from kohaku_wrap.processes import accelerate_command, asked_threads, count_cores, safe_settings
 from kohaku_wrap.trainer.engines import find_engine
@@ -78,16 +79,16 @@ def plan_launch(
         *accelerate_command(),
         "launch",
         "--config_file",
-        str(run_folder / "accelerate.yaml"),
+        str(run_folder / ACCELERATE_FILE),
         *several,
         "--num_processes",
         str(processes),
         "-m",
         find_engine(engine).worker,
         "--config_file",
-        "trainer.toml",
+        TRAINER_FILE,
         "--dataset_config",
-        "dataset.toml",
+        DATASET_FILE,
         "--gradient_accumulation_steps",
         str(accumulation),
     )

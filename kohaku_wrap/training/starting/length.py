@@ -11,7 +11,7 @@ from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.toml_files import parse_toml
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
-from kohaku_wrap.training.records.networks import note_new_name, shorter_end
+from kohaku_wrap.training.records.networks import STEP_ENDING, note_new_name, shorter_end
 
 
 def settle_length(run: Run, abandons: Collection[Path]) -> None:
@@ -28,7 +28,7 @@ def settle_length(run: Run, abandons: Collection[Path]) -> None:
     if step := shorter_end(run):
         for path in run.networks:
             if path not in abandons:
-                name = f"{path.stem}-step{step:08d}{path.suffix}"
+                name = f"{path.stem}{STEP_ENDING.format(step)}{path.suffix}"
                 note_new_name(list_attempts(run)[-1], path.name, name)
                 path.replace(path.with_name(name))
 

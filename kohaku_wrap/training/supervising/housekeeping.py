@@ -21,8 +21,7 @@ from kohaku_wrap.training.records.folder import Run, list_runs
 from kohaku_wrap.training.records.networks import list_written
 from kohaku_wrap.training.starting.create import RunExists, check_name
 from kohaku_wrap.training.supervising.processes import list_processes
-from kohaku_wrap.training.supervising.supervise import LOCK_FILE as SUPERVISOR_LOCK
-from kohaku_wrap.training.supervising.supervise import RunIsBusy
+from kohaku_wrap.training.supervising.supervise import SUPERVISOR_LOCK, RunIsBusy
 
 
 class NeededByOthers(KwrapError):

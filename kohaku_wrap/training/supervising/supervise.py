@@ -39,7 +39,7 @@ from kohaku_wrap.training.supervising.watch import AttemptWatch, Event, OnEvent,
 
 FAILURES_AT_ONE_STEP = 3
 ORPHAN_PATIENCE_SECONDS = 180.0
-LOCK_FILE = ".supervisor.lock"
+SUPERVISOR_LOCK = ".supervisor.lock"
 
 
 class RunIsBusy(KwrapError):
@@ -107,7 +107,7 @@ def supervise_run(
     pictures = PictureMaker(run, lambda text: on_event(Event("note", text)))
     stop = StopSignals()
     go_on = f"Go on with: {command_line('resume', run.folder)}"
-    lock = holding_lock(run.folder / LOCK_FILE, busy)
+    lock = holding_lock(run.folder / SUPERVISOR_LOCK, busy)
     with lock, stop.caught(), telling_losses(log.note_loss), closing(pictures):
         await_orphans(run, stop, on_event)
         number = 0

@@ -13,11 +13,11 @@ from kohaku_wrap.training.data.latent_rules import LATENTS, TEXTS
 from kohaku_wrap.training.records.attempts import list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.ledger import SUBSTITUTE
+from kohaku_wrap.training.starting.caching import ENCODE_WORKER
 from kohaku_wrap.training.verifying.ledger_checks import Checker, Int64Array, Records
 from kohaku_wrap.training.verifying.line_checks import Check
 
 RECOMPUTE_WORKER = "kohaku_wrap.training.engines.recompute"
-ENCODE_WORKER = "kohaku_wrap.training.engines.encode_latents"
 
 TOLERANCE = 0.05
 """Of a number, or of its size where it is beyond 1: another device or version stays far below, another image, caption

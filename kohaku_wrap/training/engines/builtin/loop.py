@@ -40,7 +40,7 @@ from kohaku_wrap.training.engines.step_sums import StepSums
 from kohaku_wrap.training.engines.validating import Validation
 from kohaku_wrap.training.records.attempts import Outcome
 from kohaku_wrap.training.records.loss_average import LossAverage
-from kohaku_wrap.training.records.networks import without_idle
+from kohaku_wrap.training.records.networks import EPOCH_ENDING, STEP_ENDING, without_idle
 from kohaku_wrap.training.records.states import check_state_sizes
 
 
@@ -205,8 +205,8 @@ class BuiltinRun(Engine):
         self.validate_if_due()
         options, done = self.options, self.optimizer_steps
         if self.is_checkpoint_due:
-            self.save_checkpoint(f"{options.output_name}-step{done:08d}", done)
-            self.remove_old_checkpoint("-step{:08d}", done, options.save_every_n_steps, options.save_last_n_steps)
+            self.save_checkpoint(options.output_name + STEP_ENDING.format(done), done)
+            self.remove_old_checkpoint(STEP_ENDING, done, options.save_every_n_steps, options.save_last_n_steps)
         return self.micro_batch_of_epoch > 0 and not self.is_last_step and self.save_if_due()
 
     def list_models(self) -> list[torch.nn.Module]:
@@ -242,7 +242,7 @@ class BuiltinRun(Engine):
     def remove_old_checkpoint(self, pattern: str, newest: int, every: int | None, span: int | None) -> None:
         """Remove the checkpoint that sd-scripts would remove after writing the one at `newest`."""
         if self.rank == 0 and every and span is not None:
-            oldest = newest - span - 1 if "step" in pattern else newest - every * span
+            oldest = newest - span - 1 if pattern == STEP_ENDING else newest - every * span
             oldest -= oldest % every
             if oldest > 0:
                 name = f"{self.options.output_name}{pattern.format(oldest)}.safetensors"
@@ -252,6 +252,6 @@ class BuiltinRun(Engine):
         """Save what is due after an epoch, a checkpoint not after the last one; whether to stop."""
         options, every = self.options, self.options.save_every_n_epochs
         if every and epochs_done % every == 0 and not self.is_last_step:
-            self.save_checkpoint(f"{options.output_name}-{epochs_done:06d}", self.optimizer_steps)
-            self.remove_old_checkpoint("-{:06d}", epochs_done, every, options.save_last_n_epochs)
+            self.save_checkpoint(options.output_name + EPOCH_ENDING.format(epochs_done), self.optimizer_steps)
+            self.remove_old_checkpoint(EPOCH_ENDING, epochs_done, every, options.save_last_n_epochs)
         return self.save_if_due(epochs_done)

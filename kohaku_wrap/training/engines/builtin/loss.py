@@ -14,15 +14,13 @@ from diffusers import DDPMScheduler
 from torch.nn import functional
 
 from kohaku_wrap.dataset.fixed_chunks import TRAIN_TIMESTEPS
+from kohaku_wrap.formats.sdxl import VAE_SCALING
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.training.data.moments import holds_moments, sample_moments
 from kohaku_wrap.training.data.torch_streams import draw_timesteps
 from kohaku_wrap.training.data.whole_items import LATENT_STREAM, NOISE_STREAM, draw_normals
 from kohaku_wrap.training.engines.builtin.models import BaseModel
 from kohaku_wrap.training.engines.builtin.texts import encode_tokens
-
-VAE_SCALE = 0.13025
-"""SDXL's factor from the VAE's latents to those of the UNet."""
 
 Batch = dict[str, Any]
 
@@ -107,7 +105,7 @@ class LossOfBatch:
         """
         spread = self.model.vae.encode(batch["images"].to(self.accelerator.device, self.vae_dtype)).latent_dist
         sample = draw_normals(LATENT_STREAM, ids, 0, spread.mean)
-        latents = (spread.mean + spread.std * sample) * VAE_SCALE
+        latents = (spread.mean + spread.std * sample) * VAE_SCALING
         with self.accelerator.autocast():
             text, pooled = self.encode_captions(batch)
         found = []
@@ -133,7 +131,7 @@ class LossOfBatch:
         nan_latents = int(latents.isnan().flatten(1).any(dim=1).sum())
         if nan_latents:
             latents = torch.nan_to_num(latents, nan=0.0)
-        return latents * VAE_SCALE, nan_latents
+        return latents * VAE_SCALING, nan_latents
 
     def sample_latents(self, part: torch.Tensor) -> torch.Tensor:
         """A sample for each image; `part` holds pixels, or mean and deviation."""

@@ -12,6 +12,7 @@ import torch
 from library.strategy_base import TokenizeStrategy
 from torch.utils.data import Dataset, Sampler
 
+from kohaku_wrap.formats.caption_rows import CAPTIONS_FILE
 from kohaku_wrap.steps import StepCount
 from kohaku_wrap.streams import seed_of
 from kohaku_wrap.training.data.columns import ColumnsDataset
@@ -77,7 +78,7 @@ class KwrapDataset(find_object("MinimalDataset")):  # type: ignore[misc]  # sd-s
         self.num_train_images = len(batches.entries)
         self.img_count = len(columns)
         self.image_dir = str(columns.folder)
-        self.metadata_file = "captions.arrow"
+        self.metadata_file = CAPTIONS_FILE
         for name, default in {**SUBSET_DEFAULTS, **DATASET_DEFAULTS}.items():
             setattr(self, name, options.get(name, default))
         self.bucket_info = describe_buckets(self.batches)
