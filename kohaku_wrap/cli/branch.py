@@ -15,8 +15,7 @@ from kohaku_wrap.cli.output import (
     print_notes,
     verb,
 )
-from kohaku_wrap.cli.supervised import print_finished, supervisor_options, watch_options
-from kohaku_wrap.cli.train import make_run, train_run
+from kohaku_wrap.cli.supervised import make_run, print_finished, supervisor_options, train_run, watch_options
 from kohaku_wrap.errors import command_line
 from kohaku_wrap.wording import show_path
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.caches_shown import describe_cache, open_caches_with_bar, show_time
 from kohaku_wrap.cli.options import machine_option, retype, set_option, trust_option
-from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_next, progress_bar, verb
+from kohaku_wrap.cli.output import print_answer, print_aside, print_next, progress_bar, verb
 from kohaku_wrap.errors import command_line
-from kohaku_wrap.wording import format_duration, show_bytes
+from kohaku_wrap.wording import show_bytes
 
 if TYPE_CHECKING:
-    from kohaku_wrap.config.effective import Effective
-    from kohaku_wrap.config.site import Site
-    from kohaku_wrap.training.data.latent_shards import ShardShape
-    from kohaku_wrap.training.starting.caching import Cache
+    pass
 
 
 @verb(
@@ -55,7 +52,7 @@ def command(
 
     site = load_site(site_file)
     effective = resolve_template(template, site, overrides, trust=trust)
-    caches = open_with_bar(effective, site)
+    caches = open_caches_with_bar(effective, site)
     payload = {}
     for cache in caches:
         damaged = []
@@ -63,7 +60,7 @@ def command(
             for shape, fault in find_damaged(cache, check, report, remove=not dry_run):
                 damaged.append(shape)
                 print_aside(f"damaged: {shape.file_in(cache.folder)}: {fault}{'' if dry_run else '; it is made again'}")
-        payload[cache.name] = describe(cache, damaged)
+        payload[cache.name] = describe_cache(cache, damaged)
     require_images(caches)
     free = require_room(caches)
     for cache in caches:
@@ -85,39 +82,6 @@ def command(
     print_next(command_line("cache" if is_left else "train", template, "--site", site_file, *again))
 
 
-def open_with_bar(effective: Effective, site: Site, all_files: bool = True) -> list[Cache]:
-    """What a template caches, with a bar while models are hashed. Raises what `open_caches` does."""
-    from kohaku_wrap.file_hashes import count_unhashed
-    from kohaku_wrap.training.starting.caching import open_caches
-
-    models = {site.paths.vae or site.paths.base_model} if effective.get("cache.latents") else set()
-    models |= {site.paths.base_model} if effective.get("cache.text_encoders") else set()
-    with counting_bytes("hashing the models", count_unhashed(models)) as count:
-        return open_caches(effective, site, count, all_files)
-
-
-def describe(cache: Cache, damaged: Sequence[ShardShape]) -> dict[str, Any]:
-    """What is there and what is to be made."""
-    unmade = {shape.name: shape for shape in (*cache.list_unmade(), *damaged)}.values()
-    images, rate = sum(shape.count for shape in unmade), cache.measure_rate()
-    return {
-        "folder": cache.folder,
-        "fingerprint": cache.rule.fingerprint,
-        "keep": cache.kept,
-        "precision": cache.rule.precision,
-        "variants": cache.rule.variants,
-        "images": len(cache.wanted.ids),
-        "shards": len(cache.shards),
-        "shards_made": len(cache.shards) - len(unmade),
-        "images_to_encode": images,
-        "damaged": [shape.name for shape in damaged],
-        "bytes_total": sum(shape.size_bytes for shape in cache.shards),
-        "bytes_to_write": sum(shape.size_bytes for shape in unmade),
-        "images_per_second": rate,
-        "seconds": images / rate / max(cache.site.machine.processes_here, 1) if rate else None,
-    }
-
-
 def show(payload: dict[str, Any], dry_run: bool) -> list[tuple[str, Any]]:
     """The rows of the table."""
 
@@ -134,10 +98,3 @@ def show(payload: dict[str, Any], dry_run: bool) -> list[tuple[str, Any]]:
     if dry_run:
         rows.append(("time", show_time(payload)))
     return rows
-
-
-def show_time(payload: dict[str, Any]) -> str:
-    """How long the rest takes."""
-    if payload["seconds"] is None:
-        return "unknown until the first shard is made"
-    return f"{format_duration(payload['seconds'])} at {payload['images_per_second']:.3g} images a second and process"

@@ -18,12 +18,14 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     verb,
 )
-from kohaku_wrap.dataset.captions.words import STYLES
 from kohaku_wrap.errors import UsageError, command_line
 
 if TYPE_CHECKING:
     from kohaku_wrap.dataset.captions.report import CaptionReport
     from kohaku_wrap.dataset.recipe import DatasetRecipe
+
+STYLES = ("kohaku", "hakubooru")
+"""As in the recipe of captions, which no command loads before it runs."""
 
 
 @verb(

@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.drawing import (
+    drawing_options,
+    list_models,
+    model_options,
+    negative_option,
+    prediction_option,
+    prepare,
+    sampler_steps_option,
+)
+from kohaku_wrap.cli.exposure_shown import find_exposure
 from kohaku_wrap.cli.next_steps import read_site_paths
 from kohaku_wrap.cli.options import FOLDER, PATH, open_source, read_by, site_option, tags_option
 from kohaku_wrap.cli.output import (
@@ -18,11 +28,8 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     verb,
 )
-from kohaku_wrap.cli.sample import drawing_options, model_options, prepare
-from kohaku_wrap.cli.sample_inputs import list_models
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import describe_absence, write_text
-from kohaku_wrap.sampling.cells import MOST_STEPS
 from kohaku_wrap.sampling.sheets import MOST_CELLS, check_guidance, read_size
 from kohaku_wrap.wording import format_duration, show_bytes, show_path
 
@@ -69,11 +76,11 @@ BYTES_A_PIXEL = 1.6
     help="Pictures of each, with seeds from 0 on.",
 )
 @click.option("--preset", default="safe", show_default=True, metavar="NAME", help="Prompts: safe, core or published.")
-@click.option("--negative", default="", metavar="TEXT", help="The negative prompt.")
+@negative_option
 @click.option("--size", callback=read_by(read_size), metavar="WxH", help="Usually what the model is for.")
 @click.option("--guidance", type=float, callback=read_by(check_guidance), metavar="CFG", help="Usually 5.")
-@click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24.")
-@click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says.")
+@sampler_steps_option
+@prediction_option
 @click.option("--against", multiple=True, type=PATH, metavar="FILE", help="Another ccip.json.")
 @drawing_options
 @click.option("--dry-run", is_flag=True, help="Print pictures, hours and disk, draw none.")
@@ -197,8 +204,6 @@ def list_characters(
 
 def find_exposures(run: str | None, steps: Sequence[int | None], site: Path | None) -> list[Exposure | None]:
     """What each network of a run was trained on; None where it is of no run, or where that is not known."""
-    from kohaku_wrap.cli.evaluate_exposure import find_exposure
-
     found: list[Exposure | None] = []
     for step in steps:
         exposure = None

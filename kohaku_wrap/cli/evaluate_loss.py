@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.drawing import (
+    COMPUTE_NAMES,
+    batch_option,
+    choose_tokenizers,
+    device_option,
+    dtype_option,
+    jobs_option,
+    know_models,
+    list_models,
+    network_option,
+    tokenizers_option,
+    vae_option,
+)
 from kohaku_wrap.cli.options import FOLDER, PATH, open_run, site_option
 from kohaku_wrap.cli.output import print_answer, progress_bar, verb
-from kohaku_wrap.cli.sample import COMPUTE_NAMES
-from kohaku_wrap.cli.sample_inputs import choose_tokenizers, know_models, list_models
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.files import write_text
 from kohaku_wrap.wording import format_duration, show_path
@@ -41,8 +52,8 @@ RESULT = "loss.json"
 )
 @click.argument("targets", nargs=-1, required=True, metavar="RUN|MODEL...")
 @click.option("--checkpoints", metavar="all|N,M", help="Of a RUN: at these optimizer steps; usually its newest.")
-@click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable.")
-@click.option("--vae", type=PATH, metavar="FILE", help="Usually the run's, or the MODEL's own.")
+@network_option
+@vae_option
 @click.option("--images", type=FOLDER,
               help="Posts not trained; without it, what the RUN measured by itself.")  # fmt: skip
 @click.option("--posts", type=click.IntRange(1), default=2000, show_default=True, metavar="N", help="At most so many.")
@@ -53,12 +64,12 @@ RESULT = "loss.json"
 @click.option("--leave-out-trained", is_flag=True, help="Only posts of --images that the run does not train.")
 @click.option("--allow-trained", is_flag=True, help="Measure on posts that the run has trained, and say so.")
 @click.option("--against", multiple=True, type=PATH, metavar="FILE", help="Another loss.json.")
-@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Usually a GPU where there is one.")
-@click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp16 on a GPU, else fp32.")
-@click.option("--batch", type=click.IntRange(1, 256), metavar="N", help="Rows of each forward; GPU 4, CPU 1.")
+@device_option
+@dtype_option
+@batch_option
 @click.option("--threads", type=click.IntRange(1, 1024), default=1, show_default=True, help="A process.")
-@click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU.")
-@click.option("--tokenizers", type=PATH, metavar="DIR", help="Both CLIP tokenizers.")
+@jobs_option
+@tokenizers_option
 @click.option("--dry-run", is_flag=True, help="Print forwards and posts, measure none.")
 @site_option
 def loss(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.caches_shown import describe_cache, open_caches_with_bar, show_time
 from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, set_option, trust_option
 from kohaku_wrap.cli.output import print_answer, print_note, print_notes, progress_bar, verb, waiting
 from kohaku_wrap.errors import KwrapError, ProblemsFound, command_line, reason_of
@@ -161,12 +162,12 @@ def describe_plan(plan: TrainingPlan, notes: list[str]) -> dict[str, Any]:
 
 def plan_caching(effective: Effective, site: Site, sizes_exact: bool) -> dict[str, Any]:
     """What `kwrap cache` has still to do, by kind; nothing where images or models are not there yet."""
-    from kohaku_wrap.cli.cache import describe, open_with_bar
-
     if not sizes_exact or not (effective.get("cache.latents") or effective.get("cache.text_encoders")):
         return {}
     try:
-        return {cache.name: describe(cache, ()) for cache in open_with_bar(effective, site, all_files=False)}
+        return {
+            cache.name: describe_cache(cache, ()) for cache in open_caches_with_bar(effective, site, all_files=False)
+        }
     except KwrapError as error:
         print_note(f"note: what is to be cached is unknown: {error.message}")
         return {}
@@ -199,7 +200,6 @@ def keep_summary(images: Path) -> None:
 
 def print_plan(plan: TrainingPlan, payload: dict[str, Any], next_step: str) -> None:
     """The plan for people; `next_step` is not for one that cannot work."""
-    from kohaku_wrap.cli.cache import show_time
     from kohaku_wrap.planning.sizes import total_of
 
     steps = plan.steps

@@ -12,7 +12,7 @@ from kohaku_wrap.cli.options import FOLDER, note_compiling, open_run, site_optio
 from kohaku_wrap.cli.output import print_answer, progress_bar, verb
 
 if TYPE_CHECKING:
-    from kohaku_wrap.training.records.folder import Run
+    pass
 
 
 @verb("""
@@ -44,6 +44,7 @@ def command(
     of the dataset. SHA256SUMS is written last: a folder that has it is whole.
     """
     from kohaku_wrap.publishing.publishing import publish_run
+    from kohaku_wrap.training.comparing.site_places import find_base_model
 
     run = open_run(name, site_file)
     if not no_bake:
@@ -57,15 +58,3 @@ def command(
     rows += [("ledger", report.ledger_sha256 or "none"), ("license", report.license or "not stated")]
     next_step = f"read {report.card}, then upload the folder"
     print_answer(payload, f"Published in {report.folder}", rows, next_step)
-
-
-def find_base_model(run: Run, site_file: Path | None) -> Path | None:
-    """Where the run's base model lies now; None where its files cannot be read: the lock's place is tried then."""
-    from kohaku_wrap.training.comparing.places import DifferentRun
-    from kohaku_wrap.training.comparing.site_places import settle_places
-
-    try:
-        found = settle_places(run, site_file).options.get("pretrained_model_name_or_path")
-    except DifferentRun:
-        return None
-    return Path(str(found)) if found else None

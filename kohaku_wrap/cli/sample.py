@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kohaku_wrap.cli.drawing import (
+    COMPUTE_NAMES,
+    choose_sheet,
+    drawing_options,
+    list_models,
+    model_options,
+    negative_option,
+    prediction_option,
+    prepare,
+    sampler_steps_option,
+)
 from kohaku_wrap.cli.options import FOLDER, PATH, open_run, option_group, read_by, site_option
 from kohaku_wrap.cli.output import (
     print_answer,
@@ -15,24 +26,19 @@ from kohaku_wrap.cli.output import (
     progress_bar,
     verb,
 )
-from kohaku_wrap.cli.sample_inputs import choose_sheet, choose_tokenizers, know_models, list_models
 from kohaku_wrap.errors import UsageError, command_line
-from kohaku_wrap.sampling.cells import EMPHASES, MOST_SEED, MOST_STEPS, SAMPLERS, SCHEDULES
+from kohaku_wrap.sampling.cells import EMPHASES, MOST_SEED, SAMPLERS, SCHEDULES
 from kohaku_wrap.sampling.sheets import check_guidance, read_hires, read_size
 from kohaku_wrap.wording import count_of, show_path
 
 if TYPE_CHECKING:
-    from kohaku_wrap.sampling.checkpoints import Model
     from kohaku_wrap.sampling.expanding import PlacedCell
     from kohaku_wrap.sampling.running import DrawingJob
-    from kohaku_wrap.sampling.sheets import Sheet
-
-COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
 
 
 picture_options = option_group(
     click.option("--style", "styles", multiple=True, metavar="NAME", help="A style prompt, or none; repeatable."),
-    click.option("--negative", default="", metavar="TEXT", help="The negative prompt."),
+    negative_option,
     click.option("--seed", "seeds", multiple=True, type=click.IntRange(0, MOST_SEED), metavar="N",
                  help="Repeatable; usually 0."),
     click.option("--size", "sizes", multiple=True, metavar="WxH", callback=read_by(read_size),
@@ -41,10 +47,10 @@ picture_options = option_group(
                  help="Repeatable; usually 5."),
     click.option("--sampler", type=click.Choice(tuple(SAMPLERS)), help="Usually euler-a."),
     click.option("--schedule", type=click.Choice(tuple(SCHEDULES)), help="Usually exponential."),
-    click.option("--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24."),
+    sampler_steps_option,
     click.option("--clip-skip", type=click.IntRange(1, 12), metavar="N", help="Usually 2, as SDXL is trained."),
     click.option("--emphasis", type=click.Choice(EMPHASES), help="How weights act; usually no-norm."),
-    click.option("--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."),
+    prediction_option,
     click.option("--zero-terminal-snr", is_flag=True, default=None, help="With --prediction v, as trained."),
     click.option("--template", metavar="NAME", help="Take the prediction from a template."),
     click.option("--hires", metavar="SCALE[:S]", callback=read_by(read_hires),
@@ -52,36 +58,6 @@ picture_options = option_group(
     click.option("--lenient", is_flag=True, help="Read an open bracket as the webui does."),
 )  # fmt: skip
 """Options that decide a picture, over those of the sheet."""
-
-
-compute_options = option_group(
-    click.option("--device", type=click.Choice(("cpu", "cuda")), help="Usually a GPU where there is one."),
-    click.option("--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp16 on a GPU, else fp32."),
-    click.option("--vae-dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp32: SDXL's overflows."),
-    click.option("--batch", type=click.IntRange(1, 256), metavar="N", help="Rows of each forward; GPU 4, CPU 1."),
-    click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of the processor, a process."),
-)
-"""Options that say how the numbers are computed; bits differ between two of their values."""
-
-
-model_options = option_group(
-    click.option("--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable."),
-    click.option("--vae", type=PATH, metavar="FILE", help="Usually the run's, or the MODEL's own."),
-    click.option("--run", metavar="RUN", help="The networks that a run kept."),
-    click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest."),
-)
-"""What is added to models, or which run they are of."""
-
-
-drawing_options = option_group(
-    compute_options,
-    click.option(
-        "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU."
-    ),
-    click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used."),
-    click.option("--tokenizers", type=PATH, metavar="DIR", help="Both CLIP tokenizers."),
-)  # fmt: skip
-"""Who draws, and with what beside the models."""
 
 
 @verb(
@@ -188,23 +164,6 @@ def draw_queued(site: Path | None, asked: dict[str, Any], dry_run: bool) -> None
     ]
     title = f"Pictures of {run.name}: {'to draw' if dry_run else 'drawn'}"
     print_answer(payload, title, rows, command_line("status", show_path(run.folder)))
-
-
-def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path | None, out: Path) -> DrawingJob:
-    """The cells of the sheet with these models."""
-    from kohaku_wrap.dataset.recipe import load_dataset
-    from kohaku_wrap.sampling.chunks import digest_tokenizers
-    from kohaku_wrap.sampling.devices import choose_compute, usual_size
-    from kohaku_wrap.sampling.expanding import Defaults, expand_sheet
-    from kohaku_wrap.sampling.running import DrawingJob
-
-    folders = choose_tokenizers(asked["tokenizers"], site, models)
-    compute = choose_compute(*(asked[name] for name in COMPUTE_NAMES))
-    known, hashes = know_models(models, asked, site)
-    size = usual_size(models[0].path)
-    defaults = Defaults(compute, digest_tokenizers(folders), size=size, lenient=asked["lenient"])
-    cells = expand_sheet(sheet, known, defaults, load_dataset("epsilon").caption)
-    return DrawingJob(cells, known, hashes, folders, out, asked["jobs"], asked["offload"])
 
 
 def show(job: DrawingJob, waiting: list[PlacedCell], contacts: list[Path], dry_run: bool) -> None:

@@ -110,12 +110,12 @@ def command(
 
 def show_tags(run: Run, tags: tuple[str, ...]) -> None:
     """Print how often tags were trained."""
-    from kohaku_wrap.cli.evaluate_exposure import describe, find_exposure, list_counts, list_facts
+    from kohaku_wrap.cli.exposure_shown import describe_exposure, find_exposure, list_counts, list_facts
 
     found = find_exposure(str(run.folder), None, None, 0)
     rows = [found.find(tag) for tag in tags]
     shown = [*list_facts(found), *list_counts("tags", rows)]
-    print_answer({**describe(found), "tags": rows}, f"Run {run.name}", shown)
+    print_answer({**describe_exposure(found), "tags": rows}, f"Run {run.name}", shown)
 
 
 def write_to(runs: list[Run], tracker: str, folder: Path) -> None:

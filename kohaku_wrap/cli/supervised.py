@@ -1,4 +1,4 @@
-"""What `train`, `resume` and `extend` share: the supervisor's options, events as lines, and the closing table."""
+"""What `train`, `resume`, `extend` and `branch` share: options, a run made and watched, events, the closing table."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from kohaku_wrap.cli.options import option_group
-from kohaku_wrap.cli.output import ESCAPES, print_answer, print_aside, print_note, print_notes, wants_json
+from kohaku_wrap.cli.output import (
+    ESCAPES,
+    counting_bytes,
+    print_answer,
+    print_aside,
+    print_note,
+    print_notes,
+    wants_json,
+)
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.training.records.signs import Phase
 from kohaku_wrap.wording import format_duration, format_share, show_path
 
 if TYPE_CHECKING:
     from kohaku_wrap.training.records.folder import Run
+    from kohaku_wrap.training.starting.create import NewRun
     from kohaku_wrap.training.starting.launch import Launch
     from kohaku_wrap.training.starting.resume import ResumePlan
     from kohaku_wrap.training.supervising.supervise import RunReport
@@ -174,3 +184,38 @@ def print_finished(report: RunReport) -> None:
         *(("network", network) for network in networks),
     ]
     print_answer(payload, f"Trained {run.name}", rows, command_line("verify", show_path(run.folder)))
+
+
+def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
+    """The run's folder, with a bar while the base model is hashed."""
+    from kohaku_wrap.config.checks import note_rare_saves
+    from kohaku_wrap.config.samples import note_shared_gpu
+    from kohaku_wrap.file_hashes import count_unhashed
+    from kohaku_wrap.training.starting.create import create_run
+
+    unread = count_unhashed(filter(None, (new.site.paths.base_model, new.site.paths.vae)))
+    with counting_bytes("hashing the base model", unread) as count:
+        run = create_run(new, sys.argv, locked, count, allow)
+    print_aside(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
+    print_notes(note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective))
+    return run
+
+
+def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunReport:
+    """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
+    from kohaku_wrap.files import remove_folder
+    from kohaku_wrap.training.starting.create import RunRefused
+    from kohaku_wrap.training.starting.resume import plan_resume
+    from kohaku_wrap.training.supervising.supervise import TrainerFailed
+
+    try:
+        return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options)
+    except TrainerFailed as failed:
+        if failed.end.kind == "refused" and failed.end.optimizer_step == run.first_optimizer_step:
+            remove_folder(run.folder)
+            again = "Nothing of the run is kept: fix this and give the same command again."
+            raise RunRefused(
+                f"run {run.name} was refused before its first step: {failed.end.message}",
+                f"{failed.end.next_step}\n{again}".lstrip(),
+            ) from None
+        raise

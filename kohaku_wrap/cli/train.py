@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,17 +12,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kohaku_wrap.cli.options import PATH, describe_trust, machine_option, print_trust, retype, set_option, trust_option
-from kohaku_wrap.cli.output import counting_bytes, print_answer, print_aside, print_json, print_notes, verb, wants_json
-from kohaku_wrap.cli.supervised import describe_launch, print_finished, supervisor_options, watch_options, watch_run
+from kohaku_wrap.cli.output import print_answer, print_aside, print_json, print_notes, verb, wants_json
+from kohaku_wrap.cli.supervised import (
+    describe_launch,
+    make_run,
+    print_finished,
+    supervisor_options,
+    train_run,
+    watch_options,
+    watch_run,
+)
 from kohaku_wrap.errors import UsageError, command_line
 from kohaku_wrap.processes import python_command, safe_environment
-from kohaku_wrap.wording import format_duration, show_bytes, show_path
+from kohaku_wrap.wording import format_duration, show_bytes
 
 if TYPE_CHECKING:
     from kohaku_wrap.planning.training_plan import TrainingPlan
     from kohaku_wrap.proving.trial import Trial
     from kohaku_wrap.training.records.folder import Run
-    from kohaku_wrap.training.starting.create import NewRun
     from kohaku_wrap.training.supervising.supervise import RunReport
     from kohaku_wrap.training.supervising.watch import WatchOptions
 
@@ -200,41 +206,6 @@ def print_trial(trial: Trial, plan: TrainingPlan, next_command: str) -> None:
 def repeat_command(template: str, site_file: Path) -> str:
     """The same training, for real."""
     return command_line("train", template, "--site", site_file, *retype("site_file", "dry_run", "is_trial"))
-
-
-def make_run(new: NewRun, locked: Path | None, allow: tuple[str, ...]) -> Run:
-    """The run's folder, with a bar while the base model is hashed."""
-    from kohaku_wrap.config.checks import note_rare_saves
-    from kohaku_wrap.config.samples import note_shared_gpu
-    from kohaku_wrap.file_hashes import count_unhashed
-    from kohaku_wrap.training.starting.create import create_run
-
-    unread = count_unhashed(filter(None, (new.site.paths.base_model, new.site.paths.vae)))
-    with counting_bytes("hashing the base model", unread) as count:
-        run = create_run(new, sys.argv, locked, count, allow)
-    print_aside(f"run: {show_path(run.folder)}, {run.lock.total_optimizer_steps:,} optimizer steps")
-    print_notes(note_rare_saves(new.effective, run.lock.total_optimizer_steps) + note_shared_gpu(new.effective))
-    return run
-
-
-def train_run(run: Run, allow: tuple[str, ...], options: WatchOptions) -> RunReport:
-    """The first attempt of a new run and its restarts; a run that was refused before its first step is taken back."""
-    from kohaku_wrap.files import remove_folder
-    from kohaku_wrap.training.starting.create import RunRefused
-    from kohaku_wrap.training.starting.resume import plan_resume
-    from kohaku_wrap.training.supervising.supervise import TrainerFailed
-
-    try:
-        return watch_run(run, lambda: plan_resume(run, allow=allow), allow, options)
-    except TrainerFailed as failed:
-        if failed.end.kind == "refused" and failed.end.optimizer_step == run.first_optimizer_step:
-            remove_folder(run.folder)
-            again = "Nothing of the run is kept: fix this and give the same command again."
-            raise RunRefused(
-                f"run {run.name} was refused before its first step: {failed.end.message}",
-                f"{failed.end.next_step}\n{again}".lstrip(),
-            ) from None
-        raise
 
 
 EVERY_SECONDS = 20.0

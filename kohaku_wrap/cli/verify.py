@@ -117,7 +117,8 @@ def print_report(report: VerifyReport, site_file: Path | None) -> None:
 
 
 def next_step(report: VerifyReport, site_file: Path | None) -> str:
-    from kohaku_wrap.cli.publish import find_base_model
+    from kohaku_wrap.publishing.publishing import BAKE_FORMULA
+    from kohaku_wrap.training.comparing.site_places import find_base_model
     from kohaku_wrap.training.supervising.status import advise
 
     if not report.is_finished:
@@ -129,7 +130,7 @@ def next_step(report: VerifyReport, site_file: Path | None) -> str:
         return command_line("status", show_path(run.folder))
     models = ("-m", f"base={show_path(Path(base))}", "-m", f"network={show_path(network)}")
     baked = run.folder / f"{run.name}-baked.safetensors"
-    return command_line("merge", "base + 1.0 * net(network)", *models, "-o", show_path(baked))
+    return command_line("merge", BAKE_FORMULA, *models, "-o", show_path(baked))
 
 
 def describe_fault(fault: Fault) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -85,3 +86,18 @@ def test_the_commands_load_no_large_library_and_not_most_rooms_before_they_run()
     )
     shown = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True).stdout
     assert shown == "[]\n"
+
+
+def test_no_command_imports_another() -> None:
+    """What several share lies in a module of its own; parts of a command begin with its name."""
+    folder = README.parent / "kohaku_wrap" / "cli"
+    imported = [
+        (path.stem, node.module.removeprefix("kohaku_wrap.cli."))
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kohaku_wrap.cli.")
+    ]
+    verbs = [verb for names in SECTIONS.values() for verb in names]
+    assert len(imported) > 50
+    parts = {each: verb for _, each in imported for verb in verbs if each == verb or each.startswith(f"{verb}_")}
+    assert [pair for pair in imported if pair[1] in parts and pair[0] != parts[pair[1]]] == []

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from kohaku_wrap.cli import caption
+from kohaku_wrap.dataset.captions.recipe import STYLES
 from kohaku_wrap.dataset.recipe import Stratum, UnknownDataset, dataset_names, load_dataset, read_dataset
 from kohaku_wrap.errors import ProblemsFound
 from kohaku_wrap.files import shipped_folder
@@ -162,3 +164,7 @@ def test_conditions_apply_before_the_sample_unless_named() -> None:
 def test_published_cutoffs_have_their_own_percentiles() -> None:
     told = faults({"caption": {"quality": {"cutoffs": "published", "percentiles": [91, 50], "words": ["a", "b", "c"]}}})
     assert told["caption.quality.percentiles"].startswith("no published cut-off for 91; there are 5, 10, 15")
+
+
+def test_the_command_offers_the_styles_that_there_are() -> None:
+    assert caption.STYLES == STYLES

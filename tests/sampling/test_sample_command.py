@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from kohaku_wrap.cli import program
-from kohaku_wrap.cli.sample_inputs import choose_tokenizers
+from kohaku_wrap.cli.drawing import choose_tokenizers
 from kohaku_wrap.errors import UsageError
 from kohaku_wrap.sampling.checkpoints import Model
 

@@ -16,7 +16,6 @@ from kohaku_wrap.dataset.captions.words import (
     PUBLISHED_PERCENTILES,
     QUALITY_WORDS,
     RATING_WORDS,
-    STYLES,
     YEARS,
     breaks_caption,
 )
@@ -24,6 +23,7 @@ from kohaku_wrap.errors import Problem
 from kohaku_wrap.metadata.filters import RATINGS
 from kohaku_wrap.toml_files import TableReader
 
+STYLES = ("kohaku", "hakubooru")
 GROUPS = ("people", "character", "series", "artist", "general", "quality", "year", "meta", "rating", "text")
 PROMPT_WORDS = {
     "people": "1girl/1boy/1other/...",

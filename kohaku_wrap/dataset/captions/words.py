@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-STYLES = ("kohaku", "hakubooru")
-"""Ways to write captions: kwrap's own recipe, or HakuBooru's."""
-
 SEPARATOR = "|||"
 """Stands on both sides of the part that the trainer shuffles."""
 

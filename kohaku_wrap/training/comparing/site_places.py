@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from glob import escape
 from itertools import islice, product
@@ -19,7 +20,7 @@ from kohaku_wrap.file_hashes import count_unhashed, kept_sha256, sha256_of_file
 from kohaku_wrap.formats.caption_rows import NoImages, read_captions_metadata
 from kohaku_wrap.steps import BadOrder
 from kohaku_wrap.training.comparing.file_changes import BY_ATTEMPT
-from kohaku_wrap.training.comparing.places import Places, map_places, read_places
+from kohaku_wrap.training.comparing.places import DifferentRun, Places, map_places, read_places
 from kohaku_wrap.training.records.folder import Run
 
 SITE_NAME = "site.toml"
@@ -67,6 +68,14 @@ def settle_places(
         first = error.message.splitlines()[0]
         return replace(places, notes=(*places.notes, f"{first}; nothing is taken from this site"))
     return places if site is None else SiteTaker(places, site, on_bytes).take(asked)
+
+
+def find_base_model(run: Run, site_file: Path | None) -> Path | None:
+    """Where the run's base model lies now; None where its files cannot be read: the lock's place is tried then."""
+    with suppress(DifferentRun):
+        if found := settle_places(run, site_file).options.get(MODELS["base_model"]):
+            return Path(str(found))
+    return None
 
 
 def find_site(run: Run, remembered: str, given: Path | None) -> Site | None:

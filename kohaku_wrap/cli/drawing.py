@@ -1,4 +1,4 @@
-"""What `kwrap sample` draws with: sheet, models, tokenizers and prediction, of the command line, a run and the site."""
+"""What `sample` and `evaluate` share: options of models and of computing, and what is drawn or measured with them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,69 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from kohaku_wrap.cli.next_steps import read_site_paths
-from kohaku_wrap.cli.options import open_run
+from kohaku_wrap.cli.options import PATH, open_run, option_group
 from kohaku_wrap.cli.output import progress_bar
 from kohaku_wrap.errors import UsageError
+from kohaku_wrap.sampling.cells import MOST_STEPS
 
 if TYPE_CHECKING:
     from kohaku_wrap.formats.predictions import Prediction
     from kohaku_wrap.merging.hashes import FileHashes
     from kohaku_wrap.sampling.checkpoints import Model
     from kohaku_wrap.sampling.expanding import KnownModel
+    from kohaku_wrap.sampling.running import DrawingJob
     from kohaku_wrap.sampling.sheets import Sheet
+
+
+COMPUTE_NAMES = ("device", "dtype", "vae_dtype", "batch", "threads")
+
+network_option = click.option(
+    "--network", "networks", multiple=True, metavar="NET[:W]", help="Added to each MODEL; repeatable."
+)
+vae_option = click.option("--vae", type=PATH, metavar="FILE", help="Usually the run's, or the MODEL's own.")
+negative_option = click.option("--negative", default="", metavar="TEXT", help="The negative prompt.")
+sampler_steps_option = click.option(
+    "--sampler-steps", type=click.IntRange(1, MOST_STEPS), metavar="N", help="Usually 24."
+)
+prediction_option = click.option(
+    "--prediction", type=click.Choice(("epsilon", "v")), help="Usually what the model's file says."
+)
+device_option = click.option("--device", type=click.Choice(("cpu", "cuda")), help="Usually a GPU where there is one.")
+dtype_option = click.option(
+    "--dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp16 on a GPU, else fp32."
+)
+batch_option = click.option(
+    "--batch", type=click.IntRange(1, 256), metavar="N", help="Rows of each forward; GPU 4, CPU 1."
+)
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes; each its own GPU."
+)
+tokenizers_option = click.option("--tokenizers", type=PATH, metavar="DIR", help="Both CLIP tokenizers.")
+
+
+model_options = option_group(
+    network_option,
+    vae_option,
+    click.option("--run", metavar="RUN", help="The networks that a run kept."),
+    click.option("--steps", metavar="all|N,M", help="With --run: at these optimizer steps; usually its newest."),
+)
+"""What is added to models, or which run they are of."""
+
+
+drawing_options = option_group(
+    device_option,
+    dtype_option,
+    click.option("--vae-dtype", type=click.Choice(("fp32", "fp16", "bf16")), help="Usually fp32: SDXL's overflows."),
+    batch_option,
+    click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of the processor, a process."),
+    jobs_option,
+    click.option("--offload", is_flag=True, help="For small cards: parts are on the GPU only while they are used."),
+    tokenizers_option,
+)
+"""Who draws, how the numbers are computed (bits differ between two such ways), and with what beside the models."""
 
 
 def choose_sheet(path: Path | None, texts: tuple[str, ...], asked: dict[str, Any]) -> Sheet:
@@ -117,3 +169,20 @@ def choose_prediction(model: Model, asked: dict[str, Any], site: Path | None) ->
         return said
     found = find_prediction(read_header(model.path))
     return replace(found, zero_terminal_snr=True) if asked["zero_terminal_snr"] else found
+
+
+def prepare(sheet: Sheet, models: list[Model], asked: dict[str, Any], site: Path | None, out: Path) -> DrawingJob:
+    """The cells of the sheet with these models."""
+    from kohaku_wrap.dataset.recipe import load_dataset
+    from kohaku_wrap.sampling.chunks import digest_tokenizers
+    from kohaku_wrap.sampling.devices import choose_compute, usual_size
+    from kohaku_wrap.sampling.expanding import Defaults, expand_sheet
+    from kohaku_wrap.sampling.running import DrawingJob
+
+    folders = choose_tokenizers(asked["tokenizers"], site, models)
+    compute = choose_compute(*(asked[name] for name in COMPUTE_NAMES))
+    known, hashes = know_models(models, asked, site)
+    size = usual_size(models[0].path)
+    defaults = Defaults(compute, digest_tokenizers(folders), size=size, lenient=asked["lenient"])
+    cells = expand_sheet(sheet, known, defaults, load_dataset("epsilon").caption)
+    return DrawingJob(cells, known, hashes, folders, out, asked["jobs"], asked["offload"])
