@@ -69,10 +69,10 @@ def enter(one: dict[str, Any]) -> None:
     # Where a descriptor is closed Python has no stream.
     if condition == "closed stdout":
         os.close(1)
-        sys.stdout = sys.__stdout__ = None  # type: ignore[misc, assignment]
+        sys.stdout = sys.__stdout__ = None  # type: ignore[misc]
     elif condition == "closed stderr":
         os.close(2)
-        sys.stderr = sys.__stderr__ = None  # type: ignore[misc, assignment]
+        sys.stderr = sys.__stderr__ = None  # type: ignore[misc]
 
 
 def has_begun(process: int, one: dict[str, Any]) -> bool:

@@ -125,7 +125,7 @@ def test_inputs_are_hashed(
     site.paths.base_model.parent.mkdir()
     site.paths.base_model.write_bytes(b"model")
     write_captions(site.paths.images, [(1, 1)])
-    read = []
+    read: list[int] = []
     inputs = hash_inputs(effective, site, on_bytes=read.append)
     assert inputs["base_model_sha256"] == hashlib.sha256(b"model").hexdigest()
     assert inputs["captions_digest"] == "d" * 64 and inputs["captions_dataset"] == "demo"

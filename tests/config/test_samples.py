@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from kohaku_wrap.config.checks import check_effective
+from kohaku_wrap.config.effective import Effective
 from kohaku_wrap.config.layers import resolve_template
 from kohaku_wrap.config.samples import settle_samples, who_draws, with_own_prompts
 from kohaku_wrap.config.site import load_site
@@ -18,7 +19,7 @@ from kohaku_wrap.formats.caption_writer import ColumnsWriter
 SITE = '[machine]\nengine = "{engine}"\ngpus = 0\nbatch_per_gpu = 2\n'
 
 
-def resolve(folder: Path, engine: str, *overrides: str, template: str = "demo") -> object:
+def resolve(folder: Path, engine: str, *overrides: str, template: str = "demo") -> Effective:
     (folder / "site.toml").write_text(SITE.format(engine=engine))
     return resolve_template(template, load_site(folder / "site.toml"), list(overrides))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,7 +75,7 @@ def test_which_posts_stands_in_the_lock_and_decides_the_options_digest(make_site
     site = make_site(MACHINE)
     write_images(site.paths.images, 300, dict.fromkeys((7, 208), 150))
 
-    def lock_of(*overrides: str) -> dict[str, object]:
+    def lock_of(*overrides: str) -> dict[str, Any]:
         effective = resolve_template("demo", site, overrides)
         plan = plan_steps(effective, read_training_sizes(effective, site.paths.images))
         return dict(compose_run(effective, site, tmp_path / "r", "r", plan).lock)

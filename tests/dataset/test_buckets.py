@@ -172,12 +172,11 @@ def test_equal_to_sd_scripts():
     ]
     cases = []
     for options in all_options:
-        sizes = np.exp(generator.uniform(np.log(64), np.log(5000), size=(3000, 2))).astype(int)
-        ratio = sizes[:, 0] / sizes[:, 1]
-        sizes = sizes[(ratio < 6) & (ratio > 1 / 6)]
+        drawn = np.exp(generator.uniform(np.log(64), np.log(5000), size=(3000, 2))).astype(int)
+        ratio = drawn[:, 0] / drawn[:, 1]
         listed = list_bucket_resolutions(options)
         sizes = [
-            *sizes.tolist(),
+            *drawn[(ratio < 6) & (ratio > 1 / 6)].tolist(),
             *([list(pair) for pair in listed] * 2),
             [1, 1] if not options.bucket_no_upscale else [99, 99],
         ]

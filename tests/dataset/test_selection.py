@@ -145,7 +145,7 @@ def test_filters_take_in_turn_and_count_what_they_cannot_know() -> None:
     deleted, no_offset = [1, 0, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0]
     tags = [0, 0, 1, 1, 0, 0]
     columns = [*drop.values(), *unknown.values(), deleted, no_offset, tags]
-    bits = sum(np.array(column, dtype=np.int64) << place for place, column in enumerate(columns))
+    bits = np.sum([np.array(column, dtype=np.int64) << place for place, column in enumerate(columns)], axis=0)
     names = [*drop, *(f"unknown {name}" for name in unknown), "deleted", "no_offset", "tags"]
     drops = selection.Drops(bits, {name: place for place, name in enumerate(names)})
     for name in drop:

@@ -47,7 +47,9 @@ def read_members(world) -> dict[str, tuple[Path, bytes]]:
     for path in sorted((world.folder / "tars" / "original").glob("*.tar")):
         with tarfile.open(path) as archive:
             for member in archive:
-                members[member.name] = (path, archive.extractfile(member).read())
+                stream = archive.extractfile(member)
+                assert stream is not None
+                members[member.name] = (path, stream.read())
     return members
 
 
@@ -98,10 +100,11 @@ def test_tars_hold_every_public_picture(world):
         if ext in STILL:
             with Image.open(io.BytesIO(content)) as image:
                 image.load()
-                assert image.format.lower().replace("jpeg", "jpg") == ext
+                assert str(image.format).lower().replace("jpeg", "jpg") == ext
                 assert (width, height) in ((image.width, image.height), (2 * image.width, 2 * image.height))
                 sizes.append(image.size)
-    buckets = assign_buckets(*zip(*sizes, strict=True), BucketOptions((128, 128), True, 64, 256, 32))
+    widths, heights = zip(*sizes, strict=True)
+    buckets = assign_buckets(widths, heights, BucketOptions((128, 128), True, 64, 256, 32))
     assert len(buckets.resolutions) >= 3
 
 

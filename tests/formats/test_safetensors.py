@@ -188,7 +188,7 @@ def test_tensors_stay_aligned_when_an_order_would_break_it() -> None:
 
 
 def test_the_library_reads_what_is_written_and_the_other_way(tmp_path: Path) -> None:
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "x": np.arange(6, dtype=np.float32).reshape(2, 3),
         "n": np.array(7, dtype=np.int64),
         "z": np.zeros((0, 4)),

@@ -42,7 +42,8 @@ class Page(HTMLParser):
     def drawn_points(self, chart: str, axis: str) -> list[tuple[float, float]]:
         """The values of a chart's curves, taken back from the positions of the drawing."""
         points: list[tuple[float, float]] = []
-        name, plot = "", {}
+        name = ""
+        plot: dict[str, Any] = {}
         for tag, attributes in self.elements:
             name = attributes.get("data-chart") or name
             plot = attributes if "data-axis" in attributes else plot

@@ -113,7 +113,7 @@ def write_life(
         )
 
 
-def set_record(index: int, **values: int | float) -> Change:
+def set_record(index: int, **values: Any) -> Change:
     def change(records: Records) -> Records:
         changed = records.copy()
         for name, value in values.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ BASE = ("conditioner.", "first_stage_model.", f"{UNET}time_embed.", f"{UNET}labe
 IN = [(f"{UNET}input_blocks.{number}.",) for number in range(9)]
 MID = (f"{UNET}middle_block.",)
 OUT = [(f"{UNET}output_blocks.{number}.",) for number in range(8)] + [(f"{UNET}output_blocks.8.", f"{UNET}out.")]
-LISTS = {
+LISTS: dict[int, list[Any]] = {
     12: [BASE, IN[4], IN[5], IN[7], IN[8], MID, *OUT[:6]],
     19: [*IN, MID, *OUT],
     20: [BASE, *IN, MID, *OUT],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,8 +100,9 @@ def test_networks_mixed_as_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["like", "vae_from"])
 def test_an_anchor_is_a_model_of_the_formula_or_a_file(write_model: WriteModel, option: str) -> None:
+    named: dict[str, Any] = {option: "nothing"}
     with pytest.raises(UnboundName, match="nothing is neither a model of the formula nor a file"):
-        plan_merge("a", {"a": write_model("a", 1)}, MergeOptions(**{option: "nothing"}))
+        plan_merge("a", {"a": write_model("a", 1)}, MergeOptions(**named))
 
 
 def test_two_vaes_are_averaged_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_a_part_that_is_no_difference_is_refused_elsewhere(tmp_path: Path, write
 
 
 def test_a_model_put_together_of_parts(tmp_path: Path, write_model: WriteModel) -> None:
-    paths = {name: write_model(name, seed) for seed, name in enumerate("abcd", 1)}
+    paths: dict[str, Any] = {name: write_model(name, seed) for seed, name in enumerate("abcd", 1)}
     merged = merge(tmp_path, "unet(a) + te1(b) + te2(c) + vae(d)", **paths)
     for key, tensor in merged.items():
         name = "a" if key.startswith(UNET) else "b" if key.startswith(TE1) else "c" if key.startswith(TE2) else "d"

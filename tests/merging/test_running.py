@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.merging import open_files, pieces, worker
+from kohaku_wrap.merging.arithmetic.kernels import Kernel
 from kohaku_wrap.merging.arithmetic.rounding import FORMATS, round_fraction
 from kohaku_wrap.merging.binding import UnboundName
 from kohaku_wrap.merging.coverage import UnfitInputs
@@ -241,7 +242,7 @@ def test_verification_finds_a_wrong_kernel(
         output[:] = 0
         return np.empty(0, dtype=int), np.empty(0, dtype=int)
 
-    monkeypatch.setattr(worker.Kernel, "run", lose_a_bit)
+    monkeypatch.setattr(Kernel, "run", lose_a_bit)
     output = tmp_path / "o.safetensors"
     with pytest.raises(MismatchFound, match="rational arithmetic gives"):
         run_merge(plan_merge(GAMMA, four_models), output, {}, verify_elements=50)

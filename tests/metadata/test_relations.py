@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -97,6 +98,7 @@ def test_interrupted_sort_leaves_nothing(tmp_path: Path, writer: ModuleType) -> 
     wanted = np.array([post["id"] for post in world.posts], dtype=np.int64)
     folder = tmp_path / "spill"
     chunks = map_tag_chunks(database, read_tags(database), wanted, lambda one: one, 2, folder)
+    assert isinstance(chunks, Generator)
     next(chunks)
     chunks.close()
     assert list(folder.iterdir()) == []

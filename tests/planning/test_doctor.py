@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_torch_facts_are_judged(make_site: MakeSite) -> None:
 
 @pytest.mark.parametrize(("hard", "advice"), [(-1, "ulimit -n 2304"), (4096, "ulimit -n 2304"), (512, "limit of 512")])
 def test_advice_about_open_files_can_be_followed(monkeypatch: pytest.MonkeyPatch, hard: int, advice: str) -> None:
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (256, hard))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, hard))
     assert advice in doctor.examine_open_files(None).do
 
 

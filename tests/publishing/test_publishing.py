@@ -47,7 +47,7 @@ def run(tmp_path: Path, write_model: WriteModel) -> tuple[Path, dict[str, Any]]:
     for number, (start, end) in enumerate(((0, 15300), (13600, 20354)), 1):
         attempt = folder / "attempts" / str(number)
         attempt.mkdir(parents=True)
-        facts = {"number": number, "processes": 4, "accumulation": 16, "start_optimizer_step": start,
+        facts: dict[str, Any] = {"number": number, "processes": 4, "accumulation": 16, "start_optimizer_step": start,
                  "workers": 8, "state": None, "allow": []}  # fmt: skip
         (attempt / "attempt.json").write_text(json.dumps(facts))
         (attempt / "end.json").write_text(

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from plain_runs import misbehave, train
@@ -162,7 +163,7 @@ def test_the_policy_names_the_scripts_and_styles_that_are_there(crashed_and_resu
 
 
 def test_thinned_curves_keep_every_spike() -> None:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"optimizer_step": step, "loss": 0.1, "seconds": 1.0, "images": 4, "attempt": 1} for step in range(1, 20_355)
     ]
     for step, loss in ((7, 9.0), (12_345, -3.0), (20_354, 5.0), (500, "nan")):

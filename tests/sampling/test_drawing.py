@@ -250,7 +250,8 @@ def test_a_float8_checkpoint_with_a_network_is_drawn_as_baked(
     save_file(tensors | unet, small)
     run_merge(plan_merge("base + net(n)", {"base": small, "n": network}), baked, {})
     added = Model(small, (AddedNetwork(network),))
-    assert np.array_equal(*(draw(make_artist(world, model), cell)[0] for model in (Model(baked), added)))
+    one, other = (draw(make_artist(world, model), cell)[0] for model in (Model(baked), added))
+    assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(

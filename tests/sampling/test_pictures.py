@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.sampling.cells import Cell, Hires, read_cell
@@ -73,7 +73,7 @@ def test_inspect_shows_the_sizes_that_the_picture_has(tmp_path: Path, cell: Cell
     path = tmp_path / "a.png"
     draw(path, replace(cell, width=64, height=128, hires=Hires(1.5)))
     with Image.open(path) as image:
-        kept = json.loads(image.text["kwrap"])
+        kept = json.loads(image.info["kwrap"])
     found = json.loads(CliRunner().invoke(program, ["inspect", str(path), "--json"]).stdout)
     for name, size in {"original_size": [128, 64], "crop_top_left": [0, 0], "target_size": [128, 64],
                        "second_pass_size": [192, 96]}.items():  # fmt: skip
@@ -93,7 +93,7 @@ def test_a_picture_counts_as_drawn_only_when_it_is_whole_and_of_this_cell(tmp_pa
         path.write_bytes(content[:cut])
         assert not is_drawn(path, cell)
     path.write_bytes(content)
-    with Image.open(path) as image:
+    with PngImageFile(path) as image:
         text = PngInfo()
         for name, value in image.text.items():
             text.add_itxt(name, value)

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from kohaku_wrap.cli import program
+from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.sdxl import VAE_PREFIX
 
 EVERY = ("--prompt", "1girl", "--sampler-steps", "1", "--size", "64x64", "--threads", "1")
@@ -52,8 +53,8 @@ def test_the_picture_is_that_of_a_checkpoint_with_this_vae_inside(world: Path, v
     save_file(parts | {f"{VAE_PREFIX}{n}": t for n, t in load_file(vae).items()}, tmp_path / "with.safetensors")
     (tmp_path / "config.json").write_bytes(base.with_name("config.json").read_bytes())
 
-    assert "Give a whole SDXL checkpoint" in str(sample(world, tmp_path / "without.safetensors", "--out", "x").exception
-                                                 .next_step)  # fmt: skip
+    refused = sample(world, tmp_path / "without.safetensors", "--out", "x").exception
+    assert isinstance(refused, KwrapError) and "Give a whole SDXL checkpoint" in refused.next_step
     for name, words in {"own": (base,), "with": (tmp_path / "with.safetensors",),
                         "beside": (tmp_path / "without.safetensors", "--vae", vae)}.items():  # fmt: skip
         done = sample(world, *words, "--out", tmp_path / name)
@@ -65,8 +66,8 @@ def test_the_picture_is_that_of_a_checkpoint_with_this_vae_inside(world: Path, v
     found = json.loads(shown.output)
     assert [each["part"] for each in found["files"]] == ["", "vae"]
     assert "VAE: vae.safetensors" in found["parameters"] and "Lora hashes" not in found["parameters"]
-    words = shlex.split(found["replay"])
-    again = CliRunner().invoke(program, [*words[1:-1], str(tmp_path / "again")])
+    replayed = shlex.split(found["replay"])
+    again = CliRunner().invoke(program, [*replayed[1:-1], str(tmp_path / "again")])
     assert again.exit_code == 0, again.output
     assert pixels_of(picture_in(tmp_path / "again")) == beside
 

@@ -171,7 +171,9 @@ def test_unknown_rating_has_neither_rating_nor_quality(maker: Maker) -> None:
 
 def test_quality_by_percentile_within_the_rating(maker: Maker) -> None:
     recipe = recipe_of(suffix=["quality"])
-    posts = [({"rating": rating, "fav_count": fav + 1000 * rating}, []) for rating in (0, 3) for fav in range(1, 101)]
+    posts: list[Any] = [
+        ({"rating": rating, "fav_count": fav + 1000 * rating}, []) for rating in (0, 3) for fav in range(1, 101)
+    ]
     words = [caption.removeprefix(" |||  ||| ") for caption in maker.make(posts, recipe)]
     expected = (
         ["worst quality"] * 10 + ["low quality"] * 20 + ["normal quality"] * 15 + ["good quality"] * 15
@@ -181,7 +183,7 @@ def test_quality_by_percentile_within_the_rating(maker: Maker) -> None:
 
 
 def test_quality_limits(maker: Maker) -> None:
-    posts = [({"rating": 0, "fav_count": fav}, []) for fav in (28, 27, 17, 11, 8, 5, 2, 1)]
+    posts: list[Any] = [({"rating": 0, "fav_count": fav}, []) for fav in (28, 27, 17, 11, 8, 5, 2, 1)]
     published = recipe_of(suffix=["quality"], quality={"cutoffs": "published", "max_id": 7})
     assert [caption.removeprefix(" |||  ||| ") for caption in maker.make(posts, published)] == [
         "masterpiece", "best quality", "best quality", "great quality", "good quality", "normal quality",

@@ -25,10 +25,11 @@ from PIL import Image
 from kohaku_wrap.cli.extract import command
 from kohaku_wrap.dataset.images import pool
 from kohaku_wrap.dataset.images.checking import ImageRefused, check_image
-from kohaku_wrap.dataset.images.extract import BadSelection, extract_images
+from kohaku_wrap.dataset.images.extract import extract_images
 from kohaku_wrap.dataset.images.extract_report import ImagesMissing
 from kohaku_wrap.dataset.images.extracted import FolderBusy, JournalFolder
 from kohaku_wrap.dataset.images.tar_layouts import NoTars, find_tars
+from kohaku_wrap.dataset.selection_file import BadSelection
 from kohaku_wrap.training.data.images import UnreadableImage
 
 

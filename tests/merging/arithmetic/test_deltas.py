@@ -18,7 +18,11 @@ def draw(generator: np.random.Generator, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("inner_shape", [(6, 5), (6, 5, 3, 3), (1, 7)])
 def test_rows_of_a_kronecker_product_are_those_of_lycoris(inner_shape: tuple[int, ...]) -> None:
     generator = np.random.default_rng(3)
-    arrays = {"lokr_w1": draw(generator, 4, 3), "lokr_w2": draw(generator, *inner_shape), "alpha": np.float32([8])}
+    arrays = {
+        "lokr_w1": draw(generator, 4, 3),
+        "lokr_w2": draw(generator, *inner_shape),
+        "alpha": np.array([8], np.float32),
+    }
     delta = Delta("LoKr", "weight", arrays)
     wanted = lokr.make_kron(torch.from_numpy(arrays["lokr_w1"]), torch.from_numpy(arrays["lokr_w2"]), 1.0).numpy()
     assert np.array_equal(compute_all(delta), wanted.reshape(-1))
@@ -41,7 +45,7 @@ def test_factors_that_are_products_go_through_lycoris(alpha: float) -> None:
         "lokr_w1": draw(generator, 4, 4),
         "lokr_w2_a": draw(generator, 8, 3),
         "lokr_w2_b": draw(generator, 3, 6),
-        "alpha": np.float32([alpha]),
+        "alpha": np.array([alpha], np.float32),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     w1, w2_a, w2_b = tensors["lokr_w1"], tensors["lokr_w2_a"], tensors["lokr_w2_b"]
@@ -63,7 +67,7 @@ def draw_low_rank(kind: str) -> tuple[str, dict[str, np.ndarray], np.ndarray]:
     core = draw(generator, RANK, RANK, *kernel) if kernel else None
     up, down = draw(generator, ROWS, RANK), draw(generator, RANK, columns)
     if kind.startswith("LoRA"):
-        arrays = {"lora_up.weight": up, "lora_down.weight": down, "alpha": np.float32([2])}
+        arrays = {"lora_up.weight": up, "lora_down.weight": down, "alpha": np.array([2], np.float32)}
         if core is not None:
             arrays |= {"lora_mid.weight": core}
         tensors = (arrays.get(f"lora_{part}.weight") for part in ("down", "up", "mid"))
@@ -74,9 +78,9 @@ def draw_low_rank(kind: str) -> tuple[str, dict[str, np.ndarray], np.ndarray]:
     if core is not None:
         arrays |= {"hada_t1": core, "hada_t2": core[::-1].copy()}
     names = ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a", "hada_t1", "hada_t2")
-    tensors = (torch.from_numpy(arrays[name]) if name in arrays else None for name in names)
-    whole = loha.diff_weight(*tensors, gamma=torch.tensor(0.25))
-    return "LoHa", arrays | {"alpha": np.float32([2])}, whole.numpy()
+    parts = (torch.from_numpy(arrays[name]) if name in arrays else None for name in names)
+    whole = loha.diff_weight(*parts, gamma=torch.tensor(0.25))
+    return "LoHa", arrays | {"alpha": np.array([2], np.float32)}, whole.numpy()
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoRA, Tucker", "LoHa", "LoHa, Tucker"])

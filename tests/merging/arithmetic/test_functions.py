@@ -113,7 +113,7 @@ def of_dare(mecha: Any, key: str, each: list[torch.Tensor]) -> torch.Tensor:
     """sd-mecha's dropout, given kwrap's masks in place of numpy's."""
     a, b, c = each
     masks = [drop_mask(7, number, key, tuple(a.shape), 0.7).double() for number in range(2)]
-    return a + (masks[0] * (b - a) + masks[1] * (c - a)) / sum(masks).clamp(1) / (1 - 0.7)
+    return a + (masks[0] * (b - a) + masks[1] * (c - a)) / (masks[0] + masks[1]).clamp(1) / (1 - 0.7)
 
 
 CASES = {

@@ -130,7 +130,7 @@ def test_faults_of_a_sum_of_two_are_told_apart(to: str) -> None:
     base = torch.tensor([3e38 if to == "BF16" else 6e4, np.nan, 1.0, 1.0, -np.inf]).to(TORCH_DTYPES[to])
     delta = np.array([3e38, 1.0, np.inf, 1.0, np.inf], dtype=np.float32)
     delta[3] = np.uint32(0x7FFFFFFF).view(np.float32)
-    inputs = [base.view(torch.int16).numpy().view(np.uint16), delta.view(np.uint32)]
+    inputs: list[np.ndarray] = [base.view(torch.int16).numpy().view(np.uint16), delta.view(np.uint32)]
     _, bad, overflows = run_kernel(inputs, [to, "F32"], (Fraction(1), Fraction(1)), to)
     assert (bad.tolist(), overflows.tolist()) == ([1, 2, 3, 4], [0])
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 from types import ModuleType
+from typing import Any
 
 import numba
 import numpy as np
@@ -31,8 +32,10 @@ def loops() -> Iterator[ModuleType]:
         spec.loader.exec_module(module)
     finally:
         numba.config.DISABLE_JIT = before
-    module.widen_half = lambda bits: np.uint16(bits).view(np.float16).astype(np.float32)
-    module.narrow_to_half = lambda value: np.float32(value).astype(np.float16).view(np.uint16)
+    vars(module).update(
+        widen_half=lambda bits: np.uint16(bits).view(np.float16).astype(np.float32),
+        narrow_to_half=lambda value: np.float32(value).astype(np.float16).view(np.uint16),
+    )
     with np.errstate(all="ignore"):
         yield module
 
@@ -280,7 +283,8 @@ def as_float(bits: np.ndarray, kind: str) -> list[float]:
 def test_quotients_of_sums(loops: ModuleType, name: str, kind: str, dtype: type) -> None:
     sums = [1.0, -3.0, 10.0, 0.3, 5 * (1 + 2.0**-11), 5 * (1 + 2.0**-8), 0.0]
     for denominator in (1.0, 5.0, 4.0):
-        total, output = np.array(sums), np.zeros(len(sums), dtype)
+        total = np.array(sums)
+        output: np.ndarray = np.zeros(len(sums), dtype)
         bad = loops.round_quotients(total, denominator, getattr(loops, name), np.empty(len(sums), np.float32), output)
         wanted = [float(round_fraction(Fraction(one / denominator), FORMATS[kind]) or 0) for one in sums]
         assert bad is False and as_float(output, kind) == wanted
@@ -292,7 +296,7 @@ def test_quotients_of_sums(loops: ModuleType, name: str, kind: str, dtype: type)
 @pytest.mark.parametrize(("name", "kind", "dtype"), TYPES)
 def test_whether_both_ends_round_alike(loops: ModuleType, name: str, kind: str, dtype: type) -> None:
     unit = float(Fraction(2) ** -FORMATS[kind].fraction_bits)
-    room = getattr(loops, name), np.empty(2, np.float32), np.zeros(2, dtype)
+    room: tuple[Any, ...] = getattr(loops, name), np.empty(2, np.float32), np.zeros(2, dtype)
     assert loops.round_alike(1 + unit / 4, unit / 8, *room) is True
     assert loops.round_alike(1 + unit / 2 - unit / 16, unit / 8, *room) is False
     assert loops.round_alike(1 + unit / 2 + unit / 16, unit / 8, *room) is False
@@ -410,7 +414,6 @@ def test_the_error_of_four_inputs(loops: ModuleType) -> None:
 def test_loops_are_compiled_and_kept() -> None:
     if numba.config.DISABLE_JIT:
         pytest.skip("numba does not compile here")
-    assert (
-        compiled_loops.combine.targetoptions["nogil"] and compiled_loops.combine.targetoptions["error_model"] == "numpy"
-    )
-    assert "NullCache" not in type(compiled_loops.combine._cache).__name__
+    combine: Any = compiled_loops.combine
+    assert combine.targetoptions["nogil"] and combine.targetoptions["error_model"] == "numpy"
+    assert "NullCache" not in type(combine._cache).__name__

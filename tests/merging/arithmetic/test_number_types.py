@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,10 @@ def test_overflow_of_float8_is_refused_and_kept_as_nan(tmp_path: Path, write_mod
     def enlarge(tensors: Tensors) -> None:
         tensors[KEY][0, 0] = 400
 
-    paths = {"a": write_model("a", 1, torch.float8_e4m3fn, enlarge), "b": write_model("b", 2, change=enlarge)}
+    paths: dict[str, Any] = {
+        "a": write_model("a", 1, torch.float8_e4m3fn, enlarge),
+        "b": write_model("b", 2, change=enlarge),
+    }
     with pytest.raises(ProblemsFound, match="1 results are too large"):
         merge(tmp_path, "a + b", **paths)
     merged = merge(tmp_path, "a + b", MergeOptions(overflow="keep"), **paths)

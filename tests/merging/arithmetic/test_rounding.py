@@ -177,9 +177,9 @@ HALVES = st.builds(math.ldexp, st.integers(-2047, 2047), st.integers(-24, 4))
 @settings(max_examples=20, deadline=None)
 def test_sums_of_any_three(rows: list[tuple[float, float, float]]) -> None:
     columns = [np.array(column, dtype=np.float32) for column in zip(*rows, strict=True)]
-    for coefficients in ((1, 1, -1), (Fraction(1, 7), 3, Fraction(-2, 5))):
+    for coefficients in ((Fraction(1), Fraction(1), Fraction(-1)), (Fraction(1, 7), Fraction(3), Fraction(-2, 5))):
         for to in KINDS:
-            check_sum(columns, ["F16"] * 3, tuple(map(Fraction, coefficients)), to)
+            check_sum(columns, ["F16"] * 3, coefficients, to)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

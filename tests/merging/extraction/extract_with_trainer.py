@@ -21,7 +21,7 @@ import_torchvision()
 from kohaku_wrap.training.engines.sd_scripts.tiny_sizes import change_sizes  # noqa: E402
 
 # It clamps factors at a quantile, and at 1 still cuts what is more negative than the largest number.
-torch.quantile = lambda *_words: torch.tensor(float("inf"))
+vars(torch)["quantile"] = lambda *_words: torch.tensor(float("inf"))
 change_sizes(Path(base))
 script = str(Path(checkout) / "networks" / "extract_lora_from_models.py")
 sys.argv = [

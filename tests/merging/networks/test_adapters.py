@@ -59,7 +59,9 @@ def test_baked_weights_do_what_the_forward_does(
     tmp_path: Path, write_model: WriteModel, write_network: WriteNetwork, case: str, multiplier: str
 ) -> None:
     base_path = write_model("base", 1, torch.float32)
-    base, tensors, layers = load_file(base_path), {}, {}
+    base = load_file(base_path)
+    layers: dict[str, Any] = {}
+    tensors: Tensors = {}
     for key, name in ((LINEAR, NAME_OF_LINEAR), (CONV, NAME_OF_CONV)):
         module, layers[key] = put_on(*CASES[case], base[key], float(multiplier))
         state = module.custom_state_dict() if hasattr(module, "custom_state_dict") else {}

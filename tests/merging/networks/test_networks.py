@@ -40,7 +40,7 @@ def train_module(algorithm: Any, key: str, base: Tensors, **options: Any) -> nn.
     """A LyCORIS module on a layer with the checkpoint's weight, with random parameters."""
     torch.manual_seed(3)
     weight = base[key].float()
-    layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0]) if weight.dim() == 2 else nn.Conv2d(
+    layer: nn.Linear | nn.Conv2d = nn.Linear(weight.shape[1], weight.shape[0]) if weight.dim() == 2 else nn.Conv2d(
         weight.shape[1], weight.shape[0], weight.shape[2], padding=1
     )  # fmt: skip
     layer.weight.data.copy_(weight)

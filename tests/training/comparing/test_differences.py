@@ -18,10 +18,11 @@ import toml
 from list_imports import COMPUTES_NOTHING
 from plain_runs import HELPERS, write_captions
 
+from kohaku_wrap.config.render import hash_named_files
 from kohaku_wrap.errors import KwrapError, Problem, UsageError
-from kohaku_wrap.trainer.installed import is_decisive
+from kohaku_wrap.trainer.installed import is_decisive, list_versions
 from kohaku_wrap.training.comparing import differences
-from kohaku_wrap.training.comparing.accepting import can_be_accepted, refuse_changes, refuse_unknown
+from kohaku_wrap.training.comparing.accepting import KEY_OF_FINGERPRINT, can_be_accepted, refuse_changes, refuse_unknown
 from kohaku_wrap.training.comparing.differences import (
     check_captions,
     compare_dataset,
@@ -44,7 +45,7 @@ NewRun = Callable[..., Run]
 
 def with_table(run: Run, name: str, table: dict[str, str]) -> Run:
     """The run with one table more in its lock."""
-    tables = run.lock.tables | {name: table}
+    tables = {**run.lock.tables, name: table}
     run.lock_file.write_text(toml.dumps(tables))
     return Run(run.folder)
 
@@ -119,12 +120,12 @@ def test_named_files_are_compared_too(new_run: NewRun, tmp_path: Path) -> None:
     weights = tmp_path / "start.safetensors"
     weights.write_bytes(b"start")
     trainer = {"network_weights": str(weights)}
-    locked = differences.hash_named_files(trainer)
+    locked = hash_named_files(trainer)
     run = new_run(inputs=locked)
     assert list(compare_models(run, trainer)) == []
     weights.write_bytes(b"other")
     (found,) = compare_models(run, trainer)
-    was, now = locked["network_weights_sha256"], differences.hash_named_files(trainer)["network_weights_sha256"]
+    was, now = locked["network_weights_sha256"], hash_named_files(trainer)["network_weights_sha256"]
     assert (found.where, found.what) == ("network_weights", f"the sha256 was {was[:12]}…, is now {now[:15]}…")
     weights.unlink()
     (found,) = compare_models(run, trainer)
@@ -192,7 +193,7 @@ def test_files_of_a_run_of_another_shape_are_refused(tmp_path: Path, text: str, 
 def test_packages_that_can_change_bits_are_compared(new_run: NewRun) -> None:
     here = {"torch": version("torch"), "numpy": version("numpy"), "click": "0.0.1"}
     assert list(compare_packages(new_run("none"))) == []
-    base = differences.list_versions(())
+    base = list_versions(())
     assert list(compare_packages(with_table(new_run("same"), "versions", base))) == []
     changed = with_table(new_run("changed"), "versions", {**base, "torch": "0.1", "click": "0.0.1"})
     (found,) = compare_packages(changed)
@@ -211,13 +212,13 @@ def test_a_state_of_the_run_fits_and_others_are_named(new_run: NewRun) -> None:
     made = fingerprint_of(run, 3, 1)
     assert list(compare_fingerprint(made, run)) == []
     assert list(compare_fingerprint(replace(made, epoch=7, position=1, micro_batch=2, accumulation=9), run)) == []
-    others = {
+    others: dict[str, Any] = {
         "engine": "sd-scripts", "data": "sd-scripts", "seed": 1, "group": 8, "batch_size": 3, "batches": 7, "images": 9,
         "dataset_digest": "0", "trainer_commit": "abc",
     }  # fmt: skip
     for name, value in others.items():
         (found,) = compare_fingerprint(replace(made, **{name: value}), run)
-        assert found.where == differences.KEY_OF_FINGERPRINT[name]
+        assert found.where == KEY_OF_FINGERPRINT[name]
         assert f"made with {value!r}" in found.what
         assert (" batches an optimizer step" in found.what) is (name == "group")
     (found,) = compare_fingerprint(replace(made, run_id="f" * 32), run)

@@ -190,7 +190,7 @@ def test_an_index_of_another_rule_or_of_noise_is_refused(folder: Path) -> None:
 
 
 def test_every_part_of_a_rule_has_a_folder_of_its_own() -> None:
-    others = [
+    others: list[dict[str, Any]] = [
         {"vae_sha256": "1" * 64},
         {"vae_precision": "bf16"},
         {"keep": "sample"},

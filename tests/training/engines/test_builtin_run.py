@@ -72,6 +72,7 @@ def test_a_killed_run_resumes_bit_for_bit(world: World, whole: Run, tmp_path: Pa
 
 def place_in_last_record(field: str) -> int:
     """Of the field's first byte, counted from the end of a ledger file, where the record of a step comes last."""
+    assert RECORD.fields is not None
     return RECORD.fields[field][1] - 2 * RECORD.itemsize
 
 

@@ -99,8 +99,8 @@ def test_a_batch_carries_what_the_encoders_would_give(
     # With more rows at once sums may be rounded in another order.
     pair = open_dataset(world, texts=store, batch=2), open_dataset(world, tokenize=tokenizer, batch=2)
     with torch.no_grad():
-        held, fresh = (loss.encode_captions(each[BatchKey(0, 0, 0, False)])[0].float() for each in pair)
-    assert torch.allclose(held, fresh, atol=1e-5 if mixed_precision == "no" else 0.1)
+        one, other = (loss.encode_captions(each[BatchKey(0, 0, 0, False)])[0].float() for each in pair)
+    assert torch.allclose(one, other, atol=1e-5 if mixed_precision == "no" else 0.1)
 
 
 @pytest.fixture

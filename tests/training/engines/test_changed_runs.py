@@ -318,7 +318,7 @@ OFFERED: dict[str, tuple[str, Callable[[Stage], None]]] = {
 }
 """The key of `--allow`, and the change; each takes effect once accepted."""
 
-TOLD: dict[str, tuple[str, Callable[[Stage], None]]] = {
+TOLD: dict[str, tuple[str, Callable[[Stage], object]]] = {
     "the site": (
         "site.toml changed since the run was made",
         lambda stage: (stage.folder / "site.toml").write_text("[machine]\ngpus = 0\n"),

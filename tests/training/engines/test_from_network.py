@@ -165,7 +165,7 @@ def write_paths(world: Path, network: dict[str, torch.Tensor], tool: str) -> dic
         name, _, suffix = key.partition(".")
         if name.startswith("lora_unet_"):
             kinds = targets[name]
-            module = split_kind(kinds.get("weight", kinds.get("bias")).key)[0].removeprefix("model.")
+            module = split_kind((kinds["weight"] if "weight" in kinds else kinds["bias"]).key)[0].removeprefix("model.")
         else:
             part = {"lora_te1": "text_encoder.", "lora_te2": "text_encoder_2."}[name[:8]]
             module = part + re.sub("(text_model|encoder|layers|[0-9]+|self_attn|mlp)_", r"\1.", name[9:])

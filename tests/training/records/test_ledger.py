@@ -9,6 +9,7 @@ import sys
 import zlib
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,9 +177,13 @@ def test_a_disk_that_takes_a_part_at_a_time_gets_all(tmp_path: Path, monkeypatch
 def test_numbers_are_given_by_name(tmp_path: Path) -> None:
     """Two of them changed over would be recorded as they are."""
     with closing(LedgerWriter(tmp_path, FIRST)) as ledger:
-        for append, numbers in ((ledger.append, (1, 0, 2, 3, 4, 0.5, 1e-4)), (ledger.append_step, (1, 0, 1, [1e-4]))):
+        calls: list[tuple[Any, tuple[object, ...]]] = [
+            (ledger.append, (1, 0, 2, 3, 4, 0.5, 1e-4)),
+            (ledger.append_step, (1, 0, 1, [1e-4])),
+        ]
+        for append, numbers in calls:
             with pytest.raises(TypeError):
-                append(*numbers)  # type: ignore[arg-type,operator]
+                append(*numbers)
 
 
 def test_no_file_is_written_over(tmp_path: Path) -> None:

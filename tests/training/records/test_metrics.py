@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -88,7 +89,7 @@ def test_the_tail_begins_at_the_end_of_what_is_there(new_run: NewRun) -> None:
 
 
 def test_a_mean_is_of_numbers_alone() -> None:
-    lines = [{"loss": 1.0}, {"loss": "nan"}, {}, {"loss": "inf"}, {"loss": 4}]
+    lines: list[dict[str, Any]] = [{"loss": 1.0}, {"loss": "nan"}, {}, {"loss": "inf"}, {"loss": 4}]
     assert mean_of(lines, "loss") == 2.5 and mean_of(lines, "lr_unet") is None
 
 

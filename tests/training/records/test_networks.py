@@ -12,7 +12,7 @@ from plain_runs import misbehave, train
 
 from kohaku_wrap.cli import program
 from kohaku_wrap.file_hashes import sha256_of_file
-from kohaku_wrap.training.records.attempts import Attempt, list_attempts, write_attempt
+from kohaku_wrap.training.records.attempts import Attempt, Outcome, list_attempts, write_attempt
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
 from kohaku_wrap.training.records.networks import (
@@ -97,7 +97,10 @@ def test_a_run_is_finished_by_its_newest_attempt_at_its_last_step(new_run: NewRu
     assert is_finished(run) and shorter_end(run) == 0
     second = begin(run, 2)
     assert not is_finished(run) and shorter_end(run) == 0
-    for outcome, step, end in (("stopped", total - 1, 0), ("finished", total - 1, total - 1), ("finished", total, 0)):
+    ends: list[tuple[Outcome, int, int]] = [
+        ("stopped", total - 1, 0), ("finished", total - 1, total - 1), ("finished", total, 0)
+    ]  # fmt: skip
+    for outcome, step, end in ends:
         second.finish(outcome, step)
         assert shorter_end(run) == end and is_finished(run) == (outcome == "finished" and not end)
     third = begin(run, 3)
@@ -145,7 +148,8 @@ def test_a_network_that_gets_another_name_keeps_its_sha256(new_run: NewRun) -> N
 
 def test_the_final_network_is_missed_where_the_newest_attempt_finished(new_run: NewRun) -> None:
     run = new_run()
-    for number, outcome in ((1, "stopped"), (2, "finished")):
+    outcomes: list[Outcome] = ["stopped", "finished"]
+    for number, outcome in enumerate(outcomes, 1):
         attempt = begin(run, number)
         (run.checkpoints / "r.safetensors").write_bytes(b"network")
         note_network(attempt, run.checkpoints / "r.safetensors")

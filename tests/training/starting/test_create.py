@@ -19,12 +19,13 @@ from plain_runs import HELPERS, write_base_model, write_captions
 from kohaku_wrap.cli import program
 from kohaku_wrap.config import training_data
 from kohaku_wrap.config.run_files import digest_lock
+from kohaku_wrap.config.training_data import ImagesGone
 from kohaku_wrap.errors import KwrapError
 from kohaku_wrap.formats.caption_rows import open_captions
 from kohaku_wrap.trainer import requirements
 from kohaku_wrap.training.comparing.places import DifferentRun
 from kohaku_wrap.training.starting import create
-from kohaku_wrap.training.starting.create import ImagesGone, RunRefused, create_run, plan_new_run, require_images
+from kohaku_wrap.training.starting.create import RunRefused, create_run, plan_new_run, require_images
 from kohaku_wrap.training.starting.resume import begin_attempt, plan_resume
 
 SITE = """

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toml
@@ -116,7 +117,7 @@ def test_a_run_alone_in_its_folder_keeps_its_networks_or_is_not_touched(new_run:
 def test_a_signal_in_the_middle_of_a_removal_leaves_nothing(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run, real, calls = new_run("epsilon"), shutil.rmtree, []
 
-    def cut_short(path: Path, **options: bool) -> None:
+    def cut_short(path: Path, **options: Any) -> None:
         calls.append(path)
         if len(calls) == 1:
             raise KeyboardInterrupt

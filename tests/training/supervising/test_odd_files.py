@@ -19,7 +19,6 @@ from kohaku_wrap.training.records.manifest import MANIFEST, DamagedState, docume
 from kohaku_wrap.training.records.signs import read_boot_id
 from kohaku_wrap.training.records.states import list_states
 from kohaku_wrap.training.starting.resume import plan_resume
-from kohaku_wrap.training.supervising import watch
 from kohaku_wrap.training.supervising.status import count_silence, read_status
 
 NewRun = Callable[..., Run]
@@ -146,7 +145,7 @@ def test_a_jump_of_the_clock_is_no_hang(new_run: NewRun, monkeypatch: pytest.Mon
     run = new_run()
     misbehave(run, every={"seconds_per_step": 0.05})
     now = time.time
-    monkeypatch.setattr(watch.time, "time", lambda: now() + jump_seconds)
+    monkeypatch.setattr(time, "time", lambda: now() + jump_seconds)
     report, _ = train(run, timeouts_seconds={"step": 20.0, "start-up": 60.0})
     assert report.optimizer_step == run.lock.total_optimizer_steps
 
@@ -157,7 +156,7 @@ def test_a_hang_is_seen_though_the_clock_went_back(new_run: NewRun, monkeypatch:
     run = new_run()
     misbehave(run, every={"hang": "step", "at": 1})
     now = time.time
-    monkeypatch.setattr(watch.time, "time", lambda: now() - 1e6)
+    monkeypatch.setattr(time, "time", lambda: now() - 1e6)
     with pytest.raises(TrainerFailed) as failed:
         train(run, timeouts_seconds={"step": 2.0})
     assert failed.value.end.kind == "hang"

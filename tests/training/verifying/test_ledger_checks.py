@@ -216,13 +216,15 @@ def test_content_that_was_recomputed() -> None:
 @pytest.mark.parametrize("name", ["order_digest", "content_digest", "learning_rate"])
 @pytest.mark.parametrize("value", [1.0, 9.0])
 def test_attempts_agree_where_they_meet(name: str, value: float) -> None:
-    first, second = {name: [3, 3, 3]}, {name: [3, value]}
+    first: dict[str, Any] = {name: [3, 3, 3]}
+    second: dict[str, Any] = {name: [3, value]}
     checker = check(write_file([0, 1, 2], **first), write_file([1, 2], attempt=2, **second))
     assert checker.check_overlaps({1: SAME, 2: SAME}) == Overlaps(2, 2)
     assert told(checker) == [
         ({"order_digest": "order", "content_digest": "content"}.get(name, "rate"), 1, 2, 0, 2, 0, 2)
     ]
-    checker = check(write_file([0, 1], **{name: [3, value]}), write_file([2], attempt=2, **{name: 8}))
+    third: dict[str, Any] = {name: 8}
+    checker = check(write_file([0, 1], **second), write_file([2], attempt=2, **third))
     assert checker.check_overlaps({}) == Overlaps(0) and told(checker) == []
 
 

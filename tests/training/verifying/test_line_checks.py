@@ -137,7 +137,7 @@ def test_what_an_earlier_attempt_did_beyond_its_limit_does_not_count(run: Run) -
     ],
 )
 def test_an_attempt_unlike_the_lock(
-    run: Run, first: dict[str, str], second: dict[str, str], fault: tuple[Any, ...], what: str
+    run: Run, first: dict[str, Any], second: dict[str, Any], fault: tuple[Any, ...], what: str
 ) -> None:
     files = write_file(1, 6, **first), write_file(7, 12, attempt=2, **second)
     report = check(run, *files, kept={1: 6, 2: float("inf")})
@@ -235,7 +235,8 @@ def test_rates_are_held_against_the_locks_schedule(run: Run, monkeypatch: pytest
 
 @pytest.mark.parametrize(("chapter", "first"), [(1, 7), (2, None), (3, 1), (9, 1)])
 def test_a_step_is_of_a_chapter_that_reaches_it(run: Run, chapter: int, first: int | None) -> None:
-    run.lock.tables["chapters"] = [each.document() for each in (Chapter(0, 0, 6), Chapter(6, 6, 12))]
+    tables: Any = run.lock.tables
+    tables["chapters"] = [each.document() for each in (Chapter(0, 0, 6), Chapter(6, 6, 12))]
     report = check(run, write_file(1, 8, chapter=chapter), steps=8, due=8)
     assert [each.optimizer_step for each in report.faults if each.kind == "chapter"] == ([first] if first else [])
     assert checks(report)["chapters"] == (first is None, "2, of 6, 12 optimizer steps")

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -326,7 +327,7 @@ def test_skipped_steps_are_counted_and_too_many_are_a_fault(new_run: NewRun) -> 
 
 
 @pytest.mark.parametrize("header", [{"options_digest": "f" * 64}, {"run_id": "a" * 32}])
-def test_an_attempt_with_other_options_than_the_lock_is_found(new_run: NewRun, header: dict[str, str]) -> None:
+def test_an_attempt_with_other_options_than_the_lock_is_found(new_run: NewRun, header: dict[str, Any]) -> None:
     run = new_run(run={"id": "b" * 32, "options_digest": "e" * 64}, format=2)
     write_life(run, 1, 1, 0, 8)
     assert verify_run(run).is_proved and check_of(run, "options") == (True, "every attempt has the digest of the lock")
