@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from kohaku_wrap.dataset.buckets import (
     parse_resolution,
 )
 from kohaku_wrap.errors import ProblemsFound
+from kohaku_wrap.trainer.requirements import requirement_paths
 
 EPSILON = BucketOptions((1024, 1024), enable_bucket=True, min_bucket_reso=256, max_bucket_reso=4096)
 
@@ -133,6 +134,7 @@ try:
 except (ImportError, RuntimeError):
     sys.modules["torchvision"] = MagicMock()
 sys.path.insert(0, sys.argv[1])
+sys.path.extend(sys.argv[2:])
 from library.train_util import BaseDataset, BucketManager
 answers = []
 for case in json.load(sys.stdin):
@@ -156,10 +158,7 @@ json.dump(answers, sys.stdout)
 
 
 @pytest.mark.sd_scripts
-def test_equal_to_sd_scripts():
-    checkout = os.environ.get("KWRAP_SD_SCRIPTS", "")
-    if not (Path(checkout) / "library" / "train_util.py").is_file():
-        pytest.skip("no sd-scripts checkout: set KWRAP_SD_SCRIPTS")
+def test_equal_to_sd_scripts(use_trainer: Any) -> None:
     generator = np.random.default_rng(5)
     all_options = [
         EPSILON,
@@ -185,7 +184,7 @@ def test_equal_to_sd_scripts():
         cases.append((options, sizes))
     question = json.dumps([(vars(options), sizes) for options, sizes in cases])
     answered = subprocess.run(
-        [sys.executable, "-c", REFERENCE, checkout],
+        [sys.executable, "-c", REFERENCE, use_trainer.checkout.path, *requirement_paths()],
         input=question,
         capture_output=True,
         text=True,
