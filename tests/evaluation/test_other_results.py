@@ -47,7 +47,7 @@ def test_a_result_that_lacks_something_is_refused_before_the_work(tmp_path: Path
 
 
 def test_losses_of_another_number_are_refused_before_the_work(tmp_path: Path) -> None:
-    settings = {"timesteps": [1, 2], "dataset_options": {}, "tokenizers": "", "max_token_length": None}
+    settings: dict[str, Any] = {"timesteps": [1, 2], "dataset_options": {}, "tokenizers": "", "max_token_length": None}
     model = {"title": "a", "optimizer_step": None, "losses": [[0.1, None]]}
     posts = {"count": 2, "ids_sha256": "", "captions_digest": ""}
     result = {"format": 1, "measure": "loss", "posts": posts, "settings": settings, "models": [model]}
