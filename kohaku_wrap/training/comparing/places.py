@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.render import NETWORK_FILES
 from kohaku_wrap.config.run_files import (
     DATASET_FILE,
     PLACE_KEYS,
@@ -18,6 +17,7 @@ from kohaku_wrap.config.run_files import (
     is_place,
     merge_subsets,
 )
+from kohaku_wrap.config.schema import NETWORK_FILES
 from kohaku_wrap.config.trainer_rows import load_cache
 from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.errors import Problem, ProblemsFound, command_line, reason_of
