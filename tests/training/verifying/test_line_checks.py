@@ -177,6 +177,10 @@ def test_lost_records_are_not_laid_to_kwrap_0_1(run: Run) -> None:
     assert not ok and detail.endswith("; there is no record any more of them in the ledger for 3 steps: by the metrics")
 
 
+def test_nothing_is_lost_before_the_first_step(run: Run) -> None:
+    assert checks(check(run, write_file(1, 0), steps=0, due=0))["rates"] == (True, "no optimizer step is done yet")
+
+
 def test_steps_of_plain_sd_scripts_are_not_missed(run: Run) -> None:
     said = checks(check(run, write_file(4, 12), foreign=3))
     assert said["skipped steps"] == (True, "0 of 12 optimizer steps skipped, 0 with a loss that is no number")
