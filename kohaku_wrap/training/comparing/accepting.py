@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from kohaku_wrap.config.fates import fate_of
+from kohaku_wrap.config.fates import ARGUMENT_PLACES, fate_of, fate_of_key
 from kohaku_wrap.config.reading import LENGTHS
 from kohaku_wrap.config.run_files import LOCK_FILE
 from kohaku_wrap.errors import Problem, UsageError, command_line
+from kohaku_wrap.trainer.options import load_recorded_table
 from kohaku_wrap.training.comparing.file_changes import BY_ATTEMPT
 from kohaku_wrap.training.comparing.places import DifferentRun, read_dataset, read_trainer
 from kohaku_wrap.training.records.folder import Run
@@ -104,16 +105,28 @@ def refuse_unknown(allow: Collection[str], run: Run | None = None) -> None:
         if key in ACCEPTED_FAULTS or (run is not None and can_be_accepted(key)):
             continue
         table = key.partition(".")[0]
+        if key in BY_ATTEMPT and run is not None:
+            such = command_line("resume", run.folder, "--workers" if "workers" in key else "--processes", 1)
+            raise UsageError(f"--allow {key}: each attempt decides it, nothing is to be allowed", f"Such as {such}")
         if key in options or table in (*BY_ATTEMPT, "network_args", "optimizer_args", "lr_scheduler_args", "preset"):
             if key in LENGTHS and run is not None:
                 more = command_line("extend", run.folder, "--epochs", 1)
                 raise UsageError(f"--allow {key}: a run is made longer by a command of its own", f"Such as {more}")
-            raise UsageError(
-                f"--allow {key}: cannot change within a run",
-                f"Start a new run: kwrap train TEMPLATE --run NAME --set {key}=VALUE",
-            )
+            raise UsageError(f"--allow {key}: cannot change within a run", advise_new_run(key))
         known = {*ACCEPTED_FAULTS, *(ACCEPTED_DIFFERENCES if run is not None else ()), *options}
         raise UsageError(
             f"--allow {key}: there is no such fault or option{suggest(key, known)}",
             f"Faults: {', '.join(sorted(ACCEPTED_FAULTS))}. A resume that is refused names its differences.",
         )
+
+
+def advise_new_run(key: str) -> str:
+    """How something that cannot change within a run is trained otherwise: `--set` where it takes the key."""
+    new = "kwrap train TEMPLATE --run NAME"
+    table = load_recorded_table()
+    fate = fate_of_key(key if key in table.options or "." in key else f"dataset_options.{key}")
+    if fate is not None and fate.given_by:
+        return f"It {fate.given_by}. To train otherwise, start a new run: {new}"
+    is_argument = key.startswith(tuple(f"{name}." for name in ARGUMENT_PLACES)) and key != "network_args.preset"
+    is_option = key in {*table.options, *table.dataset_options, "effective_batch"}
+    return f"Start a new run: {new}{f' --set {key}=VALUE' if is_option or is_argument else ''}"

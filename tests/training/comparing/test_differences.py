@@ -281,7 +281,7 @@ def test_only_what_takes_effect_can_be_accepted() -> None:
 
 
 def test_allowed_words_must_stand_for_something(new_run: NewRun) -> None:
-    run = new_run()
+    run = new_run(dataset={"shuffle_caption": True})
     refuse_unknown(["bad-images", "nan-latents", "non-finite-loss"])
     refuse_unknown(["bad-images", "dataset", "logging_dir"], run)
     refuse_unknown([], run)
@@ -296,6 +296,18 @@ def test_allowed_words_must_stand_for_something(new_run: NewRun) -> None:
     with pytest.raises(UsageError) as refused:
         refuse_unknown(["seed"], run)
     assert "extend" not in refused.value.next_step and "--set seed=VALUE" in refused.value.next_step
+    for key, advice in (
+        ("network_args.factor", "kwrap train TEMPLATE --run NAME --set network_args.factor=VALUE"),
+        ("shuffle_caption", "--set shuffle_caption=VALUE"),
+        ("train_batch_size", "It follows from effective_batch and the site's gpus and batch_per_gpu. "),
+        ("images", "Start a new run: kwrap train TEMPLATE --run NAME"),
+        ("run.lock.toml", "Start a new run: kwrap train TEMPLATE --run NAME"),
+        ("max_data_loader_n_workers", f"kwrap resume {run.folder} --workers 1"),
+        ("gradient_accumulation_steps", f"kwrap resume {run.folder} --processes 1"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            refuse_unknown([key], run)
+        assert advice in refused.value.next_step and ("--set" in advice) is ("--set" in refused.value.next_step)
     for key, near in (("datasett", "dataset"), ("bad-image", "bad-images")):
         with pytest.raises(UsageError, match=f"no such fault or option; did you mean {near}"):
             refuse_unknown([key], run)
