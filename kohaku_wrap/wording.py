@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,11 @@ def name_apart(name: str, taken: Collection[str]) -> str:
     """The name, with a number behind it where it is taken."""
     numbered = (f"{name} ({number})" for number in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if each not in taken)
+
+
+def by_numbers(name: str) -> list[str | int]:
+    """What to sort names by, so that step 400 comes before step 1000: words, numbers and words by turns."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]{1,18})", name))]
 
 
 def name_first(names: Sequence[str]) -> str:

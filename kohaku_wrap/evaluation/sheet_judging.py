@@ -26,6 +26,7 @@ from kohaku_wrap.sampling.grammar import PromptError, parse_prompt
 from kohaku_wrap.sampling.pictures import PARAMETERS, NotOurs, read_record, read_texts
 from kohaku_wrap.streams import draws, stream_key
 from kohaku_wrap.training.records.samples import CONTACT_SHEETS, read_sheet_record
+from kohaku_wrap.wording import by_numbers
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 CORRUPTED = "corrupted"
@@ -267,7 +268,7 @@ def compose_result(
             found["frechet"] = measure_distance(chosen, reference)
         return found
 
-    titles = sorted({each.model for each in looked})
+    titles = sorted({each.model for each in looked}, key=by_numbers)
     by_model: Mapping[str, list[Looked]] = {title: [each for each in looked if each.model == title] for title in titles}
     value_of = VALUES.get(judge.kind.name)
     models = [

@@ -11,8 +11,9 @@ from kohaku_wrap.files import read_json, write_text
 from kohaku_wrap.merging.replays import is_shallow
 from kohaku_wrap.reporting.evaluations import DEEPEST, list_single
 from kohaku_wrap.reporting.page import render
-from kohaku_wrap.reporting.pictures import list_files, name_row, place_of_row, refer
+from kohaku_wrap.reporting.pictures import list_files, name_row, refer
 from kohaku_wrap.training.records.samples import CONTACT_SHEETS, read_sheet_record
+from kohaku_wrap.wording import by_numbers
 
 LEFT_OUT = ("scores", "pictures", "pictures_without_known_tag", "unknown_tags", "threshold", "reference_pictures")
 """Of a score, what says nothing of how good the model is in all, by a part of its name."""
@@ -65,7 +66,7 @@ def list_rows(points: Sequence[GridPoint], folder: Path) -> list[tuple[str, list
             if not CONTACT_SHEETS.fullmatch(path.name):
                 row = rows.setdefault(name_row(path, labels.get(path.name), []), [""] * len(points))
                 row[place] = refer(path, folder)
-    return sorted(rows.items(), key=lambda row: place_of_row(row[0]))
+    return sorted(rows.items(), key=lambda row: by_numbers(row[0]))
 
 
 def write_grid_page(formula: str, points: Sequence[GridPoint], path: Path, waiting: int) -> None:

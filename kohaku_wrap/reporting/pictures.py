@@ -21,6 +21,7 @@ from kohaku_wrap.training.records.samples import (
     read_sheet_record,
     step_of_trainer_picture,
 )
+from kohaku_wrap.wording import by_numbers
 
 INLINE_BYTES = 6_000_000
 """Pictures of more bytes than this in all stay beside the page."""
@@ -130,7 +131,7 @@ def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
     sheets = sorted(run.samples.glob(f"*/{CONTACT_SHEET}")) if page_folder else []
     return Gallery(
         steps=tuple(sorted({step for cells in rows.values() for step in cells})),
-        rows=tuple(sorted(rows.items(), key=lambda row: place_of_row(row[0]))),
+        rows=tuple(sorted(rows.items(), key=lambda row: by_numbers(row[0]))),
         sheets=tuple(
             (int(found[1]), refer(path, page_folder or run.folder))
             for path in sheets
@@ -139,12 +140,6 @@ def make_gallery(run: Run, page_folder: Path | None) -> Gallery:
         inside=inside,
         left_out=0 if rows else len(pictures),
     )
-
-
-def place_of_row(label: str) -> tuple[str, int, str]:
-    """By the first number in it, as prompts are numbered, then by its words."""
-    before, number, after = (*re.split(r"([0-9]{1,18})", label, maxsplit=1), "", "")[:3]
-    return before, int(number or 0), after
 
 
 def size_of(path: Path) -> int:

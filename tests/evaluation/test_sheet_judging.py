@@ -68,6 +68,14 @@ def test_the_recall_of_prompted_tags_is_counted_by_picture_and_tag(sheet: Path, 
     assert "5.png: cannot be read" in unreadable
 
 
+def test_models_of_a_run_stand_in_the_order_of_its_steps(sheet: Path, judges: Path) -> None:
+    pictures = {f"{seed}.png": {"model": f"run step {step}"} for seed, step in ((1, 1000), (2, 400))}
+    (sheet / "sheet.json").write_text(json.dumps({"files": {}, "tokenizers": {}, "pictures": pictures}))
+    found = judge(sheet, judges / "corruption")
+    assert [each["title"] for each in found["models"]] == ["unknown", "0123456789", "run step 400", "run step 1000"]
+    assert ("run step 400", "run step 1000") in [(pair["from"], pair["to"]) for pair in found["pairs"]]
+
+
 def test_looks_and_broken_pictures(sheet: Path, judges: Path) -> None:
     looks = judge(sheet, judges / "aesthetic")["all"]
     shares = looks["shares"]
