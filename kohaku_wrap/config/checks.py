@@ -13,13 +13,14 @@ from kohaku_wrap.config.caching import (
 )
 from kohaku_wrap.config.effective import BadBatch, Effective, Faults, shape_batch
 from kohaku_wrap.config.needs import describe_idle, find_lacks
-from kohaku_wrap.config.network import LYCORIS, find_network_faults
+from kohaku_wrap.config.network import find_network_faults
 from kohaku_wrap.config.optimizers import find_optimizer_faults, find_unknown_code
 from kohaku_wrap.config.samples import find_sample_faults, note_ignored_steps, note_shared_gpu
 from kohaku_wrap.config.training_data import note_whole_captions
 from kohaku_wrap.config.validation import find_validation_faults, note_held_out
 from kohaku_wrap.dataset.buckets import BucketOptions
 from kohaku_wrap.errors import Problem, ProblemsFound
+from kohaku_wrap.formats.network_names import LYCORIS
 from kohaku_wrap.steps import StepPlan
 
 TYPICAL_WEIGHT = 0.02
@@ -69,9 +70,7 @@ LIMITS: Mapping[str, tuple[int, int | None]] = {
 
 def check_effective(effective: Effective) -> list[Problem]:
     """Every contradiction of a template, on its site where one is given."""
-    faults = [fault for rule in RULES for fault in rule(effective)]
-    faults += [*find_optimizer_faults(effective), *find_lacks(effective), *find_bucket_faults(effective)]
-    return effective.blame((*faults, *find_batch_faults(effective)))
+    return effective.blame(fault for rule in RULES for fault in rule(effective))
 
 
 def note_rare_saves(effective: Effective, steps: int) -> list[str]:
@@ -275,5 +274,9 @@ RULES: tuple[Callable[[Effective], Faults], ...] = (
     refuse_out_of_range,
     find_network_faults,
     find_unknown_code,
+    find_optimizer_faults,
+    find_lacks,
+    find_bucket_faults,
+    find_batch_faults,
 )
 """Each looks at the whole and yields what contradicts."""

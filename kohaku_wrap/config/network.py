@@ -14,13 +14,10 @@ from typing import Any
 from kohaku_wrap.config.effective import Effective, Faults
 from kohaku_wrap.config.fates import Fate, fate_of, rows_of
 from kohaku_wrap.config.needs import does_something, list_lacking, rank, say_lacking
+from kohaku_wrap.formats.network_names import KOHYA_LORA, LYCORIS
 from kohaku_wrap.formats.sdxl import SDXL_SIZES, UNET_PREFIX, list_tensor_names
 from kohaku_wrap.trainer.options import TYPE_WORDS, fits, parse_literal, shorten
 from kohaku_wrap.wording import suggest
-
-LYCORIS = "lycoris.kohya"
-
-KOHYA_LORA = "networks.lora"
 
 SHARED_ARGS = (
     "conv_alpha", "conv_dim", "module_dropout", "rank_dropout",

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from kohaku_wrap.formats.sdxl import TEXT_ENCODER_2_PREFIX, TEXT_ENCODER_PREFIX, UNET_PREFIX
 
+LYCORIS = "lycoris.kohya"
+KOHYA_LORA = "networks.lora"
+"""What the trainer's `network_module` names: who makes the network, as its metadata say too."""
+
 NETWORK_PREFIXES = {
     UNET_PREFIX: "lora_unet_",
     TEXT_ENCODER_PREFIX: "lora_te1_",

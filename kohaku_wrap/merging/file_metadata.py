@@ -12,6 +12,7 @@ from typing import Any
 import kohaku_wrap
 from kohaku_wrap.formats.layouts import read_layout
 from kohaku_wrap.formats.machine_paths import clean_value, without_paths
+from kohaku_wrap.formats.network_names import KOHYA_LORA, LYCORIS
 from kohaku_wrap.formats.safetensors import Header
 from kohaku_wrap.merging.formula.tree import format_formula
 from kohaku_wrap.merging.hashes import FileHashes
@@ -76,7 +77,7 @@ def describe_network(plan: MergePlan) -> dict[str, str]:
         arguments = {"conv_dim": dimension, "conv_alpha": dimension}
     return {
         "modelspec.architecture": f"{architecture}/lora" if architecture else "",
-        "ss_network_module": "networks.lora" if kind == "lora" else "lycoris.kohya",
+        "ss_network_module": KOHYA_LORA if kind == "lora" else LYCORIS,
         "ss_network_args": dump_json(arguments),
         "ss_network_dim": dimension if kind == "lora" else "",
         "ss_network_alpha": dimension if kind == "lora" else "",

@@ -8,8 +8,8 @@ from typing import Any
 
 from kohaku_wrap.config.base_model import require_safetensors
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.config.network import KOHYA_LORA, LYCORIS
 from kohaku_wrap.errors import KwrapError, Problem, ProblemsFound, refusing
+from kohaku_wrap.formats.network_names import KOHYA_LORA, LYCORIS
 from kohaku_wrap.formats.safetensors import read_header
 from kohaku_wrap.planning.module_counts import WORKER_SETTINGS, WORKER_TIMEOUT_SECONDS, describe_request
 from kohaku_wrap.processes import NoAnswer, ask_python

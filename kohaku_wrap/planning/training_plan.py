@@ -15,12 +15,12 @@ from kohaku_wrap.config.base_model import (
     require_weight_files,
 )
 from kohaku_wrap.config.effective import Effective
-from kohaku_wrap.config.network import LYCORIS
 from kohaku_wrap.config.render import compose_trainer
 from kohaku_wrap.dataset.buckets import BucketOptions, assign_buckets
 from kohaku_wrap.dataset.fixed_chunks import cut_chunks
 from kohaku_wrap.errors import Problem, ProblemsFound
 from kohaku_wrap.formats.caption_rows import ImageSizes
+from kohaku_wrap.formats.network_names import LYCORIS
 from kohaku_wrap.formats.safetensors import MalformedFile, PickledFile
 from kohaku_wrap.planning.module_counts import (
     ModuleCounts,

@@ -14,11 +14,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from kohaku_wrap.config.network import KOHYA_LORA
 from kohaku_wrap.config.schema import PATH_OPTIONS
 from kohaku_wrap.dataset.captions.formats import CACHE_FILE
 from kohaku_wrap.errors import KwrapError, ProblemsFound
 from kohaku_wrap.files import shipped_folder, write_text
+from kohaku_wrap.formats.network_names import KOHYA_LORA
 from kohaku_wrap.formats.toml_text import toml_text
 from kohaku_wrap.locks import holding_lock
 from kohaku_wrap.processes import python_command, safe_environment

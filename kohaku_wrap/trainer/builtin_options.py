@@ -9,11 +9,11 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from kohaku_wrap.errors import Problem, ProblemsFound
+from kohaku_wrap.formats.network_names import LYCORIS
 from kohaku_wrap.trainer.options import flatten_sections, load_recorded_table
 
 OPTIMIZERS = ("AdamW", "AdamW8bit", "Lion", "Lion8bit")
 SCHEDULERS = ("constant", "constant_with_warmup", "cosine")
-NETWORK_MODULE = "lycoris.kohya"
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -91,7 +91,7 @@ class BuiltinOptions:
     no_metadata: bool = False
     """Write only the metadata that loaders need."""
 
-    network_module: str = NETWORK_MODULE
+    network_module: str = LYCORIS
     """The only network module there is."""
 
     network_dim: int | None = None
@@ -245,7 +245,7 @@ def find_unfit_values(values: Mapping[str, Any], on_cpu: bool) -> list[Problem]:
             words = ", ".join(str(each) for each in allowed)
             problems.append(Problem(name, f"{values[name]!r} is not implemented by the builtin engine; it has {words}"))
 
-    allow("network_module", (NETWORK_MODULE,))
+    allow("network_module", (LYCORIS,))
     allow("save_model_as", ("safetensors",))
     allow("lr_scheduler", SCHEDULERS)
     allow("mixed_precision", ("no", "fp16", "bf16"))

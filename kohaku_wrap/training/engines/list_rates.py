@@ -22,6 +22,7 @@ from torch import nn
 
 from kohaku_wrap.config.trainer_arguments import render_literals, render_network_args
 from kohaku_wrap.errors import KwrapError
+from kohaku_wrap.formats.network_names import KOHYA_LORA, LYCORIS
 from kohaku_wrap.processes import answer
 from kohaku_wrap.trainer.builtin_options import BuiltinOptions
 from kohaku_wrap.trainer.checkout import find_checkout, require_supported
@@ -30,7 +31,7 @@ from kohaku_wrap.training.records.chapters import Cycle, find_cycle
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.lock import Lock
 
-NETWORKS = {"lycoris.kohya": "LycorisNetworkKohya", "networks.lora": "LoRANetwork"}
+NETWORKS = {LYCORIS: "LycorisNetworkKohya", KOHYA_LORA: "LoRANetwork"}
 """Network modules whose groups are made here, and the class that makes them."""
 
 BLOCK_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")

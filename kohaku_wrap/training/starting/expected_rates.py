@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kohaku_wrap.config.optimizers import sets_own_rates
+from kohaku_wrap.config.schedules import TORCH_SCHEDULERS
 from kohaku_wrap.errors import KwrapError, refusing
 from kohaku_wrap.processes import NoAnswer, ask_python
 from kohaku_wrap.training.records.folder import Run
@@ -32,8 +33,6 @@ PLAIN = (
     "lars",
 )
 """How the names of optimizers begin, after `Paged`, that use the rate which the schedule gives them."""
-
-SCHEDULER_HOME = "torch.optim.lr_scheduler"
 
 
 class NoExpectedRates(KwrapError):
@@ -88,6 +87,6 @@ def why_not(lock: Lock) -> str:
     if not name.startswith(PLAIN):
         return f"{chosen} may set its own rate"
     scheduler = str(values.get("lr_scheduler_type") or "")
-    if "." in scheduler and scheduler.rpartition(".")[0] != SCHEDULER_HOME:
+    if "." in scheduler and scheduler.rpartition(".")[0] != TORCH_SCHEDULERS:
         return f"the schedule {scheduler} is not one of torch's or the trainer's own"
     return ""
