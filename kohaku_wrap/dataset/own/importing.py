@@ -204,7 +204,7 @@ def list_tasks(
         ]
         refused = set(text.not_utf8)
         report.lists["not_utf8"] += [
-            {"image": str(source.folder / image), "reason": "its caption is not UTF-8: save it as UTF-8"}
+            {"image": str((source.folder / image).absolute()), "reason": "its caption is not UTF-8: save it as UTF-8"}
             for image in text.not_utf8
         ]
         report.lists["missing"] += [{"image": name, "reason": f"named in {text.origin}"} for name in text.missing]

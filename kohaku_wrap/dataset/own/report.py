@@ -159,7 +159,7 @@ def describe_sources(
         )
         trained.append(text)
         for name in ("without_caption", "empty_caption", "several_lines", "shared_text"):
-            report.lists[name] += [str(source.folder / image) for image in getattr(text, name)]
+            report.lists[name] += [str((source.folder / image).absolute()) for image in getattr(text, name)]
         report.subsets.append(
             {
                 "name": source.subset.name,
@@ -178,7 +178,7 @@ def describe_sources(
             for image, id in zip(found.images, ids, strict=True)
             if id in now and is_beyond_sd_scripts(source, image)
         }
-    report.lists["beyond_sd_scripts"] = sorted(beyond)
+    report.lists["beyond_sd_scripts"] = sorted(str(Path(image).absolute()) for image in beyond)
     report.notes += [*note_sources(founds, trained, owns), *note_beyond(beyond)]
     report.other_files = dict(sum((found.others for found in founds), Counter()))
 

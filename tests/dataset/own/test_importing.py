@@ -853,6 +853,18 @@ def test_an_image_is_explained_by_its_own_file_and_by_its_link(tmp_path: Path, o
     assert "Name the image folder with --out" in caption("--image", root / "3_my cat" / "a b.png", code=1)
 
 
+def test_the_lists_of_a_report_have_whole_paths(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("none.png", "odd.png", "in/deep.png")):
+        paint(tmp_path / "3_me" / name, seed=seed)
+    (tmp_path / "3_me" / "odd.txt").write_bytes(b"caf\xe9")
+    monkeypatch.chdir(tmp_path)
+    run("3_me", "--out", out, "--max-missing", 1)
+    lists = json.loads((out / "import-report.json").read_text())["lists"]
+    assert [entry["image"] for entry in lists["not_utf8"]] == [str(tmp_path / "3_me" / "odd.png")]
+    assert lists["beyond_sd_scripts"] == [str(tmp_path / "3_me" / "in" / "deep.png")]
+    assert caption("--image", "3_me/none.png", "--out", out)["origin"] == "none of its own"
+
+
 def test_what_is_trained_has_the_options_of_the_subset(tmp_path: Path, out: Path) -> None:
     paint(tmp_path / "a" / "x.png", text="one\ntwo")
     table = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a"\nnum_repeats = 4\ncaption_extension = ".txt"\n'
