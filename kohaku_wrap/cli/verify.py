@@ -103,11 +103,12 @@ def print_report(report: VerifyReport, site_file: Path | None) -> None:
     for change in report.changed_after:
         print_note(f"note: changed after the run: {change}")
     if report.faults:
+        from kohaku_wrap.training.starting.choose_state import find_step_before
         from kohaku_wrap.training.supervising.status import advise
 
-        go_back = "Go back to a state before the first of these: " + command_line(
-            "resume", show_path(report.run.folder), "--step", "N"
-        )
+        step = find_step_before(report.run, min(fault.optimizer_step for fault in report.faults))
+        back = command_line("resume", show_path(report.run.folder), "--step", step)
+        go_back = f"Go back to before the first of these: {back}"
         is_skipped = all(fault.kind == "skipped" for fault in report.faults)
         lines = "\n".join(f"  {describe_fault(fault)}" for fault in report.faults)
         print_error(

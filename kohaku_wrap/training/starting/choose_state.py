@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kohaku_wrap.errors import KwrapError, UsageError, command_line
 from kohaku_wrap.files import parse_json, read_regular
-from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps
+from kohaku_wrap.training.records.attempts import Attempt, last_kept_steps, list_attempts
 from kohaku_wrap.training.records.folder import Run
 from kohaku_wrap.training.records.manifest import DamagedState, digest_of_state
 from kohaku_wrap.training.records.states import list_states, read_manifests, verify_state
@@ -96,6 +96,13 @@ def list_own(run: Run, kept: Mapping[int, float]) -> str:
     """The steps of the states on the run's line, for people."""
     found = read_manifests(run.states)
     return ", ".join(f"{at:,}" for at, manifest in found if at <= kept.get(manifest.attempt, at))
+
+
+def find_step_before(run: Run, optimizer_step: int) -> int:
+    """The newest step below that one from which the run can go on: of a state on its line, else its beginning."""
+    kept = last_kept_steps(list_attempts(run))
+    own = (at for at, each in read_manifests(run.states) if at <= kept.get(each.attempt, at))
+    return max((at for at in own if at < optimizer_step), default=run.first_optimizer_step)
 
 
 def find_foreign_state(run: Run, step: int | None, given: Path | None) -> tuple[Path, int]:

@@ -14,6 +14,7 @@ from kohaku_wrap.training.records.metrics import read_metrics
 from kohaku_wrap.training.starting.expected_rates import NoExpectedRates, expect_rates
 from kohaku_wrap.training.verifying.ledger_checks import Fault, Int64Array, limits_of
 from kohaku_wrap.training.verifying.step_checks import LineOfSteps, StepChecker, Steps
+from kohaku_wrap.wording import count_of
 
 OLD = "kwrap 0.1 did not record"
 
@@ -160,7 +161,7 @@ def count_bad_steps(
     left = steps - foreign - sum(step > foreign for step in recorded)
     if left:
         return told, Check(
-            "skipped steps", False, f"{counts}; {lacks} them in the ledger for {left:,} steps: by the metrics"
+            "skipped steps", False, f"{counts}; {lacks} them in the ledger for {count_of(left, 'step')}: by the metrics"
         )
     return told, Check("skipped steps", True, counts)
 
@@ -180,7 +181,7 @@ def check_rates(run: Run, checker: StepChecker, line: LineOfSteps, steps: int, f
     right = checker.check_rates(line, expected)
     detail = f"{right:,} optimizer steps of {line.rates.shape[1]} groups as the lock's schedule has them"
     if left := steps - foreign - len(line):
-        return Check("rates", False, f"{detail}; {lacks} those of {left:,} steps")
+        return Check("rates", False, f"{detail}; {lacks} those of {count_of(left, 'step')}")
     return Check("rates", True, detail)
 
 

@@ -187,7 +187,7 @@ def test_steps_of_plain_sd_scripts_are_not_missed(run: Run) -> None:
     assert said["rates"] == (False, "the updates before the state of plain sd-scripts are not known")
     for first, left in ((5, 1), (7, 3)):
         said = checks(check(run, write_file(first, 12), foreign=3))
-        assert f"for {left} steps" in said["skipped steps"][1] and not said["skipped steps"][0]
+        assert f"for {left} step" in said["skipped steps"][1] and not said["skipped steps"][0]
 
 
 def test_a_branch_counts_its_own_steps(new_run: NewRun) -> None:

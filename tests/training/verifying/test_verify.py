@@ -172,6 +172,8 @@ def test_a_ledger_that_ends_before_the_newest_state_is_found(new_run: NewRun) ->
     path.write_bytes(path.read_bytes()[: HEADER.size + RECORD.itemsize * (3 * 5 - 1) - 1])
     # The newest state is of step 4; of the four records of step 3 one is torn.
     assert faults(run) == {"missing": (5, 3, 11)}
+    result = CliRunner().invoke(program, ["verify", str(run.folder)], standalone_mode=False)
+    assert result.output.endswith(f"Go back to before the first of these: kwrap resume {run.folder} --step 2\n")
 
 
 def test_the_part_of_a_run_that_left_no_record_is_said(new_run: NewRun) -> None:
@@ -448,6 +450,7 @@ def test_the_command_tells_and_exits(new_run: NewRun) -> None:
     result = CliRunner().invoke(program, ["verify", str(run.folder)], standalone_mode=False)
     assert result.return_value == 1
     assert "order: 1 × other images" in result.output and "first at optimizer step 1" in result.output
+    assert f"kwrap resume {run.folder} --step 0\n" in result.output, "no state is from before it"
     result = CliRunner().invoke(program, ["verify", str(run.folder), "--json"], standalone_mode=False)
     told = json.loads(result.stdout)
     assert not told["proved"] and told["faults"][0]["position"] == 2 and told["repeats"][0]["attempt"] == 1
