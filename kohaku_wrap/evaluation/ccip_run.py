@@ -24,14 +24,7 @@ from kohaku_wrap.evaluation.characters import INFERRED, PRESETS, Character
 from kohaku_wrap.evaluation.exposure import Exposure, NoSuchTag
 from kohaku_wrap.evaluation.judges import Features
 from kohaku_wrap.evaluation.looking import Looker
-from kohaku_wrap.evaluation.other_results import (
-    FORMAT,
-    add_models,
-    list_versions,
-    read_result,
-    reading_result,
-    refuse_differing,
-)
+from kohaku_wrap.evaluation.other_results import FORMAT, add_models, list_versions, read_result, refuse_differing
 from kohaku_wrap.files import Progress
 from kohaku_wrap.sampling.expanding import PlacedCell
 
@@ -215,13 +208,15 @@ def compose_result(
 
 def read_other(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """A whole result by the judge and the prompts of this call, or of another result. Raises OtherResult."""
-    with reading_result(path, "ccip", "ccip.json"):
-        other, advice = read_result(path, ("ccip",)), "Only results of the same judge and prompts compare."
+
+    def check(other: dict[str, Any]) -> None:
+        advice = "Only results of the same judge and prompts compare."
         refuse_differing(path, "made with", advice, about, other, COMPARED)
         list_references(other)
         for each in other["models"]:
             compare_models([each["title"]] * 2, [each["scores"]] * 2)
-    return other
+
+    return read_result(path, "ccip", ("ccip",), "ccip.json", check)
 
 
 def list_references(result: Mapping[str, Any]) -> dict[str, str]:

@@ -17,14 +17,7 @@ import numpy.typing as npt
 from kohaku_wrap.dataset.captions.groups import GROUPS, Grouping
 from kohaku_wrap.errors import KwrapError, UsageError
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import (
-    FORMAT,
-    add_models,
-    list_versions,
-    read_result,
-    reading_result,
-    refuse_differing,
-)
+from kohaku_wrap.evaluation.other_results import FORMAT, add_models, list_versions, read_result, refuse_differing
 from kohaku_wrap.files import Progress
 from kohaku_wrap.formats.caption_columns import Columns
 from kohaku_wrap.processes import ask_in_lines
@@ -291,13 +284,14 @@ def read_other(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """A whole result on the posts, and with the settings, of a job or of another result. Raises OtherResult."""
     advice = "Only results on the same posts compare; for a MODEL --template says whose dataset options hold."
     shape = about["posts"]["count"], len(about["settings"]["timesteps"])
-    with reading_result(path, "loss", "loss.json"):
-        other = read_result(path, ("loss",))
+
+    def check(other: dict[str, Any]) -> None:
         refuse_differing(path, "measured on", advice, keep_deciding(about), keep_deciding(other), COMPARED)
         for model in other["models"]:
             if read_losses(model).shape != shape or "optimizer_step" not in model:
                 raise ValueError("another form")
-    return other
+
+    return read_result(path, "loss", ("loss",), "loss.json", check)
 
 
 def read_losses(model: Mapping[str, Any]) -> Losses:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,18 @@ class OtherResult(UsageError):
     """A result that cannot be compared with this one."""
 
 
-def reading_result(path: Path, command: str, usual_name: str) -> AbstractContextManager[None]:
-    """Raise OtherResult where a file is not what `kwrap evaluate COMMAND` wrote, or lacks something of it."""
-    return refusing(OtherResult, f"{path}: no result of `kwrap evaluate {command}`", f"Give its {usual_name}.")
-
-
-def read_result(path: Path, measures: Collection[str]) -> dict[str, Any]:
-    """A document with one of these measures. Raises ValueError and the like for another one."""
-    document = parse_json(read_regular(path))
-    titles = [each["title"] for each in document["models"]]
-    is_titled = bool(titles) and all(isinstance(title, str) for title in titles)
-    if document["format"] != FORMAT or document["measure"] not in measures or not is_titled:
-        raise ValueError("another form")
-    return dict(document)
+def read_result(
+    path: Path, command: str, measures: Collection[str], usual_name: str, check: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """A document that `kwrap evaluate COMMAND` wrote. Raises OtherResult, also where `check` misses something."""
+    with refusing(OtherResult, f"{path}: no result of `kwrap evaluate {command}`", f"Give its {usual_name}."):
+        document = dict(parse_json(read_regular(path)))
+        titles = [each["title"] for each in document["models"]]
+        is_titled = bool(titles) and all(isinstance(title, str) for title in titles)
+        if document["format"] != FORMAT or document["measure"] not in measures or not is_titled:
+            raise ValueError("another form")
+        check(document)
+    return document
 
 
 def refuse_differing(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kohaku_wrap.evaluation.intervals import bootstrap_mean
-from kohaku_wrap.evaluation.other_results import OtherResult, add_models, read_result, reading_result
+from kohaku_wrap.evaluation.other_results import OtherResult, add_models, read_result
 
 
 def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -40,8 +40,8 @@ def compare_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def read_other(path: Path, kinds: Collection[str], judge: Mapping[str, Any]) -> dict[str, Any]:
     """A result of `kwrap evaluate judge` by this judge, as results describe it. Raises OtherResult."""
-    with reading_result(path, "judge", "judged-KIND.json"):
-        document = read_result(path, kinds)
+
+    def check(document: dict[str, Any]) -> None:
         if any("judged" not in model for model in document["models"]):
             raise OtherResult(
                 f"{path}: of an earlier kwrap, without the value of each picture",
@@ -56,7 +56,8 @@ def read_other(path: Path, kinds: Collection[str], judge: Mapping[str, Any]) -> 
             )
         for model in document["models"]:
             compare_models([model, model])
-    return document
+
+    return read_result(path, "judge", kinds, "judged-KIND.json", check)
 
 
 def lay_over(result: dict[str, Any], path: Path, kinds: Collection[str]) -> None:
