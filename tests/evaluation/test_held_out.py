@@ -245,7 +245,7 @@ def read(out: Path) -> dict[str, Any]:
 def test_what_cannot_be_measured_is_one_message(
     words: list[str], message: str, extracted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "loss.json").write_text('{"format": 1, "measure": "loss", "models": [{}], "posts": {}}')
+    (tmp_path / "loss.json").write_text('{"format": 1, "measure": "loss", "models": [{"title": "other"}], "posts": {}}')
     given = [word.format(world=extracted, tmp=tmp_path) for word in words]
     images = [] if "--images" in given else ["--images", str(extracted / "images")]
     assert run_program(["evaluate", "loss", *given, *images, "--out", str(tmp_path / "out")])
