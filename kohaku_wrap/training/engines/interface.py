@@ -23,7 +23,7 @@ from kohaku_wrap.training.engines.devices import WrongProcesses, require_gpus
 from kohaku_wrap.training.engines.step_sums import StepSums, begin_ledger
 from kohaku_wrap.training.engines.validating import Validation, leaving_no_trace
 from kohaku_wrap.training.records.attempts import Attempt, Outcome
-from kohaku_wrap.training.records.bad_steps import BadSteps, check_weights
+from kohaku_wrap.training.records.bad_steps import BadSteps, check_gradients, check_weights
 from kohaku_wrap.training.records.evaluations import write_evaluation
 from kohaku_wrap.training.records.metrics import MetricsWriter
 from kohaku_wrap.training.records.networks import note_network
@@ -62,6 +62,9 @@ class Engine(ABC):
 
     validation: Validation | None = None
     """Of held-out posts, where the run has some."""
+
+    gradient_norm: Any = None
+    """Of the latest optimizer step's gradients before they were clipped, as a tensor; None where none are."""
 
     state_bytes: int = 0
     """Size that the next state will have at least, where the states of the run do not tell."""
@@ -114,8 +117,15 @@ class Engine(ABC):
     # What it may call.
 
     def accept_accelerator(self, accelerator: Any) -> None:
-        """Take the engine's accelerator. Raises WrongProcesses."""
+        """Take the engine's accelerator, and the norm of the gradients that it clips. Raises WrongProcesses."""
         self.accelerator = accelerator
+        clip = accelerator.clip_grad_norm_
+
+        def clip_and_keep(*arguments: Any, **keywords: Any) -> Any:
+            self.gradient_norm = clip(*arguments, **keywords)
+            return self.gradient_norm
+
+        accelerator.clip_grad_norm_ = clip_and_keep
         # accelerate and torchrun set handlers of their own.
         self.attempt.stop_on_signals()
         if accelerator.num_processes != self.attempt.processes:
@@ -231,6 +241,8 @@ class Engine(ABC):
         self.write_ledger()
         try:
             self.bad_steps.check_step(self.attempt, self.optimizer_steps, loss, self.step_skipped)
+            if self.gradient_norm is not None and not self.step_skipped:
+                check_gradients(self.attempt, self.optimizer_steps, float(self.gradient_norm))
             if self.may_save:
                 check_weights(self.attempt, self.optimizer_steps, self.has_finite_weights())
         except KwrapError:

@@ -120,6 +120,18 @@ class BadSteps:
             )
 
 
+def check_gradients(attempt: Attempt, optimizer_step: int, norm: float) -> None:
+    """Raise NonFiniteLoss where a step was made by gradients that are no numbers: some optimizers hide it.
+
+    Lion takes their signs, and in 8 bits its moments hold no NaN, so that neither weights nor losses show it.
+    """
+    if not math.isfinite(norm) and ALLOWED not in attempt.allow:
+        raise NonFiniteLoss(
+            f"the gradients of optimizer step {optimizer_step} are no numbers, its loss is one",
+            f"Resume from an earlier state with a lower rate, or with `--allow {ALLOWED}`.",
+        )
+
+
 def check_weights(attempt: Attempt, optimizer_step: int, is_finite: bool) -> None:
     """Raise NonFiniteLoss where a network is to be saved that has weights which are no numbers."""
     if not is_finite and ALLOWED not in attempt.allow:

@@ -123,9 +123,20 @@ def prove_half(site: Path, runs: Path, engine: str) -> None:
     assert [fault["kind"] for fault in report["faults"]] == ["skipped"]
 
 
+def prove_gradients(site: Path, runs: Path, engine: str) -> None:
+    """A gradient that is no number where the loss is one ends the attempt, also where the weights stay numbers."""
+    failed = train(site, f"gradients-{engine}", "--engine", engine, nan_gradient=4)
+    run = Run(runs / f"gradients-{engine}")
+    assert failed.returncode == TRAINER_FAILED, failed.stdout + failed.stderr
+    assert "the gradients of optimizer step 2 are no numbers, its loss is one" in failed.stderr
+    assert [step for step, _ in list_states(run.states)] == [1]
+    allowed = kwrap("resume", run.folder, "--allow", "non-finite-loss", nan_gradient=2)
+    assert allowed.returncode == 0, allowed.stdout + allowed.stderr
+
+
 def prove_weights(site: Path, runs: Path, engine: str) -> None:
-    """A gradient that is no number where the loss is one: what came of it is not saved, and the way back works."""
-    options = ("--engine", engine, "--set", "optimizer_type=AdamW")
+    """Gradients that nobody looks at, as none is clipped: what came of them is not saved, and the way back works."""
+    options = ("--engine", engine, "--set", "optimizer_type=AdamW", "--set", "max_grad_norm=0")
     failed = train(site, f"weights-{engine}", *options, nan_gradient=4)
     run = Run(runs / f"weights-{engine}")
     assert failed.returncode == TRAINER_FAILED, failed.stdout + failed.stderr
@@ -142,11 +153,13 @@ def test_the_builtin_engine_ends_where_steps_are_skipped_for_ever(world: World) 
     prove_limit(world.site, world.folder / "runs", "builtin")
     prove_few(world.site, world.folder / "runs", "builtin")
     prove_half(world.site, world.folder / "runs", "builtin")
+    prove_gradients(world.site, world.folder / "runs", "builtin")
     prove_weights(world.site, world.folder / "runs", "builtin")
 
 
 @pytest.mark.sd_scripts
 @pytest.mark.slow
+@pytest.mark.usefixtures("use_trainer")
 @pytest.mark.timeout(1800)
 def test_the_real_trainer_ends_where_steps_are_skipped_for_ever(world: World, sd_scripts: Any) -> None:
     document = toml.loads(world.site.read_text(encoding="utf-8"))
@@ -154,4 +167,5 @@ def test_the_real_trainer_ends_where_steps_are_skipped_for_ever(world: World, sd
     prove_limit(world.site, world.folder / "runs", "sd-scripts")
     prove_few(world.site, world.folder / "runs", "sd-scripts")
     prove_half(world.site, world.folder / "runs", "sd-scripts")
+    prove_gradients(world.site, world.folder / "runs", "sd-scripts")
     prove_weights(world.site, world.folder / "runs", "sd-scripts")
